@@ -1,0 +1,6 @@
+"""`python -m imagen_jax VERB`: dispatches to the verb's file in cli/."""
+
+from imagen_jax.cli import run
+
+if __name__ == "__main__":
+    raise SystemExit(run.main())

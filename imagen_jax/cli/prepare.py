@@ -1,0 +1,20 @@
+"""Makes a data set ready: builds it where needed, indexes it, lists what cannot be used."""
+
+from __future__ import annotations
+
+import argparse
+
+from imagen_jax.cli import wiring
+from imagen_jax.data.index import open_source
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the verb's flags."""
+    wiring.add_config(parser)
+
+
+def run(flags: argparse.Namespace) -> None:
+    """Carries the verb out."""
+    config = wiring.load_config(flags)
+    source = open_source(config.data)
+    print(f"{len(source)} usable pictures, fingerprint {source.fingerprint}")

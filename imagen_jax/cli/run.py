@@ -1,0 +1,60 @@
+"""The command line: one verb, its flags, `--config.a.b=value` overrides, and one-line errors.
+
+Exit codes: 0 done, 1 refused or failed (one line on stderr), 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+VERBS = {
+    "prepare": "make a data set ready: build it, index it, report what cannot be used",
+    "pretrain_text": "train a small T5 encoder and its vocabulary on captions alone",
+    "embed": "compute the text embeddings of a data set's captions, once",
+    "train": "train one stage",
+    "export": "turn a training run into a stage folder",
+    "sample": "draw pictures for prompts with a cascade of stage folders",
+    "evaluate": "score drawn pictures",
+}
+
+
+def _own_error(error: Exception) -> bool:
+    """Whether the message was written for the user: our own error classes and file errors."""
+    return isinstance(error, OSError) or type(error).__module__.startswith("imagen_jax")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="imagen", description="Text-to-image cascades in JAX.")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, text in VERBS.items():
+        verbs.add_parser(name, help=text, add_help=False)
+    verb = parser.parse_known_args(arguments[:1])[0].verb
+
+    module = importlib.import_module(f"imagen_jax.cli.{verb}")
+    verb_parser = argparse.ArgumentParser(
+        prog=f"imagen {verb}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    module.add_arguments(verb_parser)
+    flags, rest = verb_parser.parse_known_args(arguments[1:])
+    overrides = [a.removeprefix("--config.") for a in rest if a.startswith("--config.")]
+    unknown = [a for a in rest if not a.startswith("--config.")]
+    if unknown or (overrides and not hasattr(flags, "config")):
+        verb_parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
+    flags.overrides = overrides
+    try:
+        module.run(flags)
+    except Exception as error:
+        if not _own_error(error) or os.environ.get("IMAGEN_TRACEBACK"):
+            raise
+        print(f"imagen {verb}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0

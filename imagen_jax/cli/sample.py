@@ -1,0 +1,85 @@
+"""Draws pictures for prompts: NNNNN_KK.png, samples.jsonl and grid.png."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+
+from imagen_jax import cascade
+from imagen_jax import config as config_lib
+from imagen_jax import prompts as prompts_lib
+from imagen_jax.cascade import Stage
+from imagen_jax.cli import wiring
+from imagen_jax.config import ConfigError
+from imagen_jax.sample import sample
+from imagen_jax.text import load_text_encoder
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the verb's flags."""
+    parser.add_argument(
+        "--stages", required=True, metavar="DIR[,DIR...]", help="stage folders, base first"
+    )
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--prompt", help="one prompt")
+    which.add_argument("--prompts", metavar="FILE", help="prompts: .txt, .csv or .jsonl")
+    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all noise")
+    parser.add_argument("--samples_per_prompt", type=int, default=1, help="pictures per prompt")
+    parser.add_argument("--batch_size", type=int, default=32, help="pictures drawn at a time")
+    parser.add_argument("--limit", type=int, default=0, help="draw the first N prompts; 0: all")
+    parser.add_argument("--text_encoder", default="", help="encoder folder, if it has moved")
+    parser.add_argument(
+        "--stage_settings",
+        metavar="JSON",
+        default="{}",
+        help='sampling fields by stage name, e.g. \'{"base": {"guidance_weight": 3}}\'',
+    )
+
+
+def run(flags: argparse.Namespace) -> None:
+    """Carries the verb out."""
+    wiring.set_up_devices(1)
+    for name in ("samples_per_prompt", "batch_size"):
+        if getattr(flags, name) < 1:
+            raise ConfigError(f"--{name}={getattr(flags, name)} must be at least 1")
+    rows = (
+        [{"prompt": flags.prompt}] if flags.prompt is not None else prompts_lib.read(flags.prompts)
+    )
+    rows = rows[: flags.limit] if flags.limit > 0 else rows
+    stages = [cascade.load_stage(path) for path in flags.stages.split(",")]
+    cascade.check_chain([stage.config for stage in stages])
+    text = stages[0].config.text
+    if flags.text_encoder:
+        text = dataclasses.replace(text, path=flags.text_encoder)
+    sample(
+        _with_settings(stages, flags.stage_settings),
+        load_text_encoder(text),
+        rows,
+        flags.out,
+        seed=flags.seed,
+        samples_per_prompt=flags.samples_per_prompt,
+        batch_size=flags.batch_size,
+        checkpoint=flags.stages,
+    )
+
+
+def _with_settings(stages: list[Stage], text: str) -> list[Stage]:
+    """The stages with their sampling fields replaced as --stage_settings says."""
+    try:
+        settings = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"--stage_settings is not JSON: {error}") from error
+    names = [stage.config.name for stage in stages]
+    for name in settings:
+        if name not in names:
+            raise ConfigError(config_lib.unknown_name("--stage_settings: stage", name, names))
+    changed = []
+    for stage in stages:
+        values = dataclasses.asdict(stage.config.sampling) | settings.get(stage.config.name, {})
+        sampling = config_lib.from_dict(
+            config_lib.SamplingConfig, values, f"--stage_settings: {stage.config.name}"
+        )
+        changed.append(stage._replace(config=dataclasses.replace(stage.config, sampling=sampling)))
+    return changed

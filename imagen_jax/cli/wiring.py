@@ -1,0 +1,64 @@
+"""What several verbs set up from their flags: configuration, devices, source, embeddings."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+
+import jax
+
+from imagen_jax import config as config_lib
+from imagen_jax.config import Config
+from imagen_jax.data.embeddings import EmbeddingStore
+from imagen_jax.data.index import open_source
+from imagen_jax.data.pipeline import Pipeline
+from imagen_jax.text import load_text_encoder
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """Adds --config; overrides are `--config.a.b=value`."""
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE[:NAME]",
+        help="configuration, for example configs/shapes.py:base; "
+        "--config.a.b=value overrides a field",
+    )
+
+
+def load_config(flags: argparse.Namespace) -> Config:
+    """The checked configuration of the flags; also sets up the host's devices for it."""
+    config = config_lib.load(flags.config, flags.overrides)
+    set_up_devices(config.mesh.cpu_devices)
+    return config
+
+
+def set_up_devices(cpu_devices: int) -> None:
+    """Splits the host's cores into devices where no accelerator is; call before JAX is used.
+
+    With several CPU devices data parallelism replaces the threads inside one convolution, which on
+    few cores wastes less.
+    """
+    logging.getLogger("absl").setLevel(logging.WARNING)
+    if cpu_devices > 1 and (os.cpu_count() or 1) >= cpu_devices:
+        jax.config.update("jax_num_cpu_devices", cpu_devices)
+
+
+def open_pipeline(config: Config) -> Pipeline:
+    """The stream of batches of `config`: its source joined with its embeddings.
+
+    The store must be of the very encoder that `config.text` names; where no encoder is named, any
+    store is taken.
+    """
+    source = open_source(config.data)
+    expected = load_text_encoder(config.text).fingerprint() if config.text.path else None
+    store = EmbeddingStore.open(config.data.embeddings, expected)
+    return Pipeline(
+        source,
+        store,
+        config.data,
+        config.seed,
+        host=jax.process_index(),
+        hosts=jax.process_count(),
+    )

@@ -1,0 +1,465 @@
+"""The only schema: frozen dataclasses, and their bridge to a locked ml_collections ConfigDict.
+
+A run is described by one `Config`. The way of a value: dataclass default -> `configs/*.py` mutates a
+locked ConfigDict -> command-line overrides -> dataclass again, checked, in the CLI. A ConfigDict
+never passes the CLI, so a misspelled field fails before anything is compiled.
+
+Every field carries its documentation and unit in its metadata (`doc`), so that help texts and the
+reference are generated from here.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import hashlib
+import importlib.util
+import json
+import pathlib
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+import ml_collections
+
+
+class ConfigError(ValueError):
+    """A value of the configuration is wrong; the message gives field, got, expected and fix."""
+
+
+def doc(default: Any, text: str) -> Any:
+    """A dataclass field with a default and its documentation."""
+    return dataclasses.field(default=default, metadata={"doc": text})
+
+
+def section(cls: type, text: str) -> Any:
+    """A dataclass field that holds a nested section built from its own defaults."""
+    return dataclasses.field(default_factory=cls, metadata={"doc": text})
+
+
+def _check_choice(field: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ConfigError(unknown_name(f"config.{field}", value, choices))
+
+
+def unknown_name(field: str, value: str, choices: Sequence[str]) -> str:
+    """The one message for a name that is not among the known ones: lists them and the closest."""
+    near = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1, cutoff=0.0)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"{field}={value!r} is not one of {', '.join(map(str, choices))}{hint}"
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which pictures and captions are read, and how a batch is made of them."""
+
+    kind: str = doc("tfds", "Kind of source: tfds (TFRecord files of a TFDS builder) or folder.")
+    path: str = doc("", "tfds: the data_dir that holds the builder's files; folder: the folder.")
+    name: str = doc("shapes_world", "tfds: name of the builder.")
+    split: str = doc("train", "tfds: split to read.")
+    image_key: str = doc("image", "tfds: name of the encoded image feature.")
+    caption_key: str = doc("caption", "tfds: name of the text feature; several captions are kept.")
+    image_size: int = doc(64, "Side of the picture the stage learns to draw, pixels.")
+    lowres_size: int = doc(0, "Side of the low-resolution conditioning picture, pixels; 0: none.")
+    resize_filter: str = doc("box", "Antialiased resize filter: box, bilinear, bicubic or lanczos.")
+    min_size: int = doc(0, "Pictures with a shorter side are quarantined, pixels.")
+    max_quarantined: float = doc(0.05, "Share of unusable records above which a run stops, 0..1.")
+    embeddings: str = doc("", "Folder of the embedding store written by `embed`.")
+    batch_size: int = doc(32, "Pictures per step over all devices and hosts.")
+    max_text_len: int = doc(32, "Text tokens a batch is padded or cut to.")
+    loader: str = doc("seqio", "seqio (tf.data) or numpy (same batches without TensorFlow).")
+    prefetch: int = doc(2, "Batches prepared ahead of the step.")
+
+    def __post_init__(self) -> None:
+        _check_choice("data.kind", self.kind, ("tfds", "folder"))
+        _check_choice("data.loader", self.loader, ("seqio", "numpy"))
+        _check_choice(
+            "data.resize_filter", self.resize_filter, ("box", "bilinear", "bicubic", "lanczos")
+        )
+        if self.lowres_size and self.image_size % self.lowres_size:
+            raise ConfigError(
+                f"config.data.lowres_size={self.lowres_size} must divide "
+                f"config.data.image_size={self.image_size}"
+            )
+        if self.batch_size < 1:
+            raise ConfigError(f"config.data.batch_size={self.batch_size} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """The frozen text encoder."""
+
+    encoder: str = doc("t5", "Row of text.TEXT_ENCODERS.")
+    path: str = doc("", "Folder of the encoder's weights and vocabulary (Hugging Face layout).")
+    max_len: int = doc(32, "Longest prompt, tokens including the end mark; longer ones are cut.")
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+    """Shape of a T5 encoder, v1.1 by default (Raffel et al. 2020; names as in t5x)."""
+
+    vocab_size: int = doc(32128, "Rows of the embedding table.")
+    emb_dim: int = doc(512, "Width of the residual stream.")
+    num_layers: int = doc(8, "Encoder layers.")
+    num_heads: int = doc(6, "Attention heads.")
+    head_dim: int = doc(64, "Channels per head.")
+    mlp_dim: int = doc(1024, "Hidden width of the feed-forward layer.")
+    mlp_activations: tuple[str, ...] = doc(
+        ("gelu", "linear"), "(gelu, linear): gated as in v1.1; (relu,): as in the original T5."
+    )
+    relative_buckets: int = doc(32, "Buckets of the relative position bias.")
+    relative_max_distance: int = doc(128, "Distance from which all positions share a bucket.")
+    norm_eps: float = doc(1e-6, "Epsilon of the RMS norm.")
+    dtype: str = doc("float32", "Activation dtype.")
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainTextConfig:
+    """Pre-training of a small T5 encoder from captions alone (`pretrain_text`)."""
+
+    vocab_size: int = doc(1000, "Wanted SentencePiece pieces; fewer when the text has fewer.")
+    emb_dim: int = doc(128, "Width of the encoder.")
+    num_layers: int = doc(4, "Encoder layers.")
+    num_heads: int = doc(4, "Attention heads.")
+    mlp_dim: int = doc(256, "Hidden width of the gated feed-forward layer.")
+    steps: int = doc(400, "Training steps.")
+    batch_size: int = doc(64, "Captions per step.")
+    learning_rate: float = doc(3e-3, "Peak learning rate of Adam.")
+    mask_rate: float = doc(0.3, "Share of tokens that are masked and predicted, 0..1.")
+    max_captions: int = doc(20_000, "Captions read from the training split.")
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbedConfig:
+    """The ragged embedding store (`embed`)."""
+
+    unit_size: int = doc(256, "Unique captions per unit of work, the piece that is written whole.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A U-Net. Per-level tuples go from high to low resolution.
+
+    `unet` is the base model of the paper (ADM's topology), `efficient_unet` its super-resolution
+    model (Appendix B).
+    """
+
+    name: str = doc("unet", "Row of models.MODELS: unet or efficient_unet.")
+    channels: tuple[int, ...] = doc((512, 1024, 1536, 2048), "Width per level.")
+    num_res_blocks: tuple[int, ...] = doc((3, 3, 3, 3), "Residual blocks per level.")
+    self_attention: tuple[bool, ...] = doc((False, True, True, True), "Self-attention per level.")
+    cross_attention: tuple[bool, ...] = doc(
+        (False, True, True, True), "Whether the level's pixels attend to the text tokens."
+    )
+    text_conditioning: str = doc(
+        "concat",
+        "How pixels attend to text: concat (text keys/values beside the self-attention's own), "
+        "cross (a layer of its own) or none (pooled text only).",
+    )
+    text_pooling: str = doc("attention", "Pooled text vector: attention or mean.")
+    head_dim: int = doc(64, "Channels per attention head.")
+    num_groups: int = doc(32, "Groups of GroupNorm.")
+    patch_size: int = doc(1, "Space-to-depth factor at the input and output; 1: none.")
+    strided_stem: tuple[bool, ...] = doc(
+        (), "efficient_unet: whether each level starts with a strided convolution; (): all do."
+    )
+    embed_dim: int = doc(0, "Width of the time and pooled-text embedding; 0: 4 * channels[0].")
+    skip_scale: float = doc(1.0, "Factor on skip connections (the Efficient U-Net: 2**-0.5).")
+    dropout: float = doc(0.0, "Dropout in the residual blocks, 0..1.")
+    lowres: bool = doc(False, "Whether the input carries a low-resolution picture (SR stages).")
+    lowres_residual: bool = doc(False, "Add the low-resolution picture to the output (x0 only).")
+    text_dim: int = doc(0, "Width of the text embeddings; 0: that of the encoder.")
+    out_channels: int = doc(3, "Channels of the prediction.")
+    dtype: str = doc("float32", "Activation dtype; parameters are always float32.")
+
+    def __post_init__(self) -> None:
+        _check_choice("model.name", self.name, ("unet", "efficient_unet"))
+        _check_choice("model.text_conditioning", self.text_conditioning, ("concat", "cross", "none"))
+        _check_choice("model.text_pooling", self.text_pooling, ("attention", "mean"))
+        levels = len(self.channels)
+        for field in ("num_res_blocks", "self_attention", "cross_attention"):
+            if len(getattr(self, field)) != levels:
+                raise ConfigError(
+                    f"config.model.{field} has {len(getattr(self, field))} entries, "
+                    f"config.model.channels has {levels}; give one entry per level"
+                )
+        for width in self.channels:
+            if width % self.num_groups:
+                raise ConfigError(
+                    f"config.model.channels={self.channels} must be multiples of "
+                    f"config.model.num_groups={self.num_groups}"
+                )
+            if width % self.head_dim:
+                raise ConfigError(
+                    f"config.model.channels={self.channels} must be multiples of "
+                    f"config.model.head_dim={self.head_dim}"
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusionConfig:
+    """The noise process, what the network predicts and how its error is weighted."""
+
+    prediction: str = doc("eps", "What the network predicts: eps, x0 or v.")
+    schedule: str = doc("cosine", "Row of diffusion.SCHEDULES: cosine or linear.")
+    logsnr_shift: float = doc(0.0, "Added to logsnr, nats; 2*log(64/d) is simple diffusion's.")
+    logsnr_min: float = doc(-20.0, "Lower clip of logsnr, nats.")
+    logsnr_max: float = doc(20.0, "Upper clip of logsnr, nats.")
+    loss_weight: str = doc("eps", "Row of diffusion.LOSS_WEIGHTS.")
+    cond_drop_prob: float = doc(0.1, "Probability of training without text, 0..1.")
+    aug_level_max: float = doc(
+        1.0, "SR stages: aug_level is drawn from U(0, aug_level_max) while training, 0..1."
+    )
+    aug_schedule: str = doc("cosine", "Schedule that turns aug_level into noise.")
+
+    def __post_init__(self) -> None:
+        _check_choice("diffusion.prediction", self.prediction, ("eps", "x0", "v"))
+        _check_choice("diffusion.schedule", self.schedule, ("cosine", "linear"))
+        _check_choice("diffusion.aug_schedule", self.aug_schedule, ("cosine", "linear"))
+        _check_choice(
+            "diffusion.loss_weight",
+            self.loss_weight,
+            ("eps", "x0", "v", "min_snr", "truncated_v", "sigmoid"),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Optimizer and learning-rate schedule."""
+
+    name: str = doc("adam", "adam, adamw, adafactor or lion.")
+    learning_rate: float = doc(1e-4, "Peak learning rate.")
+    schedule: str = doc("constant", "After the warm-up: constant, cosine, linear_tail or rsqrt.")
+    warmup_steps: int = doc(10_000, "Steps of linear warm-up.")
+    decay_fraction: float = doc(0.3, "linear_tail: share of the run over which it falls to zero.")
+    b1: float = doc(0.9, "Adam, Lion: decay of the first moment.")
+    b2: float = doc(0.999, "Adam, Lion: decay of the second moment.")
+    eps: float = doc(1e-8, "Adam: added to the root of the second moment.")
+    weight_decay: float = doc(0.0, "Decoupled weight decay per step, times the learning rate.")
+    clip_norm: float = doc(1.0, "Global gradient norm is clipped to this; 0: not clipped.")
+    multiply_by_parameter_scale: bool = doc(False, "Adafactor: steps relative to the weights' rms.")
+
+    def __post_init__(self) -> None:
+        _check_choice("optimizer.name", self.name, ("adam", "adamw", "adafactor", "lion"))
+        _check_choice(
+            "optimizer.schedule", self.schedule, ("constant", "cosine", "linear_tail", "rsqrt")
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class EmaConfig:
+    """Exponential moving average of the parameters, kept in float32."""
+
+    decay: float = doc(0.9999, "Decay per step once warmed up, 0..1.")
+    warmup_power: float = doc(0.75, "Decay at step t is min(decay, 1 - (1 + t)**-power).")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Length of the run and what is reported on the way."""
+
+    steps: int = doc(2_500_000, "Training steps.")
+    log_every: int = doc(100, "Steps between progress lines and metric rows.")
+    sample_every: int = doc(0, "Steps between sample grids in TensorBoard; 0: none.")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When the state is saved and which saves are kept."""
+
+    every: int = doc(5_000, "Steps between saves; the last step is always saved.")
+    keep: int = doc(3, "Newest checkpoints kept.")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices and how arrays are laid over them."""
+
+    data: int = doc(-1, "Devices along the data axis; -1: all that are left.")
+    fsdp: int = doc(1, "Devices along the fsdp axis: batch and parameters are both split.")
+    tensor: int = doc(1, "Devices along the tensor axis: channels are split.")
+    cpu_devices: int = doc(1, "Virtual devices made of the host's cores where no accelerator is.")
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How a trained stage draws."""
+
+    sampler: str = doc("ddpm", "Row of sampling.SAMPLERS: ddpm, ddim, dpmpp_2m or heun.")
+    steps: int = doc(256, "Denoising steps.")
+    gamma: float = doc(0.0, "ddpm: variance is small**(1-gamma) * large**gamma, 0..1.")
+    guidance_weight: float = doc(1.35, "w in w*cond + (1-w)*uncond; 1: off.")
+    thresholding: str = doc("dynamic", "none, static or dynamic clipping of x0.")
+    threshold_percentile: float = doc(99.5, "dynamic: percentile p of |x0|, 0..100.")
+    aug_level: float = doc(0.0, "SR stages: noise on the low-resolution picture, 0..1.")
+
+    def __post_init__(self) -> None:
+        _check_choice("sampling.sampler", self.sampler, ("ddpm", "ddim", "dpmpp_2m", "heun"))
+        _check_choice("sampling.thresholding", self.thresholding, ("none", "static", "dynamic"))
+        if self.steps < 1:
+            raise ConfigError(f"config.sampling.steps={self.steps} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One stage of a cascade: its data, text encoder, network, process, training and sampling."""
+
+    name: str = doc("stage", "Name of the stage, used in reports.")
+    seed: int = doc(0, "Seed of initialisation, data order, noise and drop-out.")
+    data: DataConfig = section(DataConfig, "Pictures and captions.")
+    text: TextConfig = section(TextConfig, "Frozen text encoder.")
+    pretrain_text: PretrainTextConfig = section(PretrainTextConfig, "Training of a small encoder.")
+    embed: EmbedConfig = section(EmbedConfig, "Embedding store.")
+    model: ModelConfig = section(ModelConfig, "U-Net.")
+    diffusion: DiffusionConfig = section(DiffusionConfig, "Noise process and loss.")
+    optimizer: OptimizerConfig = section(OptimizerConfig, "Optimizer.")
+    ema: EmaConfig = section(EmaConfig, "Moving average.")
+    train: TrainConfig = section(TrainConfig, "Training run.")
+    checkpoint: CheckpointConfig = section(CheckpointConfig, "Checkpoints.")
+    mesh: MeshConfig = section(MeshConfig, "Devices.")
+    sampling: SamplingConfig = section(SamplingConfig, "Drawing.")
+
+    def __post_init__(self) -> None:
+        if self.model.lowres != bool(self.data.lowres_size):
+            raise ConfigError(
+                f"config.model.lowres={self.model.lowres} contradicts "
+                f"config.data.lowres_size={self.data.lowres_size}; "
+                "an SR stage sets both, a base stage neither"
+            )
+        if self.model.lowres_residual and self.diffusion.prediction != "x0":
+            raise ConfigError(
+                "config.model.lowres_residual=True needs config.diffusion.prediction='x0', "
+                f"got {self.diffusion.prediction!r}"
+            )
+
+
+def to_config_dict(config: Config) -> ml_collections.ConfigDict:
+    """The locked, typed ConfigDict with the fields and values of `config`."""
+    return ml_collections.ConfigDict(dataclasses.asdict(config)).lock()
+
+
+def _coerce(path: str, hint: Any, value: Any) -> Any:
+    """`value` as the type `hint`, or ConfigError."""
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, path)
+    if typing.get_origin(hint) is tuple and isinstance(value, (list, tuple)):
+        return tuple(_coerce(path, typing.get_args(hint)[0], v) for v in value)
+    if hint is float and type(value) is int:
+        return float(value)
+    if typing.get_origin(hint) is not tuple and type(value) is hint:
+        return value
+    wanted = getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint)
+    raise ConfigError(f"{path}={value!r} must be of type {wanted}, got {type(value).__name__}")
+
+
+def from_dict(cls: type, values: Any, path: str = "config") -> Any:
+    """Builds dataclass `cls` from a mapping; checks names and types.
+
+    Raises:
+      ConfigError: an unknown or missing field, or a value of the wrong type.
+    """
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    for name in values:
+        if name not in names:
+            raise ConfigError(unknown_field(f"{path}.{name}", name, names))
+    missing = [name for name in names if name not in values]
+    if missing:
+        raise ConfigError(f"{path} lacks the field(s) {', '.join(missing)}")
+    return cls(**{n: _coerce(f"{path}.{n}", hints[n], values[n]) for n in names})
+
+
+def unknown_field(path: str, name: str, names: Sequence[str]) -> str:
+    """The message for a field that does not exist."""
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+    hint = f"; did you mean {path[: -len(name)]}{near[0]}?" if near else ""
+    return f"{path} is not a field{hint}"
+
+
+def from_config_dict(values: ml_collections.ConfigDict) -> Config:
+    """The dataclass again; checks everything. Raises ConfigError."""
+    return from_dict(Config, values.to_dict())
+
+
+def override(values: ml_collections.ConfigDict, assignments: Sequence[str]) -> None:
+    """Applies `a.b=value` strings in place; a value is read as the field's own type.
+
+    Raises:
+      ConfigError: unknown field (names the nearest) or a value that is not of the field's type.
+    """
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"config.{path} has no value; write --config.{path}=VALUE")
+        *parents, leaf = path.split(".")
+        node = values
+        for depth, name in enumerate([*parents, leaf]):
+            if not isinstance(node, ml_collections.ConfigDict) or name not in node:
+                names = list(node) if isinstance(node, ml_collections.ConfigDict) else []
+                where = ".".join(["config", *path.split(".")[: depth + 1]])
+                raise ConfigError(unknown_field(where, name, names))
+            if name is not leaf or depth < len(parents):
+                node = node[name]
+        node[leaf] = _parse(f"config.{path}", node[leaf], text)
+
+
+def _parse(path: str, current: Any, text: str) -> Any:
+    if isinstance(current, ml_collections.ConfigDict):
+        raise ConfigError(f"{path} is a section; set one of its fields: {', '.join(current)}")
+    if isinstance(current, str):
+        return text
+    if isinstance(current, bool):
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        raise ConfigError(f"{path}={text!r} must be true or false")
+    try:
+        value = ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        value = text
+    if isinstance(current, float) and type(value) is int:
+        value = float(value)
+    if isinstance(current, tuple) and isinstance(value, (list, tuple)):
+        return tuple(value)
+    if type(value) is not type(current):
+        raise ConfigError(f"{path}={text!r} must be of type {type(current).__name__}")
+    return value
+
+
+def load(spec: str, assignments: Sequence[str] = ()) -> Config:
+    """Loads `FILE[:NAME]`, applies the overrides and checks the result.
+
+    Args:
+      spec: a Python file with `get_config(name) -> ConfigDict`, optionally `:NAME`.
+      assignments: `a.b=value` strings.
+
+    Raises:
+      ConfigError: the file or name does not exist, or a field or value is wrong.
+    """
+    file, _, name = spec.partition(":")
+    path = pathlib.Path(file)
+    if not path.is_file():
+        raise ConfigError(f"--config={spec}: no file {file!r}; try configs/shapes.py:base")
+    module_spec = importlib.util.spec_from_file_location(f"imagen_config_{path.stem}", path)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    values = module.get_config(name) if name else module.get_config()
+    override(values, assignments)
+    return from_config_dict(values)
+
+
+def to_json(config: Config) -> str:
+    """The configuration as indented JSON."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_json(text: str) -> Config:
+    """Inverse of `to_json`. Raises ConfigError."""
+    return from_dict(Config, json.loads(text))
+
+
+def fingerprint(value: Any) -> str:
+    """Short stable hash of a dataclass or JSON-like value."""
+    if dataclasses.is_dataclass(value):
+        value = dataclasses.asdict(value)
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

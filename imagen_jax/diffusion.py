@@ -1,0 +1,154 @@
+"""The maths of the diffusion process: schedules, forward noising, predictions, loss weights.
+
+Variance preserving, continuous time (Imagen, Sec. 2.2 and App. A): `z = alpha x0 + sigma eps` with
+`logsnr = log(alpha^2 / sigma^2)`, `t in [0, 1]`, 0 = clean. Pure functions of arrays; the layers
+above know nothing else about noise. Every prediction becomes x0 once, here; all the rest follows
+from x0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from imagen_jax.config import DiffusionConfig
+
+LogsnrSchedule = Callable[[Float[Array, "*t"]], Float[Array, "*t"]]
+
+
+def cosine_logsnr(t: Float[Array, "*t"]) -> Float[Array, "*t"]:
+    """Cosine schedule, logsnr = -2 log tan(pi t / 2) (Nichol & Dhariwal 2021; Imagen, App. A)."""
+    return -2.0 * jnp.log(jnp.tan(jnp.pi * t / 2.0))
+
+
+def linear_logsnr(t: Float[Array, "*t"]) -> Float[Array, "*t"]:
+    """Continuous form of the 1000-step linear schedule 1e-4..0.02 (Ho et al. 2020).
+
+    logsnr = -log expm1(0.1 t + 9.95 t^2), the third stage's schedule (Imagen, App. F.3).
+    """
+    return -jnp.log(jnp.expm1(0.1 * t + 9.95 * t**2))
+
+
+SCHEDULES: dict[str, LogsnrSchedule] = {"cosine": cosine_logsnr, "linear": linear_logsnr}
+
+
+def logsnr_at(t: Float[Array, "*t"], config: DiffusionConfig) -> Float[Array, "*t"]:
+    """logsnr of the stage's own process at time t, shifted and clipped.
+
+    Args:
+      t: times in [0, 1]; 0 is clean.
+      config: schedule, `logsnr_shift` (simple diffusion, arXiv:2301.11093, Eq. 4) and clips.
+
+    Returns:
+      logsnr in nats within [logsnr_min, logsnr_max]: finite at both ends, where the schedules are
+      not. Paper is silent on the clip.
+    """
+    logsnr = SCHEDULES[config.schedule](t) + config.logsnr_shift
+    return jnp.clip(logsnr, config.logsnr_min, config.logsnr_max)
+
+
+def aug_logsnr(aug_level: Float[Array, "*t"], config: DiffusionConfig) -> Float[Array, "*t"]:
+    """logsnr of the noise that `aug_level` in [0, 1] puts on the low-resolution picture.
+
+    Noise conditioning augmentation (Imagen, Sec. 2.4): the VP process at time aug_level. Paper is
+    silent on the schedule; `diffusion.aug_schedule` names it, unshifted.
+    """
+    logsnr = SCHEDULES[config.aug_schedule](aug_level)
+    return jnp.clip(logsnr, config.logsnr_min, config.logsnr_max)
+
+
+def alpha_sigma(logsnr: Float[Array, "*t"]) -> tuple[Float[Array, "*t"], Float[Array, "*t"]]:
+    """Signal and noise scale, alpha^2 = sigmoid(logsnr), sigma^2 = sigmoid(-logsnr)."""
+    return jnp.sqrt(jax.nn.sigmoid(logsnr)), jnp.sqrt(jax.nn.sigmoid(-logsnr))
+
+
+def expand(per_example: Float[Array, " b"], like: Float[Array, "b *rest"]) -> Array:
+    """Reshapes one value per example so that it broadcasts over the axes of `like`."""
+    return per_example.reshape(per_example.shape + (1,) * (like.ndim - per_example.ndim))
+
+
+def q_sample(
+    x0: Float[Array, "b *d"], logsnr: Float[Array, " b"], eps: Float[Array, "b *d"]
+) -> Float[Array, "b *d"]:
+    """Draws z from q(z | x0): z = alpha x0 + sigma eps."""
+    alpha, sigma = (expand(s, x0) for s in alpha_sigma(logsnr))
+    return alpha * x0 + sigma * eps
+
+
+def prediction_target(
+    prediction: str,
+    *,
+    x0: Float[Array, "b *d"],
+    eps: Float[Array, "b *d"],
+    logsnr: Float[Array, " b"],
+) -> Float[Array, "b *d"]:
+    """What the network should answer: eps, x0, or v = alpha eps - sigma x0 (arXiv:2202.00512)."""
+    if prediction == "eps":
+        return eps
+    if prediction == "x0":
+        return x0
+    alpha, sigma = (expand(s, x0) for s in alpha_sigma(logsnr))
+    return alpha * eps - sigma * x0
+
+
+def to_x0(
+    prediction: str,
+    output: Float[Array, "b *d"],
+    *,
+    z: Float[Array, "b *d"],
+    logsnr: Float[Array, " b"],
+) -> Float[Array, "b *d"]:
+    """The clean image that a network's output stands for.
+
+    eps: x0 = (z - sigma eps) / alpha (Imagen, Sec. 2.2); v: x0 = alpha z - sigma v.
+    """
+    if prediction == "x0":
+        return output
+    alpha, sigma = (expand(s, z) for s in alpha_sigma(logsnr))
+    if prediction == "eps":
+        return (z - sigma * output) / alpha
+    return alpha * z - sigma * output
+
+
+def to_eps(
+    x0: Float[Array, "b *d"], *, z: Float[Array, "b *d"], logsnr: Float[Array, " b"]
+) -> Float[Array, "b *d"]:
+    """The noise that remains when x0 is taken out of z: eps = (z - alpha x0) / sigma."""
+    alpha, sigma = (expand(s, z) for s in alpha_sigma(logsnr))
+    return (z - alpha * x0) / sigma
+
+
+# Weights w(logsnr) on the squared error of x0; the loss is mean(w * |x0 - x0_hat|^2). The paper's
+# plain eps loss has w = SNR, because |eps - eps_hat|^2 = SNR |x0 - x0_hat|^2.
+LOSS_WEIGHTS: dict[str, Callable[[Float[Array, " b"]], Float[Array, " b"]]] = {
+    "eps": jnp.exp,
+    "x0": jnp.ones_like,
+    "v": lambda logsnr: jnp.exp(logsnr) + 1.0,
+    # min-SNR with gamma = 5 (arXiv:2303.09556).
+    "min_snr": lambda logsnr: jnp.minimum(jnp.exp(logsnr), 5.0),
+    # min(SNR + 1, 6): the v loss without its pull towards the last, nearly clean steps.
+    "truncated_v": lambda logsnr: jnp.minimum(jnp.exp(logsnr) + 1.0, 6.0),
+    # sigmoid weight with bias 2 on the eps error (arXiv:2303.00848; arXiv:2410.19324, Eq. 7).
+    "sigmoid": lambda logsnr: jnp.exp(logsnr) * jax.nn.sigmoid(2.0 - logsnr),
+}
+
+
+def output_loss_weight(
+    name: str, prediction: str, logsnr: Float[Array, " b"]
+) -> Float[Array, " b"]:
+    """The weight `LOSS_WEIGHTS[name]` carried over to the error of the network's own output.
+
+    |eps - eps_hat|^2 = SNR |x0 - x0_hat|^2 and |v - v_hat|^2 = (SNR + 1) |x0 - x0_hat|^2, so the
+    loss is taken on the output itself, where no division by a vanishing alpha or sigma occurs.
+    """
+    if name == prediction:
+        return jnp.ones_like(logsnr)
+    weight = LOSS_WEIGHTS[name](logsnr)
+    if prediction == "eps":
+        return weight * jnp.exp(-logsnr)
+    if prediction == "v":
+        return weight * jax.nn.sigmoid(-logsnr)
+    return weight

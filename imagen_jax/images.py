@@ -1,0 +1,201 @@
+"""Pictures as arrays: bytes -> uint8 -> [-1, 1] and back, resizing, crops, grids, PNG files.
+
+Everything that reads or writes a picture goes through here: the data pipeline (decode, crop,
+resize on the host), the cascade (`upsample` in the graph, `to_uint8` at its end) and the reports
+(`grid`, `save_png`). The paper is silent about filters; host resizing is antialiased.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pathlib
+import textwrap
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
+
+AnyArray = Array | np.ndarray
+
+RESIZE_FILTERS: dict[str, Image.Resampling] = {
+    "box": Image.Resampling.BOX,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+class PictureError(ValueError):
+    """Bytes that are not a usable picture; the message says why in a few words."""
+
+
+def to_float(image: UInt8[AnyArray, "*b 3"]) -> Float[AnyArray, "*b 3"]:
+    """Maps uint8 0..255 to float32 [-1, 1], NumPy in NumPy out, JAX in JAX out.
+
+    The numerator 2x - 255 is exact and the product is the only rounding, so that NumPy, XLA and
+    TensorFlow give the same bits whatever they fuse.
+
+    Args:
+      image: pixels, any leading shape.
+
+    Returns:
+      float32 of the same shape, (2x - 255) / 255.
+    """
+    xp = jnp if isinstance(image, jax.Array) else np
+    return (image.astype(xp.int32) * 2 - 255).astype(xp.float32) * xp.float32(1 / 255)
+
+
+def to_uint8(image: Float[AnyArray, "*b 3"]) -> UInt8[AnyArray, "*b 3"]:
+    """Inverse of `to_float`: rounds to the nearest of 0..255; values beyond [-1, 1] are clipped."""
+    xp = jnp if isinstance(image, jax.Array) else np
+    return xp.clip(xp.round((image + 1.0) * 127.5), 0.0, 255.0).astype(xp.uint8)
+
+
+def decode(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
+    """Decodes a picture file to RGB as a viewer shows it.
+
+    EXIF orientation is applied, transparency is laid over white, 16-bit grey is scaled to 8 bits,
+    CMYK and palettes are converted, and of an animation the first frame is taken.
+
+    Raises:
+      PictureError: empty, damaged or truncated data, or data that is no picture.
+    """
+    if not data:
+        raise PictureError("unreadable (empty)")
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            picture.load()
+            return np.asarray(_to_rgb(ImageOps.exif_transpose(picture)))
+    except PictureError:
+        raise
+    except UnidentifiedImageError:
+        raise PictureError("wrong type (not a picture)") from None
+    # Pillow's format plug-ins raise whatever their parsers stumble over (SyntaxError included).
+    except Exception as error:
+        raise PictureError(f"unreadable ({error})") from None
+
+
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I"):
+        levels = np.asarray(picture).astype(np.int64)
+        if levels.min(initial=0) < 0 or levels.max(initial=0) > 65535:
+            raise PictureError("wrong type (more than 16 bits per channel)")
+        picture = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
+    if picture.mode == "F":
+        raise PictureError("wrong type (floating-point pixels)")
+    if picture.has_transparency_data:
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture.convert("RGBA"))
+    return picture.convert("RGB")
+
+
+def size_of(data: bytes) -> tuple[int, int]:
+    """Width and height in pixels, read from the header alone.
+
+    Raises:
+      PictureError: the header cannot be read.
+    """
+    if not data:
+        raise PictureError("unreadable (empty)")
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            return picture.size
+    except UnidentifiedImageError:
+        raise PictureError("wrong type (not a picture)") from None
+    except Exception as error:
+        raise PictureError(f"unreadable ({error})") from None
+
+
+def resize_host(
+    image: UInt8[np.ndarray, "h w 3"], size: int, filter: str = "box"
+) -> UInt8[np.ndarray, "size size 3"]:
+    """Resizes to a square with an antialiased filter; a picture of that size passes unchanged.
+
+    Args:
+      image: pixels; a picture that is not square is squeezed, see `center_crop_resize`.
+      size: side of the result, pixels.
+      filter: a row of RESIZE_FILTERS.
+    """
+    if image.shape[:2] == (size, size):
+        return image
+    resized = Image.fromarray(image).resize((size, size), RESIZE_FILTERS[filter])
+    return np.asarray(resized)
+
+
+def center_crop_resize(
+    image: UInt8[np.ndarray, "h w 3"], size: int, filter: str = "box"
+) -> UInt8[np.ndarray, "size size 3"]:
+    """Cuts the largest centred square and resizes it to `size` pixels (see `resize_host`)."""
+    height, width, _ = image.shape
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return resize_host(image[top : top + side, left : left + side], size, filter)
+
+
+def upsample(images: Float[Array, "b h w 3"], size: int) -> Float[Array, "b size size 3"]:
+    """Enlarges pictures bilinearly inside the graph: the low-resolution conditioning of an SR stage.
+
+    Args:
+      images: pictures in [-1, 1].
+      size: side of the result, pixels; at least h.
+    """
+    return jax.image.resize(images, (images.shape[0], size, size, 3), "bilinear")
+
+
+def grid(
+    images: UInt8[np.ndarray, "n h w 3"],
+    columns: int,
+    captions: Sequence[str] | None = None,
+    scale: int = 1,
+) -> UInt8[np.ndarray, "rows cols 3"]:
+    """One picture of many, row by row, each with its caption underneath.
+
+    Args:
+      images: pictures of one size.
+      columns: pictures per row.
+      captions: one per picture, wrapped to the picture's width; None: no text.
+      scale: whole-number enlargement without smoothing, so that small pictures can be looked at.
+    """
+    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    count, height, width, _ = images.shape
+    gap, font = 4, ImageFont.load_default(size=12)
+    wrapped = [_wrap(caption, width, font) for caption in captions or [""] * count]
+    lines = max((text.count("\n") + 1 for text in wrapped if text), default=0)
+    cell_height, cell_width = height + 15 * lines + gap, width + gap
+    rows = -(-count // columns)
+    sheet = Image.new("RGB", (columns * cell_width + gap, rows * cell_height + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (image, text) in enumerate(zip(images, wrapped, strict=True)):
+        left, top = gap + i % columns * cell_width, gap + i // columns * cell_height
+        sheet.paste(Image.fromarray(image), (left, top))
+        draw.multiline_text((left, top + height), text, fill="black", font=font, spacing=1)
+    return np.asarray(sheet)
+
+
+def _wrap(caption: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    per_letter = font.getlength("abcdefghijklmnopqrstuvwxyz") / 26
+    return "\n".join(textwrap.wrap(caption, max(4, int(width / per_letter))))
+
+
+def save_png(
+    path: str | os.PathLike, image: UInt8[np.ndarray, "h w 3"], text: Mapping[str, str]
+) -> None:
+    """Writes a PNG with text chunks; a reader never sees a half-written file.
+
+    Args:
+      path: the file; its folder is made if it is missing.
+      image: pixels.
+      text: keyword -> value, any Unicode.
+    """
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    chunks = PngImagePlugin.PngInfo()
+    for keyword, value in text.items():
+        chunks.add_itxt(keyword, value)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    Image.fromarray(image).save(temporary, format="png", pnginfo=chunks)
+    os.replace(temporary, path)

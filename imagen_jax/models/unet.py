@@ -1,0 +1,101 @@
+"""The base U-Net: ADM's (Dhariwal & Nichol 2021) with text in its attention (Imagen, App. F.1).
+
+Encoder, middle and decoder in reading order. Every output of the encoder is a skip connection;
+resolution changes inside BigGAN-style residual blocks.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from imagen_jax.config import ModelConfig
+from imagen_jax.models import layers
+
+
+class UNet(nn.Module):
+    """Predicts eps, x0 or v for one noisy picture, its noise level and text.
+
+    Attributes:
+      config: shape of the network.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        z: Float[Array, "b h w c"],
+        logsnr: Float[Array, " b"],
+        text_emb: Float[Array, "b l d"],
+        text_mask: Bool[Array, "b l"],
+        lowres_logsnr: Float[Array, " b"] | None = None,
+        train: bool = False,
+    ) -> Float[Array, "b h w out"]:
+        """The network's prediction.
+
+        Args:
+          z: noisy pictures; an SR stage's upsampled low-res pictures follow in the last channels.
+          logsnr: noise level of z, nats.
+          text_emb: text embeddings; any values where `text_mask` is False.
+          text_mask: True at real tokens.
+          lowres_logsnr: noise level of the low-res pictures, nats; None for a base stage.
+          train: whether dropout is active.
+        """
+        cfg = self.config
+        dtype = jnp.dtype(cfg.dtype)
+        embed_dim = cfg.embed_dim or 4 * cfg.channels[0]
+        embedding, text = layers.Conditioning(embed_dim, cfg.text_pooling, cfg.dtype, name="cond")(
+            logsnr, text_emb, text_mask, lowres_logsnr
+        )
+
+        def res(x: Array, features: int, name: str, resample: str = "none") -> Array:
+            block = layers.ResBlock(features, cfg.num_groups, cfg.dropout, resample, name=name)
+            return block(x, embedding, train)
+
+        def attention(x: Array, level: int, name: str) -> Array:
+            return layers.attention_blocks(
+                x,
+                text,
+                text_mask,
+                settings=(
+                    cfg.self_attention[level],
+                    cfg.cross_attention[level],
+                    cfg.text_conditioning,
+                ),
+                head_dim=cfg.head_dim,
+                num_groups=cfg.num_groups,
+                name=name,
+            )
+
+        last = len(cfg.channels) - 1
+        x = layers.space_to_depth(z.astype(dtype), cfg.patch_size)
+        x = layers.conv(cfg.channels[0], "conv_in")(x)
+
+        skips = [x]
+        for i, width in enumerate(cfg.channels):
+            for j in range(cfg.num_res_blocks[i]):
+                x = res(x, width, f"down_{i}_{j}")
+                x = attention(x, i, f"down_{i}_{j}_attention")
+                skips.append(x)
+            if i < last:
+                x = res(x, width, f"down_{i}_resample", "down")
+                skips.append(x)
+
+        x = res(x, cfg.channels[last], "middle_in")
+        x = attention(x, last, "middle_attention")
+        x = res(x, cfg.channels[last], "middle_out")
+
+        for i in range(last, -1, -1):
+            for j in range(cfg.num_res_blocks[i] + 1):
+                x = jnp.concatenate([x, skips.pop() * cfg.skip_scale], axis=-1)
+                x = res(x, cfg.channels[i], f"up_{i}_{j}")
+                x = attention(x, i, f"up_{i}_{j}_attention")
+            if i > 0:
+                x = res(x, cfg.channels[i], f"up_{i}_resample", "up")
+
+        x = nn.swish(layers.group_norm(cfg.num_groups, "norm_out")(x))
+        x = layers.conv(cfg.out_channels * cfg.patch_size**2, "conv_out", zero_init=True)(x)
+        x = layers.depth_to_space(x, cfg.patch_size)
+        return x + z[..., -cfg.out_channels :] if cfg.lowres_residual else x

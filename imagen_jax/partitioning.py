@@ -1,0 +1,93 @@
+"""Devices as a mesh, and arrays laid over it: logical axis names -> mesh axes by one table.
+
+The mesh has the axes data (batch only), fsdp (batch and parameters) and tensor (channels). Layers
+name the axes of their parameters; a new layer needs a row here only if it brings a new name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from imagen_jax.config import ConfigError, MeshConfig
+
+AXES = ("data", "fsdp", "tensor")
+
+# logical axis of a parameter -> mesh axis (None: not split)
+RULES: dict[str, str | None] = {
+    "embed": "fsdp",
+    "mlp": "tensor",
+    "conv_height": None,
+    "conv_width": None,
+    "conv_in": "fsdp",
+    "conv_out": "tensor",
+}
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """A mesh over all devices.
+
+    Raises:
+      ConfigError: the axis sizes do not multiply to the number of devices.
+    """
+    devices = jax.device_count()
+    sizes = [config.data, config.fsdp, config.tensor]
+    if sizes[0] == -1:
+        sizes[0] = max(devices // (sizes[1] * sizes[2]), 1)
+    if int(np.prod(sizes)) != devices:
+        raise ConfigError(
+            f"config.mesh data*fsdp*tensor={sizes[0]}*{sizes[1]}*{sizes[2]} must be the number of "
+            f"devices, {devices}; leave config.mesh.data=-1 to fill up"
+        )
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def check_batch_size(batch_size: int, mesh: Mesh) -> None:
+    """Raises ConfigError when a batch cannot be split evenly over data * fsdp devices."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % parts:
+        nearest = max(round(batch_size / parts), 1) * parts
+        raise ConfigError(
+            f"config.data.batch_size={batch_size} must be a multiple of {parts} "
+            f"(data*fsdp devices); try {nearest}"
+        )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Arrays whose first axis is the batch: split over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Puts one host's part of a batch onto its devices as global arrays."""
+    sharding = batch_sharding(mesh)
+    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+
+def _spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """The rules applied to one parameter; an axis that does not divide stays whole."""
+    axes = [RULES[name] if name else None for name in names]
+    return PartitionSpec(
+        *(a if a and n % mesh.shape[a] == 0 else None for a, n in zip(axes, shape, strict=True))
+    )
+
+
+def param_shardings(boxed: Any, mesh: Mesh) -> Any:
+    """Shardings of (abstract) parameters that carry their logical axis names."""
+
+    def sharding(leaf: Any) -> NamedSharding:
+        if isinstance(leaf, nn.Partitioned):
+            return NamedSharding(mesh, _spec(leaf.names, leaf.value.shape, mesh))
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree.map(sharding, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+
+
+def unbox(params: Any) -> Any:
+    """The plain arrays of parameters that carry their logical axis names."""
+    return nn.meta.unbox(params)

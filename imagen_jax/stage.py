@@ -1,0 +1,200 @@
+"""One stage of a cascade: what its network is told, how it is trained, how it denoises.
+
+Everything that joins text, noise and the low-resolution picture into a network call is here, once,
+for training and for sampling (Imagen, Sec. 2.2-2.5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Key
+
+from imagen_jax import diffusion, guidance, images
+from imagen_jax.config import Config, ConfigError
+from imagen_jax.models.efficient_unet import EfficientUNet
+from imagen_jax.models.unet import UNet
+
+MODELS = {"unet": UNet, "efficient_unet": EfficientUNet}
+
+Params = Any
+Batch = Mapping[str, Array]
+
+
+def init_params(config: Config, key: Key[Array, ""]) -> Params:
+    """Fresh float32 parameters, each boxed with its logical axis names.
+
+    Raises:
+      ConfigError: `model.text_dim` is not set, or the picture does not survive the downsampling.
+    """
+    model, size, dim = config.model, config.data.image_size, config.model.text_dim
+    if dim < 1:
+        raise ConfigError(
+            f"config.model.text_dim={dim} must be the width of the text embeddings, at least 1"
+        )
+    strides = len(model.channels) - 1
+    if model.name == "efficient_unet":
+        strides = sum(model.strided_stem or (True,) * len(model.channels))
+    unit = model.patch_size * 2**strides
+    if size % unit:
+        raise ConfigError(
+            f"config.data.image_size={size} must be a multiple of {unit} "
+            f"(patch_size {model.patch_size} and {strides} halvings); try {-(-size // unit) * unit}"
+        )
+    channels = 6 if model.lowres else 3
+    one = jnp.zeros((1,))
+    arguments = (
+        jnp.zeros((1, size, size, channels)),
+        one,
+        jnp.zeros((1, config.data.max_text_len, dim)),
+        jnp.ones((1, config.data.max_text_len), bool),
+    )
+    network = MODELS[model.name](model)
+    variables = network.init(key, *arguments, lowres_logsnr=one if model.lowres else None)
+    return variables["params"]
+
+
+def drop_text(
+    text_emb: Float[Array, "b l d"], text_mask: Bool[Array, "b l"], drop: Bool[Array, " b"]
+) -> tuple[Float[Array, "b l d"], Bool[Array, "b l"]]:
+    """Replaces the text of the chosen examples by the null text.
+
+    The null text is zero embeddings under one fixed mask, its first position, so that neither the
+    values nor the length of the caption are seen. Differs from paper: it zeroes the embeddings and
+    says nothing of the mask.
+    """
+    null_mask = jnp.zeros_like(text_mask).at[:, 0].set(True)
+    return (
+        jnp.where(drop[:, None, None], 0.0, text_emb),
+        jnp.where(drop[:, None], null_mask, text_mask),
+    )
+
+
+def noised_lowres(
+    lowres: Float[Array, "b h w c"],
+    aug_level: Float[Array, " b"],
+    eps: Float[Array, "b size size c"],
+    config: Config,
+) -> Float[Array, "b size size c"]:
+    """The conditioning picture: upsampled to the stage's size, then noised to `aug_level`.
+
+    Noise conditioning augmentation (Imagen, Sec. 2.4, D.2). Paper is silent on whether the noise
+    comes before or after the upsampling; here after, so that its scale is that of the stage.
+    """
+    upsampled = images.upsample(lowres, config.data.image_size)
+    return diffusion.q_sample(upsampled, diffusion.aug_logsnr(aug_level, config.diffusion), eps)
+
+
+def loss_fn(
+    params: Params, batch: Batch, key: Key[Array, ""], config: Config
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """Weighted squared error of the network's output, mean over pictures, pixels and channels.
+
+    Args:
+      params: plain parameters.
+      batch: image [B,H,W,3] in [-1,1], text_emb [B,L,D], text_mask [B,L], SR: lowres [B,h,w,3].
+      key: randomness of this step: times, noise, dropped text, aug_level.
+      config: the stage.
+
+    Returns:
+      The loss, and {"loss", "x0_mse"}: x0_mse is the unweighted error of x0, comparable over
+      prediction types.
+    """
+    process = config.diffusion
+    x0 = batch["image"]
+    size = x0.shape[0]
+    key_t, key_eps, key_drop, key_level, key_lowres, key_dropout = jax.random.split(key, 6)
+
+    # One time from each of B equal parts of [0, 1]: still t ~ U(0, 1) for every example, with less
+    # variance of the batch mean (arXiv:2107.00630, App. I.1). Differs from paper: independent t.
+    u = jax.random.uniform(key_t, ())
+    t = (u + jnp.arange(size) / size) % 1.0
+    logsnr = diffusion.logsnr_at(t, process)
+    eps = jax.random.normal(key_eps, x0.shape)
+    z = diffusion.q_sample(x0, logsnr, eps)
+
+    drop = jax.random.bernoulli(key_drop, process.cond_drop_prob, (size,))
+    text_emb, text_mask = drop_text(batch["text_emb"], batch["text_mask"], drop)
+
+    network_input, lowres_logsnr = z, None
+    if config.model.lowres:
+        aug_level = jax.random.uniform(key_level, (size,), maxval=process.aug_level_max)
+        noise = jax.random.normal(key_lowres, x0.shape)
+        lowres = noised_lowres(batch["lowres"], aug_level, noise, config)
+        network_input = jnp.concatenate([z, lowres], axis=-1)
+        lowres_logsnr = diffusion.aug_logsnr(aug_level, process)
+
+    output = MODELS[config.model.name](config.model).apply(
+        {"params": params},
+        network_input,
+        logsnr,
+        text_emb,
+        text_mask,
+        lowres_logsnr=lowres_logsnr,
+        train=True,
+        rngs={"dropout": key_dropout},
+    ).astype(jnp.float32)
+    target = diffusion.prediction_target(process.prediction, x0=x0, eps=eps, logsnr=logsnr)
+    error = jnp.mean(jnp.square(output - target), axis=(1, 2, 3))
+    weight = diffusion.output_loss_weight(process.loss_weight, process.prediction, logsnr)
+    loss = jnp.mean(weight * error)
+
+    x0_hat = diffusion.to_x0(process.prediction, output, z=z, logsnr=logsnr)
+    x0_mse = jnp.mean(jnp.square(jnp.clip(x0_hat, -1.0, 1.0) - x0))
+    return loss, {"loss": loss, "x0_mse": x0_mse}
+
+
+def denoiser(
+    params: Params,
+    config: Config,
+    *,
+    text_emb: Float[Array, "b l d"],
+    text_mask: Bool[Array, "b l"],
+    lowres: Float[Array, "b size size c"] | None = None,
+    aug_level: Float[Array, " b"] | None = None,
+) -> guidance.Denoise:
+    """`denoise(z, logsnr) -> x0` of this stage with its guidance and thresholding.
+
+    Guidance evaluates the conditional and the unconditional network as one batch of 2B.
+
+    Args:
+      params: plain parameters, usually the EMA.
+      config: the stage; `sampling` gives weight and thresholding.
+      text_emb: embeddings of the prompts.
+      text_mask: True at real tokens.
+      lowres: SR stages: from `noised_lowres`, drawn once per picture.
+      aug_level: SR stages: the level it was noised to.
+    """
+    settings = config.sampling
+    network = MODELS[config.model.name](config.model)
+    lowres_logsnr = None if aug_level is None else diffusion.aug_logsnr(aug_level, config.diffusion)
+
+    def x0_of(z: Array, logsnr: Array, text: Array, mask: Array, copies: int) -> Array:
+        def repeat(v: Array | None) -> Array | None:
+            return None if v is None else jnp.concatenate([v] * copies)
+
+        z, logsnr = repeat(z), repeat(logsnr)
+        inputs = z if lowres is None else jnp.concatenate([z, repeat(lowres)], axis=-1)
+        output = network.apply(
+            {"params": params}, inputs, logsnr, text, mask, lowres_logsnr=repeat(lowres_logsnr)
+        )
+        output = output.astype(jnp.float32)
+        return diffusion.to_x0(config.diffusion.prediction, output, z=z, logsnr=logsnr)
+
+    everything = jnp.ones(text_mask.shape[:1], bool)
+    null_emb, null_mask = drop_text(text_emb, text_mask, everything)
+
+    def denoise_pair(z: Array, logsnr: Array) -> tuple[Array, Array]:
+        text = jnp.concatenate([text_emb, null_emb])
+        mask = jnp.concatenate([text_mask, null_mask])
+        conditional, unconditional = jnp.split(x0_of(z, logsnr, text, mask, 2), 2)
+        return conditional, unconditional
+
+    if settings.guidance_weight == 1.0:
+        denoise = lambda z, logsnr: x0_of(z, logsnr, text_emb, text_mask, 1)  # noqa: E731
+    else:
+        denoise = guidance.classifier_free(denoise_pair, settings.guidance_weight)
+    return guidance.threshold(denoise, settings.thresholding, settings.threshold_percentile)

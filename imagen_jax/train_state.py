@@ -1,0 +1,80 @@
+"""What a training run is made of between two steps: a plain pytree, no functions, no randomness."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
+
+from imagen_jax import partitioning
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class TrainState:
+    """State of a run.
+
+    Attributes:
+      step: updates tried so far; also the position in the data stream and in every random stream.
+      params: float32 parameters.
+      ema: averages of the parameters by name.
+      opt_state: state of the optimizer.
+      skipped: updates that were skipped because loss or gradient was not finite.
+    """
+
+    step: Int[Array, ""]
+    params: Any
+    ema: dict[str, Any]
+    opt_state: Any
+    skipped: Int[Array, ""]
+
+
+def create(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state at step 0."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        ema={"ema": jax.tree.map(jnp.copy, params)},
+        opt_state=optimizer.init(params),
+        skipped=jnp.zeros((), jnp.int32),
+    )
+
+
+def shardings(
+    abstract: TrainState, boxed: Any, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """Shardings of a whole TrainState: averages and optimizer slots lie as their parameters do.
+
+    Args:
+      abstract: shapes of the state.
+      boxed: abstract parameters with their logical axis names.
+      optimizer: the one that made `abstract.opt_state`.
+      mesh: from `partitioning.make_mesh`.
+    """
+    params = partitioning.param_shardings(boxed, mesh)
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def slot(leaf: Any, sharding: NamedSharding, param: Any) -> NamedSharding:
+        # Factored slots (Adafactor) have another shape than their parameter.
+        return sharding if leaf.shape == param.shape else whole
+
+    opt_state = optax.tree.map_params(
+        optimizer,
+        slot,
+        abstract.opt_state,
+        params,
+        abstract.params,
+        transform_non_params=lambda _: whole,
+    )
+    return TrainState(
+        step=whole,
+        params=params,
+        ema=dict.fromkeys(abstract.ema, params),
+        opt_state=opt_state,
+        skipped=whole,
+    )
