@@ -16,6 +16,7 @@ def get_config(name: str = "base") -> ml_collections.ConfigDict:
     c.data.path = "runs/demo/data"
     c.data.embeddings = "runs/demo/embeddings"
     c.text.path = "runs/demo/text"
+    c.data.max_text_len = 24
     c.mesh.cpu_devices = 2
     c.diffusion.prediction = "x0"
     c.diffusion.loss_weight = "truncated_v"

@@ -127,6 +127,7 @@ class PretrainTextConfig:
     batch_size: int = doc(64, "Captions per step.")
     learning_rate: float = doc(3e-3, "Peak learning rate of Adam.")
     mask_rate: float = doc(0.3, "Share of tokens that are masked and predicted, 0..1.")
+    context: int = doc(8, "Every vector also predicts tokens up to this far to each side; 0: none.")
     max_captions: int = doc(20_000, "Captions read from the training split.")
 
 

@@ -13,35 +13,17 @@ import os
 import pathlib
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import jax
 import ml_dtypes
 import numpy as np
 
 from imagen_jax.data import embeddings
+from imagen_jax.text import TextEncoder
 
 BUCKET = 8  # Tokens: the step between the lengths that are compiled.
 CHUNK = 4096  # Captions tokenized at a time, to bound the memory.
-
-
-class Encoder(Protocol):
-    """What is asked of a text encoder: tokenize -> ids and mask, encode -> f32[B, L, D]."""
-
-    dim: int
-    max_len: int
-
-    def fingerprint(self) -> dict:
-        """Names and values of all that the embeddings depend on."""
-        ...
-
-    def tokenize(self, captions: Sequence[str]) -> Any:
-        """A batch of `ids` int32[B, max_len], `mask` bool[B, max_len] and `truncated`."""
-        ...
-
-    def encode(self, ids: Any, mask: Any) -> Any:
-        """Embeddings f32[B, L, D] of tokens [B, L] with L up to max_len."""
-        ...
 
 
 class Plan(NamedTuple):
@@ -53,7 +35,7 @@ class Plan(NamedTuple):
     truncated: int
 
 
-def plan_units(captions: Sequence[str], encoder: Encoder, unit_size: int) -> Plan:
+def plan_units(captions: Sequence[str], encoder: TextEncoder, unit_size: int) -> Plan:
     """Splits the distinct captions into units; the same ones whatever the order of `captions`."""
     unique = sorted(set(captions), key=embeddings.caption_hash)
     groups: dict[int, list[str]] = collections.defaultdict(list)
@@ -73,7 +55,7 @@ def plan_units(captions: Sequence[str], encoder: Encoder, unit_size: int) -> Pla
     return Plan(units, len(unique), tokens, truncated)
 
 
-def estimate(captions: Sequence[str], encoder: Encoder) -> dict[str, int]:
+def estimate(captions: Sequence[str], encoder: TextEncoder) -> dict[str, int]:
     """Size of the store before it is made.
 
     Returns:
@@ -91,7 +73,7 @@ def estimate(captions: Sequence[str], encoder: Encoder) -> dict[str, int]:
 
 def embed(
     captions: Sequence[str],
-    encoder: Encoder,
+    encoder: TextEncoder,
     out: str,
     unit_size: int,
     log: Callable[[str], None] = print,
@@ -149,7 +131,7 @@ def embed(
 
 
 def _encode_unit(
-    encoder: Encoder, captions: list[str], length: int, unit_size: int
+    encoder: TextEncoder, captions: list[str], length: int, unit_size: int
 ) -> list[np.ndarray]:
     """Embeddings of the real tokens of each caption, in bfloat16."""
     batch = encoder.tokenize(captions)

@@ -137,7 +137,7 @@ def center_crop_resize(
 
 
 def upsample(images: Float[Array, "b h w 3"], size: int) -> Float[Array, "b size size 3"]:
-    """Enlarges pictures bilinearly inside the graph: the low-resolution conditioning of an SR stage.
+    """Enlarges pictures bilinearly in the graph: the low-resolution conditioning of an SR stage.
 
     Args:
       images: pictures in [-1, 1].

@@ -30,9 +30,10 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from imagen_jax.config import ConfigError, PretrainTextConfig, T5Config
+from imagen_jax.config import ConfigError, OptimizerConfig, PretrainTextConfig, T5Config
 from imagen_jax.interop import hf_t5
 from imagen_jax.models import t5
+from imagen_jax.optimizer import make_optimizer
 
 EOS_ID = 1
 LOG_EVERY = 100
@@ -40,7 +41,9 @@ LOG_EVERY = 100
 # Streams of randomness: fold_in(fold_in(key(seed), STREAM), step).
 INIT_STREAM, STEP_STREAM = 0, 1
 
-_WARMUP_FRACTION = 0.1
+# Context heads trained per step: a random few cost a fraction of all and serve as well.
+_OFFSETS_PER_STEP = 4
+
 _BYTE_PIECES = 256 + 3  # every byte, padding, end mark and unknown
 
 
@@ -99,7 +102,7 @@ def pretrain_text(
 
 
 def train_vocabulary(captions: Sequence[str], vocab_size: int) -> bytes:
-    """A SentencePiece unigram model with T5's special ids; any text can be tokenized with it.
+    """A SentencePiece byte-pair model with T5's special ids; any text can be tokenized with it.
 
     Args:
       captions: text to learn from.
@@ -119,7 +122,11 @@ def train_vocabulary(captions: Sequence[str], vocab_size: int) -> bytes:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(captions),
             model_writer=writer,
-            model_type="unigram",
+            # Not unigram, whose seeds are repeats across different words: on a world of a hundred
+            # words it never proposes whole ones and spells colours in letters.
+            model_type="bpe",
+            # Folds case, so that "A Red Circle" is what was learned.
+            normalization_rule_name="nmt_nfkc_cf",
             vocab_size=vocab_size,
             hard_vocab_limit=False,
             byte_fallback=True,
@@ -146,15 +153,14 @@ def tokenize(
     """Ids with the end mark, zero-padded, as short as the captions allow.
 
     Returns:
-      ids: int32, L a multiple of 8 or max_len.
+      ids: int32, L the longest caption's.
       pieces: size of the vocabulary.
     """
     import sentencepiece
 
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     rows = [[*row[: max_len - 1], EOS_ID] for row in processor.encode(list(captions))]
-    longest = max(map(len, rows))
-    ids = np.zeros((len(rows), min(max_len, -(-longest // 8) * 8)), np.int32)
+    ids = np.zeros((len(rows), max(map(len, rows))), np.int32)
     for i, row in enumerate(rows):
         ids[i, : len(row)] = row
     return ids, processor.get_piece_size()
@@ -175,3 +181,194 @@ def encoder_config(config: PretrainTextConfig, pieces: int) -> T5Config:
         head_dim=config.emb_dim // config.num_heads,
         mlp_dim=config.mlp_dim,
     )
+
+
+def train(
+    ids: Int[np.ndarray, "n l"],
+    config: PretrainTextConfig,
+    t5_config: T5Config,
+    *,
+    mask_id: int,
+    seed: int,
+    log: Callable[[str], None],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Trains encoder and heads; the heads are thrown away.
+
+    Args:
+      ids: the corpus.
+      config: length and rates.
+      t5_config: shape of the encoder.
+      mask_id: id that stands for a masked token.
+      seed: seed of everything random.
+      log: receives a line every 100 steps.
+
+    Returns:
+      The encoder's parameters, and the metrics of the last steps.
+    """
+    key = jax.random.key(seed)
+    # The heads choose among the pieces that occur: most of a small vocabulary is unused bytes.
+    used, targets = np.unique(ids, return_inverse=True)
+    corpus = jax.device_put((ids, targets.reshape(ids.shape).astype(np.int32)))
+    params = init_params(jax.random.fold_in(key, INIT_STREAM), t5_config, config, len(used))
+    state = State(params, pretraining_optimizer(config).init(params))
+    step_key = jax.random.fold_in(key, STEP_STREAM)
+    recent: list[dict[str, jax.Array]] = []
+    start = time.perf_counter()
+    for step in range(config.steps):
+        state, step_metrics = train_step(
+            state,
+            corpus,
+            jax.random.fold_in(step_key, step),
+            config=config,
+            t5_config=t5_config,
+            mask_id=mask_id,
+        )
+        recent.append(step_metrics)
+        if (step + 1) % LOG_EVERY == 0 or step + 1 == config.steps:
+            metrics = _mean(recent)
+            recent.clear()
+            left = (time.perf_counter() - start) * (config.steps / (step + 1) - 1)
+            log(
+                f"step {step + 1}/{config.steps}: loss {metrics['loss']:.3f}, masked accuracy "
+                f"{metrics['masked_accuracy']:.3f}, context accuracy "
+                f"{metrics['context_accuracy']:.3f}, {left:.0f} s left"
+            )
+    return jax.device_get(state.params["encoder"]), {"steps": config.steps, **metrics}
+
+
+def init_params(
+    key: jax.Array, t5_config: T5Config, config: PretrainTextConfig, pieces: int
+) -> dict[str, Any]:
+    """Encoder, and one linear head [D, pieces] per offset in -context..context."""
+    ids = jnp.zeros((1, 2), jnp.int32)
+    encoder_key, head_key = jax.random.split(key)
+    shape = (2 * config.context + 1, t5_config.emb_dim, pieces)
+    return {
+        "encoder": t5.T5Encoder(t5_config).init(encoder_key, ids, ids == 0)["params"],
+        "heads": jax.random.normal(head_key, shape) * t5_config.emb_dim**-0.5,
+    }
+
+
+def pretraining_optimizer(config: PretrainTextConfig) -> optax.GradientTransformation:
+    """Adam with a short warm-up and a decay to zero."""
+    return make_optimizer(
+        OptimizerConfig(
+            learning_rate=config.learning_rate,
+            schedule="cosine",
+            warmup_steps=config.steps // 10,
+            b2=0.99,
+        ),
+        config.steps,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "t5_config", "mask_id"), donate_argnums=0)
+def train_step(
+    state: State,
+    corpus: tuple[Int[Array, "n l"], Int[Array, "n l"]],
+    key: jax.Array,
+    *,
+    config: PretrainTextConfig,
+    t5_config: T5Config,
+    mask_id: int,
+) -> tuple[State, dict[str, Float[Array, ""]]]:
+    """One step of Adam on a random batch of the corpus (ids, and the same among used pieces)."""
+    row_key, mask_key, offset_key = jax.random.split(key, 3)
+    rows = jax.random.randint(row_key, (config.batch_size,), 0, len(corpus[0]))
+    ids, targets = corpus[0][rows], corpus[1][rows]
+    real = ids != 0
+    hidden = real & (ids != EOS_ID) & jax.random.bernoulli(mask_key, config.mask_rate, ids.shape)
+    shown = jnp.where(hidden, mask_id, ids)
+    offsets = draw_offsets(offset_key, config.context)
+
+    def loss_fn(params: dict[str, Any]) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        x = t5.T5Encoder(t5_config).apply({"params": params["encoder"]}, shown, real)
+        return predict(x, params["heads"], targets, real, hidden, offsets)
+
+    grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params)
+    updates, opt_state = pretraining_optimizer(config).update(grads, state.opt_state, state.params)
+    return State(optax.apply_updates(state.params, updates), opt_state), metrics
+
+
+def draw_offsets(key: jax.Array, context: int) -> Int[Array, "s"]:
+    """Zero, then a few random distances of at most `context` to either side."""
+    count = min(2 * context, _OFFSETS_PER_STEP)
+    steps = jax.random.randint(key, (count,), 1, max(2 * context + 1, 2))
+    signed = jnp.where(steps <= context, steps, context - steps)
+    return jnp.concatenate([jnp.zeros(1, jnp.int32), signed])
+
+
+def predict(
+    x: Float[Array, "b l d"],
+    heads: Float[Array, "o d v"],
+    targets: Int[Array, "b l"],
+    real: Bool[Array, "b l"],
+    hidden: Bool[Array, "b l"],
+    offsets: Int[Array, "s"],
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """How well each vector tells its own hidden token and those `offsets` away.
+
+    Args:
+      x: the encoder's vectors.
+      heads: linear heads of the offsets -context..context.
+      targets: the true tokens, among the used pieces.
+      real: False at padding.
+      hidden: True where the encoder saw the mask.
+      offsets: the first is 0 (counted at hidden tokens only), the others are not.
+
+    Returns:
+      The loss in nats (masked plus context, each per token), and the metrics.
+    """
+    length = x.shape[1]
+    places = jnp.arange(length) + offsets[:, None]
+    inside = (places >= 0) & (places < length)
+    places = jnp.clip(places, 0, length - 1)
+    goals = jnp.moveaxis(targets[:, places], 1, 0)
+    counted = inside[:, None] & jnp.moveaxis(real[:, places], 1, 0) & real
+    counted = counted.at[0].set(hidden)
+    logits = jnp.einsum("bld,sdv->sblv", x, heads[offsets + len(heads) // 2])
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, goals)
+    right = logits.argmax(-1) == goals
+
+    def mean(values: Float[Array, "..."], where: Bool[Array, "..."]) -> Float[Array, ""]:
+        return jnp.sum(values * where) / jnp.maximum(jnp.sum(where), 1)
+
+    loss = mean(losses[0], counted[0]) + mean(losses[1:], counted[1:])
+    return loss, {
+        "loss": loss,
+        "masked_accuracy": mean(right[0], counted[0]),
+        "context_accuracy": mean(right[1:], counted[1:]),
+    }
+
+
+def _mean(rows: Sequence[dict[str, jax.Array]]) -> dict[str, float]:
+    host = jax.device_get(list(rows))
+    return {name: round(float(np.mean([row[name] for row in host])), 4) for name in host[0]}
+
+
+def _check_out(out: str) -> pathlib.Path:
+    folder = pathlib.Path(out)
+    if folder.exists() and not (folder / "pretrain.json").is_file():
+        if not folder.is_dir() or any(folder.iterdir()):
+            raise ConfigError(
+                f"--out={out} exists and is not an earlier pretrain_text; give a new folder"
+            )
+    return folder
+
+
+def _write(
+    folder: pathlib.Path,
+    t5_config: T5Config,
+    params: dict[str, Any],
+    model: bytes,
+    metrics: dict[str, Any],
+) -> None:
+    """Writes beside the folder, then renames: nobody picks up a half-written encoder."""
+    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    hf_t5.save(temporary, t5_config, params)
+    (temporary / "spiece.model").write_bytes(model)
+    (temporary / "pretrain.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.rename(folder)

@@ -91,5 +91,8 @@ def _grid(pictures: Sequence[tuple[np.ndarray, str]]) -> UInt8[np.ndarray, "h w 
     """Pictures with their prompts below them, about twice as wide as high."""
     columns = min(8, math.ceil(math.sqrt(2 * len(pictures))))
     return images.grid(
-        np.stack([picture for picture, _ in pictures]), columns, [text for _, text in pictures]
+        np.stack([picture for picture, _ in pictures]),
+        columns,
+        [text for _, text in pictures],
+        scale=2,
     )

@@ -24,6 +24,6 @@ def run(flags: argparse.Namespace) -> None:
         captions[: config.pretrain_text.max_captions],
         config.pretrain_text,
         flags.out,
-        config.seed,
-        config.text.max_len,
+        seed=config.seed,
+        max_len=config.text.max_len,
     )

@@ -18,5 +18,5 @@ def run(flags: argparse.Namespace) -> None:
     """Carries the verb out."""
     config = wiring.load_config(flags)
     pipeline = wiring.open_pipeline(config)
-    config = with_text_dim(config, pipeline.text_dim)
+    config = with_text_dim(config, pipeline.store.dim)
     train(config, flags.workdir, pipeline.batches)

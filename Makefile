@@ -1,0 +1,32 @@
+# The commands of imagen_jax; `make help` lists them.
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.installed
+
+.PHONY: help install demo test test-slow lint clean
+.DEFAULT_GOAL := help
+
+help:  ## List the commands.
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(STAMP)  ## Set up .venv with the package and all it needs, at the tested versions.
+
+$(STAMP): setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[data,dev]'
+	@touch $(STAMP)
+
+demo: install  ## Train a text-to-image cascade from nothing and draw held-out prompts (minutes).
+	bash launch/demo.sh runs/demo
+
+test: install  ## Run the default tests.
+	$(VENV)/bin/python -m pytest -q -m 'not slow'
+
+test-slow: install  ## Run the slow tests (minutes to half an hour).
+	$(VENV)/bin/python -m pytest -q -m slow
+
+lint: install  ## Check style.
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+
+clean:  ## Remove the virtual environment and what runs left.
+	rm -rf $(VENV) runs build *.egg-info

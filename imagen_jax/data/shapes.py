@@ -1,0 +1,400 @@
+"""The shapes world: coloured shapes drawn from captioned scenes, a data set without a download.
+
+A scene is a pure function of (split, index), a picture a pure function of the scene. The world is
+small enough to learn in minutes and strict enough to measure what the paper is about (Imagen,
+section 4.3, DrawBench): does the picture show the colours, counts and relations that the text asks
+for, also in combinations that were never drawn while training? Scenes become TFRecord files in
+`data.shapes_builder`; `evaluation.alignment` reads pictures back.
+
+Coordinates: x to the right, y down, in pixels; pixel i covers [i, i + 1), so the picture's centre
+is (32, 32). An object's x, y is the centre of its bounding box.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+VERSION = 1
+SPLITS = {"train": 20_000, "seen_test": 1_000, "held_out": 1_000}
+MIXTURE = {"single": 0.30, "count": 0.40, "relation": 0.30}
+KINDS = tuple(MIXTURE)
+
+PICTURE = 64
+MARGIN = 2.0
+# One pixel more than the three promised: an antialiased edge reaches half a pixel outwards.
+GAP = 4.0
+BACKGROUND = (22, 22, 26)
+COLORS = {
+    "red": (225, 35, 35),
+    "green": (35, 170, 60),
+    "blue": (45, 75, 235),
+    "yellow": (245, 220, 45),
+    "purple": (150, 45, 190),
+    "orange": (250, 135, 20),
+    "cyan": (45, 215, 225),
+    "white": (245, 245, 245),
+}
+SIZES = {"small": 6.5, "medium": 8.75, "large": 11.5}
+
+# Lengths in radii, chosen for similar area at equal size.
+SQUARE_HALF = math.sqrt(math.pi) / 2
+TRIANGLE_HALF = 1.15
+CROSS_ARM = 1.15
+CROSS_HALF_WIDTH = 0.4
+EXTENT = {"circle": 1.0, "square": SQUARE_HALF, "triangle": TRIANGLE_HALF, "cross": CROSS_ARM}
+SHAPES = tuple(EXTENT)
+
+AXIS = {"left of": 0, "right of": 0, "above": 1, "below": 1}
+RELATIONS = tuple(AXIS)
+# In a relation the offset across the axis is at most this share of the distance along it.
+MAX_SLANT = 0.5
+PLACEMENT_TRIES = 64
+
+NUMBERS = {2: "two", 3: "three", 4: "four"}
+DIGIT_SHARE = 0.2
+PERIOD_SHARE = 0.25
+SIZE_NAMED_SHARE = {"single": 0.7, "count": 0.7, "relation": 0.5}
+# {a}, {b}: with article; {x}, {y}: without; {xs}: plural; {word}: left of; {to}: to the left of.
+TEMPLATES = {
+    "single": (
+        "{a}",
+        "one {x}",
+        "a single {x}",
+        "there is {a}",
+        "a picture of {a}",
+        "an image showing {a}",
+        "this picture shows {a}",
+        "{a} and nothing else",
+    ),
+    "count": (
+        "{n} {xs}",
+        "there are {n} {xs}",
+        "exactly {n} {xs}",
+        "a group of {n} {xs}",
+        "a picture of {n} {xs}",
+        "an image showing {n} {xs}",
+        "this picture shows {n} {xs}",
+        "{n} {xs} and nothing else",
+    ),
+    "relation": (
+        "{a} {word} {b}",
+        "{a} {to} {b}",
+        "{a} is {to} {b}",
+        "the {x} is {to} the {y}",
+        "there is {a} {to} {b}",
+        "a picture of {a} {word} {b}",
+        "an image showing {a} {to} {b}",
+        "{to} {b} there is {a}",
+        "{to} {b} is {a}",
+        "{b} with {a} {to} it",
+        "{b} has {a} {to} it",
+        "there is {b} and {to} it is {a}",
+    ),
+}
+
+
+class ShapesError(ValueError):
+    """A scene was asked for that the world does not have."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Object:
+    """One coloured shape; x, y in pixels."""
+
+    shape: str
+    color: str
+    size: str
+    x: float = 0.0
+    y: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Relation:
+    """`objects[first]` is `word` (above, below, left of, right of) `objects[second]`."""
+
+    word: str
+    first: int
+    second: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """What a picture shows and says; `sizes_named` tells whether the caption names the sizes."""
+
+    kind: str
+    objects: tuple[Object, ...]
+    relation: Relation | None
+    caption: str
+    sizes_named: bool
+
+
+def scene(split: str, index: int) -> Scene:
+    """The scene with number `index` of a split, always the same one.
+
+    Args:
+      split: train, seen_test (other scenes of the same combinations) or held_out (combinations
+        that the other two never show, a third of each kind).
+      index: 0 or more.
+
+    Raises:
+      ShapesError: unknown split or negative index.
+    """
+    if split not in SPLITS:
+        raise ShapesError(f"split={split!r} is not one of {', '.join(SPLITS)}")
+    if index < 0:
+        raise ShapesError(f"index={index} must be 0 or more")
+    rng = np.random.default_rng((VERSION, list(SPLITS).index(split), index))
+    novel = split == "held_out"
+    kind = KINDS[index % 3 if novel else rng.choice(3, p=list(MIXTURE.values()))]
+    while True:
+        objects, relation = _compose(kind, rng)
+        if _is_novel(objects, relation) == novel:
+            break
+    # Without its size a prompt about a held-out object would read like one of the training set.
+    novel_by_size = novel and not (relation and _is_held_statement(objects, relation))
+    sizes_named = bool(rng.random() < SIZE_NAMED_SHARE[kind]) or novel_by_size
+    caption = _caption(kind, objects, relation, sizes_named, rng)
+    return Scene(kind, _place(objects, relation, rng), relation, caption, sizes_named)
+
+
+def is_held_out(scene: Scene) -> bool:
+    """Whether a scene shows an object, a number or a statement that training never shows."""
+    return _is_novel(scene.objects, scene.relation)
+
+
+def draw(scene: Scene) -> UInt8[np.ndarray, "64 64 3"]:
+    """The antialiased picture of a scene, 0..255."""
+    picture = np.empty((PICTURE, PICTURE, 3), np.float32)
+    picture[:] = BACKGROUND
+    for thing in scene.objects:
+        radius = SIZES[thing.size]
+        reach = radius * EXTENT[thing.shape] + 1
+        left, top = max(math.floor(thing.x - reach), 0), max(math.floor(thing.y - reach), 0)
+        window = picture[top : math.ceil(thing.y + reach), left : math.ceil(thing.x + reach)]
+        dx = np.arange(window.shape[1], dtype=np.float32) + (left + 0.5 - thing.x)
+        dy = np.arange(window.shape[0], dtype=np.float32) + (top + 0.5 - thing.y)
+        alpha = coverage(thing.shape, radius, dx[None, :], dy[:, None])[..., None]
+        window += alpha * (np.array(COLORS[thing.color], np.float32) - window)
+    return np.rint(picture).astype(np.uint8)
+
+
+def prompt_row(scene: Scene) -> dict[str, Any]:
+    """The scene as a row of `prompts.jsonl`; `size` is None where the caption does not name it."""
+    hidden = {} if scene.sizes_named else {"size": None}
+    objects = [dataclasses.asdict(thing) | hidden for thing in scene.objects]
+    relation = dataclasses.asdict(scene.relation) if scene.relation else None
+    return {"prompt": scene.caption, "kind": scene.kind, "objects": objects, "relation": relation}
+
+
+def scene_from_row(row: Mapping[str, Any], rng: np.random.Generator) -> Scene:
+    """A scene that fulfils a prompt row.
+
+    The row's own positions are used where sizes and positions are complete and fit; otherwise
+    unnamed sizes are drawn (equal ones for equal objects) and the objects placed anew.
+
+    Raises:
+      ShapesError: the objects do not fit into the picture.
+    """
+    named = all(thing.get("size") for thing in row["objects"])
+    sizes: dict[tuple[str, str], str] = {}
+    objects = []
+    for thing in row["objects"]:
+        drawn = sizes.setdefault((thing["shape"], thing["color"]), str(rng.choice(list(SIZES))))
+        position = (float(thing.get("x") or 0), float(thing.get("y") or 0))
+        size = thing.get("size") or drawn
+        objects.append(Object(thing["shape"], thing["color"], size, *position))
+    said = row.get("relation")
+    relation = Relation(said["word"], said["first"], said["second"]) if said else None
+    placed = tuple(objects) if named and _fits(objects) else _place(objects, relation, rng)
+    return Scene(row["kind"], placed, relation, row["prompt"], named)
+
+
+def coverage(
+    shape: str,
+    radius: float | Float[np.ndarray, ...],
+    dx: Float[np.ndarray, ...],
+    dy: Float[np.ndarray, ...],
+) -> Float[np.ndarray, ...]:
+    """Share of a pixel that a shape covers, 0..1, from the signed distance to its outline.
+
+    Args:
+      shape: one of SHAPES.
+      radius: size in pixels, see SIZES; broadcast against `dx` and `dy`.
+      dx: pixel centre minus object centre, rightwards, pixels.
+      dy: the same downwards.
+    """
+    return np.clip(0.5 - _DISTANCES[shape](dx, dy, radius), 0, 1)
+
+
+def _triangle(dx: np.ndarray, dy: np.ndarray, radius: float | np.ndarray) -> np.ndarray:
+    half = TRIANGLE_HALF * radius
+    side = (2 * np.abs(dx) - (dy + half)) / math.sqrt(5)  # outline from (0, -half) to (half, half)
+    return np.maximum(side, dy - half)
+
+
+def _cross(dx: np.ndarray, dy: np.ndarray, radius: float | np.ndarray) -> np.ndarray:
+    arm, half_width = CROSS_ARM * radius, CROSS_HALF_WIDTH * radius
+    dx, dy = np.abs(dx), np.abs(dy)
+    flat = np.maximum(dx - arm, dy - half_width)
+    upright = np.maximum(dx - half_width, dy - arm)
+    return np.minimum(flat, upright)
+
+
+_DISTANCES: dict[str, Callable[..., np.ndarray]] = {
+    "circle": lambda dx, dy, radius: np.sqrt(dx * dx + dy * dy) - radius,
+    "square": lambda dx, dy, radius: np.maximum(abs(dx), abs(dy)) - SQUARE_HALF * radius,
+    "triangle": _triangle,
+    "cross": _cross,
+}
+
+
+def _compose(kind: str, rng: np.random.Generator) -> tuple[tuple[Object, ...], Relation | None]:
+    """Objects without positions, and their relation."""
+    if kind == "relation":
+        while True:
+            pair = (_random_object(rng), _random_object(rng))
+            if (pair[0].color, pair[0].shape) != (pair[1].color, pair[1].shape):
+                return pair, Relation(RELATIONS[rng.integers(len(RELATIONS))], 0, 1)
+    number = 1 if kind == "single" else int(rng.integers(min(NUMBERS), max(NUMBERS) + 1))
+    return (_random_object(rng),) * number, None
+
+
+def _random_object(rng: np.random.Generator) -> Object:
+    shape, color, size = rng.integers((len(SHAPES), len(COLORS), len(SIZES)))
+    return Object(SHAPES[shape], tuple(COLORS)[color], tuple(SIZES)[size])
+
+
+def _indices(thing: Object) -> tuple[int, int, int]:
+    return list(COLORS).index(thing.color), SHAPES.index(thing.shape), list(SIZES).index(thing.size)
+
+
+def _is_novel(objects: Sequence[Object], relation: Relation | None) -> bool:
+    if relation:
+        combined = _is_held_statement(objects, relation)
+    else:
+        combined = len(objects) > 1 and _is_held_number(len(objects), objects[0])
+    return combined or any(map(_is_held_object, objects))
+
+
+def _is_held_object(thing: Object) -> bool:
+    """One sixth of the (colour, shape, size) triples, every colour, shape and size among them."""
+    color, shape, size = _indices(thing)
+    return (color + 2 * shape + 3 * size) % 6 == 0
+
+
+def _is_held_number(number: int, thing: Object) -> bool:
+    """One sixth of the (number, colour, shape, size) combinations."""
+    color, shape, size = _indices(thing)
+    return (color + 3 * shape + size + 2 * number) % 6 == 1
+
+
+def _is_held_statement(objects: Sequence[Object], relation: Relation) -> bool:
+    """One sixth of the statements; "a above b" and "b below a" are the same one."""
+    first, second = objects[relation.first], objects[relation.second]
+    if relation.word in ("right of", "below"):
+        first, second = second, first
+    (color_1, shape_1, _), (color_2, shape_2, _) = _indices(first), _indices(second)
+    axis = AXIS[relation.word]
+    return (color_1 + 2 * color_2 + shape_1 + 3 * shape_2 + 2 * axis) % 6 == 0
+
+
+def _caption(
+    kind: str,
+    objects: Sequence[Object],
+    relation: Relation | None,
+    sizes_named: bool,
+    rng: np.random.Generator,
+) -> str:
+    template = TEMPLATES[kind][rng.integers(len(TEMPLATES[kind]))]
+    things = [objects[relation.first], objects[relation.second]] if relation else objects
+    x, y = (_name(thing, sizes_named) for thing in (things[0], things[-1]))
+    a, b = (f"an {name}" if name[0] in "aeiou" else f"a {name}" for name in (x, y))
+    words = {"a": a, "b": b, "x": x, "y": y}
+    if relation:
+        words["word"] = relation.word
+        words["to"] = relation.word if AXIS[relation.word] else f"to the {relation.word}"
+    elif kind == "count":
+        words["n"] = str(len(objects)) if rng.random() < DIGIT_SHARE else NUMBERS[len(objects)]
+        words["xs"] = x + ("es" if x.endswith("s") else "s")
+    return template.format(**words) + "." * int(rng.random() < PERIOD_SHARE)
+
+
+def _name(thing: Object, size_named: bool) -> str:
+    words = (thing.size, thing.color, thing.shape)
+    return " ".join(words if size_named else words[1:])
+
+
+def _place(
+    objects: Sequence[Object], relation: Relation | None, rng: np.random.Generator
+) -> tuple[Object, ...]:
+    extents = _extents(objects)
+    if relation and len(objects) == 2:
+        centres = _related_centres(extents, relation, rng)
+    else:
+        centres = _scattered_centres(extents, rng)
+    # Two decimals are what a prompt row shows; rounding here makes the row the whole truth.
+    return tuple(
+        dataclasses.replace(thing, x=round(float(x), 2), y=round(float(y), 2))
+        for thing, (x, y) in zip(objects, centres, strict=True)
+    )
+
+
+def _extents(objects: Sequence[Object]) -> np.ndarray:
+    """Half the sides of the (square) bounding boxes, pixels [n]."""
+    return np.array([EXTENT[thing.shape] * SIZES[thing.size] for thing in objects])
+
+
+def _related_centres(
+    extents: np.ndarray, relation: Relation, rng: np.random.Generator
+) -> np.ndarray:
+    """Centres [2, 2] for which the relation holds beyond doubt, see MAX_SLANT."""
+    along = AXIS[relation.word]
+    forward = relation.word in ("left of", "above")
+    low, high = (relation.first, relation.second) if forward else (relation.second, relation.first)
+    centres, lowest, highest = np.empty((2, 2)), MARGIN + extents, PICTURE - MARGIN - extents
+    distance = rng.uniform(extents.sum() + GAP, highest[high] - lowest[low])
+    centres[low, along] = rng.uniform(lowest[low], highest[high] - distance)
+    centres[high, along] = centres[low, along] + distance
+    centres[low, 1 - along] = across = rng.uniform(lowest[low], highest[low])
+    reach = MAX_SLANT * distance
+    centres[high, 1 - along] = rng.uniform(
+        max(lowest[high], across - reach), min(highest[high], across + reach)
+    )
+    return centres
+
+
+def _scattered_centres(extents: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Centres [n, 2], uniform among those that keep the gap; in quadrants where that is rare."""
+    number = len(extents)
+    lowest, highest = MARGIN + extents[:, None], PICTURE - MARGIN - extents[:, None]
+    tries = rng.uniform(lowest, highest, size=(PLACEMENT_TRIES, number, 2))
+    fitting = np.flatnonzero(_are_apart(tries, extents))
+    if len(fitting):
+        return tries[fitting[0]]
+    if number > 4:
+        raise ShapesError(f"{number} objects do not fit into the picture; at most 4 always do")
+    cells = rng.permutation(4)[:number]
+    corner = np.stack([cells % 2, cells // 2], axis=1) * (PICTURE - 2 * MARGIN + GAP) / 2
+    room = (PICTURE - 2 * MARGIN - GAP) / 2 - 2 * extents[:, None]
+    return lowest + corner + rng.random((number, 2)) * room
+
+
+def _are_apart(centres: np.ndarray, extents: np.ndarray) -> np.ndarray | np.bool_:
+    """Whether all bounding boxes keep the gap: centres [..., n, 2], extents [n] -> [...]."""
+    i, j = np.triu_indices(len(extents), 1)
+    distance = np.abs(centres[..., i, :] - centres[..., j, :]).max(-1)
+    return (distance >= extents[i] + extents[j] + GAP).all(-1)
+
+
+def _fits(objects: Sequence[Object]) -> bool:
+    extents = _extents(objects)
+    centres = np.array([(thing.x, thing.y) for thing in objects])
+    inside = np.abs(centres - PICTURE / 2).max(-1) <= PICTURE / 2 - MARGIN - extents + 0.01
+    # Rounded positions may miss the gap by a hundredth.
+    return bool(inside.all() and _are_apart(centres, extents - 0.01))

@@ -1,0 +1,97 @@
+"""The shapes world as a TFDS data set, and the one command that puts any TFDS data set on disk.
+
+`prepare` is the start of the data flow: what it writes (TFRecord files and, for the shapes world,
+prompt files for `sample`) is all that the later steps read. Examples keep their order, so that
+record i of a split is `shapes.scene(split, i)`.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from imagen_jax.config import ConfigError
+from imagen_jax.data import shapes
+
+PROMPT_SPLITS = ("seen_test", "held_out")
+
+
+class ShapesWorld(tfds.core.GeneratorBasedBuilder):
+    """Coloured shapes with captions: single objects, counts and relations, 64x64."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "First release."}
+    # There is nothing to download; looking for checksums, TFDS would import a package
+    # (importlib_resources) that it does not require.
+    url_infos = None
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        size = shapes.PICTURE
+        return self.dataset_info_from_configs(
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(size, size, 3), encoding_format="png"),
+                    "caption": tfds.features.Text(doc="One English sentence."),
+                    "row": tfds.features.Text(doc="The prompt row (JSON), see shapes.prompt_row."),
+                }
+            ),
+            supervised_keys=("caption", "image"),
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
+        del dl_manager  # Nothing is downloaded.
+        return {split: self._generate_examples(split) for split in shapes.SPLITS}
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        for index in range(shapes.SPLITS[split]):
+            scene = shapes.scene(split, index)
+            png = io.BytesIO()
+            Image.fromarray(shapes.draw(scene)).save(png, "PNG")
+            row = json.dumps(shapes.prompt_row(scene))
+            yield index, {"image": png.getvalue(), "caption": scene.caption, "row": row}
+
+
+def prepare(data_dir: str, name: str) -> None:
+    """Writes a TFDS data set to disk; what is there already is kept.
+
+    Args:
+      data_dir: folder for the files; for the shapes world also `prompts_seen_test.jsonl` and
+        `prompts_held_out.jsonl`, whose first N rows hold the kinds of prompt in equal parts.
+      name: registered name of a builder, e.g. shapes_world.
+
+    Raises:
+      ConfigError: no builder of that name.
+    """
+    try:
+        builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
+    except tfds.core.registered.DatasetNotFoundError as error:
+        raise ConfigError(
+            f"config.data.name={name!r} is no TFDS data set; try shapes_world, "
+            "or import the module that defines the builder"
+        ) from error
+    builder.download_and_prepare(
+        download_config=tfds.download.DownloadConfig(try_download_gcs=False),
+        file_format=tfds.core.FileFormat.TFRECORD,
+    )
+    if name == ShapesWorld.name:
+        for split in PROMPT_SPLITS:
+            _write_prompts(split, pathlib.Path(data_dir) / f"prompts_{split}.jsonl")
+
+
+def _write_prompts(split: str, path: pathlib.Path) -> None:
+    scenes = [shapes.scene(split, index) for index in range(shapes.SPLITS[split])]
+    by_kind = [[scene for scene in scenes if scene.kind == kind] for kind in shapes.KINDS]
+    taken_in_turns = itertools.chain(*itertools.zip_longest(*by_kind))
+    lines = [json.dumps(shapes.prompt_row(scene)) + "\n" for scene in taken_in_turns if scene]
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text("".join(lines))
+    os.replace(partial, path)

@@ -1,0 +1,158 @@
+"""The seqio registration of a pipeline: source, task, feature converter, batches.
+
+The source is an endless stream without state: it reads through `Pipeline.examples_at`, so that the
+order, the sharding and the start at any step are the pipeline's. Hence no shuffling, caching or
+repeating by seqio, whose buffers would tie the order to one process's past.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from imagen_jax import config
+from imagen_jax.data.pipeline import Batch, Pipeline
+
+# Start-up messages of TensorFlow are of no use here; its errors reach Python as exceptions.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import seqio  # noqa: E402
+import tensorflow as tf  # noqa: E402
+
+from imagen_jax.data.feature_converter import ImagenFeatureConverter  # noqa: E402
+
+SPLIT = "train"
+
+
+def _confine_tensorflow() -> None:
+    """Leaves the accelerators to JAX and most of the host's threads to the training."""
+    for kind in ("GPU", "TPU"):
+        tf.config.set_visible_devices([], kind)
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    tf.config.threading.set_inter_op_parallelism_threads(2)
+
+
+# It refuses where TensorFlow already runs in this process, as its user has set it up.
+with contextlib.suppress(RuntimeError):
+    _confine_tensorflow()
+
+
+class StreamSource(seqio.DataSource):
+    """The examples of a pipeline from a step on, as a seqio data source."""
+
+    def __init__(self, pipeline: Pipeline, start_step: int = 0) -> None:
+        """Wraps `pipeline`; a shard of the source is a host of the pipeline."""
+        self._pipeline = pipeline
+        self._start_step = start_step
+        super().__init__(splits=(SPLIT,), caching_permitted=False, performs_internal_shuffling=True)
+
+    @property
+    def supports_arbitrary_sharding(self) -> bool:
+        """Any number of hosts that divides the batch."""
+        return True
+
+    def list_shards(self, split: str) -> Sequence[str]:
+        """One nominal shard; hosts are told apart by arithmetic."""
+        return [split]
+
+    def get_dataset(
+        self,
+        split: str = SPLIT,
+        shuffle: bool = True,
+        seed: int | None = None,
+        shard_info: seqio.ShardInfo | None = None,
+        **unused: object,
+    ) -> tf.data.Dataset:
+        """The examples of one host; the pipeline decides the order, not `shuffle` and `seed`."""
+        del split, shuffle, seed, unused
+        pipeline = self._pipeline
+        if shard_info is not None:
+            pipeline = pipeline.for_host(shard_info.index, shard_info.num_shards)
+        specs = _stored_specs(pipeline)
+
+        def read(step: np.int64) -> list[np.ndarray]:
+            examples = pipeline.examples_at(int(step))
+            return [examples[name] for name in specs]
+
+        def load(step: tf.Tensor) -> dict[str, tf.Tensor]:
+            values = tf.numpy_function(read, [step], [s.dtype for s in specs.values()])
+            shaped = zip(specs.items(), values, strict=True)
+            return {name: tf.ensure_shape(value, spec.shape) for (name, spec), value in shaped}
+
+        # A whole batch per call: crossing into Python for each picture costs more than reading it.
+        steps = tf.data.Dataset.counter(start=self._start_step)
+        ahead = max(pipeline.data.prefetch, 1)
+        return steps.map(load, num_parallel_calls=ahead, deterministic=True).unbatch()
+
+
+def _stored_specs(pipeline: Pipeline) -> dict[str, tf.TensorSpec]:
+    data, count = pipeline.data, pipeline.per_host
+    specs = {"image": tf.TensorSpec((count, data.image_size, data.image_size, 3), tf.uint8)}
+    if data.lowres_size:
+        specs["lowres"] = tf.TensorSpec((count, data.lowres_size, data.lowres_size, 3), tf.uint8)
+    text = (count, data.max_text_len)
+    specs["text_emb"] = tf.TensorSpec((*text, pipeline.store.dim), tf.bfloat16)
+    specs["text_mask"] = tf.TensorSpec(text, tf.bool)
+    return specs
+
+
+def drop_padding(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """Preprocessor: keeps the embeddings of the real tokens, one example in, one out."""
+
+    def drop(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        count = tf.math.count_nonzero(example.pop("text_mask"))
+        return {**example, "text_emb": example["text_emb"][:count]}
+
+    return dataset.map(drop)
+
+
+def register(pipeline: Pipeline) -> str:
+    """Registers the pipeline's task with seqio and returns its name."""
+    name = f"imagen_{config.fingerprint([pipeline.fingerprint(), vars(pipeline.data)])}"
+    if name in seqio.TaskRegistry.names():
+        seqio.TaskRegistry.remove(name)
+    pictures = ("image", "lowres") if pipeline.data.lowres_size else ("image",)
+    features = {name: seqio.ContinuousFeature(dtype=tf.uint8, rank=3) for name in pictures}
+    features["text_emb"] = seqio.ContinuousFeature(dtype=tf.bfloat16, rank=2)
+    seqio.TaskRegistry.add(
+        name,
+        source=StreamSource(pipeline),
+        preprocessors=[drop_padding],
+        output_features=features,
+        shuffle_buffer_size=None,
+    )
+    return name
+
+
+def imagen_batches(pipeline: Pipeline, start_step: int = 0) -> Iterator[Batch]:
+    """The batches of this host from a step on, without end; bit for bit `Pipeline.batch_at`.
+
+    Args:
+      pipeline: what to read.
+      start_step: the first step wanted; reaching it costs nothing.
+
+    Returns:
+      An iterator of image, lowres (SR stages), text_emb and text_mask as NumPy arrays.
+    """
+    data = pipeline.data
+    task = seqio.TaskRegistry.get(register(pipeline))
+    lengths = {"image": data.image_size, "text_emb": data.max_text_len}
+    if data.lowres_size:
+        lengths["lowres"] = data.lowres_size
+    dataset = seqio.get_dataset(
+        task.replace(source=StreamSource(pipeline, start_step)),
+        task_feature_lengths=lengths,
+        feature_converter=ImagenFeatureConverter(lowres=bool(data.lowres_size)),
+        dataset_split=SPLIT,
+        shuffle=False,
+        shard_info=seqio.ShardInfo(pipeline.host, pipeline.hosts),
+        batch_size=pipeline.per_host,
+        verbose=False,
+    )
+    options = tf.data.Options()
+    options.threading.private_threadpool_size = max(data.prefetch, 1)
+    options.threading.max_intra_op_parallelism = 1
+    return dataset.prefetch(max(data.prefetch, 1)).with_options(options).as_numpy_iterator()

@@ -1,0 +1,144 @@
+"""The public T5 checkpoints, read natively: a msgpack tree whose large leaves are zarr folders.
+
+`checkpoint_N/checkpoint` maps names to arrays or to a description of where one lies; the arrays
+lie beside it in `target.encoder.layers_0...` folders. Only the encoder is read. Names and shapes
+are those of `models.t5`, hence nothing is transposed.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import msgpack
+import numpy as np
+import tensorstore as ts
+
+from imagen_jax.config import T5Config
+from imagen_jax.interop import weights
+from imagen_jax.models import t5
+
+
+def load(
+    folder: str | pathlib.Path, t5_config: T5Config
+) -> tuple[T5Config, dict[str, Any]]:
+    """Reads the encoder of a t5x checkpoint.
+
+    Args:
+      folder: a `checkpoint_N` folder, local or any address tensorstore knows (`gs://...`).
+      t5_config: shape of the encoder; the checkpoint itself does not record it.
+
+    Returns:
+      `t5_config`, and float32 parameters as nested dicts of NumPy arrays (bfloat16 is widened).
+
+    Raises:
+      WeightsError: the folder is no such checkpoint, it is damaged or incomplete, or its
+        parameters do not fit `t5_config` (every missing, extra and wrong-shape one is named).
+    """
+    store = _open(str(folder))
+    leaves = _encoder_leaves(_read_tree(store, folder), folder)
+    expected = weights.flatten(t5.parameter_shapes(t5_config))
+    found = {path: _leaf_array(store, folder, path, leaf) for path, leaf in leaves.items()}
+    weights.check_parameters(
+        folder,
+        {path: array.shape for path, array in found.items() if array is not None},
+        {path: leaf.shape for path, leaf in expected.items()},
+    )
+    flat = {path: _read(array, folder, path) for path, array in found.items()}
+    return t5_config, weights.unflatten(flat)
+
+
+def _open(folder: str) -> ts.KvStore:
+    if "://" in folder:
+        return ts.KvStore.open(folder.rstrip("/") + "/").result()
+    path = f"{pathlib.Path(folder).absolute()}/"
+    return ts.KvStore.open({"driver": "file", "path": path}).result()
+
+
+def _read_tree(store: ts.KvStore, folder: Any) -> Mapping[str, Any]:
+    """The parameters' tree as written in the msgpack file."""
+    content = store.read("checkpoint").result()
+    if content.state != "value":
+        raise weights.WeightsError(
+            f"{folder} has no file 'checkpoint'; give a t5x checkpoint_N folder"
+        )
+    try:
+        tree = msgpack.unpackb(content.value, ext_hook=_array, raw=False, strict_map_key=False)
+        return tree["optimizer"]["target"]
+    except (ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
+        raise weights.WeightsError(
+            f"{folder}/checkpoint is not a whole t5x checkpoint: {type(error).__name__} {error}"
+        ) from error
+
+
+def _array(code: int, data: bytes) -> np.ndarray:
+    """Flax's msgpack extensions: 1 is an array, 3 a scalar, both as (shape, dtype, bytes)."""
+    if code not in (1, 3):
+        raise ValueError(f"msgpack extension {code} is not an array")
+    shape, dtype, content = msgpack.unpackb(data, raw=True)
+    name = dtype.decode()
+    return np.frombuffer(content, ml_dtypes.bfloat16 if name == "bfloat16" else name).reshape(shape)
+
+
+def _encoder_leaves(target: Mapping[str, Any], folder: Any) -> dict[str, Any]:
+    """Our path -> inline array or tensorstore description, encoder only.
+
+    Raises:
+      WeightsError: the layout is umT5's.
+    """
+    encoder = target.get("encoder", {})
+    if "encoder" in encoder:
+        raise weights.WeightsError(
+            f"{folder} holds a umT5 or scanned T5: its layers are stacked in one array "
+            "(target.encoder.encoder); only T5 v1.0, v1.1 and ByT5 with a layer each are read"
+        )
+    leaves = _flatten({**encoder, "token_embedder": target.get("token_embedder", {})})
+    if any(re.match(r"layers_\d+/.*rel_embedding", path) for path in leaves):
+        raise weights.WeightsError(
+            f"{folder} holds a umT5: its layers each have a relative bias of their own "
+            "(layers_N.relpos_bias); only T5 v1.0, v1.1 and ByT5 with one for all are read"
+        )
+    return leaves
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """As `weights.flatten`, but a tensorstore description is a leaf."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        inner = isinstance(value, Mapping) and "driver" not in value
+        flat |= _flatten(value, f"{prefix}{name}/") if inner else {f"{prefix}{name}": value}
+    return flat
+
+
+def _leaf_array(store: ts.KvStore, folder: Any, path: str, leaf: Any) -> Any:
+    """An inline array, or an opened but unread zarr array; None where its folder is missing."""
+    if not isinstance(leaf, Mapping):
+        return leaf
+    # The address on record is that of the machine which wrote it; the folder's name is the key.
+    root = "" if path.startswith("token_embedder") else "encoder."
+    name = f"target.{root}{path.replace('/', '.')}/"
+    if store.read(f"{name}.zarray").result().state != "value":
+        return None
+    # A chunk that was not copied is an error, not zeros.
+    spec = {"driver": "zarr", "kvstore": (store / name).spec(), "fill_missing_data_reads": False}
+    try:
+        return ts.open(spec, open=True, read=True).result()
+    except ValueError as error:
+        raise weights.WeightsError(f"{folder}/{name} is damaged: {_first_line(error)}") from error
+
+
+def _read(array: Any, folder: Any, path: str) -> np.ndarray:
+    try:
+        values = array.read().result() if isinstance(array, ts.TensorStore) else array
+    except ValueError as error:
+        raise weights.WeightsError(
+            f"{folder}: {path} is damaged or incomplete: {_first_line(error)}"
+        ) from error
+    return np.asarray(values).astype(np.float32)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0][:200]

@@ -1,0 +1,162 @@
+"""Tensors from torch's pickles, without torch and without running what a pickle asks for.
+
+A pickle is a program that may call any importable function. This reader knows the four names a
+saved `state_dict` of tensors needs and refuses every other. Two containers are known: the zip
+archive of torch 1.6 and later, and the stream of pickles before it.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import io
+import pathlib
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable
+from typing import IO, Any
+
+import ml_dtypes
+import numpy as np
+
+_STORAGES = {
+    "DoubleStorage": np.dtype("f8"),
+    "FloatStorage": np.dtype("f4"),
+    "HalfStorage": np.dtype("f2"),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "LongStorage": np.dtype("i8"),
+    "IntStorage": np.dtype("i4"),
+    "ShortStorage": np.dtype("i2"),
+    "CharStorage": np.dtype("i1"),
+    "ByteStorage": np.dtype("u1"),
+    "BoolStorage": np.dtype("?"),
+}
+
+_STREAM_MAGIC = 0x1950A86A20F9469CFC6C
+
+
+class RefusedError(pickle.UnpicklingError):
+    """The pickle asks for something that is not a tensor."""
+
+
+# What reading a damaged file may raise.
+ERRORS = (
+    pickle.UnpicklingError,
+    ValueError,
+    KeyError,
+    TypeError,
+    IndexError,
+    AttributeError,
+    EOFError,
+    zipfile.BadZipFile,
+    struct.error,
+)
+
+
+def load(path: pathlib.Path, keep: Callable[[str], bool]) -> dict[str, np.ndarray]:
+    """The tensors of a saved `state_dict` whose names `keep` accepts.
+
+    Raises:
+      RefusedError: the file asks for anything but tensors.
+      Exception: one of `ERRORS`, if it is damaged.
+    """
+    with open(path, "rb") as file:
+        tensors = _load_zip(file) if zipfile.is_zipfile(file) else _load_stream(file)
+        if not isinstance(tensors, dict):
+            raise ValueError(f"it holds a {type(tensors).__name__}, not a dict of tensors")
+        tensors = tensors.get("state_dict", tensors)
+        return {
+            name: tensor() for name, tensor in tensors.items() if callable(tensor) and keep(name)
+        }
+
+
+class _Storage:
+    """A flat buffer, read when first asked for."""
+
+    def __init__(self, dtype: np.dtype, read: Callable[[], bytes]):
+        self.dtype = dtype
+        self._read = read
+
+    @functools.cached_property
+    def content(self) -> bytes:
+        return self._read()
+
+
+def _tensor(storage: _Storage, offset: int, shape: tuple, strides: tuple, *_: Any) -> Any:
+    """What a pickled tensor becomes: a function that gives its array.
+
+    `np.ndarray` checks that the strides stay within the buffer.
+    """
+    item = storage.dtype.itemsize
+
+    def array() -> np.ndarray:
+        steps = tuple(step * item for step in strides)
+        return np.ndarray(shape, storage.dtype, storage.content, offset * item, steps).copy()
+
+    return array
+
+
+def _parameter(tensor: Any, *_: Any) -> Any:
+    return tensor
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows tensors, their storages and ordered dicts; refuses every other name."""
+
+    def __init__(self, file: IO[bytes], storage: Callable[[np.dtype, str], _Storage]):
+        super().__init__(file, encoding="utf-8")
+        self._storage = storage
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return collections.OrderedDict
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _tensor
+        if (module, name) == ("torch._utils", "_rebuild_parameter"):
+            return _parameter
+        if module == "torch" and name in _STORAGES:
+            # The bare name: a string cannot be tampered with by the rest of the pickle.
+            return name
+        raise RefusedError(f"it asks for {module}.{name}; only tensors are read")
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        kind, name, key, _, _, *view = pid
+        if kind != "storage" or name not in _STORAGES or any(v is not None for v in view):
+            raise RefusedError("it refers to something that is not a plain storage")
+        return self._storage(_STORAGES[name], str(key))
+
+
+def _load_zip(file: IO[bytes]) -> Any:
+    archive = zipfile.ZipFile(file)
+    root = next((n for n in archive.namelist() if n.endswith("data.pkl")), None)
+    if root is None:
+        raise ValueError("the archive holds no data.pkl")
+    root = root.removesuffix("data.pkl")
+    if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
+        raise ValueError("it was written on a big-endian machine")
+    storages: dict[str, _Storage] = {}
+
+    def storage(dtype: np.dtype, key: str) -> _Storage:
+        if key not in storages:
+            storages[key] = _Storage(dtype, lambda: archive.read(f"{root}data/{key}"))
+        return storages[key]
+
+    return _Unpickler(io.BytesIO(archive.read(f"{root}data.pkl")), storage).load()
+
+
+def _load_stream(file: IO[bytes]) -> Any:
+    """The format before torch 1.6: five pickles, then the storages' bytes in key order."""
+    storages: dict[str, _Storage] = {}
+
+    def storage(dtype: np.dtype, key: str) -> _Storage:
+        return storages.setdefault(key, _Storage(dtype, bytes))
+
+    file.seek(0)
+    magic, protocol, _, tensors, keys = (_Unpickler(file, storage).load() for _ in range(5))
+    if magic != _STREAM_MAGIC or protocol != 1001:
+        raise ValueError("neither torch's zip archive nor its older stream of pickles")
+    for key in keys:
+        (count,) = struct.unpack("<q", file.read(8))
+        storages[key].content = file.read(count * storages[key].dtype.itemsize)
+    return tensors

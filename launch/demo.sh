@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# From nothing to pictures: every step is one command, echoed before it runs.
+#   launch/demo.sh [RUN_FOLDER]        (about ten minutes on two CPU cores)
+set -euo pipefail
+run=${1:-runs/demo}
+python=${PYTHON:-.venv/bin/python}
+export TF_CPP_MIN_LOG_LEVEL=3
+
+where=(--config.data.path="$run/data" --config.data.embeddings="$run/embeddings"
+       --config.text.path="$run/text")
+
+say() { printf '\n\033[1m# %s\033[0m\n' "$1"; shift; printf '$ imagen'; printf ' %s' "$@"; echo; }
+step() { say "$@"; shift; "$python" -m imagen_jax "$@"; }
+
+started=$SECONDS
+step "Draw the shapes world: 20,000 captioned pictures, as a TFDS data set." \
+  prepare --config=configs/shapes.py:base "${where[@]}"
+step "Train a vocabulary and a small T5 text encoder on the captions alone." \
+  pretrain_text --config=configs/shapes.py:base "${where[@]}" --out="$run/text"
+step "Freeze the encoder and compute the embedding of every caption, once." \
+  embed --config=configs/shapes.py:base "${where[@]}"
+step "Train the base stage: noise and text -> 16x16 pictures." \
+  train --config=configs/shapes.py:base "${where[@]}" --workdir="$run/base"
+step "Train the super-resolution stage: 16x16 and text -> 64x64." \
+  train --config=configs/shapes.py:sr "${where[@]}" --workdir="$run/sr"
+step "Export both stages for sampling." export --workdir="$run/base" --out="$run/stages/base"
+step "(the second)" export --workdir="$run/sr" --out="$run/stages/sr"
+step "Draw prompts that no training picture showed." \
+  sample --stages="$run/stages/base,$run/stages/sr" --prompts="$run/data/prompts_held_out.jsonl" \
+  --limit=360 --out="$run/samples"
+step "Read the pictures: is what was asked for there?" \
+  evaluate alignment --samples="$run/samples" --out="$run/alignment.json"
+cp "$run/samples/grid.png" "$run/grid.png"
+printf '\nDone in %d s. Look at %s and %s.\n' $((SECONDS - started)) "$run/grid.png" "$run/alignment.json"

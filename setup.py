@@ -1,0 +1,41 @@
+"""Metadata of imagen_jax; exact tested versions are in constraints.txt."""
+
+import pathlib
+
+import setuptools
+
+HERE = pathlib.Path(__file__).parent
+VERSION = {}
+exec((HERE / "imagen_jax" / "__init__.py").read_text(), VERSION)
+
+setuptools.setup(
+    name="imagen_jax",
+    version=VERSION["__version__"],
+    description="Train and sample text-to-image pixel diffusion cascades (Imagen) in JAX.",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.13",
+    packages=setuptools.find_packages(include=["imagen_jax", "imagen_jax.*"]),
+    entry_points={"console_scripts": ["imagen = imagen_jax.cli.run:main"]},
+    install_requires=[
+        "jax>=0.10,<0.12",
+        "flax>=0.12,<0.13",
+        "optax>=0.2.8,<0.3",
+        "orbax-checkpoint>=0.12,<0.13",
+        "ml_collections>=1.1,<2",
+        "numpy>=2.0",
+        "pillow>=12",
+        "jaxtyping>=0.3",
+        "sentencepiece>=0.2",
+        "tensorboardX>=2.6",
+    ],
+    extras_require={
+        # The seqio input and the TFDS builders; without it the loader `numpy` reads the same
+        # batches (config.data.loader).
+        "data": ["tensorflow>=2.21,<2.22", "seqio==0.0.20", "tensorflow-datasets==4.9.10"],
+        "tpu": ["jax[tpu]>=0.10,<0.12"],
+        "cuda": ["jax[cuda13]>=0.10,<0.12"],
+        "dev": ["beartype>=0.23", "pytest>=9", "ruff", "scikit-image>=0.26"],
+    },
+)

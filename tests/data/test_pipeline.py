@@ -1,0 +1,181 @@
+"""pipeline.py: the order is a permutation, hosts agree, batches hold the right pictures."""
+
+import dataclasses
+import itertools
+import threading
+
+import numpy as np
+import pytest
+
+from imagen_jax import images
+from imagen_jax.config import ConfigError
+from imagen_jax.data import embeddings
+from imagen_jax.data import pipeline as pipeline_lib
+from imagen_jax.data.embeddings import EmbeddingError, EmbeddingStore
+from imagen_jax.data.pipeline import Pipeline, permute
+
+
+def equal(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype, name
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def order(n: int, epoch: int, seed: int) -> np.ndarray:
+    return permute(np.arange(n), np.full(n, epoch), n=n, seed=seed)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 64, 65, 1000, 65537])
+def test_every_epoch_visits_every_record_once(n):
+    for epoch in (0, 1, 10**6):
+        np.testing.assert_array_equal(np.sort(order(n, epoch, 3)), np.arange(n))
+
+
+def test_epochs_and_seeds_shuffle_differently_and_look_random():
+    n = 5000
+    orders = [order(n, epoch, seed) for epoch, seed in ((0, 0), (1, 0), (0, 1), (0, -1))]
+    for a, b in itertools.combinations([np.arange(n), *orders], 2):
+        assert (a == b).sum() < 10  # About one place in common is chance.
+        assert abs(np.corrcoef(a, b)[0, 1]) < 0.05
+    for a, b in itertools.combinations(orders, 2):
+        assert abs(np.corrcoef(np.diff(a), np.diff(b))[0, 1]) < 0.07
+
+
+def test_places_of_a_record_over_epochs_are_uniform():
+    n, epochs = 16, 4000
+    first = permute(np.zeros(epochs, np.int64), np.arange(epochs), n=n, seed=5)
+    counts = np.bincount(first, minlength=n)
+    chi2 = ((counts - epochs / n) ** 2 / (epochs / n)).sum()
+    assert chi2 < 38  # 99.9% point with 15 degrees of freedom.
+
+
+def test_the_permutation_works_far_beyond_memory():
+    n = 5 * 10**9
+    places = permute(np.arange(1000) + 10**9, np.full(1000, 7), n=n, seed=0)
+    assert len(set(places.tolist())) == 1000 and places.min() >= 0 and places.max() < n
+    assert places.std() > n / 5
+
+
+@pytest.fixture
+def stream(world):
+    data, source, store = world
+    return Pipeline(source, store, data, seed=4)
+
+
+def test_an_epoch_of_batches_holds_every_picture_once(world, stream):
+    data, source, _ = world
+    n = len(source)
+    pictures = np.concatenate([stream.batch_at(s)["image"] for s in range(6)])
+    for epoch in (pictures[:n], pictures[n : 2 * n]):
+        found = {images.to_uint8(p).tobytes() for p in epoch}
+        assert found == {source.record(i).image.tobytes() for i in range(n)}
+    assert (pictures[:n] != pictures[n : 2 * n]).any()
+
+
+def test_a_batch_joins_each_picture_with_one_of_its_own_captions(world, stream):
+    data, source, store = world
+    own = {source.record(i).image.tobytes(): source.captions(i) for i in range(len(source))}
+    drawn = {}
+    for step in range(40):
+        batch = stream.batch_at(step)
+        assert {name: value.dtype.name for name, value in batch.items()} == {
+            "image": "float32",
+            "lowres": "float32",
+            "text_emb": "float32",
+            "text_mask": "bool",
+        }
+        for picture, emb, mask in zip(
+            images.to_uint8(batch["image"]), batch["text_emb"], batch["text_mask"], strict=True
+        ):
+            captions = own[picture.tobytes()]
+            options, masks = store.lookup(captions, data.max_text_len)
+            same = [i for i, o in enumerate(options) if (o.astype(np.float32) == emb).all()]
+            assert len(same) == 1 and (masks[same[0]] == mask).all()
+            drawn.setdefault(captions, []).append(same[0])
+    for captions, picks in drawn.items():
+        assert set(picks) == set(range(len(captions))), "every caption has its turn"
+
+
+def test_hosts_side_by_side_are_one_host(world, stream):
+    data, source, store = world
+    for step in (0, 5, 10**7):
+        parts = [
+            Pipeline(source, store, data, seed=4, host=h, hosts=4).batch_at(step) for h in range(4)
+        ]
+        joined = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+        equal(joined, stream.batch_at(step))
+
+
+def test_the_low_resolution_picture_is_what_the_base_stage_trains_on(world, stream):
+    data, source, store = world
+    base_data = dataclasses.replace(data, image_size=16, lowres_size=0)
+    base = Pipeline(source, store, base_data, seed=4).batch_at(3)
+    np.testing.assert_array_equal(base["image"], stream.batch_at(3)["lowres"])
+    assert base.keys() == {"image", "text_emb", "text_mask"}
+
+
+def test_cached_pictures_are_the_decoded_ones(world, stream):
+    data, source, store = world
+    uncached = Pipeline(source, store, data, seed=4, cache_bytes=0)
+    first = uncached.batch_at(2)
+    equal(stream.batch_at(2), first)
+    equal(stream.batch_at(2), first)
+    equal(stream.for_host(1, 2).batch_at(2), uncached.for_host(1, 2).batch_at(2))
+
+
+def test_prefetched_batches_start_anywhere_and_stop_cleanly(stream):
+    before = threading.active_count()
+    batches = stream.batches(11)
+    for step in range(11, 16):
+        equal(next(batches), stream.batch_at(step))
+    batches.close()
+    assert threading.active_count() == before
+
+
+def test_an_error_in_the_background_reaches_the_loop(world):
+    data, source, store = world
+    stream = Pipeline(source, store, data, seed=0)
+    batches = stream.batches(0)
+    next(batches)
+    stream.store = None
+    with pytest.raises(AttributeError):
+        for _ in range(10):
+            next(batches)
+
+
+def test_what_does_not_fit_is_refused_at_once(world, tmp_path):
+    data, source, store = world
+    with pytest.raises(ConfigError, match="batch_size=8 must be a multiple of 3 .hosts.; try 6"):
+        Pipeline(source, store, data, seed=0, hosts=3)
+
+    with pytest.raises(ConfigError, match="batch_size"):
+        Pipeline(source, store, data, seed=0).for_host(0, 3)
+
+    one = source.captions(1)
+    unit = tmp_path / embeddings.unit_name(one)
+    embeddings.write_unit(unit, one, list(store.lookup(one, 1)[0]))
+    embeddings.write_manifest(tmp_path, [embeddings.describe_unit(unit)], {})
+    with pytest.raises(EmbeddingError, match="lacks 30 captions.*run `imagen embed`"):
+        Pipeline(source, EmbeddingStore.open(str(tmp_path)), data, seed=0)
+
+
+def test_the_fingerprint_tells_data_order_and_text_apart(world, stream):
+    data, source, store = world
+    assert stream.fingerprint() == Pipeline(source, store, data, seed=4).fingerprint()
+    assert stream.fingerprint() != Pipeline(source, store, data, seed=5).fingerprint()
+    smaller = dataclasses.replace(data, batch_size=4)
+    assert stream.fingerprint() != Pipeline(source, store, smaller, seed=4).fingerprint()
+    assert stream.fingerprint()["source"] == source.fingerprint
+
+
+def test_without_tensorflow_the_way_out_is_named(world, stream, monkeypatch):
+    data, source, store = world
+    seqio_data = dataclasses.replace(data, loader="seqio")
+
+    def absent(name):
+        raise ModuleNotFoundError("No module named 'seqio'", name="seqio")
+
+    monkeypatch.setattr(pipeline_lib.importlib, "import_module", absent)
+    with pytest.raises(ConfigError, match="'seqio'.*loader=numpy"):
+        Pipeline(source, store, seqio_data, seed=4).batches(0)

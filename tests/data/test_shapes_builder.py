@@ -1,0 +1,70 @@
+"""What is read back from disk is what the world draws, in its order."""
+
+import collections
+import json
+
+import numpy as np
+import pytest
+
+from imagen_jax.config import ConfigError
+from imagen_jax.data import shapes
+
+tfds = pytest.importorskip("tensorflow_datasets")
+shapes_builder = pytest.importorskip("imagen_jax.data.shapes_builder")
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shapes, "SPLITS", {"train": 40, "seen_test": 9, "held_out": 9})
+        shapes_builder.prepare(str(folder), "shapes_world")
+    return folder
+
+
+def test_records_are_the_scenes_in_order(data_dir):
+    builder = tfds.builder("shapes_world", data_dir=str(data_dir))
+    assert {name: info.num_examples for name, info in builder.info.splits.items()} == {
+        "train": 40,
+        "seen_test": 9,
+        "held_out": 9,
+    }
+    for split in builder.info.splits:
+        examples = list(tfds.as_numpy(builder.as_dataset(split=split)))
+        for index, example in enumerate(examples):
+            scene = shapes.scene(split, index)
+            np.testing.assert_array_equal(example["image"], shapes.draw(scene))
+            assert example["caption"].decode() == scene.caption
+            assert json.loads(example["row"]) == shapes.prompt_row(scene)
+
+
+def test_files_are_tfrecords(data_dir):
+    files = [path.name for path in (data_dir / "shapes_world" / "1.0.0").iterdir()]
+    assert any("train.tfrecord" in name for name in files)
+
+
+@pytest.mark.parametrize("split", ["seen_test", "held_out"])
+def test_prompt_files_hold_the_whole_split_with_kinds_in_turns(data_dir, split):
+    lines = (data_dir / f"prompts_{split}.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    scenes = [shapes.scene(split, index) for index in range(9)]
+    assert sorted(row["prompt"] for row in rows) == sorted(scene.caption for scene in scenes)
+    kinds = collections.Counter(scene.kind for scene in scenes)
+    turns = 3 * min(kinds[kind] for kind in shapes.KINDS)
+    head = collections.Counter(row["kind"] for row in rows[:turns])
+    assert turns == 0 or set(head.values()) == {turns // 3}
+    assert not list(data_dir.glob("*.tmp"))
+
+
+def test_preparing_again_changes_nothing(data_dir):
+    files = sorted((data_dir / "shapes_world").rglob("*.tfrecord*"))
+    before = [(path.stat().st_mtime_ns, path.read_bytes()) for path in files]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shapes, "SPLITS", {"train": 40, "seen_test": 9, "held_out": 9})
+        shapes_builder.prepare(str(data_dir), "shapes_world")
+    assert before == [(path.stat().st_mtime_ns, path.read_bytes()) for path in files]
+
+
+def test_unknown_names_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="config.data.name='shapes_wrld'"):
+        shapes_builder.prepare(str(tmp_path), "shapes_wrld")

@@ -1,0 +1,66 @@
+"""tasks.py and feature_converter.py: the seqio stream is `batch_at`, bit for bit."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+
+from imagen_jax.data.pipeline import Pipeline
+
+seqio = pytest.importorskip("seqio")
+tf = pytest.importorskip("tensorflow")
+tasks = pytest.importorskip("imagen_jax.data.tasks")
+
+
+@pytest.fixture
+def stream(world):
+    data, source, store = world
+    return Pipeline(source, store, dataclasses.replace(data, loader="seqio"), seed=9)
+
+
+def same(batch: dict, expected: dict) -> None:
+    assert batch.keys() == expected.keys()
+    for name, value in expected.items():
+        assert batch[name].dtype == value.dtype, name
+        np.testing.assert_array_equal(batch[name], value, err_msg=name)
+
+
+@pytest.mark.parametrize("start", [0, 10**9])
+def test_seqio_batches_are_batch_at_from_any_step(stream, start):
+    for step, batch in itertools.islice(enumerate(stream.batches(start), start), 7):
+        same(batch, stream.batch_at(step))
+
+
+def test_a_base_stage_has_no_low_resolution_picture(stream):
+    data = dataclasses.replace(stream.data, image_size=16, lowres_size=0)
+    base = Pipeline(stream.source, stream.store, data, seed=9)
+    same(next(base.batches(3)), base.batch_at(3))
+
+
+def test_hosts_read_their_own_part(stream):
+    parts = [next(stream.for_host(h, 2).batches(5)) for h in range(2)]
+    whole = stream.batch_at(5)
+    same({n: np.concatenate([p[n] for p in parts]) for n in whole}, whole)
+
+
+def test_every_level_becomes_the_same_float(stream):
+    from imagen_jax import images
+    from imagen_jax.data import feature_converter
+
+    levels = np.arange(256, dtype=np.uint8).reshape(1, 1, 256, 1).repeat(3, -1)
+    dataset = tf.data.Dataset.from_tensor_slices(levels).map(feature_converter._to_float)
+    in_tensorflow = next(dataset.as_numpy_iterator())
+    np.testing.assert_array_equal(in_tensorflow, images.to_float(levels[0]))
+
+
+def test_the_registered_task_is_usable_by_name_with_any_sharding(stream):
+    name = tasks.register(stream)
+    assert tasks.register(stream) == name
+    task = seqio.get_mixture_or_task(name)
+    examples = task.get_dataset(shuffle=True, shard_info=seqio.ShardInfo(1, 4))
+    stored = stream.for_host(1, 4).examples_at(0)
+    for i, example in enumerate(examples.take(2).as_numpy_iterator()):
+        np.testing.assert_array_equal(example["image"], stored["image"][i])
+        count = int(stored["text_mask"][i].sum())
+        np.testing.assert_array_equal(example["text_emb"], stored["text_emb"][i, :count])

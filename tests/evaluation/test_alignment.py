@@ -1,0 +1,316 @@
+"""The checker accepts real pictures, also grainy or soft ones, and rejects garbled ones."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from imagen_jax.data import shapes
+from imagen_jax.evaluation import alignment
+
+PER_SPLIT = 110
+BACKGROUND = np.array(shapes.BACKGROUND, np.uint8)
+
+
+def _scenes(kinds=shapes.KINDS, per_split=PER_SPLIT):
+    scenes = [shapes.scene(s, i) for s in ("seen_test", "held_out") for i in range(per_split)]
+    return [scene for scene in scenes if scene.kind in kinds]
+
+
+def _exact(pictures, scenes):
+    marks = [
+        alignment.score(picture, shapes.prompt_row(scene))["exact"]
+        for picture, scene in zip(pictures, scenes, strict=True)
+    ]
+    return np.mean(marks)
+
+
+def _with(scene, *objects):
+    return shapes.draw(dataclasses.replace(scene, objects=tuple(objects)))
+
+
+def _bitten(scene, rng):
+    """A disc is missing from the outline of every object."""
+    picture = shapes.draw(scene)
+    y, x = np.mgrid[:64, :64] + 0.5
+    for thing in scene.objects:
+        radius = shapes.SIZES[thing.size]
+        angle = rng.uniform(0, 2 * np.pi)
+        inside = np.hypot(x - thing.x, y - thing.y) < 1.5 * radius
+        away = np.cos(angle) * (x - thing.x) + np.sin(angle) * (y - thing.y)
+        edge = away[inside & (picture != BACKGROUND).any(-1)].max()
+        cx, cy = thing.x + edge * np.cos(angle), thing.y + edge * np.sin(angle)
+        picture[np.hypot(x - cx, y - cy) < 0.8 * radius] = BACKGROUND
+    return picture
+
+
+def _jagged(scene, rng):
+    """Every row of pixels is shifted by up to two."""
+    picture = shapes.draw(scene)
+    return np.stack([np.roll(line, rng.integers(-2, 3), axis=0) for line in picture])
+
+
+def _frayed(scene, rng):
+    """Pixels within two of the outline are background or colour at random."""
+    picture = shapes.draw(scene)
+    for thing in scene.objects:
+        dx, dy = np.arange(64) + 0.5 - thing.x, np.arange(64)[:, None] + 0.5 - thing.y
+        radius = shapes.SIZES[thing.size]
+        outer = shapes.coverage(thing.shape, radius + 1.5, dx, dy) > 0.5
+        inner = shapes.coverage(thing.shape, radius - 1.5, dx, dy) > 0.5
+        band, color = outer & ~inner, rng.random((64, 64)) < 0.5
+        picture[band & color] = shapes.COLORS[thing.color]
+        picture[band & ~color] = BACKGROUND
+    return picture
+
+
+def _merged(scene, rng):
+    """The second object is moved until it overlaps the first."""
+    first, second, *rest = scene.objects
+    reach = 0.7 * (shapes.SIZES[first.size] + shapes.SIZES[second.size])
+    distance = np.hypot(second.x - first.x, second.y - first.y)
+    share = reach / distance
+    x, y = first.x + share * (second.x - first.x), first.y + share * (second.y - first.y)
+    return _with(scene, first, dataclasses.replace(second, x=x, y=y), *rest)
+
+
+def _wrong_color(scene, rng):
+    first, *rest = scene.objects
+    other = rng.choice([color for color in shapes.COLORS if color != first.color])
+    return _with(scene, dataclasses.replace(first, color=str(other)), *rest)
+
+
+def _two_tone(scene, rng):
+    """The left half of the first object has another colour."""
+    first, *_ = scene.objects
+    picture, other = shapes.draw(scene), _wrong_color(scene, rng)
+    half = int(first.x)
+    reach = int(1.5 * shapes.SIZES[first.size])
+    window = np.s_[max(int(first.y) - reach, 0) : int(first.y) + reach, max(half - reach, 0) : half]
+    picture[window] = other[window]
+    return picture
+
+
+def _wrong_shape(scene, rng):
+    first, *rest = scene.objects
+    other = rng.choice([shape for shape in shapes.SHAPES if shape != first.shape])
+    return _with(scene, dataclasses.replace(first, shape=str(other)), *rest)
+
+
+def _extra(scene, rng):
+    """One more small object where there is room; None if there is none."""
+    picture = shapes.draw(scene)
+    for x, y in rng.integers(12, 53, (500, 2)):
+        if (picture[y - 11 : y + 11, x - 11 : x + 11] == BACKGROUND).all():
+            first = scene.objects[0]
+            extra = dataclasses.replace(first, size="small", x=float(x), y=float(y))
+            return _with(scene, *scene.objects, extra)
+    return None
+
+
+def _missing(scene, rng):
+    return _with(scene, *scene.objects[1:])
+
+
+def _swapped(scene, rng):
+    first, second = scene.objects
+    moved = dataclasses.replace(first, x=second.x, y=second.y)
+    return _with(scene, moved, dataclasses.replace(second, x=first.x, y=first.y))
+
+
+@pytest.mark.parametrize("kind", shapes.KINDS)
+def test_real_pictures_pass(kind):
+    scenes = _scenes((kind,), 320)
+    assert len(scenes) >= 180
+    assert _exact([shapes.draw(scene) for scene in scenes], scenes) >= 0.995
+
+
+def _grain(picture, rng):
+    return np.clip(np.rint(picture + rng.normal(0, 6, picture.shape)), 0, 255).astype(np.uint8)
+
+
+def _blur(picture, rng):
+    return np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(0.7)))
+
+
+@pytest.mark.parametrize("degrade", [_grain, _blur])
+def test_grain_and_softness_are_forgiven(degrade):
+    rng, scenes = np.random.default_rng(0), _scenes()
+    assert _exact([degrade(shapes.draw(scene), rng) for scene in scenes], scenes) >= 0.95
+
+
+@pytest.mark.parametrize(
+    ("garble", "kinds"),
+    [
+        (_bitten, shapes.KINDS),
+        (_jagged, shapes.KINDS),
+        (_frayed, shapes.KINDS),
+        (_merged, ("count", "relation")),
+        (_wrong_color, shapes.KINDS),
+        (_two_tone, shapes.KINDS),
+        (_wrong_shape, shapes.KINDS),
+        (_extra, shapes.KINDS),
+        (_missing, shapes.KINDS),
+        (_swapped, ("relation",)),
+    ],
+)
+def test_garbled_pictures_fail(garble, kinds):
+    rng, scenes = np.random.default_rng(1), _scenes(kinds)
+    pairs = [(garble(scene, rng), scene) for scene in scenes]
+    pictures, scenes = zip(*[pair for pair in pairs if pair[0] is not None], strict=True)
+    assert len(pictures) >= 60
+    assert _exact(pictures, scenes) <= 0.05
+
+
+def test_reading_recovers_the_scene():
+    for scene in _scenes()[::5]:
+        reading = alignment.read(shapes.draw(scene))
+        assert len(reading.objects) == len(scene.objects)
+        for thing in scene.objects:
+            near = min(reading.objects, key=lambda f: np.hypot(f.x - thing.x, f.y - thing.y))
+            assert (near.shape, near.color, near.size) == (thing.shape, thing.color, thing.size)
+            assert max(abs(near.x - thing.x), abs(near.y - thing.y)) <= 1
+
+
+def test_larger_pictures_are_read_too():
+    scene = shapes.scene("train", 0)
+    large = np.asarray(Image.fromarray(shapes.draw(scene)).resize((256, 256), 1))
+    assert alignment.score(large, shapes.prompt_row(scene))["exact"]
+
+
+def test_specks_are_strays():
+    scene = shapes.scene("held_out", 0)
+    picture = shapes.draw(scene)
+    assert alignment.read(picture).strays == 0
+    picture[60:62, 60:63] = (245, 245, 245)
+    assert alignment.read(picture).strays == 1
+    assert not alignment.score(picture, shapes.prompt_row(scene))["exact"]
+
+
+def test_components_of_two_hooks_and_a_slant():
+    art = """
+    #######
+    ......#
+    #####.#
+    #...#.#
+    #.#...#
+    #.#####
+    .......
+    #......
+    .##....
+    """
+    mask = np.array([[c == "#" for c in line] for line in art.split()])
+    sizes = sorted(int(part.sum()) for part in alignment.components(mask))
+    assert sizes == [3, 9, 17]
+    assert alignment.components(np.zeros((3, 4), bool)) == []
+
+
+def _relation_row():
+    red = {"shape": "circle", "color": "red"}
+    blue = {"shape": "square", "color": "blue", "size": None}
+    relation = {"word": "below", "first": 0, "second": 1}
+    return {"prompt": "p", "kind": "relation", "objects": [red, blue], "relation": relation}
+
+
+def _red_and_blue(red, blue, shape="circle"):
+    things = (
+        shapes.Object(shape, "red", "small", *red),
+        shapes.Object("square", "blue", "small", *blue),
+    )
+    return _with(shapes.scene("train", 0), *things)
+
+
+def test_each_mark_speaks_for_itself():
+    row = _relation_row()
+    good = alignment.score(_red_and_blue((30.0, 45.0), (34.0, 15.0)), row)
+    assert good["size"] is None and all(v for k, v in good.items() if k != "size")
+    swapped = alignment.score(_red_and_blue((30.0, 15.0), (34.0, 45.0)), row)
+    assert swapped["binding"] and swapped["count"]
+    assert not (swapped["relation"] or swapped["order"] or swapped["exact"])
+    beside = alignment.score(_red_and_blue((15.0, 34.0), (50.0, 30.0)), row)
+    assert beside["order"] and not beside["relation"]
+    other = alignment.score(_red_and_blue((30.0, 45.0), (34.0, 15.0), "triangle"), row)
+    assert other["colour"] and other["order"] and not (other["shape"] or other["binding"])
+    alone = alignment.score(_with(shapes.scene("train", 0)), row)
+    assert alone["order"] is None and not alone["relation"] and not alone["count"]
+
+
+def test_named_sizes_must_be_met_by_the_right_object():
+    row = _relation_row()
+    row["objects"][0]["size"] = "large"
+    marks = alignment.score(_red_and_blue((30.0, 45.0), (34.0, 15.0)), row)
+    assert not marks["size"] and not marks["binding"] and marks["relation"]
+    row["objects"][0]["size"] = "small"
+    assert alignment.score(_red_and_blue((30.0, 45.0), (34.0, 15.0)), row)["exact"]
+
+
+def _write_samples(folder, scenes, pictures, drop=()):
+    with open(folder / "samples.jsonl", "w") as file:
+        for i, (scene, picture) in enumerate(zip(scenes, pictures, strict=True)):
+            name = f"{i:05}_00.png"
+            Image.fromarray(picture).save(folder / name)
+            row = {"file": name, "prompt_index": i, "sample_index": 0, "seed": 0}
+            row |= shapes.prompt_row(scene)
+            for thing in row["objects"]:
+                for field in drop:
+                    del thing[field]
+            file.write(json.dumps(row) + "\n")
+
+
+def test_evaluate_reports_scores_between_ceiling_and_chance(tmp_path):
+    scenes = [shapes.scene("held_out", i) for i in range(120)]
+    blank = _with(scenes[0])
+    pictures = [blank if i % 6 == 0 else shapes.draw(scene) for i, scene in enumerate(scenes)]
+    _write_samples(tmp_path, scenes, pictures)
+    report = alignment.evaluate(tmp_path)
+    assert report["pictures"] == 120 and list(report["kinds"]) == [
+        "count",
+        "relation",
+        "single",
+        "all",
+    ]
+    single = report["kinds"]["single"]
+    assert single["n"] == 40 and single["scores"]["exact"]["mean"] == 0.5
+    low, high = single["scores"]["exact"]["low"], single["scores"]["exact"]["high"]
+    assert (round(low, 3), round(high, 3)) == (0.352, 0.648)
+    relation = report["kinds"]["relation"]
+    assert relation["scores"]["order"] == relation["ceiling"]["order"]
+    assert relation["scores"]["order"]["mean"] == 1 and relation["scores"]["order"]["n"] == 40
+    assert 0.25 < relation["chance"]["order"]["mean"] < 0.75
+    assert report["kinds"]["all"]["ceiling"]["exact"]["mean"] == 1
+    assert report["kinds"]["all"]["chance"]["exact"]["mean"] < 0.2
+    alignment.write_report(report, tmp_path / "out" / "report.json")
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.json"]
+    lines = alignment.format_table(report).splitlines()
+    assert any(line.split()[:3] == ["single", "exact", "0.50"] for line in lines)
+
+
+def test_rows_without_positions_and_sizes_have_a_ceiling_too(tmp_path):
+    scenes = [shapes.scene("seen_test", i) for i in range(20)]
+    _write_samples(tmp_path, scenes, map(shapes.draw, scenes), drop=("x", "y", "size"))
+    report = alignment.evaluate(tmp_path)["kinds"]["all"]
+    assert report["ceiling"]["exact"]["mean"] == 1 and report["scores"]["exact"]["mean"] == 1
+
+
+def test_faults_are_named(tmp_path):
+    with pytest.raises(alignment.AlignmentError, match="no file .*samples.jsonl"):
+        alignment.evaluate(tmp_path)
+    scenes = [shapes.scene("seen_test", 0)]
+    _write_samples(tmp_path, scenes, map(shapes.draw, scenes))
+    (tmp_path / "00000_00.png").unlink()
+    with pytest.raises(alignment.AlignmentError, match="00000_00.png"):
+        alignment.evaluate(tmp_path)
+    row = {"file": "a.png", "prompt": "a dog", "kind": "single"}
+    row["relation"] = {"word": "above", "first": 0, "second": 1}
+    dog, circle = {"shape": "dog"}, {"shape": "circle", "color": "red"}
+    for objects, message in (
+        ([], "line 1: no 'objects'"),
+        ([dog], "shape='dog' is not one of circle"),
+        ([circle], "names an object that is not there"),
+    ):
+        (tmp_path / "samples.jsonl").write_text(json.dumps({**row, "objects": objects}))
+        with pytest.raises(alignment.AlignmentError, match=message):
+            alignment.evaluate(tmp_path)

@@ -1,0 +1,71 @@
+"""Imports point down only: the table of docs/design.md, enforced."""
+
+import ast
+import pathlib
+
+import pytest
+
+PACKAGE = pathlib.Path(__file__).parents[1] / "imagen_jax"
+
+LAYERS = [
+    {"config", "images", "diffusion"},
+    {"guidance", "models", "sampling", "optimizer", "ema", "metrics", "partitioning"},
+    {"interop", "train_state", "checkpoint"},
+    {"text", "stage"},
+    {"data", "cascade", "prompts"},
+    {"evaluation", "train", "embed", "pretrain_text", "sample", "export"},
+    {"cli", "__main__"},
+]
+# Packages that may be imported in some places only.
+HOMES = {
+    "flax": {"models", "partitioning"},
+    "orbax": {"checkpoint"},
+    "optax": {"optimizer", "train_state", "train", "pretrain_text"},
+    "tensorflow": {"data/tasks", "data/feature_converter", "data/shapes_builder"},
+    "seqio": {"data/tasks", "data/feature_converter", "data/shapes_builder"},
+    "tensorflow_datasets": {"data/tasks", "data/feature_converter", "data/shapes_builder"},
+    "argparse": {"cli"},
+    "torch": set(),
+}
+FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.relative_to(PACKAGE) != pathlib.Path("__init__.py"))
+
+
+def unit(path: pathlib.Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def layer(name: str) -> int:
+    return next(i for i, names in enumerate(LAYERS) if name in names)
+
+
+def imports(path: pathlib.Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_down(path: pathlib.Path):
+    own = unit(path)
+    name = str(path.relative_to(PACKAGE)).removesuffix(".py")
+    for imported in imports(path):
+        root, *rest = imported.split(".")
+        if root == "imagen_jax" and rest[0] != "__version__":
+            other = rest[0]
+            allowed = other == own or layer(other) < layer(own)
+            # What text and stage, data and cascade are to each other: strangers.
+            allowed |= layer(other) == layer(own) and layer(own) not in (3, 4)
+            assert allowed, f"{name} imports {imported}, which is not below it"
+        if root in HOMES:
+            homes = HOMES[root]
+            assert own in homes or name in homes, f"{name} imports {root}; its home is {homes}"
+
+
+def test_no_package_file_holds_code():
+    for path in PACKAGE.rglob("__init__.py"):
+        if path.parent != PACKAGE:
+            assert path.read_text() == "", path
