@@ -33,7 +33,13 @@ setuptools.setup(
     extras_require={
         # The seqio input and the TFDS builders; without it the loader `numpy` reads the same
         # batches (config.data.loader).
-        "data": ["tensorflow>=2.21,<2.22", "seqio==0.0.20", "tensorflow-datasets==4.9.10"],
+        # importlib_resources: TFDS imports it and does not say so.
+        "data": [
+            "tensorflow>=2.21,<2.22",
+            "seqio==0.0.20",
+            "tensorflow-datasets==4.9.10",
+            "importlib_resources>=6",
+        ],
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         "cuda": ["jax[cuda13]>=0.10,<0.12"],
         "dev": ["beartype>=0.23", "pytest>=9", "ruff", "scikit-image>=0.26"],

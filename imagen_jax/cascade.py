@@ -119,9 +119,7 @@ def sample_stage(
             "lowres": noised_lowres(lowres, aug_level, noise, config),
             "aug_level": aug_level,
         }
-    denoise = denoiser(
-        params, config, text_emb=text_emb, text_mask=text_mask, **conditioning
-    )
+    denoise = denoiser(params, config, text_emb=text_emb, text_mask=text_mask, **conditioning)
     options = {"gamma": settings.gamma} if settings.sampler == "ddpm" else {}
     times = jnp.linspace(1.0, 0.0, settings.steps + 1)
     x0 = sampling.sample_loop(

@@ -35,7 +35,12 @@ class Checkpoints:
         self.path = pathlib.Path(workdir).absolute() / "checkpoints"
         options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, create=True)
         self._manager = ocp.CheckpointManager(
-            self.path, options=options, item_names=("state", "config")
+            self.path,
+            options=options,
+            item_handlers={
+                "state": ocp.PyTreeCheckpointHandler(),
+                "config": ocp.JsonCheckpointHandler(),
+            },
         )
 
     def latest_step(self) -> int | None:
@@ -47,7 +52,7 @@ class Checkpoints:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
+                state=ocp.args.PyTreeSave(state),
                 config=ocp.args.JsonSave(dataclasses.asdict(config)),
             ),
         )
@@ -61,7 +66,7 @@ class Checkpoints:
         Raises:
           CheckpointError: unreadable, or its parameters are not those of `abstract`.
         """
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        args = ocp.args.Composite(state=_restore_args(abstract))
         try:
             self._check_tree(step, abstract)
             return self._manager.restore(step, args=args)["state"]
@@ -85,10 +90,8 @@ class Checkpoints:
 
     def restore_ema(self, step: int, abstract_params: Any, name: str = "ema") -> Any:
         """Reads one average of the parameters alone. Raises CheckpointError."""
-        metadata = self._manager.item_metadata(step)["state"]
-        template = jax.tree.map(lambda _: ocp.PLACEHOLDER, metadata.tree)
-        template["ema"][name] = abstract_params
-        args = ocp.args.Composite(state=ocp.args.PyTreeRestore(template))
+        item = {"ema": {name: abstract_params}}
+        args = ocp.args.Composite(state=_restore_args(item, partial=True))
         try:
             return self._manager.restore(step, args=args)["state"]["ema"][name]
         except Exception as error:
@@ -123,6 +126,15 @@ class Checkpoints:
                 f"checkpoint {self.path / str(step)} is of another model: "
                 + "; ".join(sorted(problems))
             )
+
+
+def _restore_args(item: Any, partial: bool = False) -> ocp.args.PyTreeRestore:
+    """How to read `item`, abstract arrays with shardings; partial: leave all else unread."""
+    return ocp.args.PyTreeRestore(
+        item,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+        partial_restore=partial,
+    )
 
 
 def _leaves(tree: Any) -> list[tuple[Any, Any]]:

@@ -1,6 +1,6 @@
 """The only schema: frozen dataclasses, and their bridge to a locked ml_collections ConfigDict.
 
-A run is described by one `Config`. The way of a value: dataclass default -> `configs/*.py` mutates a
+A run is one `Config`. The way of a value: dataclass default -> `configs/*.py` mutates a
 locked ConfigDict -> command-line overrides -> dataclass again, checked, in the CLI. A ConfigDict
 never passes the CLI, so a misspelled field fails before anything is compiled.
 
@@ -127,7 +127,7 @@ class PretrainTextConfig:
     batch_size: int = doc(64, "Captions per step.")
     learning_rate: float = doc(3e-3, "Peak learning rate of Adam.")
     mask_rate: float = doc(0.3, "Share of tokens that are masked and predicted, 0..1.")
-    context: int = doc(8, "Every vector also predicts tokens up to this far to each side; 0: none.")
+    context: int = doc(4, "Every vector also predicts tokens up to this far to each side; 0: none.")
     max_captions: int = doc(20_000, "Captions read from the training split.")
 
 
@@ -176,7 +176,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check_choice("model.name", self.name, ("unet", "efficient_unet"))
-        _check_choice("model.text_conditioning", self.text_conditioning, ("concat", "cross", "none"))
+        _check_choice(
+            "model.text_conditioning", self.text_conditioning, ("concat", "cross", "none")
+        )
         _check_choice("model.text_pooling", self.text_pooling, ("attention", "mean"))
         levels = len(self.channels)
         for field in ("num_res_blocks", "self_attention", "cross_attention"):
@@ -443,8 +445,11 @@ def load(spec: str, assignments: Sequence[str] = ()) -> Config:
         raise ConfigError(f"--config={spec}: no file {file!r}; try configs/shapes.py:base")
     module_spec = importlib.util.spec_from_file_location(f"imagen_config_{path.stem}", path)
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    values = module.get_config(name) if name else module.get_config()
+    try:
+        module_spec.loader.exec_module(module)
+        values = module.get_config(name) if name else module.get_config()
+    except Exception as error:  # The file is the user's: whatever it raises is about their input.
+        raise ConfigError(f"--config={spec}: {type(error).__name__}: {error}") from error
     override(values, assignments)
     return from_config_dict(values)
 

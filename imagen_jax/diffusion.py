@@ -21,7 +21,8 @@ LogsnrSchedule = Callable[[Float[Array, "*t"]], Float[Array, "*t"]]
 
 def cosine_logsnr(t: Float[Array, "*t"]) -> Float[Array, "*t"]:
     """Cosine schedule, logsnr = -2 log tan(pi t / 2) (Nichol & Dhariwal 2021; Imagen, App. A)."""
-    return -2.0 * jnp.log(jnp.tan(jnp.pi * t / 2.0))
+    # float32's pi / 2 lies beyond the pole, where tan is negative and its logarithm NaN.
+    return -2.0 * jnp.log(jnp.abs(jnp.tan(jnp.pi * t / 2.0)))
 
 
 def linear_logsnr(t: Float[Array, "*t"]) -> Float[Array, "*t"]:

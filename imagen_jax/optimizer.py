@@ -20,8 +20,8 @@ def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     if config.schedule == "cosine":
         after = optax.cosine_decay_schedule(peak, rest)
     elif config.schedule == "linear_tail":
-        tail = max(int(config.decay_fraction * total_steps), 1)
-        after = optax.linear_schedule(peak, 0.0, tail, max(rest - tail, 0))
+        tail = min(max(int(config.decay_fraction * total_steps), 1), rest)
+        after = optax.linear_schedule(peak, 0.0, tail, rest - tail)
     elif config.schedule == "rsqrt":
         start = max(warmup, 1)
         after = lambda step: peak * (start / (step + start)) ** 0.5  # noqa: E731

@@ -44,6 +44,9 @@ INIT_STREAM, STEP_STREAM = 0, 1
 # Context heads trained per step: a random few cost a fraction of all and serve as well.
 _OFFSETS_PER_STEP = 4
 
+# Spread of the relative bias at the start (nats of attention), and how much faster it learns.
+_PLACE_STD, _PLACE_RATE = 2.0, 10.0
+
 _BYTE_PIECES = 256 + 3  # every byte, padding, end mark and unknown
 
 
@@ -241,17 +244,20 @@ def init_params(
 ) -> dict[str, Any]:
     """Encoder, and one linear head [D, pieces] per offset in -context..context."""
     ids = jnp.zeros((1, 2), jnp.int32)
-    encoder_key, head_key = jax.random.split(key)
+    encoder_key, head_key, bias_key = jax.random.split(key, 3)
+    encoder = t5.T5Encoder(t5_config).init(encoder_key, ids, ids == 0)["params"]
+    # In a few hundred steps T5's even start never learns to tell one neighbour from the next.
+    # Heads that begin by looking at distinct places do, and bind colours to their shapes.
+    table = encoder["relpos_bias"]["rel_embedding"]
+    encoder["relpos_bias"]["rel_embedding"] = _PLACE_STD * jax.random.normal(bias_key, table.shape)
     shape = (2 * config.context + 1, t5_config.emb_dim, pieces)
-    return {
-        "encoder": t5.T5Encoder(t5_config).init(encoder_key, ids, ids == 0)["params"],
-        "heads": jax.random.normal(head_key, shape) * t5_config.emb_dim**-0.5,
-    }
+    heads = jax.random.normal(head_key, shape) * t5_config.emb_dim**-0.5
+    return {"encoder": encoder, "heads": heads}
 
 
 def pretraining_optimizer(config: PretrainTextConfig) -> optax.GradientTransformation:
-    """Adam with a short warm-up and a decay to zero."""
-    return make_optimizer(
+    """Adam with a short warm-up and a decay to zero; the relative bias learns faster."""
+    adam = make_optimizer(
         OptimizerConfig(
             learning_rate=config.learning_rate,
             schedule="cosine",
@@ -260,6 +266,13 @@ def pretraining_optimizer(config: PretrainTextConfig) -> optax.GradientTransform
         ),
         config.steps,
     )
+
+    def is_bias(params: dict[str, Any]) -> dict[str, Any]:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: "rel_embedding" in jax.tree_util.keystr(path), params
+        )
+
+    return optax.chain(adam, optax.masked(optax.scale(_PLACE_RATE), is_bias))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "t5_config", "mask_id"), donate_argnums=0)
@@ -330,7 +343,7 @@ def predict(
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, goals)
     right = logits.argmax(-1) == goals
 
-    def mean(values: Float[Array, "..."], where: Bool[Array, "..."]) -> Float[Array, ""]:
+    def mean(values: Array, where: Bool[Array, "..."]) -> Float[Array, ""]:
         return jnp.sum(values * where) / jnp.maximum(jnp.sum(where), 1)
 
     loss = mean(losses[0], counted[0]) + mean(losses[1:], counted[1:])
@@ -348,11 +361,11 @@ def _mean(rows: Sequence[dict[str, jax.Array]]) -> dict[str, float]:
 
 def _check_out(out: str) -> pathlib.Path:
     folder = pathlib.Path(out)
-    if folder.exists() and not (folder / "pretrain.json").is_file():
-        if not folder.is_dir() or any(folder.iterdir()):
-            raise ConfigError(
-                f"--out={out} exists and is not an earlier pretrain_text; give a new folder"
-            )
+    ours = (folder / "pretrain.json").is_file()
+    if folder.exists() and not ours and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(
+            f"--out={out} exists and is not an earlier pretrain_text; give a new folder"
+        )
     return folder
 
 
@@ -364,6 +377,7 @@ def _write(
     metrics: dict[str, Any],
 ) -> None:
     """Writes beside the folder, then renames: nobody picks up a half-written encoder."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     hf_t5.save(temporary, t5_config, params)

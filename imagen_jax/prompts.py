@@ -62,7 +62,8 @@ def _read_jsonl(file: pathlib.Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise PromptError(f"--prompts={file}: line {number} is not JSON ({error})") from error
-        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        prompt = row.get("prompt") if isinstance(row, dict) else None
+        if not isinstance(prompt, str) or not prompt:
             raise PromptError(f"--prompts={file}: line {number} has no text field `prompt`")
         rows.append(row)
     return rows

@@ -49,7 +49,10 @@ def sample(
     folder = pathlib.Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     text_emb, text_mask = embed_prompts(
-        encoder, [row["prompt"] for row in rows], batch_size, stages[0].config.data.max_text_len
+        encoder,
+        [row["prompt"] for row in rows],
+        batch_size=batch_size,
+        max_len=stages[0].config.data.max_text_len,
     )
     work = [(p, k) for p in range(len(rows)) for k in range(samples_per_prompt)]
     about = {
@@ -79,7 +82,8 @@ def sample(
                 first_pictures.append((picture, row["prompt"]))
         done = start + len(part)
         rate = done / (time.monotonic() - started)
-        log(f"{done}/{len(work)} pictures  {rate:.1f} images/s  {(len(work) - done) / rate:.0f} s left")
+        left = (len(work) - done) / rate
+        log(f"{done}/{len(work)} pictures  {rate:.1f} images/s  {left:.0f} s left")
 
     temporary = folder / "samples.jsonl.tmp"
     temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")

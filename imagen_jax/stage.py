@@ -127,16 +127,20 @@ def loss_fn(
         network_input = jnp.concatenate([z, lowres], axis=-1)
         lowres_logsnr = diffusion.aug_logsnr(aug_level, process)
 
-    output = MODELS[config.model.name](config.model).apply(
-        {"params": params},
-        network_input,
-        logsnr,
-        text_emb,
-        text_mask,
-        lowres_logsnr=lowres_logsnr,
-        train=True,
-        rngs={"dropout": key_dropout},
-    ).astype(jnp.float32)
+    output = (
+        MODELS[config.model.name](config.model)
+        .apply(
+            {"params": params},
+            network_input,
+            logsnr,
+            text_emb,
+            text_mask,
+            lowres_logsnr=lowres_logsnr,
+            train=True,
+            rngs={"dropout": key_dropout},
+        )
+        .astype(jnp.float32)
+    )
     target = diffusion.prediction_target(process.prediction, x0=x0, eps=eps, logsnr=logsnr)
     error = jnp.mean(jnp.square(output - target), axis=(1, 2, 3))
     weight = diffusion.output_loss_weight(process.loss_weight, process.prediction, logsnr)

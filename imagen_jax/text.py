@@ -13,7 +13,7 @@ import json
 import pathlib
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,7 @@ class TokenBatch(NamedTuple):
     truncated: tuple[int, ...]
 
 
+@runtime_checkable
 class TextEncoder(Protocol):
     """What the rest of the project knows of a text encoder."""
 
@@ -67,6 +68,7 @@ class TextEncoder(Protocol):
         ...
 
 
+@runtime_checkable
 class Vocabulary(Protocol):
     """Caption to ids, without the end mark."""
 
@@ -257,9 +259,7 @@ def embed_prompts(
     return text_emb, text_mask
 
 
-def _warn_cut(
-    encoder: TextEncoder, prompts: Sequence[str], batch: TokenBatch, length: int
-) -> None:
+def _warn_cut(encoder: TextEncoder, prompts: Sequence[str], batch: TokenBatch, length: int) -> None:
     for row, prompt in enumerate(prompts):
         if row in batch.truncated or batch.mask[row].sum() > length:
             warnings.warn(
@@ -296,8 +296,12 @@ def _find(folder: pathlib.Path, name: str) -> pathlib.Path:
 
 def _t5_encoder(config: TextConfig, folder: pathlib.Path, vocabulary: Vocabulary) -> T5TextEncoder:
     if (folder / "checkpoint").is_file():
-        fields = json.loads(_find(folder, "t5_config.json").read_text())
-        t5_config = config_lib.from_dict(T5Config, fields, "t5_config.json")
+        path = _find(folder, "t5_config.json")
+        try:
+            fields = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{path} is not a JSON object: {error}") from error
+        t5_config = config_lib.from_dict(T5Config, fields, str(path))
         t5_config, params = t5x.load(folder, t5_config)
     else:
         t5_config, params = hf_t5.load(folder)

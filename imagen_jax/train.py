@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, UInt8
 
-from imagen_jax import ema, metrics, partitioning, stage, train_state
+from imagen_jax import cascade, ema, images, metrics, partitioning, stage, train_state
 from imagen_jax.checkpoint import Checkpoints
 from imagen_jax.config import Config
 from imagen_jax.optimizer import learning_rate, make_optimizer
@@ -30,8 +29,6 @@ INIT_STREAM, STEP_STREAM = 0, 1
 StepFn = Callable[[TrainState, Mapping[str, Array]], tuple[TrainState, dict[str, Array]]]
 # A source of batches: first step wanted -> that step's batch and all that follow.
 Batches = Callable[[int], Iterable[Mapping[str, np.ndarray]]]
-# Draws what the run would draw now: (config, EMA parameters, batch) -> uint8 grid [H, W, 3].
-DrawGrid = Callable[[Config, Any, Mapping[str, np.ndarray]], np.ndarray]
 
 
 def make_train_step(config: Config, optimizer: optax.GradientTransformation) -> StepFn:
@@ -95,17 +92,14 @@ def train(
     config: Config,
     workdir: str,
     batches: Batches,
-    *,
-    draw_grid: DrawGrid | None = None,
     log: Callable[[str], None] = print,
 ) -> TrainState:
-    """Trains one stage to `config.train.steps`, going on from the newest checkpoint if there is one.
+    """Trains one stage to `config.train.steps`; goes on from the newest checkpoint if there is one.
 
     Args:
       config: the stage; `config.model.text_dim` must be set.
       workdir: folder of checkpoints, metrics.jsonl and TensorBoard files.
       batches: the stream; `batches(step)` starts at that step.
-      draw_grid: draws the grid for TensorBoard every `config.train.sample_every` steps.
       log: receives the progress lines.
 
     Returns:
@@ -149,8 +143,8 @@ def train(
                     values = {k: float(v) for k, v in jax.device_get(report).items()}
                     values["learning_rate"] = float(rate(step))
                     writer.write(done, progress.report(done, values))
-                if draw_grid and config.train.sample_every and done % config.train.sample_every == 0:
-                    writer.write_picture(done, "ema", draw_grid(config, state.ema["ema"], batch))
+                if config.train.sample_every and done % config.train.sample_every == 0:
+                    writer.write_picture(done, "samples", preview(config, state, batch))
                 if done % config.checkpoint.every == 0 or done == config.train.steps:
                     checkpoints.save(done, state, config)
         finally:
@@ -158,6 +152,25 @@ def train(
             writer.close()
             checkpoints.close()
     return state
+
+
+def preview(
+    config: Config, state: TrainState, batch: Mapping[str, np.ndarray]
+) -> UInt8[np.ndarray, "h w 3"]:
+    """A grid to look at: rows of real pictures, drawn by the EMA, drawn by the raw parameters.
+
+    The captions are the batch's; an SR stage is given the true low-resolution pictures.
+    """
+    count = min(8, len(batch["image"]))
+    part = {name: value[:count] for name, value in batch.items()}
+    keys = cascade.picture_keys(config.seed, range(count), [0] * count)
+    rows = [images.to_uint8(part["image"])]
+    for params in (state.ema["ema"], state.params):
+        drawn = cascade.sample_stage(
+            params, config, part["text_emb"], part["text_mask"], keys, part.get("lowres")
+        )
+        rows.append(images.to_uint8(np.asarray(drawn)))
+    return images.grid(np.concatenate(rows), columns=count)
 
 
 def with_text_dim(config: Config, dim: int) -> Config:

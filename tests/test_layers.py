@@ -27,7 +27,9 @@ HOMES = {
     "argparse": {"cli"},
     "torch": set(),
 }
-FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.relative_to(PACKAGE) != pathlib.Path("__init__.py"))
+FILES = sorted(
+    p for p in PACKAGE.rglob("*.py") if p.relative_to(PACKAGE) != pathlib.Path("__init__.py")
+)
 
 
 def unit(path: pathlib.Path) -> str:

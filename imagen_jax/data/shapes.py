@@ -217,10 +217,10 @@ def scene_from_row(row: Mapping[str, Any], rng: np.random.Generator) -> Scene:
 
 def coverage(
     shape: str,
-    radius: float | Float[np.ndarray, ...],
-    dx: Float[np.ndarray, ...],
-    dy: Float[np.ndarray, ...],
-) -> Float[np.ndarray, ...]:
+    radius: float | Float[np.ndarray, "..."],
+    dx: Float[np.ndarray, "..."],
+    dy: Float[np.ndarray, "..."],
+) -> Float[np.ndarray, "..."]:
     """Share of a pixel that a shape covers, 0..1, from the signed distance to its outline.
 
     Args:

@@ -22,9 +22,7 @@ from imagen_jax.interop import weights
 from imagen_jax.models import t5
 
 
-def load(
-    folder: str | pathlib.Path, t5_config: T5Config
-) -> tuple[T5Config, dict[str, Any]]:
+def load(folder: str | pathlib.Path, t5_config: T5Config) -> tuple[T5Config, dict[str, Any]]:
     """Reads the encoder of a t5x checkpoint.
 
     Args:

@@ -15,7 +15,7 @@ import pickle
 import struct
 import zipfile
 from collections.abc import Callable
-from typing import IO, Any
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -104,7 +104,7 @@ def _parameter(tensor: Any, *_: Any) -> Any:
 class _Unpickler(pickle.Unpickler):
     """Knows tensors, their storages and ordered dicts; refuses every other name."""
 
-    def __init__(self, file: IO[bytes], storage: Callable[[np.dtype, str], _Storage]):
+    def __init__(self, file: io.BufferedIOBase, storage: Callable[[np.dtype, str], _Storage]):
         super().__init__(file, encoding="utf-8")
         self._storage = storage
 
@@ -127,7 +127,7 @@ class _Unpickler(pickle.Unpickler):
         return self._storage(_STORAGES[name], str(key))
 
 
-def _load_zip(file: IO[bytes]) -> Any:
+def _load_zip(file: io.BufferedIOBase) -> Any:
     archive = zipfile.ZipFile(file)
     root = next((n for n in archive.namelist() if n.endswith("data.pkl")), None)
     if root is None:
@@ -145,7 +145,7 @@ def _load_zip(file: IO[bytes]) -> Any:
     return _Unpickler(io.BytesIO(archive.read(f"{root}data.pkl")), storage).load()
 
 
-def _load_stream(file: IO[bytes]) -> Any:
+def _load_stream(file: io.BufferedIOBase) -> Any:
     """The format before torch 1.6: five pickles, then the storages' bytes in key order."""
     storages: dict[str, _Storage] = {}
 

@@ -164,7 +164,7 @@ class T5Encoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens: Int[Array, "b l"], mask: Bool[Array, "b l"]
+        self, tokens: Int[Array | np.ndarray, "b l"], mask: Bool[Array | np.ndarray, "b l"]
     ) -> Float[Array, "b l d"]:
         """Embeds token ids.
 

@@ -1,0 +1,114 @@
+"""Settings of the whole suite, and the tiny stages its tests train, sample and split."""
+
+import os
+
+# Read once, when JAX and TensorFlow are imported.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from imagen_jax import partitioning, stage
+from imagen_jax.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    DiffusionConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    TrainConfig,
+)
+
+SIZE, LENGTH, DIM = 8, 4, 8
+
+BASE = Config(
+    name="base",
+    data=DataConfig(image_size=SIZE, batch_size=4, max_text_len=LENGTH),
+    model=ModelConfig(
+        name="efficient_unet",
+        channels=(8,),
+        num_res_blocks=(1,),
+        self_attention=(True,),
+        cross_attention=(True,),
+        strided_stem=(False,),
+        head_dim=8,
+        num_groups=4,
+        embed_dim=16,
+        text_dim=DIM,
+    ),
+    diffusion=DiffusionConfig(prediction="x0", loss_weight="truncated_v"),
+    optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=0),
+    train=TrainConfig(steps=6, log_every=1),
+    checkpoint=CheckpointConfig(every=2),
+    sampling=SamplingConfig(sampler="ddim", steps=4, guidance_weight=2.0),
+)
+SR = dataclasses.replace(
+    BASE,
+    name="sr",
+    data=dataclasses.replace(BASE.data, image_size=2 * SIZE, lowres_size=SIZE),
+    model=dataclasses.replace(BASE.model, lowres=True, patch_size=2),
+    sampling=dataclasses.replace(BASE.sampling, aug_level=0.1),
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_compilation(tmp_path_factory):
+    """Tiny models run in no time: what the suite waits for is the compiler."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="session")
+def base_config() -> Config:
+    """The tiny base stage: 8x8 pictures, 4 text tokens of width 8."""
+    return BASE
+
+
+@pytest.fixture(scope="session")
+def sr_config() -> Config:
+    """The tiny super-resolution stage, 8 -> 16."""
+    return SR
+
+
+@pytest.fixture(scope="session")
+def make_batch():
+    """(config, seed) -> one batch of random pictures and text of 1..4 tokens."""
+
+    def make(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng(seed)
+        n, size = config.data.batch_size, config.data.image_size
+        length, dim = config.data.max_text_len, config.model.text_dim
+        batch = {
+            "image": rng.uniform(-1, 1, (n, size, size, 3)).astype(np.float32),
+            "text_emb": rng.normal(size=(n, length, dim)).astype(np.float32),
+            "text_mask": np.arange(length) <= (np.arange(n) % length)[:, None],
+        }
+        if config.data.lowres_size:
+            low = config.data.lowres_size
+            batch["lowres"] = rng.uniform(-1, 1, (n, low, low, 3)).astype(np.float32)
+        return batch
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def random_params():
+    """config -> parameters none of which is zero, so that every path of the network counts."""
+
+    def make(config: Config, seed: int = 0):
+        shapes = jax.eval_shape(lambda: stage.init_params(config, jax.random.key(0)))
+        rng = np.random.default_rng(seed)
+        return jax.tree.map(
+            lambda leaf: (
+                rng.normal(size=leaf.shape) / max(np.prod(leaf.shape[:-1]), 4) ** 0.5
+            ).astype(np.float32),
+            partitioning.unbox(shapes),
+        )
+
+    return make

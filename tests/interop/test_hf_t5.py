@@ -1,0 +1,246 @@
+"""Hugging Face T5: parity with transformers, torch and sharded files, round trip, damage."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import pickle
+import shutil
+import struct
+import sys
+import types
+import zipfile
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from imagen_jax.interop import hf_t5, weights
+from imagen_jax.models.t5 import T5Encoder
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "t5_hf"
+V11 = GOLDEN / "v1_1_gated_gelu_encoder"
+# A whole encoder-decoder, as pytorch_model.bin; its encoder is V11's.
+FULL = GOLDEN / "v1_1_gated_gelu_full"
+
+
+@pytest.fixture
+def copy(tmp_path):
+    return pathlib.Path(shutil.copytree(V11, tmp_path / "t5"))
+
+
+@pytest.mark.parametrize("name", ["v1_1_gated_gelu_encoder", "v1_0_relu_encoder"])
+def test_encoder_equals_transformers(name):
+    config, params = hf_t5.load(GOLDEN / name)
+    golden = np.load(GOLDEN / name / "encoder_golden.npz")
+    with jax.default_matmul_precision("highest"):
+        apply = jax.jit(T5Encoder(config).apply)
+        encoded = np.asarray(apply({"params": params}, golden["tokens"], golden["mask"]))
+    assert np.abs(encoded - golden["encoded"])[golden["mask"]].max() < 2e-5
+
+
+def test_torch_file_of_the_whole_model_gives_the_same_encoder():
+    config, params = hf_t5.load(FULL)
+    other_config, other = hf_t5.load(V11)
+    assert config == other_config
+    assert_equal_trees(params, other)
+
+
+def test_save_then_load_is_bit_equal(tmp_path):
+    for name in (V11, GOLDEN / "v1_0_relu_encoder"):
+        config, params = hf_t5.load(name)
+        hf_t5.save(tmp_path / name.name, config, params)
+        config_again, params_again = hf_t5.load(tmp_path / name.name)
+        assert config_again == config
+        assert_equal_trees(params_again, params)
+        # Names, shapes and bytes are those transformers itself wrote.
+        theirs = weights.read_safetensors(name / "model.safetensors")
+        ours = weights.read_safetensors(tmp_path / name.name / "model.safetensors")
+        assert_equal_trees(ours, theirs)
+
+
+def test_shards_are_joined_and_a_missing_one_is_named(copy):
+    arrays = weights.read_safetensors(copy / "model.safetensors")
+    files = {name: f"part-{i % 2}.safetensors" for i, name in enumerate(arrays)}
+    for file in set(files.values()):
+        part = {name: array for name, array in arrays.items() if files[name] == file}
+        weights.write_safetensors(copy / file, part)
+    (copy / "model.safetensors").unlink()
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    assert_equal_trees(hf_t5.load(copy)[1], hf_t5.load(V11)[1])
+    (copy / "part-1.safetensors").unlink()
+    with pytest.raises(weights.WeightsError, match="part-1.safetensors, which is missing"):
+        hf_t5.load(copy)
+
+
+def test_every_misfit_is_named(copy):
+    arrays = dict(weights.read_safetensors(V11 / "model.safetensors"))
+    arrays["encoder.strange.weight"] = arrays.pop("encoder.final_layer_norm.weight")
+    arrays["shared.weight"] = arrays["shared.weight"][:100]
+    weights.write_safetensors(copy / "model.safetensors", arrays)
+    with pytest.raises(weights.WeightsError) as caught:
+        hf_t5.load(copy)
+    for part in (
+        "missing: encoder.final_layer_norm.weight",
+        "extra: encoder.strange.weight",
+        "wrong shape: shared.weight is (100, 32), expected (128, 32)",
+    ):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "umt5"}, "umT5"),
+        ({"model_type": "bert"}, "model_type='bert', expected 't5'"),
+        ({"feed_forward_proj": "gated-swish"}, "feed_forward_proj='gated-swish'"),
+    ],
+)
+def test_other_models_are_refused(copy, change, message):
+    values = json.loads((copy / "config.json").read_text()) | change
+    (copy / "config.json").write_text(json.dumps(values))
+    with pytest.raises(weights.WeightsError, match=message):
+        hf_t5.load(copy)
+
+
+def test_an_empty_folder_is_refused(tmp_path, copy):
+    with pytest.raises(weights.WeightsError, match="config.json is missing"):
+        hf_t5.load(tmp_path)
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(weights.WeightsError, match="none of model.safetensors, pytorch_model.bin"):
+        hf_t5.load(copy)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 0.3, 0.99])
+@pytest.mark.parametrize("source", [V11 / "model.safetensors", FULL / "pytorch_model.bin"])
+def test_cut_files_are_one_clear_line(tmp_path, source, kept):
+    content = source.read_bytes()
+    path = tmp_path / source.name
+    path.write_bytes(content[: kept if kept >= 1 else int(kept * len(content))])
+    read = weights.read_safetensors if source.suffix == ".safetensors" else weights.read_torch
+    with pytest.raises(weights.WeightsError, match="is not a whole") as caught:
+        read(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_flipped_bytes_of_a_torch_file_are_noticed(tmp_path):
+    content = bytearray((FULL / "pytorch_model.bin").read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    (tmp_path / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(weights.WeightsError, match="CRC"):
+        weights.read_torch(tmp_path / "pytorch_model.bin")
+
+
+def test_safetensors_agree_with_the_formats_own_library(tmp_path):
+    own = pytest.importorskip("safetensors.numpy")
+    arrays = {"a": np.float32([[1, 2], [3, 4]]), "s": np.float16(5), "e": np.zeros((0, 3), np.int8)}
+    weights.write_safetensors(tmp_path / "ours.safetensors", arrays)
+    assert_equal_trees(own.load_file(tmp_path / "ours.safetensors"), arrays)
+    own.save_file({"a": arrays["a"]}, tmp_path / "theirs.safetensors")
+    assert_equal_trees(weights.read_safetensors(tmp_path / "theirs.safetensors"), arrays, ["a"])
+
+
+def test_safetensors_hold_bfloat16(tmp_path):
+    values = np.linspace(-3, 3, 7).astype(ml_dtypes.bfloat16)
+    weights.write_safetensors(tmp_path / "x.safetensors", {"v": values})
+    again = weights.read_safetensors(tmp_path / "x.safetensors")["v"]
+    assert again.dtype == values.dtype
+    np.testing.assert_array_equal(again, values)
+
+
+class Malice:
+    def __reduce__(self):
+        return os.mkdir, ("malice",)
+
+
+def test_a_torch_file_that_runs_code_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with zipfile.ZipFile("zip.bin", "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({"shared.weight": Malice()}))
+    pathlib.Path("stream.bin").write_bytes(pickle.dumps(Malice()))
+    for name in ("zip.bin", "stream.bin"):
+        with pytest.raises(weights.WeightsError, match="is refused: it asks for .*mkdir"):
+            weights.read_torch(name)
+    assert not pathlib.Path("malice").exists()
+
+
+class _Stored:
+    """Pickles like torch's tensor: through `torch._utils._rebuild_tensor_v2` and a storage."""
+
+    def __init__(self, pickler_names, key, count, shape, strides, offset=0):
+        self.pid = ("storage", pickler_names["FloatStorage"], key, "cpu", count, None)
+        self.rebuild = pickler_names["_rebuild_tensor_v2"]
+        self.layout = (offset, shape, strides, False, None)
+
+    def __reduce__(self):
+        return self.rebuild, (_Storage(self.pid), *self.layout)
+
+
+class _Storage:
+    def __init__(self, pid):
+        self.pid = pid
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, obj):
+        return obj.pid if isinstance(obj, _Storage) else None
+
+
+@pytest.fixture
+def torch_names(monkeypatch):
+    """Modules with torch's names, which pickle looks up while writing."""
+    torch, utils = types.ModuleType("torch"), types.ModuleType("torch._utils")
+    storage = type("FloatStorage", (), {"__module__": "torch"})
+
+    def _rebuild_tensor_v2(*args):
+        raise AssertionError("the pickle's own function must not be called")
+
+    _rebuild_tensor_v2.__module__ = "torch._utils"
+    _rebuild_tensor_v2.__qualname__ = "_rebuild_tensor_v2"
+    torch.FloatStorage, utils._rebuild_tensor_v2 = storage, _rebuild_tensor_v2
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setitem(sys.modules, "torch._utils", utils)
+    return {"FloatStorage": storage, "_rebuild_tensor_v2": _rebuild_tensor_v2}
+
+
+def write_stream(path, state, storages):
+    """The layout of torch before 1.6: magic, version, system, objects, keys, then raw storages."""
+    with open(path, "wb") as file:
+        pickle.dump(0x1950A86A20F9469CFC6C, file, protocol=2)
+        pickle.dump(1001, file, protocol=2)
+        pickle.dump({"little_endian": True}, file, protocol=2)
+        _Pickler(file, protocol=2).dump(state)
+        pickle.dump(list(storages), file, protocol=2)
+        for values in storages.values():
+            file.write(struct.pack("<q", values.size) + values.tobytes())
+
+
+def test_the_older_torch_stream_is_read(tmp_path, torch_names):
+    values = np.arange(12, dtype=np.float32)
+    state = {
+        "w": _Stored(torch_names, "k1", 12, (3, 4), (4, 1)),
+        "turned": _Stored(torch_names, "k1", 12, (4, 3), (1, 4)),
+        "tail": _Stored(torch_names, "k2", 5, (2,), (1,), offset=3),
+    }
+    write_stream(tmp_path / "old.bin", state, {"k1": values, "k2": values[:5] * 10})
+    arrays = weights.read_torch(tmp_path / "old.bin")
+    expected = {"w": values.reshape(3, 4), "turned": values.reshape(3, 4).T}
+    assert_equal_trees(arrays, expected | {"tail": np.float32([30, 40])})
+
+
+def test_strides_beyond_the_storage_are_refused(tmp_path, torch_names):
+    state = {"w": _Stored(torch_names, "k", 4, (100, 100), (100, 1))}
+    write_stream(tmp_path / "far.bin", state, {"k": np.ones(4, np.float32)})
+    with pytest.raises(weights.WeightsError, match="is not a whole torch file"):
+        weights.read_torch(tmp_path / "far.bin")
+
+
+def assert_equal_trees(got, expected, names=None):
+    got, expected = weights.flatten(got), weights.flatten(expected)
+    if names is None:
+        assert got.keys() == expected.keys()
+    for name in names or expected:
+        assert got[name].dtype == expected[name].dtype
+        np.testing.assert_array_equal(got[name], expected[name])

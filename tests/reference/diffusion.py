@@ -1,0 +1,58 @@
+"""The diffusion process in float64 NumPy, written from the papers' formulas."""
+
+import numpy as np
+
+
+def cosine_logsnr(t):
+    """alpha = cos(pi t / 2), sigma = sin(pi t / 2)."""
+    return 2 * (np.log(np.cos(np.pi * t / 2)) - np.log(np.sin(np.pi * t / 2)))
+
+
+def discrete_linear_logsnr(steps=1000):
+    """logsnr after each of DDPM's steps: alpha_bar is the product of 1 - beta."""
+    alpha_bar = np.cumprod(1.0 - np.linspace(1e-4, 0.02, steps))
+    return np.log(alpha_bar / (1.0 - alpha_bar))
+
+
+def scales(logsnr):
+    """(alpha, sigma) with alpha^2 / sigma^2 = SNR and alpha^2 + sigma^2 = 1."""
+    snr = np.exp(np.float64(logsnr))
+    return np.sqrt(snr / (1 + snr)), np.sqrt(1 / (1 + snr))
+
+
+def predictions(x0, eps, logsnr):
+    """(z, {"x0", "eps", "v"}): the noisy picture and what each kind of network answers."""
+    alpha, sigma = (s[:, None, None, None] for s in scales(logsnr))
+    return alpha * x0 + sigma * eps, {"x0": x0, "eps": eps, "v": alpha * eps - sigma * x0}
+
+
+def min_snr_weight(prediction, snr, gamma=5.0):
+    """The table of min-SNR weights on the error of what the network predicts."""
+    return {
+        "x0": np.minimum(snr, gamma),
+        "eps": np.minimum(1.0, gamma / snr),
+        "v": np.minimum(snr, gamma) / (snr + 1.0),
+    }[prediction]
+
+
+def dynamic_threshold(x0, percentile):
+    """Picture by picture: clip to the percentile of |x0| if that is above 1, then rescale."""
+    pictures = []
+    for picture in x0:
+        s = max(np.percentile(np.abs(picture), percentile), 1.0)
+        pictures.append(np.clip(picture, -s, s) / s)
+    return np.stack(pictures)
+
+
+def gaussian_mean(z, logsnr, mean, deviation):
+    """E[x0 | z] where the data are N(mean, deviation^2)."""
+    alpha, sigma = scales(logsnr)
+    variance = alpha**2 * deviation**2 + sigma**2
+    return mean + alpha * deviation**2 / variance * (z - alpha * mean)
+
+
+def gaussian_flow(z, logsnr_t, logsnr_s, mean, deviation):
+    """Solution of the probability-flow ODE there: the standardised z is constant."""
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = scales(logsnr_t), scales(logsnr_s)
+    standard = (z - alpha_t * mean) / np.sqrt(alpha_t**2 * deviation**2 + sigma_t**2)
+    return alpha_s * mean + np.sqrt(alpha_s**2 * deviation**2 + sigma_s**2) * standard

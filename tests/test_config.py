@@ -1,0 +1,190 @@
+"""The schema, its way through ConfigDict and JSON, its errors, and every configuration file."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from imagen_jax import config as config_lib
+from imagen_jax import optimizer, partitioning, stage, train, train_state
+from imagen_jax.config import Config, ConfigError
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIGS = [
+    f"{path.name}:{name}"
+    for path in sorted((ROOT / "configs").glob("*.py"))
+    for name in {"shapes": ["base", "sr"], "imagen": ["base_64", "sr_256", "sr_1024"]}[path.stem]
+]
+
+
+def sections(cls=Config, path="config"):
+    """(path, field) of every field of the schema."""
+    for field in dataclasses.fields(cls):
+        yield f"{path}.{field.name}", field
+        if dataclasses.is_dataclass(field.default_factory):
+            yield from sections(field.default_factory, f"{path}.{field.name}")
+
+
+def overridden(*assignments: str) -> Config:
+    values = config_lib.to_config_dict(Config())
+    config_lib.override(values, assignments)
+    return config_lib.from_config_dict(values)
+
+
+def test_round_trips(sr_config):
+    assert config_lib.from_config_dict(config_lib.to_config_dict(sr_config)) == sr_config
+    assert config_lib.from_json(config_lib.to_json(sr_config)) == sr_config
+    assert hash(sr_config) == hash(config_lib.from_json(config_lib.to_json(sr_config)))
+
+
+def test_fingerprint_tells_configurations_apart(base_config):
+    again = config_lib.from_json(config_lib.to_json(base_config))
+    assert config_lib.fingerprint(again) == config_lib.fingerprint(base_config)
+    other = dataclasses.replace(base_config, seed=1)
+    assert config_lib.fingerprint(other) != config_lib.fingerprint(base_config)
+
+
+def test_every_field_is_documented():
+    undocumented = [
+        path for path, field in sections() if not field.metadata.get("doc", "").endswith(".")
+    ]
+    assert not undocumented
+
+
+def test_overrides_take_the_type_of_the_field():
+    config = overridden(
+        "data.batch_size=8",
+        "optimizer.learning_rate=1",
+        "model.channels=(64,128)",
+        "model.num_res_blocks=[1, 2]",
+        "model.self_attention=(True,False)",
+        "model.cross_attention=(True,False)",
+        "data.path=3",
+        "optimizer.multiply_by_parameter_scale=true",
+        "diffusion.logsnr_shift=-0.5",
+        "name=a=b",
+    )
+    assert config.data.batch_size == 8 and config.data.path == "3" and config.name == "a=b"
+    assert config.optimizer.learning_rate == 1.0
+    assert isinstance(config.optimizer.learning_rate, float)
+    assert config.model.channels == (64, 128) and config.model.num_res_blocks == (1, 2)
+    assert config.optimizer.multiply_by_parameter_scale is True
+    assert config.diffusion.logsnr_shift == -0.5
+
+
+@pytest.mark.parametrize(
+    ("assignment", "says"),
+    [
+        ("data.bach_size=8", "config.data.bach_size is not a field; did you mean config.data.batch"),
+        ("dta.batch_size=8", "config.dta is not a field; did you mean config.data?"),
+        ("data.batch_size.x=8", "config.data.batch_size.x is not a field"),
+        ("data.batch_size=many", "config.data.batch_size='many' must be of type int"),
+        ("data.batch_size=1.5", "must be of type int"),
+        ("data.batch_size=True", "must be of type int"),
+        ("data.batch_size", "has no value"),
+        ("data=3", "is a section; set one of its fields: kind"),
+        ("model.channels=64", "must be of type tuple"),
+        ("model.channels=(64,'a')", "config.model.channels='a' must be of type int"),
+        ("model.channels=(64,64)", "give one entry per level"),
+        ("model.num_groups=48", "must be multiples of config.model.num_groups=48"),
+        ("model.head_dim=48", "must be multiples of config.model.head_dim=48"),
+        ("model.lowres=1", "must be true or false"),
+        ("model.lowres=true", "contradicts config.data.lowres_size=0"),
+        ("model.lowres_residual=true", "needs config.diffusion.prediction='x0'"),
+        ("sampling.sampler=ddmp", "did you mean 'ddpm'?"),
+        ("sampling.steps=0", "must be at least 1"),
+        ("data.lowres_size=15", "must divide"),
+        ("data.batch_size=0", "must be at least 1"),
+        ("optimizer.name=sgd", "is not one of adam, adamw, adafactor, lion"),
+        ("diffusion.loss_weight=minsnr", "did you mean 'min_snr'?"),
+    ],
+)
+def test_what_is_refused(assignment, says):
+    with pytest.raises(ConfigError) as error:
+        overridden(assignment)
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_json_of_another_schema_is_refused():
+    values = json.loads(config_lib.to_json(Config()))
+    del values["train"]["steps"]
+    with pytest.raises(ConfigError, match="config.train lacks the field.* steps"):
+        config_lib.from_json(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("    return c", None),
+        ("    c.train.stepps = 3\n    return c", "stepps"),
+        ("    c.train.steps = 'x'\n    return c", "steps"),
+        ("    return {'base': c}[name]", "nope"),
+        ("    return c +", "line 4"),
+    ],
+)
+def test_a_config_file_with_a_slip(tmp_path, body, says):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from imagen_jax import config\ndef get_config(name=''):\n"
+        f"    c = config.to_config_dict(config.Config())\n{body}\n"
+    )
+    if says is None:
+        assert config_lib.load(f"{path}:nope") == Config()
+        return
+    with pytest.raises(ConfigError, match="mine.py.*" + says):
+        config_lib.load(f"{path}:nope")
+
+
+def test_no_such_config_file():
+    with pytest.raises(ConfigError, match="no file 'configs/nothing.py'"):
+        config_lib.load("configs/nothing.py:base")
+
+
+def shrunk(config: Config) -> Config:
+    """The same configuration with every width, count and size at its least."""
+    model = config.model
+    levels = len(model.channels)
+    model = dataclasses.replace(
+        model,
+        channels=tuple(8 * (1 + i % 2) for i in range(levels)),
+        num_res_blocks=(1,) * levels,
+        head_dim=8,
+        num_groups=4,
+        embed_dim=16,
+        text_dim=8,
+        dtype="float32",
+    )
+    size = model.patch_size * 2**levels
+    lowres = size // 2 if config.data.lowres_size else 0
+    data = dataclasses.replace(
+        config.data, image_size=size, lowres_size=lowres, batch_size=2, max_text_len=4
+    )
+    return dataclasses.replace(config, model=model, data=data)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configuration_at_full_size_and_shrunk(name, make_batch):
+    config = config_lib.load(str(ROOT / "configs" / name))
+    wide = train.with_text_dim(config, 4096)
+    shapes = jax.eval_shape(lambda: stage.init_params(wide, jax.random.key(0)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) > 1e5
+
+    small = shrunk(config)
+    rule = optimizer.make_optimizer(small.optimizer, 10)
+    params = partitioning.unbox(
+        jax.eval_shape(lambda: stage.init_params(small, jax.random.key(0)))
+    )
+    state = train_state.create(
+        jax.tree.map(lambda leaf: np.full(leaf.shape, 0.01, np.float32), params), rule
+    )
+    state, report = jax.jit(train.make_train_step(small, rule))(state, make_batch(small))
+    assert np.isfinite(report["loss"]) and report["grad_norm"] > 0
+    assert int(state.step) == 1 and int(state.skipped) == 0
+
+
+def test_unknown_name_in_a_projects_file():
+    with pytest.raises(ConfigError, match="nope"):
+        config_lib.load(f"{ROOT / 'configs' / 'shapes.py'}:nope")
