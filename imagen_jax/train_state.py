@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Int
 
 from imagen_jax import partitioning
 
@@ -17,21 +16,21 @@ from imagen_jax import partitioning
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class TrainState:
-    """State of a run.
+    """State of a run; the same tree also carries its shapes or shardings in place of arrays.
 
     Attributes:
-      step: updates tried so far; also the position in the data stream and in every random stream.
+      step: int32 scalar, updates tried so far; also the position in the data stream and in every random stream.
       params: float32 parameters.
       ema: averages of the parameters by name.
       opt_state: state of the optimizer.
-      skipped: updates that were skipped because loss or gradient was not finite.
+      skipped: int32 scalar, updates that were skipped because loss or gradient was not finite.
     """
 
-    step: Int[Array, ""]
+    step: Any
     params: Any
     ema: dict[str, Any]
     opt_state: Any
-    skipped: Int[Array, ""]
+    skipped: Any
 
 
 def create(params: Any, optimizer: optax.GradientTransformation) -> TrainState:

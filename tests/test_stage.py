@@ -33,6 +33,12 @@ class Answer(nn.Module):
 
 
 @pytest.fixture
+def make_batch(make_batch):
+    """The shared batches, as they look on a device."""
+    return lambda config: {k: jnp.asarray(v) for k, v in make_batch(config).items()}
+
+
+@pytest.fixture
 def answer(monkeypatch):
     monkeypatch.setitem(stage.MODELS, "efficient_unet", Answer)
     return Answer
@@ -80,7 +86,7 @@ def test_loss_of_a_network_that_knows_nothing(answer, base_config, make_batch, m
     batch = make_batch(base_config)
     config = changed(base_config, "diffusion", loss_weight="x0")
     loss, report = stage.loss_fn({}, batch, jax.random.key(0), config)
-    assert float(loss) == pytest.approx(np.mean(batch["image"] ** 2), rel=1e-5)
+    assert float(loss) == pytest.approx(np.mean(np.asarray(batch["image"]) ** 2), rel=1e-5)
     assert float(report["x0_mse"]) == pytest.approx(float(loss), rel=1e-5)
     config = changed(changed(base_config, "data", batch_size=256), "diffusion",
                      prediction="eps", loss_weight="eps")  # fmt: skip
@@ -105,7 +111,7 @@ def test_aug_level_is_drawn_and_told_to_the_network(answer, sr_config, make_batc
     monkeypatch.setattr(answer, "picture", jnp.zeros(3))
     config = changed(changed(sr_config, "data", batch_size=64), "diffusion", aug_level_max=0.4)
     batch = make_batch(config)
-    batch["lowres"] = np.ones_like(batch["lowres"])
+    batch["lowres"] = jnp.ones_like(batch["lowres"])
     stage.loss_fn({}, batch, jax.random.key(0), config)
     lowres, told = np.asarray(answer.seen["z"])[..., 3:], np.asarray(answer.seen["lowres_logsnr"])
     lowest = float(diffusion.aug_logsnr(jnp.float32(0.4), config.diffusion))
@@ -120,7 +126,7 @@ def test_lowres_noise_differs_from_the_pictures_own(answer, sr_config, make_batc
     monkeypatch.setattr(answer, "picture", jnp.zeros(3))
     config = changed(changed(sr_config, "data", batch_size=32), "diffusion", cond_drop_prob=0.0)
     batch = make_batch(config)
-    batch["lowres"], batch["image"] = np.zeros_like(batch["lowres"]), np.zeros_like(batch["image"])
+    batch["lowres"], batch["image"] = jnp.zeros_like(batch["lowres"]), jnp.zeros_like(batch["image"])
     stage.loss_fn({}, batch, jax.random.key(0), config)
     z = np.asarray(answer.seen["z"])
     correlation = np.corrcoef(z[..., :3].ravel(), z[..., 3:].ravel())[0, 1]

@@ -14,11 +14,20 @@ from jaxtyping import Array, Bool, Float
 _FAN_IN = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 
 
+def _input_dtype(x: Array, *params: Array | None, dtype: None = None) -> list[Array | None]:
+    """Casts float32 parameters to the input; Flax's own rule would widen the input instead."""
+    del dtype
+    return [x, *(None if p is None else p.astype(x.dtype) for p in params)]
+
+
 def dense(features: int, name: str, *, zero_init: bool = False) -> nn.Dense:
     """Linear layer over the last axis."""
     init = nn.initializers.zeros if zero_init else _FAN_IN
     return nn.Dense(
-        features, kernel_init=nn.with_logical_partitioning(init, ("embed", "mlp")), name=name
+        features,
+        kernel_init=nn.with_logical_partitioning(init, ("embed", "mlp")),
+        promote_dtype=_input_dtype,
+        name=name,
     )
 
 
@@ -33,6 +42,7 @@ def conv(
         (kernel, kernel),
         (stride, stride),
         kernel_init=nn.with_logical_partitioning(init, axes),
+        promote_dtype=_input_dtype,
         name=name,
     )
 

@@ -1,0 +1,227 @@
+"""Both U-Nets: what their output depends on, and what it must not depend on."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from imagen_jax import partitioning, stage
+from imagen_jax.config import ModelConfig
+
+BATCH, SIZE, LENGTH, DIM = 2, 8, 4, 8
+
+TINY = ModelConfig(
+    channels=(8,),
+    num_res_blocks=(1,),
+    self_attention=(True,),
+    cross_attention=(True,),
+    strided_stem=(True,),
+    head_dim=8,
+    num_groups=4,
+    embed_dim=16,
+    text_dim=DIM,
+)
+# Each text_conditioning with each network, each text_pooling with some.
+MODES = [
+    ("unet", "concat", "attention"),
+    ("unet", "cross", "mean"),
+    ("unet", "none", "attention"),
+    ("efficient_unet", "concat", "mean"),
+    ("efficient_unet", "cross", "attention"),
+    ("efficient_unet", "none", "mean"),
+]
+
+
+def arguments(channels: int, seed: int = 0) -> dict[str, jax.Array]:
+    rng = np.random.default_rng(seed)
+    return {
+        "z": jnp.asarray(rng.normal(size=(BATCH, SIZE, SIZE, channels)), jnp.float32),
+        "logsnr": jnp.array([-1.0, 2.0]),
+        "text_emb": jnp.asarray(rng.normal(size=(BATCH, LENGTH, DIM)), jnp.float32),
+        "text_mask": jnp.array([[True, True, False, False], [True, True, True, False]]),
+        "lowres_logsnr": jnp.array([5.0, 1.0]),
+    }
+
+
+def random_like(shapes, seed: int = 0):
+    """Parameters none of which is zero: a fresh network ends in zeros, which would hide all."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(
+            rng.normal(size=leaf.shape) / max(np.prod(leaf.shape[:-1]), 2) ** 0.5, jnp.float32
+        ),
+        shapes,
+    )
+
+
+def build(config: ModelConfig):
+    """(apply(params, **arguments), random parameters) of a network."""
+    network = stage.MODELS[config.name](config)
+    inputs = arguments(6 if config.lowres else 3)
+    if not config.lowres:
+        inputs["lowres_logsnr"] = None
+    shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), **inputs))["params"]
+    params = random_like(partitioning.unbox(shapes))
+    return jax.jit(lambda params, inputs: network.apply({"params": params}, **inputs)), params
+
+
+@pytest.fixture(scope="module", params=MODES, ids="-".join)
+def network(request):
+    """(run, inputs): an SR network in one of the modes; run(**changes) -> output."""
+    name, conditioning, pooling = request.param
+    config = dataclasses.replace(
+        TINY, name=name, text_conditioning=conditioning, text_pooling=pooling, lowres=True
+    )
+    apply, params = build(config)
+    inputs = arguments(6)
+    return lambda **changes: np.asarray(apply(params, {**inputs, **changes})), inputs
+
+
+def test_output_and_what_it_depends_on(network):
+    run, inputs = network
+    out = run()
+    assert out.shape == (BATCH, SIZE, SIZE, 3) and out.dtype == np.float32
+    assert np.isfinite(out).all() and out.std() > 0.01
+
+    changes = {
+        "z": inputs["z"].at[:, 0, 0, 0].add(1.0),
+        "the low-res picture": {"z": inputs["z"].at[:, 3, 3, 5].add(1.0)},
+        "logsnr": inputs["logsnr"] + 0.5,
+        "lowres_logsnr": inputs["lowres_logsnr"] - 0.5,
+        "text_emb": inputs["text_emb"].at[:, 0].multiply(-1.0),
+        "text_mask": inputs["text_mask"].at[:, 1].set(False),
+    }
+    for name, change in changes.items():
+        moved = run(**(change if isinstance(change, dict) else {name: change})) - out
+        assert (np.abs(moved).max(axis=(1, 2, 3)) > 1e-5).all(), name
+
+
+def test_masked_tokens_are_inert(network):
+    run, inputs = network
+    other = arguments(6, seed=1)["text_emb"] * 100.0
+    text_emb = jnp.where(inputs["text_mask"][..., None], inputs["text_emb"], other)
+    np.testing.assert_array_equal(run(text_emb=text_emb), run())
+
+
+def test_pictures_of_a_batch_do_not_see_each_other(network):
+    run, inputs = network
+    changed = {name: value.at[1].set(value[0]) for name, value in inputs.items()}
+    np.testing.assert_allclose(run(**changed)[0], run()[0], rtol=1e-5, atol=1e-6)
+
+
+def test_every_parameter_is_used():
+    for name, lowres in [("unet", False), ("efficient_unet", True)]:
+        config = dataclasses.replace(TINY, name=name, lowres=lowres)
+        _, params = build(config)
+        inputs = arguments(6 if lowres else 3)
+        inputs["lowres_logsnr"] = inputs["lowres_logsnr"] if lowres else None
+        network = stage.MODELS[name](config)
+
+        @jax.jit
+        def gradient(params, network=network, inputs=inputs):
+            target = jnp.linspace(-1.0, 1.0, BATCH * SIZE * SIZE * 3)
+            loss = lambda p: jnp.sum(network.apply({"params": p}, **inputs).ravel() * target)
+            return jax.grad(loss)(params)
+
+        unused = [
+            jax.tree_util.keystr(path)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(gradient(params))
+            if not jnp.abs(leaf).max() > 0
+        ]
+        assert not unused, (name, unused)
+
+
+def test_a_fresh_residual_stage_answers_the_lowres_picture():
+    config = dataclasses.replace(TINY, name="efficient_unet", lowres=True, lowres_residual=True)
+    apply, params = build(config)
+    params["conv_out"] = jax.tree.map(jnp.zeros_like, params["conv_out"])
+    inputs = arguments(6)
+    np.testing.assert_array_equal(apply(params, inputs), inputs["z"][..., 3:])
+
+
+def count(config: ModelConfig, size: int = 16) -> tuple[int, tuple[int, ...]]:
+    """Parameters and output shape, without running anything."""
+    network = stage.MODELS[config.name](config)
+    inputs = {**arguments(6 if config.lowres else 3), "lowres_logsnr": None}
+    inputs["z"] = jnp.zeros((BATCH, size, size, inputs["z"].shape[-1]))
+    if config.lowres:
+        inputs["lowres_logsnr"] = jnp.zeros(BATCH)
+    out, variables = jax.eval_shape(lambda: network.init_with_output(jax.random.key(0), **inputs))
+    return sum(leaf.size for leaf in jax.tree.leaves(variables["params"])), out.shape
+
+
+@pytest.mark.parametrize(
+    ("conditioning", "pooling", "patch_size"),
+    itertools.product(["concat", "cross", "none"], ["attention", "mean"], [1, 2]),
+)
+def test_every_mode_of_two_levels_builds(conditioning, pooling, patch_size):
+    for name in stage.MODELS:
+        config = dataclasses.replace(
+            TINY,
+            name=name,
+            channels=(8, 16),
+            num_res_blocks=(1, 2),
+            self_attention=(False, True),
+            cross_attention=(True, True),
+            strided_stem=(False, True),
+            text_conditioning=conditioning,
+            text_pooling=pooling,
+            patch_size=patch_size,
+        )
+        assert count(config)[1] == (BATCH, 16, 16, 3)
+
+
+def linear(inputs: int, outputs: int, kernel: int = 1) -> int:
+    return kernel * kernel * inputs * outputs + outputs
+
+
+def test_number_of_parameters_of_the_base_unet():
+    """ADM's topology counted by hand: one level of 8, embedding 16, text of width 8."""
+
+    def res(inputs, outputs):
+        shortcut = linear(inputs, outputs) if inputs != outputs else 0
+        norms = 2 * inputs + 2 * outputs
+        return (
+            norms
+            + linear(inputs, outputs, 3)
+            + linear(16, 2 * outputs)
+            + linear(outputs, outputs, 3)
+            + shortcut
+        )
+
+    # norm, query, key and value of pixels, key and value of text, output
+    attention = 2 * 8 + linear(8, 8) + linear(8, 16) + linear(DIM, 16) + linear(8, 8)
+    noise = 2 * linear(16, 16)
+    pooling = linear(DIM, 16) + linear(DIM, 32) + linear(16, 16)
+    text = 2 * 2 * DIM + pooling
+    down = res(8, 8) + attention
+    middle = res(8, 8) + attention + res(8, 8)
+    up = 2 * (res(16, 8) + attention)
+    ends = linear(3, 8, 3) + 2 * 8 + linear(8, 3, 3)
+    assert count(TINY)[0] == noise + text + down + middle + up + ends
+
+
+def convolutions(jaxpr) -> list:
+    """Every convolution in a program, those of inner programs too."""
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "conv_general_dilated":
+            found.append(equation)
+        for inner in jax.core.jaxprs_in_params(equation.params):
+            found += convolutions(inner)
+    return found
+
+
+@pytest.mark.parametrize("name", list(stage.MODELS))
+def test_bfloat16_is_the_dtype_of_the_work_and_float32_that_of_parameters(name):
+    network = stage.MODELS[name](dataclasses.replace(TINY, name=name, dtype="bfloat16"))
+    inputs = {**arguments(3), "lowres_logsnr": None}
+    variables = jax.eval_shape(lambda: network.init(jax.random.key(0), **inputs))
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    program = jax.make_jaxpr(lambda v: network.apply(v, **inputs))(variables)
+    dtypes = [str(e.invars[0].aval.dtype) for e in convolutions(program.jaxpr)]
+    # The last one sees the float32 of the norm before it.
+    assert dtypes.count("bfloat16") == len(dtypes) - 1 and len(dtypes) > 5

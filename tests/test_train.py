@@ -1,0 +1,230 @@
+"""The life of a run: it learns, survives kills bit for bit, skips what is not finite."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from PIL import Image
+
+from imagen_jax.checkpoint import CheckpointError
+from imagen_jax.config import CheckpointConfig, Config, ConfigError, TrainConfig, load
+from imagen_jax.data import embeddings
+from imagen_jax.train import train
+
+SOURCE = pathlib.Path(__file__).parents[1]
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+def with_steps(config: Config, steps: int, every: int = 2) -> Config:
+    return dataclasses.replace(
+        config, train=TrainConfig(steps=steps, log_every=1), checkpoint=CheckpointConfig(every=every)
+    )
+
+
+def assert_same(a, b) -> None:
+    """Two trees have the same leaves, bit for bit."""
+    a, b = (jax.tree_util.tree_leaves_with_path(jax.device_get(tree)) for tree in (a, b))
+    assert len(a) == len(b)
+    for (path, x), (_, y) in zip(a, b, strict=True):
+        np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
+
+
+def rows(workdir) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def stream(make_batch):
+    """config, killed_at, changes -> a stream whose batches differ from step to step."""
+
+    def open_stream(config: Config, killed_at: int = -1, change=lambda step, batch: batch):
+        def batches(start: int):
+            for step in range(start, 10**9):
+                if step == killed_at:
+                    raise Killed
+                yield change(step, make_batch(config, seed=step))
+
+        return batches
+
+    return open_stream
+
+
+@pytest.fixture(scope="module")
+def finished(base_config, stream, tmp_path_factory):
+    """(state, workdir) of a run of six steps that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("run")
+    return train(base_config, str(workdir), stream(base_config), log=lambda line: None), workdir
+
+
+def test_what_a_run_leaves(finished, base_config):
+    state, workdir = finished
+    assert int(state.step) == 6 and int(state.skipped) == 0
+    assert [row["step"] for row in rows(workdir)] == [1, 2, 3, 4, 5, 6]
+    assert {"loss", "x0_mse", "grad_norm", "learning_rate", "images_per_second"} <= set(
+        rows(workdir)[0]
+    )
+    kept = {p.name for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()}
+    assert kept == {"2", "4", "6"}
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), state.params, state.ema["ema"])
+    assert max(jax.tree.leaves(moved)) > 1e-5
+
+
+def test_killed_and_resumed_is_uninterrupted(finished, base_config, stream, tmp_path):
+    lines = []
+    for killed_at in (3, 5):
+        with pytest.raises(Killed):
+            train(base_config, str(tmp_path), stream(base_config, killed_at), log=lines.append)
+    state = train(base_config, str(tmp_path), stream(base_config), log=lines.append)
+    assert "going on from step 2" in lines and "going on from step 4" in lines
+    assert_same(state, finished[0])
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    for row, expected in zip(rows(tmp_path), rows(finished[1]), strict=True):
+        assert row["loss"] == expected["loss"] and row["grad_norm"] == expected["grad_norm"]
+
+
+def test_a_finished_run_is_left_as_it_is(finished, base_config, tmp_path):
+    state, workdir = finished
+    again = train(base_config, str(workdir), lambda start: pytest.fail("asked for data"))
+    assert_same(again, state)
+
+
+def test_loss_falls_on_a_repeated_batch(base_config, stream, make_batch, tmp_path):
+    config = with_steps(base_config, 80, every=10**6)
+    batch = make_batch(base_config)
+    train(config, str(tmp_path), stream(config, change=lambda *_: batch), log=lambda line: None)
+    losses = [row["loss"] for row in rows(tmp_path)]
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_counted(base_config, stream, tmp_path):
+    def spoil(step, batch):
+        return {**batch, "image": batch["image"] * np.float32(np.nan)} if step == 1 else batch
+
+    run = lambda steps: train(
+        with_steps(base_config, steps, 1), str(tmp_path), stream(base_config, change=spoil)
+    )
+    before, spoiled, after = run(1), run(2), run(3)
+    assert (int(spoiled.step), int(spoiled.skipped)) == (2, 1)
+    for part in ("params", "ema", "opt_state"):
+        assert_same(getattr(before, part), getattr(spoiled, part))
+    assert int(after.skipped) == 1
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(after.params)))
+    assert not np.array_equal(after.params["conv_out"]["bias"], before.params["conv_out"]["bias"])
+
+
+@pytest.mark.parametrize("damage", ["emptied", "garbled", "state removed"])
+def test_a_damaged_checkpoint_is_named(finished, base_config, stream, tmp_path, damage):
+    shutil.copytree(finished[1], tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / "6"
+    if damage == "state removed":
+        shutil.rmtree(newest / "state")
+    else:
+        for path in [p for p in newest.rglob("*") if p.is_file()]:
+            path.write_bytes(b"" if damage == "emptied" else b"\x00\xff" * (path.stat().st_size // 2))
+    with pytest.raises(CheckpointError, match=f"{newest}.*delete that folder"):
+        train(with_steps(base_config, 8), str(tmp_path / "run"), stream(base_config))
+
+
+def test_a_checkpoint_of_another_model_names_the_parameters(finished, base_config, stream):
+    model = dataclasses.replace(base_config.model, channels=(16,), cross_attention=(False,))
+    other = dataclasses.replace(base_config, model=model)
+    with pytest.raises(CheckpointError, match="of another model") as error:
+        train(other, str(finished[1]), stream(other))
+    message = str(error.value)
+    assert "['conv_in']['kernel'] is (3, 3, 3, 8), the model wants (3, 3, 3, 16)" in message
+    assert "unexpected ['down_0_attention_self']['text_key_value']['kernel']" in message
+
+
+def test_a_batch_that_does_not_fit_the_devices(base_config, stream, tmp_path):
+    mesh = dataclasses.replace(base_config.mesh, fsdp=3)
+    with pytest.raises(ConfigError, match="config.mesh"):
+        train(dataclasses.replace(base_config, mesh=mesh), str(tmp_path), stream(base_config))
+
+
+CONFIG = """
+from imagen_jax import config as config_lib
+
+def get_config(name=""):
+    return config_lib.to_config_dict(config_lib.from_json('''{json}'''))
+"""
+
+
+def write_world(folder: pathlib.Path, base_config: Config) -> pathlib.Path:
+    """A folder of 12 pictures, its embeddings and a config file; returns the config file."""
+    rng = np.random.default_rng(0)
+    pictures = folder / "pictures"
+    pictures.mkdir()
+    captions = [f"picture {i}" for i in range(12)]
+    for i, caption in enumerate(captions):
+        pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(pictures / f"{i}.png")
+        (pictures / f"{i}.txt").write_text(caption)
+    store = folder / "embeddings"
+    store.mkdir()
+    vectors = [rng.normal(size=(3, 8)).astype(ml_dtypes.bfloat16) for _ in captions]
+    unit = store / embeddings.unit_name(captions, encoder="fake")
+    embeddings.write_unit(unit, captions, vectors)
+    description = {"encoder": "fake", "max_len": 4}
+    embeddings.write_manifest(store, [embeddings.describe_unit(unit)], description)
+    data = dataclasses.replace(
+        base_config.data,
+        kind="folder",
+        path=str(pictures),
+        embeddings=str(store),
+        loader="numpy",
+        max_quarantined=0.5,
+    )
+    config = dataclasses.replace(with_steps(base_config, 300, every=10), data=data)
+    path = folder / "tiny.py"
+    path.write_text(CONFIG.format(json=json.dumps(dataclasses.asdict(config))))
+    return path
+
+
+@pytest.mark.slow
+def test_three_real_kills_leave_no_trace(base_config, tmp_path):
+    config = write_world(tmp_path, base_config)
+    environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+
+    def start(workdir: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "imagen_jax", "train", f"--config={config}"]
+        return subprocess.Popen(
+            [*command, f"--workdir={tmp_path / workdir}"], cwd=SOURCE, env=environment
+        )
+
+    assert start("whole").wait() == 0
+    draw = random.Random(0)
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    for kill in range(3):
+        process = start("killed")
+        target = 40 + 80 * kill  # steps after which this life may end
+        while process.poll() is None:
+            if metrics.exists() and len(metrics.read_text().splitlines()) > target:
+                time.sleep(draw.uniform(0.0, 0.2))
+                break
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "the run ended before it was killed"
+    assert start("killed").wait() == 0
+
+    states = [
+        train(load(str(config), ["model.text_dim=8"]), str(tmp_path / name), lambda start: ())
+        for name in ("whole", "killed")
+    ]
+    assert_same(*states)
+    assert [row["step"] for row in rows(tmp_path / "killed")] == list(range(1, 301))
+    for row, expected in zip(rows(tmp_path / "killed"), rows(tmp_path / "whole"), strict=True):
+        assert row["loss"] == expected["loss"]
