@@ -38,8 +38,12 @@ def export(workdir: str, out: str, log: Callable[[str], None] = print) -> Config
     The folder appears whole or not at all; an older one of the same name is replaced.
 
     Raises:
-      CheckpointError: there is no checkpoint, or it cannot be read.
+      CheckpointError: there is no checkpoint, it cannot be read, or `out` holds something else.
     """
+    folder = pathlib.Path(out).absolute()
+    taken = folder.is_dir() and any(folder.iterdir())
+    if taken and not (folder / "params.safetensors").is_file():
+        raise CheckpointError(f"--out={out} exists and is no stage folder; name a new one")
     if not (pathlib.Path(workdir) / "checkpoints").is_dir():
         raise CheckpointError(f"--workdir={workdir} holds no checkpoints; train first")
     checkpoints = Checkpoints(workdir, config_lib.CheckpointConfig())
@@ -53,7 +57,6 @@ def export(workdir: str, out: str, log: Callable[[str], None] = print) -> Config
     text_path = config.text.path and str(pathlib.Path(config.text.path).absolute())
     config = dataclasses.replace(config, text=dataclasses.replace(config.text, path=text_path))
     flat = weights.flatten(jax.tree.map(np.asarray, params))
-    folder = pathlib.Path(out)
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

@@ -12,9 +12,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from imagen_jax.config import ConfigError, MeshConfig
+
+# Shardings can be planned for devices that are not here.
+AnyMesh = Mesh | AbstractMesh
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -47,7 +50,7 @@ def make_mesh(config: MeshConfig) -> Mesh:
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def check_batch_size(batch_size: int, mesh: Mesh) -> None:
+def check_batch_size(batch_size: int, mesh: AnyMesh) -> None:
     """Raises ConfigError when a batch cannot be split evenly over data * fsdp devices."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % parts:
@@ -58,7 +61,7 @@ def check_batch_size(batch_size: int, mesh: Mesh) -> None:
         )
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: AnyMesh) -> NamedSharding:
     """Arrays whose first axis is the batch: split over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
@@ -69,7 +72,7 @@ def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Ar
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 
 
-def _spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def _spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: AnyMesh) -> PartitionSpec:
     """The rules applied to one parameter; an axis that does not divide stays whole."""
     axes = [RULES[name] if name else None for name in names]
     return PartitionSpec(
@@ -77,7 +80,7 @@ def _spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> 
     )
 
 
-def param_shardings(boxed: Any, mesh: Mesh) -> Any:
+def param_shardings(boxed: Any, mesh: AnyMesh) -> Any:
     """Shardings of (abstract) parameters that carry their logical axis names."""
 
     def sharding(leaf: Any) -> NamedSharding:

@@ -50,7 +50,7 @@ def make_train_step(config: Config, optimizer: optax.GradientTransformation) -> 
         decay = ema.decay_at(state.step, config.ema)
         averages = {name: ema.update(a, params, decay) for name, a in state.ema.items()}
 
-        grad_norm = optax.global_norm(gradient)
+        grad_norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(report["loss"]) & jnp.isfinite(grad_norm)
         old = (state.params, state.ema, state.opt_state)
         params, averages, opt_state = jax.tree.map(

@@ -19,7 +19,8 @@ class TrainState:
     """State of a run; the same tree also carries its shapes or shardings in place of arrays.
 
     Attributes:
-      step: int32 scalar, updates tried so far; also the position in the data stream and in every random stream.
+      step: int32 scalar, updates tried so far; also the position in the data stream and in every
+        random stream.
       params: float32 parameters.
       ema: averages of the parameters by name.
       opt_state: state of the optimizer.

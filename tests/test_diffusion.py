@@ -114,9 +114,7 @@ def test_a_weighted_loss_is_the_same_whatever_the_network_predicts(name, picture
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
 def test_min_snr_table(prediction):
     got = diffusion.output_loss_weight("min_snr", prediction, single(LOGSNR))
-    np.testing.assert_allclose(
-        got, reference.min_snr_weight(prediction, np.exp(LOGSNR)), rtol=1e-5
-    )
+    np.testing.assert_allclose(got, reference.min_snr_weight(prediction, np.exp(LOGSNR)), rtol=1e-5)
 
 
 def test_the_type_checker_is_on():

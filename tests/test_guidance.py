@@ -50,9 +50,7 @@ def test_dynamic_threshold(percentile):
     np.testing.assert_array_equal(alone[0], got[2])
 
 
-@pytest.mark.parametrize(
-    ("name", "largest"), [("none", 4.0), ("static", 1.0), ("dynamic", 1.0)]
-)
+@pytest.mark.parametrize(("name", "largest"), [("none", 4.0), ("static", 1.0), ("dynamic", 1.0)])
 def test_threshold_wraps_denoise(name, largest):
     x0 = jnp.linspace(-4.0, 4.0, Z.size).reshape(Z.shape)
     got = guidance.threshold(lambda z, logsnr: x0, name, 90.0)(Z, LOGSNR)

@@ -126,7 +126,10 @@ def test_lowres_noise_differs_from_the_pictures_own(answer, sr_config, make_batc
     monkeypatch.setattr(answer, "picture", jnp.zeros(3))
     config = changed(changed(sr_config, "data", batch_size=32), "diffusion", cond_drop_prob=0.0)
     batch = make_batch(config)
-    batch["lowres"], batch["image"] = jnp.zeros_like(batch["lowres"]), jnp.zeros_like(batch["image"])
+    batch["lowres"], batch["image"] = (
+        jnp.zeros_like(batch["lowres"]),
+        jnp.zeros_like(batch["image"]),
+    )
     stage.loss_fn({}, batch, jax.random.key(0), config)
     z = np.asarray(answer.seen["z"])
     correlation = np.corrcoef(z[..., :3].ravel(), z[..., 3:].ravel())[0, 1]
@@ -160,9 +163,7 @@ def test_guidance_weight_one_is_the_conditional_network(base_config, make_batch,
     def pair(params, z):
         drawn = []
         for weight in (1.0, 1.0 + 1e-6, 3.0):
-            config = changed(
-                base_config, "sampling", guidance_weight=weight, thresholding="none"
-            )
+            config = changed(base_config, "sampling", guidance_weight=weight, thresholding="none")
             drawn.append(stage.denoiser(params, config, **texts)(z, logsnr))
         return drawn
 

@@ -31,7 +31,9 @@ class Killed(Exception):
 
 def with_steps(config: Config, steps: int, every: int = 2) -> Config:
     return dataclasses.replace(
-        config, train=TrainConfig(steps=steps, log_every=1), checkpoint=CheckpointConfig(every=every)
+        config,
+        train=TrainConfig(steps=steps, log_every=1),
+        checkpoint=CheckpointConfig(every=every),
     )
 
 
@@ -114,9 +116,10 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(base_config, stream
     def spoil(step, batch):
         return {**batch, "image": batch["image"] * np.float32(np.nan)} if step == 1 else batch
 
-    run = lambda steps: train(
-        with_steps(base_config, steps, 1), str(tmp_path), stream(base_config, change=spoil)
-    )
+    def run(steps: int):
+        config = with_steps(base_config, steps, 1)
+        return train(config, str(tmp_path), stream(base_config, change=spoil))
+
     before, spoiled, after = run(1), run(2), run(3)
     assert (int(spoiled.step), int(spoiled.skipped)) == (2, 1)
     for part in ("params", "ema", "opt_state"):
@@ -134,7 +137,9 @@ def test_a_damaged_checkpoint_is_named(finished, base_config, stream, tmp_path, 
         shutil.rmtree(newest / "state")
     else:
         for path in [p for p in newest.rglob("*") if p.is_file()]:
-            path.write_bytes(b"" if damage == "emptied" else b"\x00\xff" * (path.stat().st_size // 2))
+            path.write_bytes(
+                b"" if damage == "emptied" else b"\x00\xff" * (path.stat().st_size // 2)
+            )
     with pytest.raises(CheckpointError, match=f"{newest}.*delete that folder"):
         train(with_steps(base_config, 8), str(tmp_path / "run"), stream(base_config))
 

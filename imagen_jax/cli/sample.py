@@ -71,6 +71,8 @@ def _with_settings(stages: list[Stage], text: str) -> list[Stage]:
         settings = json.loads(text)
     except json.JSONDecodeError as error:
         raise ConfigError(f"--stage_settings is not JSON: {error}") from error
+    if not isinstance(settings, dict) or not all(isinstance(v, dict) for v in settings.values()):
+        raise ConfigError(f"--stage_settings={text} must map stage names to mappings of fields")
     names = [stage.config.name for stage in stages]
     for name in settings:
         if name not in names:

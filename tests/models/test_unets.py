@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -123,7 +124,10 @@ def test_every_parameter_is_used():
         @jax.jit
         def gradient(params, network=network, inputs=inputs):
             target = jnp.linspace(-1.0, 1.0, BATCH * SIZE * SIZE * 3)
-            loss = lambda p: jnp.sum(network.apply({"params": p}, **inputs).ravel() * target)
+
+            def loss(params):
+                return jnp.sum(network.apply({"params": params}, **inputs).ravel() * target)
+
             return jax.grad(loss)(params)
 
         unused = [
@@ -155,7 +159,7 @@ def count(config: ModelConfig, size: int = 16) -> tuple[int, tuple[int, ...]]:
 
 @pytest.mark.parametrize(
     ("conditioning", "pooling", "patch_size"),
-    itertools.product(["concat", "cross", "none"], ["attention", "mean"], [1, 2]),
+    list(itertools.product(["concat", "cross", "none"], ["attention", "mean"], [1, 2])),
 )
 def test_every_mode_of_two_levels_builds(conditioning, pooling, patch_size):
     for name in stage.MODELS:
@@ -210,7 +214,7 @@ def convolutions(jaxpr) -> list:
     for equation in jaxpr.eqns:
         if equation.primitive.name == "conv_general_dilated":
             found.append(equation)
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
             found += convolutions(inner)
     return found
 

@@ -1,0 +1,162 @@
+"""The command line: exit codes, one line on stderr, never a traceback."""
+
+import numpy as np
+import pytest
+
+from imagen_jax import config as config_lib
+from imagen_jax.cli import prepare, run
+from imagen_jax.interop import weights
+
+CONFIG = """
+from imagen_jax import config as config_lib
+
+def get_config(name=""):
+    c = config_lib.to_config_dict(config_lib.Config())
+    c.data.kind = "folder"
+    c.data.path = {path!r}
+    c.data.loader = "numpy"
+    return c
+"""
+
+
+@pytest.fixture
+def config(tmp_path) -> str:
+    """A configuration whose folder of pictures does not exist."""
+    path = tmp_path / "tiny.py"
+    path.write_text(CONFIG.format(path=str(tmp_path / "pictures")))
+    return str(path)
+
+
+@pytest.fixture
+def refused(capsys):
+    """argv -> the one line on stderr of a command that was refused."""
+
+    def call(*argv: str) -> str:
+        assert run.main(argv) == 1
+        captured = capsys.readouterr()
+        lines = captured.err.splitlines()
+        assert len(lines) == 1 and lines[0].startswith(f"imagen {argv[0]}: "), captured.err
+        return lines[0]
+
+    return call
+
+
+@pytest.fixture
+def misused(capsys):
+    """argv -> stderr of a command that was used wrongly."""
+
+    def call(*argv: str) -> str:
+        with pytest.raises(SystemExit) as exit:
+            run.main(argv)
+        assert exit.value.code == 2
+        return capsys.readouterr().err
+
+    return call
+
+
+@pytest.mark.parametrize("verb", run.VERBS)
+def test_help_of_every_verb(verb, capsys):
+    with pytest.raises(SystemExit) as exit:
+        run.main([verb, "--help"])
+    assert exit.value.code == 0
+    text = capsys.readouterr().out
+    assert f"usage: imagen {verb}" in text and "--" in text.split("options:")[1]
+
+
+def test_help_lists_every_verb(capsys):
+    with pytest.raises(SystemExit) as exit:
+        run.main(["--help"])
+    assert exit.value.code == 0
+    text = capsys.readouterr().out
+    assert all(verb in text for verb in run.VERBS)
+
+
+def test_wrong_usage(misused, config):
+    assert "VERB" in misused()
+    assert "trian" in misused("trian")
+    assert "--workdir" in misused("train", f"--config={config}")
+    line = misused("train", f"--config={config}", "--workdir=x", "--wrokdir=y")
+    assert "unrecognized arguments: --wrokdir=y" in line
+    assert "8" in misused("train", f"--config={config}", "--workdir=x", "--config.seed", "8")
+    assert "--config.seed=8" in misused("export", "--workdir=x", "--out=y", "--config.seed=8")
+    assert "--prompt" in misused("sample", "--stages=x", "--out=y")
+    assert "not allowed" in misused(
+        "sample", "--stages=x", "--out=y", "--prompt=a", "--prompts=b.txt"
+    )
+    assert "invalid int" in misused("sample", "--stages=x", "--out=y", "--prompt=a", "--seed=a")
+
+
+def test_a_misspelled_field_names_the_nearest(refused, config, tmp_path):
+    line = refused(
+        "train", f"--config={config}", f"--workdir={tmp_path}/run", "--config.data.bach_size=8"
+    )
+    assert "config.data.bach_size is not a field; did you mean config.data.batch_size?" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_files_that_are_not_there(refused, config, tmp_path):
+    for verb, flags in [
+        ("train", [f"--workdir={tmp_path}/run"]),
+        ("embed", []),
+        ("embed", ["--estimate"]),
+        ("prepare", []),
+        ("pretrain_text", [f"--out={tmp_path}/text"]),
+    ]:
+        assert "nothing.py" in refused(verb, "--config=nothing.py:base", *flags)
+        assert "pictures" in refused(verb, f"--config={config}", *flags)
+    assert "holds no checkpoints" in refused("export", f"--workdir={tmp_path}", "--out=x")
+    assert "nothing" in refused("evaluate", "alignment", "--samples=nothing", f"--out={tmp_path}/a")
+
+
+def test_a_broken_config_file(refused, tmp_path):
+    (tmp_path / "broken.py").write_text("def get_config(:\n")
+    line = refused("train", f"--config={tmp_path}/broken.py", f"--workdir={tmp_path}/run")
+    assert "broken.py" in line and "SyntaxError" in line
+
+
+def test_sample_refuses_what_it_cannot_draw(refused, tmp_path):
+    (tmp_path / "empty.txt").write_text("\n\n")
+    out = f"--out={tmp_path}/out"
+    stages = f"--stages={tmp_path}/nothing"
+    line = refused("sample", stages, f"--prompts={tmp_path}/empty.txt", out)
+    assert "empty.txt: holds no prompts" in line
+    assert "no such file" in refused("sample", stages, f"--prompts={tmp_path}/no.txt", out)
+    line = refused("sample", stages, "--prompt=a", out)
+    assert "nothing has no config.json" in line and "imagen export" in line
+    assert "--batch_size=0" in refused("sample", stages, "--prompt=a", out, "--batch_size=0")
+    assert "must be at least 1" in refused(
+        "sample", stages, "--prompt=a", out, "--samples_per_prompt=-1"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "--stage_settings"),
+        ('{"base": 3}', "--stage_settings"),
+        ('{"bsae": {}}', "did you mean 'base'?"),
+        ('{"base": {"stepps": 3}}', "did you mean --stage_settings: base.steps?"),
+        ('{"base": {"steps": "3"}}', "must be of type int"),
+        ('{"base": {"sampler": "ddmp"}}', "did you mean 'ddpm'?"),
+    ],
+)
+def test_stage_settings_that_are_refused(refused, tmp_path, base_config, settings, says):
+    weights.write_safetensors(tmp_path / "params.safetensors", {"a": np.zeros(1, np.float32)})
+    (tmp_path / "config.json").write_text(config_lib.to_json(base_config))
+    line = refused(
+        "sample",
+        f"--stages={tmp_path}",
+        "--prompt=a",
+        f"--out={tmp_path}/out",
+        f"--stage_settings={settings}",
+    )
+    assert says in line
+
+
+def test_a_failure_of_ours_keeps_its_traceback(monkeypatch, config):
+    """What no message was written for is a fault of the program, and is not hidden."""
+    monkeypatch.setattr(prepare, "open_source", lambda data: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run.main(["prepare", f"--config={config}"])
