@@ -20,6 +20,7 @@ def get_config(name: str = "base") -> ml_collections.ConfigDict:
     c.mesh.cpu_devices = 2
     c.diffusion.prediction = "x0"
     c.diffusion.loss_weight = "truncated_v"
+    c.optimizer.learning_rate = 3e-3
     c.optimizer.b2 = 0.99
     c.optimizer.warmup_steps = 100
     c.optimizer.schedule = "linear_tail"
@@ -32,16 +33,16 @@ def get_config(name: str = "base") -> ml_collections.ConfigDict:
 
 def _base(c: ml_collections.ConfigDict) -> None:
     c.data.image_size = 16
-    c.data.batch_size = 32
     c.model.name = "unet"
     c.model.patch_size = 2
-    c.model.channels = (64, 128)
+    c.model.channels = (64, 64)
     c.model.num_res_blocks = (1, 1)
-    c.model.self_attention = c.model.cross_attention = (True, True)
+    c.model.self_attention = c.model.cross_attention = (False, True)
     c.model.head_dim = 32
     c.model.num_groups = 8
+    c.model.embed_dim = 128
     c.diffusion.logsnr_shift = -0.713  # 2 log 0.7
-    c.optimizer.learning_rate = 3e-3
+    c.data.batch_size = 16
     c.train.steps = 5_000
     c.sampling.steps = 25
     c.sampling.guidance_weight = 1.5
@@ -50,20 +51,21 @@ def _base(c: ml_collections.ConfigDict) -> None:
 def _sr(c: ml_collections.ConfigDict) -> None:
     c.data.image_size = 64
     c.data.lowres_size = 16
-    c.data.batch_size = 16
     c.model.name = "efficient_unet"
     c.model.lowres = c.model.lowres_residual = True
     c.model.patch_size = 4
-    c.model.channels = (64, 128)
-    c.model.num_res_blocks = (1, 2)
+    c.model.channels = (64, 64)
+    c.model.num_res_blocks = (1, 1)
     c.model.strided_stem = (False, True)
     c.model.self_attention = c.model.cross_attention = (False, True)
     c.model.head_dim = 32
     c.model.num_groups = 8
+    c.model.embed_dim = 128
     c.model.skip_scale = 2**-0.5
-    c.diffusion.aug_level_max = 0.4
-    c.optimizer.learning_rate = 2e-3
-    c.train.steps = 1_000
-    c.sampling.steps = 12
-    c.sampling.guidance_weight = 1.5
-    c.sampling.aug_level = 0.1
+    c.diffusion.aug_level_max = 0.2
+    c.diffusion.aug_noise_size = "lowres"
+    c.data.batch_size = 8
+    c.train.steps = 2_500
+    c.sampling.steps = 8
+    c.sampling.guidance_weight = 1.0
+    c.sampling.aug_level = 0.05

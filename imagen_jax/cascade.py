@@ -21,7 +21,7 @@ from imagen_jax import config as config_lib
 from imagen_jax import diffusion, images, sampling
 from imagen_jax.config import Config
 from imagen_jax.interop import weights
-from imagen_jax.stage import denoiser, noised_lowres
+from imagen_jax.stage import aug_noise_side, denoiser, noised_lowres
 
 SAMPLE_STREAM = 2  # beside the streams of train.py
 
@@ -114,7 +114,8 @@ def sample_stage(
     conditioning = {}
     if lowres is not None:
         aug_level = jnp.full(keys.shape, settings.aug_level)
-        noise = sampling.normal(lowres_keys, (size, size, 3))
+        side = aug_noise_side(config)
+        noise = sampling.normal(lowres_keys, (side, side, 3))
         conditioning = {
             "lowres": noised_lowres(lowres, aug_level, noise, config),
             "aug_level": aug_level,

@@ -215,11 +215,15 @@ class DiffusionConfig:
         1.0, "SR stages: aug_level is drawn from U(0, aug_level_max) while training, 0..1."
     )
     aug_schedule: str = doc("cosine", "Schedule that turns aug_level into noise.")
+    aug_noise_size: str = doc(
+        "image", "SR stages: aug_level noise has pixels of the image, or larger ones of the lowres."
+    )
 
     def __post_init__(self) -> None:
         _check_choice("diffusion.prediction", self.prediction, ("eps", "x0", "v"))
         _check_choice("diffusion.schedule", self.schedule, ("cosine", "linear"))
         _check_choice("diffusion.aug_schedule", self.aug_schedule, ("cosine", "linear"))
+        _check_choice("diffusion.aug_noise_size", self.aug_noise_size, ("image", "lowres"))
         _check_choice(
             "diffusion.loss_weight",
             self.loss_weight,

@@ -76,16 +76,31 @@ def drop_text(
 def noised_lowres(
     lowres: Float[Array, "b h w c"],
     aug_level: Float[Array, " b"],
-    eps: Float[Array, "b size size c"],
+    eps: Float[Array, "b n n c"],
     config: Config,
 ) -> Float[Array, "b size size c"]:
-    """The conditioning picture: upsampled to the stage's size, then noised to `aug_level`.
+    """The conditioning picture: upsampled to the stage's size and noised to `aug_level`.
 
     Noise conditioning augmentation (Imagen, Sec. 2.4, D.2). Paper is silent on whether the noise
-    comes before or after the upsampling; here after, so that its scale is that of the stage.
+    comes after the upsampling ("image": pixels of the large picture) or before ("lowres": a small
+    network with `lowres_residual` has far less noise to carry).
+
+    Args:
+      lowres: pictures of the stage before, in [-1, 1].
+      aug_level: 0 (none) to 1 (noise alone).
+      eps: standard normal, of side `aug_noise_side(config)`.
+      config: the stage.
     """
-    upsampled = images.upsample(lowres, config.data.image_size)
-    return diffusion.q_sample(upsampled, diffusion.aug_logsnr(aug_level, config.diffusion), eps)
+    logsnr = diffusion.aug_logsnr(aug_level, config.diffusion)
+    if config.diffusion.aug_noise_size == "lowres":
+        return images.upsample(diffusion.q_sample(lowres, logsnr, eps), config.data.image_size)
+    return diffusion.q_sample(images.upsample(lowres, config.data.image_size), logsnr, eps)
+
+
+def aug_noise_side(config: Config) -> int:
+    """Side of the noise that `noised_lowres` wants, pixels."""
+    at_lowres = config.diffusion.aug_noise_size == "lowres"
+    return config.data.lowres_size if at_lowres else config.data.image_size
 
 
 def loss_fn(
@@ -122,7 +137,8 @@ def loss_fn(
     network_input, lowres_logsnr = z, None
     if config.model.lowres:
         aug_level = jax.random.uniform(key_level, (size,), maxval=process.aug_level_max)
-        noise = jax.random.normal(key_lowres, x0.shape)
+        side = aug_noise_side(config)
+        noise = jax.random.normal(key_lowres, (size, side, side, 3))
         lowres = noised_lowres(batch["lowres"], aug_level, noise, config)
         network_input = jnp.concatenate([z, lowres], axis=-1)
         lowres_logsnr = diffusion.aug_logsnr(aug_level, process)

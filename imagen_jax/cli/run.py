@@ -9,6 +9,7 @@ import argparse
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 VERBS = {
@@ -50,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown or (overrides and not hasattr(flags, "config")):
         verb_parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
     flags.overrides = overrides
+    warnings.showwarning = lambda message, *_, **__: print(
+        f"imagen {verb}: warning: {' '.join(str(message).split())}", file=sys.stderr
+    )
     try:
         module.run(flags)
     except Exception as error:

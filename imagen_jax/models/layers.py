@@ -87,7 +87,9 @@ class NoiseEmbedding(nn.Module):
     """Embeds logsnr [B] as [B, dim].
 
     logsnr is first mapped to the cosine schedule's time, u = 2/pi atan(exp(-logsnr/2)) in [0, 1],
-    in which all levels are spread evenly, and scaled to 0..1000 as in ADM. Paper is silent on this.
+    in which all levels are spread evenly, and scaled to 0..30: the shortest wavelength is then a
+    fifth of that range. (ADM's 0..1000 makes half of the features noise in a continuous time.)
+    Paper is silent on this.
     """
 
     dim: int
@@ -95,7 +97,7 @@ class NoiseEmbedding(nn.Module):
     @nn.compact
     def __call__(self, logsnr: Float[Array, " b"]) -> Float[Array, "b dim"]:
         u = jnp.arctan(jnp.exp(-0.5 * logsnr)) * (2.0 / jnp.pi)
-        x = sinusoidal(1000.0 * u, min(self.dim, 256))
+        x = sinusoidal(30.0 * u, min(self.dim, 256))
         x = dense(self.dim, "hidden")(x)
         return dense(self.dim, "out")(nn.swish(x))
 
