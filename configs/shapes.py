@@ -17,6 +17,7 @@ def get_config(name: str = "base") -> ml_collections.ConfigDict:
     c.data.embeddings = "runs/demo/embeddings"
     c.text.path = "runs/demo/text"
     c.data.max_text_len = 24
+    c.checkpoint.every = 500
     c.mesh.cpu_devices = 2
     c.diffusion.prediction = "x0"
     c.diffusion.loss_weight = "truncated_v"
@@ -43,7 +44,7 @@ def _base(c: ml_collections.ConfigDict) -> None:
     c.model.embed_dim = 128
     c.diffusion.logsnr_shift = -0.713  # 2 log 0.7
     c.data.batch_size = 16
-    c.train.steps = 5_000
+    c.train.steps = 5_500
     c.sampling.steps = 25
     c.sampling.guidance_weight = 1.5
 
@@ -64,8 +65,9 @@ def _sr(c: ml_collections.ConfigDict) -> None:
     c.model.skip_scale = 2**-0.5
     c.diffusion.aug_level_max = 0.2
     c.diffusion.aug_noise_size = "lowres"
+    c.diffusion.logsnr_shift = -2.0
     c.data.batch_size = 8
-    c.train.steps = 2_500
+    c.train.steps = 5_000
     c.sampling.steps = 8
     c.sampling.guidance_weight = 1.0
-    c.sampling.aug_level = 0.05
+    c.sampling.aug_level = 0.02

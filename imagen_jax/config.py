@@ -93,6 +93,7 @@ class TextConfig:
     encoder: str = doc("t5", "Row of text.TEXT_ENCODERS.")
     path: str = doc("", "Folder of the encoder's weights and vocabulary (Hugging Face layout).")
     max_len: int = doc(32, "Longest prompt, tokens including the end mark; longer ones are cut.")
+    fingerprint: str = doc("", "Set by `train`: which encoder made the embeddings learned from.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -363,18 +364,18 @@ def _coerce(path: str, hint: Any, value: Any) -> Any:
 def from_dict(cls: type, values: Any, path: str = "config") -> Any:
     """Builds dataclass `cls` from a mapping; checks names and types.
 
+    A field that is not there has its default, so that a configuration saved before the field was
+    introduced can still be read.
+
     Raises:
-      ConfigError: an unknown or missing field, or a value of the wrong type.
+      ConfigError: an unknown field, or a value of the wrong type.
     """
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
     for name in values:
         if name not in names:
             raise ConfigError(unknown_field(f"{path}.{name}", name, names))
-    missing = [name for name in names if name not in values]
-    if missing:
-        raise ConfigError(f"{path} lacks the field(s) {', '.join(missing)}")
-    return cls(**{n: _coerce(f"{path}.{n}", hints[n], values[n]) for n in names})
+    return cls(**{n: _coerce(f"{path}.{n}", hints[n], v) for n, v in values.items()})
 
 
 def unknown_field(path: str, name: str, names: Sequence[str]) -> str:

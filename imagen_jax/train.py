@@ -18,6 +18,7 @@ import optax
 from jaxtyping import Array, UInt8
 
 from imagen_jax import cascade, ema, images, metrics, partitioning, stage, train_state
+from imagen_jax import config as config_lib
 from imagen_jax.checkpoint import Checkpoints
 from imagen_jax.config import Config
 from imagen_jax.optimizer import learning_rate, make_optimizer
@@ -173,9 +174,11 @@ def preview(
     return images.grid(np.concatenate(rows), columns=count)
 
 
-def with_text_dim(config: Config, dim: int) -> Config:
-    """`config` with the width of its text embeddings filled in."""
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, text_dim=dim))
+def with_text(config: Config, dim: int, fingerprint: Mapping[str, Any]) -> Config:
+    """`config` with what its embeddings say of themselves: their width and their encoder."""
+    text = dataclasses.replace(config.text, fingerprint=config_lib.fingerprint(dict(fingerprint)))
+    model = dataclasses.replace(config.model, text_dim=dim)
+    return dataclasses.replace(config, model=model, text=text)
 
 
 def _close(stream: Iterator) -> None:

@@ -19,10 +19,20 @@ step "Train a vocabulary and a small T5 text encoder on the captions alone." \
   pretrain_text --config=configs/shapes.py:base "${where[@]}" --out="$run/text"
 step "Freeze the encoder and compute the embedding of every caption, once." \
   embed --config=configs/shapes.py:base "${where[@]}"
-step "Train the base stage: noise and text -> 16x16 pictures." \
-  train --config=configs/shapes.py:base "${where[@]}" --workdir="$run/base"
-step "Train the super-resolution stage: 16x16 and text -> 64x64." \
-  train --config=configs/shapes.py:sr "${where[@]}" --workdir="$run/sr"
+# The stages do not need each other to learn: one core each, which wastes less than sharing both.
+one_core=(--config.mesh.cpu_devices=1)
+say "Train the base stage, noise and text -> 16x16 (its lines go to $run/base.log), and ..." \
+  train --config=configs/shapes.py:base "${where[@]}" "${one_core[@]}" --workdir="$run/base"
+taskset -c 0 "$python" -m imagen_jax train --config=configs/shapes.py:base "${where[@]}" \
+  "${one_core[@]}" --workdir="$run/base" >"$run/base.log" 2>&1 &
+base=$!
+trap 'kill $base 2>/dev/null || true' EXIT
+say "... beside it the super-resolution stage: 16x16 and text -> 64x64." \
+  train --config=configs/shapes.py:sr "${where[@]}" "${one_core[@]}" --workdir="$run/sr"
+taskset -c 1 "$python" -m imagen_jax train --config=configs/shapes.py:sr "${where[@]}" \
+  "${one_core[@]}" --workdir="$run/sr"
+wait $base || { tail -n 3 "$run/base.log" >&2; exit 1; }
+tail -n 1 "$run/base.log"
 step "Export both stages for sampling." export --workdir="$run/base" --out="$run/stages/base"
 step "(the second)" export --workdir="$run/sr" --out="$run/stages/sr"
 step "Draw prompts that no training picture showed." \

@@ -120,10 +120,16 @@ def test_what_is_refused(assignment, says):
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
-def test_json_of_another_schema_is_refused():
-    values = json.loads(config_lib.to_json(Config()))
+def test_json_saved_before_a_field_existed_is_read_with_its_default():
+    values = json.loads(config_lib.to_json(Config(seed=7)))
     del values["train"]["steps"]
-    with pytest.raises(ConfigError, match="config.train lacks the field.* steps"):
+    assert config_lib.from_json(json.dumps(values)) == Config(seed=7)
+
+
+def test_json_with_an_unknown_field_is_refused():
+    values = json.loads(config_lib.to_json(Config()))
+    values["train"]["stepps"] = 3
+    with pytest.raises(ConfigError, match="config.train.stepps.*config.train.steps"):
         config_lib.from_json(json.dumps(values))
 
 
@@ -194,7 +200,7 @@ def stepped(config: Config, make_batch) -> tuple[train_state.TrainState, dict]:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_configuration_at_full_size_and_shrunk(name, make_batch):
     config = config_lib.load(str(ROOT / "configs" / name))
-    wide = train.with_text_dim(config, 4096)
+    wide = train.with_text(config, 4096, {})
     shapes = jax.eval_shape(lambda: stage.init_params(wide, jax.random.key(0)))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) > 1e5
 

@@ -54,7 +54,10 @@ def test_eight_photographs_are_memorised(tmp_path: pathlib.Path):
     assert [row["prompt"] for row in rows] == list(CAPTIONS.values())
     table = np.array(
         [
-            [_psnr(np.asarray(Image.open(run / "samples" / row["file"])), other) for other in originals]
+            [
+                _psnr(np.asarray(Image.open(run / "samples" / row["file"])), other)
+                for other in originals
+            ]
             for row in rows
         ]
     )

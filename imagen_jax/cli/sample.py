@@ -13,7 +13,7 @@ from imagen_jax.cascade import Stage
 from imagen_jax.cli import wiring
 from imagen_jax.config import ConfigError
 from imagen_jax.sample import sample
-from imagen_jax.text import load_text_encoder
+from imagen_jax.text import TextEncoder, load_text_encoder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,9 +53,11 @@ def run(flags: argparse.Namespace) -> None:
     text = stages[0].config.text
     if flags.text_encoder:
         text = dataclasses.replace(text, path=flags.text_encoder)
+    encoder = load_text_encoder(text)
+    _check_encoder(stages, encoder)
     sample(
         _with_settings(stages, flags.stage_settings),
-        load_text_encoder(text),
+        encoder,
         rows,
         flags.out,
         seed=flags.seed,
@@ -63,6 +65,18 @@ def run(flags: argparse.Namespace) -> None:
         batch_size=flags.batch_size,
         checkpoint=flags.stages,
     )
+
+
+def _check_encoder(stages: list[Stage], encoder: TextEncoder) -> None:
+    """Raises ConfigError when a stage learned from the embeddings of another encoder."""
+    given = config_lib.fingerprint(encoder.fingerprint())
+    for stage in stages:
+        learned = stage.config.text.fingerprint
+        if learned and learned != given:
+            raise ConfigError(
+                f"--stages: stage {stage.config.name!r} was trained with text encoder {learned}, "
+                f"{stage.config.text.path} is {given}; give the right one by --text_encoder=DIR"
+            )
 
 
 def _with_settings(stages: list[Stage], text: str) -> list[Stage]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from imagen_jax.cli import wiring
-from imagen_jax.train import train, with_text_dim
+from imagen_jax.train import train, with_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,5 +18,5 @@ def run(flags: argparse.Namespace) -> None:
     """Carries the verb out."""
     config = wiring.load_config(flags)
     pipeline = wiring.open_pipeline(config)
-    config = with_text_dim(config, pipeline.store.dim)
+    config = with_text(config, pipeline.store.dim, pipeline.store.fingerprint)
     train(config, flags.workdir, pipeline.batches)

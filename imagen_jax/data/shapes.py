@@ -22,7 +22,7 @@ from jaxtyping import Float, UInt8
 
 VERSION = 1
 SPLITS = {"train": 20_000, "seen_test": 1_000, "held_out": 1_000}
-MIXTURE = {"single": 0.30, "count": 0.40, "relation": 0.30}
+MIXTURE = {"single": 0.35, "count": 0.45, "relation": 0.20}
 KINDS = tuple(MIXTURE)
 
 PICTURE = 64
@@ -40,7 +40,7 @@ COLORS = {
     "cyan": (45, 215, 225),
     "white": (245, 245, 245),
 }
-SIZES = {"small": 6.5, "medium": 8.75, "large": 11.5}
+SIZES = {"small": 7.25, "medium": 9.1, "large": 11.5}
 
 # Lengths in radii, chosen for similar area at equal size.
 SQUARE_HALF = math.sqrt(math.pi) / 2

@@ -71,6 +71,7 @@ def prepare(data_dir: str, name: str) -> None:
     Raises:
       ConfigError: no builder of that name.
     """
+    tfds.disable_progress_bar()
     try:
         builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
     except tfds.core.registered.DatasetNotFoundError as error:

@@ -19,10 +19,25 @@ from imagen_jax.data.pipeline import Batch, Pipeline
 # Start-up messages of TensorFlow are of no use here; its errors reach Python as exceptions.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-import seqio  # noqa: E402
-import tensorflow as tf  # noqa: E402
 
-from imagen_jax.data.feature_converter import ImagenFeatureConverter  # noqa: E402
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Drops what is written to file descriptor 2: TensorFlow speaks before it reads its settings."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+with _silent_stderr():
+    import seqio
+    import tensorflow as tf
+
+    from imagen_jax.data.feature_converter import ImagenFeatureConverter
 
 SPLIT = "train"
 
@@ -36,7 +51,7 @@ def _confine_tensorflow() -> None:
 
 
 # It refuses where TensorFlow already runs in this process, as its user has set it up.
-with contextlib.suppress(RuntimeError):
+with _silent_stderr(), contextlib.suppress(RuntimeError):
     _confine_tensorflow()
 
 
