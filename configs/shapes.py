@@ -36,15 +36,16 @@ def _base(c: ml_collections.ConfigDict) -> None:
     c.data.image_size = 16
     c.model.name = "unet"
     c.model.patch_size = 2
-    c.model.channels = (64, 64)
+    c.model.channels = (48, 64)
     c.model.num_res_blocks = (1, 1)
     c.model.self_attention = c.model.cross_attention = (False, True)
-    c.model.head_dim = 32
+    c.model.head_dim = 16
     c.model.num_groups = 8
-    c.model.embed_dim = 128
+    c.model.embed_dim = 256
     c.diffusion.logsnr_shift = -0.713  # 2 log 0.7
     c.data.batch_size = 16
-    c.train.steps = 5_500
+    c.optimizer.learning_rate = 2e-3
+    c.train.steps = 7_000
     c.sampling.steps = 25
     c.sampling.guidance_weight = 1.5
 
@@ -67,7 +68,7 @@ def _sr(c: ml_collections.ConfigDict) -> None:
     c.diffusion.aug_noise_size = "lowres"
     c.diffusion.logsnr_shift = -2.0
     c.data.batch_size = 8
-    c.train.steps = 5_000
+    c.train.steps = 4_500
     c.sampling.steps = 8
     c.sampling.guidance_weight = 1.0
     c.sampling.aug_level = 0.02

@@ -22,7 +22,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 @contextlib.contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """Drops what is written to file descriptor 2: TensorFlow speaks before it reads its settings."""
+    """Drops what is written to stderr: TensorFlow speaks before it reads its settings."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
