@@ -25,7 +25,6 @@ def get_config(name: str = "base") -> ml_collections.ConfigDict:
     c.pretrain_text.steps = 200
     c.train.steps = 1500
     c.sampling.guidance_weight = 1.0
-    c.sampling.aug_level = 0.0
     return c
 
 

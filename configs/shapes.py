@@ -46,6 +46,7 @@ def _base(c: ml_collections.ConfigDict) -> None:
     c.data.batch_size = 16
     c.optimizer.learning_rate = 2e-3
     c.train.steps = 7_000
+    c.sampling.sampler = "ddpm"
     c.sampling.steps = 25
     c.sampling.guidance_weight = 1.5
 
@@ -71,4 +72,4 @@ def _sr(c: ml_collections.ConfigDict) -> None:
     c.train.steps = 4_500
     c.sampling.steps = 8
     c.sampling.guidance_weight = 1.0
-    c.sampling.aug_level = 0.02
+    c.sampling.aug_level = 0.0
