@@ -125,7 +125,7 @@ def test_a_folder_that_is_no_stage(exported, tmp_path):
     folder, _ = exported["base"]
     for name, content, says in [
         ("config.json", b"{", "config.json"),
-        ("config.json", b'{"name": "x"}', "lacks the field"),
+        ("config.json", b'{"nmae": "x"}', "did you mean config.name"),
         ("params.safetensors", b"\x00" * 20, "params.safetensors"),
         ("params.safetensors", b"", "params.safetensors"),
     ]:

@@ -50,13 +50,14 @@ def run(flags: argparse.Namespace) -> None:
     rows = rows[: flags.limit] if flags.limit > 0 else rows
     stages = [cascade.load_stage(path) for path in flags.stages.split(",")]
     cascade.check_chain([stage.config for stage in stages])
+    stages = _with_settings(stages, flags.stage_settings)
     text = stages[0].config.text
     if flags.text_encoder:
         text = dataclasses.replace(text, path=flags.text_encoder)
     encoder = load_text_encoder(text)
     _check_encoder(stages, encoder)
     sample(
-        _with_settings(stages, flags.stage_settings),
+        stages,
         encoder,
         rows,
         flags.out,
