@@ -42,6 +42,6 @@ setuptools.setup(
         ],
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         "cuda": ["jax[cuda13]>=0.10,<0.12"],
-        "dev": ["beartype>=0.23", "pytest>=9", "ruff", "scikit-image>=0.26"],
+        "dev": ["beartype>=0.23", "pytest>=9", "ruff", "safetensors>=0.5", "scikit-image>=0.26"],
     },
 )
