@@ -80,9 +80,8 @@ def _ddim_update(x0: Array, z: Array, logsnr_t: Array, logsnr_s: Array) -> Array
 def dpmpp_2m() -> Sampler:
     """DPM-Solver++(2M) (arXiv:2211.01095, Alg. 2): second order, one evaluation per step.
 
-    Works in half-logsnr h: x0 is extrapolated linearly from the two last evaluations. The first
-    step is DDIM, as is the last one (`lower_order_final`), where the clipped end of the schedule
-    makes the extrapolation unreliable.
+    x0 is extrapolated linearly, in logsnr, from the two last evaluations; the first step, which has
+    one only, is DDIM's.
     """
 
     def init(z):
