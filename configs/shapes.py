@@ -7,12 +7,13 @@
 
 import ml_collections
 
-from imagen_jax import config as config_lib
+from imagen_jax import config_io
+from imagen_jax.config import Config
 
 
 def get_config(name: str = "base") -> ml_collections.ConfigDict:
     """`base` or `sr`."""
-    c = config_lib.to_config_dict(config_lib.Config())
+    c = config_io.to_config_dict(Config())
     c.data.path = "runs/demo/data"
     c.data.embeddings = "runs/demo/embeddings"
     c.text.path = "runs/demo/text"
@@ -44,8 +45,9 @@ def _base(c: ml_collections.ConfigDict) -> None:
     c.model.embed_dim = 256
     c.diffusion.logsnr_shift = -0.713  # 2 log 0.7
     c.data.batch_size = 16
+    c.data.loader = "numpy"  # The core that reads is the core that trains.
     c.optimizer.learning_rate = 2e-3
-    c.train.steps = 7_000
+    c.train.steps = 9_000
     c.sampling.sampler = "ddpm"
     c.sampling.steps = 25
     c.sampling.guidance_weight = 1.5
@@ -69,7 +71,7 @@ def _sr(c: ml_collections.ConfigDict) -> None:
     c.diffusion.aug_noise_size = "lowres"
     c.diffusion.logsnr_shift = -2.0
     c.data.batch_size = 8
-    c.train.steps = 4_500
+    c.train.steps = 4_000
     c.sampling.steps = 8
     c.sampling.guidance_weight = 1.0
     c.sampling.aug_level = 0.0

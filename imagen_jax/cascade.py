@@ -17,8 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Key, UInt8
 
-from imagen_jax import config as config_lib
-from imagen_jax import diffusion, images, sampling
+from imagen_jax import config_io, diffusion, images, partitioning, sampling
 from imagen_jax.config import Config
 from imagen_jax.interop import weights
 from imagen_jax.stage import aug_noise_side, denoiser, noised_lowres
@@ -56,7 +55,7 @@ def load_stage(path: str) -> Stage:
                 "`imagen export --workdir=WORKDIR --out=DIR`"
             )
     try:
-        config = config_lib.from_json((folder / "config.json").read_text())
+        config = config_io.from_json((folder / "config.json").read_text())
     except ValueError as error:
         raise StageError(f"{folder / 'config.json'}: {error}") from error
     return Stage(config, weights.unflatten(weights.read_safetensors(folder / "params.safetensors")))
@@ -139,7 +138,7 @@ def sample(
     text_mask: Bool[np.ndarray, "b l"],
     keys: Key[Array, " b"],
 ) -> list[UInt8[np.ndarray, "b size size c"]]:
-    """Draws the pictures of every stage of the cascade, coarsest first.
+    """Draws the pictures of every stage of the cascade, coarsest first, on all devices at once.
 
     Args:
       stages: base stage first; see `check_chain`.
@@ -148,6 +147,7 @@ def sample(
       keys: from `picture_keys`.
     """
     drawn, pictures = [], None
+    text_emb, text_mask, keys = partitioning.spread((text_emb, text_mask, keys))
     for index, stage in enumerate(stages):
         stage_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index)
         pictures = sample_stage(

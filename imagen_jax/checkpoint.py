@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from imagen_jax import config as config_lib
+from imagen_jax import config_io
 from imagen_jax.config import CheckpointConfig, Config
 from imagen_jax.train_state import TrainState
 
@@ -84,7 +84,7 @@ class Checkpoints:
         """The configuration that the run of checkpoint `step` had. Raises CheckpointError."""
         path = self.path / str(step) / "config" / "metadata"
         try:
-            return config_lib.from_dict(Config, json.loads(path.read_text()))
+            return config_io.from_dict(Config, json.loads(path.read_text()))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"configuration of {path} cannot be read: {error}") from error
 

@@ -1,27 +1,15 @@
-"""The only schema: frozen dataclasses, and their bridge to a locked ml_collections ConfigDict.
+"""The only schema: frozen dataclasses, read and written by `config_io`.
 
-A run is one `Config`. The way of a value: dataclass default -> `configs/*.py` mutates a
-locked ConfigDict -> command-line overrides -> dataclass again, checked, in the CLI. A ConfigDict
-never passes the CLI, so a misspelled field fails before anything is compiled.
-
-Every field carries its documentation and unit in its metadata (`doc`), so that help texts and the
-reference are generated from here.
+A run is one `Config`. Every field carries its documentation and unit in its metadata (`doc`), so
+that help texts and the reference are generated from here.
 """
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import difflib
-import hashlib
-import importlib.util
-import json
-import pathlib
-import typing
 from collections.abc import Sequence
 from typing import Any
-
-import ml_collections
 
 
 class ConfigError(ValueError):
@@ -340,137 +328,3 @@ class Config:
                 "config.model.lowres_residual=True needs config.diffusion.prediction='x0', "
                 f"got {self.diffusion.prediction!r}"
             )
-
-
-def to_config_dict(config: Config) -> ml_collections.ConfigDict:
-    """The locked, typed ConfigDict with the fields and values of `config`."""
-    return ml_collections.ConfigDict(dataclasses.asdict(config)).lock()
-
-
-def _coerce(path: str, hint: Any, value: Any) -> Any:
-    """`value` as the type `hint`, or ConfigError."""
-    if dataclasses.is_dataclass(hint):
-        return from_dict(hint, value, path)
-    if typing.get_origin(hint) is tuple and isinstance(value, (list, tuple)):
-        return tuple(_coerce(path, typing.get_args(hint)[0], v) for v in value)
-    if hint is float and type(value) is int:
-        return float(value)
-    if typing.get_origin(hint) is not tuple and type(value) is hint:
-        return value
-    wanted = getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint)
-    raise ConfigError(f"{path}={value!r} must be of type {wanted}, got {type(value).__name__}")
-
-
-def from_dict(cls: type, values: Any, path: str = "config") -> Any:
-    """Builds dataclass `cls` from a mapping; checks names and types.
-
-    A field that is not there has its default, so that a configuration saved before the field was
-    introduced can still be read.
-
-    Raises:
-      ConfigError: an unknown field, or a value of the wrong type.
-    """
-    hints = typing.get_type_hints(cls)
-    names = [f.name for f in dataclasses.fields(cls)]
-    for name in values:
-        if name not in names:
-            raise ConfigError(unknown_field(f"{path}.{name}", name, names))
-    return cls(**{n: _coerce(f"{path}.{n}", hints[n], v) for n, v in values.items()})
-
-
-def unknown_field(path: str, name: str, names: Sequence[str]) -> str:
-    """The message for a field that does not exist."""
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
-    hint = f"; did you mean {path[: -len(name)]}{near[0]}?" if near else ""
-    return f"{path} is not a field{hint}"
-
-
-def from_config_dict(values: ml_collections.ConfigDict) -> Config:
-    """The dataclass again; checks everything. Raises ConfigError."""
-    return from_dict(Config, values.to_dict())
-
-
-def override(values: ml_collections.ConfigDict, assignments: Sequence[str]) -> None:
-    """Applies `a.b=value` strings in place; a value is read as the field's own type.
-
-    Raises:
-      ConfigError: unknown field (names the nearest) or a value that is not of the field's type.
-    """
-    for assignment in assignments:
-        path, equals, text = assignment.partition("=")
-        if not equals:
-            raise ConfigError(f"config.{path} has no value; write --config.{path}=VALUE")
-        *parents, leaf = path.split(".")
-        node = values
-        for depth, name in enumerate([*parents, leaf]):
-            if not isinstance(node, ml_collections.ConfigDict) or name not in node:
-                names = list(node) if isinstance(node, ml_collections.ConfigDict) else []
-                where = ".".join(["config", *path.split(".")[: depth + 1]])
-                raise ConfigError(unknown_field(where, name, names))
-            if name is not leaf or depth < len(parents):
-                node = node[name]
-        node[leaf] = _parse(f"config.{path}", node[leaf], text)
-
-
-def _parse(path: str, current: Any, text: str) -> Any:
-    if isinstance(current, ml_collections.ConfigDict):
-        raise ConfigError(f"{path} is a section; set one of its fields: {', '.join(current)}")
-    if isinstance(current, str):
-        return text
-    if isinstance(current, bool):
-        if text.lower() in ("true", "false"):
-            return text.lower() == "true"
-        raise ConfigError(f"{path}={text!r} must be true or false")
-    try:
-        value = ast.literal_eval(text)
-    except (SyntaxError, ValueError):
-        value = text
-    if isinstance(current, float) and type(value) is int:
-        value = float(value)
-    if isinstance(current, tuple) and isinstance(value, (list, tuple)):
-        return tuple(value)
-    if type(value) is not type(current):
-        raise ConfigError(f"{path}={text!r} must be of type {type(current).__name__}")
-    return value
-
-
-def load(spec: str, assignments: Sequence[str] = ()) -> Config:
-    """Loads `FILE[:NAME]`, applies the overrides and checks the result.
-
-    Args:
-      spec: a Python file with `get_config(name) -> ConfigDict`, optionally `:NAME`.
-      assignments: `a.b=value` strings.
-
-    Raises:
-      ConfigError: the file or name does not exist, or a field or value is wrong.
-    """
-    file, _, name = spec.partition(":")
-    path = pathlib.Path(file)
-    if not path.is_file():
-        raise ConfigError(f"--config={spec}: no file {file!r}; try configs/shapes.py:base")
-    module_spec = importlib.util.spec_from_file_location(f"imagen_config_{path.stem}", path)
-    module = importlib.util.module_from_spec(module_spec)
-    try:
-        module_spec.loader.exec_module(module)
-        values = module.get_config(name) if name else module.get_config()
-    except Exception as error:  # The file is the user's: whatever it raises is about their input.
-        raise ConfigError(f"--config={spec}: {type(error).__name__}: {error}") from error
-    override(values, assignments)
-    return from_config_dict(values)
-
-
-def to_json(config: Config) -> str:
-    """The configuration as indented JSON."""
-    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-
-
-def from_json(text: str) -> Config:
-    """Inverse of `to_json`. Raises ConfigError."""
-    return from_dict(Config, json.loads(text))
-
-
-def fingerprint(value: Any) -> str:
-    """Short stable hash of a dataclass or JSON-like value."""
-    if dataclasses.is_dataclass(value):
-        value = dataclasses.asdict(value)
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

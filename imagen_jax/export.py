@@ -10,10 +10,9 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from imagen_jax import config as config_lib
-from imagen_jax import partitioning, stage
+from imagen_jax import config_io, partitioning, stage
 from imagen_jax.checkpoint import CheckpointError, Checkpoints
-from imagen_jax.config import Config
+from imagen_jax.config import CheckpointConfig, Config
 from imagen_jax.interop import weights
 
 CARD = """\
@@ -46,7 +45,7 @@ def export(workdir: str, out: str, log: Callable[[str], None] = print) -> Config
         raise CheckpointError(f"--out={out} exists and is no stage folder; name a new one")
     if not (pathlib.Path(workdir) / "checkpoints").is_dir():
         raise CheckpointError(f"--workdir={workdir} holds no checkpoints; train first")
-    checkpoints = Checkpoints(workdir, config_lib.CheckpointConfig())
+    checkpoints = Checkpoints(workdir, CheckpointConfig())
     step = checkpoints.latest_step()
     if step is None:
         raise CheckpointError(f"--workdir={workdir} holds no complete checkpoint; train first")
@@ -61,7 +60,7 @@ def export(workdir: str, out: str, log: Callable[[str], None] = print) -> Config
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     weights.write_safetensors(temporary / "params.safetensors", flat)
-    (temporary / "config.json").write_text(config_lib.to_json(config))
+    (temporary / "config.json").write_text(config_io.to_json(config))
     (temporary / "card.md").write_text(_card(config, step, sum(a.size for a in flat.values())))
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)

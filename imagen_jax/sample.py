@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from imagen_jax import cascade, images
-from imagen_jax import config as config_lib
+from imagen_jax import cascade, config_io, images
 from imagen_jax.cascade import Stage
 from imagen_jax.text import TextEncoder, embed_prompts
 
@@ -58,7 +57,7 @@ def sample(
     about = {
         "seed": str(seed),
         "config": json.dumps(
-            {s.config.name: config_lib.fingerprint(s.config) for s in stages}, sort_keys=True
+            {s.config.name: config_io.fingerprint(s.config) for s in stages}, sort_keys=True
         ),
         "checkpoint": checkpoint,
     }

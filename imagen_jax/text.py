@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from imagen_jax import config as config_lib
-from imagen_jax.config import ConfigError, T5Config, TextConfig
+from imagen_jax import config_io
+from imagen_jax.config import ConfigError, T5Config, TextConfig, unknown_name
 from imagen_jax.interop import hf_t5, t5x, weights
 from imagen_jax.models import t5
 
@@ -153,7 +153,7 @@ class T5TextEncoder:
     @functools.cached_property
     def _weights_sha256(self) -> str:
         """Of values rather than files: a safetensors and a torch copy are the same encoder."""
-        digest = hashlib.sha256(config_lib.fingerprint(self.t5_config).encode())
+        digest = hashlib.sha256(config_io.fingerprint(self.t5_config).encode())
         for path, array in sorted(weights.flatten(self.params).items()):
             digest.update(path.encode())
             digest.update(np.ascontiguousarray(jax.device_get(array)).data)
@@ -225,9 +225,7 @@ TEXT_ENCODERS: dict[str, Callable[[TextConfig], TextEncoder]] = {
 def load_text_encoder(config: TextConfig) -> TextEncoder:
     """The encoder that `config` describes. Raises ConfigError, WeightsError."""
     if config.encoder not in TEXT_ENCODERS:
-        raise ConfigError(
-            config_lib.unknown_name("config.text.encoder", config.encoder, list(TEXT_ENCODERS))
-        )
+        raise ConfigError(unknown_name("config.text.encoder", config.encoder, list(TEXT_ENCODERS)))
     return TEXT_ENCODERS[config.encoder](config)
 
 
@@ -301,7 +299,7 @@ def _t5_encoder(config: TextConfig, folder: pathlib.Path, vocabulary: Vocabulary
             fields = dict(json.loads(path.read_text()))
         except (ValueError, TypeError) as error:
             raise ConfigError(f"{path} is not a JSON object: {error}") from error
-        t5_config = config_lib.from_dict(T5Config, fields, str(path))
+        t5_config = config_io.from_dict(T5Config, fields, str(path))
         t5_config, params = t5x.load(folder, t5_config)
     else:
         t5_config, params = hf_t5.load(folder)

@@ -17,8 +17,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, UInt8
 
-from imagen_jax import cascade, ema, images, metrics, partitioning, stage, train_state
-from imagen_jax import config as config_lib
+from imagen_jax import cascade, config_io, ema, images, metrics, partitioning, stage, train_state
 from imagen_jax.checkpoint import Checkpoints
 from imagen_jax.config import Config
 from imagen_jax.optimizer import learning_rate, make_optimizer
@@ -86,7 +85,8 @@ def abstract_state(
         shapes,
         shardings,
     )
-    return jax.jit(create, out_shardings=shardings), abstract
+    options = partitioning.RUN_ONCE
+    return jax.jit(create, out_shardings=shardings, compiler_options=options), abstract
 
 
 def train(
@@ -127,7 +127,11 @@ def train(
         if start:
             log(f"going on from step {start}")
 
-        train_step = jax.jit(make_train_step(config, optimizer), donate_argnums=0)
+        train_step = jax.jit(
+            make_train_step(config, optimizer),
+            donate_argnums=0,
+            compiler_options=partitioning.train_step_options(),
+        )
         writer = metrics.MetricWriter(workdir, start)
         progress = metrics.Progress(config.train.steps, config.data.batch_size, log)
         stream = iter(batches(start)) if start < config.train.steps else iter(())
@@ -176,7 +180,7 @@ def preview(
 
 def with_text(config: Config, dim: int, fingerprint: Mapping[str, Any]) -> Config:
     """`config` with what its embeddings say of themselves: their width and their encoder."""
-    text = dataclasses.replace(config.text, fingerprint=config_lib.fingerprint(dict(fingerprint)))
+    text = dataclasses.replace(config.text, fingerprint=config_io.fingerprint(dict(fingerprint)))
     model = dataclasses.replace(config.model, text_dim=dim)
     return dataclasses.replace(config, model=model, text=text)
 

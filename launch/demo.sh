@@ -37,7 +37,7 @@ step "Export both stages for sampling." export --workdir="$run/base" --out="$run
 step "(the second)" export --workdir="$run/sr" --out="$run/stages/sr"
 step "Draw prompts that no training picture showed." \
   sample --stages="$run/stages/base,$run/stages/sr" --prompts="$run/data/prompts_held_out.jsonl" \
-  --limit=360 --out="$run/samples"
+  --limit=360 --cpu_devices=2 --out="$run/samples"
 step "Read the pictures: is what was asked for there?" \
   evaluate alignment --samples="$run/samples" --out="$run/alignment.json"
 cp "$run/samples/grid.png" "$run/grid.png"

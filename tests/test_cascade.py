@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax import cascade, sampling
-from imagen_jax import config as config_lib
+from imagen_jax import cascade, config_io, sampling
 from imagen_jax.cascade import StageError
 from imagen_jax.checkpoint import CheckpointError
 from imagen_jax.config import CheckpointConfig, TrainConfig
@@ -146,7 +145,7 @@ def test_exporting_again_replaces_a_stage_and_nothing_else(exported, tmp_path):
     (out / "card.md").write_text("old")
     export(work, str(out), log=lambda line: None)
     assert (out / "card.md").read_text() != "old"
-    config = config_lib.from_json((out / "config.json").read_text())
+    config = config_io.from_json((out / "config.json").read_text())
     assert config.train.steps == 2 and json.loads((out / "config.json").read_text())
 
     (tmp_path / "photos").mkdir()

@@ -3,15 +3,16 @@
 import numpy as np
 import pytest
 
-from imagen_jax import config as config_lib
+from imagen_jax import config_io
 from imagen_jax.cli import prepare, run
 from imagen_jax.interop import weights
 
 CONFIG = """
-from imagen_jax import config as config_lib
+from imagen_jax import config_io
+from imagen_jax.config import Config
 
 def get_config(name=""):
-    c = config_lib.to_config_dict(config_lib.Config())
+    c = config_io.to_config_dict(Config())
     c.data.kind = "folder"
     c.data.path = {path!r}
     c.data.loader = "numpy"
@@ -144,7 +145,7 @@ def test_sample_refuses_what_it_cannot_draw(refused, tmp_path):
 )
 def test_stage_settings_that_are_refused(refused, tmp_path, base_config, settings, says):
     weights.write_safetensors(tmp_path / "params.safetensors", {"a": np.zeros(1, np.float32)})
-    (tmp_path / "config.json").write_text(config_lib.to_json(base_config))
+    (tmp_path / "config.json").write_text(config_io.to_json(base_config))
     line = refused(
         "sample",
         f"--stages={tmp_path}",

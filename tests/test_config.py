@@ -11,8 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from imagen_jax import config as config_lib
-from imagen_jax import optimizer, partitioning, stage, train, train_state
+from imagen_jax import config_io, optimizer, partitioning, stage, train, train_state
 from imagen_jax.config import Config, ConfigError, DataConfig
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -38,22 +37,22 @@ def sections(cls=Config, path="config"):
 
 
 def overridden(*assignments: str) -> Config:
-    values = config_lib.to_config_dict(Config())
-    config_lib.override(values, assignments)
-    return config_lib.from_config_dict(values)
+    values = config_io.to_config_dict(Config())
+    config_io.override(values, assignments)
+    return config_io.from_config_dict(values)
 
 
 def test_round_trips(sr_config):
-    assert config_lib.from_config_dict(config_lib.to_config_dict(sr_config)) == sr_config
-    assert config_lib.from_json(config_lib.to_json(sr_config)) == sr_config
-    assert hash(sr_config) == hash(config_lib.from_json(config_lib.to_json(sr_config)))
+    assert config_io.from_config_dict(config_io.to_config_dict(sr_config)) == sr_config
+    assert config_io.from_json(config_io.to_json(sr_config)) == sr_config
+    assert hash(sr_config) == hash(config_io.from_json(config_io.to_json(sr_config)))
 
 
 def test_fingerprint_tells_configurations_apart(base_config):
-    again = config_lib.from_json(config_lib.to_json(base_config))
-    assert config_lib.fingerprint(again) == config_lib.fingerprint(base_config)
+    again = config_io.from_json(config_io.to_json(base_config))
+    assert config_io.fingerprint(again) == config_io.fingerprint(base_config)
     other = dataclasses.replace(base_config, seed=1)
-    assert config_lib.fingerprint(other) != config_lib.fingerprint(base_config)
+    assert config_io.fingerprint(other) != config_io.fingerprint(base_config)
 
 
 def test_every_field_is_documented():
@@ -121,16 +120,16 @@ def test_what_is_refused(assignment, says):
 
 
 def test_json_saved_before_a_field_existed_is_read_with_its_default():
-    values = json.loads(config_lib.to_json(Config(seed=7)))
+    values = json.loads(config_io.to_json(Config(seed=7)))
     del values["train"]["steps"]
-    assert config_lib.from_json(json.dumps(values)) == Config(seed=7)
+    assert config_io.from_json(json.dumps(values)) == Config(seed=7)
 
 
 def test_json_with_an_unknown_field_is_refused():
-    values = json.loads(config_lib.to_json(Config()))
+    values = json.loads(config_io.to_json(Config()))
     values["train"]["stepps"] = 3
     with pytest.raises(ConfigError, match="config.train.stepps.*config.train.steps"):
-        config_lib.from_json(json.dumps(values))
+        config_io.from_json(json.dumps(values))
 
 
 @pytest.mark.parametrize(
@@ -146,19 +145,19 @@ def test_json_with_an_unknown_field_is_refused():
 def test_a_config_file_with_a_slip(tmp_path, body, says):
     path = tmp_path / "mine.py"
     path.write_text(
-        "from imagen_jax import config\ndef get_config(name=''):\n"
-        f"    c = config.to_config_dict(config.Config())\n{body}\n"
+        "from imagen_jax import config, config_io\ndef get_config(name=''):\n"
+        f"    c = config_io.to_config_dict(config.Config())\n{body}\n"
     )
     if says is None:
-        assert config_lib.load(f"{path}:nope") == Config()
+        assert config_io.load(f"{path}:nope") == Config()
         return
     with pytest.raises(ConfigError, match="mine.py.*" + says):
-        config_lib.load(f"{path}:nope")
+        config_io.load(f"{path}:nope")
 
 
 def test_no_such_config_file():
     with pytest.raises(ConfigError, match="no file 'configs/nothing.py'"):
-        config_lib.load("configs/nothing.py:base")
+        config_io.load("configs/nothing.py:base")
 
 
 def shrunk(config: Config) -> Config:
@@ -199,7 +198,7 @@ def stepped(config: Config, make_batch) -> tuple[train_state.TrainState, dict]:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_configuration_at_full_size_and_shrunk(name, make_batch):
-    config = config_lib.load(str(ROOT / "configs" / name))
+    config = config_io.load(str(ROOT / "configs" / name))
     wide = train.with_text(config, 4096, {})
     shapes = jax.eval_shape(lambda: stage.init_params(wide, jax.random.key(0)))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) > 1e5
@@ -211,4 +210,4 @@ def test_configuration_at_full_size_and_shrunk(name, make_batch):
 
 def test_unknown_name_in_a_projects_file():
     with pytest.raises(ConfigError, match="nope"):
-        config_lib.load(f"{ROOT / 'configs' / 'shapes.py'}:nope")
+        config_io.load(f"{ROOT / 'configs' / 'shapes.py'}:nope")

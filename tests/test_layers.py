@@ -8,7 +8,7 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parents[1] / "imagen_jax"
 
 LAYERS = [
-    {"config", "images", "diffusion"},
+    {"config", "config_io", "images", "diffusion"},
     {"guidance", "models", "sampling", "optimizer", "ema", "metrics", "partitioning"},
     {"interop", "train_state", "checkpoint"},
     {"text", "stage"},

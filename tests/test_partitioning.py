@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from imagen_jax import config as config_lib
-from imagen_jax import partitioning, stage
+from imagen_jax import config_io, partitioning, stage
 from imagen_jax.config import ConfigError, MeshConfig
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -63,7 +63,7 @@ def test_every_large_parameter_is_split_at_full_width(base_config):
 def steps(base_config):
     """What tests/reference/sharded_step.py found."""
     result = subprocess.run(
-        [sys.executable, "-m", "tests.reference.sharded_step", config_lib.to_json(base_config)],
+        [sys.executable, "-m", "tests.reference.sharded_step", config_io.to_json(base_config)],
         cwd=ROOT,
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
         capture_output=True,

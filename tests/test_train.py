@@ -161,10 +161,10 @@ def test_a_batch_that_does_not_fit_the_devices(base_config, stream, tmp_path):
 
 
 CONFIG = """
-from imagen_jax import config as config_lib
+from imagen_jax import config_io
 
 def get_config(name=""):
-    return config_lib.to_config_dict(config_lib.from_json('''{json}'''))
+    return config_io.to_config_dict(config_io.from_json('''{json}'''))
 """
 
 

@@ -6,12 +6,11 @@ import argparse
 import dataclasses
 import json
 
-from imagen_jax import cascade
-from imagen_jax import config as config_lib
+from imagen_jax import cascade, config_io
 from imagen_jax import prompts as prompts_lib
 from imagen_jax.cascade import Stage
 from imagen_jax.cli import wiring
-from imagen_jax.config import ConfigError
+from imagen_jax.config import ConfigError, SamplingConfig, unknown_name
 from imagen_jax.sample import sample
 from imagen_jax.text import TextEncoder, load_text_encoder
 
@@ -28,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of all noise")
     parser.add_argument("--samples_per_prompt", type=int, default=1, help="pictures per prompt")
     parser.add_argument("--batch_size", type=int, default=32, help="pictures drawn at a time")
+    parser.add_argument("--cpu_devices", type=int, default=1, help="cores to share the pictures")
     parser.add_argument("--limit", type=int, default=0, help="draw the first N prompts; 0: all")
     parser.add_argument("--text_encoder", default="", help="encoder folder, if it has moved")
     parser.add_argument(
@@ -40,10 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(flags: argparse.Namespace) -> None:
     """Carries the verb out."""
-    wiring.set_up_devices(1)
-    for name in ("samples_per_prompt", "batch_size"):
+    for name in ("samples_per_prompt", "batch_size", "cpu_devices"):
         if getattr(flags, name) < 1:
             raise ConfigError(f"--{name}={getattr(flags, name)} must be at least 1")
+    wiring.set_up_devices(flags.cpu_devices)
     rows = (
         [{"prompt": flags.prompt}] if flags.prompt is not None else prompts_lib.read(flags.prompts)
     )
@@ -70,7 +70,7 @@ def run(flags: argparse.Namespace) -> None:
 
 def _check_encoder(stages: list[Stage], encoder: TextEncoder) -> None:
     """Raises ConfigError when a stage learned from the embeddings of another encoder."""
-    given = config_lib.fingerprint(encoder.fingerprint())
+    given = config_io.fingerprint(encoder.fingerprint())
     for stage in stages:
         learned = stage.config.text.fingerprint
         if learned and learned != given:
@@ -91,12 +91,12 @@ def _with_settings(stages: list[Stage], text: str) -> list[Stage]:
     names = [stage.config.name for stage in stages]
     for name in settings:
         if name not in names:
-            raise ConfigError(config_lib.unknown_name("--stage_settings: stage", name, names))
+            raise ConfigError(unknown_name("--stage_settings: stage", name, names))
     changed = []
     for stage in stages:
         values = dataclasses.asdict(stage.config.sampling) | settings.get(stage.config.name, {})
-        sampling = config_lib.from_dict(
-            config_lib.SamplingConfig, values, f"--stage_settings: {stage.config.name}"
+        sampling = config_io.from_dict(
+            SamplingConfig, values, f"--stage_settings: {stage.config.name}"
         )
         changed.append(stage._replace(config=dataclasses.replace(stage.config, sampling=sampling)))
     return changed

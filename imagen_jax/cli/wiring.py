@@ -8,7 +8,7 @@ import os
 
 import jax
 
-from imagen_jax import config as config_lib
+from imagen_jax import config_io
 from imagen_jax.config import Config
 from imagen_jax.data.embeddings import EmbeddingStore
 from imagen_jax.data.index import open_source
@@ -29,7 +29,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 
 def load_config(flags: argparse.Namespace) -> Config:
     """The checked configuration of the flags; also sets up the host's devices for it."""
-    config = config_lib.load(flags.config, flags.overrides)
+    config = config_io.load(flags.config, flags.overrides)
     set_up_devices(config.mesh.cpu_devices)
     return config
 

@@ -10,7 +10,7 @@ from PIL import Image, ImageFilter
 from imagen_jax.data import shapes
 from imagen_jax.evaluation import alignment
 
-PER_SPLIT = 110
+PER_SPLIT = 150
 BACKGROUND = np.array(shapes.BACKGROUND, np.uint8)
 
 

@@ -10,8 +10,7 @@ import sys
 import jax
 import numpy as np
 
-from imagen_jax import config as config_lib
-from imagen_jax import partitioning, train, train_state
+from imagen_jax import config_io, partitioning, train, train_state
 from imagen_jax.config import Config, MeshConfig
 from imagen_jax.optimizer import make_optimizer
 
@@ -60,7 +59,7 @@ def step_on(mesh_config: MeshConfig, config: Config, state, batch):
 def main() -> None:
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_disable_most_optimizations", True)
-    config = config_lib.from_json(sys.argv[1])
+    config = config_io.from_json(sys.argv[1])
     data = dataclasses.replace(config.data, batch_size=8)
     # A large epsilon: Adam's update is then a smooth function of the gradient, and not the sign of
     # what may be rounding noise.
