@@ -10,18 +10,26 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
-from imagen_jax import config_io
+from imagen_jax import config_io, distributed
 from imagen_jax.config import CheckpointConfig, Config
 from imagen_jax.train_state import TrainState
 
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be used; the message names its folder and what to do."""
+
+
+class OtherModelError(CheckpointError):
+    """A checkpoint's parameters are not those of the configured model."""
 
 
 class Checkpoints:
@@ -33,7 +41,9 @@ class Checkpoints:
 
     def __init__(self, workdir: str, config: CheckpointConfig):
         self.path = pathlib.Path(workdir).absolute() / "checkpoints"
-        options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, create=True)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=_preservation(config), create=True, cleanup_tmp_directories=True
+        )
         self._manager = ocp.CheckpointManager(
             self.path,
             options=options,
@@ -43,22 +53,110 @@ class Checkpoints:
             },
         )
 
+    def steps(self) -> list[int]:
+        """Steps of all complete checkpoints."""
+        return sorted(self._manager.all_steps())
+
+    def newest_config(self) -> Config:
+        """The configuration of the newest checkpoint. Raises CheckpointError if there is none."""
+        step = self.latest_step()
+        if step is None:
+            raise CheckpointError(f"no checkpoint in {self.path}; is it the --workdir of a run?")
+        return self.restore_config(step)
+
     def latest_step(self) -> int | None:
         """Step of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, config: Config) -> None:
-        """Starts saving; returns when `state` may be changed."""
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(state),
-                config=ocp.args.JsonSave(dataclasses.asdict(config)),
-            ),
-        )
+    def save(
+        self, step: int, state: TrainState, config: Config, scores: Mapping[str, float] = {}
+    ) -> None:
+        """Starts saving; returns when `state` may be changed.
+
+        Args:
+          step: number of updates tried, the checkpoint's name.
+          state: what is saved.
+          config: saved beside it.
+          scores: by which `checkpoint.keep_best` chooses.
+
+        Raises:
+          CheckpointError: this save or the one before it failed, say for a full disk.
+        """
         # On CPU Orbax writes from the very buffers that the next step donates.
         if jax.default_backend() == "cpu":
+            state = _copy(state)
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeSave(state),
+                    config=ocp.args.JsonSave(dataclasses.asdict(config)),
+                ),
+                metrics=dict(scores) or None,
+            )
+        except Exception as error:
+            raise self._not_saved(error) from error
+
+    def wait(self) -> None:
+        """Waits for the saves under way. Raises CheckpointError if one failed."""
+        try:
             self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._not_saved(error) from error
+
+    def _not_saved(self, error: Exception) -> CheckpointError:
+        newest = self.latest_step()
+        left = "none" if newest is None else f"the newest is of step {newest}"
+        return CheckpointError(
+            f"cannot save in {self.path} ({type(error).__name__}: {_first_line(error)}); complete "
+            f"checkpoints are untouched, {left}: make room or rights, then start again"
+        )
+
+    def restore_newest(
+        self,
+        abstract: TrainState,
+        check: Callable[[Config], None],
+        log: Callable[[str], None],
+    ) -> tuple[int, TrainState] | None:
+        """Step and state of the newest checkpoint that can be read; None where there is none.
+
+        Newer ones that cannot be read are named and set aside as STEP.broken.
+
+        Args:
+          abstract: shapes and shardings of the state.
+          check: is given the saved configuration and raises if it is not to go on.
+          log: receives a line for each checkpoint that cannot be read.
+
+        Raises:
+          CheckpointError: there are checkpoints but none can be read, or they are of another model.
+        """
+        broken: CheckpointError | None = None
+        steps = self.steps()[::-1]
+        for index, step in enumerate(steps):
+            try:
+                check(self.restore_config(step))
+                state = self.restore(step, abstract)
+            except OtherModelError:
+                raise
+            except CheckpointError as error:
+                log(str(error))
+                broken = broken or error
+                continue
+            self._set_aside(steps[:index])
+            return step, state
+        if broken:
+            raise broken
+        return None
+
+    def _set_aside(self, steps: Sequence[int]) -> None:
+        """Renames what cannot be read to STEP.broken: those steps will be saved anew."""
+        if steps and distributed.is_first():
+            for step in steps:
+                (self.path / str(step)).rename(self.path / f"{step}.broken")
+        if steps and jax.process_count() > 1:
+            multihost_utils.sync_global_devices("checkpoints set aside")
+        if steps:
+            self._manager.reload()
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         """Reads the state of `step` onto the shardings that `abstract` carries.
@@ -73,11 +171,10 @@ class Checkpoints:
         except CheckpointError:
             raise
         except Exception as error:  # Orbax, tensorstore and zarr each raise their own.
-            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
             raise CheckpointError(
                 f"checkpoint {self.path / str(step)} cannot be read "
-                f"({type(error).__name__}: {reason}); delete that folder to go on from the one "
-                "before it"
+                f"({type(error).__name__}: {_first_line(error)}); the one before it is used if "
+                "there is one"
             ) from error
 
     def restore_config(self, step: int) -> Config:
@@ -100,8 +197,7 @@ class Checkpoints:
             ) from error
 
     def close(self) -> None:
-        """Waits for the saves under way."""
-        self._manager.wait_until_finished()
+        """Ends the saving in the background; `wait` first where a failure matters."""
         self._manager.close()
 
     def _check_tree(self, step: int, abstract: TrainState) -> None:
@@ -109,11 +205,17 @@ class Checkpoints:
         saved = self._manager.item_metadata(step)["state"]
         if saved is None:
             raise CheckpointError(
-                f"checkpoint {self.path / str(step)} has no readable state; delete that folder to "
-                "go on from the one before it"
+                f"checkpoint {self.path / str(step)} has no readable state; the one before it is "
+                "used if there is one"
             )
         found = {jax.tree_util.keystr(k): tuple(v.shape) for k, v in _leaves(saved.tree["params"])}
         wanted = {jax.tree_util.keystr(k): tuple(v.shape) for k, v in _leaves(abstract.params)}
+        new_averages = abstract.ema.keys() - saved.tree["ema"].keys()
+        if new_averages:
+            raise OtherModelError(
+                f"checkpoint {self.path / str(step)} has no average {sorted(new_averages)[0]!r}; "
+                "config.ema.profiles must be set when a run begins"
+            )
         problems = [f"missing {k}" for k in wanted.keys() - found.keys()]
         problems += [f"unexpected {k}" for k in found.keys() - wanted.keys()]
         problems += [
@@ -122,10 +224,36 @@ class Checkpoints:
             if found[k] != wanted[k]
         ]
         if problems:
-            raise CheckpointError(
+            raise OtherModelError(
                 f"checkpoint {self.path / str(step)} is of another model: "
                 + "; ".join(sorted(problems))
             )
+
+
+def _preservation(config: CheckpointConfig) -> policies.AnyPreservationPolicy:
+    """Which checkpoints stay: the newest, every M-th step and the best ones, each if wanted."""
+    kept: list[Any] = [policies.LatestN(config.keep)]
+    if config.keep_every:
+        kept.append(policies.EveryNSteps(config.keep_every))
+    if config.keep_best:
+        best = policies.BestN(
+            get_metric_fn=lambda scores: scores[config.best_metric],
+            # Ranked downwards; keep_checkpoints_without_metrics would keep all older ones.
+            reverse=True,
+            n=config.keep_best,
+            keep_checkpoints_without_metrics=False,
+        )
+        kept.append(best)
+    return policies.AnyPreservationPolicy(kept)
+
+
+@jax.jit
+def _copy(state: TrainState) -> TrainState:
+    return jax.tree.map(jnp.copy, state)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200]
 
 
 def _restore_args(item: Any, partial: bool = False) -> ocp.args.PyTreeRestore:

@@ -54,6 +54,7 @@ class DataConfig:
     min_size: int = doc(0, "Pictures with a shorter side are quarantined, pixels.")
     max_quarantined: float = doc(0.05, "Share of unusable records above which a run stops, 0..1.")
     embeddings: str = doc("", "Folder of the embedding store written by `embed`.")
+    fingerprint: str = doc("", "Set by `train`: which records were learned from, in which order.")
     batch_size: int = doc(32, "Pictures per step over all devices and hosts.")
     max_text_len: int = doc(32, "Text tokens a batch is padded or cut to.")
     loader: str = doc("seqio", "seqio (tf.data) or numpy (same batches without TensorFlow).")
@@ -243,12 +244,50 @@ class OptimizerConfig:
         )
 
 
+MAX_SIGMA_REL = 0.28  # The mean over the whole run, the widest average, has 12**-0.5 = 0.289.
+
+
+def check_sigma_rel(field: str, sigma_rel: float) -> None:
+    """Raises ConfigError when `field` is no relative width of a power-function average."""
+    if not 0.0 < sigma_rel < MAX_SIGMA_REL:
+        raise ConfigError(
+            f"{field}={sigma_rel} must be a relative width above 0 and below {MAX_SIGMA_REL}; "
+            "try 0.1"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class EmaConfig:
-    """Exponential moving average of the parameters, kept in float32."""
+    """Moving averages of the parameters, kept in float32."""
 
     decay: float = doc(0.9999, "Decay per step once warmed up, 0..1.")
     warmup_power: float = doc(0.75, "Decay at step t is min(decay, 1 - (1 + t)**-power).")
+    profiles: tuple[float, ...] = doc(
+        (),
+        "Relative widths sigma_rel of power-function averages tracked beside the ordinary one, "
+        "each as large as the parameters, for example (0.05, 0.1), 0..0.28; (): none.",
+    )
+    snapshot_every: int = doc(
+        0, "Steps between snapshots of the power-function averages, besides the last; 0: none."
+    )
+
+    def __post_init__(self) -> None:
+        for index, sigma_rel in enumerate(self.profiles):
+            check_sigma_rel(f"config.ema.profiles[{index}]", sigma_rel)
+        if len({f"{sigma_rel:.3f}" for sigma_rel in self.profiles}) < len(self.profiles):
+            raise ConfigError(
+                f"config.ema.profiles={self.profiles} must differ in their first three decimals; "
+                "try (0.05, 0.1)"
+            )
+        if self.snapshot_every < 0:
+            raise ConfigError(
+                f"config.ema.snapshot_every={self.snapshot_every} must be at least 1, or 0 for none"
+            )
+        if self.snapshot_every and not self.profiles:
+            raise ConfigError(
+                f"config.ema.snapshot_every={self.snapshot_every} has nothing to save: "
+                "config.ema.profiles=() must name widths; try (0.05, 0.1)"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,6 +295,11 @@ class TrainConfig:
     """Length of the run and what is reported on the way."""
 
     steps: int = doc(2_500_000, "Training steps.")
+    accumulation: int = doc(1, "Parts a batch is split into, one after the other, to save memory.")
+    overfit_batch: bool = doc(False, "Repeat the first batch, then draw it: can it learn at all.")
+    nan_patience: int = doc(10, "Steps in a row that may not be finite before a roll-back.")
+    rollbacks: int = doc(1, "Roll-backs to the last checkpoint before the run gives up.")
+    profile_at: int = doc(0, "Step from which a profile is taken; 0: only when SIGUSR1 asks.")
     log_every: int = doc(100, "Steps between progress lines and metric rows.")
     sample_every: int = doc(0, "Steps between sample grids in TensorBoard; 0: none.")
 
@@ -266,6 +310,9 @@ class CheckpointConfig:
 
     every: int = doc(5_000, "Steps between saves; the last step is always saved.")
     keep: int = doc(3, "Newest checkpoints kept.")
+    keep_every: int = doc(0, "Checkpoints of every so many steps are kept for good; 0: none.")
+    keep_best: int = doc(0, "Checkpoints with the lowest best_metric that are kept; 0: none.")
+    best_metric: str = doc("loss", "Metric of the last report that keep_best compares.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ import importlib.util
 import json
 import pathlib
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -113,6 +113,63 @@ def _parse(path: str, current: Any, text: str) -> Any:
     if type(value) is not type(current):
         raise ConfigError(f"{path}={text!r} must be of type {type(current).__name__}")
     return value
+
+
+# Fields that do not change what is learned: where things lie, how fast, how often, how drawn.
+HARMLESS = (
+    "name",
+    "data.path",
+    "data.embeddings",
+    "data.loader",
+    "data.prefetch",
+    "data.max_quarantined",
+    "text.path",
+    "pretrain_text",
+    "embed",
+    "train.log_every",
+    "train.sample_every",
+    "train.profile_at",
+    "train.nan_patience",
+    "train.rollbacks",
+    "train.accumulation",
+    "checkpoint",
+    "ema.snapshot_every",
+    "mesh",
+    "sampling",
+)
+
+
+def changes(saved: Config, given: Config) -> dict[str, tuple[Any, Any]]:
+    """The fields that differ and change what is learned: path -> (saved, given).
+
+    `train.steps` counts only where the learning rate follows from it; a fingerprint that is missing
+    on one side cannot differ.
+    """
+    harmless = set(HARMLESS)
+    if given.optimizer.schedule in ("constant", "rsqrt"):
+        harmless.add("train.steps")
+    olds, news = _flat(dataclasses.asdict(saved)), _flat(dataclasses.asdict(given))
+    return {
+        path: (old, news[path])
+        for path, old in olds.items()
+        if old != news[path]
+        and not named_in(path, harmless)
+        and not (path.endswith("fingerprint") and not (old and news[path]))
+    }
+
+
+def named_in(path: str, names: Collection[str]) -> bool:
+    """Whether a field, or a section that it is in, is among `names`."""
+    parts = path.split(".")
+    return any(".".join(parts[:end]) in names for end in range(1, len(parts) + 1))
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        path = f"{prefix}{name}"
+        flat |= _flat(value, f"{path}.") if isinstance(value, dict) else {path: value}
+    return flat
 
 
 def load(spec: str, assignments: Sequence[str] = ()) -> Config:

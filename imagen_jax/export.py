@@ -1,4 +1,8 @@
-"""From a training run to a stage folder: EMA parameters, configuration and a model card."""
+"""From a training run to a stage folder: averaged parameters, configuration and a model card.
+
+The parameters are the ordinary average of the newest checkpoint (`export`), or a power-function
+average of any width, put together from the run's snapshots (`export_average`).
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,14 @@ import dataclasses
 import pathlib
 import shutil
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 
-from imagen_jax import config_io, partitioning, stage
+from imagen_jax import config_io, ema, ema_snapshots, partitioning, stage
 from imagen_jax.checkpoint import CheckpointError, Checkpoints
-from imagen_jax.config import CheckpointConfig, Config
+from imagen_jax.config import CheckpointConfig, Config, check_sigma_rel
 from imagen_jax.interop import weights
 
 CARD = """\
@@ -23,7 +28,7 @@ A stage of a text-to-image cascade, trained with imagen_jax.
 | | |
 |---|---|
 | draws | {image_size}x{image_size} pixels{lowres} |
-| parameters | {count:,} (float32, exponential moving average) |
+| parameters | {count:,} (float32, {average}) |
 | trained for | {step} steps of {batch_size} pictures |
 | data | {kind} `{path}` {dataset} |
 | text encoder | {encoder} `{encoder_path}` |
@@ -39,10 +44,7 @@ def export(workdir: str, out: str, log: Callable[[str], None] = print) -> Config
     Raises:
       CheckpointError: there is no checkpoint, it cannot be read, or `out` holds something else.
     """
-    folder = pathlib.Path(out).absolute()
-    taken = folder.is_dir() and any(folder.iterdir())
-    if taken and not (folder / "params.safetensors").is_file():
-        raise CheckpointError(f"--out={out} exists and is no stage folder; name a new one")
+    folder = _stage_folder(out)
     if not (pathlib.Path(workdir) / "checkpoints").is_dir():
         raise CheckpointError(f"--workdir={workdir} holds no checkpoints; train first")
     checkpoints = Checkpoints(workdir, CheckpointConfig())
@@ -52,19 +54,78 @@ def export(workdir: str, out: str, log: Callable[[str], None] = print) -> Config
     config = checkpoints.restore_config(step)
     params = checkpoints.restore_ema(step, _abstract_params(config))
     checkpoints.close()
+    config = _write(folder, params, config, step, "exponential moving average")
+    log(f"{folder}: step {step} of {workdir}")
+    return config
 
+
+def export_average(
+    workdir: str,
+    out: str,
+    *,
+    sigma_rel: float,
+    step: int | None = None,
+    log: Callable[[str], None] = print,
+) -> Config:
+    """Writes a stage folder as `export` does, of the power-function average of a chosen width.
+
+    Args:
+      workdir: folder of a run with `config.ema.snapshot_every` set.
+      out: stage folder to write.
+      sigma_rel: relative width of the average, in (0, 0.28).
+      step: updates after which the average ends; None: those of the last snapshot.
+      log: receives one line, which says how well the snapshots could make up that average.
+
+    Raises:
+      ConfigError: `sigma_rel` is out of range.
+      SnapshotError: there are no snapshots, they cannot be used, or `step` is beyond the last one.
+      CheckpointError: `out` holds something else.
+    """
+    check_sigma_rel("--sigma_rel", sigma_rel)
+    folder = _stage_folder(out)
+    snapshots, config = ema_snapshots.find(workdir)
+    last = snapshots[-1].profile.step
+    step = last if step is None else step
+    if not 1 <= step <= last:
+        raise ema_snapshots.SnapshotError(
+            f"--step={step} must be a step from 1 to {last}, the last snapshot of {workdir}"
+        )
+    # Those after the one that ends the average tell nothing more about it.
+    end = min(s.profile.step for s in snapshots if s.profile.step >= step)
+    snapshots = [s for s in snapshots if s.profile.step <= end]
+    average = ema.reconstruct(snapshots, sigma_rel, step)
+    label = (
+        f"power-function average, sigma_rel {sigma_rel:g}, fitted within {average.error:.2%} "
+        f"by {len(snapshots)} snapshots"
+    )
+    config = _write(folder, average.params, config, step, label)
+    log(f"{folder}: step {step} of {workdir}, {label}")
+    return config
+
+
+def _stage_folder(out: str) -> pathlib.Path:
+    """The path of `out`. Raises CheckpointError when something else than a stage is there."""
+    folder = pathlib.Path(out).absolute()
+    taken = folder.is_dir() and any(folder.iterdir())
+    if taken and not (folder / "params.safetensors").is_file():
+        raise CheckpointError(f"--out={out} exists and is no stage folder; name a new one")
+    return folder
+
+
+def _write(folder: pathlib.Path, params: Any, config: Config, step: int, average: str) -> Config:
+    """Writes the stage folder under a temporary name and renames it; returns its configuration."""
     text_path = config.text.path and str(pathlib.Path(config.text.path).absolute())
     config = dataclasses.replace(config, text=dataclasses.replace(config.text, path=text_path))
     flat = weights.flatten(jax.tree.map(np.asarray, params))
+    count = sum(a.size for a in flat.values())
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     weights.write_safetensors(temporary / "params.safetensors", flat)
     (temporary / "config.json").write_text(config_io.to_json(config))
-    (temporary / "card.md").write_text(_card(config, step, sum(a.size for a in flat.values())))
+    (temporary / "card.md").write_text(_card(config, step, count, average))
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
-    log(f"{folder}: step {step} of {workdir}")
     return config
 
 
@@ -77,13 +138,14 @@ def _abstract_params(config: Config):
     )
 
 
-def _card(config: Config, step: int, count: int) -> str:
+def _card(config: Config, step: int, count: int, average: str) -> str:
     lowres = config.data.lowres_size
     return CARD.format(
         name=config.name,
         image_size=config.data.image_size,
         lowres=f" from {lowres}x{lowres}" if lowres else "",
         count=count,
+        average=average,
         step=step,
         batch_size=config.data.batch_size,
         kind=config.data.kind,

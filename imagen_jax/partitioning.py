@@ -12,6 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from imagen_jax.config import ConfigError, MeshConfig
@@ -59,20 +60,27 @@ def make_mesh(config: MeshConfig) -> Mesh:
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def check_batch_size(batch_size: int, mesh: AnyMesh) -> None:
-    """Raises ConfigError when a batch cannot be split evenly over data * fsdp devices."""
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+def check_batch_size(batch_size: int, mesh: AnyMesh, accumulation: int = 1) -> None:
+    """Raises ConfigError when a batch does not divide over the devices and the parts in turn."""
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = devices * accumulation
     if batch_size % parts:
         nearest = max(round(batch_size / parts), 1) * parts
+        in_turn = f" * {accumulation} parts in turn" if accumulation > 1 else ""
         raise ConfigError(
             f"config.data.batch_size={batch_size} must be a multiple of {parts} "
-            f"(data*fsdp devices); try {nearest}"
+            f"({devices} data*fsdp devices{in_turn}); try {nearest}"
         )
 
 
 def batch_sharding(mesh: AnyMesh) -> NamedSharding:
     """Arrays whose first axis is the batch: split over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def everywhere(mesh: AnyMesh) -> NamedSharding:
+    """Arrays of which every device has the whole."""
+    return NamedSharding(mesh, PartitionSpec())
 
 
 def spread(arrays: Any) -> Any:
@@ -88,6 +96,13 @@ def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Ar
     """Puts one host's part of a batch onto its devices as global arrays."""
     sharding = batch_sharding(mesh)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+
+def fetch(array: jax.Array) -> np.ndarray:
+    """The whole array on this host; where it lies on several, all of them must ask."""
+    if jax.process_count() > 1:
+        return multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
 
 
 def _spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: AnyMesh) -> PartitionSpec:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 
 from imagen_jax import diffusion, guidance, images
@@ -19,6 +20,10 @@ from imagen_jax.models.efficient_unet import EfficientUNet
 from imagen_jax.models.unet import UNet
 
 MODELS = {"unet": UNet, "efficient_unet": EfficientUNet}
+
+DROPOUT_STREAM = 0
+# The loss is also reported by noise level: bounds between the bins, logsnr in nats.
+LOGSNR_EDGES = np.array([-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0])
 
 Params = Any
 Batch = Mapping[str, Array]
@@ -106,40 +111,65 @@ def aug_noise_side(config: Config) -> int:
 def loss_fn(
     params: Params, batch: Batch, key: Key[Array, ""], config: Config
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """`drawn_loss` of a batch with the randomness of `key`."""
+    draws = draw(key, batch["image"].shape[0], config)
+    return drawn_loss(params, {**batch, **draws}, jax.random.fold_in(key, DROPOUT_STREAM), config)
+
+
+def draw(key: Key[Array, ""], size: int, config: Config) -> dict[str, Array]:
+    """The randomness of a step: every example's time, noise, dropped text and aug_level.
+
+    Args:
+      key: of the step.
+      size: examples B.
+      config: the stage.
+
+    Returns:
+      time [B] in [0,1], eps [B,H,W,3], drop [B]; SR: aug_level [B], lowres_eps [B,n,n,3].
+    """
+    key_t, key_eps, key_drop, key_level, key_lowres = jax.random.split(key, 5)
+    side = config.data.image_size
+    # One time from each of B equal parts of [0, 1]: still t ~ U(0, 1) for every example, with less
+    # variance of the batch mean (arXiv:2107.00630, App. I.1). Differs from paper: independent t.
+    u = jax.random.uniform(key_t, ())
+    draws = {
+        "time": (u + jnp.arange(size) / size) % 1.0,
+        "eps": jax.random.normal(key_eps, (size, side, side, 3)),
+        "drop": jax.random.bernoulli(key_drop, config.diffusion.cond_drop_prob, (size,)),
+    }
+    if config.model.lowres:
+        side, highest = aug_noise_side(config), config.diffusion.aug_level_max
+        draws["aug_level"] = jax.random.uniform(key_level, (size,), maxval=highest)
+        draws["lowres_eps"] = jax.random.normal(key_lowres, (size, side, side, 3))
+    return draws
+
+
+def drawn_loss(
+    params: Params, batch: Batch, dropout_key: Key[Array, ""], config: Config
+) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Weighted squared error of the network's output, mean over pictures, pixels and channels.
 
     Args:
       params: plain parameters.
-      batch: image [B,H,W,3] in [-1,1], text_emb [B,L,D], text_mask [B,L], SR: lowres [B,h,w,3].
-      key: randomness of this step: times, noise, dropped text, aug_level.
+      batch: image [B,H,W,3] in [-1,1], text_emb [B,L,D], text_mask [B,L], SR: lowres [B,h,w,3];
+        and what `draw` drew.
+      dropout_key: randomness of the dropout layers.
       config: the stage.
 
     Returns:
-      The loss, and {"loss", "x0_mse"}: x0_mse is the unweighted error of x0, comparable over
-      prediction types.
+      The loss, and {"loss", "x0_mse", "noise_bins"}: x0_mse is the unweighted error of x0,
+      comparable over prediction types; noise_bins [2, bins] are, by noise level (LOGSNR_EDGES), the
+      summed loss and the number of the examples.
     """
-    process = config.diffusion
-    x0 = batch["image"]
-    size = x0.shape[0]
-    key_t, key_eps, key_drop, key_level, key_lowres, key_dropout = jax.random.split(key, 6)
-
-    # One time from each of B equal parts of [0, 1]: still t ~ U(0, 1) for every example, with less
-    # variance of the batch mean (arXiv:2107.00630, App. I.1). Differs from paper: independent t.
-    u = jax.random.uniform(key_t, ())
-    t = (u + jnp.arange(size) / size) % 1.0
-    logsnr = diffusion.logsnr_at(t, process)
-    eps = jax.random.normal(key_eps, x0.shape)
-    z = diffusion.q_sample(x0, logsnr, eps)
-
-    drop = jax.random.bernoulli(key_drop, process.cond_drop_prob, (size,))
-    text_emb, text_mask = drop_text(batch["text_emb"], batch["text_mask"], drop)
+    process, x0 = config.diffusion, batch["image"]
+    logsnr = diffusion.logsnr_at(batch["time"], process)
+    z = diffusion.q_sample(x0, logsnr, batch["eps"])
+    text_emb, text_mask = drop_text(batch["text_emb"], batch["text_mask"], batch["drop"])
 
     network_input, lowres_logsnr = z, None
     if config.model.lowres:
-        aug_level = jax.random.uniform(key_level, (size,), maxval=process.aug_level_max)
-        side = aug_noise_side(config)
-        noise = jax.random.normal(key_lowres, (size, side, side, 3))
-        lowres = noised_lowres(batch["lowres"], aug_level, noise, config)
+        aug_level = batch["aug_level"]
+        lowres = noised_lowres(batch["lowres"], aug_level, batch["lowres_eps"], config)
         network_input = jnp.concatenate([z, lowres], axis=-1)
         lowres_logsnr = diffusion.aug_logsnr(aug_level, process)
 
@@ -153,18 +183,21 @@ def loss_fn(
             text_mask,
             lowres_logsnr=lowres_logsnr,
             train=True,
-            rngs={"dropout": key_dropout},
+            rngs={"dropout": dropout_key},
         )
         .astype(jnp.float32)
     )
-    target = diffusion.prediction_target(process.prediction, x0=x0, eps=eps, logsnr=logsnr)
+    target = diffusion.prediction_target(process.prediction, x0=x0, eps=batch["eps"], logsnr=logsnr)
     error = jnp.mean(jnp.square(output - target), axis=(1, 2, 3))
     weight = diffusion.output_loss_weight(process.loss_weight, process.prediction, logsnr)
-    loss = jnp.mean(weight * error)
+    losses = weight * error
+    loss = jnp.mean(losses)
 
     x0_hat = diffusion.to_x0(process.prediction, output, z=z, logsnr=logsnr)
     x0_mse = jnp.mean(jnp.square(jnp.clip(x0_hat, -1.0, 1.0) - x0))
-    return loss, {"loss": loss, "x0_mse": x0_mse}
+    bins = jax.nn.one_hot(jnp.searchsorted(LOGSNR_EDGES, logsnr), len(LOGSNR_EDGES) + 1)
+    noise_bins = jnp.stack([losses, jnp.ones_like(losses)]) @ bins
+    return loss, {"loss": loss, "x0_mse": x0_mse, "noise_bins": noise_bins}
 
 
 def denoiser(

@@ -3,54 +3,79 @@
 A run is a pure function of its configuration: the batch of a step, its noise and its dropped
 captions follow from (seed, step) alone, so that a run that was killed goes on exactly as if it had
 not been. State lives in one pytree (`train_state.TrainState`), laid over a mesh of devices; the
-step is one jitted function.
+step is one jitted function. Several processes run this very loop side by side, each with its part
+of every batch.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import itertools
+import pathlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, UInt8
+from jaxtyping import Array, Key, UInt8
 
-from imagen_jax import cascade, config_io, ema, images, metrics, partitioning, stage, train_state
+from imagen_jax import (
+    cascade,
+    config_io,
+    distributed,
+    ema,
+    ema_snapshots,
+    images,
+    metrics,
+    partitioning,
+    stage,
+    train_state,
+)
 from imagen_jax.checkpoint import Checkpoints
-from imagen_jax.config import Config
+from imagen_jax.config import Config, ConfigError
+from imagen_jax.faults import Faults
 from imagen_jax.optimizer import learning_rate, make_optimizer
+from imagen_jax.preemption import Preempted, Preemption
+from imagen_jax.profiling import Profiler
 from imagen_jax.train_state import TrainState
 
 # Streams of randomness; a key is fold_in(fold_in(key(seed), STREAM), step).
 INIT_STREAM, STEP_STREAM = 0, 1
 
-StepFn = Callable[[TrainState, Mapping[str, Array]], tuple[TrainState, dict[str, Array]]]
+StepFn = Callable[[TrainState, Mapping[str, Array]], tuple[TrainState, dict[str, Any]]]
 # A source of batches: first step wanted -> that step's batch and all that follow.
 Batches = Callable[[int], Iterable[Mapping[str, np.ndarray]]]
+# What else is known of a step's batch, for the record: its records, its captions.
+AboutStep = Callable[[int], Mapping[str, Any]]
+
+
+def step_key(config: Config, step: Array | int) -> Key[Array, ""]:
+    """The key from which all randomness of a step follows."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), STEP_STREAM), step)
 
 
 def make_train_step(config: Config, optimizer: optax.GradientTransformation) -> StepFn:
-    """The update of one step: (state, batch) -> (state, metrics). Pure; jit it with donation.
+    """The update of one step: (state, batch) -> (state, report). Pure; jit it with donation.
 
     An update whose loss or gradient is not finite is skipped and counted in `state.skipped`.
     """
 
     def train_step(
         state: TrainState, batch: Mapping[str, Array]
-    ) -> tuple[TrainState, dict[str, Array]]:
-        stream = jax.random.fold_in(jax.random.key(config.seed), STEP_STREAM)
-        key = jax.random.fold_in(stream, state.step)
-        gradient_fn = jax.value_and_grad(stage.loss_fn, has_aux=True)
-        (_, report), gradient = gradient_fn(state.params, batch, key, config)
+    ) -> tuple[TrainState, dict[str, Any]]:
+        key = step_key(config, state.step)
+        gradient, report = gradient_of_batch(state.params, batch, key, config)
 
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        decay = ema.decay_at(state.step, config.ema)
-        averages = {name: ema.update(a, params, decay) for name, a in state.ema.items()}
+        decays = ema.decays(state.step, config.ema)
+        averages = {name: ema.update(a, params, decays[name]) for name, a in state.ema.items()}
 
-        grad_norm = optax.tree.norm(gradient)
+        norms = block_norms(gradient)
+        grad_norm = optax.tree.norm(norms)
         finite = jnp.isfinite(report["loss"]) & jnp.isfinite(grad_norm)
         old = (state.params, state.ema, state.opt_state)
         params, averages, opt_state = jax.tree.map(
@@ -63,9 +88,54 @@ def make_train_step(config: Config, optimizer: optax.GradientTransformation) -> 
             opt_state=opt_state,
             skipped=state.skipped + (1 - finite.astype(jnp.int32)),
         )
-        return state, {**report, "grad_norm": grad_norm, "skipped": state.skipped}
+        report |= {"grad_norm": grad_norm, "skipped": state.skipped}
+        return state, {**report, "finite": finite, "block_norms": norms}
 
     return train_step
+
+
+def block_norms(gradient: Mapping[str, Any]) -> dict[str, Array]:
+    """L2 norm of the gradient of each of the network's blocks."""
+    return {name: optax.tree.norm(block) for name, block in gradient.items()}
+
+
+def gradient_of_batch(
+    params: Any, batch: Mapping[str, Array], key: Key[Array, ""], config: Config
+) -> tuple[Any, dict[str, Array]]:
+    """Gradient and report of a batch, in `train.accumulation` parts one after the other.
+
+    The parts' noise is drawn for the whole batch, so that only rounding (and dropout) tells
+    k parts from one.
+    """
+    parts = config.train.accumulation
+    drawn = {**batch, **stage.draw(key, len(batch["image"]), config)}
+    dropout_key = jax.random.fold_in(key, stage.DROPOUT_STREAM)
+    gradient_fn = jax.value_and_grad(stage.drawn_loss, has_aux=True)
+    if parts == 1:
+        (_, report), gradient = gradient_fn(params, drawn, dropout_key, config)
+        return gradient, report
+
+    # Every k-th example makes a part: the examples stay on their devices.
+    def split(x: Array) -> Array:
+        return x.reshape(len(x) // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+
+    def add(total: Any, part: tuple[Mapping[str, Array], Array]) -> tuple[Any, None]:
+        examples, index = part
+        part_key = jax.random.fold_in(dropout_key, index)
+        (_, report), gradient = gradient_fn(params, examples, part_key, config)
+        return jax.tree.map(jnp.add, total, (gradient, report)), None
+
+    examples = (jax.tree.map(split, drawn), jnp.arange(parts))
+    first = jax.tree.map(lambda x: x[0], examples)
+    (_, report), gradient = gradient_fn(
+        params, first[0], jax.random.fold_in(dropout_key, first[1]), config
+    )
+    rest = jax.tree.map(lambda x: x[1:], examples)
+    # Gradients of convolutions inside a loop are a hundred times slower on CPUs.
+    unroll = parts - 1 if jax.default_backend() == "cpu" else 1
+    (gradient, report), _ = jax.lax.scan(add, (gradient, report), rest, unroll=unroll)
+    mean = {name: report[name] / parts for name in ("loss", "x0_mse")}
+    return jax.tree.map(lambda g: g / parts, gradient), {**report, **mean}
 
 
 def abstract_state(
@@ -76,7 +146,8 @@ def abstract_state(
     boxed = jax.eval_shape(lambda: stage.init_params(config, key))
 
     def create() -> TrainState:
-        return train_state.create(partitioning.unbox(stage.init_params(config, key)), optimizer)
+        params = partitioning.unbox(stage.init_params(config, key))
+        return train_state.create(params, optimizer, ema.names(config.ema))
 
     shapes = jax.eval_shape(create)
     shardings = train_state.shardings(shapes, boxed, optimizer, mesh)
@@ -94,97 +165,263 @@ def train(
     workdir: str,
     batches: Batches,
     log: Callable[[str], None] = print,
+    *,
+    allow_changes: Collection[str] = (),
+    about_step: AboutStep = lambda step: {},
 ) -> TrainState:
     """Trains one stage to `config.train.steps`; goes on from the newest checkpoint if there is one.
 
     Args:
       config: the stage; `config.model.text_dim` must be set.
-      workdir: folder of checkpoints, metrics.jsonl and TensorBoard files.
-      batches: the stream; `batches(step)` starts at that step.
-      log: receives the progress lines.
+      workdir: folder of checkpoints, metrics.jsonl and TensorBoard files, seen by all processes.
+      batches: the stream; `batches(step)` starts at that step and gives this process's part.
+      log: receives the progress lines, in the first process.
+      allow_changes: fields (or sections) in which `config` may differ from the checkpoint's.
+      about_step: what is written down beside the batch of a step that was not finite.
 
     Returns:
       The state after the last step.
 
     Raises:
-      ConfigError: mesh or batch do not fit the devices.
-      CheckpointError: the newest checkpoint cannot be read or is of another model.
+      ConfigError: mesh or batch do not fit the devices, or the configuration is another one.
+      CheckpointError: no checkpoint can be read, or it is of another model, or saving fails.
+      DivergedError: nothing but infinities, also after a roll-back.
+      Preempted: SIGTERM came and all is saved.
     """
+    if not distributed.is_first():
+        log = _say_nothing
     mesh = partitioning.make_mesh(config.mesh)
-    partitioning.check_batch_size(config.data.batch_size, mesh)
+    partitioning.check_batch_size(config.data.batch_size, mesh, config.train.accumulation)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
-    rate = learning_rate(config.optimizer, config.train.steps)
 
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), contextlib.ExitStack() as closing:
         create, abstract = abstract_state(config, optimizer, mesh)
         count = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
         log(f"{config.name}: {count:,} parameters on {mesh.devices.size} {jax.default_backend()}")
+        run = Run(config, workdir, batches, about_step, mesh, optimizer, log)
+        closing.callback(run.close)
 
-        checkpoints = Checkpoints(workdir, config.checkpoint)
-        start = checkpoints.latest_step()
-        state = create() if start is None else checkpoints.restore(start, abstract)
-        start = start or 0
-        if start:
-            log(f"going on from step {start}")
-
-        train_step = jax.jit(
-            make_train_step(config, optimizer),
-            donate_argnums=0,
-            compiler_options=partitioning.train_step_options(),
-        )
-        writer = metrics.MetricWriter(workdir, start)
-        progress = metrics.Progress(config.train.steps, config.data.batch_size, log)
-        stream = iter(batches(start)) if start < config.train.steps else iter(())
-        try:
-            for step, batch in zip(range(start, config.train.steps), stream, strict=False):
-                placed = partitioning.place_batch(batch, mesh)
-                with jax.transfer_guard("disallow"):
-                    state, report = train_step(state, placed)
-                done = step + 1
-                if step == start:
-                    jax.block_until_ready(report)
-                    progress.start(done)
-                if done % config.train.log_every == 0 or done == config.train.steps:
-                    values = {k: float(v) for k, v in jax.device_get(report).items()}
-                    values["learning_rate"] = float(rate(step))
-                    writer.write(done, progress.report(done, values))
-                if config.train.sample_every and done % config.train.sample_every == 0:
-                    writer.write_picture(done, "samples", preview(config, state, batch))
-                if done % config.checkpoint.every == 0 or done == config.train.steps:
-                    checkpoints.save(done, state, config)
-        finally:
-            _close(stream)
-            writer.close()
-            checkpoints.close()
+        with run.timer.measure("start"):
+            step, state = run.restore(create, abstract, allow_changes)
+        while step < config.train.steps:
+            step, state, roll_back = run.advance(step, state)
+            if roll_back:
+                step, state = run.restore(create, abstract, allow_changes)
+        with run.timer.measure("save"):
+            run.checkpoints.wait()
+        if run.train_step is not None:
+            log(metrics.goodput(run.timer.summary()))
     return state
 
 
+class Run:
+    """What a run holds beside its state: its folder, its clocks, its compiled step."""
+
+    def __init__(
+        self,
+        config: Config,
+        workdir: str,
+        batches: Batches,
+        about_step: AboutStep,
+        mesh: jax.sharding.Mesh,
+        optimizer: optax.GradientTransformation,
+        log: Callable[[str], None],
+    ):
+        self.config, self.workdir, self.batches = config, workdir, batches
+        self.mesh, self.optimizer, self.log = mesh, optimizer, log
+        self.rate = learning_rate(config.optimizer, config.train.steps)
+        self.timer = metrics.Timer()
+        self.progress = metrics.Progress(
+            config.train.steps, config.data.batch_size, self.timer, log
+        )
+        self.checkpoints = Checkpoints(workdir, config.checkpoint)
+        self.faults = Faults(workdir, config.train, about_step, log)
+        self.profiler = Profiler(workdir, config.train.profile_at)
+        self.train_step: jax.stages.Compiled | None = None
+
+    def restore(
+        self,
+        create: Callable[[], TrainState],
+        abstract: TrainState,
+        allow_changes: Collection[str],
+    ) -> tuple[int, TrainState]:
+        """Step and state to go on from: the newest checkpoint that can be read, or the start."""
+        self.checkpoints.wait()
+        found = self.checkpoints.restore_newest(
+            abstract,
+            lambda saved: _check_changes(saved, self.config, self.workdir, allow_changes),
+            self.log,
+        )
+        if found is None:
+            return 0, create()
+        self.log(f"going on from step {found[0]}")
+        return found
+
+    def advance(self, step: int, state: TrainState) -> tuple[int, TrainState, bool]:
+        """Trains on from `step`, to the end or until the run must roll back.
+
+        Returns:
+          Step, state, and whether to roll back.
+        """
+        config = self.config.train
+        seen: list[tuple[int, Mapping[str, Any], Mapping[str, np.ndarray]]] = []
+        noise_bins: list[Array] = []
+        with contextlib.ExitStack() as closing:
+            writer = closing.enter_context(
+                contextlib.closing(metrics.MetricWriter(self.workdir, step))
+            )
+            preemption = closing.enter_context(Preemption())
+            stream = closing.enter_context(_closing(iter(self.batches(step))))
+            if config.overfit_batch:
+                stream = itertools.repeat(next(stream))
+            while step < config.steps:
+                if preemption.reached(step):
+                    self.stop(step, state)
+                self.profiler.before(step)
+                with self.timer.measure("data"):
+                    batch = next(stream)
+                    placed = partitioning.place_batch(batch, self.mesh)
+                if self.train_step is None:
+                    self.compile(step, state, placed)
+                with jax.transfer_guard("disallow"):
+                    state, report = self.train_step(state, placed)
+                # The verdict on the step before, while this one runs: nobody waits for it.
+                if seen and self.faults.roll_back_after(*seen.pop()):
+                    return step, state, True
+                seen.append((step, report, batch))
+                noise_bins.append(report["noise_bins"])
+                step += 1
+
+                if step % config.log_every == 0 or step == config.steps:
+                    values = self.report(step, report, noise_bins)
+                    noise_bins.clear()
+                    writer.write(step, values)
+                if config.sample_every and step % config.sample_every == 0:
+                    with self.timer.measure("draw"):
+                        writer.write_picture(step, "samples", preview(self.config, state, placed))
+                self.keep(step, state, report)
+            roll_back = bool(seen) and self.faults.roll_back_after(*seen.pop())
+            if config.overfit_batch:
+                path = pathlib.Path(self.workdir) / "overfit.png"
+                images.save_png(path, preview(self.config, state, placed), {})
+                self.log(f"one batch, {step} steps: the pictures are in {path}")
+        return step, state, roll_back
+
+    def compile(self, step: int, state: TrainState, batch: Mapping[str, Array]) -> None:
+        """Compiles the step and starts the clock."""
+        with self.timer.measure("start"):
+            # The state lies as it lay before; the compiler would move some of it.
+            lies = jax.tree.map(lambda leaf: leaf.sharding, state)
+            step_fn = jax.jit(
+                make_train_step(self.config, self.optimizer),
+                donate_argnums=0,
+                out_shardings=(lies, partitioning.everywhere(self.mesh)),
+                compiler_options=partitioning.train_step_options(),
+            )
+            self.train_step = step_fn.lower(state, batch).compile()
+        flops = (self.train_step.cost_analysis() or {}).get("flops", 0.0)
+        device = self.mesh.devices.flat[0]
+        self.progress.start(step, flops, self.mesh.devices.size, device.device_kind)
+
+    def report(
+        self, step: int, report: Mapping[str, Any], noise_bins: Iterable[Array]
+    ) -> dict[str, float]:
+        """Prints the progress line and returns the row of metrics."""
+        scalars = ("loss", "x0_mse", "grad_norm", "skipped")
+        values = {name: float(report[name]) for name in scalars}
+        values["learning_rate"] = float(self.rate(step - 1))
+        values |= _loss_by_noise(np.sum(jax.device_get(list(noise_bins)), axis=0))
+        return self.progress.report(step, values)
+
+    def keep(self, step: int, state: TrainState, report: Mapping[str, Any]) -> None:
+        """Saves what is due after `step` updates."""
+        ends = step == self.config.train.steps
+        snapshots = self.config.ema.snapshot_every
+        with self.timer.measure("save"):
+            if snapshots and (step % snapshots == 0 or ends):
+                ema_snapshots.save(self.workdir, step, state.ema, self.config)
+            if step % self.config.checkpoint.every == 0 or ends:
+                best = self.config.checkpoint.best_metric
+                scores = {best: float(report[best])} if self.config.checkpoint.keep_best else {}
+                self.checkpoints.save(step, state, self.config, scores)
+
+    def stop(self, step: int, state: TrainState) -> NoReturn:
+        """Saves and ends the run. Raises Preempted."""
+        with self.timer.measure("save"):
+            self.checkpoints.wait()
+            if self.checkpoints.latest_step() != step:
+                self.checkpoints.save(step, state, self.config)
+            self.checkpoints.wait()
+        raise Preempted(f"asked to stop; saved at step {step}, the same command goes on from there")
+
+    def close(self) -> None:
+        """Ends what goes on in the background."""
+        self.profiler.close()
+        self.checkpoints.close()
+
+
+def _check_changes(saved: Config, given: Config, workdir: str, allowed: Collection[str]) -> None:
+    """Raises ConfigError where `given` would learn something else than the run so far."""
+    for path, (old, new) in config_io.changes(saved, given).items():
+        if not config_io.named_in(path, allowed):
+            raise ConfigError(
+                f"config.{path}={new!r}, but {workdir} was trained with {old!r}; set it back, "
+                f"start a new --workdir, or mean it: --allow_changes={path}"
+            )
+
+
+def _loss_by_noise(bins: np.ndarray) -> dict[str, float]:
+    """Mean loss by noise level, from summed loss and count [2, bins]; empty bins left out."""
+    bounds = ["-inf", *(f"{edge:g}" for edge in stage.LOGSNR_EDGES), "inf"]
+    names = [f"loss/logsnr_{low}_{high}" for low, high in itertools.pairwise(bounds)]
+    return {n: float(s / c) for n, s, c in zip(names, *bins, strict=True) if c > 0}
+
+
 def preview(
-    config: Config, state: TrainState, batch: Mapping[str, np.ndarray]
+    config: Config, state: TrainState, batch: Mapping[str, Array]
 ) -> UInt8[np.ndarray, "h w 3"]:
     """A grid to look at: rows of real pictures, drawn by the EMA, drawn by the raw parameters.
 
     The captions are the batch's; an SR stage is given the true low-resolution pictures.
     """
     count = min(8, len(batch["image"]))
-    part = {name: value[:count] for name, value in batch.items()}
+    part = {name: partitioning.fetch(value[:count]) for name, value in batch.items()}
     keys = cascade.picture_keys(config.seed, range(count), [0] * count)
     rows = [images.to_uint8(part["image"])]
     for params in (state.ema["ema"], state.params):
         drawn = cascade.sample_stage(
             params, config, part["text_emb"], part["text_mask"], keys, part.get("lowres")
         )
-        rows.append(images.to_uint8(np.asarray(drawn)))
+        rows.append(images.to_uint8(partitioning.fetch(drawn)))
     return images.grid(np.concatenate(rows), columns=count)
 
 
-def with_text(config: Config, dim: int, fingerprint: Mapping[str, Any]) -> Config:
-    """`config` with what its embeddings say of themselves: their width and their encoder."""
-    text = dataclasses.replace(config.text, fingerprint=config_io.fingerprint(dict(fingerprint)))
+def with_data(
+    config: Config, dim: int, encoder: Mapping[str, Any], stream: Mapping[str, Any]
+) -> Config:
+    """`config` with what its data say of themselves.
+
+    Args:
+      config: as given by the user.
+      dim: width of the text embeddings.
+      encoder: fingerprint of the encoder that made them.
+      stream: fingerprint of the records and their order.
+    """
+    text = dataclasses.replace(config.text, fingerprint=config_io.fingerprint(dict(encoder)))
+    data = dataclasses.replace(config.data, fingerprint=config_io.fingerprint(dict(stream)))
     model = dataclasses.replace(config.model, text_dim=dim)
-    return dataclasses.replace(config, model=model, text=text)
+    return dataclasses.replace(config, model=model, text=text, data=data)
 
 
-def _close(stream: Iterator) -> None:
-    if hasattr(stream, "close"):
-        stream.close()
+@contextlib.contextmanager
+def _closing(stream: Iterator) -> Iterator[Iterator]:
+    """Closes a stream that can be closed."""
+    try:
+        yield stream
+    finally:
+        if hasattr(stream, "close"):
+            stream.close()
+
+
+def _say_nothing(line: str) -> None:
+    """The log of all processes but the first."""

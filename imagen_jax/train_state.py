@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ class TrainState:
       step: int32 scalar, updates tried so far; also the position in the data stream and in every
         random stream.
       params: float32 parameters.
-      ema: averages of the parameters by name.
+      ema: float32 averages of the parameters by name (`ema.names`).
       opt_state: state of the optimizer.
       skipped: int32 scalar, updates that were skipped because loss or gradient was not finite.
     """
@@ -34,12 +35,14 @@ class TrainState:
     skipped: Any
 
 
-def create(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state at step 0."""
+def create(
+    params: Any, optimizer: optax.GradientTransformation, averages: Sequence[str] = ("ema",)
+) -> TrainState:
+    """The state at step 0; `averages` names the averages of the parameters that are kept."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        ema={"ema": jax.tree.map(jnp.copy, params)},
+        ema={name: jax.tree.map(jnp.copy, params) for name in averages},
         opt_state=optimizer.init(params),
         skipped=jnp.zeros((), jnp.int32),
     )

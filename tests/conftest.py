@@ -1,6 +1,8 @@
 """Settings of the whole suite, and the tiny stages its tests train, sample and split."""
 
+import json
 import os
+import pathlib
 
 # Read once, when JAX and TensorFlow are imported.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -9,8 +11,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import dataclasses
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
+from PIL import Image
 
 from imagen_jax import partitioning, stage
 from imagen_jax.config import (
@@ -23,6 +27,7 @@ from imagen_jax.config import (
     SamplingConfig,
     TrainConfig,
 )
+from imagen_jax.data import embeddings
 
 SIZE, LENGTH, DIM = 8, 4, 8
 
@@ -112,3 +117,52 @@ def random_params():
         )
 
     return make
+
+
+CONFIG_FILE = """
+from imagen_jax import config_io
+
+def get_config(name=""):
+    return config_io.to_config_dict(config_io.from_json('''{json}'''))
+"""
+
+
+@pytest.fixture(scope="session")
+def write_world():
+    """Makes a folder of 12 pictures, their embeddings and a configuration file for `train`."""
+
+    def write(folder: pathlib.Path, config: Config, steps: int, every: int) -> pathlib.Path:
+        rng = np.random.default_rng(0)
+        pictures = folder / "pictures"
+        pictures.mkdir()
+        captions = [f"picture {i}" for i in range(12)]
+        for i, caption in enumerate(captions):
+            pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(pictures / f"{i}.png")
+            (pictures / f"{i}.txt").write_text(caption)
+        store = folder / "embeddings"
+        store.mkdir()
+        vectors = [rng.normal(size=(3, DIM)).astype(ml_dtypes.bfloat16) for _ in captions]
+        unit = store / embeddings.unit_name(captions, encoder="fake")
+        embeddings.write_unit(unit, captions, vectors)
+        description = {"encoder": "fake", "max_len": LENGTH}
+        embeddings.write_manifest(store, [embeddings.describe_unit(unit)], description)
+        data = dataclasses.replace(
+            config.data,
+            kind="folder",
+            path=str(pictures),
+            embeddings=str(store),
+            loader="numpy",
+            max_quarantined=0.5,
+        )
+        config = dataclasses.replace(
+            config,
+            data=data,
+            train=TrainConfig(steps=steps, log_every=1),
+            checkpoint=CheckpointConfig(every=every),
+        )
+        path = folder / "tiny.py"
+        path.write_text(CONFIG_FILE.format(json=json.dumps(dataclasses.asdict(config))))
+        return path
+
+    return write

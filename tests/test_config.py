@@ -199,7 +199,7 @@ def stepped(config: Config, make_batch) -> tuple[train_state.TrainState, dict]:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_configuration_at_full_size_and_shrunk(name, make_batch):
     config = config_io.load(str(ROOT / "configs" / name))
-    wide = train.with_text(config, 4096, {})
+    wide = train.with_data(config, 4096, {}, {})
     shapes = jax.eval_shape(lambda: stage.init_params(wide, jax.random.key(0)))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) > 1e5
 

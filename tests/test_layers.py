@@ -8,12 +8,13 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parents[1] / "imagen_jax"
 
 LAYERS = [
-    {"config", "config_io", "images", "diffusion"},
-    {"guidance", "models", "sampling", "optimizer", "ema", "metrics", "partitioning"},
-    {"interop", "train_state", "checkpoint"},
-    {"text", "stage"},
+    {"config", "config_io", "images", "diffusion", "distributed"},
+    {"guidance", "models", "sampling", "optimizer", "ema", "metrics", "partitioning"}
+    | {"preemption", "profiling"},
+    {"interop", "train_state", "checkpoint", "ema_snapshots"},
+    {"text", "stage", "faults"},
     {"data", "cascade", "prompts"},
-    {"evaluation", "train", "embed", "pretrain_text", "sample", "export"},
+    {"evaluation", "train", "diagnose", "replay", "embed", "pretrain_text", "sample", "export"},
     {"cli", "__main__"},
 ]
 # Packages that may be imported in some places only.

@@ -1,6 +1,9 @@
 """What a run writes about itself, above all across restarts."""
 
+import contextlib
 import json
+
+import pytest
 
 from imagen_jax import metrics
 
@@ -34,11 +37,45 @@ def test_a_new_run_makes_its_workdir(tmp_path):
 
 
 def test_progress_counts_pictures_since_the_last_report(monkeypatch):
-    clock = iter([100.0, 104.0, 105.0])
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
-    lines = []
-    progress = metrics.Progress(4000, 8, lines.append)
-    progress.start(1)
-    assert progress.report(21, {"loss": 0.5})["images_per_second"] == 40.0
-    assert progress.report(31, {"loss": 0.25}) == {"loss": 0.25, "images_per_second": 80.0}
-    assert "step 31/4000" in lines[1] and "loss 0.25" in lines[1] and "6:36 left" in lines[1]
+    now = [100.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    lines, timer = [], metrics.Timer()
+
+    def spend(seconds: float, kind: str | None = None) -> None:
+        with timer.measure(kind) if kind else contextlib.nullcontext():
+            now[0] += seconds
+
+    spend(30.0, "start")
+    progress = metrics.Progress(4000, 8, timer, lines.append)
+    progress.start(1, flops=2e12, devices=4, device_kind="TPU v4")
+    spend(3.0)
+    spend(1.0, "data")
+    spend(5.0, "save")
+    first = progress.report(21, {"loss": 0.5, "loss/logsnr_0_2": 0.25})
+    # 20 steps in the four seconds that were not spent on saving, one of them waiting for data.
+    assert first["images_per_second"] == 40.0 and first["images_per_second_per_chip"] == 10.0
+    assert first["tflops_per_chip"] == 10.0 and first["data_wait"] == 0.25
+    assert first["mfu"] == pytest.approx(10 / 275, rel=1e-5)
+    assert "step 21/4000" in lines[0] and "loss 0.5 " in lines[0] and "logsnr" not in lines[0]
+    assert "MFU 4%" in lines[0] and "29:50 left" in lines[0]
+    spend(1.0)
+    assert progress.report(31, {"loss": 0.25})["images_per_second"] == 80.0
+    assert timer.summary() == {"step": 4.0, "start": 30.0, "data": 1.0, "save": 5.0}
+    line = metrics.goodput(timer.summary())
+    assert line == "goodput 10% of 0:40: data 0:01, save 0:05, start 0:30, step 0:04"
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("TPU v4", 275e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5", 459e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("cpu", None),
+    ],
+)
+def test_peaks_of_the_datasheets(kind, peak):
+    assert metrics.peak_flops(kind) == peak

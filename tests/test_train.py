@@ -12,14 +12,12 @@ import sys
 import time
 
 import jax
-import ml_dtypes
 import numpy as np
 import pytest
-from PIL import Image
 
 from imagen_jax.checkpoint import CheckpointError
-from imagen_jax.config import CheckpointConfig, Config, ConfigError, TrainConfig, load
-from imagen_jax.data import embeddings
+from imagen_jax.config import CheckpointConfig, Config, ConfigError, TrainConfig
+from imagen_jax.config_io import load
 from imagen_jax.train import train
 
 SOURCE = pathlib.Path(__file__).parents[1]
@@ -70,6 +68,13 @@ def finished(base_config, stream, tmp_path_factory):
     """(state, workdir) of a run of six steps that nothing disturbed."""
     workdir = tmp_path_factory.mktemp("run")
     return train(base_config, str(workdir), stream(base_config), log=lambda line: None), workdir
+
+
+@pytest.fixture(scope="module")
+def eight_steps(base_config, stream, tmp_path_factory):
+    """The state of a run of eight steps that nothing disturbed."""
+    workdir = str(tmp_path_factory.mktemp("eight"))
+    return train(with_steps(base_config, 8), workdir, stream(base_config), lambda line: None)
 
 
 def test_what_a_run_leaves(finished, base_config):
@@ -130,7 +135,9 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(base_config, stream
 
 
 @pytest.mark.parametrize("damage", ["emptied", "garbled", "state removed"])
-def test_a_damaged_checkpoint_is_named(finished, base_config, stream, tmp_path, damage):
+def test_a_damaged_checkpoint_is_set_aside(
+    finished, eight_steps, base_config, stream, tmp_path, damage
+):
     shutil.copytree(finished[1], tmp_path / "run")
     newest = tmp_path / "run" / "checkpoints" / "6"
     if damage == "state removed":
@@ -140,15 +147,34 @@ def test_a_damaged_checkpoint_is_named(finished, base_config, stream, tmp_path, 
             path.write_bytes(
                 b"" if damage == "emptied" else b"\x00\xff" * (path.stat().st_size // 2)
             )
-    with pytest.raises(CheckpointError, match=f"{newest}.*delete that folder"):
-        train(with_steps(base_config, 8), str(tmp_path / "run"), stream(base_config))
+    lines = []
+    state = train(
+        with_steps(base_config, 8), str(tmp_path / "run"), stream(base_config), lines.append
+    )
+    assert any(str(newest) in line and "cannot be read" in line for line in lines) or any(
+        str(newest) in line and "no readable state" in line for line in lines
+    )
+    assert "going on from step 4" in lines
+    assert newest.with_name("6.broken").is_dir() and newest.is_dir()
+    assert_same(state, eight_steps)
+
+
+def test_nothing_but_damaged_checkpoints_is_said(finished, base_config, stream, tmp_path):
+    shutil.copytree(finished[1], tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=f"{tmp_path}/run/checkpoints/6"):
+        train(base_config, str(tmp_path / "run"), stream(base_config))
 
 
 def test_a_checkpoint_of_another_model_names_the_parameters(finished, base_config, stream):
     model = dataclasses.replace(base_config.model, channels=(16,), cross_attention=(False,))
     other = dataclasses.replace(base_config, model=model)
-    with pytest.raises(CheckpointError, match="of another model") as error:
+    with pytest.raises(ConfigError, match="config.model.channels=.*--allow_changes=model.channels"):
         train(other, str(finished[1]), stream(other))
+    with pytest.raises(CheckpointError, match="of another model") as error:
+        train(other, str(finished[1]), stream(other), allow_changes=["model"])
     message = str(error.value)
     assert "['conv_in']['kernel'] is (3, 3, 3, 8), the model wants (3, 3, 3, 16)" in message
     assert "unexpected ['down_0_attention_self']['text_key_value']['kernel']" in message
@@ -160,48 +186,9 @@ def test_a_batch_that_does_not_fit_the_devices(base_config, stream, tmp_path):
         train(dataclasses.replace(base_config, mesh=mesh), str(tmp_path), stream(base_config))
 
 
-CONFIG = """
-from imagen_jax import config_io
-
-def get_config(name=""):
-    return config_io.to_config_dict(config_io.from_json('''{json}'''))
-"""
-
-
-def write_world(folder: pathlib.Path, base_config: Config) -> pathlib.Path:
-    """A folder of 12 pictures, its embeddings and a config file; returns the config file."""
-    rng = np.random.default_rng(0)
-    pictures = folder / "pictures"
-    pictures.mkdir()
-    captions = [f"picture {i}" for i in range(12)]
-    for i, caption in enumerate(captions):
-        pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(pictures / f"{i}.png")
-        (pictures / f"{i}.txt").write_text(caption)
-    store = folder / "embeddings"
-    store.mkdir()
-    vectors = [rng.normal(size=(3, 8)).astype(ml_dtypes.bfloat16) for _ in captions]
-    unit = store / embeddings.unit_name(captions, encoder="fake")
-    embeddings.write_unit(unit, captions, vectors)
-    description = {"encoder": "fake", "max_len": 4}
-    embeddings.write_manifest(store, [embeddings.describe_unit(unit)], description)
-    data = dataclasses.replace(
-        base_config.data,
-        kind="folder",
-        path=str(pictures),
-        embeddings=str(store),
-        loader="numpy",
-        max_quarantined=0.5,
-    )
-    config = dataclasses.replace(with_steps(base_config, 300, every=10), data=data)
-    path = folder / "tiny.py"
-    path.write_text(CONFIG.format(json=json.dumps(dataclasses.asdict(config))))
-    return path
-
-
 @pytest.mark.slow
-def test_three_real_kills_leave_no_trace(base_config, tmp_path):
-    config = write_world(tmp_path, base_config)
+def test_three_real_kills_leave_no_trace(base_config, write_world, tmp_path):
+    config = write_world(tmp_path, base_config, steps=300, every=10)
     environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
     def start(workdir: str) -> subprocess.Popen:

@@ -1,6 +1,7 @@
 """The command line: one verb, its flags, `--config.a.b=value` overrides, and one-line errors.
 
-Exit codes: 0 done, 1 refused or failed (one line on stderr), 2 wrong usage.
+Exit codes: 0 done, 1 refused or failed (one line on stderr), 2 wrong usage, 75 asked to stop and
+saved: start the same command again.
 """
 
 from __future__ import annotations
@@ -12,12 +13,17 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+from imagen_jax.preemption import RESTART, Preempted
+
 VERBS = {
     "prepare": "make a data set ready: build it, index it, report what cannot be used",
     "pretrain_text": "train a small T5 encoder and its vocabulary on captions alone",
     "embed": "compute the text embeddings of a data set's captions, once",
     "train": "train one stage",
+    "diagnose": "look at what trained stages draw beside real pictures",
+    "replay": "look again at a training step that was not finite",
     "export": "turn a training run into a stage folder",
+    "ema": "turn a run's snapshots into a stage folder, with an EMA width chosen now",
     "sample": "draw pictures for prompts with a cascade of stage folders",
     "evaluate": "score drawn pictures",
 }
@@ -56,6 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     try:
         module.run(flags)
+    except Preempted as told:
+        print(f"imagen {verb}: {told}", file=sys.stderr)
+        return RESTART
     except Exception as error:
         if not _own_error(error) or os.environ.get("IMAGEN_TRACEBACK"):
             raise

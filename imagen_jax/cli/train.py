@@ -1,22 +1,51 @@
-"""Trains one stage; the same command again goes on from the newest checkpoint."""
+"""Trains one stage; the same command again goes on from the newest checkpoint.
+
+SIGTERM saves and ends with exit status 75: start the same command again. SIGUSR1 takes a profile.
+Several processes: see launch/, or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID.
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
 
+import jax
+
+from imagen_jax import distributed
 from imagen_jax.cli import wiring
-from imagen_jax.train import train, with_text
+from imagen_jax.train import train, with_data
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
     wiring.add_config(parser)
     parser.add_argument("--workdir", required=True, help="folder of the run")
+    parser.add_argument(
+        "--allow_changes",
+        metavar="FIELD[,FIELD...]",
+        default="",
+        help="fields or sections in which the configuration may differ from the checkpoint's",
+    )
 
 
 def run(flags: argparse.Namespace) -> None:
     """Carries the verb out."""
     config = wiring.load_config(flags)
+    distributed.initialize()
+    keep_compiled(flags.workdir)
     pipeline = wiring.open_pipeline(config)
-    config = with_text(config, pipeline.store.dim, pipeline.store.fingerprint)
-    train(config, flags.workdir, pipeline.batches)
+    store = pipeline.store
+    config = with_data(config, store.dim, store.fingerprint, pipeline.fingerprint())
+    train(
+        config,
+        flags.workdir,
+        pipeline.batches,
+        allow_changes=[name for name in flags.allow_changes.split(",") if name],
+        about_step=pipeline.about,
+    )
+
+
+def keep_compiled(workdir: str) -> None:
+    """Keeps compiled programs in the workdir, unless the user keeps them elsewhere."""
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", os.path.join(workdir, "compiled"))

@@ -155,10 +155,7 @@ class Pipeline:
           image uint8[B, H, W, 3], lowres uint8[B, h, w, 3] if the stage has one,
           text_emb bfloat16[B, L, D] padded with zeros, text_mask bool[B, L].
         """
-        n = len(self.source)
-        first = step * self.data.batch_size + self.host * self.per_host
-        g = first + np.arange(self.per_host, dtype=np.int64)
-        records = permute(g % n, g // n, n=n, seed=self.seed)
+        g, records = self._records(step)
         pictures, captions = zip(*(self._picture(int(i)) for i in records), strict=True)
         # Not the permutation's hash: the choice of a caption must not follow from the position.
         draws = mix(mix(g.astype(np.uint64) + GOLDEN) ^ np.uint64(self.seed % 2**64))
@@ -171,6 +168,10 @@ class Pipeline:
                 [images.resize_host(p, size, resize_filter) for p in pictures]
             )
         return examples
+
+    def about(self, step: int) -> dict[str, list[int]]:
+        """Which records of the source this host reads at a step."""
+        return {"records": self._records(step)[1].tolist()}
 
     def batch_at(self, step: int) -> Batch:
         """The part of a step's batch that falls to this host.
@@ -203,6 +204,13 @@ class Pipeline:
                 "--config.data.loader=numpy, which gives the same batches"
             ) from None
         return tasks.imagen_batches(self, start_step)
+
+    def _records(self, step: int) -> tuple[Int[np.ndarray, " k"], Int[np.ndarray, " k"]]:
+        """The examples' numbers in the whole run, and their records."""
+        n = len(self.source)
+        first = step * self.data.batch_size + self.host * self.per_host
+        g = first + np.arange(self.per_host, dtype=np.int64)
+        return g, permute(g % n, g // n, n=n, seed=self.seed)
 
     def _picture(self, i: int) -> tuple[np.ndarray, tuple[str, ...]]:
         """Resized picture and captions of record i."""

@@ -1,0 +1,63 @@
+"""Contact sheets of trained stages beside real pictures, and the colour shift of each SR stage."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+import numpy as np
+
+from imagen_jax import cascade, images
+from imagen_jax.cascade import Stage
+from imagen_jax.cli import wiring
+from imagen_jax.config import Config, ConfigError
+from imagen_jax.data.index import open_source
+from imagen_jax.diagnose import diagnose
+from imagen_jax.text import embed_prompts, load_text_encoder
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the verb's flags."""
+    wiring.add_config(parser)
+    parser.add_argument(
+        "--stages", required=True, metavar="DIR[,DIR...]", help="stage folders, base first"
+    )
+    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--pictures", type=int, default=8, help="pictures per sheet")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all noise")
+
+
+def run(flags: argparse.Namespace) -> None:
+    """Carries the verb out."""
+    config = wiring.load_config(flags)
+    if flags.pictures < 1:
+        raise ConfigError(f"--pictures={flags.pictures} must be at least 1")
+    stages = [cascade.load_stage(path) for path in flags.stages.split(",")]
+    cascade.check_chain([stage.config for stage in stages])
+    source = open_source(config.data)
+    chosen = range(min(flags.pictures, len(source)))
+    captions = [source.captions(index)[0] for index in chosen]
+    text = dataclasses.replace(
+        stages[0].config.text, path=config.text.path or stages[0].config.text.path
+    )
+    text_emb, text_mask = embed_prompts(
+        load_text_encoder(text),
+        captions,
+        batch_size=len(captions),
+        max_len=stages[0].config.data.max_text_len,
+    )
+    words = {"text_emb": text_emb, "text_mask": text_mask}
+    pictures = [source.record(index).image for index in chosen]
+    examples = [words | _sized(pictures, stage, config) for stage in stages]
+    diagnose(stages, examples, captions, flags.out, seed=flags.seed)
+
+
+def _sized(pictures: list[np.ndarray], stage: Stage, config: Config) -> dict[str, np.ndarray]:
+    """The pictures as `stage` should draw them and, for an SR stage, what it is given."""
+    sizes, resize_filter = stage.config.data, config.data.resize_filter
+    large = [images.center_crop_resize(p, sizes.image_size, resize_filter) for p in pictures]
+    sized = {"image": images.to_float(np.stack(large))}
+    if sizes.lowres_size:
+        small = [images.resize_host(p, sizes.lowres_size, resize_filter) for p in large]
+        sized["lowres"] = images.to_float(np.stack(small))
+    return sized

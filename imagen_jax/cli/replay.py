@@ -1,0 +1,25 @@
+"""Looks again at a training step that was not finite: `imagen replay --workdir=DIR --step=N`."""
+
+from __future__ import annotations
+
+import argparse
+
+from imagen_jax.checkpoint import Checkpoints
+from imagen_jax.cli import wiring
+from imagen_jax.config import CheckpointConfig
+from imagen_jax.replay import replay
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the verb's flags."""
+    parser.add_argument("--workdir", required=True, help="folder of the run")
+    parser.add_argument("--step", required=True, type=int, help="a fault in WORKDIR/faults")
+
+
+def run(flags: argparse.Namespace) -> None:
+    """Carries the verb out."""
+    checkpoints = Checkpoints(flags.workdir, CheckpointConfig())
+    config = checkpoints.newest_config()
+    checkpoints.close()
+    wiring.set_up_devices(config.mesh.cpu_devices)
+    replay(config, flags.workdir, flags.step, wiring.open_pipeline(config).batches)

@@ -1,0 +1,115 @@
+"""Snapshots of a run's power-function averages: `WORKDIR/ema/STEP/{power_0.050.safetensors, ...}`.
+
+They are what `ema.reconstruct` chooses an average from after training. Each folder also holds the
+run's configuration, whose `ema.profiles` says the widths, so that the snapshots outlive the
+checkpoints. A folder is written under a temporary name and renamed, so that what is listed is
+complete.
+"""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from imagen_jax import config_io, ema
+from imagen_jax.config import Config
+from imagen_jax.interop import weights
+
+
+class SnapshotError(ValueError):
+    """Snapshots are missing or cannot be used; the message says what to do."""
+
+
+def save(workdir: str, step: int, averages: Mapping[str, Any], config: Config) -> None:
+    """Writes the power-function averages of `step`; returns when they are on disk.
+
+    Every process must call it; the first one writes. A snapshot of the same step is replaced. Save
+    it before the checkpoint of the step: a run that goes on from there does not come by again.
+
+    Args:
+      workdir: folder of the run.
+      step: updates done.
+      averages: the state's averages by name.
+      config: that of the run.
+    """
+    folder = _folder(workdir) / str(step)
+    temporary = folder.with_name(f"{step}.tmp")
+    writes = jax.process_index() == 0
+    if writes:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        (temporary / "config.json").write_text(config_io.to_json(config))
+    for name in map(ema.power_name, config.ema.profiles):
+        arrays = _on_host(averages[name])
+        if writes:
+            weights.write_safetensors(temporary / _file(name), weights.flatten(arrays))
+    if writes:
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+
+
+def find(workdir: str) -> tuple[list[ema.Snapshot], Config]:
+    """The snapshots of a run, in the order of their steps, and the configuration of the last one.
+
+    A snapshot is read when its `load` is called, into `{"a": {"b": array}}` as it was saved.
+
+    Raises:
+      SnapshotError: there are none, one is damaged, or one is of another model than the last one.
+    """
+    folders = [f for f in _folder(workdir).glob("*") if f.name.isdecimal()]
+    folders.sort(key=lambda folder: int(folder.name))
+    if not folders:
+        raise SnapshotError(
+            f"--workdir={workdir} holds no snapshots of averages; train with "
+            "--config.ema.profiles=(0.05,0.1) --config.ema.snapshot_every=STEPS"
+        )
+    configs = [_read_config(folder) for folder in folders]
+    snapshots = []
+    for folder, config in zip(folders, configs, strict=True):
+        if config.model != configs[-1].model:
+            raise SnapshotError(
+                f"{folder} is a snapshot of another model than {folders[-1]}; move it away"
+            )
+        for sigma_rel in config.ema.profiles:
+            path = folder / _file(ema.power_name(sigma_rel))
+            profile = ema.Profile(sigma_rel, int(folder.name))
+            snapshots.append(ema.Snapshot(profile, functools.partial(_load, path)))
+    return snapshots, configs[-1]
+
+
+def _folder(workdir: str) -> pathlib.Path:
+    return pathlib.Path(workdir) / "ema"
+
+
+def _file(name: str) -> str:
+    return f"{name}.safetensors"
+
+
+def _on_host(tree: Any) -> Any:
+    """Whole NumPy arrays of a tree that may be spread over the devices of several processes."""
+    if jax.process_count() > 1:
+        return multihost_utils.process_allgather(tree, tiled=True)
+    return jax.tree.map(np.asarray, tree)
+
+
+def _read_config(folder: pathlib.Path) -> Config:
+    try:
+        return config_io.from_json((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise SnapshotError(f"snapshot {folder} cannot be read ({error}); move it away") from error
+
+
+def _load(path: pathlib.Path) -> Any:
+    try:
+        return weights.unflatten(weights.read_safetensors(path))
+    except (OSError, weights.WeightsError) as error:
+        raise SnapshotError(
+            f"snapshot {path} cannot be read ({error}); move its folder away"
+        ) from error

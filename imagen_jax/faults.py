@@ -1,0 +1,124 @@
+"""What happens when loss or gradient is not finite: skip, write down, roll back once, stop.
+
+The update itself is skipped inside the jitted step. Here the host looks at each step's verdict one
+step late, so that nobody waits, and writes what is needed to look into it: the batch, its records
+and times, and the gradient's norm by block.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from imagen_jax.config import TrainConfig
+
+AboutStep = Callable[[int], Mapping[str, Any]]
+
+FOLDER = "faults"
+
+
+class DivergedError(ValueError):
+    """The run cannot go on; the message says since when and where the evidence lies."""
+
+
+class Faults:
+    """Counts steps whose update was skipped.
+
+    Args:
+      workdir: folder of the run; evidence goes to WORKDIR/faults.
+      config: patience and number of roll-backs.
+      about_step: what else to write down of a step: records, times.
+      log: receives one line per fault.
+    """
+
+    def __init__(
+        self,
+        workdir: str,
+        config: TrainConfig,
+        about_step: AboutStep = lambda step: {},
+        log: Callable[[str], None] = print,
+    ):
+        self._folder = pathlib.Path(workdir) / FOLDER
+        self._config, self._about_step, self._log = config, about_step, log
+        self._in_a_row = 0
+        self._rolled_back = 0
+
+    def roll_back_after(
+        self, step: int, report: Mapping[str, Any], batch: Mapping[str, np.ndarray]
+    ) -> bool:
+        """Looks at a finished step; True when the last good checkpoint should be restored.
+
+        Args:
+          step: the step that made `report`.
+          report: its metrics; `finite` tells whether the update was made.
+          batch: what it saw, this host's part.
+
+        Raises:
+          DivergedError: the patience is used up and the roll-backs are, too.
+        """
+        if bool(report["finite"]):
+            self._in_a_row = 0
+            return False
+        self._in_a_row += 1
+        path = self._write(step, report, batch)
+        self._log(
+            f"step {step}: loss {float(report['loss']):.4g} or its gradient is not finite, update "
+            f"skipped ({self._in_a_row} in a row); see {path}"
+        )
+        if self._in_a_row < self._config.nan_patience:
+            return False
+        if self._rolled_back >= self._config.rollbacks:
+            raise DivergedError(
+                f"{self._in_a_row} steps in a row were not finite, the last is step {step}, after "
+                f"{self._rolled_back} roll-backs; look at {self._folder} with `imagen replay`, "
+                "then lower config.optimizer.learning_rate or mend the data"
+            )
+        self._in_a_row = 0
+        self._rolled_back += 1
+        return True
+
+    def _write(
+        self, step: int, report: Mapping[str, Any], batch: Mapping[str, np.ndarray]
+    ) -> pathlib.Path:
+        """Writes STEP.json and, where several processes share a batch, each its part of it."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        part = f".{jax.process_index()}" if jax.process_count() > 1 else ""
+        path = self._folder / f"{step:08d}{part}.json"
+        norms = {name: _number(norm) for name, norm in report["block_norms"].items()}
+        values = {"step": step, "loss": _number(report["loss"]), **self._about_step(step)}
+        values["block_norms"] = norms
+        arrays = path.with_suffix(".npz")
+        temporary = path.with_suffix(".tmp")
+        with temporary.open("wb") as file:
+            np.savez(file, **batch)
+        os.replace(temporary, arrays)
+        temporary.write_text(json.dumps(values, indent=2) + "\n")
+        os.replace(temporary, path)
+        return path
+
+
+def _number(value: Any) -> float | str:
+    """A float; what JSON has no number for becomes a word."""
+    return float(value) if np.isfinite(value) else str(float(value))
+
+
+def read(workdir: str, step: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The evidence of a step: its values, and the batch. Raises DivergedError if there is none."""
+    folder = pathlib.Path(workdir) / FOLDER
+    known = sorted({int(path.name.split(".")[0]) for path in folder.glob("*.json")})
+    if step not in known:
+        listed = ", ".join(map(str, known)) or "none"
+        raise DivergedError(f"--step={step}: no such fault in {folder}; there are: {listed}")
+    paths = sorted(folder.glob(f"{step:08d}*.json"))
+    parts = []
+    for path in paths:
+        with np.load(path.with_suffix(".npz")) as arrays:
+            parts.append(dict(arrays))
+    batch = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return json.loads(paths[0].read_text()), batch

@@ -1,0 +1,103 @@
+"""A second look at a training step whose loss or gradient was not finite.
+
+The state before that step follows from the newest checkpoint before it and the stream of batches;
+the step itself is run on the batch that was written down. A fault that comes again lies in data or
+weights and is shown example by example and block by block; one that does not was the machine's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from imagen_jax import diffusion, faults, partitioning, stage
+from imagen_jax.checkpoint import CheckpointError, Checkpoints
+from imagen_jax.config import Config
+from imagen_jax.optimizer import make_optimizer
+from imagen_jax.train import (
+    Batches,
+    abstract_state,
+    block_norms,
+    gradient_of_batch,
+    make_train_step,
+    step_key,
+)
+
+
+def replay(
+    config: Config,
+    workdir: str,
+    step: int,
+    batches: Batches,
+    log: Callable[[str], None] = print,
+) -> bool:
+    """Runs step `step` again and prints what it finds.
+
+    Args:
+      config: of the run.
+      workdir: of the run.
+      step: a fault listed in WORKDIR/faults.
+      batches: the stream; asked for the steps between the checkpoint and the fault.
+      log: receives the lines.
+
+    Returns:
+      Whether the fault came again.
+
+    Raises:
+      DivergedError: there is no such fault.
+      CheckpointError: a checkpoint cannot be read.
+    """
+    values, batch = faults.read(workdir, step)
+    mesh = partitioning.make_mesh(config.mesh)
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    with jax.set_mesh(mesh):
+        create, abstract = abstract_state(config, optimizer, mesh)
+        checkpoints = Checkpoints(workdir, config.checkpoint)
+        known = [saved for saved in checkpoints.steps() if saved <= step]
+        start = max(known, default=0)
+        state = checkpoints.restore(start, abstract) if known else create()
+        checkpoints.close()
+        log(f"from step {start} on to step {step}")
+        train_step = jax.jit(make_train_step(config, optimizer), donate_argnums=0)
+        for between, other in zip(range(start, step), batches(start), strict=False):
+            del between
+            state, _ = train_step(state, partitioning.place_batch(other, mesh))
+        if int(state.step) != step:
+            raise CheckpointError(f"the stream of batches ended before step {step}")
+        return _examine(config, state.params, batch, values, log)
+
+
+def _examine(
+    config: Config,
+    params: object,
+    batch: dict[str, np.ndarray],
+    values: dict[str, object],
+    log: Callable[[str], None],
+) -> bool:
+    """Prints loss by example and gradient norm by block; True if something is not finite."""
+    step = int(values["step"])
+    key = step_key(config, step)
+    on_device = {name: jnp.asarray(array) for name, array in batch.items()}
+    drawn = {**on_device, **stage.draw(key, len(batch["image"]), config)}
+    dropout_key = jax.random.fold_in(key, stage.DROPOUT_STREAM)
+    single = jax.jit(lambda part: stage.drawn_loss(params, part, dropout_key, config)[0])
+    records = values.get("records", range(len(batch["image"])))
+    logsnr = diffusion.logsnr_at(drawn["time"], config.diffusion)
+    bad = False
+    for index, record in enumerate(records):
+        loss = float(single({name: value[index : index + 1] for name, value in drawn.items()}))
+        bad |= not np.isfinite(loss)
+        inputs = {name: bool(np.isfinite(array[index]).all()) for name, array in batch.items()}
+        wrong = [name for name, finite in inputs.items() if not finite]
+        note = f"  not finite in the batch: {', '.join(wrong)}" if wrong else ""
+        log(f"record {record}  logsnr {float(logsnr[index]):.2f}  loss {loss:.4g}{note}")
+    gradient, report = gradient_of_batch(params, on_device, key, config)
+    for name, norm in block_norms(gradient).items():
+        bad |= not np.isfinite(norm)
+        log(f"{name}  gradient norm {float(norm):.4g}, then {values['block_norms'][name]}")
+    bad |= not np.isfinite(float(report["loss"]))
+    log("the fault came again" if bad else "all is finite now: it was not the data or the weights")
+    return bad

@@ -1,0 +1,86 @@
+"""From snapshots to a stage folder: the verb `ema`, end to end, and what it refuses."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from imagen_jax import cascade
+from imagen_jax.cli import run
+from imagen_jax.config import EmaConfig, TrainConfig
+from imagen_jax.train import train
+
+
+@pytest.fixture(scope="module")
+def trained(base_config, make_batch, tmp_path_factory):
+    """(state, workdir) of five steps with snapshots after steps 2, 4 and 5."""
+    workdir = tmp_path_factory.mktemp("run")
+    averages = EmaConfig(profiles=(0.05, 0.1), snapshot_every=2)
+    config = dataclasses.replace(base_config, ema=averages, train=TrainConfig(steps=5))
+    batches = [make_batch(config, seed=step) for step in range(5)]
+    return train(config, str(workdir), lambda start: batches, log=lambda line: None), workdir
+
+
+def ema_verb(workdir, out, *flags: str) -> int:
+    return run.main(["ema", f"--workdir={workdir}", f"--out={out}", *flags])
+
+
+def test_a_tracked_average_is_exported_as_it_is(trained, tmp_path, capsys):
+    state, workdir = trained
+    assert ema_verb(workdir, tmp_path / "stage", "--sigma_rel=0.1") == 0
+    stage = cascade.load_stage(str(tmp_path / "stage"))
+    wanted = jax.device_get(state.ema["power_0.100"])
+    for got, expected in zip(jax.tree.leaves(stage.params), jax.tree.leaves(wanted), strict=True):
+        assert got.dtype == np.float32
+        np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-8)
+    line = "power-function average, sigma_rel 0.1, fitted within 0.00% by 6 snapshots"
+    assert line in capsys.readouterr().out
+    card = (tmp_path / "stage" / "card.md").read_text()
+    assert line in card and "5 steps of 4 pictures" in card
+
+
+def test_another_width_draws_pictures(trained, tmp_path):
+    folders = [str(tmp_path / name) for name in ("narrow", "wide", "early")]
+    flags = (["--sigma_rel=0.04"], ["--sigma_rel=0.25"], ["--sigma_rel=0.25", "--step=3"])
+    for folder, more in zip(folders, flags, strict=True):
+        assert ema_verb(trained[1], folder, *more) == 0
+    text = np.random.default_rng(0).normal(size=(2, 4, 8)).astype(np.float32)
+    keys = cascade.picture_keys(0, [0, 1], [0, 0])
+    drawn = []
+    for folder in folders:
+        stage = cascade.load_stage(folder)
+        drawn += cascade.sample([stage], text, np.ones((2, 4), bool), keys)
+    assert all(pictures.shape == (2, 8, 8, 3) and pictures.std() > 1 for pictures in drawn)
+    assert (drawn[0] != drawn[1]).any() and (drawn[1] != drawn[2]).any()
+    card = (tmp_path / "early" / "card.md").read_text()
+    assert "3 steps of 4 pictures" in card and "by 4 snapshots" in card
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--sigma_rel=0.3"], "--sigma_rel=0.3 must be a relative width above 0 and below 0.28"),
+        (["--sigma_rel=0"], "--sigma_rel=0.0 must be a relative width above 0"),
+        (["--sigma_rel=0.1", "--step=6"], "--step=6 must be a step from 1 to 5, the last snapshot"),
+        (["--sigma_rel=0.1", "--step=0"], "--step=0 must be a step from 1 to 5"),
+    ],
+)
+def test_flags_that_are_refused(trained, tmp_path, capsys, flags, says):
+    assert ema_verb(trained[1], tmp_path / "stage", *flags) == 1
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and error.startswith(f"imagen ema: {says}")
+    assert not (tmp_path / "stage").exists()
+
+
+def test_folders_that_are_refused(trained, tmp_path, capsys):
+    assert ema_verb(tmp_path, tmp_path / "stage", "--sigma_rel=0.1") == 1
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and "holds no snapshots of averages" in error
+    assert "--config.ema.profiles=(0.05,0.1) --config.ema.snapshot_every=STEPS" in error
+
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "a.txt").write_text("dear reader")
+    assert ema_verb(trained[1], tmp_path / "letters", "--sigma_rel=0.1") == 1
+    assert "is no stage folder" in capsys.readouterr().err
+    assert (tmp_path / "letters" / "a.txt").exists()

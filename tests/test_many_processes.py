@@ -1,0 +1,201 @@
+"""Several processes over loopback are one run: same losses, same state, from any to any."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from imagen_jax.cli.wiring import open_pipeline
+from imagen_jax.config_io import load
+from imagen_jax.distributed import DistributedError, _arguments
+from imagen_jax.preemption import RESTART
+from imagen_jax.train import train
+
+SOURCE = pathlib.Path(__file__).parents[1]
+# Losses of the same step under other ways to sum: float32, a mean of 4 pictures and 64 numbers.
+LOSS_TOLERANCE = 2e-5
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(processes: int, devices: int, config: pathlib.Path, workdir: pathlib.Path, *more: str):
+    """The processes of one run, each with so many devices."""
+    address = f"127.0.0.1:{free_port()}"
+    command = [sys.executable, "-m", "imagen_jax", "train", f"--config={config}"]
+    started = []
+    for index in range(processes):
+        environment = {
+            **os.environ,
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        }
+        if processes > 1:
+            environment |= {
+                "JAX_COORDINATOR_ADDRESS": address,
+                "JAX_NUM_PROCESSES": str(processes),
+                "JAX_PROCESS_ID": str(index),
+            }
+        started.append(
+            subprocess.Popen(
+                [*command, f"--workdir={workdir}", *more],
+                cwd=SOURCE,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    return started
+
+
+def finish(started) -> str:
+    """Waits for all; returns what the first one said."""
+    said = [process.communicate(timeout=300)[0] for process in started]
+    assert [process.returncode for process in started] == [0] * len(started), "\n".join(said)
+    return said[0]
+
+
+def rows(workdir: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def kill_after(started, workdir: pathlib.Path, step: int, number: int) -> list[int]:
+    """Signals all processes once `step` has been reported; returns their exit codes."""
+    metrics = workdir / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        if metrics.exists() and any(row["step"] >= step for row in rows(workdir)):
+            break
+        assert all(process.poll() is None for process in started), started[0].communicate()[0]
+        time.sleep(0.02)
+    for process in started:
+        process.send_signal(number)
+    codes = []
+    for process in started:
+        process.communicate(timeout=240)
+        codes.append(process.returncode)
+    return codes
+
+
+@pytest.fixture(scope="module")
+def world(base_config, write_world, tmp_path_factory) -> pathlib.Path:
+    """A configuration file of 50 steps over a folder of pictures, saved every 10."""
+    return write_world(tmp_path_factory.mktemp("world"), base_config, steps=50, every=10)
+
+
+@pytest.fixture(scope="module")
+def alone(world, tmp_path_factory) -> pathlib.Path:
+    """The workdir of one process with one device."""
+    workdir = tmp_path_factory.mktemp("alone")
+    finish(start(1, 1, world, workdir))
+    return workdir
+
+
+def assert_same_run(workdir: pathlib.Path, other: pathlib.Path) -> None:
+    """The same steps and, up to the order of sums, the same losses."""
+    assert [row["step"] for row in rows(workdir)] == [row["step"] for row in rows(other)]
+    for row, expected in zip(rows(workdir), rows(other), strict=True):
+        np.testing.assert_allclose(row["loss"], expected["loss"], rtol=LOSS_TOLERANCE, atol=1e-6)
+
+
+def test_two_processes_are_one_run(world, alone, tmp_path):
+    said = finish(start(2, 2, world, tmp_path))
+    assert "parameters on 4 cpu" in said
+    assert_same_run(tmp_path, alone)
+
+
+@pytest.mark.slow
+def test_one_process_with_four_devices_is_the_same_run(world, alone, tmp_path):
+    finish(start(1, 4, world, tmp_path))
+    assert_same_run(tmp_path, alone)
+
+
+@pytest.mark.slow
+def test_four_hosts_then_two_then_one(world, alone, tmp_path):
+    codes = kill_after(start(4, 1, world, tmp_path), tmp_path, 15, signal.SIGKILL)
+    assert codes == [-signal.SIGKILL] * 4
+    codes = kill_after(start(2, 2, world, tmp_path), tmp_path, 30, signal.SIGTERM)
+    assert codes == [RESTART] * 2
+    said = finish(start(1, 1, world, tmp_path))
+    assert "going on from step" in said
+    assert_same_run(tmp_path, alone)
+    assert [row["step"] for row in rows(tmp_path)] == list(range(1, 51))
+
+
+@pytest.mark.slow
+def test_fsdp_over_processes(world, alone, tmp_path):
+    finish(start(2, 2, world, tmp_path, "--config.mesh.fsdp=4", "--config.mesh.data=1"))
+    assert_same_run(tmp_path, alone)
+
+
+def test_data_order_is_the_same_for_any_number_of_hosts(world):
+    pipeline = open_pipeline(load(str(world), ["model.text_dim=8"]))
+    for step in (0, 3, 17):
+        whole = pipeline.batch_at(step)
+        for hosts in (2, 4):
+            parts = [pipeline.for_host(h, hosts).batch_at(step) for h in range(hosts)]
+            for name, value in whole.items():
+                together = np.concatenate([part[name] for part in parts])
+                np.testing.assert_array_equal(together, value)
+
+
+def test_a_state_saved_by_two_processes_is_read_by_this_one(world, alone, tmp_path):
+    finish(start(2, 1, world, tmp_path, "--config.train.steps=10"))
+    config = load(str(world), ["model.text_dim=8", "train.steps=10"])
+    state = train(config, str(tmp_path), lambda step: (), lambda line: None)
+    assert int(state.step) == 10
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, None),
+        ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "2"}, {}),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "t1v-0,t1v-1"}, {}),
+        ({"MEGASCALE_COORDINATOR_ADDRESS": "job-0:8080"}, {}),
+        (
+            {
+                "JAX_COORDINATOR_ADDRESS": "host:1",
+                "JAX_NUM_PROCESSES": "2",
+                "JAX_PROCESS_ID": "1",
+                "SLURM_NTASKS": "4",
+            },
+            {"coordinator_address": "host:1", "num_processes": 2, "process_id": 1},
+        ),
+    ],
+)
+def test_who_takes_part(environment, expected):
+    assert _arguments(environment) == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"JAX_COORDINATOR_ADDRESS": "host:1"}, "JAX_NUM_PROCESSES is not set"),
+        ({"JAX_PROCESS_ID": "0", "JAX_NUM_PROCESSES": "2"}, "JAX_COORDINATOR_ADDRESS is not set"),
+        (
+            {
+                "JAX_COORDINATOR_ADDRESS": "host:1",
+                "JAX_NUM_PROCESSES": "2",
+                "JAX_PROCESS_ID": "2",
+            },
+            "JAX_PROCESS_ID=2 must be a number from 0",
+        ),
+    ],
+)
+def test_half_said_is_refused(environment, says):
+    with pytest.raises(DistributedError, match=says):
+        _arguments(environment)

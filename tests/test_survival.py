@@ -1,0 +1,278 @@
+"""What a run outlives: being told to stop, infinities, a full disk, other settings."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from imagen_jax import config_io, faults, partitioning, stage, train_state
+from imagen_jax.checkpoint import CheckpointError, Checkpoints
+from imagen_jax.config import CheckpointConfig, Config, ConfigError, TrainConfig
+from imagen_jax.faults import DivergedError
+from imagen_jax.optimizer import make_optimizer
+from imagen_jax.preemption import Preempted
+from imagen_jax.replay import replay
+from imagen_jax.train import gradient_of_batch, make_train_step, step_key, train
+
+
+def with_train(config: Config, **changes) -> Config:
+    settings = {"steps": 6, "log_every": 1, **changes}
+    return dataclasses.replace(config, train=TrainConfig(**settings))
+
+
+def assert_same(a, b) -> None:
+    """Two trees have the same leaves, bit for bit."""
+    for (path, x), (_, y) in zip(
+        *(jax.tree_util.tree_leaves_with_path(jax.device_get(tree)) for tree in (a, b)), strict=True
+    ):
+        np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.fixture(scope="module")
+def stream(make_batch):
+    """(config, change, event) -> batches that differ from step to step; event(step) comes first."""
+
+    def open_stream(config, change=lambda step, batch: batch, event=lambda step: None):
+        def batches(start: int):
+            for step in range(start, 10**9):
+                event(step)
+                yield change(step, make_batch(config, seed=step))
+
+        return batches
+
+    return open_stream
+
+
+@pytest.fixture(scope="module")
+def finished(base_config, stream, tmp_path_factory):
+    """The state of six steps that nothing disturbed."""
+    workdir = str(tmp_path_factory.mktemp("whole"))
+    return train(with_train(base_config), workdir, stream(base_config), lambda line: None)
+
+
+def on_device(batch):
+    return {name: jax.numpy.asarray(array) for name, array in batch.items()}
+
+
+def spoil(*steps):
+    """A change that makes the pictures of some steps infinite."""
+
+    def change(step, batch):
+        bad = {**batch, "image": batch["image"] * np.float32(np.nan)}
+        return bad if step in steps else batch
+
+    return change
+
+
+def test_sigterm_saves_the_step_and_goes_on_from_it(base_config, stream, finished, tmp_path):
+    def terminate_at(wanted):
+        return lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == wanted else None
+
+    config, before = with_train(base_config), signal.getsignal(signal.SIGTERM)
+    for wanted, saved in ((0, 1), (3, 4)):
+        with pytest.raises(Preempted, match=f"saved at step {saved}"):
+            train(config, str(tmp_path), stream(config, event=terminate_at(wanted)))
+        assert signal.getsignal(signal.SIGTERM) is before
+    lines = []
+    state = train(config, str(tmp_path), stream(config), lines.append)
+    assert "going on from step 4" in lines
+    assert_same(state, finished)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+
+
+def test_one_bad_batch_is_written_down_and_replays(base_config, stream, tmp_path):
+    config, lines = with_train(base_config, steps=5), []
+    change = spoil(2)
+    state = train(
+        config,
+        str(tmp_path),
+        stream(config, change),
+        lines.append,
+        about_step=lambda step: {"records": [10 * step + i for i in range(4)]},
+    )
+    assert (int(state.step), int(state.skipped)) == (5, 1)
+    assert sum("not finite" in line for line in lines) == 1
+    values, batch = faults.read(str(tmp_path), 2)
+    assert values["loss"] == "nan" and values["records"] == [20, 21, 22, 23]
+    assert values["block_norms"]["conv_out"] == "nan"
+    assert np.isnan(batch["image"]).all() and np.isfinite(batch["text_emb"]).all()
+
+    said = []
+    assert replay(config, str(tmp_path), 2, stream(config, change), said.append)
+    assert said[0] == "from step 2 on to step 2" and said[-1] == "the fault came again"
+    assert "record 21" in said[2] and "not finite in the batch: image" in said[2]
+
+
+def test_a_fault_of_the_machine_does_not_come_again(base_config, stream, tmp_path):
+    config = with_train(base_config, steps=5)
+    train(config, str(tmp_path), stream(config, spoil(3)), lambda line: None)
+    # As if the memory had failed: what was written down is good, and so was the batch.
+    path = tmp_path / "faults" / "00000003.npz"
+    np.savez(path, **next(stream(config)(3)))
+    said = []
+    assert not replay(config, str(tmp_path), 3, stream(config), said.append)
+    assert said[0] == "from step 2 on to step 3" and said[-1].startswith("all is finite now")
+    with pytest.raises(DivergedError, match="--step=4: no such fault.*there are: 3"):
+        replay(config, str(tmp_path), 4, stream(config))
+
+
+def test_ten_in_a_row_roll_back_once_then_stop(base_config, stream, tmp_path):
+    config = with_train(base_config, steps=30)
+    asked, lines = [], []
+    change = spoil(*range(7, 40))
+    batches = stream(config, change, event=asked.append)
+    with pytest.raises(DivergedError, match="10 steps in a row were not finite.*after 1 roll-back"):
+        train(config, str(tmp_path), batches, lines.append)
+    assert sum("10 in a row" in line for line in lines) == 2
+    # The second way begins at the newest checkpoint, whose parameters are finite.
+    restarts = [after for before, after in zip(asked, asked[1:], strict=False) if after <= before]
+    assert len(restarts) == 1 and restarts[0] % base_config.checkpoint.every == 0
+    assert f"going on from step {restarts[0]}" in lines
+
+
+def test_a_short_burst_is_forgiven(base_config, stream, tmp_path):
+    config = with_train(base_config, steps=12, nan_patience=3)
+    lines = []
+    state = train(config, str(tmp_path), stream(config, spoil(2, 3, 5, 6, 8, 9)), lines.append)
+    assert (int(state.step), int(state.skipped)) == (12, 6)
+    assert not any("going on from" in line for line in lines)
+
+
+def test_a_full_disk_is_one_line_and_costs_nothing(base_config, stream, tmp_path, monkeypatch):
+    config = with_train(base_config)
+    train(with_train(base_config, steps=2), str(tmp_path), stream(config), lambda line: None)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("orbax.checkpoint.CheckpointManager.save", full)
+    with pytest.raises(CheckpointError, match="No space left.*newest is of step 2: make room"):
+        train(config, str(tmp_path), stream(config), lambda line: None)
+    monkeypatch.undo()
+    lines = []
+    state = train(config, str(tmp_path), stream(config), lines.append)
+    assert "going on from step 2" in lines and int(state.step) == 6
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "refused"),
+    [
+        ("optimizer", {"learning_rate": 1e-3}, "optimizer.learning_rate=0.001"),
+        ("diffusion", {"cond_drop_prob": 0.2}, "diffusion.cond_drop_prob=0.2"),
+        ("data", {"batch_size": 8}, "data.batch_size=8"),
+        ("data", {"loader": "numpy", "path": "elsewhere"}, None),
+        ("mesh", {"data": 1}, None),
+        ("sampling", {"steps": 9}, None),
+        ("checkpoint", {"every": 1}, None),
+        ("train", {"steps": 9}, None),
+    ],
+)
+def test_changes_that_matter_must_be_meant(section, change, refused, base_config):
+    other = dataclasses.replace(
+        base_config,
+        **{section: dataclasses.replace(getattr(base_config, section), **change)},
+    )
+    changed = config_io.changes(base_config, other)
+    if refused is None:
+        assert changed == {}
+    else:
+        ((path, (old, new)),) = changed.items()
+        assert f"{path}={new}" == refused and old != new
+        assert config_io.named_in(path, [section]) and config_io.named_in(path, [path])
+        assert not config_io.named_in(path, ["name"])
+
+
+def test_steps_matter_where_the_learning_rate_follows_from_them(base_config):
+    cosine = dataclasses.replace(
+        base_config, optimizer=dataclasses.replace(base_config.optimizer, schedule="cosine")
+    )
+    assert "train.steps" in config_io.changes(cosine, with_train(cosine, steps=7))
+
+
+def test_a_run_refuses_another_learning_rate(base_config, stream, tmp_path):
+    config = with_train(base_config, steps=2)
+    train(config, str(tmp_path), stream(config), lambda line: None)
+    optimizer = dataclasses.replace(config.optimizer, learning_rate=1e-3)
+    other = dataclasses.replace(with_train(config, steps=4), optimizer=optimizer)
+    with pytest.raises(ConfigError, match="config.optimizer.learning_rate=0.001.*0.003.*allow_ch"):
+        train(other, str(tmp_path), stream(other))
+    allowed = ["optimizer.learning_rate"]
+    assert int(train(other, str(tmp_path), stream(other), allow_changes=allowed).step) == 4
+
+
+def test_which_checkpoints_stay(base_config, tmp_path):
+    optimizer = make_optimizer(base_config.optimizer, 10)
+    params = partitioning.unbox(stage.init_params(base_config, jax.random.key(0)))
+    state = train_state.create(params, optimizer)
+    settings = CheckpointConfig(keep=2, keep_every=4, keep_best=1)
+    checkpoints = Checkpoints(str(tmp_path), settings)
+    losses = [9.0, 8.0, 1.0, 7.0, 6.0, 5.0, 6.0, 7.0, 8.0, 9.0]
+    for step, loss in enumerate(losses, 1):
+        checkpoints.save(step, state, base_config, {"loss": loss})
+    checkpoints.wait()
+    assert checkpoints.steps() == [3, 4, 8, 9, 10]
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("stage_name", ["base", "sr"])
+def test_accumulated_parts_are_one_batch(
+    parts, stage_name, base_config, sr_config, make_batch, random_params
+):
+    config = {"base": base_config, "sr": sr_config}[stage_name]
+    params, key = random_params(config), step_key(config, 3)
+    batch = on_device(make_batch(config))
+
+    def gradient(accumulation: int):
+        settings = with_train(config, accumulation=accumulation)
+        return jax.jit(lambda: gradient_of_batch(params, batch, key, settings))()
+
+    (whole, report), (summed, again) = gradient(1), gradient(parts)
+    np.testing.assert_allclose(again["loss"], report["loss"], rtol=1e-5)
+    np.testing.assert_allclose(again["noise_bins"], report["noise_bins"], rtol=1e-4, atol=1e-5)
+    for (path, x), (_, y) in zip(
+        *(jax.tree_util.tree_leaves_with_path(tree) for tree in (whole, summed)), strict=True
+    ):
+        scale = max(float(np.abs(x).max()), 1e-6)
+        name = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(x, y, atol=2e-5 * scale, rtol=0, err_msg=name)
+
+
+def test_a_batch_that_does_not_divide_into_parts(base_config, stream, tmp_path):
+    config = with_train(base_config, accumulation=3)
+    with pytest.raises(ConfigError, match="data.batch_size=4 must be a multiple of 3.*try 3"):
+        train(config, str(tmp_path), stream(config))
+
+
+def test_noise_bins_hold_every_example(base_config, make_batch, random_params):
+    batch = on_device(make_batch(base_config))
+    params = jax.tree.map(jax.numpy.asarray, random_params(base_config))
+    loss, report = stage.loss_fn(params, batch, jax.random.key(0), base_config)
+    total, count = report["noise_bins"]
+    assert float(count.sum()) == base_config.data.batch_size
+    np.testing.assert_allclose(float(total.sum() / count.sum()), float(loss), rtol=1e-5)
+
+
+def test_one_batch_can_be_overfitted(base_config, stream, tmp_path):
+    config = with_train(base_config, steps=40, overfit_batch=True)
+    asked, lines = [], []
+    train(config, str(tmp_path), stream(config, event=asked.append), lines.append)
+    assert asked == [0]
+    assert (tmp_path / "overfit.png").is_file() and "overfit.png" in lines[-2]
+
+
+def test_the_step_is_the_one_the_loss_says(base_config, make_batch, random_params):
+    optimizer = make_optimizer(base_config.optimizer, 10)
+    params = jax.tree.map(jax.numpy.asarray, random_params(base_config))
+    state = train_state.create(params, optimizer)
+    batch = on_device(make_batch(base_config))
+    _, report = jax.jit(make_train_step(base_config, optimizer))(state, batch)
+    loss, _ = stage.loss_fn(state.params, batch, step_key(base_config, 0), base_config)
+    np.testing.assert_allclose(float(report["loss"]), float(loss), rtol=1e-6)
+    squares = [float(norm) ** 2 for norm in report["block_norms"].values()]
+    np.testing.assert_allclose(sum(squares) ** 0.5, float(report["grad_norm"]), rtol=1e-5)
