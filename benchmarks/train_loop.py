@@ -21,7 +21,8 @@ import numpy as np
 from imagen_jax import config_io, partitioning
 from imagen_jax.cli.wiring import set_up_devices
 from imagen_jax.optimizer import make_optimizer
-from imagen_jax.train import abstract_state, make_train_step, train
+from imagen_jax.train import abstract_state, train
+from imagen_jax.train_step import make_train_step
 
 TEXT_DIM = 128
 
@@ -56,12 +57,11 @@ def bare_seconds(config, batches, steps):
             donate_argnums=0,
             compiler_options=partitioning.train_step_options(),
         )
-        compiled = step_fn.lower(state, placed[0]).compile()
-        state, report = compiled(state, placed[0])
+        state, report = step_fn(state, placed[0])
         jax.block_until_ready(report)
         begin = time.perf_counter()
         for index in range(steps):
-            state, report = compiled(state, placed[index % 16])
+            state, report = step_fn(state, placed[index % 16])
         jax.block_until_ready((state, report))
         return time.perf_counter() - begin
 
@@ -79,7 +79,8 @@ def main():
     parser.add_argument("--config", default="configs/shapes.py:base")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=5)
-    flags = parser.parse_args()
+    flags, rest = parser.parse_known_args()
+    overrides = [argument.removeprefix("--config.") for argument in rest]
     every = max(flags.steps // 4, 1)
     config = config_io.load(
         flags.config,
@@ -88,6 +89,7 @@ def main():
             f"train.steps={flags.steps + every}",
             f"train.log_every={every}",
             f"checkpoint.every={2 * every}",
+            *overrides,
         ],
     )
     set_up_devices(config.mesh.cpu_devices)

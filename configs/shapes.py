@@ -18,7 +18,7 @@ def get_config(name: str = "base") -> ml_collections.ConfigDict:
     c.data.embeddings = "runs/demo/embeddings"
     c.text.path = "runs/demo/text"
     c.data.max_text_len = 24
-    c.checkpoint.every = 500
+    c.checkpoint.every = 2_500  # A save costs as much as 30 steps.
     c.mesh.cpu_devices = 2
     c.diffusion.prediction = "x0"
     c.diffusion.loss_weight = "truncated_v"
@@ -47,7 +47,7 @@ def _base(c: ml_collections.ConfigDict) -> None:
     c.data.batch_size = 16
     c.data.loader = "numpy"  # The core that reads is the core that trains.
     c.optimizer.learning_rate = 2e-3
-    c.train.steps = 7_500
+    c.train.steps = 7_000
     c.sampling.sampler = "ddpm"
     c.sampling.steps = 25
     c.sampling.guidance_weight = 1.5
@@ -71,7 +71,7 @@ def _sr(c: ml_collections.ConfigDict) -> None:
     c.diffusion.aug_noise_size = "lowres"
     c.diffusion.logsnr_shift = -2.0
     c.data.batch_size = 8
-    c.train.steps = 7_000
+    c.train.steps = 6_000
     c.sampling.steps = 8
     c.sampling.guidance_weight = 1.0
     c.sampling.aug_level = 0.0

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pathlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
@@ -40,7 +41,9 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str, config: CheckpointConfig):
-        self.path = pathlib.Path(workdir).absolute() / "checkpoints"
+        # Orbax wants an absolute path; a bucket's name (gs://...) is one.
+        workdir = workdir if "://" in workdir else os.path.abspath(workdir)
+        self.path = epath.Path(workdir) / "checkpoints"
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_preservation(config), create=True, cleanup_tmp_directories=True
         )

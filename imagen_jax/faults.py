@@ -8,13 +8,12 @@ and times, and the gradient's norm by block.
 from __future__ import annotations
 
 import json
-import os
-import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from imagen_jax.config import TrainConfig
 
@@ -44,7 +43,7 @@ class Faults:
         about_step: AboutStep = lambda step: {},
         log: Callable[[str], None] = print,
     ):
-        self._folder = pathlib.Path(workdir) / FOLDER
+        self._folder = epath.Path(workdir) / FOLDER
         self._config, self._about_step, self._log = config, about_step, log
         self._in_a_row = 0
         self._rolled_back = 0
@@ -85,7 +84,7 @@ class Faults:
 
     def _write(
         self, step: int, report: Mapping[str, Any], batch: Mapping[str, np.ndarray]
-    ) -> pathlib.Path:
+    ) -> epath.Path:
         """Writes STEP.json and, where several processes share a batch, each its part of it."""
         self._folder.mkdir(parents=True, exist_ok=True)
         part = f".{jax.process_index()}" if jax.process_count() > 1 else ""
@@ -97,9 +96,9 @@ class Faults:
         temporary = path.with_suffix(".tmp")
         with temporary.open("wb") as file:
             np.savez(file, **batch)
-        os.replace(temporary, arrays)
+        temporary.replace(arrays)
         temporary.write_text(json.dumps(values, indent=2) + "\n")
-        os.replace(temporary, path)
+        temporary.replace(path)
         return path
 
 
@@ -110,15 +109,17 @@ def _number(value: Any) -> float | str:
 
 def read(workdir: str, step: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The evidence of a step: its values, and the batch. Raises DivergedError if there is none."""
-    folder = pathlib.Path(workdir) / FOLDER
+    folder = epath.Path(workdir) / FOLDER
     known = sorted({int(path.name.split(".")[0]) for path in folder.glob("*.json")})
     if step not in known:
         listed = ", ".join(map(str, known)) or "none"
         raise DivergedError(f"--step={step}: no such fault in {folder}; there are: {listed}")
     paths = sorted(folder.glob(f"{step:08d}*.json"))
-    parts = []
+    parts, values = [], [json.loads(path.read_text()) for path in paths]
     for path in paths:
-        with np.load(path.with_suffix(".npz")) as arrays:
+        with path.with_suffix(".npz").open("rb") as file, np.load(file) as arrays:
             parts.append(dict(arrays))
     batch = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return json.loads(paths[0].read_text()), batch
+    if "records" in values[0]:
+        values[0]["records"] = [record for part in values for record in part["records"]]
+    return values[0], batch

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
+from etils import epath
 
 from imagen_jax import distributed
 
@@ -49,12 +49,13 @@ class MetricWriter:
 
     `metrics.jsonl` has one object per report: step, seconds since the start of this process, and
     the metrics. After a restart rows of steps that will be run again are cut off, so that each step
-    stands there once. Of several processes one writes.
+    stands there once. Of several processes one writes. TensorBoard files are written beside it
+    unless the workdir is a bucket.
     """
 
     def __init__(self, workdir: str, start_step: int):
         self._writes = distributed.is_first()
-        self._path = pathlib.Path(workdir) / "metrics.jsonl"
+        self._path = epath.Path(workdir) / "metrics.jsonl"
         self._start = time.monotonic()
         if not self._writes:
             return
@@ -63,7 +64,7 @@ class MetricWriter:
         self._file = self._path.open("a")
         self._board = (
             SummaryWriter(str(self._path.parent / "tensorboard"), purge_step=start_step + 1)
-            if SummaryWriter
+            if SummaryWriter and "://" not in workdir
             else None
         )
 

@@ -17,14 +17,8 @@ from imagen_jax import diffusion, faults, partitioning, stage
 from imagen_jax.checkpoint import CheckpointError, Checkpoints
 from imagen_jax.config import Config
 from imagen_jax.optimizer import make_optimizer
-from imagen_jax.train import (
-    Batches,
-    abstract_state,
-    block_norms,
-    gradient_of_batch,
-    make_train_step,
-    step_key,
-)
+from imagen_jax.train import Batches, abstract_state
+from imagen_jax.train_step import block_norms, gradient_of_batch, make_train_step, step_key
 
 
 def replay(

@@ -17,10 +17,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Key, UInt8
+from jaxtyping import Array, UInt8
 
 from imagen_jax import (
     cascade,
@@ -41,101 +40,12 @@ from imagen_jax.optimizer import learning_rate, make_optimizer
 from imagen_jax.preemption import Preempted, Preemption
 from imagen_jax.profiling import Profiler
 from imagen_jax.train_state import TrainState
+from imagen_jax.train_step import INIT_STREAM, StepFn, make_train_step, times_of
 
-# Streams of randomness; a key is fold_in(fold_in(key(seed), STREAM), step).
-INIT_STREAM, STEP_STREAM = 0, 1
-
-StepFn = Callable[[TrainState, Mapping[str, Array]], tuple[TrainState, dict[str, Any]]]
 # A source of batches: first step wanted -> that step's batch and all that follow.
 Batches = Callable[[int], Iterable[Mapping[str, np.ndarray]]]
 # What else is known of a step's batch, for the record: its records, its captions.
 AboutStep = Callable[[int], Mapping[str, Any]]
-
-
-def step_key(config: Config, step: Array | int) -> Key[Array, ""]:
-    """The key from which all randomness of a step follows."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), STEP_STREAM), step)
-
-
-def make_train_step(config: Config, optimizer: optax.GradientTransformation) -> StepFn:
-    """The update of one step: (state, batch) -> (state, report). Pure; jit it with donation.
-
-    An update whose loss or gradient is not finite is skipped and counted in `state.skipped`.
-    """
-
-    def train_step(
-        state: TrainState, batch: Mapping[str, Array]
-    ) -> tuple[TrainState, dict[str, Any]]:
-        key = step_key(config, state.step)
-        gradient, report = gradient_of_batch(state.params, batch, key, config)
-
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        decays = ema.decays(state.step, config.ema)
-        averages = {name: ema.update(a, params, decays[name]) for name, a in state.ema.items()}
-
-        norms = block_norms(gradient)
-        grad_norm = optax.tree.norm(norms)
-        finite = jnp.isfinite(report["loss"]) & jnp.isfinite(grad_norm)
-        old = (state.params, state.ema, state.opt_state)
-        params, averages, opt_state = jax.tree.map(
-            lambda new, kept: jnp.where(finite, new, kept), (params, averages, opt_state), old
-        )
-        state = TrainState(
-            step=state.step + 1,
-            params=params,
-            ema=averages,
-            opt_state=opt_state,
-            skipped=state.skipped + (1 - finite.astype(jnp.int32)),
-        )
-        report |= {"grad_norm": grad_norm, "skipped": state.skipped}
-        return state, {**report, "finite": finite, "block_norms": norms}
-
-    return train_step
-
-
-def block_norms(gradient: Mapping[str, Any]) -> dict[str, Array]:
-    """L2 norm of the gradient of each of the network's blocks."""
-    return {name: optax.tree.norm(block) for name, block in gradient.items()}
-
-
-def gradient_of_batch(
-    params: Any, batch: Mapping[str, Array], key: Key[Array, ""], config: Config
-) -> tuple[Any, dict[str, Array]]:
-    """Gradient and report of a batch, in `train.accumulation` parts one after the other.
-
-    The parts' noise is drawn for the whole batch, so that only rounding (and dropout) tells
-    k parts from one.
-    """
-    parts = config.train.accumulation
-    drawn = {**batch, **stage.draw(key, len(batch["image"]), config)}
-    dropout_key = jax.random.fold_in(key, stage.DROPOUT_STREAM)
-    gradient_fn = jax.value_and_grad(stage.drawn_loss, has_aux=True)
-    if parts == 1:
-        (_, report), gradient = gradient_fn(params, drawn, dropout_key, config)
-        return gradient, report
-
-    # Every k-th example makes a part: the examples stay on their devices.
-    def split(x: Array) -> Array:
-        return x.reshape(len(x) // parts, parts, *x.shape[1:]).swapaxes(0, 1)
-
-    def add(total: Any, part: tuple[Mapping[str, Array], Array]) -> tuple[Any, None]:
-        examples, index = part
-        part_key = jax.random.fold_in(dropout_key, index)
-        (_, report), gradient = gradient_fn(params, examples, part_key, config)
-        return jax.tree.map(jnp.add, total, (gradient, report)), None
-
-    examples = (jax.tree.map(split, drawn), jnp.arange(parts))
-    first = jax.tree.map(lambda x: x[0], examples)
-    (_, report), gradient = gradient_fn(
-        params, first[0], jax.random.fold_in(dropout_key, first[1]), config
-    )
-    rest = jax.tree.map(lambda x: x[1:], examples)
-    # Gradients of convolutions inside a loop are a hundred times slower on CPUs.
-    unroll = parts - 1 if jax.default_backend() == "cpu" else 1
-    (gradient, report), _ = jax.lax.scan(add, (gradient, report), rest, unroll=unroll)
-    mean = {name: report[name] / parts for name in ("loss", "x0_mse")}
-    return jax.tree.map(lambda g: g / parts, gradient), {**report, **mean}
 
 
 def abstract_state(
@@ -235,9 +145,10 @@ class Run:
             config.train.steps, config.data.batch_size, self.timer, log
         )
         self.checkpoints = Checkpoints(workdir, config.checkpoint)
-        self.faults = Faults(workdir, config.train, about_step, log)
+        about = lambda step: {**about_step(step), "time": times_of(config, step)}  # noqa: E731
+        self.faults = Faults(workdir, config.train, about, log)
         self.profiler = Profiler(workdir, config.train.profile_at)
-        self.train_step: jax.stages.Compiled | None = None
+        self.train_step: StepFn | None = None
 
     def restore(
         self,
@@ -282,9 +193,10 @@ class Run:
                     batch = next(stream)
                     placed = partitioning.place_batch(batch, self.mesh)
                 if self.train_step is None:
-                    self.compile(step, state, placed)
-                with jax.transfer_guard("disallow"):
-                    state, report = self.train_step(state, placed)
+                    state, report = self.first_step(step, state, placed)
+                else:
+                    with jax.transfer_guard("disallow"):
+                        state, report = self.train_step(state, placed)
                 # The verdict on the step before, while this one runs: nobody waits for it.
                 if seen and self.faults.roll_back_after(*seen.pop()):
                     return step, state, True
@@ -307,21 +219,25 @@ class Run:
                 self.log(f"one batch, {step} steps: the pictures are in {path}")
         return step, state, roll_back
 
-    def compile(self, step: int, state: TrainState, batch: Mapping[str, Array]) -> None:
-        """Compiles the step and starts the clock."""
+    def first_step(
+        self, step: int, state: TrainState, batch: Mapping[str, Array]
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """Compiles the step, makes it and starts the clock."""
+        devices = self.mesh.devices
         with self.timer.measure("start"):
             # The state lies as it lay before; the compiler would move some of it.
             lies = jax.tree.map(lambda leaf: leaf.sharding, state)
-            step_fn = jax.jit(
+            self.train_step = jax.jit(
                 make_train_step(self.config, self.optimizer),
                 donate_argnums=0,
                 out_shardings=(lies, partitioning.everywhere(self.mesh)),
                 compiler_options=partitioning.train_step_options(),
             )
-            self.train_step = step_fn.lower(state, batch).compile()
-        flops = (self.train_step.cost_analysis() or {}).get("flops", 0.0)
-        device = self.mesh.devices.flat[0]
-        self.progress.start(step, flops, self.mesh.devices.size, device.device_kind)
+            costs = self.train_step.lower(state, batch).cost_analysis() or {}
+            state, report = jax.block_until_ready(self.train_step(state, batch))
+        flops = costs.get("flops", 0.0) / devices.size
+        self.progress.start(step + 1, flops, devices.size, devices.flat[0].device_kind)
+        return state, report
 
     def report(
         self, step: int, report: Mapping[str, Any], noise_bins: Iterable[Array]

@@ -193,7 +193,7 @@ def stepped(config: Config, make_batch) -> tuple[train_state.TrainState, dict]:
         ),
         rule,
     )
-    return jax.jit(train.make_train_step(config, rule))(state, make_batch(config))
+    return jax.jit(train_step.make_train_step(config, rule))(state, make_batch(config))
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -14,14 +14,24 @@ LAYERS = [
     {"interop", "train_state", "checkpoint", "ema_snapshots"},
     {"text", "stage", "faults"},
     {"data", "cascade", "prompts"},
-    {"evaluation", "train", "diagnose", "replay", "embed", "pretrain_text", "sample", "export"},
+    {
+        "evaluation",
+        "train",
+        "train_step",
+        "diagnose",
+        "replay",
+        "embed",
+        "pretrain_text",
+        "sample",
+        "export",
+    },
     {"cli", "__main__"},
 ]
 # Packages that may be imported in some places only.
 HOMES = {
     "flax": {"models", "partitioning"},
     "orbax": {"checkpoint"},
-    "optax": {"optimizer", "train_state", "train", "pretrain_text"},
+    "optax": {"optimizer", "train_state", "train", "train_step", "pretrain_text"},
     "tensorflow": {"data/tasks", "data/feature_converter", "data/shapes_builder"},
     "seqio": {"data/tasks", "data/feature_converter", "data/shapes_builder"},
     "tensorflow_datasets": {"data/tasks", "data/feature_converter", "data/shapes_builder"},

@@ -3,20 +3,27 @@
 import dataclasses
 import json
 import os
+import pathlib
+import resource
 import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 
 from imagen_jax import config_io, faults, partitioning, stage, train_state
-from imagen_jax.checkpoint import CheckpointError, Checkpoints
+from imagen_jax.checkpoint import Checkpoints
 from imagen_jax.config import CheckpointConfig, Config, ConfigError, TrainConfig
 from imagen_jax.faults import DivergedError
 from imagen_jax.optimizer import make_optimizer
 from imagen_jax.preemption import Preempted
 from imagen_jax.replay import replay
-from imagen_jax.train import gradient_of_batch, make_train_step, step_key, train
+from imagen_jax.train import train
+from imagen_jax.train_step import gradient_of_batch, make_train_step, step_key
+
+SOURCE = pathlib.Path(__file__).parents[1]
 
 
 def with_train(config: Config, **changes) -> Config:
@@ -100,6 +107,7 @@ def test_one_bad_batch_is_written_down_and_replays(base_config, stream, tmp_path
     values, batch = faults.read(str(tmp_path), 2)
     assert values["loss"] == "nan" and values["records"] == [20, 21, 22, 23]
     assert values["block_norms"]["conv_out"] == "nan"
+    assert len(values["time"]) == 4 and all(0 <= time <= 1 for time in values["time"])
     assert np.isnan(batch["image"]).all() and np.isfinite(batch["text_emb"]).all()
 
     said = []
@@ -143,20 +151,43 @@ def test_a_short_burst_is_forgiven(base_config, stream, tmp_path):
     assert not any("going on from" in line for line in lines)
 
 
-def test_a_full_disk_is_one_line_and_costs_nothing(base_config, stream, tmp_path, monkeypatch):
-    config = with_train(base_config)
-    train(with_train(base_config, steps=2), str(tmp_path), stream(config), lambda line: None)
+def run_command(config, workdir, *, largest_file: int | None = None) -> subprocess.CompletedProcess:
+    """`imagen train` in a process of its own, which may not write files beyond a size, bytes."""
 
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
+    def limit():
+        if largest_file:
+            # As on a full disk, a write fails in the middle of a save; without the signal.
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
 
-    monkeypatch.setattr("orbax.checkpoint.CheckpointManager.save", full)
-    with pytest.raises(CheckpointError, match="No space left.*newest is of step 2: make room"):
-        train(config, str(tmp_path), stream(config), lambda line: None)
-    monkeypatch.undo()
-    lines = []
-    state = train(config, str(tmp_path), stream(config), lines.append)
-    assert "going on from step 2" in lines and int(state.step) == 6
+    return subprocess.run(
+        [sys.executable, "-m", "imagen_jax", "train", f"--config={config}", f"--workdir={workdir}"],
+        cwd=SOURCE,
+        env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
+        preexec_fn=limit,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_full_disk_is_one_line_and_costs_nothing(base_config, write_world, tmp_path):
+    config = write_world(tmp_path, base_config, steps=4, every=2)
+    full = run_command(config, tmp_path / "run", largest_file=16_000)
+    assert full.returncode == 1 and "Traceback" not in full.stderr
+    (line,) = [line for line in full.stderr.splitlines() if line.startswith("imagen train:")]
+    assert "cannot save" in line and "File too large" in line and "make room" in line
+    kept = [p.name for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()]
+    assert kept == []
+    assert run_command(config, tmp_path / "run").returncode == 0
+    assert (tmp_path / "run" / "checkpoints" / "4").is_dir()
+
+
+def test_a_workdir_that_cannot_be_written(base_config, write_world, tmp_path):
+    config = write_world(tmp_path, base_config, steps=4, every=2)
+    refused = run_command(config, "/proc/run")
+    assert refused.returncode == 1 and "Traceback" not in refused.stderr
+    (line,) = [line for line in refused.stderr.splitlines() if line.startswith("imagen train:")]
+    assert "/proc/run" in line
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def step_on(mesh_config: MeshConfig, config: Config, state, batch):
     with jax.set_mesh(mesh):
         _, abstract = train.abstract_state(config, optimizer, mesh)
         placed = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), state, abstract)
-        step = jax.jit(train.make_train_step(config, optimizer))
+        step = jax.jit(train_step.make_train_step(config, optimizer))
         state, report = step(placed, partitioning.place_batch(batch, mesh))
         kernel = state.params["down_0_0"]["conv_in"]["kernel"]
         dense = state.params["cond"]["noise"]["out"]["kernel"]
@@ -75,7 +75,7 @@ def main() -> None:
         lambda leaf: (rng.normal(size=leaf.shape) * 0.3).astype(np.float32), shapes
     )
     start = jax.device_get(train_state.create(params, optimizer))
-    plain = jax.jit(train.make_train_step(config, optimizer))
+    plain = jax.jit(train_step.make_train_step(config, optimizer))
     expected_state, expected_report = jax.device_get(plain(start, batch))
 
     results = {}
