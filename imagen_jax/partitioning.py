@@ -66,10 +66,10 @@ def check_batch_size(batch_size: int, mesh: AnyMesh, accumulation: int = 1) -> N
     parts = devices * accumulation
     if batch_size % parts:
         nearest = max(round(batch_size / parts), 1) * parts
-        in_turn = f" * {accumulation} parts in turn" if accumulation > 1 else ""
+        in_turn = f" * config.train.accumulation={accumulation}" if accumulation > 1 else ""
         raise ConfigError(
             f"config.data.batch_size={batch_size} must be a multiple of {parts} "
-            f"({devices} data*fsdp devices{in_turn}); try {nearest}"
+            f"(data*fsdp devices{in_turn}); try {nearest}"
         )
 
 

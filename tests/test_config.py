@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from imagen_jax import config_io, optimizer, partitioning, stage, train, train_state
+from imagen_jax import config_io, optimizer, partitioning, stage, train, train_state, train_step
 from imagen_jax.config import Config, ConfigError, DataConfig
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -10,6 +10,7 @@ import argparse
 import importlib
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 
@@ -60,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.showwarning = lambda message, *_, **__: print(
         f"imagen {verb}: warning: {' '.join(str(message).split())}", file=sys.stderr
     )
+    # A library's thread hands its error on to the main thread, which says it in one line.
+    threading.excepthook = lambda _: None
     try:
         module.run(flags)
     except Preempted as told:

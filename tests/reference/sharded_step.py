@@ -10,7 +10,7 @@ import sys
 import jax
 import numpy as np
 
-from imagen_jax import config_io, partitioning, train, train_state
+from imagen_jax import config_io, partitioning, train, train_state, train_step
 from imagen_jax.config import Config, MeshConfig
 from imagen_jax.optimizer import make_optimizer
 
