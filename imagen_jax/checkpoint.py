@@ -111,7 +111,7 @@ class Checkpoints:
         newest = self.latest_step()
         left = "none" if newest is None else f"the newest is of step {newest}"
         return CheckpointError(
-            f"cannot save in {self.path} ({type(error).__name__}: {_first_line(error)}); complete "
+            f"cannot save in {self.path} ({type(error).__name__}: {_in_short(error)}); complete "
             f"checkpoints are untouched, {left}: make room or rights, then start again"
         )
 
@@ -176,7 +176,7 @@ class Checkpoints:
         except Exception as error:  # Orbax, tensorstore and zarr each raise their own.
             raise CheckpointError(
                 f"checkpoint {self.path / str(step)} cannot be read "
-                f"({type(error).__name__}: {_first_line(error)}); the one before it is used if "
+                f"({type(error).__name__}: {_in_short(error)}); the one before it is used if "
                 "there is one"
             ) from error
 
@@ -255,8 +255,10 @@ def _copy(state: TrainState) -> TrainState:
     return jax.tree.map(jnp.copy, state)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:200]
+def _in_short(error: Exception) -> str:
+    """One line of an error: tensorstore's begin with the file and end with the reason."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else f"{text[:140]} ... {text[-140:]}"
 
 
 def _restore_args(item: Any, partial: bool = False) -> ocp.args.PyTreeRestore:
