@@ -1,0 +1,100 @@
+#!/usr/bin/env bash
+# Fills in launch/gke_jobset.yaml and applies it: a training run on GKE.
+#   launch/gke_jobset.sh --name=NAME --image=IMAGE --accelerator=TYPE --nodes=N --chips=N
+#       --config=FILE:NAME --workdir=gs://BUCKET/RUN [options] [--config.a.b=value ...]
+# --accelerator is a node label: tpu-v6e-slice (then also --topology=4x4), nvidia-h100-80gb, ...
+# --nodes are the machines of the slice, or GPU machines; --chips the TPU chips or GPUs of each.
+#   --spot                  on Spot nodes
+#   --max_restarts=N        after failures that are not preemptions (10)
+#   --grace=SECONDS         to save when a node is drained (600)
+#   --namespace=default --service_account=default
+#   --python=python         in the image
+#   --template=FILE         another file than launch/gke_jobset.yaml, with the same placeholders
+#   --dry_run               print the JobSet instead of applying it
+# Exit status 75 and nodes that are taken away restart the run without limit.
+set -euo pipefail
+name='' image='' accelerator='' topology='' nodes='' chips='' config='' workdir='' spot=''
+max_restarts=10 grace=600 namespace=default service_account=default python=python
+template=$(dirname "$0")/gke_jobset.yaml
+# shellcheck source=lib.sh
+source "$(dirname "$0")/lib.sh"
+parse "name= image= accelerator= topology= nodes= chips= config= workdir= spot max_restarts= grace=
+  namespace= service_account= python= template=" "$@"
+[ ${#words[@]} -eq 0 ] || refuse "${words[0]} is not an option; see --help"
+need_name base
+need image us-docker.pkg.dev/my-project/images/imagen_jax:1
+need accelerator tpu-v6e-slice
+need_number nodes 4
+need_number chips 4
+need_number grace 600
+need_number max_restarts 10 0
+train_line "$python"
+
+# A string of JSON, which YAML reads too.
+json() {
+  local text=${1//\\/\\\\}
+  text=${text//\"/\\\"}
+  printf '"%s"' "${text//$'\t'/\\t}"
+}
+
+command='' selector=() annotations='{}'
+# Kubernetes would put variables in place of $(NAME); $$ is a plain $.
+for word in "${train[@]}"; do command+=", $(json "${word//\$/\$\$}")"; done
+case $accelerator in
+  tpu*)
+    need topology 4x4
+    selector=("cloud.google.com/gke-tpu-accelerator: $(json "$accelerator")"
+      "cloud.google.com/gke-tpu-topology: $(json "$topology")")
+    limits="{google.com/tpu: $chips}" privileged=true
+    # All pods on one slice, also where the cluster has several of this kind.
+    annotations='{alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool}'
+    ;;
+  *)
+    [ -z "$topology" ] || refuse "--topology is for TPUs, not for $accelerator"
+    selector=("cloud.google.com/gke-accelerator: $(json "$accelerator")")
+    limits="{nvidia.com/gpu: $chips}" privileged=false
+    ;;
+esac
+[ -z "$spot" ] || selector+=('cloud.google.com/gke-spot: "true"')
+printf -v selector_list ', %s' "${selector[@]}"
+
+declare -A values=(
+  [NAME]=$name
+  [NAMESPACE]=$(json "$namespace")
+  [ANNOTATIONS]=$annotations
+  [MAX_RESTARTS]=$max_restarts
+  [NODES]=$nodes
+  [GRACE]=$grace
+  [SERVICE_ACCOUNT]=$(json "$service_account")
+  [NODE_SELECTOR]="{${selector_list:2}}"
+  [IMAGE]=$(json "$image")
+  [COMMAND]="[${command:2}]"
+  [COORDINATOR]="$name-worker-0-0.$name:8476"
+  [PRIVILEGED]=$privileged
+  [LIMITS]=$limits
+)
+
+# From left to right, so that what stands in a value is not taken for a placeholder.
+render() {
+  local text rendered='' key
+  local -A unused=()
+  text=$(<"$template")
+  for key in "${!values[@]}"; do unused[$key]=1; done
+  while [[ $text =~ "\${"([A-Z_]+)"}" ]]; do
+    key=${BASH_REMATCH[1]}
+    [ -n "${values[$key]-}" ] || refuse "$template: nothing fills the placeholder \${$key}"
+    rendered+=${text%%"\${$key}"*}${values[$key]}
+    text=${text#*"\${$key}"}
+    unset "unused[$key]"
+  done
+  for key in "${!unused[@]}"; do refuse "$template: the placeholder \${$key} is missing"; done
+  printf '%s\n' "$rendered$text"
+}
+
+[ -r "$template" ] || refuse "--template=$template: no such file"
+manifest=$(render)
+if [ -n "$dry_run" ]; then
+  printf '%s\n' "$manifest"
+else
+  run kubectl apply -f - <<<"$manifest"
+fi

@@ -1,0 +1,151 @@
+# shellcheck shell=bash
+# What the launch scripts share: options, one-line refusals, --dry_run, the train line, background
+# commands. A script sets one variable for each of its options (the default, or ''), sources this
+# file and calls `parse`. Needs bash 4.4.
+
+program=${0##*/}
+dry_run=''
+overrides=() # --config.a.b=value: for `imagen train`, as they are
+words=()     # arguments that are not options
+
+# One line on stderr and exit status 2, which is how every imagen command says "wrong usage".
+refuse() {
+  printf '%s: %s\n' "$program" "$1" >&2
+  exit 2
+}
+
+# The usage is the comment at the top of the script.
+usage() { sed -n '2,/^[^#]/{s/^# \{0,1\}//p}' "$0"; }
+
+# parse "NAME= FLAG ..." ARGUMENTS...: sets $NAME for --NAME=VALUE and FLAG=1 for --FLAG.
+# With "..." among the names the first word starts a command, whose options are its own; with "*"
+# an unknown option is kept in `words` instead of being refused.
+parse() {
+  local known=" ${1//$'\n'/ } dry_run help " option
+  shift
+  while [ $# -gt 0 ]; do
+    [[ $1 != *$'\n'* ]] || refuse "${1%%$'\n'*}... has more than one line"
+    option=${1%%=*} option=${option#--}
+    case $1 in
+      --help | -h)
+        usage
+        exit 0
+        ;;
+      --config.*=*) overrides+=("$1") ;;
+      --config.*) refuse "$1 needs a value: $1=VALUE" ;;
+      --*)
+        if [[ ! $option =~ ^[a-z_]+$ || $known != *" $option"[\ =]* ]]; then
+          [[ $known == *' * '* ]] || refuse "$1 is not an option; there are$(option_names "$known")"
+          words+=("$1")
+        elif [[ $known == *" $option= "* ]]; then
+          [[ $1 == *=* ]] || refuse "--$option needs a value: --$option=VALUE"
+          declare -g "$option=${1#*=}"
+        else
+          [[ $1 != *=* ]] || refuse "--$option takes no value"
+          declare -g "$option=1"
+        fi
+        ;;
+      *)
+        words+=("$1")
+        if [[ $known == *' ... '* ]]; then
+          words+=("${@:2}")
+          return
+        fi
+        ;;
+    esac
+    shift
+  done
+}
+
+option_names() {
+  local name
+  set -f # "*" is a marker here, not the files of the folder
+  for name in $1; do [[ $name == [a-z]* ]] && printf ' --%s' "${name%=}"; done
+  set +f
+}
+
+# need NAME EXAMPLE: the option has to be given.
+need() { [ -n "${!1}" ] || refuse "--$1 is missing; e.g. --$1=$2"; }
+
+# need_number NAME EXAMPLE [LEAST]
+need_number() {
+  need "$@"
+  if [[ ! ${!1} =~ ^(0|[1-9][0-9]{0,8})$ || ${!1} -lt ${3-1} ]]; then
+    refuse "--$1=${!1} must be a whole number from ${3-1} on; e.g. --$1=$2"
+  fi
+}
+
+# Google Cloud and Kubernetes make host names of it, and append to it.
+need_name() {
+  need name "$1"
+  local LC_ALL=C # elsewhere a-z may hold capitals
+  [[ $name =~ ^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$ ]] ||
+    refuse "--name=$name must be a letter, then a-z, 0-9 and -, at most 40; e.g. --name=$1"
+}
+
+# The line that every launcher runs. train_line PYTHON: sets `train`.
+train_line() {
+  need config configs/shapes.py:base
+  need workdir gs://my-bucket/base
+  # shellcheck disable=SC2034,SC2154 # the scripts that train set --config and --workdir, read it
+  train=("$1" -m imagen_jax train "--config=$config" "--workdir=$workdir" "${overrides[@]}")
+}
+
+# The arguments as one line that a shell reads back as they are.
+quote() {
+  local word line=() escaped="'\\''"
+  for word; do
+    [[ $word =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]] || word="'${word//"'"/"$escaped"}'"
+    line+=("$word")
+  done
+  printf '%s' "${line[*]}"
+}
+
+# Runs a command and says which; with --dry_run only says it.
+run() {
+  if [ -n "$dry_run" ]; then
+    printf '%s\n' "$(quote "$@")"
+  else
+    printf '$ %s\n' "$(quote "$@")" >&2
+    "$@"
+  fi
+}
+
+# From here on SIGTERM and SIGINT go to every command in the background; `asked` says that one came.
+forward_signals() {
+  # shellcheck disable=SC2034 # read by the scripts
+  asked=''
+  trap 'asked=1; signal_all TERM' TERM
+  trap 'asked=1; signal_all INT' INT
+}
+
+signal_all() {
+  local pid
+  for pid in $(jobs -p); do kill -s "$1" "$pid" 2>/dev/null || true; done
+}
+
+# In the background and in a process group of its own. Without one it would be deaf to SIGINT, as
+# scripts make their background commands, and hear a terminal's Ctrl-C besides what is passed on.
+start() {
+  set -m
+  "$@" </dev/null &
+  set +m
+}
+
+# each_end CALL PID...: calls CALL INDEX STATUS for each background command as it ends.
+each_end() {
+  local call=$1 at result
+  shift
+  local -a left=("$@")
+  while [ ${#left[@]} -gt 0 ]; do
+    # Until a command ends or a signal comes; or a second, as `wait` misses what ends before it.
+    sleep 1 >/dev/null 2>&1 &
+    wait -n 2>/dev/null || true
+    for at in "${!left[@]}"; do
+      kill -0 "${left[at]}" 2>/dev/null && continue
+      wait "${left[at]}" 2>/dev/null && result=0 || result=$?
+      unset "left[at]"
+      "$call" "$at" "$result"
+    done
+  done
+}

@@ -1,0 +1,89 @@
+#!/usr/bin/env bash
+# Several processes of one run on one machine, over loopback: a pod on a laptop.
+#   launch/local_processes.sh [--port=N] [--grace=SECONDS] [--dry_run] COUNT COMMAND...
+# e.g.
+#   launch/local_processes.sh 2 .venv/bin/python -m imagen_jax train --config=... --workdir=...
+# Each process gets JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, and computes on
+# the CPU unless JAX_PLATFORMS is set. Its lines begin with its number: [0]. SIGTERM and SIGINT are
+# passed on to all.
+# The exit status is the first that is not 0, in time, or 0. When a process fails, the others would
+# wait for it for ever: they get SIGTERM and, --grace (60) seconds later, SIGKILL. After a status
+# of 75 (preempted) they are only given the time, as they are saving too.
+set -euo pipefail
+port='' grace=60
+# shellcheck source=lib.sh
+source "$(dirname "$0")/lib.sh"
+parse "port= grace= ..." "$@"
+[ -z "$port" ] || need_number port 20000
+need_number grace 60
+count=${words[0]-}
+[[ $count =~ ^[1-9][0-9]*$ ]] || refuse "COUNT, a number above 0, comes first; see --help"
+[ ${#words[@]} -gt 1 ] || refuse "COMMAND is missing; see --help"
+
+# Below the range that outgoing connections are given, so that none takes it meanwhile.
+free_port() {
+  local port
+  while true; do
+    port=$((20000 + RANDOM % 12000))
+    (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null || break
+  done
+  echo "$port"
+}
+
+address=127.0.0.1:${port:-$(free_port)}
+command_of() { # sets `command`; `env` leaves no process of its own
+  command=(env "JAX_PLATFORMS=${JAX_PLATFORMS-cpu}" "JAX_COORDINATOR_ADDRESS=$address"
+    "JAX_NUM_PROCESSES=$count" "JAX_PROCESS_ID=$1" "${words[@]:1}")
+}
+
+if [ -n "$dry_run" ]; then
+  for ((i = 0; i < count; i++)); do
+    command_of "$i"
+    printf '%s &\n' "$(quote "${command[@]}")"
+  done
+  echo wait
+  exit
+fi
+
+pids=() prefixers=() first=0 killer=''
+# Deaf to signals: the last lines of a process come after it was told to end.
+prefix() {
+  trap '' TERM INT
+  exec sed -u "s/^/[$1] /"
+}
+
+# shellcheck disable=SC2329 # `ended` starts it
+kill_all() {
+  sleep "$grace"
+  for pid in "${pids[@]}"; do kill -KILL -- "-$pid" 2>/dev/null || true; done
+}
+
+# shellcheck disable=SC2329 # each_end calls it
+ended() {
+  # Nothing that the process started may outlive it, or hold its output open.
+  kill -KILL -- "-${pids[$1]}" 2>/dev/null || true
+  if [ "$2" -eq 0 ] || [ "$first" -ne 0 ]; then return; fi
+  first=$2
+  printf '%s: process %s ended with status %s\n' "$program" "$1" "$2" >&2
+  start kill_all
+  killer=$!
+  disown "$killer" # not one of those that signals go to
+  if [ "$first" -ne 75 ] && [ -z "$asked" ]; then signal_all TERM; fi
+}
+
+forward_signals
+for ((i = 0; i < count; i++)); do
+  [ -z "$asked" ] || break
+  exec {out}> >(prefix "$i")
+  prefixers+=($!)
+  exec {err}> >(prefix "$i" >&2)
+  prefixers+=($!)
+  command_of "$i"
+  start "${command[@]}" 1>&"$out" 2>&"$err"
+  pids+=($!)
+  exec {out}>&- {err}>&-
+done
+each_end ended "${pids[@]}"
+[ -z "$killer" ] || kill -KILL -- "-$killer" 2>/dev/null || true
+for pid in "${prefixers[@]}"; do wait "$pid" 2>/dev/null || true; done
+exit "$first"

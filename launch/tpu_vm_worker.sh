@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# What launch/tpu_vm.sh has each worker of a slice do, in the folder of the code there.
+#   launch/tpu_vm_worker.sh install | start COMMAND... | logs | stop
+# The command writes to train.log; train.pid holds the process that keeps it running.
+set -euo pipefail
+# shellcheck source=lib.sh
+source "$(dirname "$0")/lib.sh"
+parse "..." "$@"
+
+# By its name too: after a reboot the number may be another process's.
+running() {
+  [ -e train.pid ] && grep -qs keep_running "/proc/$(<train.pid)/cmdline"
+}
+
+metadata() {
+  curl --silent --show-error --fail --header 'Metadata-Flavor: Google' \
+    "http://metadata.google.internal/computeMetadata/v1/instance/attributes/$1"
+}
+
+# The processes of a slice find each other through the variables that imagen_jax/distributed.py
+# reads. An endpoint is three fields, the last its address; worker 0 comes first.
+export_who_takes_part() {
+  local endpoints first
+  IFS=, read -ra endpoints <<<"$(metadata worker-network-endpoints)"
+  [ ${#endpoints[@]} -gt 1 ] || return 0
+  IFS=: read -r _ _ first <<<"${endpoints[0]}"
+  JAX_PROCESS_ID=$(metadata agent-worker-number)
+  export JAX_PROCESS_ID JAX_COORDINATOR_ADDRESS=$first:8476 JAX_NUM_PROCESSES=${#endpoints[@]}
+}
+
+case ${words[0]-} in
+  install)
+    # The images of TPU machines have an older Python than the package needs; uv brings one.
+    run python3 -m pip install --quiet --user uv
+    run python3 -m uv venv --quiet --allow-existing --python=3.11 .venv
+    run python3 -m uv pip install --quiet --python=.venv/bin/python -c constraints.txt \
+      -e '.[tpu,data]'
+    ;;
+  start)
+    if running; then
+      printf '%s: already running, process %s\n' "$program" "$(<train.pid)" >&2
+      exit 1
+    fi
+    export_who_takes_part
+    # A session of its own, so that it does not end with the connection.
+    nohup setsid bash launch/keep_running.sh "${words[@]:1}" >>train.log 2>&1 </dev/null &
+    echo $! >train.pid
+    printf 'worker %s: started, process %s\n' "${JAX_PROCESS_ID-0}" $!
+    ;;
+  logs) exec tail -n 200 -F train.log ;;
+  stop)
+    running || exit 0
+    kill "$(<train.pid)"
+    while running; do sleep 0.2; done # it is saving
+    ;;
+  *) refuse "install, start COMMAND..., logs or stop; not ${words[0]-nothing}" ;;
+esac
