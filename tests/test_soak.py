@@ -61,8 +61,8 @@ def test_twenty_kills(base_config, write_world, tmp_path):
             assert code == RESTART and newest(killed) == done, "SIGTERM lost a step"
         else:
             assert code == -signal.SIGKILL
-            # One save may have been under way.
-            assert done - newest(killed) < 2 * SAVED_EVERY
+            # One save may have been under way, the next about to begin.
+            assert done - newest(killed) <= 2 * SAVED_EVERY
     assert start(config, killed).wait() == 0
     assert [row["step"] for row in rows(killed)] == list(range(1, STEPS + 1))
     for row, expected in zip(rows(killed), rows(tmp_path / "whole"), strict=True):
