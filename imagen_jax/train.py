@@ -78,6 +78,7 @@ def train(
     *,
     allow_changes: Collection[str] = (),
     about_step: AboutStep = lambda step: {},
+    preemption: Preemption | None = None,
 ) -> TrainState:
     """Trains one stage to `config.train.steps`; goes on from the newest checkpoint if there is one.
 
@@ -88,6 +89,7 @@ def train(
       log: receives the progress lines, in the first process.
       allow_changes: fields (or sections) in which `config` may differ from the checkpoint's.
       about_step: what is written down beside the batch of a step that was not finite.
+      preemption: listens for SIGTERM already; without it, `train` does so from here on.
 
     Returns:
       The state after the last step.
@@ -108,7 +110,8 @@ def train(
         create, abstract = abstract_state(config, optimizer, mesh)
         count = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
         log(f"{config.name}: {count:,} parameters on {mesh.devices.size} {jax.default_backend()}")
-        run = Run(config, workdir, batches, about_step, mesh, optimizer, log)
+        preemption = preemption or closing.enter_context(Preemption())
+        run = Run(config, workdir, batches, about_step, mesh, optimizer, preemption, log)
         closing.callback(run.close)
 
         with run.timer.measure("start"):
@@ -135,10 +138,11 @@ class Run:
         about_step: AboutStep,
         mesh: jax.sharding.Mesh,
         optimizer: optax.GradientTransformation,
+        preemption: Preemption,
         log: Callable[[str], None],
     ):
         self.config, self.workdir, self.batches = config, workdir, batches
-        self.mesh, self.optimizer, self.log = mesh, optimizer, log
+        self.mesh, self.optimizer, self.preemption, self.log = mesh, optimizer, preemption, log
         self.rate = learning_rate(config.optimizer, config.train.steps)
         self.timer = metrics.Timer()
         self.progress = metrics.Progress(
@@ -181,12 +185,11 @@ class Run:
             writer = closing.enter_context(
                 contextlib.closing(metrics.MetricWriter(self.workdir, step))
             )
-            preemption = closing.enter_context(Preemption())
             stream = closing.enter_context(_closing(iter(self.batches(step))))
             if config.overfit_batch:
                 stream = itertools.repeat(next(stream))
             while step < config.steps:
-                if preemption.reached(step):
+                if self.preemption.reached():
                     self.stop(step, state)
                 self.profiler.before(step)
                 with self.timer.measure("data"):
@@ -227,13 +230,14 @@ class Run:
         with self.timer.measure("start"):
             # The state lies as it lay before; the compiler would move some of it.
             lies = jax.tree.map(lambda leaf: leaf.sharding, state)
-            self.train_step = jax.jit(
+            lowered = jax.jit(
                 make_train_step(self.config, self.optimizer),
                 donate_argnums=0,
                 out_shardings=(lies, partitioning.everywhere(self.mesh)),
                 compiler_options=partitioning.train_step_options(),
-            )
-            costs = self.train_step.lower(state, batch).cost_analysis() or {}
+            ).lower(state, batch)
+            costs = lowered.cost_analysis() or {}
+            self.train_step = lowered.compile()
             state, report = jax.block_until_ready(self.train_step(state, batch))
         flops = costs.get("flops", 0.0) / devices.size
         self.progress.start(step + 1, flops, devices.size, devices.flat[0].device_kind)
