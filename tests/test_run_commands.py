@@ -59,4 +59,4 @@ def test_from_captions_to_contact_sheets(base_config, write_world, tmp_path):
     assert list((run / "tensorboard").glob("events*"))
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").open()] == [1, 2, 3, 4]
     with Image.open(out / "base.png") as sheet:
-        assert sheet.width > sheet.height > 0
+        assert len(sheet.getcolors(sheet.width * sheet.height)) > 64, "the sheet is blank"
