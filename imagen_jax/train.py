@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 import optax
+from etils import epath
 from jaxtyping import Array, UInt8
 
 from imagen_jax import (
@@ -95,13 +96,15 @@ def train(
       The state after the last step.
 
     Raises:
-      ConfigError: mesh or batch do not fit the devices, or the configuration is another one.
+      ConfigError: mesh or batch do not fit the devices, the configuration is another one, or the
+        workdir cannot be written.
       CheckpointError: no checkpoint can be read, or it is of another model, or saving fails.
       DivergedError: nothing but infinities, also after a roll-back.
       Preempted: SIGTERM came and all is saved.
     """
     if not distributed.is_first():
         log = _say_nothing
+    _check_writable(workdir)
     mesh = partitioning.make_mesh(config.mesh)
     partitioning.check_batch_size(config.data.batch_size, mesh, config.train.accumulation)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
@@ -278,6 +281,20 @@ class Run:
         """Ends what goes on in the background."""
         self.profiler.close()
         self.checkpoints.close()
+
+
+def _check_writable(workdir: str) -> None:
+    """Raises ConfigError where a run could not leave anything; before anything is compiled."""
+    probe = epath.Path(workdir) / f".writable.{jax.process_index()}"
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"--workdir={workdir} cannot be written ({error.strerror or error}); name a folder "
+            "that can be"
+        ) from error
 
 
 def _check_changes(saved: Config, given: Config, workdir: str, allowed: Collection[str]) -> None:
