@@ -26,6 +26,7 @@ AXES = ("data", "fsdp", "tensor")
 RULES: dict[str, str | None] = {
     "embed": "fsdp",
     "mlp": "tensor",
+    "vocab": "tensor",
     "conv_height": None,
     "conv_width": None,
     "conv_in": "fsdp",

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from imagen_jax import partitioning
 from imagen_jax.config import T5Config
 from imagen_jax.interop import weights
 from imagen_jax.models import t5
@@ -94,7 +95,7 @@ def save(folder: str | pathlib.Path, config: T5Config, params: dict[str, Any]) -
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    flat = weights.flatten(jax.device_get(params))
+    flat = weights.flatten(jax.device_get(partitioning.unbox(params)))
     expected = weights.flatten(t5.parameter_shapes(config))
     weights.check_parameters(
         "the encoder to save",
