@@ -8,6 +8,7 @@ networks there are and makes encoders of them.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -120,10 +121,12 @@ class FrozenEncoder:
         self._weights_sha256 = ""
 
     def fingerprint(self) -> dict[str, str | int]:
-        """Encoder row, sha256 of weights and of vocabulary, max_len and dim."""
+        """Encoder row, sha256 of weights and of vocabulary, max_len and dim.
+
+        Reads all weights; on a mesh they stay there, else none is kept.
+        """
         if not self._weights_sha256:
-            for _ in self._arrays():
-                pass
+            collections.deque(self._arrays() if self.mesh is None else self.params, maxlen=0)
         return {
             "encoder": self.name,
             "weights_sha256": self._weights_sha256,
