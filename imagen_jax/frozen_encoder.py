@@ -24,7 +24,8 @@ from jaxtyping import Array, Bool, Float, Int
 from imagen_jax import config_io, partitioning
 from imagen_jax.config import ConfigError, T5Config, TextConfig
 from imagen_jax.interop import weights
-from imagen_jax.models import t5
+from imagen_jax.models import clip, t5
+from imagen_jax.models.clip import ClipTextConfig
 from imagen_jax.vocabulary import Vocabulary
 
 
@@ -56,7 +57,10 @@ class Network(NamedTuple):
     flops: Callable[[Any, int], float]
 
 
-NETWORKS: dict[type, Network] = {T5Config: Network(t5.T5Encoder, t5.boxed_shapes, t5.flops)}
+NETWORKS: dict[type, Network] = {
+    T5Config: Network(t5.T5Encoder, t5.boxed_shapes, t5.flops),
+    ClipTextConfig: Network(clip.TextTower, clip.boxed_shapes, clip.flops),
+}
 
 
 @functools.partial(jax.jit, static_argnames=("config", "sharding"))

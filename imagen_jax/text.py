@@ -21,9 +21,9 @@ from jaxtyping import Array, Bool, Float, Int
 from imagen_jax import config_io
 from imagen_jax.config import ConfigError, T5Config, TextConfig, unknown_name
 from imagen_jax.frozen_encoder import FrozenEncoder, TokenBatch
-from imagen_jax.interop import hf_t5, t5x, weights
+from imagen_jax.interop import hf_clip, hf_t5, t5x, weights
 from imagen_jax.models import t5
-from imagen_jax.vocabulary import ByteVocabulary, SentencePieceVocabulary
+from imagen_jax.vocabulary import ByteVocabulary, ClipVocabulary, SentencePieceVocabulary
 
 
 @runtime_checkable
@@ -80,9 +80,37 @@ def load_bytes(config: TextConfig, mesh: Mesh | None = None) -> TextEncoder:
     )
 
 
+def load_clip(config: TextConfig, mesh: Mesh | None = None) -> TextEncoder:
+    """CLIP's text tower, penultimate layer, from a Hugging Face folder with its vocabulary.
+
+    Raises:
+      ConfigError: the path is empty, `max_len` is more than the tower has places for, or a file is
+        missing. WeightsError: the weights do not load.
+    """
+    folder = _folder(config)
+    shape, tensors = hf_clip.open_tensors(folder)
+    if config.max_len > shape.positions:
+        raise ConfigError(
+            f"config.text.max_len={config.max_len} must be at most {shape.positions}, the "
+            f"positions that {folder} knows"
+        )
+    for names in (("vocab.json", "merges.txt"), ("tokenizer.json",)):
+        if all((folder / name).is_file() for name in names):
+            files = {name: (folder / name).read_bytes() for name in names}
+            break
+    else:
+        raise ConfigError(
+            f"config.text.path={str(folder)!r} has neither vocab.json with merges.txt nor "
+            "tokenizer.json; point it to a whole Hugging Face CLIP folder"
+        )
+    vocabulary = ClipVocabulary(files, str(folder))
+    return FrozenEncoder("clip", shape, tensors, vocabulary=vocabulary, config=config, mesh=mesh)
+
+
 TEXT_ENCODERS: dict[str, Callable[[TextConfig, Mesh | None], TextEncoder]] = {
     "t5": load_t5,
     "bytes": load_bytes,
+    "clip": load_clip,
 }
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Protocol, runtime_checkable
+import json
+from typing import Any, Protocol, runtime_checkable
 
 from imagen_jax.config import ConfigError
 
@@ -70,3 +71,69 @@ class ByteVocabulary:
 
     def sha256(self) -> str:
         return hashlib.sha256(b"utf-8 bytes + 3").hexdigest()
+
+
+class ClipVocabulary:
+    """CLIP's byte-pair encoding: `vocab.json` with `merges.txt`, or `tokenizer.json`.
+
+    Text is composed (NFC), its white space collapsed and its case folded; words are split before
+    they are encoded, and their last piece carries a mark.
+    """
+
+    _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+    _START, _END = "<|startoftext|>", "<|endoftext|>"
+
+    def __init__(self, files: dict[str, bytes], name: str):
+        """Reads the files' contents, by file name; `name` is for messages. Raises ConfigError."""
+        try:
+            import tokenizers
+        except ImportError:
+            raise ConfigError(
+                "config.text.encoder='clip' needs the package tokenizers; "
+                "install imagen_jax with the extra [clip]"
+            ) from None
+        try:
+            if "vocab.json" in files:
+                self._tokenizer = self._from_merges(tokenizers, files)
+            else:
+                self._tokenizer = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
+        except Exception as error:  # The library raises plain Exception for damaged files.
+            raise ConfigError(f"{name} holds no CLIP vocabulary: {error}") from error
+        marks = [self._tokenizer.token_to_id(mark) for mark in (self._START, self._END)]
+        if None in marks:
+            raise ConfigError(f"{name} holds no CLIP vocabulary: no {self._START}, {self._END}")
+        self.start, self.end = (marks[0],), marks[1]
+        self.size = self._tokenizer.get_vocab_size()
+        self._content = b"".join(files[name] for name in sorted(files))
+
+    def _from_merges(self, tokenizers: Any, files: dict[str, bytes]) -> Any:
+        lines = files["merges.txt"].decode("utf-8").splitlines()
+        pairs = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
+        model = tokenizers.models.BPE(
+            vocab=json.loads(files["vocab.json"]),
+            merges=pairs,
+            end_of_word_suffix="</w>",
+            unk_token=self._END,
+        )
+        tokenizer = tokenizers.Tokenizer(model)
+        normalizers, splitters = tokenizers.normalizers, tokenizers.pre_tokenizers
+        tokenizer.normalizer = normalizers.Sequence(
+            [
+                normalizers.NFC(),
+                normalizers.Replace(tokenizers.Regex(r"\s+"), " "),
+                normalizers.Lowercase(),
+            ]
+        )
+        words = splitters.Split(tokenizers.Regex(self._WORDS), behavior="removed", invert=True)
+        tokenizer.pre_tokenizer = splitters.Sequence(
+            [words, splitters.ByteLevel(add_prefix_space=False)]
+        )
+        return tokenizer
+
+    def __call__(self, caption: str) -> list[int]:
+        # A lone surrogate, as file names may bring, is no text to the library.
+        caption = caption.encode("utf-8", errors="replace").decode("utf-8")
+        return self._tokenizer.encode(caption, add_special_tokens=False).ids
+
+    def sha256(self) -> str:
+        return hashlib.sha256(self._content).hexdigest()
