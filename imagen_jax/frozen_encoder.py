@@ -24,6 +24,8 @@ from jaxtyping import Array, Bool, Float, Int
 from imagen_jax import config_io, partitioning
 from imagen_jax.config import ConfigError, T5Config, TextConfig
 from imagen_jax.interop import weights
+from imagen_jax.interop.t5x_network import T5xConfig
+from imagen_jax.interop.t5x_network import make_encoder as make_t5x_encoder
 from imagen_jax.models import clip, t5
 from imagen_jax.models.clip import ClipTextConfig
 from imagen_jax.vocabulary import Vocabulary
@@ -59,6 +61,7 @@ class Network(NamedTuple):
 
 NETWORKS: dict[type, Network] = {
     T5Config: Network(t5.T5Encoder, t5.boxed_shapes, t5.flops),
+    T5xConfig: Network(make_t5x_encoder, t5.boxed_shapes, t5.flops),
     ClipTextConfig: Network(clip.TextTower, clip.boxed_shapes, clip.flops),
 }
 

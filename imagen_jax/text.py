@@ -7,6 +7,7 @@ into every embedding store, so that training and sampling cannot silently use di
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import warnings
@@ -21,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from imagen_jax import config_io
 from imagen_jax.config import ConfigError, T5Config, TextConfig, unknown_name
 from imagen_jax.frozen_encoder import FrozenEncoder, TokenBatch
-from imagen_jax.interop import hf_clip, hf_t5, t5x, weights
+from imagen_jax.interop import hf_clip, hf_t5, t5x, t5x_network, weights
 from imagen_jax.models import t5
 from imagen_jax.vocabulary import ByteVocabulary, ClipVocabulary, SentencePieceVocabulary
 
@@ -80,6 +81,16 @@ def load_bytes(config: TextConfig, mesh: Mesh | None = None) -> TextEncoder:
     )
 
 
+def load_t5x(config: TextConfig, mesh: Mesh | None = None) -> TextEncoder:
+    """As `load_t5`, run by t5x's own network. Raises ConfigError also where t5x is missing."""
+    shape, tensors = _open_t5(config)
+    shape = t5x_network.T5xConfig(**dataclasses.asdict(shape))
+    t5x_network.make_encoder(shape)
+    return FrozenEncoder(
+        "t5x", shape, tensors, vocabulary=_sentencepiece(config), config=config, mesh=mesh
+    )
+
+
 def load_clip(config: TextConfig, mesh: Mesh | None = None) -> TextEncoder:
     """CLIP's text tower, penultimate layer, from a Hugging Face folder with its vocabulary.
 
@@ -110,6 +121,7 @@ def load_clip(config: TextConfig, mesh: Mesh | None = None) -> TextEncoder:
 TEXT_ENCODERS: dict[str, Callable[[TextConfig, Mesh | None], TextEncoder]] = {
     "t5": load_t5,
     "bytes": load_bytes,
+    "t5x": load_t5x,
     "clip": load_clip,
 }
 
