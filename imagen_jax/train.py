@@ -47,6 +47,8 @@ from imagen_jax.train_step import INIT_STREAM, StepFn, make_train_step, times_of
 Batches = Callable[[int], Iterable[Mapping[str, np.ndarray]]]
 # What else is known of a step's batch, for the record: its records, its captions.
 AboutStep = Callable[[int], Mapping[str, Any]]
+# What is left to do to a batch on its devices: encoding its captions, where that is not stored.
+Encode = Callable[[Mapping[str, Array]], Mapping[str, Array]]
 
 
 def abstract_state(
@@ -79,6 +81,7 @@ def train(
     *,
     allow_changes: Collection[str] = (),
     about_step: AboutStep = lambda step: {},
+    encode: Encode = lambda batch: batch,
     preemption: Preemption | None = None,
 ) -> TrainState:
     """Trains one stage to `config.train.steps`; goes on from the newest checkpoint if there is one.
@@ -90,6 +93,7 @@ def train(
       log: receives the progress lines, in the first process.
       allow_changes: fields (or sections) in which `config` may differ from the checkpoint's.
       about_step: what is written down beside the batch of a step that was not finite.
+      encode: makes what the model reads of a batch that lies on its devices.
       preemption: listens for SIGTERM already; without it, `train` does so from here on.
 
     Returns:
@@ -114,7 +118,7 @@ def train(
         count = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
         log(f"{config.name}: {count:,} parameters on {mesh.devices.size} {jax.default_backend()}")
         preemption = preemption or closing.enter_context(Preemption())
-        run = Run(config, workdir, batches, about_step, mesh, optimizer, preemption, log)
+        run = Run(config, workdir, batches, about_step, encode, mesh, optimizer, preemption, log)
         closing.callback(run.close)
 
         with run.timer.measure("start"):
@@ -139,12 +143,13 @@ class Run:
         workdir: str,
         batches: Batches,
         about_step: AboutStep,
+        encode: Encode,
         mesh: jax.sharding.Mesh,
         optimizer: optax.GradientTransformation,
         preemption: Preemption,
         log: Callable[[str], None],
     ):
-        self.config, self.workdir, self.batches = config, workdir, batches
+        self.config, self.workdir, self.batches, self.encode = config, workdir, batches, encode
         self.mesh, self.optimizer, self.preemption, self.log = mesh, optimizer, preemption, log
         self.rate = learning_rate(config.optimizer, config.train.steps)
         self.timer = metrics.Timer()
@@ -197,7 +202,7 @@ class Run:
                 self.profiler.before(step)
                 with self.timer.measure("data"):
                     batch = next(stream)
-                    placed = partitioning.place_batch(batch, self.mesh)
+                    placed = self.encode(partitioning.place_batch(batch, self.mesh))
                 if self.train_step is None:
                     state, report = self.first_step(step, state, placed)
                 else:

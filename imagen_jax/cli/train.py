@@ -44,6 +44,7 @@ def run(flags: argparse.Namespace) -> None:
             pipeline.batches,
             allow_changes=[name for name in flags.allow_changes.split(",") if name],
             about_step=pipeline.about,
+            encode=pipeline.encode,
             preemption=preemption,
         )
 

@@ -76,10 +76,13 @@ class EmbeddingStore:
     """Embeddings by caption.
 
     Attributes:
+      feature: what a batch carries.
       dim: width D.
       fingerprint: what the encoder said of itself when the store was written.
       captions: number of captions held.
     """
+
+    feature = "text_emb"
 
     def __init__(self, folder: pathlib.Path, manifest: dict) -> None:
         """Use `open`."""
@@ -142,6 +145,10 @@ class EmbeddingStore:
         unique = list(dict.fromkeys(captions))
         known = self._keys[self._find(unique)] == _hashes(unique)
         return [caption for caption, is_known in zip(unique, known, strict=True) if not is_known]
+
+    def spec(self, max_text_len: int) -> tuple[tuple[int, ...], str]:
+        """Shape and dtype of one example's embeddings, padded."""
+        return (max_text_len, self.dim), "bfloat16"
 
     def lookup(
         self, captions: Sequence[str], max_text_len: int
