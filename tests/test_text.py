@@ -131,6 +131,17 @@ def test_bytes_need_no_vocabulary_file(folder):
     assert batch.truncated == (1,)
 
 
+def test_bytes_are_tokens_of_byt5(folder):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.ByT5Tokenizer()
+    encoder = text.load_text_encoder(TextConfig(encoder="bytes", path=str(folder), max_len=64))
+    captions = ["a red circle", "", "naïve café, 日本語 🎉", "  two  spaces\n"]
+    batch = encoder.tokenize(captions)
+    for caption, ids, mask in zip(captions, batch.ids, batch.mask, strict=True):
+        assert ids[mask].tolist() == theirs(caption)["input_ids"]
+    assert t5.T5_PRESETS["byt5_small"].vocab_size >= vocabulary.ByteVocabulary.size
+
+
 def test_a_t5x_folder_is_an_encoder_too(tmp_path):
     shape = T5Config(vocab_size=128, emb_dim=32, num_layers=3, num_heads=4, head_dim=8, mlp_dim=64)
     (tmp_path / "t5_config.json").write_text(json.dumps(dataclasses.asdict(shape)))
