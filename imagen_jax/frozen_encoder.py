@@ -8,11 +8,10 @@ networks there are and makes encoders of them.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -126,6 +125,7 @@ class FrozenEncoder:
         self._tensors = tensors
         self._vocabulary = vocabulary
         self._weights_sha256 = ""
+        self._params: Any = None
 
     def fingerprint(self) -> dict[str, str | int]:
         """Encoder row, sha256 of weights and of vocabulary, max_len and dim.
@@ -133,7 +133,7 @@ class FrozenEncoder:
         Reads all weights; on a mesh they stay there, else none is kept.
         """
         if not self._weights_sha256:
-            collections.deque(self._arrays() if self.mesh is None else self.params, maxlen=0)
+            self._read(keep=self.mesh is not None)
         return {
             "encoder": self.name,
             "weights_sha256": self._weights_sha256,
@@ -142,28 +142,31 @@ class FrozenEncoder:
             "dim": self.dim,
         }
 
-    def _arrays(self) -> Iterator[tuple[str, np.ndarray]]:
-        """The parameters one by one; sets the hash behind the last.
+    @property
+    def params(self) -> Any:
+        """The parameters on the devices."""
+        if self._params is None:
+            self._read(keep=True)
+        return self._params
 
-        Of values rather than files: a safetensors and a torch copy are the same encoder.
+    def _read(self, *, keep: bool) -> None:
+        """Reads the parameters one by one for their hash and, with `keep`, onto the devices.
+
+        The hash is of values rather than files: a safetensors and a torch copy are one encoder.
         """
         digest = hashlib.sha256(config_io.fingerprint(self.shape).encode())
+        shardings, placed = self._shardings(), {}
         for path in sorted(self._tensors):
             array = np.ascontiguousarray(self._tensors[path].read())
             digest.update(path.encode())
             digest.update(array.data)
-            yield path, array
+            if keep:
+                array = _place(array, self.shape.dtype, shardings[path])
+                # Waited for, or the queue of transfers would be the whole model.
+                placed[path] = jax.block_until_ready(array)
         self._weights_sha256 = digest.hexdigest()
-
-    @functools.cached_property
-    def params(self) -> Any:
-        """The parameters on the devices."""
-        shardings = self._shardings()
-        placed = {}
-        for path, array in self._arrays():
-            # Waited for, or the queue of transfers would be the whole model.
-            placed[path] = jax.block_until_ready(_place(array, self.shape.dtype, shardings[path]))
-        return weights.unflatten(placed)
+        if keep:
+            self._params = weights.unflatten(placed)
 
     def _shardings(self) -> dict[str, Sharding]:
         boxed = NETWORKS[type(self.shape)].boxed_shapes(self.shape)
