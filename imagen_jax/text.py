@@ -179,8 +179,11 @@ def _open_t5(config: TextConfig) -> tuple[T5Config, Mapping[str, weights.Tensor]
     if "://" not in config.path and not (_folder(config) / "checkpoint").is_file():
         shape, tensors = hf_t5.open_tensors(config.path)
         if preset not in (None, shape):
+            ours, theirs = dataclasses.asdict(preset), dataclasses.asdict(shape)
+            differing = [f"{k}={v}, not {theirs[k]}" for k, v in ours.items() if v != theirs[k]]
             raise ConfigError(
-                f"config.text.preset={config.preset!r} is {preset}, but {config.path} holds {shape}"
+                f"config.text.preset={config.preset!r} does not fit {config.path}: "
+                f"{', '.join(differing)}; leave it empty, the folder tells its shape"
             )
         return shape, tensors
     shape = preset or _recorded_shape(config)

@@ -191,7 +191,10 @@ def test_a_t5x_checkpoint_at_an_address_with_preset_and_vocabulary(
     ("change", "message"),
     [
         ({"preset": "t5_v1_1_xxxl"}, "config.text.preset='t5_v1_1_xxxl'.*did you mean 't5_v1_1_x"),
-        ({"preset": "t5_small"}, "config.text.preset='t5_small' is .*emb_dim=512.* holds .*=16"),
+        (
+            {"preset": "t5_small"},
+            "does not fit .*emb_dim=512, not 16.*leave it empty",
+        ),
         ({"vocabulary": "nowhere.model"}, "config.text.vocabulary='nowhere.model' is no file"),
         ({"path": "file:///nowhere/checkpoint_1"}, "no t5_config.json.*config.text.preset"),
         ({"path": "gss://bucket/checkpoint_1", "preset": "t5_small"}, "gss://.*cannot be opened"),
