@@ -138,7 +138,7 @@ class EmbedConfig:
     """The ragged embedding store (`embed`)."""
 
     unit_size: int = doc(256, "Unique captions per unit of work, the piece that is written whole.")
-    dtype: str = doc("bfloat16", "Stored numbers: bfloat16, or int8 (half the bytes, error 0.7%).")
+    dtype: str = doc("bfloat16", "Stored numbers: bfloat16, or int8 (half; error: see manifest).")
     patience: float = doc(60.0, "Seconds of silence after which another worker takes over a unit.")
 
     def __post_init__(self) -> None:
