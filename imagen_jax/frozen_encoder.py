@@ -214,7 +214,9 @@ class FrozenEncoder:
           float32, zero at padding; on a mesh split over (data, fsdp) where these divide B.
         """
         sharding = self._batch_sharding(len(ids))
-        ids, mask = jax.device_put((jnp.asarray(ids), jnp.asarray(mask)), sharding)
+        # Arrays of several processes that lie there already must not be touched.
+        if sharding is None or getattr(ids, "sharding", None) != sharding:
+            ids, mask = jax.device_put((jnp.asarray(ids), jnp.asarray(mask)), sharding)
         return encode_tokens(self.params, ids, mask, config=self.shape, sharding=sharding)
 
     def _batch_sharding(self, size: int) -> NamedSharding | None:

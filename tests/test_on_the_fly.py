@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
+import pathlib
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -18,6 +22,7 @@ from imagen_jax.models import t5
 from imagen_jax.text import load_text_encoder
 from imagen_jax.train import train, with_data
 
+ROOT = pathlib.Path(__file__).parents[1]
 SHAPE = T5Config(vocab_size=384, emb_dim=8, num_layers=1, num_heads=2, head_dim=4, mlp_dim=16)
 
 
@@ -87,6 +92,38 @@ def test_the_run_is_the_same_and_may_change_between_the_two(stored, on_the_fly, 
         apart = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.params, expected.params)
         print(f"{workdir}: parameters at most {max(jax.tree.leaves(apart)):.2g} apart")
         assert max(jax.tree.leaves(apart)) < 1e-4
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_run(stored, tmp_path):
+    """The encoder lies over both; each brings its own captions."""
+    world = pathlib.Path(stored.text.path).parent
+    overrides = {
+        "text.encoder": "bytes",
+        "text.path": stored.text.path,
+        "text.max_len": 11,
+        "text.on_the_fly": "true",
+        "data.max_text_len": 9,
+    }
+    losses = []
+    for count in (1, 2):
+        workdir = tmp_path / str(count)
+        fields = {**overrides, "mesh.fsdp": count}
+        given = [f"--config.{name}={value}" for name, value in fields.items()]
+        command = [sys.executable, "-m", "imagen_jax", "train", f"--config={world}/tiny.py"]
+        result = subprocess.run(
+            ["launch/local_processes.sh", str(count), *command, f"--workdir={workdir}", *given],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=500,
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+        rows = (workdir / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(row)["loss"] for row in rows])
+    print(losses)
+    assert len(losses[0]) == 4
+    np.testing.assert_allclose(*losses, rtol=2e-5)
 
 
 def test_seqio_gives_the_same_tokens(on_the_fly):
