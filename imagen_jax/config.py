@@ -145,6 +145,8 @@ class EmbedConfig:
         _check_choice("embed.dtype", self.dtype, ("bfloat16", "int8"))
         if self.unit_size < 1:
             raise ConfigError(f"config.embed.unit_size={self.unit_size} must be at least 1")
+        if not self.patience > 0:
+            raise ConfigError(f"config.embed.patience={self.patience} must be above 0 seconds")
 
 
 @dataclasses.dataclass(frozen=True)

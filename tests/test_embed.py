@@ -6,12 +6,17 @@ import re
 import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 
 from imagen_jax import embed
+from imagen_jax.cli import run
+from imagen_jax.config import T5Config
 from imagen_jax.data import embeddings, unit_file
 from imagen_jax.data.embeddings import EmbeddingError, EmbeddingStore
+from imagen_jax.interop import hf_t5
+from imagen_jax.models import t5
 from imagen_jax.text import TokenBatch
 
 
@@ -235,3 +240,26 @@ def test_values_that_are_not_finite_are_not_stored(tmp_path):
     with np.errstate(all="ignore"), pytest.raises(EmbeddingError, match="NaN or infinite"):
         embed.embed(CAPTIONS, Broken(), str(tmp_path), 4, silent)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_estimates_then_embeds(tmp_path, base_config, write_world, capsys):
+    shape = T5Config(vocab_size=384, emb_dim=8, num_layers=1, num_heads=2, head_dim=4, mlp_dim=16)
+    params = jax.tree.map(lambda x: np.ones(x.shape, np.float32), t5.parameter_shapes(shape))
+    hf_t5.save(tmp_path / "text", shape, params)
+    path = write_world(tmp_path, base_config, steps=1, every=1)
+    store = tmp_path / "new"
+    command = ["embed", f"--config={path}", f"--config.data.embeddings={store}"]
+    command += ["--config.text.encoder=bytes", f"--config.text.path={tmp_path}/text"]
+    assert run.main([*command, "--estimate", "--flop_rate=1e6"]) == 0
+    said = dict(line.split(":") for line in capsys.readouterr().out.splitlines() if ":" in line)
+    said = {name.strip(): value.strip() for name, value in said.items()}
+    # "picture 0" to "picture 11": 9 or 10 bytes and the end mark, 8 numbers of 2 bytes each.
+    assert (said["captions"], said["unique"], said["tokens"]) == ("12", "12", "122")
+    assert said["bytes"] == f"{122 * 8 * 2:,}" and not store.exists()
+    hours = float(said["flops"]) / 1e6 / 3600
+    assert said["chip_hours"] == f"{hours:.3g} at 1e+06 FLOP/s per chip"
+    assert run.main(command) == 0
+    assert "12 distinct captions of 12, 122 tokens" in capsys.readouterr().out
+    assert EmbeddingStore.open(str(store)).captions == 12
+    assert run.main([*command, "--estimate", "--flop_rate=0"]) == 1
+    assert "--flop_rate=0 must be above 0" in capsys.readouterr().err
