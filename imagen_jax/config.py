@@ -7,72 +7,11 @@ that help texts and the reference are generated from here.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Sequence
-from typing import Any
 
+from imagen_jax.config_data import ComponentConfig, DataConfig, SourceConfig
+from imagen_jax.config_fields import ConfigError, check_choice, doc, section, unknown_name
 
-class ConfigError(ValueError):
-    """A value of the configuration is wrong; the message gives field, got, expected and fix."""
-
-
-def doc(default: Any, text: str) -> Any:
-    """A dataclass field with a default and its documentation."""
-    return dataclasses.field(default=default, metadata={"doc": text})
-
-
-def section(cls: type, text: str) -> Any:
-    """A dataclass field that holds a nested section built from its own defaults."""
-    return dataclasses.field(default_factory=cls, metadata={"doc": text})
-
-
-def _check_choice(field: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ConfigError(unknown_name(f"config.{field}", value, choices))
-
-
-def unknown_name(field: str, value: str, choices: Sequence[str]) -> str:
-    """The one message for a name that is not among the known ones: lists them and the closest."""
-    near = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1, cutoff=0.0)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"{field}={value!r} is not one of {', '.join(map(str, choices))}{hint}"
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """Which pictures and captions are read, and how a batch is made of them."""
-
-    kind: str = doc("tfds", "Kind of source: tfds (TFRecord files of a TFDS builder) or folder.")
-    path: str = doc("", "tfds: the data_dir that holds the builder's files; folder: the folder.")
-    name: str = doc("shapes_world", "tfds: name of the builder.")
-    split: str = doc("train", "tfds: split to read.")
-    image_key: str = doc("image", "tfds: name of the encoded image feature.")
-    caption_key: str = doc("caption", "tfds: name of the text feature; several captions are kept.")
-    image_size: int = doc(64, "Side of the picture the stage learns to draw, pixels.")
-    lowres_size: int = doc(0, "Side of the low-resolution conditioning picture, pixels; 0: none.")
-    resize_filter: str = doc("box", "Antialiased resize filter: box, bilinear, bicubic or lanczos.")
-    min_size: int = doc(0, "Pictures with a shorter side are quarantined, pixels.")
-    max_quarantined: float = doc(0.05, "Share of unusable records above which a run stops, 0..1.")
-    embeddings: str = doc("", "Folder of the embedding store written by `embed`.")
-    fingerprint: str = doc("", "Set by `train`: which records were learned from, in which order.")
-    batch_size: int = doc(32, "Pictures per step over all devices and hosts.")
-    max_text_len: int = doc(32, "Text tokens a batch is padded or cut to.")
-    loader: str = doc("seqio", "seqio (tf.data) or numpy (same batches without TensorFlow).")
-    prefetch: int = doc(2, "Batches prepared ahead of the step.")
-
-    def __post_init__(self) -> None:
-        _check_choice("data.kind", self.kind, ("tfds", "folder"))
-        _check_choice("data.loader", self.loader, ("seqio", "numpy"))
-        _check_choice(
-            "data.resize_filter", self.resize_filter, ("box", "bilinear", "bicubic", "lanczos")
-        )
-        if self.lowres_size and self.image_size % self.lowres_size:
-            raise ConfigError(
-                f"config.data.lowres_size={self.lowres_size} must divide "
-                f"config.data.image_size={self.image_size}"
-            )
-        if self.batch_size < 1:
-            raise ConfigError(f"config.data.batch_size={self.batch_size} must be at least 1")
+__all__ = ["ComponentConfig", "ConfigError", "DataConfig", "SourceConfig", "unknown_name"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,11 +125,9 @@ class ModelConfig:
     dtype: str = doc("float32", "Activation dtype; parameters are always float32.")
 
     def __post_init__(self) -> None:
-        _check_choice("model.name", self.name, ("unet", "efficient_unet"))
-        _check_choice(
-            "model.text_conditioning", self.text_conditioning, ("concat", "cross", "none")
-        )
-        _check_choice("model.text_pooling", self.text_pooling, ("attention", "mean"))
+        check_choice("model.name", self.name, ("unet", "efficient_unet"))
+        check_choice("model.text_conditioning", self.text_conditioning, ("concat", "cross", "none"))
+        check_choice("model.text_pooling", self.text_pooling, ("attention", "mean"))
         levels = len(self.channels)
         for field in ("num_res_blocks", "self_attention", "cross_attention"):
             if len(getattr(self, field)) != levels:
@@ -231,11 +168,11 @@ class DiffusionConfig:
     )
 
     def __post_init__(self) -> None:
-        _check_choice("diffusion.prediction", self.prediction, ("eps", "x0", "v"))
-        _check_choice("diffusion.schedule", self.schedule, ("cosine", "linear"))
-        _check_choice("diffusion.aug_schedule", self.aug_schedule, ("cosine", "linear"))
-        _check_choice("diffusion.aug_noise_size", self.aug_noise_size, ("image", "lowres"))
-        _check_choice(
+        check_choice("diffusion.prediction", self.prediction, ("eps", "x0", "v"))
+        check_choice("diffusion.schedule", self.schedule, ("cosine", "linear"))
+        check_choice("diffusion.aug_schedule", self.aug_schedule, ("cosine", "linear"))
+        check_choice("diffusion.aug_noise_size", self.aug_noise_size, ("image", "lowres"))
+        check_choice(
             "diffusion.loss_weight",
             self.loss_weight,
             ("eps", "x0", "v", "min_snr", "truncated_v", "sigmoid"),
@@ -259,8 +196,8 @@ class OptimizerConfig:
     multiply_by_parameter_scale: bool = doc(False, "Adafactor: steps relative to the weights' rms.")
 
     def __post_init__(self) -> None:
-        _check_choice("optimizer.name", self.name, ("adam", "adamw", "adafactor", "lion"))
-        _check_choice(
+        check_choice("optimizer.name", self.name, ("adam", "adamw", "adafactor", "lion"))
+        check_choice(
             "optimizer.schedule", self.schedule, ("constant", "cosine", "linear_tail", "rsqrt")
         )
 
@@ -359,8 +296,8 @@ class SamplingConfig:
     aug_level: float = doc(0.0, "SR stages: noise on the low-resolution picture, 0..1.")
 
     def __post_init__(self) -> None:
-        _check_choice("sampling.sampler", self.sampler, ("ddpm", "ddim", "dpmpp_2m", "heun"))
-        _check_choice("sampling.thresholding", self.thresholding, ("none", "static", "dynamic"))
+        check_choice("sampling.sampler", self.sampler, ("ddpm", "ddim", "dpmpp_2m", "heun"))
+        check_choice("sampling.thresholding", self.thresholding, ("none", "static", "dynamic"))
         if self.steps < 1:
             raise ConfigError(f"config.sampling.steps={self.steps} must be at least 1")
 

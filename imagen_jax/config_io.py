@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import fnmatch
 import hashlib
 import importlib.util
 import json
@@ -20,7 +21,7 @@ from typing import Any
 
 import ml_collections
 
-from imagen_jax.config import Config, ConfigError
+from imagen_jax.config import ComponentConfig, Config, ConfigError
 
 
 def to_config_dict(config: Config) -> ml_collections.ConfigDict:
@@ -34,9 +35,11 @@ def _coerce(path: str, hint: Any, value: Any) -> Any:
         return from_dict(hint, value, path)
     if typing.get_origin(hint) is tuple and isinstance(value, (list, tuple)):
         return tuple(_coerce(path, typing.get_args(hint)[0], v) for v in value)
+    if typing.get_origin(hint) is dict and isinstance(value, Mapping):
+        return {k: _coerce(f"{path}.{k}", typing.get_args(hint)[1], v) for k, v in value.items()}
     if hint is float and type(value) is int:
         return float(value)
-    if typing.get_origin(hint) is not tuple and type(value) is hint:
+    if typing.get_origin(hint) is None and type(value) is hint:
         return value
     wanted = getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint)
     raise ConfigError(f"{path}={value!r} must be of type {wanted}, got {type(value).__name__}")
@@ -123,6 +126,10 @@ HARMLESS = (
     "data.loader",
     "data.prefetch",
     "data.max_quarantined",
+    "data.check",
+    "data.mixture.*.path",
+    "data.mixture.*.max_quarantined",
+    "data.mixture.*.check",
     # The encoder itself is told by its fingerprint.
     "text.path",
     "text.vocabulary",
@@ -154,19 +161,22 @@ def changes(saved: Config, given: Config) -> dict[str, tuple[Any, Any]]:
     if given.optimizer.schedule in ("constant", "rsqrt"):
         harmless.add("train.steps")
     olds, news = _flat(dataclasses.asdict(saved)), _flat(dataclasses.asdict(given))
+    # A mixture may have gained or lost sources: what is on one side only is None on the other.
+    pairs = {path: (olds.get(path), news.get(path)) for path in {**olds, **news}}
     return {
-        path: (old, news[path])
-        for path, old in olds.items()
-        if old != news[path]
+        path: (old, new)
+        for path, (old, new) in pairs.items()
+        if old != new
         and not named_in(path, harmless)
-        and not (path.endswith("fingerprint") and not (old and news[path]))
+        and not (path.endswith("fingerprint") and not (old and new))
     }
 
 
 def named_in(path: str, names: Collection[str]) -> bool:
-    """Whether a field, or a section that it is in, is among `names`."""
+    """Whether a field, or a section that it is in, is among `names`, in which * is any part."""
     parts = path.split(".")
-    return any(".".join(parts[:end]) in names for end in range(1, len(parts) + 1))
+    above = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    return any(fnmatch.fnmatchcase(field, name) for field in above for name in names)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -198,8 +208,17 @@ def load(spec: str, assignments: Sequence[str] = ()) -> Config:
         values = module.get_config(name) if name else module.get_config()
     except Exception as error:  # The file is the user's: whatever it raises is about their input.
         raise ConfigError(f"--config={spec}: {type(error).__name__}: {error}") from error
+    _complete(values)
     override(values, assignments)
     return from_config_dict(values)
+
+
+def _complete(values: ml_collections.ConfigDict) -> None:
+    """Gives the sources of a mixture all their fields, so that overrides reach them too."""
+    for name, given in values.data.mixture.items():
+        source = from_dict(ComponentConfig, given, f"config.data.mixture.{name}")
+        with values.data.mixture.unlocked():
+            values.data.mixture[name] = ml_collections.ConfigDict(dataclasses.asdict(source))
 
 
 def to_json(config: Config) -> str:

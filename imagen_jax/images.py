@@ -7,19 +7,37 @@ resize on the host), the cascade (`upsample` in the graph, `to_uint8` at its end
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pathlib
 import textwrap
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import (
+    ExifTags,
+    Image,
+    ImageDraw,
+    ImageFont,
+    ImageOps,
+    PngImagePlugin,
+    UnidentifiedImageError,
+)
 
 AnyArray = Array | np.ndarray
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, the latter two exclusive
+# A JPEG's bytes and a rectangle -> its pixels; PictureError where that cannot be done.
+DecodeJpegBox = Callable[[bytes, Box], np.ndarray]
+
+# Larger pictures are mistakes or attacks. Pillow would only warn of them.
+MAX_PIXELS = 89_478_485
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 RESIZE_FILTERS: dict[str, Image.Resampling] = {
     "box": Image.Resampling.BOX,
@@ -59,21 +77,35 @@ def decode(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
     """Decodes a picture file to RGB as a viewer shows it.
 
     EXIF orientation is applied, transparency is laid over white, 16-bit grey is scaled to 8 bits,
-    CMYK and palettes are converted, and of an animation the first frame is taken.
+    CMYK and palettes are converted, and of an animation the first frame is taken. The name of the
+    file does not matter.
 
     Raises:
-      PictureError: empty, damaged or truncated data, or data that is no picture.
+      PictureError: empty, damaged or truncated data, data that is no picture, or one of more than
+        MAX_PIXELS.
     """
+    with _opened(data) as picture:
+        picture.load()
+        return np.asarray(_to_rgb(ImageOps.exif_transpose(picture)))
+
+
+@contextlib.contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """The picture with its header read; whatever goes wrong inside becomes a PictureError."""
     if not data:
         raise PictureError("unreadable (empty)")
     try:
         with Image.open(io.BytesIO(data)) as picture:
-            picture.load()
-            return np.asarray(_to_rgb(ImageOps.exif_transpose(picture)))
+            if picture.width * picture.height > MAX_PIXELS:
+                size = f"{picture.width} x {picture.height}"
+                raise PictureError(f"too large ({size} px, at most {MAX_PIXELS:,} in all)")
+            yield picture
     except PictureError:
         raise
     except UnidentifiedImageError:
         raise PictureError("wrong type (not a picture)") from None
+    except Image.DecompressionBombError:
+        raise PictureError(f"too large (at most {MAX_PIXELS:,} pixels in all)") from None
     # Pillow's format plug-ins raise whatever their parsers stumble over (SyntaxError included).
     except Exception as error:
         raise PictureError(f"unreadable ({error})") from None
@@ -93,21 +125,96 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def size_of(data: bytes) -> tuple[int, int]:
-    """Width and height in pixels, read from the header alone.
+class Look(NamedTuple):
+    """What a look at a picture file tells.
+
+    Attributes:
+      size: width and height as shown, pixels.
+      format: Pillow's name of it, such as JPEG.
+      notes: what `decode` had to do to make plain RGB of it.
+    """
+
+    size: tuple[int, int]
+    format: str
+    notes: tuple[str, ...]
+
+
+def look(data: bytes, through: Literal["decode", "header"]) -> Look:
+    """Examines a picture file: all of it, or its header alone.
 
     Raises:
-      PictureError: the header cannot be read.
+      PictureError: it cannot be used; the header alone does not tell damage further in.
     """
-    if not data:
-        raise PictureError("unreadable (empty)")
-    try:
-        with Image.open(io.BytesIO(data)) as picture:
-            return picture.size
-    except UnidentifiedImageError:
-        raise PictureError("wrong type (not a picture)") from None
-    except Exception as error:
-        raise PictureError(f"unreadable ({error})") from None
+    with _opened(data) as picture:
+        turned = picture.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+        sixteen = picture.mode.startswith("I") or any(";16" in str(t.args) for t in picture.tile)
+        # MPO is what phones call a JPEG with a second one behind it.
+        frames = 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)
+        notes = {
+            "turned by EXIF": turned,
+            "converted from CMYK": picture.mode == "CMYK",
+            "converted from 16 bits": sixteen,
+            f"first frame alone (of {frames})": frames > 1,
+            "transparency over white": picture.has_transparency_data,
+        }
+        size = picture.size
+        if turned and picture.getexif()[ExifTags.Base.Orientation] > 4:
+            size = (picture.height, picture.width)
+        if through == "decode":
+            picture.load()
+            size = _to_rgb(ImageOps.exif_transpose(picture)).size
+        found = tuple(remark for remark, holds in notes.items() if holds)
+        return Look(size, picture.format or "", found)
+
+
+def decode_box(
+    data: bytes, choose: Callable[[int, int], Box], decode_jpeg_box: DecodeJpegBox | None = None
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Decodes a rectangle of a picture: the pixels `decode` gives there.
+
+    Args:
+      data: a picture file.
+      choose: width and height in pixels -> the rectangle.
+      decode_jpeg_box: decodes a rectangle of a JPEG without the rest, if there is such a thing;
+        None: all is decoded and the rectangle cut out. The pixels are the same.
+
+    Raises:
+      PictureError: see `decode`.
+    """
+    if decode_jpeg_box is not None:
+        with _opened(data) as picture:
+            plain = picture.format in ("JPEG", "MPO") and picture.mode in ("L", "RGB")
+            turned = picture.getexif().get(ExifTags.Base.Orientation, 1) != 1
+            width, height = picture.size
+        if plain and not turned:
+            left, top, right, bottom = choose(width, height)
+            # Colour is interpolated between neighbours: the rim of a rectangle needs one more.
+            outer = (max(left - 1, 0), max(top - 1, 0), min(right + 1, width))
+            outer = (*outer, min(bottom + 1, height))
+            with contextlib.suppress(PictureError):
+                pixels = decode_jpeg_box(data, outer)
+                y, x = top - outer[1], left - outer[0]
+                return pixels[y : y + bottom - top, x : x + right - left]
+    pixels = decode(data)
+    left, top, right, bottom = choose(pixels.shape[1], pixels.shape[0])
+    return pixels[top:bottom, left:right]
+
+
+def resize_box(
+    image: UInt8[np.ndarray, "h w 3"],
+    size: tuple[int, int],
+    filter: str,
+    box: tuple[float, float, float, float] | None = None,
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Resizes a rectangle of a picture with an antialiased filter.
+
+    Args:
+      image: pixels; those around the rectangle count where the filter reaches them.
+      size: width and height of the result, pixels.
+      filter: a row of RESIZE_FILTERS.
+      box: left, top, right, bottom in pixels, fractions allowed; None: the whole picture.
+    """
+    return np.asarray(Image.fromarray(image).resize(size, RESIZE_FILTERS[filter], box=box))
 
 
 def resize_host(
@@ -122,8 +229,7 @@ def resize_host(
     """
     if image.shape[:2] == (size, size):
         return image
-    resized = Image.fromarray(image).resize((size, size), RESIZE_FILTERS[filter])
-    return np.asarray(resized)
+    return resize_box(image, (size, size), filter)
 
 
 def center_crop_resize(

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parents[1] / "imagen_jax"
 
 LAYERS = [
-    {"config", "config_io", "images", "diffusion", "distributed"},
+    {"config", "config_data", "config_fields", "config_io", "images", "diffusion", "distributed"},
     {"guidance", "models", "sampling", "optimizer", "ema", "metrics", "partitioning"}
     | {"preemption", "profiling", "vocabulary"},
     {"interop", "train_state", "checkpoint", "ema_snapshots", "frozen_encoder"},

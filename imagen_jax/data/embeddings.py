@@ -150,6 +150,11 @@ class EmbeddingStore:
         """Shape and dtype of one example's embeddings, padded."""
         return (max_text_len, self.dim), "bfloat16"
 
+    def holds(self, hashes: np.ndarray) -> Bool[np.ndarray, " k"]:
+        """Whether the store has each of the captions with these hashes (S16)."""
+        rows = np.searchsorted(self._keys, hashes).clip(max=len(self._keys) - 1)
+        return self._keys[rows] == hashes
+
     def lookup(
         self, captions: Sequence[str], max_text_len: int
     ) -> tuple[BFloat16[np.ndarray, "b l d"], Bool[np.ndarray, "b l"]]:

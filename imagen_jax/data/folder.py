@@ -1,8 +1,7 @@
-"""A folder of pictures as index entries.
+"""A folder of pictures.
 
 Captions come from `metadata.jsonl` files (Hugging Face's imagefolder: `file_name` relative to the
 file, `text` or `caption`, a string or a list) or from `NAME.txt` beside a picture, one per line.
-Every picture is decoded once here, so that a truncated one is found before the training starts.
 """
 
 from __future__ import annotations
@@ -14,8 +13,10 @@ import pathlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from imagen_jax import images
-from imagen_jax.data.records import Entry, Quarantine, caption_fault, clean, size_fault
+from imagen_jax.config import ConfigError, SourceConfig
+from imagen_jax.data.files import CACHE
+from imagen_jax.data.records import Item, lines_of, texts_of
+from imagen_jax.data.table import Place
 
 PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 # Files that commonly lie beside pictures and are no records: captions, tables, notes.
@@ -67,72 +68,60 @@ def _walk(root: pathlib.Path, folder: pathlib.Path, parents: frozenset[str]) -> 
             yield from _walk(root, path, parents | {real})
 
 
-def index(
-    root: pathlib.Path, files: list[File], *, min_size: int, report: Quarantine
-) -> list[Entry]:
-    """Opens and decodes every picture; what cannot be used goes into `report`.
+class Folder:
+    """A folder as a kind of source; see `records.Reader`."""
 
-    Args:
-      root: the folder.
-      files: what `walk` found.
-      min_size: shorter side below which a picture is too small, pixels.
-      report: filled in place.
+    def __init__(self, source: SourceConfig) -> None:
+        """Raises ConfigError when there is no such folder."""
+        self.root = pathlib.Path(source.path)
+        if not self.root.is_dir():
+            raise ConfigError(f"config.data.path={source.path!r} is not a folder")
+        self._files = walk(self.root)
+        self.cache = self.root / CACHE
+        self.identity = [self._files]
 
-    Returns:
-      The usable records, in the order of `files`.
-    """
-    captions = _captions(root, files, report)
-    entries = []
-    for file in files:
-        suffix = pathlib.PurePosixPath(file.name).suffix.lower()
-        if suffix in COMPANIONS and not file.fault:
-            continue
-        texts = captions.get(file.name, ())
-        fault = file.fault or _picture_fault(root / file.name, suffix, min_size)
-        fault = fault or caption_fault(texts)
-        if fault:
-            report.add(file.name, fault)
-        else:
-            entries.append(Entry(file.name, clean(texts), file.size))
-    report.total = len(entries) + len(report.rejected)
-    return entries
+    def scan(self) -> Iterator[Item]:
+        """Rows of metadata without a picture, then every picture and all that looks like one."""
+        captions, lost = self._captions()
+        yield from lost
+        for file in self._files:
+            suffix = pathlib.PurePosixPath(file.name).suffix.lower()
+            if file.fault:
+                yield Item(file.name, fault=file.fault)
+            elif suffix in PICTURES:
+                yield Item(file.name, captions.get(file.name, ()))
+            elif suffix not in COMPANIONS:
+                yield Item(file.name, fault=f"wrong type ({suffix})")
 
+    def read(self, key: str, place: Place) -> bytes:
+        """The bytes of a picture's file."""
+        del place  # The name says it all.
+        return (self.root / key).read_bytes()
 
-def _picture_fault(path: pathlib.Path, suffix: str, min_size: int) -> str | None:
-    if suffix not in PICTURES:
-        return f"wrong type ({suffix})"
-    try:
-        image = images.decode(path.read_bytes())
-    except images.PictureError as error:
-        return str(error)
-    except OSError as error:
-        return f"unreadable ({error.strerror})"
-    return size_fault(min(image.shape[:2]), min_size)
-
-
-def _captions(
-    root: pathlib.Path, files: list[File], report: Quarantine
-) -> dict[str, tuple[str, ...]]:
-    """Captions by picture name; rows of metadata without a picture go into `report`."""
-    found: dict[str, tuple[str, ...]] = {}
-    names = {file.name for file in files}
-    by_stem: dict[str, list[str]] = {}
-    for name in names:
-        if pathlib.PurePosixPath(name).suffix.lower() in PICTURES:
-            by_stem.setdefault(str(pathlib.PurePosixPath(name).with_suffix("")), []).append(name)
-    for file in files:
-        path = pathlib.PurePosixPath(file.name)
-        if path.suffix == ".txt" and not file.fault:
-            text = (root / path).read_text("utf-8-sig", errors="replace")
-            for picture in by_stem.get(str(path.with_suffix("")), ()):
-                found[picture] = found.get(picture, ()) + tuple(text.splitlines() or [""])
-        elif path.name == METADATA and not file.fault:
-            for row, picture, texts in _metadata(root, path):
-                if picture not in names:
-                    report.add(row, f"missing file ({picture or 'no file_name'})")
-                else:
-                    found[picture] = found.get(picture, ()) + texts
-    return found
+    def _captions(self) -> tuple[dict[str, tuple[str, ...]], list[Item]]:
+        """Captions by picture name, and the rows of metadata without a picture."""
+        found: dict[str, tuple[str, ...]] = {}
+        lost = []
+        names = {file.name for file in self._files}
+        by_stem: dict[str, list[str]] = {}
+        for name in names:
+            path = pathlib.PurePosixPath(name)
+            if path.suffix.lower() in PICTURES:
+                by_stem.setdefault(str(path.with_suffix("")), []).append(name)
+        for file in self._files:
+            path = pathlib.PurePosixPath(file.name)
+            if path.suffix == ".txt" and not file.fault:
+                text = (self.root / path).read_text("utf-8-sig", errors="replace")
+                for picture in by_stem.get(str(path.with_suffix("")), ()):
+                    found[picture] = found.get(picture, ()) + lines_of(text)
+            elif path.name == METADATA and not file.fault:
+                for row, picture, texts in _metadata(self.root, path):
+                    if picture not in names:
+                        why = f"missing file ({picture or 'no file_name'})"
+                        lost.append(Item(row, fault=why))
+                    else:
+                        found[picture] = found.get(picture, ()) + texts
+        return found, lost
 
 
 def _metadata(
@@ -151,6 +140,5 @@ def _metadata(
             yield f"{path}:{number}", "", ()
             continue
         value = row["text"] if "text" in row else row.get("caption", ())
-        texts = value if isinstance(value, list) else [value] if isinstance(value, str) else []
         picture = os.path.normpath(path.parent / row["file_name"]).replace(os.sep, "/")
-        yield f"{path}:{number}", picture, tuple(str(text) for text in texts)
+        yield f"{path}:{number}", picture, texts_of(value)

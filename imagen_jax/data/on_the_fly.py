@@ -41,6 +41,10 @@ class TokenSource:
         del captions
         return []
 
+    def holds(self, hashes: np.ndarray) -> Bool[np.ndarray, " k"]:
+        """Every caption, whatever its hash."""
+        return np.ones(len(hashes), bool)
+
     def spec(self, max_text_len: int) -> tuple[tuple[int, ...], str]:
         """Shape and dtype of one example's ids; the encoder sees its own `max_len` of them."""
         del max_text_len

@@ -1,75 +1,37 @@
 """The stream of batches as a pure function of the step: `batch_at(step)`.
 
 Example g of the whole run is g = step * batch + host * (batch / hosts) + k; it is picture
-permutation_{seed, epoch}(g mod n) of epoch g div n. Nothing is remembered between steps, so any
-step can be asked for first, a restart goes on exactly, and the hosts' batches laid side by side are
-the batch of a single host. The seqio stream (tasks.py) reads through the same `examples_at`.
+permutation_{seed, epoch}(g mod n) of epoch g div n (order.py; mixture.py for several sources), and
+its caption, crop and mirror are drawn from g. Nothing is remembered between steps, so any step can
+be asked for first, a restart goes on exactly, and the hosts' batches laid side by side are the
+batch of a single host. The seqio stream (tasks.py) reads through the same `examples_at`.
 """
 
 from __future__ import annotations
 
-import contextlib
+import collections
 import copy
+import functools
 import importlib
-import queue
-import threading
+import itertools
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Int, UInt64
+from jaxtyping import Array, Int
 
 from imagen_jax import images
 from imagen_jax.config import ConfigError, DataConfig
+from imagen_jax.data import view
 from imagen_jax.data.embeddings import EmbeddingError, EmbeddingStore
-from imagen_jax.data.index import Source
 from imagen_jax.data.on_the_fly import TokenSource
+from imagen_jax.data.order import draw_bits
+from imagen_jax.data.records import AnySource
 
 Batch = dict[str, np.ndarray]
 
 CACHE_BYTES = 256 << 20  # A data set whose resized pictures fit in this is decoded only once.
-ROUNDS = 6  # Of the Feistel network; four already pass for random.
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
-def mix(x: UInt64[np.ndarray, " k"]) -> UInt64[np.ndarray, " k"]:
-    """A bijective hash of uint64 values (SplitMix64's finaliser, Steele et al. 2014)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def permute(
-    position: Int[np.ndarray, " k"], epoch: Int[np.ndarray, " k"], *, n: int, seed: int
-) -> Int[np.ndarray, " k"]:
-    """The place of each position in its epoch's shuffled order, without storing that order.
-
-    A Feistel network permutes the smallest even-bit range that holds n; results beyond n are put
-    through it again (cycle walking) until they fall below.
-
-    Args:
-      position: 0..n-1.
-      epoch: epoch of each position, at least 0.
-      n: size of the data set.
-      seed: picks the family of permutations.
-
-    Returns:
-      0..n-1; for any one epoch and seed a bijection of `position`.
-    """
-    half = np.uint64(max((n - 1).bit_length() + 1, 2) // 2)
-    low = np.uint64((1 << int(half)) - 1)
-    start = mix(np.full(len(epoch), seed % 2**64, np.uint64)) + epoch.astype(np.uint64)
-    keys = [mix(start * GOLDEN + np.uint64(round_)) for round_ in range(ROUNDS)]
-
-    value = position.astype(np.uint64)
-    pending = np.arange(len(value))
-    while len(pending):
-        left, right = value[pending] >> half, value[pending] & low
-        for key in keys:
-            left, right = right, left ^ (mix(right + key[pending]) & low)
-        value[pending] = (left << half) | right
-        pending = pending[value[pending] >= n]
-    return value.astype(np.int64)
 
 
 def _check_hosts(data: DataConfig, hosts: int) -> None:
@@ -84,15 +46,19 @@ def _check_hosts(data: DataConfig, hosts: int) -> None:
 class Pipeline:
     """Batches of pictures and text embeddings for one host of a run.
 
-    Every picture is cut to its largest centred square and resized to `data.image_size` as uint8;
-    `lowres` is made from that picture with the same filter. Hence, where the source's pictures are
-    squares of the SR stage's `image_size`, its `lowres` is bit for bit what the base stage trains
-    on.
+    Every picture becomes a square of `data.image_size` as uint8 (view.py); `lowres` is made from
+    that square with the same filter. Hence, where the source's pictures are squares of the SR
+    stage's `image_size`, its `lowres` is bit for bit what the base stage trains on, and a crop and
+    its `lowres` show exactly the same.
+
+    Attributes:
+      decode_jpeg_box: decodes a rectangle of a JPEG faster than the whole, to the same pixels; the
+        seqio stream sets it to TensorFlow's.
     """
 
     def __init__(
         self,
-        source: Source,
+        source: AnySource,
         store: EmbeddingStore | TokenSource,
         data: DataConfig,
         seed: int,
@@ -116,15 +82,19 @@ class Pipeline:
           EmbeddingError: captions without embeddings.
         """
         _check_hosts(data, hosts)
-        absent = store.missing(text for i in range(len(source)) for text in source.captions(i))
+        absent = int((~store.holds(source.hashes())).sum())
         if absent:
+            texts = (text for i in range(len(source)) for text in source.captions(i))
+            first = next(text for text in texts if store.missing([text]))
             raise EmbeddingError(
-                f"config.data.embeddings={data.embeddings!r} lacks {len(absent)} captions of "
-                f"{data.path!r}, the first: {absent[0]!r}; run `imagen embed` for this data"
+                f"config.data.embeddings={data.embeddings!r} lacks {absent} captions of "
+                f"{data.path!r}, the first: {first!r}; run `imagen embed` for this data"
             )
         self.source, self.store, self.data, self.seed = source, store, data, seed
         self.host, self.hosts = host, hosts
-        self._keep = len(source) * data.image_size**2 * 3 <= cache_bytes
+        self.decode_jpeg_box: images.DecodeJpegBox | None = None
+        stored = len(source) * (data.crop_from or data.image_size) ** 2 * 3
+        self._keep = view.is_fixed(data) and stored <= cache_bytes
         self._kept: dict[int, tuple[np.ndarray, tuple[str, ...]]] = {}
 
     @property
@@ -144,8 +114,7 @@ class Pipeline:
         return {
             "seed": self.seed,
             "batch_size": self.data.batch_size,
-            "examples": len(self.source),
-            "source": self.source.fingerprint,
+            **self.source.about(),
             "embeddings": self.store.fingerprint,
         }
 
@@ -158,16 +127,20 @@ class Pipeline:
           text_ids int32[B, M] in the place of text_emb, and the mask of these M tokens.
         """
         g, records = self._records(step)
-        pictures, captions = zip(*(self._picture(int(i)) for i in records), strict=True)
-        # Not the permutation's hash: the choice of a caption must not follow from the position.
-        draws = mix(mix(g.astype(np.uint64) + GOLDEN) ^ np.uint64(self.seed % 2**64))
-        chosen = [texts[int(d) % len(texts)] for texts, d in zip(captions, draws, strict=True)]
+        bits = draw_bits(g, self.seed)
+        drawn = view.draws(bits)
+        pictures, captions = zip(*map(self._picture, records.tolist(), drawn), strict=True)
+        chosen = [texts[b % len(texts)] for texts, b in zip(captions, bits.tolist(), strict=True)]
         text, text_mask = self.store.lookup(chosen, self.data.max_text_len)
-        examples = {"image": np.stack(pictures), self.store.feature: text, "text_mask": text_mask}
+        image = np.stack(pictures)
+        if self.data.flip:
+            wanted = [d.flip and not view.sided(c) for d, c in zip(drawn, chosen, strict=True)]
+            image = view.mirrored(image, np.flatnonzero(wanted))
+        examples = {"image": image, self.store.feature: text, "text_mask": text_mask}
         if self.data.lowres_size:
             size, resize_filter = self.data.lowres_size, self.data.resize_filter
             examples["lowres"] = np.stack(
-                [images.resize_host(p, size, resize_filter) for p in pictures]
+                [images.resize_host(p, size, resize_filter) for p in image]
             )
         return examples
 
@@ -218,50 +191,32 @@ class Pipeline:
 
     def _records(self, step: int) -> tuple[Int[np.ndarray, " k"], Int[np.ndarray, " k"]]:
         """The examples' numbers in the whole run, and their records."""
-        n = len(self.source)
         first = step * self.data.batch_size + self.host * self.per_host
         g = first + np.arange(self.per_host, dtype=np.int64)
-        return g, permute(g % n, g // n, n=n, seed=self.seed)
+        return g, self.source.order(g, self.seed)
 
-    def _picture(self, i: int) -> tuple[np.ndarray, tuple[str, ...]]:
-        """Resized picture and captions of record i."""
+    def _picture(self, i: int, draw: view.Draw) -> tuple[np.ndarray, tuple[str, ...]]:
+        """What an example shows of record i, and the record's captions."""
         if i in self._kept:
             return self._kept[i]
-        record = self.source.record(i)
-        image = images.center_crop_resize(
-            record.image, self.data.image_size, self.data.resize_filter
+        show = functools.partial(
+            view.show, data=self.data, draw=draw, decode_jpeg_box=self.decode_jpeg_box
         )
+        record = self.source.record(i, show)
         if self._keep:
-            self._kept[i] = (image, record.captions)
-        return image, record.captions
+            self._kept[i] = (record.image, record.captions)
+        return record.image, record.captions
 
     def _prefetched(self, step: int) -> Iterator[Batch]:
-        ready: queue.Queue[Batch | Exception] = queue.Queue(max(self.data.prefetch, 1))
-        stop = threading.Event()
-
-        def put(item: Batch | Exception) -> None:
-            while not stop.is_set():
-                with contextlib.suppress(queue.Full):
-                    ready.put(item, timeout=0.1)
-                    break
-
-        def work() -> None:
-            at = step
-            try:
-                while not stop.is_set():
-                    put(self.batch_at(at))
-                    at += 1
-            except Exception as error:
-                put(error)
-
-        thread = threading.Thread(target=work, name="batches", daemon=True)
-        thread.start()
+        """Batches from a step on, `data.prefetch` of them made at a time by threads."""
+        ahead = max(self.data.prefetch, 1)
+        pool = ThreadPoolExecutor(ahead, thread_name_prefix="batches")
+        steps = itertools.count(step)
         try:
+            ready = collections.deque(pool.submit(self.batch_at, next(steps)) for _ in range(ahead))
             while True:
-                item = ready.get()
-                if isinstance(item, Exception):
-                    raise item
-                yield item
+                batch = ready.popleft().result()
+                ready.append(pool.submit(self.batch_at, next(steps)))
+                yield batch
         finally:
-            stop.set()
-            thread.join()
+            pool.shutdown(cancel_futures=True)

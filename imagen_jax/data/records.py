@@ -1,21 +1,30 @@
-"""What an index pass finds: usable records, and a quarantine that names all the others.
+"""What an index pass finds: usable records, and a report that names all that is not quite right.
 
-Shared by the readers of the kinds of source (folder.py, tfrecord.py) and by index.py, which makes
-random access of them.
+Shared by the readers of the kinds of source (folder.py, tfrecord.py, ...) and by scan.py, which
+makes an index of what they say.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-from typing import NamedTuple
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 
+from imagen_jax import images
 from imagen_jax.config import ConfigError
+from imagen_jax.data.table import Place
 
 SMALLEST_SIDE = 8  # Pixels; smaller pictures are placeholders and tracking pixels, not content.
+LONG_CAPTION = 256  # Words; T5 learned from 512 tokens, Imagen from fewer.
+NAMED = 1000  # Remarks of one sort that are listed by name; all are counted.
+
+
+Decode = Callable[[bytes], UInt8[np.ndarray, "h w 3"]]
 
 
 class Record(NamedTuple):
@@ -26,32 +35,72 @@ class Record(NamedTuple):
     captions: tuple[str, ...]
 
 
-class Entry(NamedTuple):
-    """Where a usable record lies, without its pixels.
+class Item(NamedTuple):
+    """What a reader says of a record before anyone looks at its picture.
 
     Attributes:
       key: stable name of the record.
-      captions: at least one, none empty.
-      size: bytes of the encoded picture.
-      place: what the reader needs to find it again; empty where the key says it all.
+      captions: as they are found; none, or empty ones, are for scan.py to judge.
+      place: what the reader needs to find the picture again.
+      fault: why the record cannot be used, if the reader knows.
+      notes: what is odd about it, although it can be used.
     """
 
     key: str
-    captions: tuple[str, ...]
-    size: int
-    place: tuple[int, ...] = ()
+    captions: tuple[str, ...] = ()
+    place: Place = (0, 0, 0)
+    fault: str = ""
+    notes: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """A kind of source: what there is, and how one picture of it is read.
+
+    Attributes:
+      cache: folder for the index.
+      identity: JSON values; where they differ, the index is made anew.
+    """
+
+    cache: pathlib.Path
+    identity: list[Any]
+
+    def scan(self) -> Iterator[Item]:
+        """All records in their order, without looking at pictures."""
+        ...
+
+    def read(self, key: str, place: Place) -> bytes:
+        """The encoded picture of a record, from any thread. Raises PictureError or OSError."""
+        ...
 
 
 @dataclasses.dataclass
 class Quarantine:
-    """The records that are not used, each by name with the reason; nothing is dropped silently."""
+    """The records that are not used, each by name with the reason; nothing is dropped silently.
+
+    Attributes:
+      rejected: (name, reason) of every record that is not used.
+      total: records, used or not.
+      notes: by sort of remark, (name, remark) of the first `NAMED` records that are used all the
+        same: converted, turned, wrongly named, captioned at length.
+      noted: by sort of remark, how many there are.
+    """
 
     rejected: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     total: int = 0
+    notes: dict[str, list[tuple[str, str]]] = dataclasses.field(default_factory=dict)
+    noted: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def add(self, key: str, reason: str) -> None:
         """Names a record that is not used; `reason` is a kind with details in brackets."""
         self.rejected.append((key, reason))
+
+    def note(self, key: str, remark: str) -> None:
+        """Names a record that is used although it is odd; `remark` is a kind with details."""
+        sort = _kind(remark)
+        self.noted[sort] = self.noted.get(sort, 0) + 1
+        if self.noted[sort] <= NAMED:
+            self.notes.setdefault(sort, []).append((key, remark))
 
     @property
     def share(self) -> float:
@@ -60,8 +109,7 @@ class Quarantine:
 
     def counts(self) -> dict[str, int]:
         """Number of records per kind of reason, most frequent first."""
-        kinds = (reason.split(" (")[0] for _, reason in self.rejected)
-        return dict(collections.Counter(kinds).most_common())
+        return dict(collections.Counter(_kind(why) for _, why in self.rejected).most_common())
 
     def names(self, limit: int) -> str:
         """The first names with their reasons, in one line."""
@@ -69,43 +117,112 @@ class Quarantine:
         return shown + (", ..." if len(self.rejected) > limit else "")
 
     def summary(self) -> str:
-        """A line for people: how many, why, and the first of them."""
-        if not self.rejected:
-            return f"all {self.total} records usable"
-        counts = ", ".join(f"{number} {kind}" for kind, number in self.counts().items())
-        return (
-            f"{len(self.rejected)} of {self.total} records quarantined ({counts}): {self.names(5)}"
-        )
+        """A line for people: how many, why, the first of them; and what is odd about others."""
+        parts = []
+        if self.rejected:
+            counts = ", ".join(f"{number} {kind}" for kind, number in self.counts().items())
+            parts.append(
+                f"{len(self.rejected)} of {self.total} records quarantined ({counts}): "
+                f"{self.names(5)}"
+            )
+        if self.noted:
+            parts.append("used: " + ", ".join(f"{n} {sort}" for sort, n in self.noted.items()))
+        return "; ".join(parts) or f"all {self.total} records usable"
 
-    def check(self, limit: float) -> None:
+    def as_json(self) -> dict[str, Any]:
+        """What is written for the user, beside the data."""
+        listed = [pair for pairs in self.notes.values() for pair in pairs]
+        return {
+            "total": self.total,
+            "counts": self.counts(),
+            "records": [{"name": key, "reason": reason} for key, reason in self.rejected],
+            "used_all_the_same": self.noted,
+            "notes": [{"name": key, "note": remark} for key, remark in listed],
+        }
+
+    def check(self, limit: float, field: str = "config.data") -> None:
         """Stops a run that would train on too small a rest.
 
         Raises:
           ConfigError: the share is above `limit`, or nothing is left.
         """
         if self.total == 0:
-            raise ConfigError("config.data.path holds no pictures; check the path and the kind")
+            raise ConfigError(f"{field}.path holds no pictures; check the path and the kind")
         if self.share > limit or len(self.rejected) == self.total:
             raise ConfigError(
-                f"config.data.max_quarantined={limit:g} but {self.share:.1%} of the records "
+                f"{field}.max_quarantined={limit:g} but {self.share:.1%} of the records "
                 f"({len(self.rejected)} of {self.total}) are unusable: {self.names(3)}; repair or "
-                "remove them, or raise --config.data.max_quarantined"
+                f"remove them, or raise --{field}.max_quarantined"
             )
 
 
-def caption_fault(captions: tuple[str, ...]) -> str | None:
-    """Why these captions cannot be used, or None."""
+def _kind(reason: str) -> str:
+    return reason.split(" (")[0]
+
+
+def caption_fault(captions: tuple[str, ...]) -> str:
+    """Why these captions cannot be used, or nothing."""
     if not captions:
         return "no caption"
-    return None if any(c.strip() for c in captions) else "empty caption"
+    return "" if any(c.strip() for c in captions) else "empty caption"
 
 
-def size_fault(side: int, min_size: int) -> str | None:
-    """Why a picture whose shorter side is `side` pixels cannot be used, or None."""
+def size_fault(side: int, min_size: int) -> str:
+    """Why a picture whose shorter side is `side` pixels cannot be used, or nothing."""
     limit = max(min_size, SMALLEST_SIDE)
-    return f"too small ({side} px, at least {limit} wanted)" if side < limit else None
+    return f"too small ({side} px, at least {limit} wanted)" if side < limit else ""
+
+
+def caption_notes(captions: tuple[str, ...]) -> list[str]:
+    """What is odd about captions that are used."""
+    words = max(len(text.split()) for text in captions)
+    return (
+        [f"long caption ({words} words; a batch holds the first)"] if words > LONG_CAPTION else []
+    )
 
 
 def clean(captions: tuple[str, ...]) -> tuple[str, ...]:
     """The captions without surrounding white space, without the empty ones."""
     return tuple(c.strip() for c in captions if c.strip())
+
+
+def texts_of(value: Any) -> tuple[str, ...]:
+    """Captions from a JSON or Arrow value: a text, a list of texts, or neither."""
+    if isinstance(value, (list, tuple)):
+        return tuple(str(text) for text in value if text is not None)
+    return (value,) if isinstance(value, str) else ()
+
+
+def lines_of(text: str) -> tuple[str, ...]:
+    """Captions from the text file of a picture: one per line."""
+    return tuple(text.splitlines() or [""])
+
+
+@runtime_checkable
+class AnySource(Protocol):
+    """What the pipeline reads: one source, or several as one (index.Source, mixture.Mixture)."""
+
+    fingerprint: str
+    report: Quarantine
+
+    def __len__(self) -> int: ...
+
+    def captions(self, i: int) -> tuple[str, ...]:
+        """The captions of record i; no picture is decoded."""
+        ...
+
+    def hashes(self) -> np.ndarray:
+        """Hashes of the captions of all records, as the embedding store has them."""
+        ...
+
+    def record(self, i: int, decode: Decode = images.decode) -> Record:
+        """Record i; if it is damaged, another one by a fixed rule."""
+        ...
+
+    def order(self, g: Int[np.ndarray, " k"], seed: int) -> Int[np.ndarray, " k"]:
+        """The records that are examples g of a run."""
+        ...
+
+    def about(self) -> dict[str, Any]:
+        """What decides, beside the seed, which record an example is."""
+        ...

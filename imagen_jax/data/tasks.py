@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from imagen_jax import config_io
+from imagen_jax import config_io, images
 from imagen_jax.data.pipeline import Batch, Pipeline
 
 # Start-up messages of TensorFlow are of no use here; its errors reach Python as exceptions.
@@ -55,6 +55,22 @@ with _silent_stderr(), contextlib.suppress(RuntimeError):
     _confine_tensorflow()
 
 
+def decode_jpeg_box(data: bytes, box: images.Box) -> np.ndarray:
+    """Decodes a rectangle of a JPEG and not the rest; the pixels are Pillow's, rim left aside.
+
+    Raises:
+      images.PictureError: TensorFlow cannot decode it.
+    """
+    left, top, right, bottom = box
+    window = [top, left, bottom - top, right - left]
+    try:
+        return tf.image.decode_and_crop_jpeg(
+            data, window, channels=3, dct_method="INTEGER_ACCURATE"
+        ).numpy()
+    except tf.errors.InvalidArgumentError as error:
+        raise images.PictureError(f"unreadable ({error.message})") from None
+
+
 class StreamSource(seqio.DataSource):
     """The examples of a pipeline from a step on, as a seqio data source."""
 
@@ -83,9 +99,11 @@ class StreamSource(seqio.DataSource):
     ) -> tf.data.Dataset:
         """The examples of one host; the pipeline decides the order, not `shuffle` and `seed`."""
         del split, shuffle, seed, unused
-        pipeline = self._pipeline
+        host, hosts = self._pipeline.host, self._pipeline.hosts
         if shard_info is not None:
-            pipeline = pipeline.for_host(shard_info.index, shard_info.num_shards)
+            host, hosts = shard_info.index, shard_info.num_shards
+        pipeline = self._pipeline.for_host(host, hosts)
+        pipeline.decode_jpeg_box = decode_jpeg_box
         specs = _stored_specs(pipeline)
 
         def read(step: np.int64) -> list[np.ndarray]:

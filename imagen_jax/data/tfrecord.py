@@ -1,140 +1,116 @@
-"""The TFRecord files of a prepared TFDS data set as index entries, without TensorFlow.
+"""TFRecord files of serialised `tf.train.Example`s, without TensorFlow.
 
-One pass over the files notes where every picture lies; afterwards record i is a `pread`. The
-framing is length (u64), its checksum (u32), data, checksum (u32); the data is a `tf.train.Example`,
-of which only the byte lists are read.
+One pass over the files notes where every picture lies; afterwards a picture is a `pread`. The
+framing is length (u64), its checksum (u32), data, checksum (u32); of an Example only the byte lists
+are read.
 """
 
 from __future__ import annotations
 
-import importlib
-import json
 import pathlib
-import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-from imagen_jax import images
-from imagen_jax.config import ConfigError, DataConfig, unknown_name
-from imagen_jax.data.records import Entry, Quarantine, caption_fault, clean, size_fault
-
-TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"  # TFDS's usual file names.
-
-
-def find(data: DataConfig) -> pathlib.Path:
-    """The folder of the newest (or the named) version; the data set is built if it is not there.
-
-    Args:
-      data: `path` is the data_dir, `name` is BUILDER or BUILDER:VERSION.
-
-    Raises:
-      ConfigError: it is not there and cannot be built.
-    """
-    name, _, version = data.name.partition(":")
-    folder = _newest(pathlib.Path(data.path) / name, version)
-    if folder is None:
-        try:
-            builder = importlib.import_module("imagen_jax.data.shapes_builder")
-        except ImportError as error:
-            raise ConfigError(
-                f"config.data.path={data.path!r} holds no {data.name!r}, and building it needs "
-                f"the module {error.name!r}; install tensorflow and tensorflow-datasets, or copy "
-                "the prepared data set there"
-            ) from None
-        builder.prepare(data.path, name)
-        folder = _newest(pathlib.Path(data.path) / name, version)
-    if folder is None:
-        raise ConfigError(f"config.data.name={data.name!r} is not in {data.path!r}")
-    return folder
+from imagen_jax.config import ConfigError, SourceConfig, unknown_name
+from imagen_jax.data import files
+from imagen_jax.data.records import Item
+from imagen_jax.data.table import Place
 
 
-def _newest(folder: pathlib.Path, version: str) -> pathlib.Path | None:
-    infos = [p.parent for p in folder.glob("*/dataset_info.json")]
-    numbered = [p for p in infos if re.fullmatch(r"\d+\.\d+\.\d+", p.name)]
-    if version:
-        numbered = [p for p in numbered if p.name == version]
-    return max(numbered, key=lambda p: tuple(map(int, p.name.split("."))), default=None)
+class TFRecords:
+    """TFRecord files as a kind of source; see `records.Reader`."""
 
+    def __init__(
+        self, source: SourceConfig, shards: Mapping[pathlib.Path, int] | None = None
+    ) -> None:
+        """Finds the files.
 
-def shards(folder: pathlib.Path, split: str) -> dict[pathlib.Path, int]:
-    """The files of a split in order, each with the number of records it must hold.
-
-    Raises:
-      ConfigError: no such split, a missing file, or a format other than TFRecord.
-    """
-    info = json.loads((folder / "dataset_info.json").read_text())
-    if info.get("fileFormat", "tfrecord") != "tfrecord":
-        raise ConfigError(
-            f"{folder} is stored as {info['fileFormat']}; prepare it with file_format='tfrecord'"
+        Args:
+          source: path, image_key, caption_key.
+          shards: the files, each with the number of records it must hold; None: those of
+            `source.path`, of any length.
+        """
+        paths = (
+            files.find(source.path, [".tfrecord", ".tfrecords"]) if shards is None else [*shards]
         )
-    splits = {s["name"]: s for s in info["splits"]}
-    if split not in splits:
-        raise ConfigError(unknown_name("config.data.split", split, list(splits)))
-    lengths = [int(n) for n in splits[split].get("shardLengths", ())]
-    template = splits[split].get("filepathTemplate") or TEMPLATE
-    found = {}
-    for number, length in enumerate(lengths):
-        shard, count = f"{number:05d}", f"{len(lengths):05d}"
-        path = folder / template.format(
-            DATASET=info["name"],
-            SPLIT=split,
-            FILEFORMAT="tfrecord",
-            SHARD_INDEX=shard,
-            NUM_SHARDS=count,
-            SHARD_X_OF_Y=f"{shard}-of-{count}",
-        )
-        if not path.is_file():
-            raise ConfigError(f"{path} is missing; prepare or copy the data set again")
-        found[path] = length
-    return found
+        self._source, self._shards = source, shards
+        self._files = files.Files(paths)
+        self.cache = files.cache_folder(source.path, paths)
+        self.identity = [files.stats(paths), source.image_key, source.caption_key]
+
+    def scan(self) -> Iterator[Item]:
+        """The records in the order of the files.
+
+        Raises:
+          ConfigError: an absent feature; with known lengths also a file that is cut short.
+        """
+        names = FeatureNames(self._source)
+        paths = self._files.paths
+        for number, (path, name) in enumerate(zip(paths, files.names(paths), strict=True)):
+            count = 0
+            try:
+                for start, payload in read_frames(path):
+                    (first, last), captions = names.find(payload)
+                    yield Item(f"{name}__{count}", captions, (number, start + first, last - first))
+                    count += 1
+            except TruncatedError as error:
+                if self._shards is not None:
+                    raise
+                yield Item(name, fault=f"truncated (only {count} records are used: {error})")
+            expected = self._shards[path] if self._shards else count
+            if count != expected:
+                raise ConfigError(
+                    f"{path} holds {count} records, expected {expected}; copy it again"
+                )
+        names.check()
+
+    def read(self, key: str, place: Place) -> bytes:
+        """The picture at `place`: file, offset, bytes."""
+        del key
+        return self._files.read(*place)
 
 
-def index(
-    files: dict[pathlib.Path, int], data: DataConfig, *, min_size: int, report: Quarantine
-) -> list[Entry]:
-    """Reads every record once: captions, and where its picture lies (`place`: file, offset, size).
+class TruncatedError(ConfigError):
+    """A file ends within a record, or is no TFRecord file at all."""
 
-    Of a picture only the header is looked at; damage further in shows when it is read.
 
-    Raises:
-      ConfigError: a truncated file or an absent feature.
+class FeatureNames:
+    """Finds the picture and the captions of one Example after the other.
+
+    A record may lack a feature, which is its own fault; if all do, the configuration is wrong.
     """
-    entries = []
-    for number, (path, expected) in enumerate(files.items()):
-        records = 0
-        for start, payload in read_frames(path):
-            key, records = f"{path.name}__{records}", records + 1
-            features = parse_example(payload)
-            for name in (data.image_key, data.caption_key):
-                if name not in features:
-                    field = "image_key" if name == data.image_key else "caption_key"
-                    raise ConfigError(unknown_name(f"config.data.{field}", name, list(features)))
-            texts = tuple(str(payload[a:b], "utf-8") for a, b in features[data.caption_key])
-            first, last = (features[data.image_key] or [(0, 0)])[0]
-            fault = caption_fault(texts) or _header_fault(payload[first:last], min_size)
-            if fault:
-                report.add(key, fault)
-            else:
-                place = (number, start + first, last - first)
-                entries.append(Entry(key, clean(texts), last - first, place))
-        if records != expected:
-            raise ConfigError(f"{path} holds {records} records, expected {expected}; copy it again")
-    report.total = len(entries) + len(report.rejected)
-    return entries
 
+    ENOUGH = 100  # Records after which an absent feature is taken for a wrong name.
 
-def _header_fault(picture: memoryview, min_size: int) -> str | None:
-    try:
-        return size_fault(min(images.size_of(bytes(picture))), min_size)
-    except images.PictureError as error:
-        return str(error)
+    def __init__(self, source: SourceConfig) -> None:
+        """Looks for `source.image_key` and `source.caption_key`."""
+        self._wanted = {"image_key": source.image_key, "caption_key": source.caption_key}
+        self._seen: set[str] = set()
+        self._count = 0
+
+    def find(self, payload: memoryview) -> tuple[tuple[int, int], tuple[str, ...]]:
+        """Where in an Example its picture lies ((0, 0): there is none), and its captions."""
+        features = parse_example(payload)
+        self._seen |= features.keys()
+        self._count += 1
+        if self._count == self.ENOUGH:
+            self.check()
+        spans = features.get(self._wanted["caption_key"], ())
+        texts = tuple(str(payload[a:b], "utf-8", "replace") for a, b in spans)
+        return (features.get(self._wanted["image_key"]) or [(0, 0)])[0], texts
+
+    def check(self) -> None:
+        """Raises ConfigError when one of the features was in none of the records."""
+        for field, name in self._wanted.items():
+            if self._count and name not in self._seen:
+                raise ConfigError(unknown_name(f"config.data.{field}", name, sorted(self._seen)))
 
 
 def read_frames(path: pathlib.Path) -> Iterator[tuple[int, memoryview]]:
     """Yields (offset of the data in the file, data) of every record of a TFRecord file.
 
     Raises:
-      ConfigError: the file ends within a record.
+      TruncatedError: the file ends within a record, or begins with none.
     """
     size, offset = path.stat().st_size, 0
     with path.open("rb") as file:
@@ -142,7 +118,10 @@ def read_frames(path: pathlib.Path) -> Iterator[tuple[int, memoryview]]:
             header = file.read(12)
             length = struct.unpack("<Q", header[:8])[0] if len(header) == 12 else size
             if offset + 16 + length > size:
-                raise ConfigError(f"{path} is truncated at byte {offset} of {size}; copy it again")
+                raise TruncatedError(
+                    f"{path} is truncated at byte {offset} of {size} or is no TFRecord file; "
+                    "copy it again, or decompress it"
+                )
             yield offset + 12, memoryview(file.read(length))
             file.seek(4, 1)
             offset += 16 + length

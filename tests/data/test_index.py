@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from imagen_jax.config import ConfigError, DataConfig
-from imagen_jax.data import index, shapes, tfrecord
+from imagen_jax.data import index, shapes, tfds_files, tfrecord
 
 
 def picture(path: pathlib.Path, size: int = 16, caption: str | None = "a caption", **options):
@@ -142,7 +142,7 @@ def test_the_index_is_cached_until_a_file_or_a_limit_changes(tmp_path, monkeypat
     picture(tmp_path / "b.png")
     first = index.open_source(folder_config(tmp_path))
     with monkeypatch.context() as blocked:
-        blocked.setattr(index.folder, "index", None)
+        blocked.setattr(index.scan, "build", None)
         again = index.open_source(folder_config(tmp_path))
     assert again.fingerprint == first.fingerprint
     assert again.record(1).captions == first.record(1).captions
@@ -163,7 +163,7 @@ def test_data_that_cannot_be_written_beside_is_indexed_elsewhere(tmp_path, monke
     picture(data / "a.png")
     (data / ".imagen_index").write_text("a file where the folder would be")
     assert len(index.open_source(folder_config(data))) == 1
-    assert len(list((tmp_path / "cache").rglob("index_*.json"))) == 1
+    assert len(list((tmp_path / "cache").rglob("index_*"))) == 1
 
 
 def test_a_record_damaged_later_is_replaced_by_the_next_and_named(tmp_path):
@@ -250,7 +250,7 @@ def test_the_usual_file_names_are_found_and_the_newest_version_is_taken(prepared
         for path in copy.glob("*.tfrecord-*"):
             path.rename(f"{path}-of-00003")
     config = tfds_config(tmp_path)
-    assert tfrecord.find(config).name == "1.10.0"
+    assert tfds_files.find(config).name == "1.10.0"
     np.testing.assert_array_equal(index.open_source(config).record(6).image, truth[6]["image"])
     (tmp_path / "tiny_world" / "1.10.0" / "tiny_world-train.tfrecord-00001-of-00003").unlink()
     with pytest.raises(ConfigError, match="00001-of-00003 is missing"):
@@ -282,7 +282,7 @@ def test_a_truncated_tfrecord_is_refused(prepared, tmp_path):
     first = 16 + struct.unpack("<Q", whole[:8])[0]
     copy.write_bytes(whole[:first])
     with pytest.raises(ConfigError, match="holds 1 records, expected 3"):
-        tfrecord.index({copy: 3}, tfds_config(tmp_path), min_size=0, report=index.Quarantine())
+        list(tfrecord.TFRecords(tfds_config(tmp_path), {copy: 3}).scan())
 
 
 def test_a_data_set_that_is_not_there_is_built(tmp_path, monkeypatch):
@@ -300,6 +300,6 @@ def test_without_tensorflow_the_way_out_is_named(tmp_path, monkeypatch):
     def absent(name):
         raise ModuleNotFoundError("No module named x", name="tensorflow_datasets")
 
-    monkeypatch.setattr(tfrecord.importlib, "import_module", absent)
+    monkeypatch.setattr(tfds_files.importlib, "import_module", absent)
     with pytest.raises(ConfigError, match="tensorflow_datasets.*install tensorflow"):
         index.open_source(tfds_config(tmp_path))

@@ -12,7 +12,8 @@ from imagen_jax.config import ConfigError
 from imagen_jax.data import embeddings
 from imagen_jax.data import pipeline as pipeline_lib
 from imagen_jax.data.embeddings import EmbeddingError, EmbeddingStore
-from imagen_jax.data.pipeline import Pipeline, permute
+from imagen_jax.data.order import permute
+from imagen_jax.data.pipeline import Pipeline
 
 
 def equal(a: dict, b: dict) -> None:

@@ -1,0 +1,134 @@
+"""The section `data` of the schema: where captioned pictures lie, how a batch is made of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import fractions
+import math
+
+from imagen_jax.config_fields import ConfigError, check_choice, doc
+
+KINDS = ("tfds", "folder", "tfrecord", "webdataset", "parquet")
+FITS = ("center_crop", "random_crop", "pad")
+MAX_BLOCK = 10_000  # Examples within which a mixture's rates hold exactly.
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """One source of captioned pictures."""
+
+    kind: str = doc("tfds", "Kind of source: tfds, folder, tfrecord, webdataset or parquet.")
+    path: str = doc(
+        "",
+        "tfds: the data_dir that holds the builder's files; folder: the folder; tfrecord, "
+        "webdataset, parquet: a file, a folder of them or a pattern with *.",
+    )
+    name: str = doc("shapes_world", "tfds: BUILDER, BUILDER/CONFIG, either with :VERSION.")
+    split: str = doc("train", "tfds: split to read.")
+    image_key: str = doc("image", "tfds, tfrecord, parquet: name of the encoded picture.")
+    caption_key: str = doc(
+        "caption",
+        "tfds, tfrecord, parquet: name of the text, nested ones as captions/text; webdataset: "
+        "field of the .json. Where a picture has several captions one is drawn in every epoch.",
+    )
+    min_size: int = doc(0, "Pictures with a shorter side are quarantined, pixels.")
+    max_quarantined: float = doc(0.05, "Share of unusable records above which a run stops, 0..1.")
+    check: str = doc(
+        "decode", "What the index pass does with every picture: decode it, or read its header."
+    )
+
+    def __post_init__(self) -> None:
+        check_choice("data.kind", self.kind, KINDS)
+        check_choice("data.check", self.check, ("decode", "header"))
+
+
+@dataclasses.dataclass(frozen=True)
+class ComponentConfig(SourceConfig):
+    """One source of a mixture."""
+
+    rate: float = doc(1.0, "Share of the examples, relative to the other sources' rates.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.rate < math.inf:
+            raise ConfigError(f"config.data.mixture: rate={self.rate} must be above 0")
+
+
+def block_of(rates: dict[str, float]) -> dict[str, int]:
+    """The smallest whole numbers of examples that have exactly these rates.
+
+    Raises:
+      ConfigError: no block of at most MAX_BLOCK examples has them.
+    """
+    exact = [fractions.Fraction(repr(rate)) for rate in rates.values()]
+    common = math.lcm(*(rate.denominator for rate in exact))
+    counts = [int(rate * common) for rate in exact]
+    divisor = math.gcd(*counts)
+    counts = [count // divisor for count in counts]
+    if sum(counts) > MAX_BLOCK:
+        given = ", ".join(f"{name} {rate}" for name, rate in rates.items())
+        raise ConfigError(
+            f"config.data.mixture: the rates ({given}) hold exactly only in blocks of "
+            f"{sum(counts)} examples, at most {MAX_BLOCK} are possible; try rounded ones such as "
+            "7 and 3"
+        )
+    return dict(zip(rates, counts, strict=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig(SourceConfig):
+    """Which pictures and captions are read, and how a batch is made of them."""
+
+    # Left out of the hash, by which jax.jit tells configurations apart: a dict has none.
+    mixture: dict[str, ComponentConfig] = dataclasses.field(
+        default_factory=dict,
+        hash=False,
+        metadata={
+            "doc": "Sources by a name of your choice, read together at their rates; {}: the one "
+            "source that the fields above describe."
+        },
+    )
+    image_size: int = doc(64, "Side of the picture the stage learns to draw, pixels.")
+    lowres_size: int = doc(0, "Side of the low-resolution conditioning picture, pixels; 0: none.")
+    resize_filter: str = doc("box", "Antialiased resize filter: box, bilinear, bicubic or lanczos.")
+    fit: str = doc(
+        "center_crop",
+        "How a picture becomes a square: center_crop, random_crop (a square as large as possible, "
+        "at another place in every epoch) or pad (the whole picture between white bars).",
+    )
+    crop_from: int = doc(
+        0,
+        "Side to which pictures are brought, pixels, before a random crop of image_size is cut; "
+        "0: image_size, no crop.",
+    )
+    flip: bool = doc(
+        False, "Mirror half of the examples, but none whose caption speaks of left or right."
+    )
+    embeddings: str = doc("", "Folder of the embedding store written by `embed`.")
+    fingerprint: str = doc("", "Set by `train`: which records were learned from, in which order.")
+    batch_size: int = doc(32, "Pictures per step over all devices and hosts.")
+    max_text_len: int = doc(32, "Text tokens a batch is padded or cut to.")
+    loader: str = doc("seqio", "seqio (tf.data) or numpy (same batches without TensorFlow).")
+    prefetch: int = doc(2, "Batches prepared ahead of the step, side by side.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("data.loader", self.loader, ("seqio", "numpy"))
+        check_choice("data.fit", self.fit, FITS)
+        check_choice(
+            "data.resize_filter", self.resize_filter, ("box", "bilinear", "bicubic", "lanczos")
+        )
+        if self.lowres_size and self.image_size % self.lowres_size:
+            raise ConfigError(
+                f"config.data.lowres_size={self.lowres_size} must divide "
+                f"config.data.image_size={self.image_size}"
+            )
+        if self.crop_from and self.crop_from % self.image_size:
+            raise ConfigError(
+                f"config.data.crop_from={self.crop_from} must be a multiple of "
+                f"config.data.image_size={self.image_size}, or 0 for no crop"
+            )
+        if self.batch_size < 1:
+            raise ConfigError(f"config.data.batch_size={self.batch_size} must be at least 1")
+        if self.mixture:
+            block_of({name: source.rate for name, source in self.mixture.items()})

@@ -1,0 +1,62 @@
+"""Which record example g of a run is: arithmetic on g, nothing remembered, nothing stored."""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float, Int, UInt64
+
+ROUNDS = 6  # Of the Feistel network; four already pass for random.
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def mix(x: UInt64[np.ndarray, " k"]) -> UInt64[np.ndarray, " k"]:
+    """A bijective hash of uint64 values (SplitMix64's finaliser, Steele et al. 2014)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def permute(
+    position: Int[np.ndarray, " k"], epoch: Int[np.ndarray, " k"], *, n: int, seed: int
+) -> Int[np.ndarray, " k"]:
+    """The place of each position in its epoch's shuffled order, without storing that order.
+
+    A Feistel network permutes the smallest even-bit range that holds n; results beyond n are put
+    through it again (cycle walking) until they fall below.
+
+    Args:
+      position: 0..n-1.
+      epoch: epoch of each position, at least 0.
+      n: size of the data set.
+      seed: picks the family of permutations.
+
+    Returns:
+      0..n-1; for any one epoch and seed a bijection of `position`.
+    """
+    half = np.uint64(max((n - 1).bit_length() + 1, 2) // 2)
+    low = np.uint64((1 << int(half)) - 1)
+    start = mix(np.full(len(epoch), seed % 2**64, np.uint64)) + epoch.astype(np.uint64)
+    keys = [mix(start * GOLDEN + np.uint64(round_)) for round_ in range(ROUNDS)]
+
+    value = position.astype(np.uint64)
+    pending = np.arange(len(value))
+    while len(pending):
+        left, right = value[pending] >> half, value[pending] & low
+        for key in keys:
+            left, right = right, left ^ (mix(right + key[pending]) & low)
+        value[pending] = (left << half) | right
+        pending = pending[value[pending] >= n]
+    return value.astype(np.int64)
+
+
+def draw_bits(g: Int[np.ndarray, " k"], seed: int) -> UInt64[np.ndarray, " k"]:
+    """64 random bits for each example.
+
+    Not the permutation's hash: what is drawn for an example must not follow from its position.
+    """
+    return mix(mix(g.astype(np.uint64) + GOLDEN) ^ np.uint64(seed % 2**64))
+
+
+def uniform(bits: UInt64[np.ndarray, " k"], stream: int) -> Float[np.ndarray, " k"]:
+    """Numbers in [0, 1) from an example's bits; another `stream` gives independent ones."""
+    return (mix(bits + np.uint64(stream) * GOLDEN) >> np.uint64(11)) * 2.0**-53
