@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -44,12 +44,28 @@ class Checkpoints:
       path: folder of the checkpoints.
     """
 
-    def __init__(self, workdir: str, config: CheckpointConfig):
+    def __init__(
+        self,
+        workdir: str,
+        config: CheckpointConfig,
+        *,
+        access: Literal["write", "read"] = "write",
+    ):
+        """Opens the folder; to write it makes it and clears what broken saves left there.
+
+        Args:
+          workdir: folder of the run.
+          config: which checkpoints stay.
+          access: "read" changes nothing, not even in a folder in which a run is saving.
+        """
         # Orbax wants an absolute path; a bucket's name (gs://...) is one.
         workdir = workdir if "://" in workdir else os.path.abspath(workdir)
         self.path = epath.Path(workdir) / "checkpoints"
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=_preservation(config), create=True, cleanup_tmp_directories=True
+            preservation_policy=_preservation(config),
+            create=access == "write",
+            cleanup_tmp_directories=access == "write",
+            read_only=access == "read",
         )
         self._manager = ocp.CheckpointManager(
             self.path,

@@ -132,3 +132,12 @@ class DataConfig(SourceConfig):
             raise ConfigError(f"config.data.batch_size={self.batch_size} must be at least 1")
         if self.mixture:
             block_of({name: source.rate for name, source in self.mixture.items()})
+
+    def whole(self) -> DataConfig:
+        """The same with whole pictures in place of crops: what a stage draws."""
+        if not self.crop_from:
+            return self
+        lowres_size = self.lowres_size * self.crop_from // self.image_size
+        return dataclasses.replace(
+            self, image_size=self.crop_from, lowres_size=lowres_size, crop_from=0
+        )

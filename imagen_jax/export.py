@@ -17,7 +17,7 @@ import numpy as np
 
 from imagen_jax import config_io, ema, ema_snapshots, partitioning, stage
 from imagen_jax.checkpoint import CheckpointError, Checkpoints
-from imagen_jax.config import CheckpointConfig, Config, check_sigma_rel
+from imagen_jax.config import CheckpointConfig, Config, DataConfig, check_sigma_rel
 from imagen_jax.interop import weights
 
 CARD = """\
@@ -115,7 +115,8 @@ def _stage_folder(out: str) -> pathlib.Path:
 def _write(folder: pathlib.Path, params: Any, config: Config, step: int, average: str) -> Config:
     """Writes the stage folder under a temporary name and renames it; returns its configuration."""
     text_path = config.text.path and str(pathlib.Path(config.text.path).absolute())
-    config = dataclasses.replace(config, text=dataclasses.replace(config.text, path=text_path))
+    text = dataclasses.replace(config.text, path=text_path)
+    config = dataclasses.replace(config, text=text, data=config.data.whole())
     flat = weights.flatten(jax.tree.map(np.asarray, params))
     count = sum(a.size for a in flat.values())
     temporary = folder.with_name(folder.name + ".tmp")
@@ -148,9 +149,18 @@ def _card(config: Config, step: int, count: int, average: str) -> str:
         average=average,
         step=step,
         batch_size=config.data.batch_size,
-        kind=config.data.kind,
-        path=config.data.path,
-        dataset=config.data.name if config.data.kind == "tfds" else "",
+        **_origin(config.data),
         encoder=config.text.encoder,
         encoder_path=config.text.path,
     )
+
+
+def _origin(data: DataConfig) -> dict[str, str]:
+    """Where the pictures came from, in the words of the card."""
+    if data.mixture:
+        return {"kind": "mixture", "path": "", "dataset": ", ".join(data.mixture)}
+    return {
+        "kind": data.kind,
+        "path": data.path,
+        "dataset": data.name if data.kind == "tfds" else "",
+    }

@@ -19,6 +19,7 @@ LAYERS = [
         "train",
         "train_step",
         "diagnose",
+        "doctor",
         "replay",
         "embed",
         "pretrain_text",

@@ -20,6 +20,7 @@ from imagen_jax.preemption import RESTART, Preempted
 VERBS = {
     "prepare": "make a data set ready: build it, index it, report what cannot be used",
     "pretrain_text": "train a small T5 encoder and its vocabulary on captions alone",
+    "doctor": "look for what would fail or spoil a run before it starts",
     "embed": "compute the text embeddings of a data set's captions, once",
     "train": "train one stage",
     "diagnose": "look at what trained stages draw beside real pictures",

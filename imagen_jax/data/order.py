@@ -59,4 +59,5 @@ def draw_bits(g: Int[np.ndarray, " k"], seed: int) -> UInt64[np.ndarray, " k"]:
 
 def uniform(bits: UInt64[np.ndarray, " k"], stream: int) -> Float[np.ndarray, " k"]:
     """Numbers in [0, 1) from an example's bits; another `stream` gives independent ones."""
-    return (mix(bits + np.uint64(stream) * GOLDEN) >> np.uint64(11)) * 2.0**-53
+    offset = np.uint64(stream * int(GOLDEN) % 2**64)
+    return (mix(bits + offset) >> np.uint64(11)) * 2.0**-53

@@ -1,0 +1,26 @@
+"""Checks a configuration, its data and its workdir before a run; every failure says what to do.
+
+Exit status 1 when a check failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from imagen_jax.cli import wiring
+from imagen_jax.doctor import DoctorError, doctor
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the verb's flags."""
+    wiring.add_config(parser)
+    parser.add_argument("--workdir", help="folder of the run that is to start or go on")
+
+
+def run(flags: argparse.Namespace) -> None:
+    """Carries the verb out."""
+    findings = doctor(wiring.load_config(flags), flags.workdir)
+    failed = [finding for finding in findings if finding.status == "failed"]
+    if failed:
+        names = ", ".join(dict.fromkeys(finding.name for finding in failed))
+        raise DoctorError(f"{len(failed)} of {len(findings)} findings failed ({names})")

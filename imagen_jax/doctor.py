@@ -1,0 +1,381 @@
+"""`doctor`: looks before a run at what otherwise costs days of it.
+
+Every check asks the parts that the run will use, on a random sample where all would take too long,
+and answers with lines that are ok, a warning or a failure; the latter two say what to do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple
+
+import jax
+import numpy as np
+
+from imagen_jax import config_io, images, partitioning
+from imagen_jax.checkpoint import CheckpointError, Checkpoints
+from imagen_jax.config import Config, ConfigError
+from imagen_jax.data.embeddings import EmbeddingError, EmbeddingStore
+from imagen_jax.data.index import open_source
+from imagen_jax.data.pipeline import Pipeline
+from imagen_jax.data.records import AnySource
+from imagen_jax.data.view import sided
+from imagen_jax.optimizer import make_optimizer
+from imagen_jax.text import TextEncoder, load_text_encoder
+from imagen_jax.train import abstract_state, with_data
+
+SAMPLE = 100  # Pictures that are decoded.
+CAPTIONS = 5_000  # Captions that are read and counted in tokens.
+LEVELS = 255
+
+
+class DoctorError(ValueError):
+    """Something would fail or spoil the run; the lines before say what and what to do."""
+
+
+class Finding(NamedTuple):
+    """One line of the report."""
+
+    status: Literal["ok", "warning", "failed"]
+    name: str
+    text: str
+
+
+@dataclasses.dataclass
+class Patient:
+    """What the checks have opened so far; None where that failed."""
+
+    config: Config
+    workdir: str | None
+    rng: np.random.Generator
+    source: AnySource | None = None
+    encoder: TextEncoder | None = None
+    store: EmbeddingStore | None = None
+    pipeline: Pipeline | None = None
+
+
+def doctor(
+    config: Config, workdir: str | None = None, log: Callable[[str], None] = print
+) -> list[Finding]:
+    """Runs all checks.
+
+    Args:
+      config: of the run.
+      workdir: of the run; None: what concerns it is left out, with a warning.
+      log: receives each line as it is found.
+
+    Returns:
+      All findings in the order of the checks.
+    """
+    patient = Patient(config, workdir, np.random.default_rng(0))
+    findings = []
+    for name, check in CHECKS.items():
+        try:
+            found = list(check(patient))
+        except (ConfigError, EmbeddingError, CheckpointError, OSError) as error:
+            found = [("failed", " ".join(str(error).split()))]
+        for status, text in found:
+            findings.append(Finding(status, name, text))
+            log(f"{status:7}  {name:11}  {text}")
+    return findings
+
+
+Lines = Iterator[tuple[str, str]]
+
+
+def check_devices(patient: Patient) -> Lines:
+    """Devices, mesh, and whether the batch divides over them."""
+    config = patient.config
+    devices = jax.devices()
+    kinds = {device.device_kind for device in devices}
+    yield "ok", f"{len(devices)} x {', '.join(sorted(kinds))}, {jax.process_count()} process(es)"
+    mesh = partitioning.make_mesh(config.mesh)
+    partitioning.check_batch_size(config.data.batch_size, mesh, config.train.accumulation)
+    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    per_device = config.data.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
+    yield "ok", f"mesh {axes}; {per_device} pictures of a batch per device"
+
+
+def check_pictures(patient: Patient) -> Lines:
+    """The source opens; a random sample decodes and uses its range of values."""
+    data = patient.config.data
+    patient.source = source = open_source(data, log=lambda line: None)
+    report = source.report
+    # Above the limit it would not have opened; half-way there it is worth a look.
+    limit = max([data.max_quarantined, *(s.max_quarantined for s in data.mixture.values())])
+    status = "warning" if report.share > limit / 2 else "ok"
+    hint = "; `imagen prepare` names them" if report.rejected else ""
+    yield status, f"{len(source):,} usable, {len(report.rejected)} of {report.total} not{hint}"
+
+    before = len(report.rejected)
+    chosen = patient.rng.integers(0, len(source), SAMPLE)
+    begin = time.perf_counter()
+    pictures = [source.record(int(i)).image for i in chosen]
+    each = (time.perf_counter() - begin) / SAMPLE * 1e3
+    broken = source.report.rejected[before:]
+    if broken:
+        yield (
+            "failed",
+            f"{len(broken)} of {SAMPLE} no longer decode, such as {broken[0][0]}: {broken[0][1]}; "
+            "repair or remove them, the next start makes the index anew",
+        )
+    else:
+        yield "ok", f"{SAMPLE} random ones decode, {each:.1f} ms each"
+    sides = [min(p.shape[:2]) for p in pictures]
+    wanted = data.crop_from or data.image_size
+    small = float(np.mean([side < wanted for side in sides]))
+    if small:
+        yield (
+            "warning",
+            f"{small:.0%} have a shorter side below {wanted} px and are enlarged; leave them out "
+            f"with --config.data.min_size={wanted}",
+        )
+    yield from _value_range(pictures)
+
+
+def _value_range(pictures: list[np.ndarray]) -> Lines:
+    low, high = min(p.min() for p in pictures), max(p.max() for p in pictures)
+    flat = float(np.mean([p.max() - p.min() <= 2 for p in pictures]))
+    floats = images.to_float(np.stack([low, high] * 3).reshape(2, 3))
+    span = f"levels {low}..{high} of {LEVELS}, as float {floats.min():.2f}..{floats.max():.2f}"
+    if high <= 2:
+        yield (
+            "failed",
+            f"{span}: all but black, saved from floats in [0, 1]? Multiply by 255 before saving",
+        )
+    elif flat > 0.5:
+        yield "failed", f"{flat:.0%} are of one colour; check image_key and how they were saved"
+    elif high < 128 or low > 127:
+        yield "warning", f"{span}: half of the range is never used; check how they were saved"
+    elif flat > 0.02:
+        yield "warning", f"{flat:.0%} are of one colour, placeholders perhaps; remove them"
+    else:
+        yield "ok", span
+
+
+def check_captions(patient: Patient) -> Lines:
+    """How many captions, how many distinct ones, how long."""
+    config, source = patient.config, _opened(patient.source, "the pictures")
+    hashes = source.hashes()
+    unique = len(np.unique(hashes))
+    text = f"{len(hashes):,} captions of {len(source):,} pictures, {unique:,} distinct"
+    if unique == 1 and len(source) > 1:
+        yield "failed", f"{text}; check --config.data.caption_key"
+    else:
+        yield ("warning" if unique < len(source) / 100 else "ok"), text
+
+    chosen = patient.rng.integers(0, len(source), min(CAPTIONS, 4 * len(source)))
+    texts = list(dict.fromkeys(t for i in chosen for t in source.captions(int(i))))
+    missing = source.report.counts()
+    empty = missing.get("no caption", 0) + missing.get("empty caption", 0)
+    words = np.quantile([len(t.split()) for t in texts], [0.5, 0.9, 0.99, 1.0]).round().astype(int)
+    yield (
+        "warning" if empty > 0.01 * source.report.total else "ok",
+        f"words: median {words[0]}, 90% up to {words[1]}, 99% up to {words[2]}, longest "
+        f"{words[3]}; {empty} pictures have none",
+    )
+    if config.data.flip:
+        share = np.mean([sided(t) for t in texts])
+        yield "ok", f"{share:.1%} speak of left or right and are never mirrored"
+
+
+def check_text(patient: Patient) -> Lines:
+    """The encoder loads; how many captions it cuts."""
+    config = patient.config
+    if not config.text.path:
+        yield "warning", "no encoder named, any embeddings are taken; set --config.text.path"
+        return
+    patient.encoder = encoder = load_text_encoder(config.text)
+    yield "ok", f"{config.text.path}: width {encoder.dim}, up to {encoder.max_len} tokens"
+    length = min(encoder.max_len, config.data.max_text_len)
+    if patient.source is None:
+        return
+    texts = _some_captions(patient, CAPTIONS)
+    over = float(np.mean([encoder.token_count(text) > length for text in texts]))
+    line = f"{over:.1%} of {len(texts):,} captions have more than {length} tokens and are cut"
+    fix = "; raise --config.text.max_len and --config.data.max_text_len together"
+    yield ("warning", line + fix) if over > 0.05 else ("ok", line)
+
+
+def check_embeddings(patient: Patient) -> Lines:
+    """The store is whole, of this encoder and width, and has every caption."""
+    config = patient.config
+    expected = patient.encoder.fingerprint() if patient.encoder else None
+    patient.store = store = EmbeddingStore.open(config.data.embeddings, expected)
+    if config.model.text_dim and config.model.text_dim != store.dim:
+        yield (
+            "failed",
+            f"width {store.dim}, but config.model.text_dim={config.model.text_dim}; set it to 0 "
+            "(that of the store) or embed with the encoder meant",
+        )
+    whose = "of the encoder named" if expected else "of an encoder that is not named"
+    yield "ok", f"{store.captions:,} captions, width {store.dim}, {whose}"
+    source = _opened(patient.source, "the pictures")
+    patient.pipeline = Pipeline(source, store, config.data, config.seed)
+    yield "ok", "every caption of the pictures is there"
+    yield from _check_mask(patient, store)
+
+
+def _check_mask(patient: Patient, store: EmbeddingStore) -> Lines:
+    """Mask against length: real tokens have vectors, the rest is zero."""
+    length = patient.config.data.max_text_len
+    texts = _some_captions(patient, 256)
+    text_emb, mask = store.lookup(texts, length)
+    text_emb = text_emb.astype(np.float32)
+    counts = mask.sum(axis=1)
+    if not np.isfinite(text_emb).all() or (np.abs(text_emb).max(axis=-1)[mask] == 0).any():
+        yield "failed", "some tokens have zero or infinite vectors; delete the store, embed again"
+    elif text_emb[~mask].any() or (counts == 0).any():
+        yield "failed", "the mask does not say which tokens are real; delete the store, embed again"
+    elif patient.encoder and any(
+        count != min(patient.encoder.token_count(text), patient.encoder.max_len, length)
+        for count, text in zip(counts, texts, strict=True)
+    ):
+        yield "failed", "token counts are not the encoder's; delete the store and embed again"
+    else:
+        full = float((counts == length).mean())
+        yield (
+            "ok",
+            f"mask agrees with the vectors; median {np.median(counts):.0f} of {length} tokens",
+        )
+        if full > 0.2:
+            yield (
+                "warning",
+                f"{full:.0%} of the captions fill all {length} tokens, so many are cut; raise "
+                "--config.data.max_text_len",
+            )
+
+
+def check_batch(patient: Patient) -> Lines:
+    """A batch is made, and how fast one thread makes it."""
+    pipeline = _opened(patient.pipeline, "the embeddings")
+    pipeline.batch_at(0)
+    begin = time.perf_counter()
+    batch = pipeline.batch_at(1)
+    rate = len(batch["image"]) / (time.perf_counter() - begin)
+    shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in batch.items())
+    low, high = float(batch["image"].min()), float(batch["image"].max())
+    if low < -1 or high > 1:
+        yield "failed", f"pictures in [{low:.2f}, {high:.2f}] instead of [-1, 1]"
+    yield "ok", f"{shapes}; {rate:.0f} pictures/s by one thread"
+
+
+def check_workdir(patient: Patient) -> Lines:
+    """The workdir can be written and has room for the run."""
+    if patient.workdir is None:
+        yield "warning", "not checked; give --workdir"
+        return
+    if "://" in patient.workdir:
+        yield "warning", "a bucket: neither rights nor room are checked"
+        return
+    folder = pathlib.Path(patient.workdir)
+    probe = folder / f".doctor_{uuid.uuid4().hex}"
+    existed = folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"x")
+        os.replace(probe, f"{probe}.2")
+        os.unlink(f"{probe}.2")
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        yield "failed", f"{folder} cannot be written ({error.strerror}); name another --workdir"
+        return
+    finally:
+        if not existed and folder.is_dir():
+            folder.rmdir()
+    yield "ok", f"{folder} can be written"
+    state = _state_bytes(patient)
+    if state is None:
+        yield "warning", "room is not checked; set config.model.text_dim or mend the embeddings"
+        return
+    needed = state * _saves(patient.config)
+    line = f"{free / 1e9:.1f} GB free, checkpoints take up to {needed / 1e9:.3g} GB"
+    fix = "; make room, or lower --config.checkpoint.keep, keep_best or raise keep_every"
+    if free < needed:
+        yield "failed", line + fix
+    else:
+        yield ("warning", line + fix) if free < 2 * needed else ("ok", line)
+
+
+def _saves(config: Config) -> int:
+    """Checkpoints on disk at a time, the one that is being written included."""
+    settings = config.checkpoint
+    for_good = config.train.steps // settings.keep_every if settings.keep_every else 0
+    return settings.keep + 1 + settings.keep_best + for_good
+
+
+def _state_bytes(patient: Patient) -> int | None:
+    """Bytes of the state of the run; None where the width of the text is not known."""
+    config = _with_width(patient)
+    if not config.model.text_dim:
+        return None
+    mesh = partitioning.make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        _, abstract = abstract_state(config, make_optimizer(config.optimizer, 1), mesh)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+
+
+def check_checkpoint(patient: Patient) -> Lines:
+    """The newest checkpoint of the workdir is whole and the configuration goes on from it."""
+    if patient.workdir is None or not (pathlib.Path(patient.workdir) / "checkpoints").is_dir():
+        yield "ok", "none yet"
+        return
+    config = _with_width(patient)
+    checkpoints = Checkpoints(patient.workdir, config.checkpoint, access="read")
+    step = checkpoints.latest_step()
+    if step is None:
+        yield "ok", "none yet"
+        return
+    saved = checkpoints.restore_config(step)
+    changes = config_io.changes(saved, config)
+    for field, (old, new) in changes.items():
+        yield (
+            "failed",
+            f"config.{field}={new!r}, but {patient.workdir} was trained with {old!r}; set it back "
+            f"or mean it: --allow_changes={field}",
+        )
+    mesh = partitioning.make_mesh(saved.mesh if config.mesh != saved.mesh else config.mesh)
+    with jax.set_mesh(mesh):
+        _, abstract = abstract_state(
+            saved, make_optimizer(saved.optimizer, saved.train.steps), mesh
+        )
+        checkpoints.restore(step, abstract)
+    yield "ok", f"step {step} can be read"
+
+
+def _with_width(patient: Patient) -> Config:
+    """The configuration with what `train` would fill in."""
+    config, pipeline = patient.config, patient.pipeline
+    if pipeline is None or patient.store is None:
+        return config
+    return with_data(config, patient.store.dim, patient.store.fingerprint, pipeline.fingerprint())
+
+
+def _some_captions(patient: Patient, count: int) -> list[str]:
+    source = _opened(patient.source, "the pictures")
+    chosen = patient.rng.integers(0, len(source), count)
+    return list(dict.fromkeys(source.captions(int(i))[0] for i in chosen))
+
+
+def _opened(part, what: str):
+    if part is None:
+        raise ConfigError(f"not checked, since {what} could not be opened; see above")
+    return part
+
+
+CHECKS: dict[str, Callable[[Patient], Lines]] = {
+    "devices": check_devices,
+    "pictures": check_pictures,
+    "captions": check_captions,
+    "text": check_text,
+    "embeddings": check_embeddings,
+    "batch": check_batch,
+    "workdir": check_workdir,
+    "checkpoint": check_checkpoint,
+}

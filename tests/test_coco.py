@@ -1,0 +1,129 @@
+"""From TFDS's mocked `coco_captions` to a trained stage: prepare, pretrain_text, embed, train.
+
+The mock makes examples but no files. Here they go through TFDS's own writer and COCO's own features
+into the files that the real data set consists of, which are then read like it.
+"""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from imagen_jax.cli import run
+from imagen_jax.config_io import load
+from imagen_jax.data.index import open_source
+
+tfds = pytest.importorskip("tensorflow_datasets")
+COUNT = 12
+TINY = [
+    "train.steps=3",
+    "train.log_every=1",
+    "model.channels=(16,16)",
+    "data.batch_size=4",
+    "data.min_size=0",
+    "data.max_quarantined=0.5",
+    "mesh.cpu_devices=1",
+    "pretrain_text.steps=2",
+    "pretrain_text.emb_dim=16",
+    "pretrain_text.mlp_dim=16",
+    "pretrain_text.num_layers=1",
+    "pretrain_text.vocab_size=40",
+    "embed.unit_size=512",
+]
+
+
+def write_mocked(data_dir: pathlib.Path, file_format: str) -> list[dict]:
+    """Mocked examples as prepared files; returns them."""
+    with tfds.testing.mock_data(num_examples=COUNT):
+        builder = tfds.builder("coco_captions")
+        examples = list(tfds.as_numpy(builder.as_dataset(split="train")))
+        features, version = builder.info.features, str(builder.version)
+    folder = data_dir / "coco_captions" / "2014" / version
+    folder.mkdir(parents=True)
+    info = tfds.core.DatasetInfo(
+        builder=tfds.core.DatasetIdentity(
+            name="coco_captions",
+            config_name="2014",
+            version=version,
+            data_dir=str(folder),
+            module_name="coco_captions",
+        ),
+        features=features,
+    )
+    writer = tfds.core.SequentialWriter(info, max_examples_per_shard=5, file_format=file_format)
+    writer.initialize_splits(["train"])
+    for example in examples:
+        boxes = example["objects"]["bbox"]
+        example["objects"]["bbox"] = [tfds.features.BBox(*sorted(box.tolist())) for box in boxes]
+    writer.add_examples({"train": examples})
+    writer.close_all()
+    return examples
+
+
+@pytest.fixture(scope="module")
+def mocked(tmp_path_factory):
+    """(data_dir, the examples as TFDS's mock gives them)."""
+    data_dir = tmp_path_factory.mktemp("coco")
+    return data_dir, write_mocked(data_dir, "tfrecord")
+
+
+def overrides(data_dir: pathlib.Path, run_dir: pathlib.Path) -> list[str]:
+    paths = [f"data.path={data_dir}", f"data.embeddings={run_dir}/embeddings"]
+    return [*TINY, *paths, f"text.path={run_dir}/text"]
+
+
+def assert_same_records(source, examples) -> None:
+    large = [e for e in examples if min(e["image"].shape[:2]) >= 8]
+    assert len(source) == len(large) > COUNT / 2
+    for i, example in enumerate(large):
+        texts = [text.decode().strip() for text in example["captions"]["text"]]
+        assert source.captions(i) == tuple(text for text in texts if text)
+        difference = source.record(i).image.astype(int) - example["image"]
+        assert np.abs(difference).mean() < 40  # JPEG of noise.
+
+
+def test_from_mocked_coco_to_a_trained_stage(mocked, tmp_path, capsys):
+    data_dir, examples = mocked
+    fields = overrides(data_dir, tmp_path)
+    config = load("configs/coco.py:base", fields)
+    assert_same_records(open_source(config.data, log=lambda line: None), examples)
+    flags = ["--config=configs/coco.py:base", *(f"--config.{field}" for field in fields)]
+    assert run.main(["prepare", *flags]) == 0
+    assert run.main(["pretrain_text", *flags, f"--out={tmp_path}/text"]) == 0
+    assert run.main(["embed", *flags]) == 0
+    assert run.main(["train", *flags, f"--workdir={tmp_path}/run"]) == 0
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [1, 2, 3]
+    assert all(np.isfinite(json.loads(row)["loss"]) for row in rows)
+    assert run.main(["doctor", *flags, f"--workdir={tmp_path}/run"]) == 0
+    out = capsys.readouterr().out
+    assert "step 3 can be read" in out
+
+
+def test_array_record_files_are_read_alike(mocked, tmp_path):
+    pytest.importorskip("array_record")
+    examples = write_mocked(tmp_path, "array_record")
+    fields = overrides(tmp_path, tmp_path)
+    data = load("configs/coco.py:base", fields).data
+    source = open_source(data, log=lambda line: None)
+    assert_same_records(source, examples)
+    config = load("configs/coco.py:base", overrides(mocked[0], tmp_path))
+    other = open_source(config.data, log=lambda line: None)
+    for i in range(len(source)):
+        np.testing.assert_array_equal(source.record(i).image, other.record(i).image)
+
+
+def test_a_builder_with_several_configurations_wants_a_name(mocked, tmp_path):
+    import dataclasses
+    import shutil
+
+    from imagen_jax.config import ConfigError
+
+    for name in ("2014", "2017"):
+        shutil.copytree(mocked[0] / "coco_captions" / "2014", tmp_path / "coco_captions" / name)
+    data = load("configs/coco.py:base", overrides(mocked[0], tmp_path)).data
+    unnamed = dataclasses.replace(data, name="coco_captions")
+    assert len(open_source(unnamed, log=lambda line: None)) > 0
+    with pytest.raises(ConfigError, match="coco_captions/2014, coco_captions/2017"):
+        open_source(dataclasses.replace(unnamed, path=str(tmp_path)))
