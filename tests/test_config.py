@@ -211,3 +211,68 @@ def test_configuration_at_full_size_and_shrunk(name, make_batch):
 def test_unknown_name_in_a_projects_file():
     with pytest.raises(ConfigError, match="nope"):
         config_io.load(f"{ROOT / 'configs' / 'shapes.py'}:nope")
+
+
+MIXTURE = """
+from imagen_jax import config_io
+from imagen_jax.config import Config
+
+def get_config(name=""):
+    c = config_io.to_config_dict(Config())
+    c.data.mixture = {
+        "coco": {"kind": "tfds", "name": "coco_captions", "path": "/data", "rate": 3},
+        "own": {"kind": "folder", "path": "/own"},
+    }
+    return c
+"""
+
+
+@pytest.fixture
+def mixture(tmp_path) -> str:
+    path = tmp_path / "mixture.py"
+    path.write_text(MIXTURE)
+    return str(path)
+
+
+def test_sources_of_a_mixture_are_overridden_by_name(mixture):
+    config = config_io.load(mixture, ["data.mixture.own.rate=0.5", "data.mixture.coco.split=val"])
+    coco, own = config.data.mixture["coco"], config.data.mixture["own"]
+    assert (coco.rate, coco.split, coco.path) == (3.0, "val", "/data")
+    assert (own.rate, own.kind, own.split) == (0.5, "folder", "train")
+    assert config_io.from_json(config_io.to_json(config)) == config
+    assert hash(config) == hash(config_io.from_json(config_io.to_json(config)))
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("data.mixture.coc.rate=1", "did you mean config.data.mixture.coco?"),
+        ("data.mixture.coco.rat=1", "did you mean config.data.mixture.coco.rate?"),
+        ("data.mixture.coco.kind=foldr", "did you mean 'folder'?"),
+        ("data.mixture.coco=1", "config.data.mixture.coco is a section"),
+        ("data.mixture.coco.rate=0", "rate=0.0 must be above 0"),
+    ],
+)
+def test_mistakes_in_a_mixture(mixture, override, says):
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        config_io.load(mixture, [override])
+
+
+def test_what_a_run_may_change_in_a_mixture(mixture):
+    config = config_io.load(mixture)
+    moved = config_io.load(mixture, ["data.mixture.own.path=/elsewhere"])
+    assert config_io.changes(config, moved) == {}
+    rated = config_io.load(mixture, ["data.mixture.own.rate=2"])
+    assert config_io.changes(config, rated) == {"data.mixture.own.rate": (1.0, 2.0)}
+    alone = dataclasses.replace(config, data=dataclasses.replace(config.data, mixture={}))
+    assert config_io.changes(alone, config)["data.mixture.coco.rate"] == (None, 3.0)
+    assert config_io.changes(config, alone)["data.mixture.coco.rate"] == (3.0, None)
+
+
+def test_a_stage_that_learned_from_crops_draws_whole_pictures():
+    crops = DataConfig(image_size=256, lowres_size=64, crop_from=1024)
+    whole = crops.whole()
+    assert (whole.image_size, whole.lowres_size, whole.crop_from) == (1024, 256, 0)
+    assert whole.whole() is whole
+    with pytest.raises(ConfigError, match="crop_from=1000 must be a multiple of.*image_size=256"):
+        DataConfig(image_size=256, crop_from=1000)
