@@ -41,6 +41,8 @@ setuptools.setup(
             "tensorflow-datasets==4.9.10",
             "importlib_resources>=6",
         ],
+        # config.data.kind=parquet.
+        "parquet": ["pyarrow>=20"],
         # CLIP's vocabulary (config.text.encoder=clip).
         "clip": ["tokenizers>=0.22,<0.24"],
         # What the tests compare with where it is there (importorskip); never needed.
@@ -49,6 +51,7 @@ setuptools.setup(
         "cuda": ["jax[cuda13]>=0.10,<0.12"],
         "dev": [
             "beartype>=0.23",
+            "pyarrow>=20",
             "pytest>=9",
             "pyyaml>=6",
             "ruff",
