@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 
 from imagen_jax.config_data import ComponentConfig, DataConfig, SourceConfig
-from imagen_jax.config_fields import ConfigError, check_choice, doc, section, unknown_name
+from imagen_jax.config_fields import ConfigError, doc, section, unknown_name
+from imagen_jax.config_fields import check_choice as _check_choice
 
 __all__ = ["ComponentConfig", "ConfigError", "DataConfig", "SourceConfig", "unknown_name"]
 
@@ -125,9 +126,11 @@ class ModelConfig:
     dtype: str = doc("float32", "Activation dtype; parameters are always float32.")
 
     def __post_init__(self) -> None:
-        check_choice("model.name", self.name, ("unet", "efficient_unet"))
-        check_choice("model.text_conditioning", self.text_conditioning, ("concat", "cross", "none"))
-        check_choice("model.text_pooling", self.text_pooling, ("attention", "mean"))
+        _check_choice("model.name", self.name, ("unet", "efficient_unet"))
+        _check_choice(
+            "model.text_conditioning", self.text_conditioning, ("concat", "cross", "none")
+        )
+        _check_choice("model.text_pooling", self.text_pooling, ("attention", "mean"))
         levels = len(self.channels)
         for field in ("num_res_blocks", "self_attention", "cross_attention"):
             if len(getattr(self, field)) != levels:
@@ -168,11 +171,11 @@ class DiffusionConfig:
     )
 
     def __post_init__(self) -> None:
-        check_choice("diffusion.prediction", self.prediction, ("eps", "x0", "v"))
-        check_choice("diffusion.schedule", self.schedule, ("cosine", "linear"))
-        check_choice("diffusion.aug_schedule", self.aug_schedule, ("cosine", "linear"))
-        check_choice("diffusion.aug_noise_size", self.aug_noise_size, ("image", "lowres"))
-        check_choice(
+        _check_choice("diffusion.prediction", self.prediction, ("eps", "x0", "v"))
+        _check_choice("diffusion.schedule", self.schedule, ("cosine", "linear"))
+        _check_choice("diffusion.aug_schedule", self.aug_schedule, ("cosine", "linear"))
+        _check_choice("diffusion.aug_noise_size", self.aug_noise_size, ("image", "lowres"))
+        _check_choice(
             "diffusion.loss_weight",
             self.loss_weight,
             ("eps", "x0", "v", "min_snr", "truncated_v", "sigmoid"),
@@ -196,8 +199,8 @@ class OptimizerConfig:
     multiply_by_parameter_scale: bool = doc(False, "Adafactor: steps relative to the weights' rms.")
 
     def __post_init__(self) -> None:
-        check_choice("optimizer.name", self.name, ("adam", "adamw", "adafactor", "lion"))
-        check_choice(
+        _check_choice("optimizer.name", self.name, ("adam", "adamw", "adafactor", "lion"))
+        _check_choice(
             "optimizer.schedule", self.schedule, ("constant", "cosine", "linear_tail", "rsqrt")
         )
 
@@ -296,8 +299,8 @@ class SamplingConfig:
     aug_level: float = doc(0.0, "SR stages: noise on the low-resolution picture, 0..1.")
 
     def __post_init__(self) -> None:
-        check_choice("sampling.sampler", self.sampler, ("ddpm", "ddim", "dpmpp_2m", "heun"))
-        check_choice("sampling.thresholding", self.thresholding, ("none", "static", "dynamic"))
+        _check_choice("sampling.sampler", self.sampler, ("ddpm", "ddim", "dpmpp_2m", "heun"))
+        _check_choice("sampling.thresholding", self.thresholding, ("none", "static", "dynamic"))
         if self.steps < 1:
             raise ConfigError(f"config.sampling.steps={self.steps} must be at least 1")
 
