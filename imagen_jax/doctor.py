@@ -23,9 +23,11 @@ from imagen_jax.checkpoint import CheckpointError, Checkpoints
 from imagen_jax.config import Config, ConfigError
 from imagen_jax.data.embeddings import EmbeddingError, EmbeddingStore
 from imagen_jax.data.index import open_source
+from imagen_jax.data.on_the_fly import TokenSource
 from imagen_jax.data.pipeline import Pipeline
 from imagen_jax.data.records import AnySource
 from imagen_jax.data.view import sided
+from imagen_jax.interop.weights import WeightsError
 from imagen_jax.optimizer import make_optimizer
 from imagen_jax.text import TextEncoder, load_text_encoder
 from imagen_jax.train import abstract_state, with_data
@@ -33,6 +35,8 @@ from imagen_jax.train import abstract_state, with_data
 SAMPLE = 100  # Pictures that are decoded.
 CAPTIONS = 5_000  # Captions that are read and counted in tokens.
 LEVELS = 255
+# What a check may run into and says in one line; anything else is a fault of this program.
+FAULTS = (ConfigError, EmbeddingError, CheckpointError, WeightsError, OSError)
 
 
 class DoctorError(ValueError):
@@ -56,7 +60,7 @@ class Patient:
     rng: np.random.Generator
     source: AnySource | None = None
     encoder: TextEncoder | None = None
-    store: EmbeddingStore | None = None
+    store: EmbeddingStore | TokenSource | None = None
     pipeline: Pipeline | None = None
 
 
@@ -78,7 +82,7 @@ def doctor(
     for name, check in CHECKS.items():
         try:
             found = list(check(patient))
-        except (ConfigError, EmbeddingError, CheckpointError, OSError) as error:
+        except FAULTS as error:
             found = [("failed", " ".join(str(error).split()))]
         for status, text in found:
             findings.append(Finding(status, name, text))
@@ -191,7 +195,9 @@ def check_text(patient: Patient) -> Lines:
     if not config.text.path:
         yield "warning", "no encoder named, any embeddings are taken; set --config.text.path"
         return
-    patient.encoder = encoder = load_text_encoder(config.text)
+    # As `train` does: only an encoder that works while training lies on the mesh.
+    mesh = partitioning.make_mesh(config.mesh) if config.text.on_the_fly else None
+    patient.encoder = encoder = load_text_encoder(config.text, mesh)
     yield "ok", f"{config.text.path}: width {encoder.dim}, up to {encoder.max_len} tokens"
     length = min(encoder.max_len, config.data.max_text_len)
     if patient.source is None:
@@ -206,18 +212,24 @@ def check_text(patient: Patient) -> Lines:
 def check_embeddings(patient: Patient) -> Lines:
     """The store is whole, of this encoder and width, and has every caption."""
     config = patient.config
-    expected = patient.encoder.fingerprint() if patient.encoder else None
-    patient.store = store = EmbeddingStore.open(config.data.embeddings, expected)
+    if config.text.on_the_fly:
+        patient.store = store = TokenSource(_opened(patient.encoder, "the text encoder"))
+    else:
+        expected = patient.encoder.fingerprint() if patient.encoder else None
+        patient.store = store = EmbeddingStore.open(config.data.embeddings, expected)
     if config.model.text_dim and config.model.text_dim != store.dim:
         yield (
             "failed",
             f"width {store.dim}, but config.model.text_dim={config.model.text_dim}; set it to 0 "
             "(that of the store) or embed with the encoder meant",
         )
-    whose = "of the encoder named" if expected else "of an encoder that is not named"
-    yield "ok", f"{store.captions:,} captions, width {store.dim}, {whose}"
     source = _opened(patient.source, "the pictures")
     patient.pipeline = Pipeline(source, store, config.data, config.seed)
+    if isinstance(store, TokenSource):
+        yield "ok", f"none stored, captions are encoded while training, width {store.dim}"
+        return
+    whose = "of the encoder named" if patient.encoder else "of an encoder that is not named"
+    yield "ok", f"{store.captions:,} captions, width {store.dim}, {whose}"
     yield "ok", "every caption of the pictures is there"
     yield from _check_mask(patient, store)
 

@@ -18,6 +18,7 @@ from imagen_jax.config import Config, MeshConfig
 from imagen_jax.config_io import load
 from imagen_jax.data import embeddings
 from imagen_jax.doctor import doctor
+from imagen_jax.text import TokenBatch
 
 FINGERPRINT = {"encoder": "fake", "max_len": 4}
 
@@ -203,12 +204,31 @@ class Letters:
     def token_count(self, caption):
         return len(caption)
 
+    def tokenize(self, captions):
+        ids = np.array([[ord(letter) for letter in text[: self.max_len]] for text in captions])
+        return TokenBatch(ids.astype(np.int32), ids > 0, ())
+
+    def encode(self, ids, mask):
+        raise NotImplementedError("doctor trains nothing")
+
+    def flops(self, length):
+        return 0.0
+
+
+def test_captions_that_are_encoded_while_training(with_encoder):
+    config, _ = with_encoder
+    text = dataclasses.replace(config.text, on_the_fly=True)
+    config = with_data(dataclasses.replace(config, text=text), embeddings="")
+    table = found(config)
+    assert "none stored" in table["embeddings"]["ok"][0]
+    assert "text_ids [4, 4]" in table["batch"]["ok"][0]
+
 
 @pytest.fixture
 def with_encoder(healthy, monkeypatch):
     """(configuration with an encoder, that encoder)."""
     encoder = Letters()
-    monkeypatch.setattr(doctor_lib, "load_text_encoder", lambda config: encoder)
+    monkeypatch.setattr(doctor_lib, "load_text_encoder", lambda config, mesh: encoder)
     text = dataclasses.replace(healthy.text, path="letters")
     return dataclasses.replace(healthy, text=text), encoder
 
@@ -226,6 +246,10 @@ def test_another_encoder_and_masks_that_are_not_its_own(with_encoder):
 
 def test_an_encoder_that_is_not_there(healthy, tmp_path):
     text = dataclasses.replace(healthy.text, path=str(tmp_path / "no_t5"))
+    table = found(dataclasses.replace(healthy, text=text))
+    assert "no_t5" in table["text"]["failed"][0]
+    (tmp_path / "no_t5").mkdir()
+    (tmp_path / "no_t5" / "config.json").write_text("{}")
     table = found(dataclasses.replace(healthy, text=text))
     assert "no_t5" in table["text"]["failed"][0]
 
