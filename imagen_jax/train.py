@@ -111,6 +111,7 @@ def train(
     _check_writable(workdir)
     mesh = partitioning.make_mesh(config.mesh)
     partitioning.check_batch_size(config.data.batch_size, mesh, config.train.accumulation)
+    partitioning.check_tensor(config.model, mesh)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
 
     with jax.set_mesh(mesh), contextlib.ExitStack() as closing:
