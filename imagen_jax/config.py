@@ -301,6 +301,7 @@ class TrainConfig:
 
     steps: int = doc(2_500_000, "Training steps.")
     accumulation: int = doc(1, "Parts a batch is split into, one after the other, to save memory.")
+    init_from: str = doc("", "Stage folder whose parameters a new run starts from; empty: none.")
     overfit_batch: bool = doc(False, "Repeat the first batch, then draw it: can it learn at all.")
     nan_patience: int = doc(10, "Steps in a row that may not be finite before a roll-back.")
     rollbacks: int = doc(1, "Roll-backs to the last checkpoint before the run gives up.")
