@@ -138,6 +138,7 @@ HARMLESS = (
     "text.on_the_fly",
     "pretrain_text",
     "embed",
+    "model.remat",
     "train.log_every",
     "train.sample_every",
     "train.profile_at",

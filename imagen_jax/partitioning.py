@@ -1,12 +1,14 @@
 """Devices as a mesh, and arrays laid over it: logical axis names -> mesh axes by one table.
 
-The mesh has the axes data (batch only), fsdp (batch and parameters) and tensor (channels). Layers
-name the axes of their parameters; a new layer needs a row here only if it brings a new name.
+The mesh has the axes data (batch only), fsdp (batch and parameters) and tensor (channels, heads).
+Layers name the axes of their parameters and of some activations; a new layer needs a row here only
+if it brings a new name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -15,15 +17,16 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from imagen_jax.config import ConfigError, MeshConfig
+from imagen_jax.config import ConfigError, MeshConfig, ModelConfig
 
 # Shardings can be planned for devices that are not here.
 AnyMesh = Mesh | AbstractMesh
 
 AXES = ("data", "fsdp", "tensor")
 
-# logical axis of a parameter -> mesh axis (None: not split)
-RULES: dict[str, str | None] = {
+# logical axis -> mesh axis, or axes (None: not split)
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    # parameters
     "embed": "fsdp",
     "mlp": "tensor",
     "vocab": "tensor",
@@ -31,6 +34,10 @@ RULES: dict[str, str | None] = {
     "conv_width": None,
     "conv_in": "fsdp",
     "conv_out": "tensor",
+    # activations
+    "batch": ("data", "fsdp"),
+    "channels": "tensor",
+    "heads": "tensor",
 }
 
 
@@ -74,6 +81,23 @@ def check_batch_size(batch_size: int, mesh: AnyMesh, accumulation: int = 1) -> N
         )
 
 
+def check_tensor(model: ModelConfig, mesh: AnyMesh) -> None:
+    """Raises ConfigError when the tensor axis does not divide the widths and the heads."""
+    tensor = mesh.shape["tensor"]
+    attends = [s or c for s, c in zip(model.self_attention, model.cross_attention, strict=True)]
+    attends[-1] |= bool(model.middle_attention)
+    widths = model.channels
+    heads = [w // model.head_dim for w, a in zip(widths, attends, strict=True) if a]
+    common = math.gcd(*widths, *heads)
+    if common % tensor:
+        fits = [n for n in range(1, common + 1) if common % n == 0]
+        nearest = min(fits, key=lambda n: (abs(n - tensor), n))
+        raise ConfigError(
+            f"config.mesh.tensor={tensor} must divide config.model.channels={widths} and their "
+            f"heads {tuple(heads)} (config.model.head_dim={model.head_dim}); try {nearest}"
+        )
+
+
 def batch_sharding(mesh: AnyMesh) -> NamedSharding:
     """Arrays whose first axis is the batch: split over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
@@ -106,12 +130,26 @@ def fetch(array: jax.Array) -> np.ndarray:
     return np.asarray(array)
 
 
-def _spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: AnyMesh) -> PartitionSpec:
-    """The rules applied to one parameter; an axis that does not divide stays whole."""
-    axes = [RULES[name] if name else None for name in names]
-    return PartitionSpec(
-        *(a if a and n % mesh.shape[a] == 0 else None for a, n in zip(axes, shape, strict=True))
-    )
+def spec(names: Sequence[str | None], shape: Sequence[int], mesh: AnyMesh) -> PartitionSpec:
+    """The rules applied to the axes of one array; an axis that does not divide stays whole."""
+
+    def split(name: str | None, length: int) -> str | tuple[str, ...] | None:
+        axes = RULES[name] if name else None
+        parts = math.prod(mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ()))
+        return axes if length % parts == 0 else None
+
+    return PartitionSpec(*(split(n, length) for n, length in zip(names, shape, strict=True)))
+
+
+def constrain(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
+    """Tells the compiler how an activation lies, by the logical names of its axes.
+
+    With no mesh in force (`jax.set_mesh`) it says nothing: a network can be run by itself.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(names, x.shape, mesh)))
 
 
 def param_shardings(boxed: Any, mesh: AnyMesh) -> Any:
@@ -119,10 +157,27 @@ def param_shardings(boxed: Any, mesh: AnyMesh) -> Any:
 
     def sharding(leaf: Any) -> NamedSharding:
         if isinstance(leaf, nn.Partitioned):
-            return NamedSharding(mesh, _spec(leaf.names, leaf.value.shape, mesh))
+            return NamedSharding(mesh, spec(leaf.names, leaf.value.shape, mesh))
         return NamedSharding(mesh, PartitionSpec())
 
     return jax.tree.map(sharding, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+
+
+def slot_sharding(
+    slot: Sequence[int], param: Sequence[int], sharding: NamedSharding
+) -> NamedSharding:
+    """How an optimizer's slot lies, given how its parameter does.
+
+    A slot of the parameter's shape lies as it does. A factored slot (Adafactor) is the parameter
+    summed over one axis: it is split along the axes that are left. Anything else is whole.
+    """
+    axes = (*sharding.spec, *(None,) * (len(param) - len(sharding.spec)))
+    if tuple(slot) == tuple(param):
+        return sharding
+    for gone in range(len(param)):
+        if tuple(slot) == (*param[:gone], *param[gone + 1 :]):
+            return NamedSharding(sharding.mesh, PartitionSpec(*axes[:gone], *axes[gone + 1 :]))
+    return everywhere(sharding.mesh)
 
 
 def unbox(params: Any) -> Any:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
@@ -37,6 +38,7 @@ from imagen_jax import (
 from imagen_jax.checkpoint import Checkpoints
 from imagen_jax.config import Config, ConfigError
 from imagen_jax.faults import Faults
+from imagen_jax.interop import weights
 from imagen_jax.optimizer import learning_rate, make_optimizer
 from imagen_jax.preemption import Preempted, Preemption
 from imagen_jax.profiling import Profiler
@@ -111,6 +113,7 @@ def train(
     _check_writable(workdir)
     mesh = partitioning.make_mesh(config.mesh)
     partitioning.check_batch_size(config.data.batch_size, mesh, config.train.accumulation)
+    partitioning.check_tensor(config.model, mesh)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
 
     with jax.set_mesh(mesh), contextlib.ExitStack() as closing:
@@ -132,6 +135,23 @@ def train(
         if run.train_step is not None:
             log(metrics.goodput(run.timer.summary()))
     return state
+
+
+def start_from(state: TrainState, path: str) -> TrainState:
+    """The state with the parameters of a stage folder, which become its averages, too.
+
+    Raises:
+      StageError: it is no stage folder. WeightsError: it is of another network.
+    """
+    params = cascade.load_stage(path).params
+    found, expected = (
+        {name: leaf.shape for name, leaf in weights.flatten(tree).items()}
+        for tree in (params, state.params)
+    )
+    weights.check_parameters(f"config.train.init_from={path}", found, expected)
+    params = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, state.params)
+    averages = {name: jax.tree.map(jnp.copy, params) for name in state.ema}
+    return dataclasses.replace(state, params=params, ema=averages)
 
 
 class Run:
@@ -176,7 +196,8 @@ class Run:
             self.log,
         )
         if found is None:
-            return 0, create()
+            start = self.config.train.init_from
+            return 0, start_from(create(), start) if start else create()
         self.log(f"going on from step {found[0]}")
         return found
 

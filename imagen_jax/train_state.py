@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from imagen_jax import partitioning
 
@@ -49,22 +49,26 @@ def create(
 
 
 def shardings(
-    abstract: TrainState, boxed: Any, optimizer: optax.GradientTransformation, mesh: Mesh
+    abstract: TrainState,
+    boxed: Any,
+    optimizer: optax.GradientTransformation,
+    mesh: partitioning.AnyMesh,
 ) -> TrainState:
     """Shardings of a whole TrainState: averages and optimizer slots lie as their parameters do.
+
+    Adafactor's factored slots lie along the axes they have left.
 
     Args:
       abstract: shapes of the state.
       boxed: abstract parameters with their logical axis names.
       optimizer: the one that made `abstract.opt_state`.
-      mesh: from `partitioning.make_mesh`.
+      mesh: from `partitioning.make_mesh`, or one that is only planned.
     """
     params = partitioning.param_shardings(boxed, mesh)
     whole = NamedSharding(mesh, PartitionSpec())
 
     def slot(leaf: Any, sharding: NamedSharding, param: Any) -> NamedSharding:
-        # Factored slots (Adafactor) have another shape than their parameter.
-        return sharding if leaf.shape == param.shape else whole
+        return partitioning.slot_sharding(leaf.shape, param.shape, sharding)
 
     opt_state = optax.tree.map_params(
         optimizer,

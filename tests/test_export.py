@@ -3,13 +3,16 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax import cascade
+from imagen_jax import cascade, export, train_state
 from imagen_jax.cli import run
 from imagen_jax.config import EmaConfig, TrainConfig
-from imagen_jax.train import train
+from imagen_jax.interop import weights
+from imagen_jax.optimizer import make_optimizer
+from imagen_jax.train import start_from, train
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +87,18 @@ def test_folders_that_are_refused(trained, tmp_path, capsys):
     assert ema_verb(trained[1], tmp_path / "letters", "--sigma_rel=0.1") == 1
     assert "is no stage folder" in capsys.readouterr().err
     assert (tmp_path / "letters" / "a.txt").exists()
+
+
+def test_a_new_run_may_start_from_a_stage(base_config, random_params, tmp_path):
+    stage, other = random_params(base_config), random_params(base_config, seed=1)
+    export.write_stage(tmp_path / "stage", stage, base_config, {})
+    optimizer = make_optimizer(base_config.optimizer, 1)
+    start = train_state.create(jax.tree.map(jnp.asarray, other), optimizer)
+    state = start_from(start, str(tmp_path / "stage"))
+    for tree in (state.params, state.ema["ema"]):
+        for got, wanted in zip(jax.tree.leaves(tree), jax.tree.leaves(stage), strict=True):
+            np.testing.assert_array_equal(got, wanted)
+
+    export.write_stage(tmp_path / "stage", {"conv_in": stage["conv_in"]}, base_config, {})
+    with pytest.raises(weights.WeightsError, match="config.train.init_from=.*missing: cond/noise"):
+        start_from(start, str(tmp_path / "stage"))

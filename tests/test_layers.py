@@ -25,6 +25,7 @@ LAYERS = [
         "pretrain_text",
         "sample",
         "export",
+        "convert",
     },
     {"cli", "__main__"},
 ]
