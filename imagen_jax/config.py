@@ -163,9 +163,15 @@ class ModelConfig:
     text_dim: int = doc(0, "Width of the text embeddings; 0: that of the encoder.")
     out_channels: int = doc(3, "Channels of the prediction.")
     dtype: str = doc("float32", "Activation dtype; parameters are always float32.")
+    remat: str = doc(
+        "none",
+        "What the backward pass computes again instead of keeping it: none, blocks (inside each "
+        "residual and attention block) or full (inside whole levels, and their blocks in turn).",
+    )
 
     def __post_init__(self) -> None:
         _check_choice("model.name", self.name, ("unet", "efficient_unet"))
+        _check_choice("model.remat", self.remat, ("none", "blocks", "full"))
         _check_choice(
             "model.text_conditioning", self.text_conditioning, ("concat", "cross", "none")
         )

@@ -126,6 +126,7 @@ HARMLESS = (
     "text.path",
     "pretrain_text",
     "embed",
+    "model.remat",
     "train.log_every",
     "train.sample_every",
     "train.profile_at",

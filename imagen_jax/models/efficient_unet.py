@@ -6,6 +6,8 @@ them; one skip per level, added and scaled by 1/sqrt(2); no middle block.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -45,15 +47,16 @@ class EfficientUNet(nn.Module):
         def blocks(x: Array, level: int, name: str) -> Array:
             # The figures draw one CombineEmbs before the blocks; its configuration asks for
             # scale-shift norm. Both are read as: every block's norm is modulated by the embedding.
+            block = layers.remat_block(layers.ResBlock, cfg.remat, train_argument=3)
             for j in range(cfg.num_res_blocks[level]):
-                block = layers.ResBlock(
+                layer = block(
                     cfg.channels[level],
                     cfg.num_groups,
                     cfg.dropout,
                     always_project=True,
                     name=f"{name}_{level}_{j}",
                 )
-                x = block(x, embedding, train)
+                x = layer(x, embedding, train)
             return layers.attention_blocks(
                 x,
                 text,
@@ -65,29 +68,39 @@ class EfficientUNet(nn.Module):
                 ),
                 head_dim=cfg.head_dim,
                 num_groups=cfg.num_groups,
+                remat=cfg.remat,
                 name=f"{name}_{level}_attention",
             )
 
-        x = layers.space_to_depth(z.astype(dtype), cfg.patch_size)
-        x = layers.conv(cfg.channels[0], "conv_in")(x)
-
-        skips = []
-        for i, width in enumerate(cfg.channels):
-            stride = 2 if strided[i] else 1
+        def down(i: int, x: Array) -> Array:
+            width, stride = cfg.channels[i], 2 if strided[i] else 1
             if stride == 2 or x.shape[-1] != width:
                 x = layers.conv(width, f"down_{i}_conv", stride=stride)(x)
-            x = blocks(x, i, "down")
-            skips.append(x)
+            return blocks(x, i, "down")
 
-        for i in range(len(cfg.channels) - 1, -1, -1):
-            if i < len(cfg.channels) - 1:
-                x = x + skips[i] * cfg.skip_scale
+        def up(i: int, x: Array) -> Array:
             x = blocks(x, i, "up")
             width = cfg.channels[max(i - 1, 0)]
             if strided[i]:
                 x = layers.upsample(x)
             if strided[i] or x.shape[-1] != width:
                 x = layers.conv(width, f"up_{i}_conv")(x)
+            return x
+
+        def level(run: Callable[[int, Array], Array], i: int, x: Array) -> Array:
+            return layers.remat_level(lambda net, x: run(i, x), cfg.remat)(self, x)
+
+        x = layers.space_to_depth(z.astype(dtype), cfg.patch_size)
+        x = layers.conv(cfg.channels[0], "conv_in")(x)
+
+        last = len(cfg.channels) - 1
+        skips = []
+        for i in range(last + 1):
+            x = level(down, i, x)
+            skips.append(x)
+        for i in range(last, -1, -1):
+            x = x if i == last else x + skips[i] * cfg.skip_scale
+            x = level(up, i, x)
 
         x = nn.swish(layers.group_norm(cfg.num_groups, "norm_out")(x))
         x = layers.conv(cfg.out_channels * cfg.patch_size**2, "conv_out", zero_init=True)(x)

@@ -6,6 +6,9 @@ rules. Parameters are float32; activations have the dtype of the input; norms co
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -18,6 +21,24 @@ def _input_dtype(x: Array, *params: Array | None, dtype: None = None) -> list[Ar
     """Casts float32 parameters to the input; Flax's own rule would widen the input instead."""
     del dtype
     return [x, *(None if p is None else p.astype(x.dtype) for p in params)]
+
+
+def remat_block(block: type[nn.Module], policy: str, train_argument: int = 0) -> type[nn.Module]:
+    """`block`, whose inside the backward pass computes again if `model.remat` asks for it.
+
+    Args:
+      block: a residual or attention block.
+      policy: `model.remat`.
+      train_argument: position of the argument `train`, self included, which is no array; 0: none.
+    """
+    if policy == "none":
+        return block
+    return nn.remat(block, static_argnums=(train_argument,) if train_argument else ())
+
+
+def remat_level(level: Callable[..., Any], policy: str) -> Callable[..., Any]:
+    """`level(module, *arrays)`, computed again in the backward pass if `model.remat` is full."""
+    return nn.remat(level) if policy == "full" else level
 
 
 def dense(features: int, name: str, *, zero_init: bool = False) -> nn.Dense:
@@ -251,6 +272,7 @@ def attention_blocks(
     settings: tuple[bool, bool, str],
     head_dim: int,
     num_groups: int,
+    remat: str,
     name: str,
 ) -> Float[Array, "b h w c"]:
     """The attention of one place in a U-Net.
@@ -262,15 +284,17 @@ def attention_blocks(
       settings: (self_attention, cross_attention, text_conditioning) of the level.
       head_dim: channels per head.
       num_groups: groups of the norm.
+      remat: `model.remat`.
       name: prefix of the layers' names.
     """
     self_attention, cross_attention, mode = settings
     if mode == "none":
         cross_attention = False
     joint = self_attention and cross_attention and mode == "concat"
+    block = remat_block(AttentionBlock, remat)
     if self_attention:
-        attention = AttentionBlock(head_dim, num_groups, pixels=True, name=f"{name}_self")
+        attention = block(head_dim, num_groups, pixels=True, name=f"{name}_self")
         x = attention(x, *((text, mask) if joint else (None, None)))
     if cross_attention and not joint:
-        x = AttentionBlock(head_dim, num_groups, pixels=False, name=f"{name}_cross")(x, text, mask)
+        x = block(head_dim, num_groups, pixels=False, name=f"{name}_cross")(x, text, mask)
     return x

@@ -6,6 +6,10 @@ resolution changes inside BigGAN-style residual blocks.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -51,8 +55,9 @@ class UNet(nn.Module):
         )
 
         def res(x: Array, features: int, name: str, resample: str = "none") -> Array:
-            block = layers.ResBlock(features, cfg.num_groups, cfg.dropout, resample, name=name)
-            return block(x, embedding, train)
+            block = layers.remat_block(layers.ResBlock, cfg.remat, train_argument=3)
+            layer = block(features, cfg.num_groups, cfg.dropout, resample, name=name)
+            return layer(x, embedding, train)
 
         def attention(x: Array, level: int, name: str) -> Array:
             return layers.attention_blocks(
@@ -66,34 +71,47 @@ class UNet(nn.Module):
                 ),
                 head_dim=cfg.head_dim,
                 num_groups=cfg.num_groups,
+                remat=cfg.remat,
                 name=name,
             )
 
         last = len(cfg.channels) - 1
+
+        def down(i: int, x: Array) -> list[Array]:
+            outputs = []
+            for j in range(cfg.num_res_blocks[i]):
+                x = res(x, cfg.channels[i], f"down_{i}_{j}")
+                x = attention(x, i, f"down_{i}_{j}_attention")
+                outputs.append(x)
+            if i < last:
+                outputs.append(res(x, cfg.channels[i], f"down_{i}_resample", "down"))
+            return outputs
+
+        def middle(x: Array) -> Array:
+            x = res(x, cfg.channels[last], "middle_in")
+            x = attention(x, last, "middle_attention")
+            return res(x, cfg.channels[last], "middle_out")
+
+        def up(i: int, x: Array, skips: list[Array]) -> Array:
+            for j, skip in enumerate(skips):
+                x = jnp.concatenate([x, skip * cfg.skip_scale], axis=-1)
+                x = res(x, cfg.channels[i], f"up_{i}_{j}")
+                x = attention(x, i, f"up_{i}_{j}_attention")
+            return res(x, cfg.channels[i], f"up_{i}_resample", "up") if i > 0 else x
+
+        def level(run: Callable[..., Any], *arrays: Any) -> Any:
+            return layers.remat_level(lambda net, *arrays: run(*arrays), cfg.remat)(self, *arrays)
+
         x = layers.space_to_depth(z.astype(dtype), cfg.patch_size)
         x = layers.conv(cfg.channels[0], "conv_in")(x)
 
         skips = [x]
-        for i, width in enumerate(cfg.channels):
-            for j in range(cfg.num_res_blocks[i]):
-                x = res(x, width, f"down_{i}_{j}")
-                x = attention(x, i, f"down_{i}_{j}_attention")
-                skips.append(x)
-            if i < last:
-                x = res(x, width, f"down_{i}_resample", "down")
-                skips.append(x)
-
-        x = res(x, cfg.channels[last], "middle_in")
-        x = attention(x, last, "middle_attention")
-        x = res(x, cfg.channels[last], "middle_out")
-
+        for i in range(last + 1):
+            skips += level(functools.partial(down, i), skips[-1])
+        x = level(middle, skips[-1])
         for i in range(last, -1, -1):
-            for j in range(cfg.num_res_blocks[i] + 1):
-                x = jnp.concatenate([x, skips.pop() * cfg.skip_scale], axis=-1)
-                x = res(x, cfg.channels[i], f"up_{i}_{j}")
-                x = attention(x, i, f"up_{i}_{j}_attention")
-            if i > 0:
-                x = res(x, cfg.channels[i], f"up_{i}_resample", "up")
+            take = [skips.pop() for _ in range(cfg.num_res_blocks[i] + 1)]
+            x = level(functools.partial(up, i), x, take)
 
         x = nn.swish(layers.group_norm(cfg.num_groups, "norm_out")(x))
         x = layers.conv(cfg.out_channels * cfg.patch_size**2, "conv_out", zero_init=True)(x)
