@@ -148,7 +148,27 @@ class ModelConfig:
         "How pixels attend to text: concat (text keys/values beside the self-attention's own), "
         "cross (a layer of its own) or none (pooled text only).",
     )
-    text_pooling: str = doc("attention", "Pooled text vector: attention or mean.")
+    text_pooling: str = doc(
+        "attention",
+        "Pooled text vector: attention, mean, or token (IF: a token of its own that sees the "
+        "padding, too).",
+    )
+    pooling_heads: int = doc(64, "token pooling: attention heads.")
+    text_norm: str = doc(
+        "layer", "Norm of the tokens: layer (once), or group (in every attention block; IF)."
+    )
+    text_width: int = doc(
+        0, "Width to which the tokens are projected before attention; 0: not projected."
+    )
+    noise_embedding: str = doc(
+        "time",
+        "How logsnr is embedded: time (continuous) or steps (the nearest of IF's 1000 steps).",
+    )
+    activation: str = doc("swish", "Nonlinearity: swish or gelu.")
+    middle_attention: tuple[bool, ...] = doc(
+        (), "unet: self- and cross-attention of the middle, two entries; (): the last level's."
+    )
+    residual_divisor: float = doc(1.0, "Residual blocks divide their sum by this (IF's SR: 1.414).")
     head_dim: int = doc(64, "Channels per attention head.")
     num_groups: int = doc(32, "Groups of GroupNorm.")
     patch_size: int = doc(1, "Space-to-depth factor at the input and output; 1: none.")
@@ -161,7 +181,9 @@ class ModelConfig:
     lowres: bool = doc(False, "Whether the input carries a low-resolution picture (SR stages).")
     lowres_residual: bool = doc(False, "Add the low-resolution picture to the output (x0 only).")
     text_dim: int = doc(0, "Width of the text embeddings; 0: that of the encoder.")
-    out_channels: int = doc(3, "Channels of the prediction.")
+    out_channels: int = doc(
+        3, "Channels of the output; those after the third (IF's learned variance) are not used."
+    )
     dtype: str = doc("float32", "Activation dtype; parameters are always float32.")
     remat: str = doc(
         "none",
@@ -175,7 +197,20 @@ class ModelConfig:
         _check_choice(
             "model.text_conditioning", self.text_conditioning, ("concat", "cross", "none")
         )
-        _check_choice("model.text_pooling", self.text_pooling, ("attention", "mean"))
+        _check_choice("model.text_pooling", self.text_pooling, ("attention", "mean", "token"))
+        _check_choice("model.text_norm", self.text_norm, ("layer", "group"))
+        _check_choice("model.noise_embedding", self.noise_embedding, ("time", "steps"))
+        _check_choice("model.activation", self.activation, ("swish", "gelu"))
+        if self.text_norm == "group" and self.text_width % 32:
+            raise ConfigError(
+                f"config.model.text_width={self.text_width} must be a multiple of 32, the groups "
+                "of config.model.text_norm='group'"
+            )
+        if len(self.middle_attention) not in (0, 2):
+            raise ConfigError(
+                f"config.model.middle_attention={self.middle_attention} must have two entries, "
+                "self- and cross-attention, or none"
+            )
         levels = len(self.channels)
         for field in ("num_res_blocks", "self_attention", "cross_attention"):
             if len(getattr(self, field)) != levels:
@@ -183,16 +218,19 @@ class ModelConfig:
                     f"config.model.{field} has {len(getattr(self, field))} entries, "
                     f"config.model.channels has {levels}; give one entry per level"
                 )
-        for width in self.channels:
+        for level, width in enumerate(self.channels):
+            attends = self.self_attention[level] or self.cross_attention[level]
+            if (attends or (level == levels - 1 and self.middle_attention)) and (
+                width % self.head_dim
+            ):
+                raise ConfigError(
+                    f"config.model.channels={self.channels} must be multiples of "
+                    f"config.model.head_dim={self.head_dim} where pixels attend"
+                )
             if width % self.num_groups:
                 raise ConfigError(
                     f"config.model.channels={self.channels} must be multiples of "
                     f"config.model.num_groups={self.num_groups}"
-                )
-            if width % self.head_dim:
-                raise ConfigError(
-                    f"config.model.channels={self.channels} must be multiples of "
-                    f"config.model.head_dim={self.head_dim}"
                 )
 
 

@@ -1,7 +1,8 @@
 """From a training run to a stage folder: averaged parameters, configuration and a model card.
 
 The parameters are the ordinary average of the newest checkpoint (`export`), or a power-function
-average of any width, put together from the run's snapshots (`export_average`).
+average of any width, put together from the run's snapshots (`export_average`). `convert` does the
+same for the formats of others.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -44,7 +45,19 @@ def export(workdir: str, out: str, log: Callable[[str], None] = print) -> Config
     Raises:
       CheckpointError: there is no checkpoint, it cannot be read, or `out` holds something else.
     """
-    folder = _stage_folder(out)
+    folder = stage_folder(out)
+    params, config, step = newest_average(workdir)
+    config = _write(folder, params, config, step, "exponential moving average")
+    log(f"{folder}: step {step} of {workdir}")
+    return config
+
+
+def newest_average(workdir: str) -> tuple[Any, Config, int]:
+    """Averaged parameters, configuration and step of a run's newest checkpoint.
+
+    Raises:
+      CheckpointError: there is no checkpoint, or it cannot be read.
+    """
     if not (pathlib.Path(workdir) / "checkpoints").is_dir():
         raise CheckpointError(f"--workdir={workdir} holds no checkpoints; train first")
     checkpoints = Checkpoints(workdir, CheckpointConfig())
@@ -54,9 +67,7 @@ def export(workdir: str, out: str, log: Callable[[str], None] = print) -> Config
     config = checkpoints.restore_config(step)
     params = checkpoints.restore_ema(step, _abstract_params(config))
     checkpoints.close()
-    config = _write(folder, params, config, step, "exponential moving average")
-    log(f"{folder}: step {step} of {workdir}")
-    return config
+    return params, config, step
 
 
 def export_average(
@@ -82,7 +93,7 @@ def export_average(
       CheckpointError: `out` holds something else.
     """
     check_sigma_rel("--sigma_rel", sigma_rel)
-    folder = _stage_folder(out)
+    folder = stage_folder(out)
     snapshots, config = ema_snapshots.find(workdir)
     last = snapshots[-1].profile.step
     step = last if step is None else step
@@ -103,7 +114,7 @@ def export_average(
     return config
 
 
-def _stage_folder(out: str) -> pathlib.Path:
+def stage_folder(out: str) -> pathlib.Path:
     """The path of `out`. Raises CheckpointError when something else than a stage is there."""
     folder = pathlib.Path(out).absolute()
     taken = folder.is_dir() and any(folder.iterdir())
@@ -113,20 +124,35 @@ def _stage_folder(out: str) -> pathlib.Path:
 
 
 def _write(folder: pathlib.Path, params: Any, config: Config, step: int, average: str) -> Config:
-    """Writes the stage folder under a temporary name and renames it; returns its configuration."""
+    """Writes the stage folder of a run; returns its configuration."""
     text_path = config.text.path and str(pathlib.Path(config.text.path).absolute())
     config = dataclasses.replace(config, text=dataclasses.replace(config.text, path=text_path))
-    flat = weights.flatten(jax.tree.map(np.asarray, params))
-    count = sum(a.size for a in flat.values())
+    count = sum(np.size(leaf) for leaf in jax.tree.leaves(params))
+    write_stage(folder, params, config, {"card.md": _card(config, step, count, average)})
+    return config
+
+
+def write_stage(
+    folder: pathlib.Path, params: Any, config: Config, texts: Mapping[str, str]
+) -> None:
+    """Writes a stage folder under a temporary name and renames it; an older one is replaced.
+
+    Args:
+      folder: from `stage_folder`.
+      params: plain parameters.
+      config: the stage.
+      texts: further files, name to content.
+    """
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    flat = weights.flatten(jax.tree.map(np.asarray, params))
     weights.write_safetensors(temporary / "params.safetensors", flat)
     (temporary / "config.json").write_text(config_io.to_json(config))
-    (temporary / "card.md").write_text(_card(config, step, count, average))
+    for name, text in texts.items():
+        (temporary / name).write_text(text)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
-    return config
 
 
 def _abstract_params(config: Config):

@@ -1,12 +1,14 @@
 """Devices as a mesh, and arrays laid over it: logical axis names -> mesh axes by one table.
 
-The mesh has the axes data (batch only), fsdp (batch and parameters) and tensor (channels). Layers
-name the axes of their parameters; a new layer needs a row here only if it brings a new name.
+The mesh has the axes data (batch only), fsdp (batch and parameters) and tensor (channels, heads).
+Layers name the axes of their parameters and of some activations; a new layer needs a row here only
+if it brings a new name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -22,14 +24,19 @@ AnyMesh = Mesh | AbstractMesh
 
 AXES = ("data", "fsdp", "tensor")
 
-# logical axis of a parameter -> mesh axis (None: not split)
-RULES: dict[str, str | None] = {
+# logical axis -> mesh axis, or axes (None: not split)
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    # parameters
     "embed": "fsdp",
     "mlp": "tensor",
     "conv_height": None,
     "conv_width": None,
     "conv_in": "fsdp",
     "conv_out": "tensor",
+    # activations
+    "batch": ("data", "fsdp"),
+    "channels": "tensor",
+    "heads": "tensor",
 }
 
 
@@ -105,12 +112,26 @@ def fetch(array: jax.Array) -> np.ndarray:
     return np.asarray(array)
 
 
-def _spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: AnyMesh) -> PartitionSpec:
-    """The rules applied to one parameter; an axis that does not divide stays whole."""
-    axes = [RULES[name] if name else None for name in names]
-    return PartitionSpec(
-        *(a if a and n % mesh.shape[a] == 0 else None for a, n in zip(axes, shape, strict=True))
-    )
+def spec(names: Sequence[str | None], shape: Sequence[int], mesh: AnyMesh) -> PartitionSpec:
+    """The rules applied to the axes of one array; an axis that does not divide stays whole."""
+
+    def split(name: str | None, length: int) -> str | tuple[str, ...] | None:
+        axes = RULES[name] if name else None
+        parts = math.prod(mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ()))
+        return axes if length % parts == 0 else None
+
+    return PartitionSpec(*(split(n, length) for n, length in zip(names, shape, strict=True)))
+
+
+def constrain(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
+    """Tells the compiler how an activation lies, by the logical names of its axes.
+
+    With no mesh in force (`jax.set_mesh`) it says nothing: a network can be run by itself.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(names, x.shape, mesh)))
 
 
 def param_shardings(boxed: Any, mesh: AnyMesh) -> Any:
@@ -118,7 +139,7 @@ def param_shardings(boxed: Any, mesh: AnyMesh) -> Any:
 
     def sharding(leaf: Any) -> NamedSharding:
         if isinstance(leaf, nn.Partitioned):
-            return NamedSharding(mesh, _spec(leaf.names, leaf.value.shape, mesh))
+            return NamedSharding(mesh, spec(leaf.names, leaf.value.shape, mesh))
         return NamedSharding(mesh, PartitionSpec())
 
     return jax.tree.map(sharding, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))

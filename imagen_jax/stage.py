@@ -187,6 +187,7 @@ def drawn_loss(
         )
         .astype(jnp.float32)
     )
+    output = _prediction(output)
     target = diffusion.prediction_target(process.prediction, x0=x0, eps=batch["eps"], logsnr=logsnr)
     error = jnp.mean(jnp.square(output - target), axis=(1, 2, 3))
     weight = diffusion.output_loss_weight(process.loss_weight, process.prediction, logsnr)
@@ -198,6 +199,11 @@ def drawn_loss(
     bins = jax.nn.one_hot(jnp.searchsorted(LOGSNR_EDGES, logsnr), len(LOGSNR_EDGES) + 1)
     noise_bins = jnp.stack([losses, jnp.ones_like(losses)]) @ bins
     return loss, {"loss": loss, "x0_mse": x0_mse, "noise_bins": noise_bins}
+
+
+def _prediction(output: Float[Array, "b h w out"]) -> Float[Array, "b h w 3"]:
+    """The part of a network's output that predicts; IF's learned variance is left behind."""
+    return output[..., :3]
 
 
 def denoiser(
@@ -234,7 +240,7 @@ def denoiser(
         output = network.apply(
             {"params": params}, inputs, logsnr, text, mask, lowres_logsnr=repeat(lowres_logsnr)
         )
-        output = output.astype(jnp.float32)
+        output = _prediction(output.astype(jnp.float32))
         return diffusion.to_x0(config.diffusion.prediction, output, z=z, logsnr=logsnr)
 
     everything = jnp.ones(text_mask.shape[:1], bool)

@@ -24,6 +24,7 @@ LAYERS = [
         "pretrain_text",
         "sample",
         "export",
+        "convert",
     },
     {"cli", "__main__"},
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import keyword
 import os
 import sys
 import threading
@@ -23,7 +24,8 @@ VERBS = {
     "train": "train one stage",
     "diagnose": "look at what trained stages draw beside real pictures",
     "replay": "look again at a training step that was not finite",
-    "export": "turn a training run into a stage folder",
+    "export": "turn a training run into a stage folder, or into another library's",
+    "import": "turn another library's weights into a stage folder",
     "ema": "turn a run's snapshots into a stage folder, with an EMA width chosen now",
     "sample": "draw pictures for prompts with a cascade of stage folders",
     "evaluate": "score drawn pictures",
@@ -44,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         verbs.add_parser(name, help=text, add_help=False)
     verb = parser.parse_known_args(arguments[:1])[0].verb
 
-    module = importlib.import_module(f"imagen_jax.cli.{verb}")
+    file = f"{verb}_" if keyword.iskeyword(verb) else verb
+    module = importlib.import_module(f"imagen_jax.cli.{file}")
     verb_parser = argparse.ArgumentParser(
         prog=f"imagen {verb}",
         description=module.__doc__,

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float
 
 from imagen_jax.config import ModelConfig
 from imagen_jax.models import layers
+from imagen_jax.models.conditioning import Conditioning
 
 
 class EfficientUNet(nn.Module):
@@ -38,37 +39,24 @@ class EfficientUNet(nn.Module):
         """The network's prediction; arguments as in `unet.UNet`."""
         cfg = self.config
         dtype = jnp.dtype(cfg.dtype)
-        embed_dim = cfg.embed_dim or 4 * cfg.channels[0]
-        embedding, text = layers.Conditioning(embed_dim, cfg.text_pooling, cfg.dtype, name="cond")(
-            logsnr, text_emb, text_mask, lowres_logsnr
-        )
+        embedding, text = Conditioning(cfg, name="cond")(logsnr, text_emb, text_mask, lowres_logsnr)
         strided = cfg.strided_stem or (True,) * len(cfg.channels)
 
         def blocks(x: Array, level: int, name: str) -> Array:
             # The figures draw one CombineEmbs before the blocks; its configuration asks for
             # scale-shift norm. Both are read as: every block's norm is modulated by the embedding.
-            block = layers.remat_block(layers.ResBlock, cfg.remat, train_argument=3)
+            block = layers.remat_block(layers.ResBlock, cfg.remat)
             for j in range(cfg.num_res_blocks[level]):
                 layer = block(
-                    cfg.channels[level],
-                    cfg.num_groups,
-                    cfg.dropout,
-                    always_project=True,
-                    name=f"{name}_{level}_{j}",
+                    cfg, cfg.channels[level], always_project=True, name=f"{name}_{level}_{j}"
                 )
                 x = layer(x, embedding, train)
             return layers.attention_blocks(
                 x,
                 text,
                 text_mask,
-                settings=(
-                    cfg.self_attention[level],
-                    cfg.cross_attention[level],
-                    cfg.text_conditioning,
-                ),
-                head_dim=cfg.head_dim,
-                num_groups=cfg.num_groups,
-                remat=cfg.remat,
+                config=cfg,
+                attends=(cfg.self_attention[level], cfg.cross_attention[level]),
                 name=f"{name}_{level}_attention",
             )
 
@@ -102,7 +90,7 @@ class EfficientUNet(nn.Module):
             x = x if i == last else x + skips[i] * cfg.skip_scale
             x = level(up, i, x)
 
-        x = nn.swish(layers.group_norm(cfg.num_groups, "norm_out")(x))
+        x = layers.ACTIVATIONS[cfg.activation](layers.group_norm(cfg.num_groups, "norm_out")(x))
         x = layers.conv(cfg.out_channels * cfg.patch_size**2, "conv_out", zero_init=True)(x)
         x = layers.depth_to_space(x, cfg.patch_size)
         return x + z[..., -cfg.out_channels :] if cfg.lowres_residual else x

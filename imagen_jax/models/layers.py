@@ -1,4 +1,4 @@
-"""Building blocks shared by the U-Nets: convolutions, norms, attention, text conditioning.
+"""Building blocks shared by the U-Nets: convolutions, norms, residual and attention blocks.
 
 Every kernel names its logical axes, so that `partitioning` can lay it over a mesh by one table of
 rules. Parameters are float32; activations have the dtype of the input; norms compute in float32.
@@ -6,6 +6,7 @@ rules. Parameters are float32; activations have the dtype of the input; norms co
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
+
+from imagen_jax import partitioning
+from imagen_jax.config import ModelConfig
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "swish": nn.swish,
+    "gelu": functools.partial(nn.gelu, approximate=False),
+}
+
+TEXT_GROUPS = 32  # of the GroupNorm on text tokens, IF's
 
 _FAN_IN = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 
@@ -23,17 +34,12 @@ def _input_dtype(x: Array, *params: Array | None, dtype: None = None) -> list[Ar
     return [x, *(None if p is None else p.astype(x.dtype) for p in params)]
 
 
-def remat_block(block: type[nn.Module], policy: str, train_argument: int = 0) -> type[nn.Module]:
-    """`block`, whose inside the backward pass computes again if `model.remat` asks for it.
-
-    Args:
-      block: a residual or attention block.
-      policy: `model.remat`.
-      train_argument: position of the argument `train`, self included, which is no array; 0: none.
-    """
+def remat_block(block: type[nn.Module], policy: str) -> type[nn.Module]:
+    """`block`, whose inside the backward pass computes again if `model.remat` asks for it."""
     if policy == "none":
         return block
-    return nn.remat(block, static_argnums=(train_argument,) if train_argument else ())
+    # The third argument of a residual block, self not counted in, is `train`: no array.
+    return nn.remat(block, static_argnums=(3,) if block is ResBlock else ())
 
 
 def remat_level(level: Callable[..., Any], policy: str) -> Callable[..., Any]:
@@ -97,58 +103,6 @@ def upsample(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
     return x.repeat(2, axis=1).repeat(2, axis=2)
 
 
-def sinusoidal(position: Float[Array, " b"], dim: int) -> Float[Array, "b dim"]:
-    """Sines and cosines of `position` at wavelengths 2 pi .. 2 pi 10^4 (Vaswani et al. 2017)."""
-    frequency = jnp.exp(-jnp.log(1e4) * jnp.arange(dim // 2) / (dim // 2))
-    angle = position[:, None] * frequency
-    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
-
-
-class NoiseEmbedding(nn.Module):
-    """Embeds logsnr [B] as [B, dim].
-
-    logsnr is first mapped to the cosine schedule's time, u = 2/pi atan(exp(-logsnr/2)) in [0, 1],
-    in which all levels are spread evenly, and scaled to 0..30: the shortest wavelength is then a
-    fifth of that range. (ADM's 0..1000 makes half of the features noise in a continuous time.)
-    Paper is silent on this.
-    """
-
-    dim: int
-
-    @nn.compact
-    def __call__(self, logsnr: Float[Array, " b"]) -> Float[Array, "b dim"]:
-        u = jnp.arctan(jnp.exp(-0.5 * logsnr)) * (2.0 / jnp.pi)
-        x = sinusoidal(30.0 * u, min(self.dim, 256))
-        x = dense(self.dim, "hidden")(x)
-        return dense(self.dim, "out")(nn.swish(x))
-
-
-class TextPooling(nn.Module):
-    """Pools text tokens [B, L, D] into one vector [B, dim] (Imagen, Sec. 2.5 and D.3.1).
-
-    attention: the masked mean of the tokens queries the tokens, several heads of 64 channels.
-    mean: the masked mean alone, through one linear layer (the paper's weaker option).
-    Paper is silent on heads and query.
-    """
-
-    dim: int
-    mode: str
-
-    @nn.compact
-    def __call__(
-        self, text: Float[Array, "b l d"], mask: Bool[Array, "b l"]
-    ) -> Float[Array, "b dim"]:
-        weight = mask[..., None].astype(text.dtype)
-        mean = (text * weight).sum(1) / jnp.maximum(weight.sum(1), 1.0)
-        if self.mode == "mean":
-            return dense(self.dim, "out")(mean)
-        heads = max(1, self.dim // 64)
-        query = dense(self.dim, "query")(mean)[:, None]
-        key, value = jnp.split(dense(2 * self.dim, "key_value")(text), 2, axis=-1)
-        pooled = attend(query, key, value, heads=heads, mask=mask)
-        return dense(self.dim, "out")(pooled[:, 0])
-
-
 def attend(
     query: Float[Array, "b q c"],
     key: Float[Array, "b k c"],
@@ -160,11 +114,35 @@ def attend(
     """Multi-head attention, softmax(q k / sqrt(head_dim)) v; `mask` is True where a key counts."""
 
     def split(x: Array) -> Array:
-        return x.reshape(*x.shape[:2], heads, -1)
+        x = x.reshape(*x.shape[:2], heads, -1)
+        return partitioning.constrain(x, ("batch", None, "heads", None))
 
-    attention_mask = None if mask is None else mask[:, None, None, :]
-    out = jax.nn.dot_product_attention(split(query), split(key), split(value), mask=attention_mask)
-    return out.reshape(query.shape)
+    query, key, value = split(query), split(key), split(value)
+    implementation = attention_implementation(query, key, jax.default_backend())
+    if mask is not None:
+        mask = mask[:, None, None, :]
+        if implementation == "cudnn":  # Its mask has a row for every query.
+            mask = jnp.broadcast_to(mask, (*mask.shape[:2], query.shape[1], mask.shape[3]))
+    out = jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=implementation)
+    return out.reshape(*out.shape[:2], -1)
+
+
+def attention_implementation(query: Array, key: Array, backend: str) -> str:
+    """cudnn where its fused attention takes the work, xla elsewhere.
+
+    The fused kernel never writes the [queries, keys] matrix to memory. It takes half precision, at
+    most 128 channels per head in multiples of 8, and, to be differentiable under a mask, even
+    numbers of queries and keys; a single query gains nothing.
+
+    Args:
+      query: [B, Q, heads, channels].
+      key: [B, K, heads, channels].
+      backend: `jax.default_backend()`.
+    """
+    half = query.dtype in (jnp.bfloat16, jnp.float16)
+    channels, even = query.shape[-1], query.shape[1] % 2 == 0 and key.shape[1] % 2 == 0
+    fits = half and even and channels <= 128 and channels % 8 == 0
+    return "cudnn" if backend == "gpu" and fits else "xla"
 
 
 class ResBlock(nn.Module):
@@ -174,9 +152,8 @@ class ResBlock(nn.Module):
     Efficient U-Net (Fig. A.27), whose shortcut is always a 1x1 convolution.
     """
 
+    config: ModelConfig
     features: int
-    num_groups: int
-    dropout: float = 0.0
     resample: str = "none"
     always_project: bool = False
 
@@ -184,19 +161,22 @@ class ResBlock(nn.Module):
     def __call__(
         self, x: Float[Array, "b h w c"], embedding: Float[Array, "b e"], train: bool = False
     ) -> Float[Array, "b h2 w2 c2"]:
+        cfg = self.config
+        activation = ACTIVATIONS[cfg.activation]
         resample = {"none": lambda v: v, "down": downsample, "up": upsample}[self.resample]
-        h = nn.swish(group_norm(self.num_groups, "norm_in")(x)).astype(x.dtype)
+        h = activation(group_norm(cfg.num_groups, "norm_in")(x)).astype(x.dtype)
         h = conv(self.features, "conv_in")(resample(h))
-        modulation = dense(2 * self.features, "modulation")(nn.swish(embedding))
+        modulation = dense(2 * self.features, "modulation")(activation(embedding))
         scale, shift = jnp.split(modulation[:, None, None, :], 2, axis=-1)
-        h = group_norm(self.num_groups, "norm_out")(h) * (1.0 + scale) + shift
-        h = nn.swish(h).astype(x.dtype)
-        h = nn.Dropout(self.dropout)(h, deterministic=not train)
+        h = group_norm(cfg.num_groups, "norm_out")(h) * (1.0 + scale) + shift
+        h = activation(h).astype(x.dtype)
+        h = nn.Dropout(cfg.dropout)(h, deterministic=not train)
         h = conv(self.features, "conv_out", zero_init=True)(h)
         x = resample(x)
         if self.always_project or x.shape[-1] != self.features:
             x = conv(self.features, "shortcut", kernel=1)(x)
-        return x + h
+        out = (x + h) / cfg.residual_divisor
+        return partitioning.constrain(out, ("batch", None, None, "channels"))
 
 
 class AttentionBlock(nn.Module):
@@ -207,8 +187,7 @@ class AttentionBlock(nn.Module):
     (256->1024).
     """
 
-    head_dim: int
-    num_groups: int
+    config: ModelConfig
     pixels: bool
 
     @nn.compact
@@ -218,50 +197,24 @@ class AttentionBlock(nn.Module):
         text: Float[Array, "b l d"] | None,
         mask: Bool[Array, "b l"] | None,
     ) -> Float[Array, "b h w c"]:
+        cfg = self.config
         b, height, width, c = x.shape
-        tokens = group_norm(self.num_groups, "norm")(x).astype(x.dtype).reshape(b, -1, c)
+        tokens = group_norm(cfg.num_groups, "norm")(x).astype(x.dtype).reshape(b, -1, c)
         query = dense(c, "query")(tokens)
         pairs, masks = [], []
         if self.pixels:
             pairs.append(dense(2 * c, "key_value")(tokens))
             masks.append(jnp.ones((b, height * width), bool))
         if text is not None:
+            if cfg.text_norm == "group":
+                text = group_norm(TEXT_GROUPS, "text_norm")(text).astype(x.dtype)
             pairs.append(dense(2 * c, "text_key_value")(text))
             masks.append(mask)
         key, value = jnp.split(jnp.concatenate(pairs, axis=1), 2, axis=-1)
         key_mask = None if text is None else jnp.concatenate(masks, axis=1)
-        out = attend(query, key, value, heads=c // self.head_dim, mask=key_mask)
-        return x + dense(c, "out", zero_init=True)(out).reshape(x.shape)
-
-
-class Conditioning(nn.Module):
-    """The embedding [B, dim] of noise level, pooled text and low-res noise level; normed tokens.
-
-    LayerNorm on the text embeddings, before attention and before pooling, is a considerable gain
-    (Imagen, D.3.1).
-    """
-
-    dim: int
-    text_pooling: str
-    dtype: str
-
-    @nn.compact
-    def __call__(
-        self,
-        logsnr: Float[Array, " b"],
-        text_emb: Float[Array, "b l d"],
-        text_mask: Bool[Array, "b l"],
-        lowres_logsnr: Float[Array, " b"] | None,
-    ) -> tuple[Float[Array, "b dim"], Float[Array, "b l d"]]:
-        text = nn.LayerNorm(name="text_norm")(text_emb.astype(jnp.float32)).astype(self.dtype)
-        pooled_input = nn.LayerNorm(name="pooling_norm")(text_emb.astype(jnp.float32))
-        embedding = NoiseEmbedding(self.dim, name="noise")(logsnr)
-        embedding += TextPooling(self.dim, self.text_pooling, name="pooling")(
-            pooled_input, text_mask
-        )
-        if lowres_logsnr is not None:
-            embedding += NoiseEmbedding(self.dim, name="lowres_noise")(lowres_logsnr)
-        return embedding.astype(self.dtype), text
+        out = attend(query, key, value, heads=c // cfg.head_dim, mask=key_mask)
+        out = x + dense(c, "out", zero_init=True)(out).reshape(x.shape)
+        return partitioning.constrain(out, ("batch", None, None, "channels"))
 
 
 def attention_blocks(
@@ -269,32 +222,27 @@ def attention_blocks(
     text: Float[Array, "b l d"],
     mask: Bool[Array, "b l"],
     *,
-    settings: tuple[bool, bool, str],
-    head_dim: int,
-    num_groups: int,
-    remat: str,
+    config: ModelConfig,
+    attends: tuple[bool, bool],
     name: str,
 ) -> Float[Array, "b h w c"]:
     """The attention of one place in a U-Net.
 
     Args:
       x: pixels.
-      text: normed text tokens.
+      text: text tokens as `conditioning.Conditioning` gives them.
       mask: True at real tokens.
-      settings: (self_attention, cross_attention, text_conditioning) of the level.
-      head_dim: channels per head.
-      num_groups: groups of the norm.
-      remat: `model.remat`.
+      config: shape of the network.
+      attends: whether pixels attend to pixels, and whether to text, at this place.
       name: prefix of the layers' names.
     """
-    self_attention, cross_attention, mode = settings
-    if mode == "none":
-        cross_attention = False
-    joint = self_attention and cross_attention and mode == "concat"
-    block = remat_block(AttentionBlock, remat)
-    if self_attention:
-        attention = block(head_dim, num_groups, pixels=True, name=f"{name}_self")
+    to_pixels, to_text = attends
+    to_text = to_text and config.text_conditioning != "none"
+    joint = to_pixels and to_text and config.text_conditioning == "concat"
+    block = remat_block(AttentionBlock, config.remat)
+    if to_pixels:
+        attention = block(config, pixels=True, name=f"{name}_self")
         x = attention(x, *((text, mask) if joint else (None, None)))
-    if cross_attention and not joint:
-        x = block(head_dim, num_groups, pixels=False, name=f"{name}_cross")(x, text, mask)
+    if to_text and not joint:
+        x = block(config, pixels=False, name=f"{name}_cross")(x, text, mask)
     return x

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float
 
 from imagen_jax.config import ModelConfig
 from imagen_jax.models import layers
+from imagen_jax.models.conditioning import Conditioning
 
 
 class UNet(nn.Module):
@@ -49,39 +50,25 @@ class UNet(nn.Module):
         """
         cfg = self.config
         dtype = jnp.dtype(cfg.dtype)
-        embed_dim = cfg.embed_dim or 4 * cfg.channels[0]
-        embedding, text = layers.Conditioning(embed_dim, cfg.text_pooling, cfg.dtype, name="cond")(
-            logsnr, text_emb, text_mask, lowres_logsnr
-        )
+        embedding, text = Conditioning(cfg, name="cond")(logsnr, text_emb, text_mask, lowres_logsnr)
 
         def res(x: Array, features: int, name: str, resample: str = "none") -> Array:
-            block = layers.remat_block(layers.ResBlock, cfg.remat, train_argument=3)
-            layer = block(features, cfg.num_groups, cfg.dropout, resample, name=name)
-            return layer(x, embedding, train)
+            block = layers.remat_block(layers.ResBlock, cfg.remat)
+            return block(cfg, features, resample, name=name)(x, embedding, train)
 
-        def attention(x: Array, level: int, name: str) -> Array:
+        def attention(x: Array, attends: tuple[bool, bool], name: str) -> Array:
             return layers.attention_blocks(
-                x,
-                text,
-                text_mask,
-                settings=(
-                    cfg.self_attention[level],
-                    cfg.cross_attention[level],
-                    cfg.text_conditioning,
-                ),
-                head_dim=cfg.head_dim,
-                num_groups=cfg.num_groups,
-                remat=cfg.remat,
-                name=name,
+                x, text, text_mask, config=cfg, attends=attends, name=f"{name}_attention"
             )
 
+        attends = list(zip(cfg.self_attention, cfg.cross_attention, strict=True))
         last = len(cfg.channels) - 1
 
         def down(i: int, x: Array) -> list[Array]:
             outputs = []
             for j in range(cfg.num_res_blocks[i]):
                 x = res(x, cfg.channels[i], f"down_{i}_{j}")
-                x = attention(x, i, f"down_{i}_{j}_attention")
+                x = attention(x, attends[i], f"down_{i}_{j}")
                 outputs.append(x)
             if i < last:
                 outputs.append(res(x, cfg.channels[i], f"down_{i}_resample", "down"))
@@ -89,14 +76,14 @@ class UNet(nn.Module):
 
         def middle(x: Array) -> Array:
             x = res(x, cfg.channels[last], "middle_in")
-            x = attention(x, last, "middle_attention")
+            x = attention(x, cfg.middle_attention or attends[last], "middle")
             return res(x, cfg.channels[last], "middle_out")
 
         def up(i: int, x: Array, skips: list[Array]) -> Array:
             for j, skip in enumerate(skips):
                 x = jnp.concatenate([x, skip * cfg.skip_scale], axis=-1)
                 x = res(x, cfg.channels[i], f"up_{i}_{j}")
-                x = attention(x, i, f"up_{i}_{j}_attention")
+                x = attention(x, attends[i], f"up_{i}_{j}")
             return res(x, cfg.channels[i], f"up_{i}_resample", "up") if i > 0 else x
 
         def level(run: Callable[..., Any], *arrays: Any) -> Any:
@@ -113,7 +100,7 @@ class UNet(nn.Module):
             take = [skips.pop() for _ in range(cfg.num_res_blocks[i] + 1)]
             x = level(functools.partial(up, i), x, take)
 
-        x = nn.swish(layers.group_norm(cfg.num_groups, "norm_out")(x))
+        x = layers.ACTIVATIONS[cfg.activation](layers.group_norm(cfg.num_groups, "norm_out")(x))
         x = layers.conv(cfg.out_channels * cfg.patch_size**2, "conv_out", zero_init=True)(x)
         x = layers.depth_to_space(x, cfg.patch_size)
         return x + z[..., -cfg.out_channels :] if cfg.lowres_residual else x

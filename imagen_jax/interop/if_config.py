@@ -1,0 +1,283 @@
+"""The fields of diffusers' `UNet2DConditionModel` as a ModelConfig, and back, for DeepFloyd IF.
+
+What a configuration asks for and our U-Net has not is refused with the name of the field; so is
+what our U-Net can do and diffusers' cannot.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from imagen_jax.config import ConfigError, ModelConfig
+from imagen_jax.interop import weights
+
+DIFFUSERS_VERSION = "0.42.1"  # the one whose fields are written
+
+# Fields of which our U-Net has one value only; the first ones are diffusers' defaults, too.
+_ONLY = {
+    "center_input_sample": False,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "norm_eps": 1e-5,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "num_attention_heads": None,
+    "num_class_embeds": None,
+    "class_embeddings_concat": False,
+    "attention_type": "default",
+    "time_embedding_type": "positional",
+    "timestep_post_act": None,
+    "time_cond_proj_dim": None,
+    # IF's own choices:
+    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+    "cross_attention_norm": "group_norm",
+    "resnet_time_scale_shift": "scale_shift",
+    "addition_embed_type": "text",
+    "encoder_hid_dim_type": "text_proj",
+}
+# What diffusers takes for the other fields where they are not written down.
+_DEFAULTS = {
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "cross_attention_norm": None,
+    "resnet_time_scale_shift": "default",
+    "addition_embed_type": None,
+    "encoder_hid_dim_type": None,
+    "encoder_hid_dim": None,
+    "act_fn": "silu",
+    "addition_embed_type_num_heads": 64,
+    "attention_head_dim": 8,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "class_embed_type": None,
+    "cross_attention_dim": 1280,
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    "dropout": 0.0,
+    "in_channels": 4,
+    "out_channels": 4,
+    "layers_per_block": 2,
+    "mid_block_only_cross_attention": None,
+    "mid_block_scale_factor": 1,
+    "norm_num_groups": 32,
+    "only_cross_attention": False,
+    "resnet_out_scale_factor": 1.0,
+    "resnet_skip_time_act": False,
+    "sample_size": None,
+    "time_embedding_act_fn": None,
+    "time_embedding_dim": None,
+}
+# Fields that change nothing in a network of IF's blocks, and what is written for them.
+_WITHOUT_EFFECT = {
+    "addition_time_embed_dim": None,
+    "downsample_padding": 1,
+    "dual_cross_attention": False,
+    "projection_class_embeddings_input_dim": None,
+    "reverse_transformer_layers_per_block": None,
+    "transformer_layers_per_block": 1,
+    "upcast_attention": False,
+    "use_linear_projection": False,
+}
+# Blocks of the way down and of the way up, by whether they attend.
+_DOWN = {False: "ResnetDownsampleBlock2D", True: "SimpleCrossAttnDownBlock2D"}
+_UP = {False: "ResnetUpsampleBlock2D", True: "SimpleCrossAttnUpBlock2D"}
+_ACTIVATIONS = {"gelu": "gelu", "silu": "swish", "swish": "swish"}
+
+
+def read_config(folder: str | pathlib.Path) -> dict[str, Any]:
+    """The fields of FOLDER/config.json. Raises WeightsError."""
+    path = pathlib.Path(folder) / "config.json"
+    if not path.is_file():
+        raise weights.WeightsError(f"{path} is missing; the unet folder of an IF model has one")
+    try:
+        values = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise weights.WeightsError(f"{path} is not a JSON object: {error}") from error
+    return values
+
+
+def model_config(given: Mapping[str, Any], where: str) -> ModelConfig:
+    """Our configuration of the network that diffusers' fields describe.
+
+    Args:
+      given: fields of a UNet2DConditionModel; those not given have diffusers' defaults.
+      where: how to call them in messages.
+
+    Raises:
+      WeightsError: names the field that asks for something else than our U-Net has.
+    """
+    values = _ONLY | _DEFAULTS | _WITHOUT_EFFECT | dict(given)
+    if values["encoder_hid_dim_type"] is None and values["encoder_hid_dim"] is not None:
+        values["encoder_hid_dim_type"] = "text_proj"
+    try:
+        _check(values)
+        return _translate(values)
+    except (ConfigError, TypeError, ValueError, KeyError) as error:
+        raise weights.WeightsError(f"{where}: {error}") from error
+
+
+def _check(values: Mapping[str, Any]) -> None:
+    """Raises ValueError for the first field that asks for something our U-Net has not."""
+
+    def require(fits: bool, field: str, wanted: Any) -> None:
+        if not fits:
+            raise ValueError(f"{field}={values[field]!r} cannot be represented, only {wanted}")
+
+    name = "UNet2DConditionModel"
+    require(values.get("_class_name", name) == name, "_class_name", name)
+    for field, wanted in _ONLY.items():
+        require(values[field] == wanted, field, repr(wanted))
+    for field in values.keys() - _ONLY.keys() - _DEFAULTS.keys() - _WITHOUT_EFFECT.keys():
+        require(field.startswith("_") or values[field] is None, field, "fields known here")
+
+    down, up = values["down_block_types"], values["up_block_types"]
+    for block in down:
+        require(block in _DOWN.values(), "down_block_types", " and ".join(_DOWN.values()))
+    mirrored = [_UP[block == _DOWN[True]] for block in reversed(down)]
+    require(list(up) == mirrored, "up_block_types", f"those of the way down, {mirrored}")
+    channels = values["block_out_channels"]
+    require(len(channels) == len(down), "block_out_channels", f"{len(down)}, one per level")
+
+    activation, lowres = values["act_fn"], values["class_embed_type"] is not None
+    require(activation in _ACTIVATIONS, "act_fn", ", ".join(_ACTIVATIONS))
+    # The embedding's activation: in front of each block's own layer, or once for all.
+    act, skip = values["time_embedding_act_fn"], values["resnet_skip_time_act"]
+    require(act in (None, activation), "time_embedding_act_fn", f"None or {activation!r}")
+    require(skip == (act is not None), "resnet_skip_time_act", act is not None)
+    divisor = values["resnet_out_scale_factor"]
+    same = values["mid_block_scale_factor"] == divisor
+    require(same, "mid_block_scale_factor", f"resnet_out_scale_factor={divisor}")
+    require(values["class_embed_type"] in (None, "timestep"), "class_embed_type", "'timestep'")
+    wanted = 6 if lowres else 3
+    require(values["in_channels"] == wanted, "in_channels", f"{wanted} with this class_embed_type")
+    require(values["out_channels"] in (3, 6), "out_channels", "3 or 6")
+    heads = "addition_embed_type_num_heads"
+    for field in ("encoder_hid_dim", "cross_attention_dim", "norm_num_groups", heads):
+        require(type(values[field]) is int, field, "a number")
+    require(len(set(_levels(values, "attention_head_dim"))) == 1, "attention_head_dim", "one")
+    width = values["encoder_hid_dim"]
+    require(width % values[heads] == 0, heads, f"divisors of encoder_hid_dim={width}")
+
+
+def _levels(values: Mapping[str, Any], field: str) -> tuple[Any, ...]:
+    """A field that is given once for all levels, or level by level."""
+    value, levels = values[field], len(values["down_block_types"])
+    value = tuple(value) if isinstance(value, (list, tuple)) else (value,) * levels
+    if len(value) != levels:
+        raise ValueError(f"{field}={list(value)} must have {levels} entries, one per level")
+    return value
+
+
+def _translate(values: Mapping[str, Any]) -> ModelConfig:
+    attends = tuple(block == _DOWN[True] for block in values["down_block_types"])
+    text_only = _levels(values, "only_cross_attention")
+    middle_text_only = values["mid_block_only_cross_attention"]
+    if middle_text_only is None:
+        middle_text_only = values["only_cross_attention"] is True
+    return ModelConfig(
+        name="unet",
+        channels=tuple(values["block_out_channels"]),
+        num_res_blocks=_levels(values, "layers_per_block"),
+        self_attention=tuple(a and not t for a, t in zip(attends, text_only, strict=True)),
+        cross_attention=attends,
+        middle_attention=(not middle_text_only, True),
+        text_conditioning="concat",
+        text_pooling="token",
+        pooling_heads=values["addition_embed_type_num_heads"],
+        text_norm="group",
+        text_dim=values["encoder_hid_dim"],
+        text_width=values["cross_attention_dim"],
+        noise_embedding="steps",
+        activation=_ACTIVATIONS[values["act_fn"]],
+        head_dim=_levels(values, "attention_head_dim")[0],
+        num_groups=values["norm_num_groups"],
+        embed_dim=values["time_embedding_dim"] or 4 * values["block_out_channels"][0],
+        residual_divisor=float(values["resnet_out_scale_factor"]),
+        dropout=float(values["dropout"]),
+        lowres=values["class_embed_type"] is not None,
+        out_channels=values["out_channels"],
+    )
+
+
+def their_config(config: ModelConfig, sample_size: int | None) -> dict[str, Any]:
+    """diffusers' fields of our network.
+
+    Raises:
+      WeightsError: diffusers has no such network; the field is named.
+    """
+    wanted_values = {
+        "name": "unet",
+        "text_conditioning": "concat",
+        "text_pooling": "token",
+        "text_norm": "group",
+        "noise_embedding": "steps",
+        "patch_size": 1,
+        "skip_scale": 1.0,
+        "lowres_residual": False,
+    }
+    for field, wanted in wanted_values.items():
+        got = getattr(config, field)
+        if got != wanted:
+            raise weights.WeightsError(
+                f"config.model.{field}={got!r} cannot be represented in diffusers, only {wanted!r}"
+            )
+    if not config.text_width:
+        raise weights.WeightsError(
+            "config.model.text_width=0 cannot be represented in diffusers; project the text"
+        )
+    middle = config.middle_attention or (config.self_attention[-1], config.cross_attention[-1])
+    places = [*zip(config.self_attention, config.cross_attention, strict=True), middle]
+    if not middle[1] or any(pixels and not text for pixels, text in places):
+        raise weights.WeightsError(
+            f"config.model.cross_attention={config.cross_attention} cannot be represented in "
+            "diffusers: text must be attended to in the middle and wherever pixels are"
+        )
+    # One answer for all places, where all that attend agree.
+    text_only = [not pixels for pixels, text in places if text]
+    if len(set(text_only)) == 1:
+        only = {"only_cross_attention": text_only[0], "mid_block_only_cross_attention": None}
+    else:
+        each = [text and not pixels for pixels, text in places[:-1]]
+        only = {"only_cross_attention": each, "mid_block_only_cross_attention": text_only[-1]}
+    activation = {"gelu": "gelu", "swish": "silu"}[config.activation]
+    # The same network either way; IF's SR networks, which have a divisor, have it so.
+    once = config.residual_divisor != 1.0
+    return (
+        _ONLY
+        | _WITHOUT_EFFECT
+        | only
+        | {
+            "_class_name": "UNet2DConditionModel",
+            "_diffusers_version": DIFFUSERS_VERSION,
+            "act_fn": activation,
+            "addition_embed_type_num_heads": config.pooling_heads,
+            "attention_head_dim": config.head_dim,
+            "block_out_channels": list(config.channels),
+            "class_embed_type": "timestep" if config.lowres else None,
+            "cross_attention_dim": config.text_width,
+            "down_block_types": [_DOWN[text] for text in config.cross_attention],
+            "up_block_types": [_UP[text] for text in reversed(config.cross_attention)],
+            "dropout": config.dropout,
+            "encoder_hid_dim": config.text_dim,
+            "in_channels": 6 if config.lowres else 3,
+            "out_channels": config.out_channels,
+            "layers_per_block": _once_if_same(config.num_res_blocks),
+            "mid_block_scale_factor": config.residual_divisor,
+            "norm_num_groups": config.num_groups,
+            "resnet_out_scale_factor": config.residual_divisor,
+            "resnet_skip_time_act": once,
+            "sample_size": sample_size,
+            "time_embedding_act_fn": activation if once else None,
+            "time_embedding_dim": _width_unless_default(config),
+        }
+    )
+
+
+def _width_unless_default(config: ModelConfig) -> int | None:
+    default = 4 * config.channels[0]
+    return None if config.embed_dim in (0, default) else config.embed_dim
+
+
+def _once_if_same(values: tuple[Any, ...]) -> Any:
+    return values[0] if len(set(values)) == 1 else list(values)

@@ -1,0 +1,157 @@
+"""What a U-Net is told beside its pictures: noise levels and text, as one embedding and as tokens.
+
+Imagen's choices and those of DeepFloyd IF side by side, each a row of a table that `ModelConfig`
+names. IF was trained on 1000 discrete steps; here is the table that turns logsnr into them.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from imagen_jax.config import ModelConfig
+from imagen_jax.models import layers
+
+
+def cosine_steps(count: int = 1000) -> Float[np.ndarray, " n"]:
+    """logsnr in nats of the steps 0 .. count-1 of the discrete cosine schedule, falling.
+
+    Nichol & Dhariwal 2021, Eq. 17: alpha_bar(t) = cos^2(pi/2 (t + 0.008) / 1.008), with each step's
+    beta at most 0.999. DeepFloyd IF was trained on this table.
+    """
+    t = np.arange(count + 1) / count
+    alpha_bar = np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2
+    betas = np.minimum(1.0 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+    signal = np.cumprod(1.0 - betas)
+    return np.log(signal) - np.log1p(-signal)
+
+
+def nearest_step(logsnr: Float[Array, " b"]) -> Float[Array, " b"]:
+    """The step of `cosine_steps` that is nearest in logsnr, as a float."""
+    table = jnp.asarray(cosine_steps(), jnp.float32)
+    return jnp.argmin(jnp.abs(table - logsnr[:, None]), axis=1).astype(jnp.float32)
+
+
+def sinusoidal(position: Float[Array, " b"], dim: int) -> Float[Array, "b dim"]:
+    """Cosines and sines of `position` at wavelengths 2 pi .. 2 pi 10^4 (Vaswani et al. 2017)."""
+    frequency = jnp.exp(-jnp.log(1e4) * jnp.arange(dim // 2) / (dim // 2))
+    angle = position[:, None] * frequency
+    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+
+
+class NoiseEmbedding(nn.Module):
+    """Embeds logsnr [B] as [B, dim].
+
+    time: logsnr is mapped to the cosine schedule's time, u = 2/pi atan(exp(-logsnr/2)) in [0, 1],
+    in which all levels are spread evenly, and scaled to 0..30: the shortest wavelength is then a
+    fifth of that range. (ADM's 0..1000 makes half of the features noise in a continuous time.)
+    Paper is silent on this.
+
+    steps: the nearest of the 1000 discrete steps, in as many features as the first level has (IF).
+    """
+
+    config: ModelConfig
+    dim: int
+
+    @nn.compact
+    def __call__(self, logsnr: Float[Array, " b"]) -> Float[Array, "b dim"]:
+        cfg = self.config
+        if cfg.noise_embedding == "steps":
+            x = sinusoidal(nearest_step(logsnr), cfg.channels[0])
+        else:
+            u = jnp.arctan(jnp.exp(-0.5 * logsnr)) * (2.0 / jnp.pi)
+            x = sinusoidal(30.0 * u, min(self.dim, 256))
+        x = layers.dense(self.dim, "hidden")(x)
+        return layers.dense(self.dim, "out")(layers.ACTIVATIONS[cfg.activation](x))
+
+
+class TextPooling(nn.Module):
+    """Pools text tokens [B, L, D] into one vector [B, dim] (Imagen, Sec. 2.5 and D.3.1).
+
+    attention: the masked mean of the tokens queries the tokens, several heads of 64 channels.
+    mean: the masked mean alone, through one linear layer (the paper's weaker option).
+    Paper is silent on heads and query.
+    """
+
+    dim: int
+    mode: str
+
+    @nn.compact
+    def __call__(
+        self, text: Float[Array, "b l d"], mask: Bool[Array, "b l"]
+    ) -> Float[Array, "b dim"]:
+        weight = mask[..., None].astype(text.dtype)
+        mean = (text * weight).sum(1) / jnp.maximum(weight.sum(1), 1.0)
+        if self.mode == "mean":
+            return layers.dense(self.dim, "out")(mean)
+        heads = max(1, self.dim // 64)
+        query = layers.dense(self.dim, "query")(mean)[:, None]
+        key, value = jnp.split(layers.dense(2 * self.dim, "key_value")(text), 2, axis=-1)
+        pooled = layers.attend(query, key, value, heads=heads, mask=mask)
+        return layers.dense(self.dim, "out")(pooled[:, 0])
+
+
+class TokenPooling(nn.Module):
+    """IF's pooling: a token of its own, mean plus a learned vector, attends to all and itself.
+
+    LayerNorm before and after. The mask is not asked: IF was trained on captions padded to a fixed
+    length, whose padding its pooling sees.
+    """
+
+    dim: int
+    heads: int
+
+    @nn.compact
+    def __call__(
+        self, text: Float[Array, "b l d"], mask: Bool[Array, "b l"]
+    ) -> Float[Array, "b dim"]:
+        del mask
+        width = text.shape[-1]
+        text = nn.LayerNorm(epsilon=1e-5, name="norm_in")(text)
+        position = self.param("position", nn.initializers.normal(width**-0.5), (1, width))
+        token = text.mean(axis=1, keepdims=True) + position
+        query = layers.dense(width, "query")(token)
+        pairs = layers.dense(2 * width, "key_value")(jnp.concatenate([token, text], axis=1))
+        key, value = jnp.split(pairs, 2, axis=-1)
+        pooled = layers.attend(query, key, value, heads=self.heads, mask=None)
+        return nn.LayerNorm(epsilon=1e-5, name="norm_out")(
+            layers.dense(self.dim, "out")(pooled[:, 0])
+        )
+
+
+class Conditioning(nn.Module):
+    """The embedding [B, dim] of noise level, pooled text and low-res noise level; and the tokens.
+
+    LayerNorm on the text embeddings, before attention and before pooling, is a considerable gain
+    (Imagen, D.3.1). IF projects the tokens once instead and norms them in each attention block.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        logsnr: Float[Array, " b"],
+        text_emb: Float[Array, "b l d"],
+        text_mask: Bool[Array, "b l"],
+        lowres_logsnr: Float[Array, " b"] | None,
+    ) -> tuple[Float[Array, "b dim"], Float[Array, "b l d"]]:
+        cfg = self.config
+        dim = cfg.embed_dim or 4 * cfg.channels[0]
+        text_emb = text_emb.astype(jnp.float32)
+        text = nn.LayerNorm(name="text_norm")(text_emb) if cfg.text_norm == "layer" else text_emb
+        text = text.astype(cfg.dtype)
+        if cfg.text_width:
+            text = layers.dense(cfg.text_width, "text_projection")(text)
+
+        embedding = NoiseEmbedding(cfg, dim, name="noise")(logsnr)
+        if cfg.text_pooling == "token":
+            embedding += TokenPooling(dim, cfg.pooling_heads, name="pooling")(text_emb, text_mask)
+        else:
+            pooled_input = nn.LayerNorm(name="pooling_norm")(text_emb)
+            embedding += TextPooling(dim, cfg.text_pooling, name="pooling")(pooled_input, text_mask)
+        if lowres_logsnr is not None:
+            embedding += NoiseEmbedding(cfg, dim, name="lowres_noise")(lowres_logsnr)
+        return embedding.astype(cfg.dtype), text
