@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from imagen_jax.config import ConfigError, MeshConfig
+from imagen_jax.config import ConfigError, MeshConfig, ModelConfig
 
 # Shardings can be planned for devices that are not here.
 AnyMesh = Mesh | AbstractMesh
@@ -77,6 +77,23 @@ def check_batch_size(batch_size: int, mesh: AnyMesh, accumulation: int = 1) -> N
         raise ConfigError(
             f"config.data.batch_size={batch_size} must be a multiple of {parts} "
             f"(data*fsdp devices{in_turn}); try {nearest}"
+        )
+
+
+def check_tensor(model: ModelConfig, mesh: AnyMesh) -> None:
+    """Raises ConfigError when the tensor axis does not divide the widths and the heads."""
+    tensor = mesh.shape["tensor"]
+    attends = [s or c for s, c in zip(model.self_attention, model.cross_attention, strict=True)]
+    attends[-1] |= bool(model.middle_attention)
+    widths = model.channels
+    heads = [w // model.head_dim for w, a in zip(widths, attends, strict=True) if a]
+    common = math.gcd(*widths, *heads)
+    if common % tensor:
+        fits = [n for n in range(1, common + 1) if common % n == 0]
+        nearest = min(fits, key=lambda n: (abs(n - tensor), n))
+        raise ConfigError(
+            f"config.mesh.tensor={tensor} must divide config.model.channels={widths} and their "
+            f"heads {tuple(heads)} (config.model.head_dim={model.head_dim}); try {nearest}"
         )
 
 
@@ -143,6 +160,23 @@ def param_shardings(boxed: Any, mesh: AnyMesh) -> Any:
         return NamedSharding(mesh, PartitionSpec())
 
     return jax.tree.map(sharding, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+
+
+def slot_sharding(
+    slot: Sequence[int], param: Sequence[int], sharding: NamedSharding
+) -> NamedSharding:
+    """How an optimizer's slot lies, given how its parameter does.
+
+    A slot of the parameter's shape lies as it does. A factored slot (Adafactor) is the parameter
+    summed over one axis: it is split along the axes that are left. Anything else is whole.
+    """
+    axes = (*sharding.spec, *(None,) * (len(param) - len(sharding.spec)))
+    if tuple(slot) == tuple(param):
+        return sharding
+    for gone in range(len(param)):
+        if tuple(slot) == (*param[:gone], *param[gone + 1 :]):
+            return NamedSharding(sharding.mesh, PartitionSpec(*axes[:gone], *axes[gone + 1 :]))
+    return everywhere(sharding.mesh)
 
 
 def unbox(params: Any) -> Any:

@@ -102,6 +102,7 @@ def train(
         log = _say_nothing
     mesh = partitioning.make_mesh(config.mesh)
     partitioning.check_batch_size(config.data.batch_size, mesh, config.train.accumulation)
+    partitioning.check_tensor(config.model, mesh)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
 
     with jax.set_mesh(mesh), contextlib.ExitStack() as closing:

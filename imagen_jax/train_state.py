@@ -53,6 +53,8 @@ def shardings(
 ) -> TrainState:
     """Shardings of a whole TrainState: averages and optimizer slots lie as their parameters do.
 
+    Adafactor's factored slots lie along the axes they have left.
+
     Args:
       abstract: shapes of the state.
       boxed: abstract parameters with their logical axis names.
@@ -63,8 +65,7 @@ def shardings(
     whole = NamedSharding(mesh, PartitionSpec())
 
     def slot(leaf: Any, sharding: NamedSharding, param: Any) -> NamedSharding:
-        # Factored slots (Adafactor) have another shape than their parameter.
-        return sharding if leaf.shape == param.shape else whole
+        return partitioning.slot_sharding(leaf.shape, param.shape, sharding)
 
     opt_state = optax.tree.map_params(
         optimizer,

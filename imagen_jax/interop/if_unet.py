@@ -79,9 +79,10 @@ def load(folder: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
     folder = pathlib.Path(folder)
     config = model_config(read_config(folder), str(folder / "config.json"))
     arrays = weights.read_folder(folder, WEIGHT_FILES)
-    names = {path: _names(path, config) for path in parameter_shapes(config)}
+    shapes = parameter_shapes(config)
+    names = {path: _names(path, config) for path in shapes}
     expected: dict[str, tuple[int, ...]] = {}
-    for path, leaf in parameter_shapes(config).items():
+    for path, leaf in shapes.items():
         # A view of one number has a shape to be turned, and costs nothing.
         parts = _theirs(path, np.broadcast_to(np.float32(0), leaf.shape), names[path])
         expected |= {name: part.shape for name, part in parts.items()}

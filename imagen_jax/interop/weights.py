@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -101,10 +102,13 @@ def write_safetensors(path: str | pathlib.Path, arrays: Mapping[str, np.ndarray]
         blobs.append(array)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
+    # Under another name first: the arrays may be mapped from the very file that is written.
+    temporary = pathlib.Path(f"{path}.tmp")
+    with open(temporary, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for blob in blobs:
             file.write(blob.tobytes())
+    os.replace(temporary, path)
 
 
 def read_torch(

@@ -137,7 +137,7 @@ class Conditioning(nn.Module):
         text_emb: Float[Array, "b l d"],
         text_mask: Bool[Array, "b l"],
         lowres_logsnr: Float[Array, " b"] | None,
-    ) -> tuple[Float[Array, "b dim"], Float[Array, "b l d"]]:
+    ) -> tuple[Float[Array, "b dim"], Float[Array, "b l width"]]:
         cfg = self.config
         dim = cfg.embed_dim or 4 * cfg.channels[0]
         text_emb = text_emb.astype(jnp.float32)

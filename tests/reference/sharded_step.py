@@ -3,20 +3,25 @@
 Run as a program, because the number of devices is fixed when JAX starts. Prints a JSON object.
 """
 
+import contextlib
 import dataclasses
+import functools
 import json
+import re
 import sys
 
 import jax
 import numpy as np
+import optax
 
-from imagen_jax import config_io, partitioning, train, train_state, train_step
+from imagen_jax import config_io, partitioning, stage, train, train_state, train_step
 from imagen_jax.config import Config, MeshConfig
 from imagen_jax.optimizer import make_optimizer
 
 MESHES = {
     "data8": MeshConfig(data=8),
     "data2_fsdp4": MeshConfig(data=2, fsdp=4),
+    "data4_tensor2": MeshConfig(data=4, tensor=2),
     "data2_fsdp2_tensor2": MeshConfig(data=2, fsdp=2, tensor=2),
 }
 
@@ -32,6 +37,10 @@ def make_batch(config: Config) -> dict[str, np.ndarray]:
     }
 
 
+def parameter_shapes(config: Config):
+    return jax.eval_shape(lambda: partitioning.unbox(stage.init_params(config, jax.random.key(0))))
+
+
 def step_on(mesh_config: MeshConfig, config: Config, state, batch):
     """State and report after one step on a mesh; also the largest share of a leaf per device."""
     optimizer = make_optimizer(config.optimizer, config.train.steps)
@@ -42,18 +51,100 @@ def step_on(mesh_config: MeshConfig, config: Config, state, batch):
         step = jax.jit(train_step.make_train_step(config, optimizer))
         state, report = step(placed, partitioning.place_batch(batch, mesh))
         kernel = state.params["down_0_0"]["conv_in"]["kernel"]
-        dense = state.params["cond"]["noise"]["out"]["kernel"]
-        moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape == dense.shape]
-        shards = {
-            name: leaf.addressable_shards[0].data.shape
-            for name, leaf in {
-                "conv": kernel,
-                "dense": dense,
-                "ema": state.ema["ema"]["down_0_0"]["conv_in"]["kernel"],
-                "moment": moments[0],
-            }.items()
-        }
+        where = ("cond", "noise", "out", "kernel")
+        leaves = {
+            "conv": kernel,
+            "dense": leaf_at(state.params, where),
+            "ema": state.ema["ema"]["down_0_0"]["conv_in"]["kernel"],
+        } | slots(state.opt_state, where)
+        shards = {name: leaf.addressable_shards[0].data.shape for name, leaf in leaves.items()}
     return jax.device_get((state, report)), shards
+
+
+def leaf_at(tree, path):
+    return functools.reduce(lambda node, name: node[name], path, tree)
+
+
+def slots(opt_state, path) -> dict[str, jax.Array]:
+    """The optimizer's slots of one parameter."""
+    names = ("mu", "v_row", "v_col")
+    return {name: leaf_at(tree, path) for name in names for tree in found(opt_state, name)}
+
+
+def found(opt_state, name) -> list:
+    return [tree for _, tree in optax.tree.get_all_with_path(opt_state, name)]
+
+
+def attention_shapes(config: Config, params, constrained: bool) -> list[list[int]]:
+    """Shapes per device of the attention's weights, when all that is given lies whole."""
+    mesh = partitioning.make_mesh(MESHES["data2_fsdp2_tensor2"])
+    batch = make_batch(config)
+    network = stage.MODELS[config.model.name](config.model)
+    pixels, text = config.data.image_size**2, config.data.max_text_len
+    with jax.set_mesh(mesh), unconstrained(not constrained):
+        arguments = batch["image"], np.zeros(8, np.float32), batch["text_emb"], batch["text_mask"]
+        placed = jax.device_put((params, arguments), partitioning.everywhere(mesh))
+        forward = jax.jit(lambda params, arguments: network.apply({"params": params}, *arguments))
+        program = forward.lower(*placed).compile().as_text()
+    shapes = re.findall(rf"f32\[(\d+),(\d+),{pixels},{pixels + text}\]", program)
+    return sorted([int(b), int(h)] for b, h in set(shapes))
+
+
+@contextlib.contextmanager
+def unconstrained(active: bool):
+    """The layers as they would be without `partitioning.constrain`."""
+    constrain = partitioning.constrain
+    if active:
+        partitioning.constrain = lambda x, names: x
+    try:
+        yield
+    finally:
+        partitioning.constrain = constrain
+
+
+def shifted(tree, start):
+    return jax.tree.map(lambda a, b: a - b, tree, start)
+
+
+def worst(got, expected) -> float:
+    """Largest difference of two trees, as a share of the largest value expected."""
+    scale = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
+    error = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), got, expected)
+    return max(jax.tree.leaves(error)) / scale
+
+
+def compare(config: Config, meshes) -> dict:
+    """The same step on one device and on each mesh."""
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    batch = make_batch(config)
+    shapes = jax.eval_shape(
+        lambda: partitioning.unbox(stage.init_params(config, jax.random.key(0)))
+    )
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(
+        lambda leaf: (rng.normal(size=leaf.shape) * 0.3).astype(np.float32), shapes
+    )
+    start = jax.device_get(train_state.create(params, optimizer))
+    plain = jax.jit(train_step.make_train_step(config, optimizer))
+    expected, expected_report = jax.device_get(plain(start, batch))
+    expected_update = shifted(expected.params, start.params)
+
+    results = {}
+    for name in meshes:
+        (state, report), shards = step_on(MESHES[name], config, start, batch)
+        results[name] = {
+            "loss": float(report["loss"] / expected_report["loss"]) - 1.0,
+            "grad_norm": float(report["grad_norm"] / expected_report["grad_norm"]) - 1.0,
+            "update_scale": max(float(np.abs(u).max()) for u in jax.tree.leaves(expected_update)),
+            "update_error": worst(shifted(state.params, start.params), expected_update),
+            "shards": shards,
+        }
+        # After one step Adam's first moment is a tenth of the gradient.
+        for got, wanted in zip(
+            found(state.opt_state, "mu"), found(expected.opt_state, "mu"), strict=True
+        ):
+            results[name]["gradient_error"] = worst(got, wanted)
+    return results
 
 
 def main() -> None:
@@ -63,35 +154,23 @@ def main() -> None:
     data = dataclasses.replace(config.data, batch_size=8)
     # A large epsilon: Adam's update is then a smooth function of the gradient, and not the sign of
     # what may be rounding noise.
-    optimizer_config = dataclasses.replace(config.optimizer, eps=1e-2)
-    config = dataclasses.replace(config, data=data, optimizer=optimizer_config)
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
-    batch = make_batch(config)
-    shapes = jax.eval_shape(
-        lambda: partitioning.unbox(train.stage.init_params(config, jax.random.key(0)))
-    )
-    rng = np.random.default_rng(1)
-    params = jax.tree.map(
-        lambda leaf: (rng.normal(size=leaf.shape) * 0.3).astype(np.float32), shapes
-    )
-    start = jax.device_get(train_state.create(params, optimizer))
-    plain = jax.jit(train_step.make_train_step(config, optimizer))
-    expected_state, expected_report = jax.device_get(plain(start, batch))
+    adam = dataclasses.replace(config.optimizer, eps=1e-2, clip_norm=0.0)
+    model = dataclasses.replace(config.model, head_dim=4)  # Two heads, one for each tensor device.
+    config = dataclasses.replace(config, data=data, optimizer=adam, model=model)
+    results = compare(config, MESHES)
 
-    results = {}
-    for name, mesh in MESHES.items():
-        (state, report), shards = step_on(mesh, config, start, batch)
-        moved = jax.tree.map(lambda a, b: a - b, state.params, start.params)
-        expected = jax.tree.map(lambda a, b: a - b, expected_state.params, start.params)
-        scale = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
-        error = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), moved, expected)
-        results[name] = {
-            "loss": float(report["loss"] / expected_report["loss"]) - 1.0,
-            "grad_norm": float(report["grad_norm"] / expected_report["grad_norm"]) - 1.0,
-            "update_scale": scale,
-            "update_error": max(jax.tree.leaves(error)) / scale,
-            "shards": shards,
-        }
+    # From 128 on, Adafactor's slots are factored.
+    wide = dataclasses.replace(model, embed_dim=128)
+    adafactor = dataclasses.replace(adam, name="adafactor")
+    factored = dataclasses.replace(config, optimizer=adafactor, model=wide)
+    results["adafactor"] = compare(factored, ["data2_fsdp2_tensor2"])["data2_fsdp2_tensor2"]
+
+    shapes = jax.eval_shape(
+        lambda: partitioning.unbox(stage.init_params(config, jax.random.key(0)))
+    )
+    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), shapes)
+    for name, constrained in (("constrained", True), ("unconstrained", False)):
+        results[name] = attention_shapes(config, params, constrained)
     print(json.dumps(results))
 
 
