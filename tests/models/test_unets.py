@@ -11,6 +11,7 @@ import pytest
 
 from imagen_jax import partitioning, stage
 from imagen_jax.config import ModelConfig
+from imagen_jax.models import layers
 
 BATCH, SIZE, LENGTH, DIM = 2, 8, 4, 8
 
@@ -25,7 +26,8 @@ TINY = ModelConfig(
     embed_dim=16,
     text_dim=DIM,
 )
-# Each text_conditioning with each network, each text_pooling with some.
+# The four ways of the paper's ablation (tokens beside the pixels, in a layer of their own, and the
+# two poolings alone), each with one network at least, and poolings with both.
 MODES = [
     ("unet", "concat", "attention"),
     ("unet", "cross", "mean"),
@@ -176,6 +178,51 @@ def test_every_mode_of_two_levels_builds(conditioning, pooling, patch_size):
             patch_size=patch_size,
         )
         assert count(config)[1] == (BATCH, 16, 16, 3)
+
+
+@pytest.mark.parametrize("name", list(stage.MODELS))
+def test_remat_keeps_less_and_changes_nothing(name):
+    """What the forward pass keeps for the backward pass, in bytes; and the gradient."""
+    kept, gradients = {}, {}
+    for remat in ("none", "blocks", "full"):
+        config = dataclasses.replace(
+            TINY, name=name, num_res_blocks=(2,), dropout=0.1, remat=remat, dtype="float32"
+        )
+        network = stage.MODELS[name](config)
+        inputs = {**arguments(3), "lowres_logsnr": None}
+        shapes = jax.eval_shape(lambda n=network, i=inputs: n.init(jax.random.key(0), **i))
+        params = random_like(partitioning.unbox(shapes["params"]))
+
+        def loss(params, network=network, inputs=inputs):
+            rngs = {"dropout": jax.random.key(1)}
+            out = network.apply({"params": params}, **inputs, train=True, rngs=rngs)
+            return jnp.mean(out**2)
+
+        backward = jax.eval_shape(lambda p, loss=loss: jax.vjp(loss, p)[1], params)
+        kept[remat] = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(backward))
+        if name == "efficient_unet":
+            gradients[remat] = jax.jit(jax.grad(loss))(params)
+    assert kept["full"] < kept["blocks"] < kept["none"]
+    for remat in ("blocks", "full") if gradients else ():
+        pairs = zip(*(jax.tree.leaves(gradients[r]) for r in ("none", remat)), strict=True)
+        for expected, got in pairs:
+            np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_attention_on_gpus_goes_to_cudnn_where_it_can():
+    shapes = {"half": (4, 64, 2, 64), "odd": (4, 63, 2, 64), "wide": (4, 64, 2, 256)}
+    one, odd, wide = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in shapes.values())
+    single = jax.ShapeDtypeStruct(one.shape, jnp.float32)
+    choose = layers.attention_implementation
+    assert choose(one, one, "gpu") == "cudnn"
+    for query, key, backend in [
+        (one, one, "cpu"),
+        (one, one, "tpu"),
+        (single, single, "gpu"),
+        (one, odd, "gpu"),
+        (wide, wide, "gpu"),
+    ]:
+        assert choose(query, key, backend) == "xla"
 
 
 def linear(inputs: int, outputs: int, kernel: int = 1) -> int:

@@ -1,0 +1,129 @@
+"""The paper's models: sizes, shardings at full size by shapes alone, and one step when shrunk."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+
+from imagen_jax import cascade, config_io, partitioning, stage, train_state, train_step
+from imagen_jax.config import Config
+from imagen_jax.optimizer import make_optimizer
+
+FILE = pathlib.Path(__file__).parents[1] / "configs" / "imagen.py"
+COUNTS = {
+    "base_64": 2_407_520_259,
+    "base_64_1b": 1_012_510_467,
+    "base_64_500m": 536_493_699,
+    "base_64_300m": 301_181_827,
+    "sr_256": 483_821_699,
+    "sr_1024": 479_623_299,
+}
+STAGES = ["base_64", "sr_256", "sr_1024"]
+
+
+@functools.cache
+def load(name: str) -> Config:
+    return config_io.load(f"{FILE}:{name}")
+
+
+@functools.cache
+def boxed_params(name: str):
+    return jax.eval_shape(lambda: stage.init_params(load(name), jax.random.key(0)))
+
+
+def shrink(config: Config) -> Config:
+    """The same stage, its first and last level only, a few channels wide and one block deep."""
+    model = config.model
+    ends = lambda values: (values[0], values[-1])  # noqa: E731
+    model = dataclasses.replace(
+        model,
+        channels=(8, 16),
+        num_res_blocks=(1, 1),
+        self_attention=ends(model.self_attention),
+        cross_attention=ends(model.cross_attention),
+        strided_stem=model.strided_stem and ends(model.strided_stem),
+        head_dim=8,
+        num_groups=4,
+        embed_dim=16,
+        text_dim=8,
+    )
+    low = config.data.lowres_size and 4
+    data = dataclasses.replace(
+        config.data, image_size=2 * low or 8, lowres_size=low, batch_size=2, max_text_len=4
+    )
+    return dataclasses.replace(config, model=model, data=data)
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_number_of_parameters(name):
+    assert sum(leaf.size for leaf in jax.tree.leaves(boxed_params(name))) == COUNTS[name]
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_one_step_when_shrunk(name, make_batch):
+    config = shrink(load(name))
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    params = partitioning.unbox(stage.init_params(config, jax.random.key(0)))
+    state = train_state.create(params, optimizer)
+    step = jax.jit(train_step.make_train_step(config, optimizer))
+    # The learning rate of the first step, the start of the warm-up, is zero.
+    state, _ = step(state, make_batch(config))
+    after, report = step(state, make_batch(config, seed=1))
+    assert bool(report["finite"]) and report["loss"] > 0.1
+    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), after.params, params)
+    assert max(jax.tree.leaves(moved)) > 0.0
+
+
+@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("mesh_shape", [(16, 8, 1), (1, 128, 1), (2, 8, 8)], ids=str)
+def test_nothing_large_stays_whole_under_fsdp(name, mesh_shape):
+    """Parameters, averages and optimizer slots of more than a megabyte, at full size."""
+    config = load(name)
+    mesh = AbstractMesh(mesh_shape, partitioning.AXES, (AxisType.Auto,) * 3)
+    partitioning.check_tensor(config.model, mesh)
+    partitioning.check_batch_size(config.data.batch_size, mesh)
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    boxed = boxed_params(name)
+    abstract = jax.eval_shape(
+        lambda params: train_state.create(params, optimizer), partitioning.unbox(boxed)
+    )
+    shardings = train_state.shardings(abstract, boxed, optimizer, mesh)
+    leaves = jax.tree_util.tree_leaves_with_path(abstract)
+    # Adafactor keeps less than a twentieth of what Adam does.
+    slots = sum(leaf.size for leaf in jax.tree.leaves(abstract.opt_state)) / COUNTS[name]
+    assert slots < 0.05 if config.optimizer.name == "adafactor" else 2.0 <= slots < 2.001
+    whole = [
+        jax.tree_util.keystr(path)
+        for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True)
+        if leaf.size * 4 > 1e6
+        and np.prod(sharding.shard_shape(leaf.shape)) * mesh_shape[1] > leaf.size
+    ]
+    assert whole == []
+
+
+def test_the_third_stage_learns_from_crops_and_draws_whole_pictures():
+    """Nothing in it knows the size: the same parameters take 256 -> 1024."""
+    config = load("sr_1024")
+    assert not any(config.model.self_attention)
+    data = dataclasses.replace(config.data, image_size=1024, lowres_size=256, max_text_len=8)
+    whole = dataclasses.replace(config, data=data)
+    params = partitioning.unbox(boxed_params("sr_1024"))
+    drawn = jax.eval_shape(
+        lambda params: cascade.sample_stage(
+            params,
+            whole,
+            jnp.zeros((1, 8, 4096)),
+            jnp.ones((1, 8), bool),
+            cascade.picture_keys(0, [0], [0]),
+            jnp.zeros((1, 256, 256, 3)),
+        ),
+        params,
+    )
+    assert drawn.shape == (1, 1024, 1024, 3)
