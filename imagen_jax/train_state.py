@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from imagen_jax import partitioning
 
@@ -49,7 +49,10 @@ def create(
 
 
 def shardings(
-    abstract: TrainState, boxed: Any, optimizer: optax.GradientTransformation, mesh: Mesh
+    abstract: TrainState,
+    boxed: Any,
+    optimizer: optax.GradientTransformation,
+    mesh: partitioning.AnyMesh,
 ) -> TrainState:
     """Shardings of a whole TrainState: averages and optimizer slots lie as their parameters do.
 
@@ -59,7 +62,7 @@ def shardings(
       abstract: shapes of the state.
       boxed: abstract parameters with their logical axis names.
       optimizer: the one that made `abstract.opt_state`.
-      mesh: from `partitioning.make_mesh`.
+      mesh: from `partitioning.make_mesh`, or one that is only planned.
     """
     params = partitioning.param_shardings(boxed, mesh)
     whole = NamedSharding(mesh, PartitionSpec())

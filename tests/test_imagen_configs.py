@@ -39,16 +39,15 @@ def boxed_params(name: str):
 
 
 def shrink(config: Config) -> Config:
-    """The same stage, its first and last level only, a few channels wide and one block deep."""
+    """The same stage, its last level only, a few channels wide and one block deep."""
     model = config.model
-    ends = lambda values: (values[0], values[-1])  # noqa: E731
     model = dataclasses.replace(
         model,
-        channels=(8, 16),
-        num_res_blocks=(1, 1),
-        self_attention=ends(model.self_attention),
-        cross_attention=ends(model.cross_attention),
-        strided_stem=model.strided_stem and ends(model.strided_stem),
+        channels=(8,),
+        num_res_blocks=(1,),
+        self_attention=model.self_attention[-1:],
+        cross_attention=model.cross_attention[-1:],
+        strided_stem=model.strided_stem[-1:],
         head_dim=8,
         num_groups=4,
         embed_dim=16,
@@ -61,16 +60,18 @@ def shrink(config: Config) -> Config:
     return dataclasses.replace(config, model=model, data=data)
 
 
-@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize(
+    "name", [n if n in STAGES else pytest.param(n, marks=pytest.mark.slow) for n in COUNTS]
+)
 def test_number_of_parameters(name):
     assert sum(leaf.size for leaf in jax.tree.leaves(boxed_params(name))) == COUNTS[name]
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_one_step_when_shrunk(name, make_batch):
+def test_one_step_when_shrunk(name, make_batch, random_params):
     config = shrink(load(name))
     optimizer = make_optimizer(config.optimizer, config.train.steps)
-    params = partitioning.unbox(stage.init_params(config, jax.random.key(0)))
+    params = random_params(config)
     state = train_state.create(params, optimizer)
     step = jax.jit(train_step.make_train_step(config, optimizer))
     # The learning rate of the first step, the start of the warm-up, is zero.
@@ -82,7 +83,7 @@ def test_one_step_when_shrunk(name, make_batch):
 
 
 @pytest.mark.parametrize("name", STAGES)
-@pytest.mark.parametrize("mesh_shape", [(16, 8, 1), (1, 128, 1), (2, 8, 8)], ids=str)
+@pytest.mark.parametrize("mesh_shape", [(1, 128, 1), (2, 8, 8)], ids=str)
 def test_nothing_large_stays_whole_under_fsdp(name, mesh_shape):
     """Parameters, averages and optimizer slots of more than a megabyte, at full size."""
     config = load(name)

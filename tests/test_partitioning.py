@@ -41,11 +41,11 @@ def test_a_mesh_that_does_not_fit_the_devices():
         partitioning.make_mesh(MeshConfig(data=devices + 1))
 
 
-@pytest.fixture(scope="module")
-def steps(base_config):
+def run(config, optimizer: str):
     """What tests/reference/sharded_step.py found."""
+    program = [sys.executable, "-m", "tests.reference.sharded_step"]
     result = subprocess.run(
-        [sys.executable, "-m", "tests.reference.sharded_step", config_io.to_json(base_config)],
+        [*program, config_io.to_json(config), optimizer],
         cwd=ROOT,
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
@@ -55,21 +55,28 @@ def steps(base_config):
     return json.loads(result.stdout)
 
 
-@pytest.mark.parametrize(
-    "mesh", ["data8", "data2_fsdp4", "data4_tensor2", "data2_fsdp2_tensor2", "adafactor"]
-)
-def test_a_split_step_is_the_whole_step(steps, mesh):
+@pytest.fixture(scope="module")
+def steps(base_config):
+    return run(base_config, "adam")
+
+
+def check_equal(step):
     # Only the order of the sums differs: 1e-7 per operation, some hundred of them in a row.
-    assert abs(steps[mesh]["loss"]) < 1e-5 and abs(steps[mesh]["grad_norm"]) < 1e-5
-    assert steps[mesh].get("gradient_error", 0.0) < 1e-4
-    assert steps[mesh]["update_error"] < 1e-4
-    assert steps[mesh]["update_scale"] > 1e-5
+    assert abs(step["loss"]) < 1e-5 and abs(step["grad_norm"]) < 1e-5
+    assert step.get("gradient_error", 0.0) < 1e-4
+    assert step["update_error"] < 1e-4
+    assert step["update_scale"] > 1e-5
+
+
+@pytest.mark.parametrize("mesh", ["data2_fsdp4", "data4_tensor2", "data2_fsdp2_tensor2"])
+def test_a_split_step_is_the_whole_step(steps, mesh):
+    assert "gradient_error" in steps[mesh]
+    check_equal(steps[mesh])
 
 
 @pytest.mark.parametrize(
     ("mesh", "conv", "dense"),
     [
-        ("data8", [3, 3, 8, 8], [16, 16]),
         ("data2_fsdp4", [3, 3, 2, 8], [4, 16]),
         ("data4_tensor2", [3, 3, 8, 4], [16, 8]),
         ("data2_fsdp2_tensor2", [3, 3, 4, 4], [8, 8]),
@@ -79,15 +86,18 @@ def test_parameters_averages_and_moments_are_truly_split(steps, mesh, conv, dens
     assert steps[mesh]["shards"] == {"conv": conv, "ema": conv, "dense": dense, "mu": dense}
 
 
-def test_factored_slots_are_split_along_the_axis_they_have_left(steps):
-    shards = steps["adafactor"]["shards"]
+@pytest.mark.slow
+def test_factored_slots_are_split_along_the_axis_they_have_left(base_config):
+    step = run(base_config, "adafactor")["data2_fsdp2_tensor2"]
+    check_equal(step)
+    shards = step["shards"]
     assert shards["dense"] == [64, 64] and shards["v_row"] == [64] and shards["v_col"] == [64]
 
 
 def test_constraints_on_activations_take_effect(steps):
-    """All that goes in lies whole on each device: 8 pictures, 2 heads."""
-    assert steps["unconstrained"] == [[8, 2]]
-    assert steps["constrained"] == [[2, 1]]
+    """All that goes in lies whole on each device: 8 pictures, 4 heads."""
+    assert steps["unconstrained"] == [[8, 4]]
+    assert steps["constrained"] == [[2, 2]]
 
 
 def test_a_slot_of_another_shape_is_whole():

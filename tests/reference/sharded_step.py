@@ -1,6 +1,7 @@
 """One training step on several meshes of eight virtual CPU devices, against the same step on one.
 
-Run as a program, because the number of devices is fixed when JAX starts. Prints a JSON object.
+Run as a program (CONFIG adam|adafactor), because the number of devices is fixed when JAX starts.
+Prints a JSON object.
 """
 
 import contextlib
@@ -19,7 +20,6 @@ from imagen_jax.config import Config, MeshConfig
 from imagen_jax.optimizer import make_optimizer
 
 MESHES = {
-    "data8": MeshConfig(data=8),
     "data2_fsdp4": MeshConfig(data=2, fsdp=4),
     "data4_tensor2": MeshConfig(data=4, tensor=2),
     "data2_fsdp2_tensor2": MeshConfig(data=2, fsdp=2, tensor=2),
@@ -116,7 +116,8 @@ def worst(got, expected) -> float:
 def compare(config: Config, meshes, smallest: int = 1) -> dict:
     """The same step on one device and on each mesh.
 
-    Updates are compared of the parameters whose two last axes are both at least `smallest`.
+    Updates are compared of all parameters, or of those whose last two axes are both at least
+    `smallest`.
     """
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     batch = make_batch(config)
@@ -133,7 +134,8 @@ def compare(config: Config, meshes, smallest: int = 1) -> dict:
 
     def update(state):
         leaves = jax.tree.leaves(shifted(state.params, start.params))
-        return [leaf for leaf in leaves if min(leaf.shape[-2:]) >= smallest]
+        wide = lambda x: x.ndim > 1 and min(x.shape[-2:]) >= smallest  # noqa: E731
+        return [leaf for leaf in leaves if smallest == 1 or wide(leaf)]
 
     expected_update = update(expected)
 
@@ -163,24 +165,33 @@ def main() -> None:
     # A large epsilon: Adam's update is then a smooth function of the gradient, and not the sign of
     # what may be rounding noise.
     adam = dataclasses.replace(config.optimizer, eps=1e-2, clip_norm=0.0)
-    model = dataclasses.replace(config.model, head_dim=4)  # Two heads, one for each tensor device.
+    model = dataclasses.replace(config.model, head_dim=2)  # Four heads, two for a tensor device.
     config = dataclasses.replace(config, data=data, optimizer=adam, model=model)
+    results = adam_on_all(config) if sys.argv[2] == "adam" else adafactor(config)
+    print(json.dumps(results))
+
+
+def adam_on_all(config: Config) -> dict:
     results = compare(config, MESHES)
-
-    # From 128 on, Adafactor's slots are factored. It has no epsilon to speak of: where a gradient
-    # is nothing but rounding (a bias in front of a norm), so is its update.
-    wide = dataclasses.replace(model, embed_dim=128)
-    adafactor = dataclasses.replace(adam, name="adafactor")
-    factored = dataclasses.replace(config, optimizer=adafactor, model=wide)
-    results["adafactor"] = compare(factored, ["data2_fsdp2_tensor2"], 128)["data2_fsdp2_tensor2"]
-
-    shapes = jax.eval_shape(
-        lambda: partitioning.unbox(stage.init_params(config, jax.random.key(0)))
-    )
-    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), shapes)
+    params = jax.tree.map(lambda x: np.ones(x.shape, np.float32), parameter_shapes(config))
     for name, constrained in (("constrained", True), ("unconstrained", False)):
         results[name] = attention_shapes(config, params, constrained)
-    print(json.dumps(results))
+    return results
+
+
+def adafactor(config: Config) -> dict:
+    """From 128 on, Adafactor's slots are factored.
+
+    It has no epsilon to speak of: where a gradient is nothing but rounding (a bias in front of a
+    norm), so is its update. Only the updates of the factored parameters are compared.
+    """
+    model = dataclasses.replace(config.model, embed_dim=128)
+    optimizer = dataclasses.replace(config.optimizer, name="adafactor")
+    return compare(
+        dataclasses.replace(config, optimizer=optimizer, model=model),
+        ["data2_fsdp2_tensor2"],
+        smallest=128,
+    )
 
 
 if __name__ == "__main__":
