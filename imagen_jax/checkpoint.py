@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,9 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 from imagen_jax import config_io, distributed
 from imagen_jax.config import CheckpointConfig, Config
 from imagen_jax.train_state import TrainState
+
+# Bytes that the files of a checkpoint take beside its numbers, and 5% of those.
+BOOKKEEPING = 2_000_000
 
 
 class CheckpointError(ValueError):
@@ -83,8 +87,9 @@ class Checkpoints:
           scores: by which `checkpoint.keep_best` chooses.
 
         Raises:
-          CheckpointError: this save or the one before it failed, say for a full disk.
+          CheckpointError: this save or the one before it failed, or the disk has no room for it.
         """
+        self._check_room(state)
         # On CPU Orbax writes from the very buffers that the next step donates.
         if jax.default_backend() == "cpu":
             state = _copy(state)
@@ -107,12 +112,28 @@ class Checkpoints:
         except Exception as error:
             raise self._not_saved(error) from error
 
-    def _not_saved(self, error: Exception) -> CheckpointError:
+    def _check_room(self, state: TrainState) -> None:
+        """Raises CheckpointError rather than filling the disk: nothing half-written is left."""
+        if "://" in str(self.path):
+            return
+        numbers = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        needed = numbers + numbers // 20 + BOOKKEEPING
+        free = shutil.disk_usage(self.path).free
+        if free < needed:
+            raise CheckpointError(
+                f"cannot save in {self.path}: {free / 1e6:,.1f} MB are free, "
+                f"{needed / 1e6:,.1f} MB are needed; {self._left()}: make room, then start again"
+            )
+
+    def _left(self) -> str:
         newest = self.latest_step()
-        left = "none" if newest is None else f"the newest is of step {newest}"
+        left = "there is none" if newest is None else f"the newest is of step {newest}"
+        return f"complete checkpoints are untouched, {left}"
+
+    def _not_saved(self, error: Exception) -> CheckpointError:
         return CheckpointError(
-            f"cannot save in {self.path} ({type(error).__name__}: {_in_short(error)}); complete "
-            f"checkpoints are untouched, {left}: make room or rights, then start again"
+            f"cannot save in {self.path} ({type(error).__name__}: {_in_short(error)}); "
+            f"{self._left()}: make room or rights, then start again"
         )
 
     def restore_newest(

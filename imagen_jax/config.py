@@ -80,9 +80,21 @@ class TextConfig:
     """The frozen text encoder."""
 
     encoder: str = doc("t5", "Row of text.TEXT_ENCODERS.")
-    path: str = doc("", "Folder of the encoder's weights and vocabulary (Hugging Face layout).")
+    path: str = doc(
+        "",
+        "Folder of the encoder's weights: Hugging Face layout, or t5x (any tensorstore address).",
+    )
+    vocabulary: str = doc("", "SentencePiece file; '': spiece.model in, or beside, the folder.")
+    preset: str = doc("", "Row of models.t5.T5_PRESETS; '': the shape is read from the folder.")
+    dtype: str = doc("float32", "Of the encoder's parameters and activations: float32, bfloat16.")
+    on_the_fly: bool = doc(False, "Encode captions while training; data.embeddings is not read.")
     max_len: int = doc(32, "Longest prompt, tokens including the end mark; longer ones are cut.")
     fingerprint: str = doc("", "Set by `train`: which encoder made the embeddings learned from.")
+
+    def __post_init__(self) -> None:
+        _check_choice("text.dtype", self.dtype, ("float32", "bfloat16"))
+        if self.on_the_fly and not self.path:
+            raise ConfigError("config.text.on_the_fly=True needs an encoder: set config.text.path")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +138,15 @@ class EmbedConfig:
     """The ragged embedding store (`embed`)."""
 
     unit_size: int = doc(256, "Unique captions per unit of work, the piece that is written whole.")
+    dtype: str = doc("bfloat16", "Stored numbers: bfloat16, or int8 (half; error: see manifest).")
+    patience: float = doc(60.0, "Seconds of silence after which another worker takes over a unit.")
+
+    def __post_init__(self) -> None:
+        _check_choice("embed.dtype", self.dtype, ("bfloat16", "int8"))
+        if self.unit_size < 1:
+            raise ConfigError(f"config.embed.unit_size={self.unit_size} must be at least 1")
+        if not self.patience > 0:
+            raise ConfigError(f"config.embed.patience={self.patience} must be above 0 seconds")
 
 
 @dataclasses.dataclass(frozen=True)

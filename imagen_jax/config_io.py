@@ -123,7 +123,12 @@ HARMLESS = (
     "data.loader",
     "data.prefetch",
     "data.max_quarantined",
+    # The encoder itself is told by its fingerprint.
     "text.path",
+    "text.vocabulary",
+    "text.preset",
+    "text.dtype",
+    "text.on_the_fly",
     "pretrain_text",
     "embed",
     "model.remat",

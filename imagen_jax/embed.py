@@ -2,8 +2,9 @@
 
 Captions are grouped by token count rounded up to a multiple of 8 and then ordered by hash; a unit
 of `unit_size` captions of one group is encoded in one call of fixed shape and written as one file.
-A unit's bytes thus depend on nothing but its captions and the encoder, so that a killed run goes on
-where it stopped and any number of workers may share a folder.
+A unit's bytes thus depend on nothing but its captions, the encoder and the kind of devices, so that
+a killed run goes on where it stopped. Any number of workers on any number of hosts may share the
+folder: each claims a unit before it encodes it (`data.claims`), and takes over what dead ones held.
 """
 
 from __future__ import annotations
@@ -16,20 +17,30 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
-import ml_dtypes
 import numpy as np
 
-from imagen_jax.data import embeddings
+from imagen_jax.data import embeddings, unit_file
+from imagen_jax.data.claims import Claims
 from imagen_jax.text import TextEncoder
 
 BUCKET = 8  # Tokens: the step between the lengths that are compiled.
 CHUNK = 4096  # Captions tokenized at a time, to bound the memory.
+REPORT_EVERY = 20.0  # Seconds between progress lines.
+POLL_EVERY = 0.5  # Seconds between two looks at the units that others hold.
+
+
+class Work(NamedTuple):
+    """A unit of work: padded length in tokens, captions and their real tokens."""
+
+    length: int
+    captions: list[str]
+    tokens: int
 
 
 class Plan(NamedTuple):
-    """Units of work: (padded length in tokens, captions); and what is known before encoding."""
+    """Units of work, and what is known before encoding."""
 
-    units: list[tuple[int, list[str]]]
+    units: list[Work]
     unique: int
     tokens: int
     truncated: int
@@ -38,37 +49,47 @@ class Plan(NamedTuple):
 def plan_units(captions: Sequence[str], encoder: TextEncoder, unit_size: int) -> Plan:
     """Splits the distinct captions into units; the same ones whatever the order of `captions`."""
     unique = sorted(set(captions), key=embeddings.caption_hash)
-    groups: dict[int, list[str]] = collections.defaultdict(list)
-    tokens = truncated = 0
+    groups: dict[int, list[tuple[str, int]]] = collections.defaultdict(list)
+    truncated = 0
     for start in range(0, len(unique), CHUNK):
         chunk = unique[start : start + CHUNK]
         batch = encoder.tokenize(chunk)
         truncated += len(batch.truncated)
-        for caption, count in zip(chunk, np.asarray(batch.mask).sum(axis=1), strict=True):
-            tokens += int(count)
-            groups[min(-(-int(count) // BUCKET) * BUCKET, encoder.max_len)].append(caption)
-    units = [
-        (length, groups[length][start : start + unit_size])
-        for length in sorted(groups)
-        for start in range(0, len(groups[length]), unit_size)
-    ]
-    return Plan(units, len(unique), tokens, truncated)
+        for caption, count in zip(chunk, np.asarray(batch.mask).sum(axis=1).tolist(), strict=True):
+            groups[min(-(-count // BUCKET) * BUCKET, encoder.max_len)].append((caption, count))
+    units = []
+    for length in sorted(groups):
+        for start in range(0, len(groups[length]), unit_size):
+            texts, counts = zip(*groups[length][start : start + unit_size], strict=True)
+            units.append(Work(length, list(texts), sum(counts)))
+    return Plan(units, len(unique), sum(unit.tokens for unit in units), truncated)
 
 
-def estimate(captions: Sequence[str], encoder: TextEncoder) -> dict[str, int]:
-    """Size of the store before it is made.
-
-    Returns:
-      captions, unique (distinct captions), tokens, truncated (captions) and bytes (of embeddings).
-    """
-    plan = plan_units(captions, encoder, max(len(captions), 1))
+def _describe(
+    captions: Sequence[str], plan: Plan, encoder: TextEncoder, unit_size: int, dtype: str
+) -> dict[str, int | float]:
     return {
         "captions": len(captions),
         "unique": plan.unique,
-        "tokens": plan.tokens,
         "truncated": plan.truncated,
-        "bytes": 2 * plan.tokens * encoder.dim,
+        "tokens": plan.tokens,
+        "padded_tokens": unit_size * sum(unit.length for unit in plan.units),
+        "units": len(plan.units),
+        "bytes": sum(unit_file.bytes_of_rows(u.tokens, encoder.dim, dtype) for u in plan.units),
+        "flops": unit_size * sum(encoder.flops(unit.length) for unit in plan.units),
     }
+
+
+def estimate(
+    captions: Sequence[str], encoder: TextEncoder, unit_size: int, dtype: str = "bfloat16"
+) -> dict[str, int | float]:
+    """What `embed` will do, before it does anything.
+
+    Returns:
+      captions, unique (distinct captions), truncated (captions), tokens, padded_tokens (that go
+      through the encoder), units, bytes (of embeddings) and flops (of the encoder).
+    """
+    return _describe(captions, plan_units(captions, encoder, unit_size), encoder, unit_size, dtype)
 
 
 def embed(
@@ -77,7 +98,10 @@ def embed(
     out: str,
     unit_size: int,
     log: Callable[[str], None] = print,
-) -> dict[str, int]:
+    *,
+    dtype: str = "bfloat16",
+    patience: float = 60.0,
+) -> dict[str, int | float]:
     """Writes the embedding store of `captions`; finished units are kept.
 
     Args:
@@ -86,9 +110,11 @@ def embed(
       out: folder of the store.
       unit_size: captions per unit, the batch of one call of the encoder.
       log: receives progress lines.
+      dtype: of the stored numbers, bfloat16 or int8.
+      patience: seconds of silence after which another worker takes over a unit.
 
     Returns:
-      captions, unique, tokens, truncated, units, computed (units), bytes.
+      What `estimate` returns, and computed (units that this worker encoded).
 
     Raises:
       EmbeddingError: no captions, or the encoder gives NaN or infinite values.
@@ -101,39 +127,123 @@ def embed(
     if plan.truncated:
         log(f"{plan.truncated} captions are longer than {encoder.max_len} tokens and are cut")
     fingerprint = encoder.fingerprint()
-    paths = [
-        folder
-        / embeddings.unit_name(texts, length=length, unit_size=unit_size, encoder=fingerprint)
-        for length, texts in plan.units
+    settings = {"unit_size": unit_size, "encoder": fingerprint}
+    if dtype != "bfloat16":
+        settings["dtype"] = dtype
+    names = [
+        embeddings.unit_name(unit.captions, length=unit.length, **settings) for unit in plan.units
     ]
-    computed, started = 0, time.monotonic()
-    # Workers that share a folder begin at different units; each skips what another has finished.
-    first = os.getpid() % len(paths)
-    for number in [*range(first, len(paths)), *range(first)]:
-        if paths[number].exists():
-            continue
-        length, texts = plan.units[number]
-        embeddings.write_unit(paths[number], texts, _encode_unit(encoder, texts, length, unit_size))
-        computed += 1
-        if computed % 20 == 0:
-            rate = computed * unit_size / (time.monotonic() - started)
-            log(f"{computed} of {len(paths)} units, {rate:.0f} captions/s")
-    embeddings.write_manifest(folder, [embeddings.describe_unit(p) for p in paths], fingerprint)
-    return {
-        "captions": len(captions),
-        "unique": plan.unique,
-        "tokens": plan.tokens,
-        "truncated": plan.truncated,
-        "units": len(paths),
-        "computed": computed,
-        "bytes": 2 * plan.tokens * encoder.dim,
-    }
+    work = dict(zip(names, plan.units, strict=True))
+    progress = _Progress(folder, work, log)
+
+    def do(name: str) -> None:
+        unit = work[name]
+        rows = _encode_unit(encoder, unit.captions, unit.length, unit_size)
+        embeddings.write_unit(folder / name, unit.captions, rows, dtype)
+        progress.add(unit)
+
+    with Claims(folder, patience) as claims:
+        _share(names, folder, claims, do, progress.wait)
+    rows = [embeddings.describe_unit(folder / name) for name in names]
+    embeddings.write_manifest(folder, rows, fingerprint)
+    _clean_up(folder, names)
+    report = _describe(captions, plan, encoder, unit_size, dtype)
+    log(
+        f"{out}: {plan.unique:,} distinct captions of {len(captions):,}, {plan.tokens:,} tokens, "
+        f"{report['bytes'] / 1e6:,.1f} MB of {dtype} in {len(names)} units; {progress.summary()}"
+    )
+    return {**report, "computed": progress.units}
+
+
+def _share(
+    names: Sequence[str],
+    folder: pathlib.Path,
+    claims: Claims,
+    do: Callable[[str], None],
+    wait: Callable[[Sequence[str]], None],
+) -> None:
+    """Does what no other worker does, until all of `names` are in the folder."""
+    # Workers begin at different units, so that they rarely meet.
+    first = int.from_bytes(os.urandom(4), "little") % len(names)
+    pending = [*names[first:], *names[:first]]
+    while pending:
+        for name in pending:
+            if (folder / name).exists() or not claims.take(name):
+                continue
+            # Looked at again: it may have been finished just before it was claimed.
+            if not (folder / name).exists():
+                do(name)
+            claims.release(name)
+        pending = [name for name in pending if not (folder / name).exists()]
+        if pending:
+            wait(pending)
+
+
+class _Progress:
+    """What this worker did, how fast, and when all workers together will be done."""
+
+    def __init__(self, folder: pathlib.Path, work: dict[str, Work], log: Callable[[str], None]):
+        self._folder, self._work, self._log = folder, work, log
+        self._started = self._reported = time.monotonic()
+        self.units = self._captions = self._tokens = 0
+        self._left_at_start = self._left()[1]
+
+    def _left(self) -> tuple[int, int]:
+        """Units and tokens that are not in the folder yet."""
+        there = set(os.listdir(self._folder))
+        missing = [unit for name, unit in self._work.items() if name not in there]
+        return len(missing), sum(unit.tokens for unit in missing)
+
+    def add(self, unit: Work) -> None:
+        """Counts a unit; prints a line now and then."""
+        self.units += 1
+        self._captions += len(unit.captions)
+        self._tokens += unit.tokens
+        now = time.monotonic()
+        if now - self._reported < REPORT_EVERY:
+            return
+        self._reported = now
+        units, tokens = self._left()
+        rate = (self._left_at_start - tokens) / (now - self._started)
+        self._log(
+            f"{len(self._work) - units} of {len(self._work)} units, here {self._rates()}, "
+            f"{tokens / max(rate, 1e-9):,.0f} s left"
+        )
+
+    def wait(self, pending: Sequence[str]) -> None:
+        """Waits a moment for units that other workers hold."""
+        now = time.monotonic()
+        if now - self._reported >= REPORT_EVERY:
+            self._reported = now
+            self._log(f"waiting for {len(pending)} units of other workers, the first: {pending[0]}")
+        time.sleep(POLL_EVERY)
+
+    def summary(self) -> str:
+        """This worker's part."""
+        return f"here {self.units} units in {self._seconds():.1f} s, {self._rates()}"
+
+    def _seconds(self) -> float:
+        return time.monotonic() - self._started
+
+    def _rates(self) -> str:
+        seconds = max(self._seconds(), 1e-9)
+        return f"{self._captions / seconds:,.1f} captions/s, {self._tokens / seconds:,.0f} tokens/s"
+
+
+def _clean_up(folder: pathlib.Path, names: Sequence[str]) -> None:
+    """Removes what killed workers left of units that are there: half files, claims."""
+    done = set(names)
+    for path in folder.glob(".unit_*.bin.*"):
+        if path.name[1:].partition(".bin.")[0] + ".bin" in done:
+            path.unlink(missing_ok=True)
+    for path in folder.glob(f".{embeddings.MANIFEST}.*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def _encode_unit(
     encoder: TextEncoder, captions: list[str], length: int, unit_size: int
 ) -> list[np.ndarray]:
-    """Embeddings of the real tokens of each caption, in bfloat16."""
+    """Embeddings of the real tokens of each caption, float32."""
     batch = encoder.tokenize(captions)
     ids = np.zeros((unit_size, length), np.int32)
     mask = np.zeros((unit_size, length), bool)
@@ -143,4 +253,4 @@ def _encode_unit(
     rows = [row[m] for row, m in zip(encoded[: len(captions)], mask, strict=False)]
     if not all(np.isfinite(row).all() for row in rows):
         raise embeddings.EmbeddingError("the text encoder gives NaN or infinite values")
-    return [row.astype(ml_dtypes.bfloat16) for row in rows]
+    return rows

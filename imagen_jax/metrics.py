@@ -91,8 +91,9 @@ class MetricWriter:
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         if self._board:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+            # TensorBoard has no place for infinities and says so, once for each, on stderr.
+            for name in (name for name in values if np.isfinite(values[name])):
+                self._board.add_scalar(name, values[name], step)
 
     def write_picture(self, step: int, name: str, picture: np.ndarray) -> None:
         """One uint8 picture [H, W, 3], into TensorBoard."""

@@ -29,6 +29,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     # parameters
     "embed": "fsdp",
     "mlp": "tensor",
+    "vocab": "tensor",
     "conv_height": None,
     "conv_width": None,
     "conv_in": "fsdp",

@@ -25,12 +25,13 @@ class Preemption:
     """A context in which SIGTERM does not end the process but is remembered."""
 
     def __init__(self) -> None:
-        self._asked = False
+        self._asked, self._questions = False, 0
         self._previous: object = None
 
     def __enter__(self) -> Preemption:
-        # Handlers belong to the main thread. Several processes have JAX's service listen instead.
-        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+        # Handlers belong to the main thread. Processes that join a run have JAX's service listen
+        # from then on, which takes this handler's place.
+        if threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGTERM, self._remember)
         return self
 
@@ -43,14 +44,12 @@ class Preemption:
         if self._previous is not None:
             signal.signal(signal.SIGTERM, self._previous)
 
-    def reached(self, step: int) -> bool:
-        """Whether to stop before `step`; all processes of a run get True at the same step.
-
-        Args:
-          step: asked once for each step, in order.
-        """
+    def reached(self) -> bool:
+        """Whether to stop now, asked before every step; all processes of a run stop at the same."""
+        # JAX's service agrees on a number that only grows; steps go back when a run rolls back.
+        self._questions += 1
         if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
+            return multihost_utils.reached_preemption_sync_point(self._questions)
         return self._asked
 
     def _remember(self, number: int, frame: FrameType | None) -> None:

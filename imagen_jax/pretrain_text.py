@@ -30,6 +30,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from imagen_jax import partitioning
 from imagen_jax.config import ConfigError, OptimizerConfig, PretrainTextConfig, T5Config
 from imagen_jax.interop import hf_t5
 from imagen_jax.models import t5
@@ -243,9 +244,8 @@ def init_params(
     key: jax.Array, t5_config: T5Config, config: PretrainTextConfig, pieces: int
 ) -> dict[str, Any]:
     """Encoder, and one linear head [D, pieces] per offset in -context..context."""
-    ids = jnp.zeros((1, 2), jnp.int32)
     encoder_key, head_key, bias_key = jax.random.split(key, 3)
-    encoder = t5.T5Encoder(t5_config).init(encoder_key, ids, ids == 0)["params"]
+    encoder = partitioning.unbox(t5.init_params(t5_config, encoder_key))
     # In a few hundred steps T5's even start never learns to tell one neighbour from the next.
     # Heads that begin by looking at distinct places do, and bind colours to their shapes.
     table = encoder["relpos_bias"]["rel_embedding"]

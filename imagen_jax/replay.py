@@ -7,7 +7,7 @@ weights and is shown example by example and block by block; one that does not wa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from imagen_jax import diffusion, faults, partitioning, stage
 from imagen_jax.checkpoint import CheckpointError, Checkpoints
 from imagen_jax.config import Config
 from imagen_jax.optimizer import make_optimizer
-from imagen_jax.train import Batches, abstract_state
+from imagen_jax.train import Batches, Encode, abstract_state
 from imagen_jax.train_step import block_norms, gradient_of_batch, make_train_step, step_key
 
 
@@ -27,6 +27,8 @@ def replay(
     step: int,
     batches: Batches,
     log: Callable[[str], None] = print,
+    *,
+    encode: Encode = lambda batch: batch,
 ) -> bool:
     """Runs step `step` again and prints what it finds.
 
@@ -36,6 +38,7 @@ def replay(
       step: a fault listed in WORKDIR/faults.
       batches: the stream; asked for the steps between the checkpoint and the fault.
       log: receives the lines.
+      encode: as `train` has it.
 
     Returns:
       Whether the fault came again.
@@ -58,24 +61,24 @@ def replay(
         train_step = jax.jit(make_train_step(config, optimizer), donate_argnums=0)
         for between, other in zip(range(start, step), batches(start), strict=False):
             del between
-            state, _ = train_step(state, partitioning.place_batch(other, mesh))
+            state, _ = train_step(state, encode(partitioning.place_batch(other, mesh)))
         if int(state.step) != step:
             raise CheckpointError(f"the stream of batches ended before step {step}")
+        batch = encode({name: jnp.asarray(array) for name, array in batch.items()})
         return _examine(config, state.params, batch, values, log)
 
 
 def _examine(
     config: Config,
     params: object,
-    batch: dict[str, np.ndarray],
+    batch: Mapping[str, jax.Array],
     values: dict[str, object],
     log: Callable[[str], None],
 ) -> bool:
     """Prints loss by example and gradient norm by block; True if something is not finite."""
     step = int(values["step"])
     key = step_key(config, step)
-    on_device = {name: jnp.asarray(array) for name, array in batch.items()}
-    drawn = {**on_device, **stage.draw(key, len(batch["image"]), config)}
+    drawn = {**batch, **stage.draw(key, len(batch["image"]), config)}
     dropout_key = jax.random.fold_in(key, stage.DROPOUT_STREAM)
     single = jax.jit(lambda part: stage.drawn_loss(params, part, dropout_key, config)[0])
     records = values.get("records", range(len(batch["image"])))
@@ -88,7 +91,7 @@ def _examine(
         wrong = [name for name, finite in inputs.items() if not finite]
         note = f"  not finite in the batch: {', '.join(wrong)}" if wrong else ""
         log(f"record {record}  logsnr {float(logsnr[index]):.2f}  loss {loss:.4g}{note}")
-    gradient, report = gradient_of_batch(params, on_device, key, config)
+    gradient, report = gradient_of_batch(params, batch, key, config)
     for name, norm in block_norms(gradient).items():
         bad |= not np.isfinite(norm)
         log(f"{name}  gradient norm {float(norm):.4g}, then {values['block_norms'][name]}")

@@ -7,39 +7,24 @@ into every embedding store, so that training and sampling cannot silently use di
 
 from __future__ import annotations
 
-import functools
-import hashlib
+import dataclasses
 import json
 import pathlib
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from imagen_jax import config_io
 from imagen_jax.config import ConfigError, T5Config, TextConfig, unknown_name
-from imagen_jax.interop import hf_t5, t5x, weights
+from imagen_jax.frozen_encoder import FrozenEncoder, TokenBatch
+from imagen_jax.interop import hf_clip, hf_t5, t5x, t5x_network, weights
 from imagen_jax.models import t5
-
-EOS_ID = 1
-
-
-class TokenBatch(NamedTuple):
-    """Padded token ids.
-
-    Attributes:
-      ids: int32 [B, L], zero at padding.
-      mask: bool [B, L], True at real tokens, the end mark included.
-      truncated: indices of captions that were cut.
-    """
-
-    ids: np.ndarray
-    mask: np.ndarray
-    truncated: tuple[int, ...]
+from imagen_jax.vocabulary import ByteVocabulary, ClipVocabulary, SentencePieceVocabulary
 
 
 @runtime_checkable
@@ -67,166 +52,85 @@ class TextEncoder(Protocol):
         """float32 vectors, one per token, zero at padding. Any L up to max_len will do."""
         ...
 
-
-@runtime_checkable
-class Vocabulary(Protocol):
-    """Caption to ids, without the end mark."""
-
-    size: int
-
-    def __call__(self, caption: str) -> list[int]: ...
-
-    def sha256(self) -> str: ...
+    def flops(self, length: int) -> float:
+        """Floating-point operations of one caption padded to `length` tokens."""
+        ...
 
 
-class SentencePieceVocabulary:
-    """A SentencePiece model file, such as T5's `spiece.model`."""
-
-    def __init__(self, path: pathlib.Path):
-        # Imported here: a machine that only trains from stored embeddings need not have it.
-        import sentencepiece
-
-        self._content = path.read_bytes()
-        try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=self._content)
-        except RuntimeError as error:
-            raise ConfigError(f"{path} is not a SentencePiece model; copy it again") from error
-        self.size = self._processor.get_piece_size()
-
-    def __call__(self, caption: str) -> list[int]:
-        return self._processor.encode(caption)
-
-    def sha256(self) -> str:
-        return hashlib.sha256(self._content).hexdigest()
-
-
-class ByteVocabulary:
-    """UTF-8 bytes, moved up by the three special ids (ByT5, Xue et al. 2022)."""
-
-    size = 259
-
-    def __call__(self, caption: str) -> list[int]:
-        return [byte + 3 for byte in caption.encode("utf-8", errors="replace")]
-
-    def sha256(self) -> str:
-        return hashlib.sha256(b"utf-8 bytes + 3").hexdigest()
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def encode_tokens(
-    params: Any, ids: Int[Array, "b l"], mask: Bool[Array, "b l"], *, config: T5Config
-) -> Float[Array, "b l d"]:
-    """The encoder's forward pass; `t5.T5Encoder` compiled once per shape."""
-    return t5.T5Encoder(config).apply({"params": params}, ids, mask)
-
-
-class T5TextEncoder:
-    """A frozen T5 encoder with its vocabulary."""
-
-    def __init__(
-        self, name: str, t5_config: T5Config, params: Any, *, vocabulary: Vocabulary, max_len: int
-    ):
-        if vocabulary.size > t5_config.vocab_size:
-            raise ConfigError(
-                f"the vocabulary has {vocabulary.size} pieces, the encoder's table "
-                f"{t5_config.vocab_size} rows; they do not belong together"
-            )
-        if max_len < 2:
-            raise ConfigError(f"config.text.max_len={max_len} must be at least 2")
-        self.dim = t5_config.emb_dim
-        self.max_len = max_len
-        self.name = name
-        self.t5_config = t5_config
-        self.params = jax.device_put(params)
-        self._vocabulary = vocabulary
-
-    def fingerprint(self) -> dict[str, str | int]:
-        """Encoder row, sha256 of weights and of vocabulary, max_len and dim."""
-        return {
-            "encoder": self.name,
-            "weights_sha256": self._weights_sha256,
-            "vocabulary_sha256": self._vocabulary.sha256(),
-            "max_len": self.max_len,
-            "dim": self.dim,
-        }
-
-    @functools.cached_property
-    def _weights_sha256(self) -> str:
-        """Of values rather than files: a safetensors and a torch copy are the same encoder."""
-        digest = hashlib.sha256(config_io.fingerprint(self.t5_config).encode())
-        for path, array in sorted(weights.flatten(self.params).items()):
-            digest.update(path.encode())
-            digest.update(np.ascontiguousarray(jax.device_get(array)).data)
-        return digest.hexdigest()
-
-    def token_count(self, caption: str) -> int:
-        """Tokens of a caption before any cut, the end mark included."""
-        return len(self._vocabulary(caption)) + 1
-
-    def tokenize(self, captions: Sequence[str]) -> TokenBatch:
-        """Ids of B captions padded to max_len; a cut caption keeps its end mark.
-
-        Args:
-          captions: B strings; "" is legal and gives the end mark alone.
-        """
-        ids = np.zeros((len(captions), self.max_len), np.int32)
-        mask = np.zeros(ids.shape, bool)
-        truncated = []
-        for row, caption in enumerate(captions):
-            pieces = self._vocabulary(caption)
-            if len(pieces) >= self.max_len:
-                truncated.append(row)
-            pieces = [*pieces[: self.max_len - 1], EOS_ID]
-            ids[row, : len(pieces)] = pieces
-            mask[row, : len(pieces)] = True
-        return TokenBatch(ids, mask, tuple(truncated))
-
-    def encode(
-        self, ids: Int[Array | np.ndarray, "b l"], mask: Bool[Array | np.ndarray, "b l"]
-    ) -> Float[Array, "b l d"]:
-        """Vectors of tokens.
-
-        Args:
-          ids: int32 ids as `tokenize` gives them; any L will do.
-          mask: True at real tokens.
-
-        Returns:
-          float32, zero at padding.
-        """
-        ids, mask = jax.device_put((jnp.asarray(ids), jnp.asarray(mask)))
-        return encode_tokens(self.params, ids, mask, config=self.t5_config)
-
-
-def load_t5(config: TextConfig) -> TextEncoder:
+def load_t5(config: TextConfig, mesh: Mesh | None = None) -> TextEncoder:
     """A T5 encoder from `config.path`, with SentencePiece.
 
-    The folder has the Hugging Face layout with spiece.model, or is a t5x `checkpoint_N` folder
-    with `t5_config.json` (the fields of `config.T5Config`) and spiece.model in it or beside it.
+    The folder has the Hugging Face layout with spiece.model, or is a t5x `checkpoint_N` folder (at
+    any address tensorstore knows) with `t5_config.json` (the fields of `config.T5Config`) and
+    spiece.model in it or beside it; `config.preset` and `config.vocabulary` stand in for the two.
 
     Raises:
       ConfigError: the path is empty or a file is missing. WeightsError: the weights do not load.
     """
-    folder = _folder(config)
-    vocabulary = SentencePieceVocabulary(_find(folder, "spiece.model"))
-    return _t5_encoder(config, folder, vocabulary)
+    shape, tensors = _open_t5(config)
+    return FrozenEncoder(
+        "t5", shape, tensors, vocabulary=_sentencepiece(config), config=config, mesh=mesh
+    )
 
 
-def load_bytes(config: TextConfig) -> TextEncoder:
+def load_bytes(config: TextConfig, mesh: Mesh | None = None) -> TextEncoder:
     """A ByT5 encoder from `config.path` (no vocabulary file). Raises as `load_t5`."""
-    return _t5_encoder(config, _folder(config), ByteVocabulary())
+    shape, tensors = _open_t5(config)
+    return FrozenEncoder(
+        "bytes", shape, tensors, vocabulary=ByteVocabulary(), config=config, mesh=mesh
+    )
 
 
-TEXT_ENCODERS: dict[str, Callable[[TextConfig], TextEncoder]] = {
+def load_t5x(config: TextConfig, mesh: Mesh | None = None) -> TextEncoder:
+    """As `load_t5`, run by t5x's own network. Raises ConfigError also where t5x is missing."""
+    shape, tensors = _open_t5(config)
+    shape = t5x_network.T5xConfig(**dataclasses.asdict(shape))
+    t5x_network.make_encoder(shape)
+    return FrozenEncoder(
+        "t5x", shape, tensors, vocabulary=_sentencepiece(config), config=config, mesh=mesh
+    )
+
+
+def load_clip(config: TextConfig, mesh: Mesh | None = None) -> TextEncoder:
+    """CLIP's text tower, penultimate layer, from a Hugging Face folder with its vocabulary.
+
+    Raises:
+      ConfigError: the path is empty, `max_len` is more than the tower has places for, or a file is
+        missing. WeightsError: the weights do not load.
+    """
+    folder = _folder(config)
+    shape, tensors = hf_clip.open_tensors(folder)
+    if config.max_len > shape.positions:
+        raise ConfigError(
+            f"config.text.max_len={config.max_len} must be at most {shape.positions}, the "
+            f"positions that {folder} knows"
+        )
+    for names in (("vocab.json", "merges.txt"), ("tokenizer.json",)):
+        if all((folder / name).is_file() for name in names):
+            files = {name: (folder / name).read_bytes() for name in names}
+            break
+    else:
+        raise ConfigError(
+            f"config.text.path={str(folder)!r} has neither vocab.json with merges.txt nor "
+            "tokenizer.json; point it to a whole Hugging Face CLIP folder"
+        )
+    vocabulary = ClipVocabulary(files, str(folder))
+    return FrozenEncoder("clip", shape, tensors, vocabulary=vocabulary, config=config, mesh=mesh)
+
+
+TEXT_ENCODERS: dict[str, Callable[[TextConfig, Mesh | None], TextEncoder]] = {
     "t5": load_t5,
     "bytes": load_bytes,
+    "t5x": load_t5x,
+    "clip": load_clip,
 }
 
 
-def load_text_encoder(config: TextConfig) -> TextEncoder:
-    """The encoder that `config` describes. Raises ConfigError, WeightsError."""
+def load_text_encoder(config: TextConfig, mesh: Mesh | None = None) -> TextEncoder:
+    """The encoder that `config` describes, over `mesh`. Raises ConfigError, WeightsError."""
     if config.encoder not in TEXT_ENCODERS:
         raise ConfigError(unknown_name("config.text.encoder", config.encoder, list(TEXT_ENCODERS)))
-    return TEXT_ENCODERS[config.encoder](config)
+    return TEXT_ENCODERS[config.encoder](config, mesh)
 
 
 def embed_prompts(
@@ -267,6 +171,63 @@ def _warn_cut(encoder: TextEncoder, prompts: Sequence[str], batch: TokenBatch, l
             )
 
 
+def _open_t5(config: TextConfig) -> tuple[T5Config, Mapping[str, weights.Tensor]]:
+    """Shape and parameters of the T5 at `config.path`."""
+    if config.preset and config.preset not in t5.T5_PRESETS:
+        raise ConfigError(unknown_name("config.text.preset", config.preset, list(t5.T5_PRESETS)))
+    preset = t5.T5_PRESETS.get(config.preset)
+    if "://" not in config.path and not (_folder(config) / "checkpoint").is_file():
+        shape, tensors = hf_t5.open_tensors(config.path)
+        if preset not in (None, shape):
+            ours, theirs = dataclasses.asdict(preset), dataclasses.asdict(shape)
+            differing = [f"{k}={v}, not {theirs[k]}" for k, v in ours.items() if v != theirs[k]]
+            raise ConfigError(
+                f"config.text.preset={config.preset!r} does not fit {config.path}: "
+                f"{', '.join(differing)}; leave it empty, the folder tells its shape"
+            )
+        return shape, tensors
+    shape = preset or _recorded_shape(config)
+    return shape, t5x.open_tensors(config.path, shape)
+
+
+def _recorded_shape(config: TextConfig) -> T5Config:
+    content = _beside(config, "t5_config.json")
+    if content is None:
+        raise ConfigError(
+            f"config.text.path={config.path!r} has no t5_config.json, and a t5x checkpoint does "
+            "not tell its shape; set config.text.preset, for example to t5_v1_1_xxl"
+        )
+    where = f"t5_config.json of {config.path}"
+    try:
+        return config_io.from_dict(T5Config, dict(json.loads(content)), where)
+    except (ValueError, TypeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{where} is not a JSON object: {error}") from error
+
+
+def _sentencepiece(config: TextConfig) -> SentencePieceVocabulary:
+    given = config.vocabulary
+    content = t5x.read_file(given) if given else _beside(config, "spiece.model")
+    if content is None and given:
+        raise ConfigError(f"config.text.vocabulary={given!r} is no file; give a spiece.model")
+    if content is None:
+        raise ConfigError(
+            f"config.text.path={config.path!r} has no spiece.model; run pretrain_text, point it to "
+            "a whole Hugging Face T5 folder, or set config.text.vocabulary"
+        )
+    return SentencePieceVocabulary(content, given or f"{config.path}/spiece.model")
+
+
+def _beside(config: TextConfig, name: str) -> bytes | None:
+    """The file `name` in the folder, or beside a t5x checkpoint folder."""
+    folder = config.path.rstrip("/")
+    content = t5x.read_file(f"{folder}/{name}")
+    if content is None and t5x.read_file(f"{folder}/checkpoint") is not None:
+        content = t5x.read_file(f"{folder.rpartition('/')[0] or '.'}/{name}")
+    return content
+
+
 def _folder(config: TextConfig) -> pathlib.Path:
     folder = pathlib.Path(config.path)
     if not config.path or not folder.is_dir():
@@ -276,33 +237,3 @@ def _folder(config: TextConfig) -> pathlib.Path:
             "run pretrain_text or point it to a Hugging Face T5 folder"
         )
     return folder
-
-
-def _find(folder: pathlib.Path, name: str) -> pathlib.Path:
-    """`name` in the folder, or beside a t5x checkpoint folder."""
-    places = [folder / name]
-    if (folder / "checkpoint").is_file():
-        places.append(folder.parent / name)
-    for path in places:
-        if path.is_file():
-            return path
-    raise ConfigError(
-        f"config.text.path={str(folder)!r} has no {name}; "
-        "run pretrain_text or point it to a whole Hugging Face T5 folder"
-    )
-
-
-def _t5_encoder(config: TextConfig, folder: pathlib.Path, vocabulary: Vocabulary) -> T5TextEncoder:
-    if (folder / "checkpoint").is_file():
-        path = _find(folder, "t5_config.json")
-        try:
-            fields = dict(json.loads(path.read_text()))
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"{path} is not a JSON object: {error}") from error
-        t5_config = config_io.from_dict(T5Config, fields, str(path))
-        t5_config, params = t5x.load(folder, t5_config)
-    else:
-        t5_config, params = hf_t5.load(folder)
-    return T5TextEncoder(
-        config.encoder, t5_config, params, vocabulary=vocabulary, max_len=config.max_len
-    )

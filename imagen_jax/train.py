@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 import optax
+from etils import epath
 from jaxtyping import Array, UInt8
 
 from imagen_jax import (
@@ -46,6 +47,8 @@ from imagen_jax.train_step import INIT_STREAM, StepFn, make_train_step, times_of
 Batches = Callable[[int], Iterable[Mapping[str, np.ndarray]]]
 # What else is known of a step's batch, for the record: its records, its captions.
 AboutStep = Callable[[int], Mapping[str, Any]]
+# What is left to do to a batch on its devices: encoding its captions, where that is not stored.
+Encode = Callable[[Mapping[str, Array]], Mapping[str, Array]]
 
 
 def abstract_state(
@@ -78,6 +81,8 @@ def train(
     *,
     allow_changes: Collection[str] = (),
     about_step: AboutStep = lambda step: {},
+    encode: Encode = lambda batch: batch,
+    preemption: Preemption | None = None,
 ) -> TrainState:
     """Trains one stage to `config.train.steps`; goes on from the newest checkpoint if there is one.
 
@@ -88,18 +93,22 @@ def train(
       log: receives the progress lines, in the first process.
       allow_changes: fields (or sections) in which `config` may differ from the checkpoint's.
       about_step: what is written down beside the batch of a step that was not finite.
+      encode: makes what the model reads of a batch that lies on its devices.
+      preemption: listens for SIGTERM already; without it, `train` does so from here on.
 
     Returns:
       The state after the last step.
 
     Raises:
-      ConfigError: mesh or batch do not fit the devices, or the configuration is another one.
+      ConfigError: mesh or batch do not fit the devices, the configuration is another one, or the
+        workdir cannot be written.
       CheckpointError: no checkpoint can be read, or it is of another model, or saving fails.
       DivergedError: nothing but infinities, also after a roll-back.
       Preempted: SIGTERM came and all is saved.
     """
     if not distributed.is_first():
         log = _say_nothing
+    _check_writable(workdir)
     mesh = partitioning.make_mesh(config.mesh)
     partitioning.check_batch_size(config.data.batch_size, mesh, config.train.accumulation)
     partitioning.check_tensor(config.model, mesh)
@@ -109,7 +118,8 @@ def train(
         create, abstract = abstract_state(config, optimizer, mesh)
         count = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
         log(f"{config.name}: {count:,} parameters on {mesh.devices.size} {jax.default_backend()}")
-        run = Run(config, workdir, batches, about_step, mesh, optimizer, log)
+        preemption = preemption or closing.enter_context(Preemption())
+        run = Run(config, workdir, batches, about_step, encode, mesh, optimizer, preemption, log)
         closing.callback(run.close)
 
         with run.timer.measure("start"):
@@ -134,12 +144,14 @@ class Run:
         workdir: str,
         batches: Batches,
         about_step: AboutStep,
+        encode: Encode,
         mesh: jax.sharding.Mesh,
         optimizer: optax.GradientTransformation,
+        preemption: Preemption,
         log: Callable[[str], None],
     ):
-        self.config, self.workdir, self.batches = config, workdir, batches
-        self.mesh, self.optimizer, self.log = mesh, optimizer, log
+        self.config, self.workdir, self.batches, self.encode = config, workdir, batches, encode
+        self.mesh, self.optimizer, self.preemption, self.log = mesh, optimizer, preemption, log
         self.rate = learning_rate(config.optimizer, config.train.steps)
         self.timer = metrics.Timer()
         self.progress = metrics.Progress(
@@ -182,17 +194,16 @@ class Run:
             writer = closing.enter_context(
                 contextlib.closing(metrics.MetricWriter(self.workdir, step))
             )
-            preemption = closing.enter_context(Preemption())
             stream = closing.enter_context(_closing(iter(self.batches(step))))
             if config.overfit_batch:
                 stream = itertools.repeat(next(stream))
             while step < config.steps:
-                if preemption.reached(step):
+                if self.preemption.reached():
                     self.stop(step, state)
                 self.profiler.before(step)
                 with self.timer.measure("data"):
                     batch = next(stream)
-                    placed = partitioning.place_batch(batch, self.mesh)
+                    placed = self.encode(partitioning.place_batch(batch, self.mesh))
                 if self.train_step is None:
                     state, report = self.first_step(step, state, placed)
                 else:
@@ -228,13 +239,14 @@ class Run:
         with self.timer.measure("start"):
             # The state lies as it lay before; the compiler would move some of it.
             lies = jax.tree.map(lambda leaf: leaf.sharding, state)
-            self.train_step = jax.jit(
+            lowered = jax.jit(
                 make_train_step(self.config, self.optimizer),
                 donate_argnums=0,
                 out_shardings=(lies, partitioning.everywhere(self.mesh)),
                 compiler_options=partitioning.train_step_options(),
-            )
-            costs = self.train_step.lower(state, batch).cost_analysis() or {}
+            ).lower(state, batch)
+            costs = lowered.cost_analysis() or {}
+            self.train_step = lowered.compile()
             state, report = jax.block_until_ready(self.train_step(state, batch))
         flops = costs.get("flops", 0.0) / devices.size
         self.progress.start(step + 1, flops, devices.size, devices.flat[0].device_kind)
@@ -275,6 +287,20 @@ class Run:
         """Ends what goes on in the background."""
         self.profiler.close()
         self.checkpoints.close()
+
+
+def _check_writable(workdir: str) -> None:
+    """Raises ConfigError where a run could not leave anything; before anything is compiled."""
+    probe = epath.Path(workdir) / f".writable.{jax.process_index()}"
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"--workdir={workdir} cannot be written ({error.strerror or error}); name a folder "
+            "that can be"
+        ) from error
 
 
 def _check_changes(saved: Config, given: Config, workdir: str, allowed: Collection[str]) -> None:

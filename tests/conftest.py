@@ -64,8 +64,11 @@ SR = dataclasses.replace(
 @pytest.fixture(scope="session", autouse=True)
 def quick_compilation(tmp_path_factory):
     """Tiny models run in no time: what the suite waits for is the compiler."""
+    base = tmp_path_factory.getbasetemp()
+    # The workers of pytest-xdist have folders side by side and compile the same programs.
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     jax.config.update("jax_disable_most_optimizations", True)
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
+    jax.config.update("jax_compilation_cache_dir", str(shared / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 

@@ -1,12 +1,22 @@
 """embed.py: duplicates are encoded once, killed runs go on, and all ways give the same bytes."""
 
+import json
 import pathlib
+import re
+import threading
+import time
 
+import jax
 import numpy as np
 import pytest
 
 from imagen_jax import embed
+from imagen_jax.cli import run
+from imagen_jax.config import T5Config
+from imagen_jax.data import embeddings, unit_file
 from imagen_jax.data.embeddings import EmbeddingError, EmbeddingStore
+from imagen_jax.interop import hf_t5
+from imagen_jax.models import t5
 from imagen_jax.text import TokenBatch
 
 
@@ -34,6 +44,9 @@ class LetterEncoder:
             row[: len(cut)] = list(cut)
         long = tuple(i for i, c in enumerate(captions) if self.token_count(c) > self.max_len)
         return TokenBatch(ids, ids > 0, long)
+
+    def flops(self, length: int) -> float:
+        return 100.0 * length
 
     def encode(self, ids, mask):
         if self._left == 0:
@@ -82,35 +95,141 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path):
     units = embed.embed(CAPTIONS, LetterEncoder(), str(whole), 4, silent)["units"]
     with pytest.raises(KeyboardInterrupt):
         embed.embed(CAPTIONS, LetterEncoder(fail_after=3), str(killed), 4, silent)
-    (killed / f".{next(killed.iterdir()).name}.1.tmp").write_bytes(b"half a unit")
+    # What SIGKILL leaves: half a unit under way, half a manifest, the claim of a unit that is done.
+    done = next(path.name for path in killed.glob("unit_*.bin"))
+    (killed / f".{done}.host.1.tmp").write_bytes(b"half a unit")
+    (killed / ".manifest.json.host.1.tmp").write_bytes(b"{")
+    (killed / f".{done}.claim0").touch()
     second = LetterEncoder()
     report = embed.embed(CAPTIONS[::-1], second, str(killed), 4, silent)
     assert report["computed"] == units - 3
-    assert {n: b for n, b in files(killed).items() if not n.endswith(".tmp")} == files(whole)
+    assert files(killed) == files(whole)
     assert embed.embed(CAPTIONS, LetterEncoder(0), str(killed), 4, silent)["computed"] == 0
 
 
-def test_workers_may_share_a_folder(tmp_path):
+def test_the_claim_of_a_dead_worker_is_taken_over(tmp_path):
     alone, shared = tmp_path / "alone", tmp_path / "shared"
-    embed.embed(CAPTIONS, LetterEncoder(), str(alone), 4, silent)
+    units = embed.embed(CAPTIONS, LetterEncoder(), str(alone), 4, silent)["units"]
+    shared.mkdir()
+    for path in list(alone.glob("unit_*.bin"))[:2]:
+        (shared / f".{path.name}.claim0").touch()
+    start = time.monotonic()
+    report = embed.embed(CAPTIONS, LetterEncoder(), str(shared), 4, silent, patience=0.5)
+    assert report["computed"] == units and time.monotonic() - start > 0.5
+    assert files(shared) == files(alone)
 
-    class Interrupted(LetterEncoder):
-        """While it encodes its second unit, another worker does the whole job."""
+
+def test_workers_share_the_units_and_encode_none_twice(tmp_path):
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    units = embed.embed(CAPTIONS, LetterEncoder(), str(alone), 4, silent)["units"]
+    workers = [SlowEncoder() for _ in range(3)]
+    reports = []
+    start = threading.Barrier(3)
+
+    def work(encoder):
+        start.wait()
+        reports.append(embed.embed(CAPTIONS, encoder, str(shared), 4, silent))
+
+    threads = [threading.Thread(target=work, args=[worker]) for worker in workers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(report["computed"] for report in reports) == units
+    assert all(report["computed"] for report in reports)
+    assert len(sum((worker.seen for worker in workers), [])) == len(CAPTIONS)
+    assert files(shared) == files(alone)
+
+
+class SlowEncoder(LetterEncoder):
+    def encode(self, ids, mask):
+        time.sleep(0.02)
+        return super().encode(ids, mask)
+
+
+def test_killed_while_the_manifest_is_written(tmp_path, monkeypatch):
+    """A store is complete or it is not; the next run only writes the manifest."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    embed.embed(CAPTIONS, LetterEncoder(), str(whole), 4, silent)
+
+    def die(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(unit_file.os, "fsync", lambda file: None)
+        patch.setattr(embeddings, "appear", die)
+        with pytest.raises(KeyboardInterrupt):
+            embed.embed(CAPTIONS, LetterEncoder(), str(killed), 4, silent)
+    with pytest.raises(EmbeddingError, match="incomplete"):
+        EmbeddingStore.open(str(killed))
+    assert embed.embed(CAPTIONS, LetterEncoder(0), str(killed), 4, silent)["computed"] == 0
+    assert files(killed) == files(whole)
+
+
+def test_half_of_the_captions_repeated_is_half_of_the_calls(tmp_path):
+    different = [f"{i:05d}" for i in range(64)]
+    calls = [
+        embed.embed(texts, LetterEncoder(), str(tmp_path / name), 4, silent)["computed"]
+        for name, texts in (("all", different), ("half", different[:32] * 2))
+    ]
+    assert calls == [16, 8]
+
+
+def test_int8_halves_the_bytes_and_tells_its_error(tmp_path):
+    """Channels a hundred times larger than the rest, as T5's are, cost the others nothing."""
+    rng = np.random.default_rng(0)
+
+    class Outliers(LetterEncoder):
+        dim = 256
 
         def encode(self, ids, mask):
-            if len(self.seen) == 4:
-                embed.embed(CAPTIONS, LetterEncoder(), str(shared), 4, silent)
-            return super().encode(ids, mask)
+            vectors = rng.normal(size=(*ids.shape, self.dim)).astype(np.float32)
+            vectors[..., :3] *= 100
+            self.exact = vectors
+            return vectors
 
-    embed.embed(CAPTIONS, Interrupted(), str(shared), 4, silent)
-    assert files(shared) == files(alone)
+    texts = ["one caption", "another one"]
+    encoder, plain = Outliers(), Outliers()
+    report = embed.embed(texts, encoder, str(tmp_path / "int8"), 2, silent, dtype="int8")
+    store = EmbeddingStore.open(str(tmp_path / "int8"), encoder.fingerprint())
+    store.verify()
+    text_emb, mask = store.lookup(sorted(texts, key=embeddings.caption_hash), 20)
+    got, exact = text_emb[mask].astype(np.float32), encoder.exact[mask[:, :16]]
+    manifest = json.loads((tmp_path / "int8" / "manifest.json").read_text())
+    assert manifest["dtype"] == "int8"
+
+    def relative(channels):
+        error = got[:, channels] - exact[:, channels]
+        return np.sqrt((error**2).mean() / (exact[:, channels] ** 2).mean())
+
+    # bfloat16, into which the values are read, adds 0.0017 (root of the sum of squares).
+    assert 0.004 < manifest["relative_rms_error"] < 0.012
+    assert relative(slice(None)) == pytest.approx(manifest["relative_rms_error"], rel=0.2)
+    assert relative(slice(3, None)) < 0.012
+    wide = embed.embed(texts, plain, str(tmp_path / "bf16"), 2, silent)
+    assert report["bytes"] < 0.6 * wide["bytes"]
+    bf16 = json.loads((tmp_path / "bf16" / "manifest.json").read_text())
+    assert 0.001 < bf16["relative_rms_error"] < 0.003
 
 
 def test_estimate_agrees_with_the_run(tmp_path):
     texts = CAPTIONS + CAPTIONS[:5]
     report = embed.embed(texts, LetterEncoder(), str(tmp_path), 4, silent)
-    estimate = embed.estimate(texts, LetterEncoder(0))
+    estimate = embed.estimate(texts, LetterEncoder(0), 4)
     assert estimate == {name: report[name] for name in estimate}
+    # Every unit is filled up to 4 captions of its length: 8, 16 or the longest, 20.
+    assert estimate["padded_tokens"] * 100 == estimate["flops"]
+    assert estimate["padded_tokens"] >= estimate["tokens"]
+
+
+def test_progress_says_how_fast_and_how_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(embed, "REPORT_EVERY", 0.0)
+    lines: list[str] = []
+    embed.embed(CAPTIONS, LetterEncoder(), str(tmp_path), 4, lines.append)
+    pattern = r"\d+ of \d+ units, here [\d,.]+ captions/s, [\d,]+ tokens/s, [\d,]+ s left"
+    said = [line for line in lines if re.fullmatch(pattern, line)]
+    assert said[-1].endswith(" 0 s left")
+    assert "40 distinct captions of 40" in lines[-1] and "captions/s" in lines[-1]
 
 
 def test_values_that_are_not_finite_are_not_stored(tmp_path):
@@ -121,3 +240,26 @@ def test_values_that_are_not_finite_are_not_stored(tmp_path):
     with np.errstate(all="ignore"), pytest.raises(EmbeddingError, match="NaN or infinite"):
         embed.embed(CAPTIONS, Broken(), str(tmp_path), 4, silent)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_estimates_then_embeds(tmp_path, base_config, write_world, capsys):
+    shape = T5Config(vocab_size=384, emb_dim=8, num_layers=1, num_heads=2, head_dim=4, mlp_dim=16)
+    params = jax.tree.map(lambda x: np.ones(x.shape, np.float32), t5.parameter_shapes(shape))
+    hf_t5.save(tmp_path / "text", shape, params)
+    path = write_world(tmp_path, base_config, steps=1, every=1)
+    store = tmp_path / "new"
+    command = ["embed", f"--config={path}", f"--config.data.embeddings={store}"]
+    command += ["--config.text.encoder=bytes", f"--config.text.path={tmp_path}/text"]
+    assert run.main([*command, "--estimate", "--flop_rate=1e6"]) == 0
+    said = dict(line.split(":") for line in capsys.readouterr().out.splitlines() if ":" in line)
+    said = {name.strip(): value.strip() for name, value in said.items()}
+    # "picture 0" to "picture 11": 9 or 10 bytes and the end mark, 8 numbers of 2 bytes each.
+    assert (said["captions"], said["unique"], said["tokens"]) == ("12", "12", "122")
+    assert said["bytes"] == f"{122 * 8 * 2:,}" and not store.exists()
+    hours = float(said["flops"]) / 1e6 / 3600
+    assert said["chip_hours"] == f"{hours:.3g} at 1e+06 FLOP/s per chip"
+    assert run.main(command) == 0
+    assert "12 distinct captions of 12, 122 tokens" in capsys.readouterr().out
+    assert EmbeddingStore.open(str(store)).captions == 12
+    assert run.main([*command, "--estimate", "--flop_rate=0"]) == 1
+    assert "--flop_rate=0 must be above 0" in capsys.readouterr().err

@@ -10,8 +10,8 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "imagen_jax"
 LAYERS = [
     {"config", "config_io", "images", "diffusion", "distributed"},
     {"guidance", "models", "sampling", "optimizer", "ema", "metrics", "partitioning"}
-    | {"preemption", "profiling"},
-    {"interop", "train_state", "checkpoint", "ema_snapshots"},
+    | {"preemption", "profiling", "vocabulary"},
+    {"interop", "train_state", "checkpoint", "ema_snapshots", "frozen_encoder"},
     {"text", "stage", "faults"},
     {"data", "cascade", "prompts"},
     {

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from imagen_jax import config_io, faults, partitioning, stage, train_state
-from imagen_jax.checkpoint import Checkpoints
+from imagen_jax.checkpoint import CheckpointError, Checkpoints
 from imagen_jax.config import CheckpointConfig, Config, ConfigError, TrainConfig
 from imagen_jax.faults import DivergedError
 from imagen_jax.optimizer import make_optimizer
@@ -170,26 +171,34 @@ def run_command(config, workdir, *, largest_file: int | None = None) -> subproce
     )
 
 
-def test_a_full_disk_is_one_line_and_costs_nothing(base_config, write_world, tmp_path):
+def test_a_save_that_fails_is_one_line_and_costs_nothing(base_config, write_world, tmp_path):
     config = write_world(tmp_path, base_config, steps=4, every=2)
     full = run_command(config, tmp_path / "run", largest_file=16_000)
     assert full.returncode == 1
-    # Orbax's own threads print what they met; the last word is ours.
-    said = [line for line in full.stderr.splitlines() if line.startswith("imagen train:")]
-    line = [line for line in said if "warning:" not in line][-1]
-    assert "cannot save" in line and "make room" in line and "ailed" in line
+    said = [line for line in full.stderr.splitlines() if "warning:" not in line]
+    assert len(said) == 1 and said[0].startswith("imagen train: ")
+    assert "cannot save" in said[0] and "make room" in said[0] and "ailed" in said[0]
     kept = [p.name for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()]
     assert kept == []
     assert run_command(config, tmp_path / "run").returncode == 0
     assert (tmp_path / "run" / "checkpoints" / "4").is_dir()
 
 
+def test_a_save_that_has_no_room_is_not_begun(base_config, stream, tmp_path, monkeypatch):
+    config, free = with_train(base_config), iter([10**9, 1_000])
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=next(free)))
+    with pytest.raises(CheckpointError, match="0.0 MB are free, 2.1 MB are needed") as refused:
+        train(config, str(tmp_path), stream(config), lambda line: None)
+    assert "the newest is of step 2" in str(refused.value)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2"]
+
+
 def test_a_workdir_that_cannot_be_written(base_config, write_world, tmp_path):
     config = write_world(tmp_path, base_config, steps=4, every=2)
     refused = run_command(config, "/proc/run")
-    assert refused.returncode == 1 and "Traceback" not in refused.stderr
-    said = [line for line in refused.stderr.splitlines() if line.startswith("imagen train:")]
-    assert "/proc/run" in [line for line in said if "warning:" not in line][-1]
+    assert refused.returncode == 1 and len(refused.stderr.splitlines()) == 1
+    assert refused.stderr.startswith("imagen train: --workdir=/proc/run cannot be written")
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,12 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+import msgpack
 import numpy as np
 import pytest
 
 from imagen_jax import config as config_lib
-from imagen_jax import pretrain_text, text
+from imagen_jax import partitioning, pretrain_text, text, vocabulary
 from imagen_jax.config import ConfigError, T5Config, TextConfig
 from imagen_jax.interop import hf_t5
 from imagen_jax.models import t5
@@ -49,8 +50,8 @@ def test_tokens_end_with_the_end_mark_cut_or_not(encoder):
     assert lengths.tolist() == [4, 1, 8]
     assert batch.truncated == (2,)
     for row, length in enumerate(lengths):
-        assert batch.ids[row, length - 1] == text.EOS_ID
-        assert text.EOS_ID not in batch.ids[row, : length - 1]
+        assert batch.ids[row, length - 1] == vocabulary.EOS_ID
+        assert vocabulary.EOS_ID not in batch.ids[row, : length - 1]
         assert not batch.ids[row, length:].any()
         assert batch.mask[row, :length].all()
 
@@ -130,6 +131,17 @@ def test_bytes_need_no_vocabulary_file(folder):
     assert batch.truncated == (1,)
 
 
+def test_bytes_are_tokens_of_byt5(folder):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.ByT5Tokenizer()
+    encoder = text.load_text_encoder(TextConfig(encoder="bytes", path=str(folder), max_len=64))
+    captions = ["a red circle", "", "naïve café, 日本語 🎉", "  two  spaces\n"]
+    batch = encoder.tokenize(captions)
+    for caption, ids, mask in zip(captions, batch.ids, batch.mask, strict=True):
+        assert ids[mask].tolist() == theirs(caption)["input_ids"]
+    assert t5.T5_PRESETS["byt5_small"].vocab_size >= vocabulary.ByteVocabulary.size
+
+
 def test_a_t5x_folder_is_an_encoder_too(tmp_path):
     shape = T5Config(vocab_size=128, emb_dim=32, num_layers=3, num_heads=4, head_dim=8, mlp_dim=64)
     (tmp_path / "t5_config.json").write_text(json.dumps(dataclasses.asdict(shape)))
@@ -141,6 +153,56 @@ def test_a_t5x_folder_is_an_encoder_too(tmp_path):
     # The weights load; only the golden table is too small for any vocabulary with byte pieces.
     with pytest.raises(ConfigError, match=r"vocabulary has \d+ pieces.*table 128 rows"):
         text.load_text_encoder(config)
+
+
+def write_t5x(folder, params):
+    """A t5x checkpoint with all arrays in its msgpack file."""
+
+    def pack(array):
+        array = np.asarray(array)
+        content = (array.shape, str(array.dtype), array.tobytes())
+        return msgpack.ExtType(1, msgpack.packb(content, use_bin_type=True))
+
+    encoder = jax.tree.map(pack, jax.device_get(partitioning.unbox(params)))
+    target = {"token_embedder": encoder.pop("token_embedder"), "encoder": encoder}
+    folder.mkdir()
+    tree = {"optimizer": {"target": target}}
+    (folder / "checkpoint").write_bytes(msgpack.packb(tree))
+
+
+def test_a_t5x_checkpoint_at_an_address_with_preset_and_vocabulary(
+    folder, encoder, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(t5.T5_PRESETS, "tiny", TINY)
+    write_t5x(tmp_path / "checkpoint_7", random_params(TINY))
+    address = f"file://{tmp_path}/checkpoint_7"
+    vocabulary = f"file://{folder}/spiece.model"
+    config = TextConfig(path=address, preset="tiny", vocabulary=vocabulary, max_len=8)
+    assert text.load_text_encoder(config).fingerprint() == encoder.fingerprint()
+    # Beside the checkpoint both are found without being named.
+    (tmp_path / "t5_config.json").write_text(json.dumps(dataclasses.asdict(TINY)))
+    shutil.copy(folder / "spiece.model", tmp_path)
+    for path in (address, f"{tmp_path}/checkpoint_7"):
+        found = text.load_text_encoder(TextConfig(path=path, max_len=8))
+        assert found.fingerprint() == encoder.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"preset": "t5_v1_1_xxxl"}, "config.text.preset='t5_v1_1_xxxl'.*did you mean 't5_v1_1_x"),
+        (
+            {"preset": "t5_small"},
+            "does not fit .*emb_dim=512, not 16.*leave it empty",
+        ),
+        ({"vocabulary": "nowhere.model"}, "config.text.vocabulary='nowhere.model' is no file"),
+        ({"path": "file:///nowhere/checkpoint_1"}, "no t5_config.json.*config.text.preset"),
+        ({"path": "gss://bucket/checkpoint_1", "preset": "t5_small"}, "gss://.*cannot be opened"),
+    ],
+)
+def test_what_an_address_lacks_is_said(folder, change, message):
+    with pytest.raises(ValueError, match=message):
+        text.load_text_encoder(dataclasses.replace(TextConfig(path=str(folder)), **change))
 
 
 @pytest.mark.parametrize(

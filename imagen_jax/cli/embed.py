@@ -1,10 +1,15 @@
-"""Computes the text embeddings of a data set's captions, once, into `config.data.embeddings`."""
+"""Computes the text embeddings of a data set's captions, once, into `config.data.embeddings`.
+
+Killed and started again it goes on. More workers, on this or other hosts that see the folder, are
+the same command again: each unit of captions is encoded by one of them.
+"""
 
 from __future__ import annotations
 
 import argparse
 
 from imagen_jax import embed as embed_lib
+from imagen_jax import partitioning
 from imagen_jax.cli import wiring
 from imagen_jax.config import ConfigError
 from imagen_jax.data.index import open_source
@@ -15,7 +20,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
     wiring.add_config(parser)
     parser.add_argument(
-        "--estimate", action="store_true", help="count captions, tokens and bytes, write nothing"
+        "--estimate",
+        action="store_true",
+        help="say how many captions, tokens, bytes and chip-hours it will be, write nothing",
+    )
+    parser.add_argument(
+        "--flop_rate",
+        type=float,
+        default=8e13,
+        help="FLOP/s that a chip does, for --estimate (default: 8e13, 40%% of a TPU v5e)",
     )
 
 
@@ -24,11 +37,38 @@ def run(flags: argparse.Namespace) -> None:
     config = wiring.load_config(flags)
     source = open_source(config.data)
     captions = [text for i in range(len(source)) for text in source.captions(i)]
-    encoder = load_text_encoder(config.text)
+    mesh = partitioning.make_mesh(config.mesh)
+    encoder = load_text_encoder(config.text, mesh)
+    settings = config.embed
     if flags.estimate:
-        for name, value in embed_lib.estimate(captions, encoder).items():
-            print(f"{name:>16}: {value:,}")
+        _print_estimate(
+            embed_lib.estimate(captions, encoder, settings.unit_size, settings.dtype),
+            flags.flop_rate,
+        )
         return
     if not config.data.embeddings:
         raise ConfigError("config.data.embeddings='' must name the folder of the store to write")
-    embed_lib.embed(captions, encoder, config.data.embeddings, config.embed.unit_size)
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    if settings.unit_size % devices:
+        raise ConfigError(
+            f"config.embed.unit_size={settings.unit_size} must be a multiple of {devices} "
+            f"(data*fsdp devices); try {-(-settings.unit_size // devices) * devices}"
+        )
+    embed_lib.embed(
+        captions,
+        encoder,
+        config.data.embeddings,
+        settings.unit_size,
+        dtype=settings.dtype,
+        patience=settings.patience,
+    )
+
+
+def _print_estimate(values: dict[str, int | float], flop_rate: float) -> None:
+    if not flop_rate > 0:
+        raise ConfigError(f"--flop_rate={flop_rate:g} must be above 0")
+    for name in ("captions", "unique", "truncated", "tokens", "padded_tokens", "units", "bytes"):
+        print(f"{name:>14}: {values[name]:,}")
+    print(f"{'flops':>14}: {values['flops']:.3g}")
+    hours = values["flops"] / flop_rate / 3600
+    print(f"{'chip_hours':>14}: {hours:.3g} at {flop_rate:.3g} FLOP/s per chip")

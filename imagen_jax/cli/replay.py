@@ -22,4 +22,5 @@ def run(flags: argparse.Namespace) -> None:
     config = checkpoints.newest_config()
     checkpoints.close()
     wiring.set_up_devices(config.mesh.cpu_devices)
-    replay(config, flags.workdir, flags.step, wiring.open_pipeline(config).batches)
+    pipeline = wiring.open_pipeline(config)
+    replay(config, flags.workdir, flags.step, pipeline.batches, encode=pipeline.encode)

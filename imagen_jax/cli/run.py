@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import keyword
+import logging
 import os
 import sys
 import threading
@@ -35,6 +36,18 @@ VERBS = {
 def _own_error(error: Exception) -> bool:
     """Whether the message was written for the user: our own error classes and file errors."""
     return isinstance(error, OSError) or type(error).__module__.startswith("imagen_jax")
+
+
+def _silence_other_threads() -> None:
+    """A library's thread hands its error on to the main thread, which says it in one line."""
+    threading.excepthook = lambda _: None
+    # What a callback of C++ raises comes here, tensorstore's a thousandfold when a save fails.
+    main, said_by_python = threading.main_thread(), sys.unraisablehook
+    sys.unraisablehook = lambda error: (
+        said_by_python(error) if threading.current_thread() is main else None
+    )
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    logging.getLogger("absl").addFilter(lambda record: record.exc_info is None)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,8 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.showwarning = lambda message, *_, **__: print(
         f"imagen {verb}: warning: {' '.join(str(message).split())}", file=sys.stderr
     )
-    # A library's thread hands its error on to the main thread, which says it in one line.
-    threading.excepthook = lambda _: None
+    _silence_other_threads()
     try:
         module.run(flags)
     except Preempted as told:

@@ -13,6 +13,7 @@ import jax
 
 from imagen_jax import distributed
 from imagen_jax.cli import wiring
+from imagen_jax.preemption import Preemption
 from imagen_jax.train import train, with_data
 
 
@@ -30,19 +31,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(flags: argparse.Namespace) -> None:
     """Carries the verb out."""
-    config = wiring.load_config(flags)
-    distributed.initialize()
-    keep_compiled(flags.workdir)
-    pipeline = wiring.open_pipeline(config)
-    store = pipeline.store
-    config = with_data(config, store.dim, store.fingerprint, pipeline.fingerprint())
-    train(
-        config,
-        flags.workdir,
-        pipeline.batches,
-        allow_changes=[name for name in flags.allow_changes.split(",") if name],
-        about_step=pipeline.about,
-    )
+    with Preemption() as preemption:
+        config = wiring.load_config(flags)
+        distributed.initialize()
+        keep_compiled(flags.workdir)
+        pipeline = wiring.open_pipeline(config)
+        store = pipeline.store
+        config = with_data(config, store.dim, store.fingerprint, pipeline.fingerprint())
+        train(
+            config,
+            flags.workdir,
+            pipeline.batches,
+            allow_changes=[name for name in flags.allow_changes.split(",") if name],
+            about_step=pipeline.about,
+            encode=pipeline.encode,
+            preemption=preemption,
+        )
 
 
 def keep_compiled(workdir: str) -> None:

@@ -8,10 +8,11 @@ import os
 
 import jax
 
-from imagen_jax import config_io
+from imagen_jax import config_io, partitioning
 from imagen_jax.config import Config
 from imagen_jax.data.embeddings import EmbeddingStore
 from imagen_jax.data.index import open_source
+from imagen_jax.data.on_the_fly import TokenSource
 from imagen_jax.data.pipeline import Pipeline
 from imagen_jax.text import load_text_encoder
 
@@ -49,11 +50,10 @@ def open_pipeline(config: Config) -> Pipeline:
     """The stream of batches of `config`: its source joined with its embeddings.
 
     The store must be of the very encoder that `config.text` names; where no encoder is named, any
-    store is taken.
+    store is taken. With `config.text.on_the_fly` the encoder takes the store's place.
     """
     source = open_source(config.data)
-    expected = load_text_encoder(config.text).fingerprint() if config.text.path else None
-    store = EmbeddingStore.open(config.data.embeddings, expected)
+    store = _open_text(config)
     return Pipeline(
         source,
         store,
@@ -62,3 +62,11 @@ def open_pipeline(config: Config) -> Pipeline:
         host=jax.process_index(),
         hosts=jax.process_count(),
     )
+
+
+def _open_text(config: Config) -> EmbeddingStore | TokenSource:
+    if config.text.on_the_fly:
+        mesh = partitioning.make_mesh(config.mesh)
+        return TokenSource(load_text_encoder(config.text, mesh))
+    expected = load_text_encoder(config.text).fingerprint() if config.text.path else None
+    return EmbeddingStore.open(config.data.embeddings, expected)

@@ -1,127 +1,88 @@
 """The ragged store of text embeddings, keyed by caption hash and read by memory map.
 
 `embed` writes it once, a unit of captions at a time; the pipeline looks captions up in it. Only the
-real tokens are kept, in bfloat16: 20 tokens of 4096 channels are 164 kB, padded to 128 they would
-be 1 MB. The paper too encodes its captions ahead of training (Imagen, Sec. 2.5).
+real tokens are kept: 20 tokens of 4096 channels are 164 kB in bfloat16, 82 kB in int8; padded to
+128 they would be 1 MB. The paper too encodes its captions ahead of training (Imagen, Sec. 2.5).
 
-A folder holds `manifest.json` and unit files. A unit file: 32 bytes of header (tag, then captions,
-tokens and width as u64), one 16-byte hash per caption, one i32 token count per caption, and the
-bfloat16 rows of all tokens.
+A folder holds unit files (`unit_file.py`) and `manifest.json`, which declares them complete.
 """
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import json
 import os
 import pathlib
-import struct
+import socket
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 from jaxtyping import BFloat16, Bool
 
+from imagen_jax.data.unit_file import (
+    HASH_BYTES,
+    EmbeddingError,
+    Rows,
+    Unit,
+    appear,
+    caption_hash,
+    describe_unit,
+    read_header,
+    read_keys,
+    unit_name,
+    write_unit,
+)
+
+__all__ = [
+    "EmbeddingError",
+    "EmbeddingStore",
+    "Unit",
+    "caption_hash",
+    "describe_unit",
+    "unit_name",
+    "write_manifest",
+    "write_unit",
+]
+
 MANIFEST = "manifest.json"
-TAG = b"IMGNEMB1"
-HASH_BYTES = 16
-
-
-class EmbeddingError(ValueError):
-    """An embedding store that is missing, incomplete, damaged or made by another encoder."""
-
-
-class Unit(NamedTuple):
-    """A finished unit file, as listed in the manifest."""
-
-    file: str
-    sha256: str
-    captions: int
-    tokens: int
-
-
-def caption_hash(text: str) -> bytes:
-    """The key of a caption: the first 16 bytes of the SHA-256 of its UTF-8 form."""
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:HASH_BYTES]
-
-
-def unit_name(captions: Iterable[str], **settings: Any) -> str:
-    """File name of a unit: a hash of its captions and of all that its bytes depend on."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for caption in captions:
-        digest.update(caption_hash(caption))
-    return f"unit_{digest.hexdigest()[:24]}.bin"
-
-
-def write_unit(
-    path: pathlib.Path, captions: Sequence[str], rows: Sequence[BFloat16[np.ndarray, "_ d"]]
-) -> None:
-    """Writes a unit file; it appears whole or not at all, whoever else writes the same one.
-
-    Args:
-      path: the file, named by `unit_name`.
-      captions: at least one.
-      rows: embeddings of the real tokens of each caption.
-    """
-    counts = np.array([len(r) for r in rows], "<i4")
-    header = struct.pack("<8sQQQ", TAG, len(captions), counts.sum(), rows[0].shape[1])
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(header + b"".join(map(caption_hash, captions)) + counts.tobytes())
-        file.write(np.concatenate(rows).tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def describe_unit(path: pathlib.Path) -> Unit:
-    """The manifest row of a unit file, its hash computed from what is on disk.
-
-    Raises:
-      EmbeddingError: the file is damaged.
-    """
-    with path.open("rb") as file:
-        captions, tokens, _ = _read_header(path)
-        return Unit(path.name, hashlib.file_digest(file, "sha256").hexdigest(), captions, tokens)
+OPEN_UNITS = 1024  # Unit files mapped at a time; a process may only have so many maps.
 
 
 def write_manifest(folder: pathlib.Path, units: Sequence[Unit], fingerprint: dict) -> None:
-    """Declares a store complete."""
+    """Declares a store complete; it appears whole or not at all, the same whoever writes it."""
+    headers = [read_header(folder / u.file) for u in units]
+    norm = sum(h.squared_norm for h in headers)
+    error = (sum(h.squared_error for h in headers) / norm) ** 0.5 if norm else 0.0
     manifest = {
         "fingerprint": fingerprint,
-        "dim": _read_header(folder / units[0].file)[2],
-        "dtype": "bfloat16",
+        "dim": headers[0].dim,
+        "dtype": headers[0].dtype,
         "captions": sum(u.captions for u in units),
         "tokens": sum(u.tokens for u in units),
+        # Root of summed squares, stored minus exact over exact; not known of older units (NaN).
+        "relative_rms_error": error if error == error else None,
         "units": [u._asdict() for u in units],
     }
-    temporary = folder / f".{MANIFEST}.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(manifest, indent=1))
-    os.replace(temporary, folder / MANIFEST)
-
-
-def _read_header(path: pathlib.Path) -> tuple[int, int, int]:
-    """Captions, tokens and width of a unit file, checked against its length."""
-    try:
-        with path.open("rb") as file:
-            tag, captions, tokens, dim = struct.unpack("<8sQQQ", file.read(32))
-    except (FileNotFoundError, struct.error):
-        tag = b""
-    wanted = 32 + (HASH_BYTES + 4) * captions + 2 * tokens * dim if tag == TAG else -1
-    if not path.exists() or path.stat().st_size != wanted:
-        raise EmbeddingError(f"{path} is missing or damaged; delete it and run `imagen embed`")
-    return captions, tokens, dim
+    temporary = folder / f".{MANIFEST}.{socket.gethostname()}.{os.getpid()}.tmp"
+    with temporary.open("w") as file:
+        file.write(json.dumps(manifest, indent=1))
+        file.flush()
+        os.fsync(file.fileno())
+    appear(temporary, folder / MANIFEST)
 
 
 class EmbeddingStore:
     """Embeddings by caption.
 
     Attributes:
+      feature: what a batch carries.
       dim: width D.
       fingerprint: what the encoder said of itself when the store was written.
       captions: number of captions held.
     """
+
+    feature = "text_emb"
 
     def __init__(self, folder: pathlib.Path, manifest: dict) -> None:
         """Use `open`."""
@@ -130,17 +91,17 @@ class EmbeddingStore:
         self.dim: int = manifest["dim"]
         self.fingerprint: dict = manifest["fingerprint"]
         self.captions: int = manifest["captions"]
-        self._data, hashes, counts, units, offsets = [], [], [], [], []
+        # Mapped when first needed, the least used ones let go.
+        self._rows = functools.lru_cache(OPEN_UNITS)(
+            lambda number: Rows(folder / manifest["units"][number]["file"])
+        )
+        hashes, counts, units, offsets = [], [], [], []
         for number, row in enumerate(manifest["units"]):
-            path = folder / row["file"]
-            n, tokens, dim = _read_header(path)
-            raw = np.memmap(path, mode="r")
-            body = 32 + (HASH_BYTES + 4) * n
-            hashes.append(np.array(raw[32 : 32 + HASH_BYTES * n]).view(f"S{HASH_BYTES}"))
-            counts.append(np.array(raw[32 + HASH_BYTES * n : body]).view("<i4"))
-            units.append(np.full(n, number, np.int32))
-            offsets.append(np.cumsum(counts[-1], dtype=np.int64) - counts[-1])
-            self._data.append(raw[body:].view(ml_dtypes.bfloat16).reshape(tokens, dim))
+            keys, lengths = read_keys(folder / row["file"])
+            hashes.append(keys)
+            counts.append(lengths)
+            units.append(np.full(len(keys), number, np.int32))
+            offsets.append(np.cumsum(lengths, dtype=np.int64) - lengths)
         keys = np.concatenate(hashes)
         order = np.argsort(keys)
         self._keys, self._counts = keys[order], np.concatenate(counts)[order]
@@ -174,16 +135,20 @@ class EmbeddingStore:
     def verify(self) -> None:
         """Reads every unit and compares its hash. Raises EmbeddingError naming the damaged one."""
         for row in self._manifest["units"]:
-            if describe_unit(self._folder / row["file"]).sha256 != row["sha256"]:
-                raise EmbeddingError(
-                    f"{self._folder / row['file']} is damaged; delete it and run `imagen embed`"
-                )
+            path = self._folder / row["file"]
+            hashes = {describe_unit(path, reread=reread).sha256 for reread in (False, True)}
+            if hashes != {row["sha256"]}:
+                raise EmbeddingError(f"{path} is damaged; delete it and run `imagen embed`")
 
     def missing(self, captions: Iterable[str]) -> list[str]:
         """Those of the captions that the store does not hold, each once."""
         unique = list(dict.fromkeys(captions))
         known = self._keys[self._find(unique)] == _hashes(unique)
         return [caption for caption, is_known in zip(unique, known, strict=True) if not is_known]
+
+    def spec(self, max_text_len: int) -> tuple[tuple[int, ...], str]:
+        """Shape and dtype of one example's embeddings, padded."""
+        return (max_text_len, self.dim), "bfloat16"
 
     def lookup(
         self, captions: Sequence[str], max_text_len: int
@@ -211,7 +176,7 @@ class EmbeddingStore:
         text_emb = np.zeros((len(captions), max_text_len, self.dim), ml_dtypes.bfloat16)
         for out, row, count in zip(text_emb, rows, counts, strict=True):
             start = self._offsets[row]
-            out[:count] = self._data[self._units[row]][start : start + count]
+            out[:count] = self._rows(int(self._units[row]))[start : start + count]
         return text_emb, np.arange(max_text_len) < counts[:, None]
 
     def _find(self, captions: Sequence[str]) -> np.ndarray:

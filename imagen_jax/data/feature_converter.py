@@ -1,7 +1,7 @@
 """From the examples of the seqio task to what the model reads.
 
-Task: uint8 pictures and the embeddings of the real tokens. Model: pictures in [-1, 1], embeddings
-padded with zeros to a fixed length, and the mask that tells the two apart.
+Task: uint8 pictures and the embeddings (or ids) of the real tokens. Model: pictures in [-1, 1],
+text padded with zeros to a fixed length, and the mask that tells the two apart.
 """
 
 from __future__ import annotations
@@ -15,22 +15,32 @@ Spec = seqio.FeatureConverter.FeatureSpec
 
 
 class ImagenFeatureConverter(seqio.FeatureConverter):
-    """Makes {image, (lowres), text_emb, text_mask} as `Pipeline.batch_at` does, bit for bit."""
+    """Makes {image, (lowres), text_emb|text_ids, text_mask} as `Pipeline.batch_at`, bit for bit."""
 
     TASK_FEATURES: Mapping[str, Spec] = {}
     MODEL_FEATURES: Mapping[str, Spec] = {}
     PACKING_FEATURE_DTYPES = None
 
-    def __init__(self, lowres: bool) -> None:
-        """`lowres`: whether the examples carry a low-resolution picture (SR stages)."""
+    def __init__(self, lowres: bool, text: str = "text_emb") -> None:
+        """Says what the examples carry.
+
+        Args:
+          lowres: whether there is a low-resolution picture (SR stages).
+          text: text_emb (embeddings) or text_ids (tokens, encoded later).
+        """
+        stored, read, rank = {
+            "text_emb": (tf.bfloat16, tf.float32, 2),
+            "text_ids": (tf.int32, tf.int32, 1),
+        }[text]
+        self._text, self._text_dtype = text, read
         self._pictures = ("image", "lowres") if lowres else ("image",)
         self.TASK_FEATURES = {
             **{name: Spec(dtype=tf.uint8, rank=3) for name in self._pictures},
-            "text_emb": Spec(dtype=tf.bfloat16, rank=2),
+            text: Spec(dtype=stored, rank=rank),
         }
         self.MODEL_FEATURES = {
             **{name: Spec(dtype=tf.float32, rank=3) for name in self._pictures},
-            "text_emb": Spec(dtype=tf.float32, rank=2),
+            text: Spec(dtype=read, rank=rank),
             "text_mask": Spec(dtype=tf.bool),
         }
         # Shapes are static and checked where examples enter; seqio's checks would halve the speed.
@@ -40,20 +50,20 @@ class ImagenFeatureConverter(seqio.FeatureConverter):
         self, task_feature_lengths: Mapping[str, int]
     ) -> Mapping[str, int]:
         """Lengths of the model's features; the mask is as long as the text."""
-        return {**task_feature_lengths, "text_mask": task_feature_lengths["text_emb"]}
+        return {**task_feature_lengths, "text_mask": task_feature_lengths[self._text]}
 
     def _convert_features(
         self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
     ) -> tf.data.Dataset:
-        length = task_feature_lengths["text_emb"]
+        length = task_feature_lengths[self._text]
 
         def convert(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-            text_emb = tf.cast(example["text_emb"], tf.float32)
-            count = tf.shape(text_emb)[0]
-            padded = tf.pad(text_emb, [(0, length - count), (0, 0)])
+            text = tf.cast(example[self._text], self._text_dtype)
+            count = tf.shape(text)[0]
+            padded = tf.pad(text, [(0, length - count)] + [(0, 0)] * (len(text.shape) - 1))
             return {
                 **{name: _to_float(example[name]) for name in self._pictures},
-                "text_emb": tf.ensure_shape(padded, (length, text_emb.shape[1])),
+                self._text: tf.ensure_shape(padded, (length, *text.shape[1:])),
                 "text_mask": tf.range(length) < count,
             }
 

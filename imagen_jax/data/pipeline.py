@@ -13,16 +13,17 @@ import copy
 import importlib
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, UInt64
+from jaxtyping import Array, Int, UInt64
 
 from imagen_jax import images
 from imagen_jax.config import ConfigError, DataConfig
 from imagen_jax.data.embeddings import EmbeddingError, EmbeddingStore
 from imagen_jax.data.index import Source
+from imagen_jax.data.on_the_fly import TokenSource
 
 Batch = dict[str, np.ndarray]
 
@@ -92,7 +93,7 @@ class Pipeline:
     def __init__(
         self,
         source: Source,
-        store: EmbeddingStore,
+        store: EmbeddingStore | TokenSource,
         data: DataConfig,
         seed: int,
         host: int = 0,
@@ -103,7 +104,7 @@ class Pipeline:
 
         Args:
           source: pictures and captions.
-          store: embeddings of all captions of `source`.
+          store: embeddings of all captions of `source`, or an encoder that makes them.
           data: sizes, filter, batch, loader.
           seed: of the order and of the choice among several captions.
           host: index of this host, 0..hosts-1.
@@ -153,15 +154,16 @@ class Pipeline:
 
         Returns:
           image uint8[B, H, W, 3], lowres uint8[B, h, w, 3] if the stage has one,
-          text_emb bfloat16[B, L, D] padded with zeros, text_mask bool[B, L].
+          text_emb bfloat16[B, L, D] padded with zeros, text_mask bool[B, L]. Encoding on the fly:
+          text_ids int32[B, M] in the place of text_emb, and the mask of these M tokens.
         """
         g, records = self._records(step)
         pictures, captions = zip(*(self._picture(int(i)) for i in records), strict=True)
         # Not the permutation's hash: the choice of a caption must not follow from the position.
         draws = mix(mix(g.astype(np.uint64) + GOLDEN) ^ np.uint64(self.seed % 2**64))
         chosen = [texts[int(d) % len(texts)] for texts, d in zip(captions, draws, strict=True)]
-        text_emb, text_mask = self.store.lookup(chosen, self.data.max_text_len)
-        examples = {"image": np.stack(pictures), "text_emb": text_emb, "text_mask": text_mask}
+        text, text_mask = self.store.lookup(chosen, self.data.max_text_len)
+        examples = {"image": np.stack(pictures), self.store.feature: text, "text_mask": text_mask}
         if self.data.lowres_size:
             size, resize_filter = self.data.lowres_size, self.data.resize_filter
             examples["lowres"] = np.stack(
@@ -182,12 +184,21 @@ class Pipeline:
         Returns:
           image f32[B, H, W, 3] and, for an SR stage, lowres f32[B, h, w, 3], both in [-1, 1];
           text_emb f32[B, L, D], zeros beyond the text; text_mask bool[B, L], True at real tokens.
+          Encoding on the fly: text_ids, see `encode`.
         """
         batch = self.examples_at(step)
         for name in ("image", "lowres"):
             if name in batch:
                 batch[name] = images.to_float(batch[name])
-        return {**batch, "text_emb": batch["text_emb"].astype(np.float32)}
+        if "text_emb" in batch:
+            batch["text_emb"] = batch["text_emb"].astype(np.float32)
+        return batch
+
+    def encode(self, batch: Mapping[str, Array]) -> Mapping[str, Array]:
+        """A batch on its devices as the model reads it: text that is still ids is encoded."""
+        if "text_ids" in batch:
+            return self.store.encode(batch, self.data.max_text_len)
+        return batch
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
         """The batches from a step on, without end, prepared ahead of their use.

@@ -27,8 +27,11 @@ PROMPT_SPLITS = ("seen_test", "held_out")
 class ShapesWorld(tfds.core.GeneratorBasedBuilder):
     """Coloured shapes with captions: single objects, counts and relations, 64x64."""
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "First release."}
+    VERSION = tfds.core.Version("2.0.0")
+    RELEASE_NOTES = {
+        "2.0.0": "Of every coloured shape at most one size is held out.",
+        "1.0.0": "First release.",
+    }
     # There is nothing to download; looking for checksums, TFDS would import a package
     # (importlib_resources) that it does not require.
     url_infos = None

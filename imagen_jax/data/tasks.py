@@ -108,18 +108,18 @@ def _stored_specs(pipeline: Pipeline) -> dict[str, tf.TensorSpec]:
     specs = {"image": tf.TensorSpec((count, data.image_size, data.image_size, 3), tf.uint8)}
     if data.lowres_size:
         specs["lowres"] = tf.TensorSpec((count, data.lowres_size, data.lowres_size, 3), tf.uint8)
-    text = (count, data.max_text_len)
-    specs["text_emb"] = tf.TensorSpec((*text, pipeline.store.dim), tf.bfloat16)
-    specs["text_mask"] = tf.TensorSpec(text, tf.bool)
+    shape, dtype = pipeline.store.spec(data.max_text_len)
+    specs[pipeline.store.feature] = tf.TensorSpec((count, *shape), tf.as_dtype(dtype))
+    specs["text_mask"] = tf.TensorSpec((count, shape[0]), tf.bool)
     return specs
 
 
 def drop_padding(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """Preprocessor: keeps the embeddings of the real tokens, one example in, one out."""
+    """Preprocessor: keeps the text of the real tokens, one example in, one out."""
 
     def drop(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         count = tf.math.count_nonzero(example.pop("text_mask"))
-        return {**example, "text_emb": example["text_emb"][:count]}
+        return {k: v[:count] if k.startswith("text") else v for k, v in example.items()}
 
     return dataset.map(drop)
 
@@ -131,7 +131,10 @@ def register(pipeline: Pipeline) -> str:
         seqio.TaskRegistry.remove(name)
     pictures = ("image", "lowres") if pipeline.data.lowres_size else ("image",)
     features = {name: seqio.ContinuousFeature(dtype=tf.uint8, rank=3) for name in pictures}
-    features["text_emb"] = seqio.ContinuousFeature(dtype=tf.bfloat16, rank=2)
+    shape, dtype = pipeline.store.spec(pipeline.data.max_text_len)
+    features[pipeline.store.feature] = seqio.ContinuousFeature(
+        dtype=tf.as_dtype(dtype), rank=len(shape)
+    )
     seqio.TaskRegistry.add(
         name,
         source=StreamSource(pipeline),
@@ -150,17 +153,19 @@ def imagen_batches(pipeline: Pipeline, start_step: int = 0) -> Iterator[Batch]:
       start_step: the first step wanted; reaching it costs nothing.
 
     Returns:
-      An iterator of image, lowres (SR stages), text_emb and text_mask as NumPy arrays.
+      An iterator of image, lowres (SR stages), text_emb (or text_ids) and text_mask as NumPy
+      arrays.
     """
     data = pipeline.data
     task = seqio.TaskRegistry.get(register(pipeline))
-    lengths = {"image": data.image_size, "text_emb": data.max_text_len}
+    feature = pipeline.store.feature
+    lengths = {"image": data.image_size, feature: pipeline.store.spec(data.max_text_len)[0][0]}
     if data.lowres_size:
         lengths["lowres"] = data.lowres_size
     dataset = seqio.get_dataset(
         task.replace(source=StreamSource(pipeline, start_step)),
         task_feature_lengths=lengths,
-        feature_converter=ImagenFeatureConverter(lowres=bool(data.lowres_size)),
+        feature_converter=ImagenFeatureConverter(bool(data.lowres_size), feature),
         dataset_split=SPLIT,
         shuffle=False,
         shard_info=seqio.ShardInfo(pipeline.host, pipeline.hosts),

@@ -32,9 +32,9 @@ MIN_OBJECT_AREA = 40
 # An interior pixel votes for the nearest colour unless that is farther than this.
 MAX_COLOR_DISTANCE = 75.0
 MIN_PURITY = 0.9
-# (1 - IoU) * radius: about twice the mean distance of the outline from the template's, pixels. An
-# IoU alone would forgive a large ragged shape: .89 is asked of small ones, .94 of large ones.
-MAX_ROUGHNESS = 0.72
+# Mean distance of the outline from the template's, pixels, the same for all shapes and sizes: an
+# IoU would forgive a large ragged shape, and ask more of a cross, all outline, than of a circle.
+MAX_ROUGHNESS = 0.28
 MIN_IOU_LEAD = 0.03
 # Equivalent radii beyond the range of sizes by more than this factor have no size.
 MAX_SIZE_RATIO = 1.25
@@ -51,6 +51,13 @@ _UNIT_AREA = {
     "square": 4 * shapes.SQUARE_HALF**2,
     "triangle": 2 * shapes.TRIANGLE_HALF**2,
     "cross": 8 * shapes.CROSS_ARM * shapes.CROSS_HALF_WIDTH - 4 * shapes.CROSS_HALF_WIDTH**2,
+}
+# Length of the outline in radii.
+_UNIT_OUTLINE = {
+    "circle": 2 * math.pi,
+    "square": 8 * shapes.SQUARE_HALF,
+    "triangle": 2 * shapes.TRIANGLE_HALF * (1 + math.sqrt(5)),
+    "cross": 8 * shapes.CROSS_ARM,
 }
 _CENTROID_BELOW = {"circle": 0.0, "square": 0.0, "triangle": shapes.TRIANGLE_HALF / 3, "cross": 0.0}
 # Templates are tried off by so much: right and down in pixels, radius as a factor.
@@ -162,8 +169,9 @@ def _fit(mask: np.ndarray) -> tuple[str | None, float, float]:
         iou = (template & window).sum((1, 2)) / (template | window).sum((1, 2))
         overlap[shape], radii[shape] = float(iou.max()), float(radius.ravel()[iou.argmax()])
     second, best = sorted(overlap, key=overlap.get)[-2:]
-    smooth = (1 - overlap[best]) * radii[best] <= MAX_ROUGHNESS
-    clear = smooth and overlap[best] - overlap[second] >= MIN_IOU_LEAD
+    # What the two do not share is a strip along the outline.
+    roughness = (1 - overlap[best]) * radii[best] * _UNIT_AREA[best] / _UNIT_OUTLINE[best]
+    clear = roughness <= MAX_ROUGHNESS and overlap[best] - overlap[second] >= MIN_IOU_LEAD
     return (best if clear else None), radii[best], overlap[best]
 
 

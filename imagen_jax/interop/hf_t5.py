@@ -7,6 +7,7 @@ kernels are transposed and their relative bias is [buckets, heads].
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from imagen_jax import partitioning
 from imagen_jax.config import T5Config
 from imagen_jax.interop import weights
 from imagen_jax.models import t5
@@ -48,6 +50,11 @@ _OLD_DEFAULTS = {
 }
 
 
+_UMT5 = (
+    ", whose layers each have a relative bias of their own; only T5 v1.0, v1.1 and ByT5 are read"
+)
+
+
 def load(folder: str | pathlib.Path) -> tuple[T5Config, dict[str, Any]]:
     """Reads the encoder of a Hugging Face T5; a decoder beside it is ignored.
 
@@ -61,24 +68,38 @@ def load(folder: str | pathlib.Path) -> tuple[T5Config, dict[str, Any]]:
       WeightsError: a file is missing or damaged, the model is not a T5, or its parameters do not
         fit its config.json (every missing, extra and wrong-shape one is named).
     """
+    config, tensors = open_tensors(folder)
+    return config, weights.unflatten({path: tensor.read() for path, tensor in tensors.items()})
+
+
+def open_tensors(folder: str | pathlib.Path) -> tuple[T5Config, dict[str, weights.Tensor]]:
+    """As `load`, but by path (`layers_0/mlp/wo/kernel`) and read one at a time, when asked."""
     folder = pathlib.Path(folder)
     config = _read_config(folder / "config.json")
-    arrays = weights.read_folder(
+    found = weights.open_folder(
         folder, keep=lambda name: name == "shared.weight" or name.startswith("encoder.")
     )
     # The encoder's table is the shared one under a second name.
-    tied = arrays.pop("encoder.embed_tokens.weight", None)
+    tied = found.pop("encoder.embed_tokens.weight", None)
     if tied is not None:
-        arrays.setdefault("shared.weight", tied)
+        found.setdefault("shared.weight", tied)
+    if "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight" in found:
+        raise weights.WeightsError(f"{folder} holds a umT5{_UMT5}")
     expected = weights.flatten(t5.parameter_shapes(config))
     names = {path: _foreign_name(path) for path in expected}
     weights.check_parameters(
         folder,
-        {name: array.shape for name, array in arrays.items()},
+        {name: tensor.shape for name, tensor in found.items()},
         {names[path]: _turn(path, leaf.shape) for path, leaf in expected.items()},
     )
-    flat = {path: _ours(path, arrays[names[path]]) for path in expected}
-    return config, weights.unflatten(flat)
+    return config, {
+        path: weights.Tensor(leaf.shape, functools.partial(_read, path, found[names[path]]))
+        for path, leaf in expected.items()
+    }
+
+
+def _read(path: str, tensor: weights.Tensor) -> np.ndarray:
+    return _ours(path, tensor.read())
 
 
 def save(folder: str | pathlib.Path, config: T5Config, params: dict[str, Any]) -> None:
@@ -94,7 +115,7 @@ def save(folder: str | pathlib.Path, config: T5Config, params: dict[str, Any]) -
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    flat = weights.flatten(jax.device_get(params))
+    flat = weights.flatten(jax.device_get(partitioning.unbox(params)))
     expected = weights.flatten(t5.parameter_shapes(config))
     weights.check_parameters(
         "the encoder to save",
@@ -115,10 +136,7 @@ def _read_config(path: pathlib.Path) -> T5Config:
         raise weights.WeightsError(f"{path} is not a JSON object: {error}") from error
     kind = values.get("model_type")
     if kind == "umt5":
-        raise weights.WeightsError(
-            f"{path} describes a umT5, whose layers each have a relative bias of their own; "
-            "only T5 v1.0, v1.1 and ByT5 are read"
-        )
+        raise weights.WeightsError(f"{path} describes a umT5{_UMT5}")
     if kind != "t5":
         raise weights.WeightsError(f"{path}: model_type={kind!r}, expected 't5'")
     missing = sorted(name for name in _FIELDS.values() if name not in values)

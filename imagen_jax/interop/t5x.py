@@ -7,6 +7,7 @@ are those of `models.t5`, hence nothing is transposed.
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import re
 from collections.abc import Mapping
@@ -36,7 +37,14 @@ def load(folder: str | pathlib.Path, t5_config: T5Config) -> tuple[T5Config, dic
       WeightsError: the folder is no such checkpoint, it is damaged or incomplete, or its
         parameters do not fit `t5_config` (every missing, extra and wrong-shape one is named).
     """
-    store = _open(str(folder))
+    tensors = open_tensors(folder, t5_config)
+    flat = {path: tensor.read() for path, tensor in tensors.items()}
+    return t5_config, weights.unflatten(flat)
+
+
+def open_tensors(folder: str | pathlib.Path, t5_config: T5Config) -> dict[str, weights.Tensor]:
+    """As `load`, but by path (`layers_0/mlp/wo/kernel`) and read one at a time, when asked."""
+    store = open_store(str(folder))
     leaves = _encoder_leaves(_read_tree(store, folder), folder)
     expected = weights.flatten(t5.parameter_shapes(t5_config))
     found = {path: _leaf_array(store, folder, path, leaf) for path, leaf in leaves.items()}
@@ -45,26 +53,49 @@ def load(folder: str | pathlib.Path, t5_config: T5Config) -> tuple[T5Config, dic
         {path: array.shape for path, array in found.items() if array is not None},
         {path: leaf.shape for path, leaf in expected.items()},
     )
-    flat = {path: _read(array, folder, path) for path, array in found.items()}
-    return t5_config, weights.unflatten(flat)
+    return {
+        path: weights.Tensor(tuple(array.shape), functools.partial(_read, array, folder, path))
+        for path, array in found.items()
+    }
 
 
-def _open(folder: str) -> ts.KvStore:
-    if "://" in folder:
+def read_file(address: str) -> bytes | None:
+    """A file, local or at any address tensorstore knows; None where there is none."""
+    if "://" not in address:
+        path = pathlib.Path(address)
+        return path.read_bytes() if path.is_file() else None
+    folder, _, name = address.rpartition("/")
+    return _read_key(open_store(folder), folder, name)
+
+
+def open_store(folder: str) -> ts.KvStore:
+    """The files of a folder. Raises WeightsError for an address that tensorstore does not know."""
+    if "://" not in folder:
+        path = f"{pathlib.Path(folder).absolute()}/"
+        return ts.KvStore.open({"driver": "file", "path": path}).result()
+    try:
         return ts.KvStore.open(folder.rstrip("/") + "/").result()
-    path = f"{pathlib.Path(folder).absolute()}/"
-    return ts.KvStore.open({"driver": "file", "path": path}).result()
+    except ValueError as error:
+        raise weights.WeightsError(f"{folder} cannot be opened: {_first_line(error)}") from error
+
+
+def _read_key(store: ts.KvStore, folder: Any, name: str) -> bytes | None:
+    try:
+        content = store.read(name).result()
+    except (ValueError, OSError) as error:
+        raise weights.WeightsError(f"{folder}/{name}: {_first_line(error)}") from error
+    return content.value if content.state == "value" else None
 
 
 def _read_tree(store: ts.KvStore, folder: Any) -> Mapping[str, Any]:
     """The parameters' tree as written in the msgpack file."""
-    content = store.read("checkpoint").result()
-    if content.state != "value":
+    content = _read_key(store, folder, "checkpoint")
+    if content is None:
         raise weights.WeightsError(
             f"{folder} has no file 'checkpoint'; give a t5x checkpoint_N folder"
         )
     try:
-        tree = msgpack.unpackb(content.value, ext_hook=_array, raw=False, strict_map_key=False)
+        tree = msgpack.unpackb(content, ext_hook=_array, raw=False, strict_map_key=False)
         return tree["optimizer"]["target"]
     except (ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
         raise weights.WeightsError(
@@ -118,7 +149,7 @@ def _leaf_array(store: ts.KvStore, folder: Any, path: str, leaf: Any) -> Any:
     # The address on record is that of the machine which wrote it; the folder's name is the key.
     root = "" if path.startswith("token_embedder") else "encoder."
     name = f"target.{root}{path.replace('/', '.')}/"
-    if store.read(f"{name}.zarray").result().state != "value":
+    if _read_key(store, folder, f"{name}.zarray") is None:
         return None
     # A chunk that was not copied is an error, not zeros.
     spec = {"driver": "zarr", "kvstore": (store / name).spec(), "fill_missing_data_reads": False}

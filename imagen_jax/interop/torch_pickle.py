@@ -2,20 +2,21 @@
 
 A pickle is a program that may call any importable function. This reader knows the four names a
 saved `state_dict` of tensors needs and refuses every other. Two containers are known: the zip
-archive of torch 1.6 and later, and the stream of pickles before it.
+archive of torch 1.6 and later, and the stream of pickles before it. Of either, tensors are read one
+at a time.
 """
 
 from __future__ import annotations
 
 import collections
-import functools
 import io
+import os
 import pathlib
 import pickle
 import struct
 import zipfile
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -54,47 +55,51 @@ ERRORS = (
 )
 
 
-def load(path: pathlib.Path, keep: Callable[[str], bool]) -> dict[str, np.ndarray]:
-    """The tensors of a saved `state_dict` whose names `keep` accepts.
+class Tensor(NamedTuple):
+    """A tensor in a file: its shape, and a function that reads its values."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+
+def open_tensors(path: pathlib.Path, keep: Callable[[str], bool]) -> dict[str, Tensor]:
+    """The tensors of a saved `state_dict` whose names `keep` accepts; none is read yet.
 
     Raises:
       RefusedError: the file asks for anything but tensors.
-      Exception: one of `ERRORS`, if it is damaged.
+      Exception: one of `ERRORS`, if it is damaged; reading a tensor may raise one, too.
     """
-    with open(path, "rb") as file:
-        tensors = _load_zip(file) if zipfile.is_zipfile(file) else _load_stream(file)
-        if not isinstance(tensors, dict):
-            raise ValueError(f"it holds a {type(tensors).__name__}, not a dict of tensors")
-        tensors = tensors.get("state_dict", tensors)
-        return {
-            name: tensor() for name, tensor in tensors.items() if callable(tensor) and keep(name)
-        }
+    tensors = _open_zip(path) if zipfile.is_zipfile(path) else _open_stream(path)
+    if not isinstance(tensors, dict):
+        raise ValueError(f"it holds a {type(tensors).__name__}, not a dict of tensors")
+    tensors = tensors.get("state_dict", tensors)
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if isinstance(tensor, Tensor) and keep(name)
+    }
 
 
 class _Storage:
-    """A flat buffer, read when first asked for."""
+    """A flat buffer in the file; `read` is set once its place is known."""
 
-    def __init__(self, dtype: np.dtype, read: Callable[[], bytes]):
+    def __init__(self, dtype: np.dtype, read: Callable[[], bytes] = bytes):
         self.dtype = dtype
-        self._read = read
-
-    @functools.cached_property
-    def content(self) -> bytes:
-        return self._read()
+        self.read = read
 
 
-def _tensor(storage: _Storage, offset: int, shape: tuple, strides: tuple, *_: Any) -> Any:
-    """What a pickled tensor becomes: a function that gives its array.
+def _tensor(storage: _Storage, offset: int, shape: tuple, strides: tuple, *_: Any) -> Tensor:
+    """What a pickled tensor becomes.
 
     `np.ndarray` checks that the strides stay within the buffer.
     """
     item = storage.dtype.itemsize
 
-    def array() -> np.ndarray:
+    def read() -> np.ndarray:
         steps = tuple(step * item for step in strides)
-        return np.ndarray(shape, storage.dtype, storage.content, offset * item, steps).copy()
+        return np.ndarray(shape, storage.dtype, storage.read(), offset * item, steps)
 
-    return array
+    return Tensor(tuple(shape), read)
 
 
 def _parameter(tensor: Any, *_: Any) -> Any:
@@ -127,36 +132,46 @@ class _Unpickler(pickle.Unpickler):
         return self._storage(_STORAGES[name], str(key))
 
 
-def _load_zip(file: io.BufferedIOBase) -> Any:
-    archive = zipfile.ZipFile(file)
+def _open_zip(path: pathlib.Path) -> Any:
+    archive = zipfile.ZipFile(path)
     root = next((n for n in archive.namelist() if n.endswith("data.pkl")), None)
     if root is None:
         raise ValueError("the archive holds no data.pkl")
     root = root.removesuffix("data.pkl")
     if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
         raise ValueError("it was written on a big-endian machine")
-    storages: dict[str, _Storage] = {}
 
     def storage(dtype: np.dtype, key: str) -> _Storage:
-        if key not in storages:
-            storages[key] = _Storage(dtype, lambda: archive.read(f"{root}data/{key}"))
-        return storages[key]
+        return _Storage(dtype, lambda: archive.read(f"{root}data/{key}"))
 
     return _Unpickler(io.BytesIO(archive.read(f"{root}data.pkl")), storage).load()
 
 
-def _load_stream(file: io.BufferedIOBase) -> Any:
+def _open_stream(path: pathlib.Path) -> Any:
     """The format before torch 1.6: five pickles, then the storages' bytes in key order."""
     storages: dict[str, _Storage] = {}
 
     def storage(dtype: np.dtype, key: str) -> _Storage:
-        return storages.setdefault(key, _Storage(dtype, bytes))
+        return storages.setdefault(key, _Storage(dtype))
 
-    file.seek(0)
-    magic, protocol, _, tensors, keys = (_Unpickler(file, storage).load() for _ in range(5))
-    if magic != _STREAM_MAGIC or protocol != 1001:
-        raise ValueError("neither torch's zip archive nor its older stream of pickles")
-    for key in keys:
-        (count,) = struct.unpack("<q", file.read(8))
-        storages[key].content = file.read(count * storages[key].dtype.itemsize)
+    with open(path, "rb") as file:
+        magic, protocol, _, tensors, keys = (_Unpickler(file, storage).load() for _ in range(5))
+        if magic != _STREAM_MAGIC or protocol != 1001:
+            raise ValueError("neither torch's zip archive nor its older stream of pickles")
+        for key in keys:
+            (count,) = struct.unpack("<q", file.read(8))
+            size = count * storages[key].dtype.itemsize
+            storages[key].read = _part_of(path, file.tell(), size)
+            file.seek(size, os.SEEK_CUR)
+        if file.tell() > path.stat().st_size:
+            raise EOFError("it is cut short")
     return tensors
+
+
+def _part_of(path: pathlib.Path, start: int, size: int) -> Callable[[], bytes]:
+    def read() -> bytes:
+        with open(path, "rb") as file:
+            file.seek(start)
+            return file.read(size)
+
+    return read

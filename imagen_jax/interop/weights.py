@@ -1,13 +1,15 @@
 """Weight files on disk: safetensors, and torch's pickles read without torch or trust.
 
-Every reader gives `{name: NumPy array}` of the tensors it was asked for and touches no others, so
-that the encoder of a 45 GB encoder-decoder costs its own size only. Foreign names and layouts are
-the business of the modules beside this one, which also use `check_parameters` to say in one line
-what a checkpoint lacks.
+Every reader gives the tensors it was asked for by name and touches no others, so that the encoder
+of a 45 GB encoder-decoder costs its own size only. `open_folder` reads none before it is told to:
+thus a model goes onto a mesh without ever being whole in a host's memory. Foreign names and layouts
+are the business of the modules beside this one, which also use `check_parameters` to say in one
+line what a checkpoint lacks.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -19,6 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from imagen_jax.interop import torch_pickle
+from imagen_jax.interop.torch_pickle import Tensor
 
 _DTYPES = {
     "F64": np.dtype("<f8"),
@@ -58,28 +61,56 @@ def read_safetensors(
       WeightsError: the file is damaged or cut short.
     """
     path = pathlib.Path(path)
+    entries = _entries(path, keep)
+    data = np.memmap(path, dtype=np.uint8, mode="r")
+    return {
+        name: data[start : start + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+        for name, (start, dtype, shape) in entries.items()
+    }
+
+
+def open_safetensors(
+    path: str | pathlib.Path, keep: Callable[[str], bool] = lambda name: True
+) -> dict[str, Tensor]:
+    """As `read_safetensors`, but each tensor is read when asked, into memory of its own."""
+    path = pathlib.Path(path)
+
+    def tensor(start: int, dtype: np.dtype, shape: tuple[int, ...]) -> Tensor:
+        size = math.prod(shape) * dtype.itemsize
+        read = lambda: np.fromfile(path, np.uint8, size, offset=start)  # noqa: E731
+        return Tensor(shape, lambda: read().view(dtype).reshape(shape))
+
+    return {name: tensor(*entry) for name, entry in _entries(path, keep).items()}
+
+
+def _entries(
+    path: pathlib.Path, keep: Callable[[str], bool]
+) -> dict[str, tuple[int, np.dtype, tuple[int, ...]]]:
+    """First byte in the file, dtype and shape of each tensor. Raises WeightsError."""
     try:
-        data = np.memmap(path, dtype=np.uint8, mode="r")
-        length = int.from_bytes(data[:8].tobytes(), "little")
-        if len(data) < 8 or length > min(_MAX_HEADER_BYTES, len(data) - 8):
-            raise ValueError("the header is longer than the file")
-        header = json.loads(data[8 : 8 + length].tobytes())
+        length_of_file = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if len(start) < 8 or length > min(_MAX_HEADER_BYTES, length_of_file - 8):
+                raise ValueError("the header is longer than the file")
+            header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        body = data[8 + length :]
+        body = length_of_file - 8 - length
         expected = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        if expected != len(body):
-            raise ValueError(f"{len(body)} bytes of tensors, the header promises {expected}")
-        return {name: _view(body, entry) for name, entry in header.items() if keep(name)}
+        if expected != body:
+            raise ValueError(f"{body} bytes of tensors, the header promises {expected}")
+        return {name: _entry(entry, 8 + length) for name, entry in header.items() if keep(name)}
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise WeightsError(f"{path} is not a whole safetensors file: {error}") from error
 
 
-def _view(body: np.ndarray, entry: Mapping[str, Any]) -> np.ndarray:
+def _entry(entry: Mapping[str, Any], body: int) -> tuple[int, np.dtype, tuple[int, ...]]:
     start, end = entry["data_offsets"]
     dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
     if not 0 <= start <= end or end - start != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"shape {shape} does not fill bytes {start} to {end}")
-    return body[start:end].view(dtype).reshape(shape)
+    return body + start, dtype, shape
 
 
 def write_safetensors(path: str | pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -123,13 +154,29 @@ def read_torch(
     Raises:
       WeightsError: the file is damaged, or asks for anything but tensors.
     """
+    tensors = open_torch(path, keep)
+    return {name: np.array(tensor.read()) for name, tensor in tensors.items()}
+
+
+def open_torch(
+    path: str | pathlib.Path, keep: Callable[[str], bool] = lambda name: True
+) -> dict[str, Tensor]:
+    """As `read_torch`, but each tensor is read when asked."""
     path = pathlib.Path(path)
-    try:
-        return torch_pickle.load(path, keep)
-    except torch_pickle.RefusedError as error:
-        raise WeightsError(f"{path} is refused: {error}") from error
-    except torch_pickle.ERRORS as error:
-        raise WeightsError(f"{path} is not a whole torch file of tensors: {error}") from error
+
+    def guarded(call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except torch_pickle.RefusedError as error:
+            raise WeightsError(f"{path} is refused: {error}") from error
+        except torch_pickle.ERRORS as error:
+            raise WeightsError(f"{path} is not a whole torch file of tensors: {error}") from error
+
+    tensors = guarded(lambda: torch_pickle.open_tensors(path, keep))
+    return {
+        name: Tensor(tensor.shape, functools.partial(guarded, tensor.read))
+        for name, tensor in tensors.items()
+    }
 
 
 def read_folder(
@@ -137,12 +184,22 @@ def read_folder(
     names: Iterable[str] = ("model.safetensors", "pytorch_model.bin"),
     keep: Callable[[str], bool] = lambda name: True,
 ) -> dict[str, np.ndarray]:
-    """Reads the first of `names` that the folder has, whole or sharded (`NAME.index.json`).
+    """The values of `open_folder`. Raises WeightsError."""
+    tensors = open_folder(folder, names, keep)
+    return {name: np.array(tensor.read()) for name, tensor in tensors.items()}
+
+
+def open_folder(
+    folder: str | pathlib.Path,
+    names: Iterable[str] = ("model.safetensors", "pytorch_model.bin"),
+    keep: Callable[[str], bool] = lambda name: True,
+) -> dict[str, Tensor]:
+    """Opens the first of `names` that the folder has, whole or sharded (`NAME.index.json`).
 
     Args:
       folder: a Hugging Face model folder.
       names: file names in order of preference.
-      keep: which tensors to read.
+      keep: which tensors to open.
 
     Raises:
       WeightsError: none of the files is there, a shard is missing, or a file is damaged.
@@ -151,29 +208,29 @@ def read_folder(
     for name in names:
         index = folder / f"{name}.index.json"
         if (folder / name).is_file():
-            return _read_file(folder / name, keep)
+            return _open_file(folder / name, keep)
         if index.is_file():
-            return _read_shards(index, keep)
+            return _open_shards(index, keep)
     raise WeightsError(f"{folder} has none of {', '.join(names)} (or a sharded .index.json of it)")
 
 
-def _read_file(path: pathlib.Path, keep: Callable[[str], bool]) -> dict[str, np.ndarray]:
-    return (read_safetensors if path.suffix == ".safetensors" else read_torch)(path, keep)
+def _open_file(path: pathlib.Path, keep: Callable[[str], bool]) -> dict[str, Tensor]:
+    return (open_safetensors if path.suffix == ".safetensors" else open_torch)(path, keep)
 
 
-def _read_shards(index: pathlib.Path, keep: Callable[[str], bool]) -> dict[str, np.ndarray]:
+def _open_shards(index: pathlib.Path, keep: Callable[[str], bool]) -> dict[str, Tensor]:
     try:
         files = dict(json.loads(index.read_text())["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
         raise WeightsError(f"{index} is not an index of weight shards: {error}") from error
-    arrays: dict[str, np.ndarray] = {}
+    tensors: dict[str, Tensor] = {}
     for file in sorted({file for name, file in files.items() if keep(name)}):
         # Only the name: an index must not point outside its folder.
         path = index.parent / pathlib.PurePath(file).name
         if not path.is_file():
             raise WeightsError(f"{index} names the shard {path.name}, which is missing")
-        arrays |= _read_file(path, keep)
-    return arrays
+        tensors |= _open_file(path, keep)
+    return tensors
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 A pre-norm Transformer without biases whose only notion of place is a bucketed relative position
 bias, computed once and added to the attention logits of every layer. `text.py` runs it frozen;
-`pretrain_text.py` trains a small one. Parameter names are those of the public t5x checkpoints.
+`pretrain_text.py` trains a small one. Parameter names are those of the public t5x checkpoints; each
+kernel names its logical axes, so that `partitioning` can lay an XXL over a mesh.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from imagen_jax.config import T5Config, unknown_name
 
@@ -25,6 +26,56 @@ ACTIVATIONS = {
 }
 
 _FAN_IN = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+
+
+def _v1_1(emb_dim: int, mlp_dim: int, layers: int, heads: int, vocab_size: int = 32128) -> T5Config:
+    """T5 v1.1 and what has its shape: gated gelu, 64 channels per head."""
+    return T5Config(
+        vocab_size=vocab_size,
+        emb_dim=emb_dim,
+        num_layers=layers,
+        num_heads=heads,
+        head_dim=64,
+        mlp_dim=mlp_dim,
+    )
+
+
+def _v1_0(emb_dim: int, mlp_dim: int, layers: int, heads: int, head_dim: int = 64) -> T5Config:
+    """The original T5: one relu."""
+    return T5Config(
+        emb_dim=emb_dim,
+        num_layers=layers,
+        num_heads=heads,
+        head_dim=head_dim,
+        mlp_dim=mlp_dim,
+        mlp_activations=("relu",),
+    )
+
+
+# Encoders of the public checkpoints (`config.text.preset`): shapes only, weights are downloaded by
+# the user. The paper's is t5_v1_1_xxl.
+T5_PRESETS: dict[str, T5Config] = {
+    "t5_v1_1_small": _v1_1(512, 1024, layers=8, heads=6),
+    "t5_v1_1_base": _v1_1(768, 2048, layers=12, heads=12),
+    "t5_v1_1_large": _v1_1(1024, 2816, layers=24, heads=16),
+    "t5_v1_1_xl": _v1_1(2048, 5120, layers=24, heads=32),
+    "t5_v1_1_xxl": _v1_1(4096, 10240, layers=24, heads=64),
+    "flan_t5_small": _v1_1(512, 1024, layers=8, heads=6),
+    "flan_t5_base": _v1_1(768, 2048, layers=12, heads=12),
+    "flan_t5_large": _v1_1(1024, 2816, layers=24, heads=16),
+    "flan_t5_xl": _v1_1(2048, 5120, layers=24, heads=32),
+    "flan_t5_xxl": _v1_1(4096, 10240, layers=24, heads=64),
+    "t5_small": _v1_0(512, 2048, layers=6, heads=8),
+    "t5_base": _v1_0(768, 3072, layers=12, heads=12),
+    "t5_large": _v1_0(1024, 4096, layers=24, heads=16),
+    "t5_3b": _v1_0(1024, 16384, layers=24, heads=32, head_dim=128),
+    "t5_11b": _v1_0(1024, 65536, layers=24, heads=128, head_dim=128),
+    "byt5_small": _v1_1(1472, 3584, layers=12, heads=6, vocab_size=384),
+    "byt5_base": _v1_1(1536, 3968, layers=18, heads=12, vocab_size=384),
+    "byt5_large": _v1_1(1536, 3840, layers=36, heads=16, vocab_size=384),
+    "byt5_xl": _v1_1(2560, 6720, layers=36, heads=32, vocab_size=384),
+    "byt5_xxl": _v1_1(4672, 12352, layers=36, heads=64, vocab_size=384),
+}
 
 
 def relative_position_bucket(
@@ -49,6 +100,20 @@ def relative_position_bucket(
     )
     far = np.minimum(exact + (ratio * (half - exact)).astype(np.int32), half - 1)
     return np.where(relative > 0, half, 0) + np.where(distance < exact, distance, far)
+
+
+def _dense(
+    features: int,
+    name: str,
+    config: T5Config,
+    axes: tuple[str, str],
+    init: nn.initializers.Initializer = _FAN_IN,
+) -> nn.Dense:
+    """Linear layer without bias; `axes` name its kernel's."""
+    kernel_init = nn.with_logical_partitioning(init, axes)
+    return nn.Dense(
+        features, use_bias=False, dtype=config.dtype, kernel_init=kernel_init, name=name
+    )
 
 
 class RMSNorm(nn.Module):
@@ -95,13 +160,7 @@ class SelfAttention(nn.Module):
         cfg = self.config
 
         def heads(name: str, init: nn.initializers.Initializer) -> Float[Array, "b l h c"]:
-            y = nn.Dense(
-                cfg.num_heads * cfg.head_dim,
-                use_bias=False,
-                dtype=cfg.dtype,
-                kernel_init=init,
-                name=name,
-            )(x)
+            y = _dense(cfg.num_heads * cfg.head_dim, name, cfg, ("embed", "mlp"), init)(x)
             return y.reshape(*x.shape[:2], cfg.num_heads, cfg.head_dim)
 
         # T5 has no 1/sqrt(head_dim) in the logits: it is part of the query's initial scale.
@@ -110,9 +169,7 @@ class SelfAttention(nn.Module):
         logits = jnp.einsum("bqhc,bkhc->bhqk", query, key, preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(logits + bias).astype(cfg.dtype)
         mixed = jnp.einsum("bhqk,bkhc->bqhc", weights, value).reshape(*x.shape[:2], -1)
-        return nn.Dense(
-            cfg.emb_dim, use_bias=False, dtype=cfg.dtype, kernel_init=_FAN_IN, name="out"
-        )(mixed)
+        return _dense(cfg.emb_dim, "out", cfg, ("mlp", "embed"))(mixed)
 
 
 class FeedForward(nn.Module):
@@ -128,17 +185,9 @@ class FeedForward(nn.Module):
         for i, activation in enumerate(cfg.mlp_activations):
             if activation not in ACTIVATIONS:
                 raise ValueError(unknown_name("mlp_activations", activation, list(ACTIVATIONS)))
-            y = nn.Dense(
-                cfg.mlp_dim,
-                use_bias=False,
-                dtype=cfg.dtype,
-                kernel_init=_FAN_IN,
-                name=f"wi_{i}" if many else "wi",
-            )(x)
+            y = _dense(cfg.mlp_dim, f"wi_{i}" if many else "wi", cfg, ("embed", "mlp"))(x)
             hidden = hidden * ACTIVATIONS[activation](y)
-        return nn.Dense(
-            cfg.emb_dim, use_bias=False, dtype=cfg.dtype, kernel_init=_FAN_IN, name="wo"
-        )(hidden)
+        return _dense(cfg.emb_dim, "wo", cfg, ("mlp", "embed"))(hidden)
 
 
 class EncoderLayer(nn.Module):
@@ -180,7 +229,9 @@ class T5Encoder(nn.Module):
             cfg.vocab_size,
             cfg.emb_dim,
             dtype=cfg.dtype,
-            embedding_init=nn.initializers.normal(1.0),
+            embedding_init=nn.with_logical_partitioning(
+                nn.initializers.normal(1.0), ("vocab", "embed")
+            ),
             name="token_embedder",
         )(tokens)
         bias = RelativeBias(cfg, name="relpos_bias")(tokens.shape[1])[None]
@@ -192,8 +243,26 @@ class T5Encoder(nn.Module):
         return jnp.where(mask[..., None], x.astype(jnp.float32), 0.0)
 
 
+def init_params(config: T5Config, key: Key[Array, ""]) -> dict:
+    """Fresh float32 parameters, each boxed with its logical axis names."""
+    ids = jnp.zeros((1, 2), jnp.int32)
+    return T5Encoder(config).init(key, ids, ids == 0)["params"]
+
+
+def boxed_shapes(config: T5Config) -> dict:
+    """Shapes (`jax.ShapeDtypeStruct`) boxed with their axis names, for `param_shardings`."""
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+
 def parameter_shapes(config: T5Config) -> dict:
     """The tree of parameter shapes (`jax.ShapeDtypeStruct`) that `config` asks for."""
-    ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    mask = jax.ShapeDtypeStruct((1, 2), jnp.bool_)
-    return jax.eval_shape(T5Encoder(config).init, jax.random.key(0), ids, mask)["params"]
+    return nn.meta.unbox(boxed_shapes(config))
+
+
+def flops(config: T5Config, length: int) -> float:
+    """Floating-point operations (two per multiply-add) of one caption padded to `length` tokens."""
+    inner = config.num_heads * config.head_dim
+    kernels = 4 * config.emb_dim * inner
+    kernels += (len(config.mlp_activations) + 1) * config.emb_dim * config.mlp_dim
+    attention = 2 * length * inner
+    return 2.0 * config.num_layers * length * (kernels + attention)

@@ -1,12 +1,14 @@
 """embeddings.py: what is written is what is read, and every fault is named."""
 
+import hashlib
 import json
+import struct
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from imagen_jax.data import embeddings
+from imagen_jax.data import embeddings, unit_file
 from imagen_jax.data.embeddings import EmbeddingError, EmbeddingStore
 
 FINGERPRINT = {"encoder": "t5", "vocabulary": "ab12", "max_len": 8}
@@ -99,3 +101,36 @@ def test_a_unit_is_named_by_all_that_its_bytes_depend_on():
         embeddings.unit_name(TEXTS, encoder={**FINGERPRINT, "max_len": 9}, length=8),
     ]
     assert len({name, *others}) == 4
+
+
+def test_a_store_of_the_first_layout_is_still_read(tmp_path, rows):
+    """A header of 32 bytes, bfloat16, no hash at the end: what was written before int8."""
+    counts = np.array([len(rows[t]) for t in TEXTS], "<i4")
+    header = struct.pack("<8sQQQ", b"IMGNEMB1", len(TEXTS), counts.sum(), 5)
+    content = header + b"".join(map(embeddings.caption_hash, TEXTS)) + counts.tobytes()
+    content += np.concatenate([rows[t] for t in TEXTS]).tobytes()
+    (tmp_path / "unit_old.bin").write_bytes(content)
+    unit = embeddings.describe_unit(tmp_path / "unit_old.bin")
+    assert unit.sha256 == hashlib.sha256(content).hexdigest()
+    embeddings.write_manifest(tmp_path, [unit], FINGERPRINT)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["relative_rms_error"] is None
+    store = EmbeddingStore.open(str(tmp_path), FINGERPRINT)
+    store.verify()
+    text_emb, mask = store.lookup(TEXTS, 8)
+    for text, emb, real in zip(TEXTS, text_emb, mask, strict=True):
+        np.testing.assert_array_equal(emb[real], rows[text])
+
+
+def test_more_units_than_may_be_mapped_at_a_time(folder, rows, monkeypatch):
+    monkeypatch.setattr(embeddings, "OPEN_UNITS", 1)
+    store = EmbeddingStore.open(str(folder))
+    for text in TEXTS + TEXTS:
+        text_emb, mask = store.lookup([text], 8)
+        np.testing.assert_array_equal(text_emb[0][mask[0]], rows[text])
+
+
+def test_int8_of_silent_channels_and_tokens():
+    exact = np.zeros((3, 4), np.float32)
+    exact[1] = [0, 1, -2, 0]
+    np.testing.assert_allclose(unit_file.dequantize(*unit_file.quantize(exact)), exact, atol=0.01)

@@ -39,7 +39,7 @@ def test_records_are_the_scenes_in_order(data_dir):
 
 
 def test_files_are_tfrecords(data_dir):
-    files = [path.name for path in (data_dir / "shapes_world" / "1.0.0").iterdir()]
+    files = [path.name for path in (data_dir / "shapes_world" / "2.0.0").iterdir()]
     assert any("train.tfrecord" in name for name in files)
 
 

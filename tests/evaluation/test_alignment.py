@@ -164,6 +164,15 @@ def test_garbled_pictures_fail(garble, kinds):
     assert _exact(pictures, scenes) <= 0.05
 
 
+@pytest.mark.parametrize("garble", [_bitten, _jagged, _frayed])
+def test_raggedness_is_seen_in_every_shape(garble):
+    rng, scenes = np.random.default_rng(2), _scenes(("single",), 600)
+    for shape in shapes.SHAPES:
+        chosen = [scene for scene in scenes if scene.objects[0].shape == shape]
+        assert len(chosen) >= 80
+        assert _exact([garble(scene, rng) for scene in chosen], chosen) <= 0.05
+
+
 def test_reading_recovers_the_scene():
     for scene in _scenes()[::5]:
         reading = alignment.read(shapes.draw(scene))

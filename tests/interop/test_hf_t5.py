@@ -105,6 +105,24 @@ def test_other_models_are_refused(copy, change, message):
         hf_t5.load(copy)
 
 
+def test_umt5_weights_are_known_whatever_the_configuration_says(copy):
+    arrays = dict(weights.read_safetensors(V11 / "model.safetensors"))
+    bias = "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight"
+    arrays[bias.format(1)] = arrays[bias.format(0)]
+    weights.write_safetensors(copy / "model.safetensors", arrays)
+    with pytest.raises(weights.WeightsError, match="umT5, whose layers each"):
+        hf_t5.load(copy)
+
+
+def test_shards_of_torch_files_are_joined(tmp_path):
+    shutil.copy(FULL / "config.json", tmp_path)
+    shutil.copy(FULL / "pytorch_model.bin", tmp_path / "pytorch_model-00001-of-00001.bin")
+    names = weights.read_torch(FULL / "pytorch_model.bin")
+    files = {"weight_map": dict.fromkeys(names, "pytorch_model-00001-of-00001.bin")}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(files))
+    assert_equal_trees(hf_t5.load(tmp_path)[1], hf_t5.load(V11)[1])
+
+
 def test_an_empty_folder_is_refused(tmp_path, copy):
     with pytest.raises(weights.WeightsError, match="config.json is missing"):
         hf_t5.load(tmp_path)
@@ -228,6 +246,15 @@ def test_the_older_torch_stream_is_read(tmp_path, torch_names):
     arrays = weights.read_torch(tmp_path / "old.bin")
     expected = {"w": values.reshape(3, 4), "turned": values.reshape(3, 4).T}
     assert_equal_trees(arrays, expected | {"tail": np.float32([30, 40])})
+
+
+def test_a_short_stream_is_refused_before_anything_is_read(tmp_path, torch_names):
+    state = {"w": _Stored(torch_names, "k", 4, (4,), (1,))}
+    write_stream(tmp_path / "short.bin", state, {"k": np.ones(4, np.float32)})
+    content = (tmp_path / "short.bin").read_bytes()
+    (tmp_path / "short.bin").write_bytes(content[:-1])
+    with pytest.raises(weights.WeightsError, match="is not a whole torch file.*cut short"):
+        weights.open_torch(tmp_path / "short.bin")
 
 
 def test_strides_beyond_the_storage_are_refused(tmp_path, torch_names):

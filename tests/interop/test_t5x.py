@@ -137,3 +137,15 @@ def test_umt5_layouts_are_refused(copy, change, message):
 def test_a_folder_that_is_no_checkpoint(tmp_path):
     with pytest.raises(weights.WeightsError, match="no file 'checkpoint'"):
         t5x.load(tmp_path, CONFIG)
+
+
+def test_an_address_is_read_like_a_folder(checkpoints):
+    """gs:// goes the same way through tensorstore; it was not run."""
+    params = t5x.load(f"file://{GOLDEN}/checkpoint_2000/", CONFIG)[1]
+    exact = weights.flatten(checkpoints[2000])
+    for name, value in weights.flatten(params).items():
+        np.testing.assert_array_equal(value, exact[name])
+    with pytest.raises(weights.WeightsError, match="no file 'checkpoint'"):
+        t5x.load("file:///nowhere/checkpoint_1", CONFIG)
+    with pytest.raises(weights.WeightsError, match="s4://bucket/checkpoint_1 cannot be opened"):
+        t5x.load("s4://bucket/checkpoint_1", CONFIG)

@@ -39,6 +39,7 @@ BUCKET = ["--workdir=gs://my-bucket/c", "--logs=runs/logs"]
 CASES = {
     "local_processes": ["local_processes.sh", "--port=20000", "2", "echo", ODD],
     "keep_running": ["keep_running.sh", "--delay=1", "echo", ODD],
+    "install_t5x": ["install_t5x.sh", "--python=py"],
     "tpu_vm_create": ["tpu_vm.sh", "create", *SLICE, *MAKE],
     "tpu_vm_create_queued": ["tpu_vm.sh", "create", *SLICE, *MAKE, "--queued", "--spot"],
     "tpu_vm_install": ["tpu_vm.sh", "install", *SLICE, "--project=p"],

@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
+from imagen_jax import partitioning
 from imagen_jax.config import T5Config
 from imagen_jax.models import t5
 
@@ -71,3 +73,37 @@ def test_unknown_activation_is_named():
     config = dataclasses.replace(TINY, mlp_activations=("geglu",))
     with pytest.raises(ValueError, match="mlp_activations='geglu'.*did you mean 'gelu'"):
         t5.parameter_shapes(config)
+
+
+@pytest.mark.parametrize(
+    ("preset", "billions"),
+    # With decoders of as many (byt5: a third as many) layers: 11.1, 11.3, 0.060 and 12.9.
+    [("t5_v1_1_xxl", 4.76), ("t5_11b", 4.87), ("t5_small", 0.035), ("byt5_xxl", 8.99)],
+)
+def test_presets_have_the_published_sizes(preset, billions):
+    leaves = jax.tree.leaves(t5.parameter_shapes(t5.T5_PRESETS[preset]))
+    assert sum(leaf.size for leaf in leaves) / 1e9 == pytest.approx(billions, rel=0.01)
+
+
+def test_every_large_parameter_of_the_xxl_is_split():
+    """A name that the rules lack, or a layer without names, would leave its kernel whole."""
+    mesh = AbstractMesh((1, 4, 2), partitioning.AXES, (AxisType.Auto,) * 3)
+    boxed = t5.boxed_shapes(t5.T5_PRESETS["t5_v1_1_xxl"])
+    shardings = jax.tree.leaves(partitioning.param_shardings(boxed, mesh))
+    leaves = jax.tree.leaves(partitioning.unbox(boxed))
+    parts = [s.shard_shape(leaf.shape) for leaf, s in zip(leaves, shardings, strict=True)]
+    per_device = sum(int(np.prod(part)) for part in parts)
+    total = sum(leaf.size for leaf in leaves)
+    assert total > 4.7e9 and per_device < total / 8 * 1.001
+
+
+def test_flops_are_those_the_compiler_counts():
+    config = dataclasses.replace(TINY, emb_dim=64, head_dim=32, mlp_dim=256)
+    ids = jax.ShapeDtypeStruct((1, 64), jnp.int32)
+    mask = jax.ShapeDtypeStruct((1, 64), jnp.bool_)
+    shapes = {"params": t5.parameter_shapes(config)}
+    counted = jax.jit(t5.T5Encoder(config).apply).lower(shapes, ids, mask).cost_analysis()
+    # Norms, softmax and activations are a few per cent at this width and less at larger ones.
+    assert 0.8 < t5.flops(config, 64) / counted["flops"] <= 1.0
+    xxl = t5.T5_PRESETS["t5_v1_1_xxl"]
+    assert t5.flops(xxl, 32) / 32 == pytest.approx(9.3e9, rel=0.01)

@@ -1,0 +1,88 @@
+"""Claims on pieces of work by workers that share nothing but a folder.
+
+A claim is a file that only one worker can create. While its owner works, a thread touches the file;
+one that has not been touched for `patience` seconds, by the clock of whoever waits for it, belongs
+to a worker that died, and may be overtaken by a claim of the next generation, which again only one
+worker can create. Clocks of different machines are never compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import socket
+import threading
+import time
+
+_BEATS = 6  # Signs of life within the patience of others.
+
+
+class Claims:
+    """The claims that one worker sees and makes; a context in which it shows its signs of life."""
+
+    def __init__(self, folder: pathlib.Path, patience: float) -> None:
+        """Claims on files of `folder`; `patience` in seconds, the same for all workers."""
+        self._folder, self._patience = folder, patience
+        self._held: pathlib.Path | None = None
+        self._seen: dict[pathlib.Path, tuple[int, float]] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="claims", daemon=True)
+
+    def __enter__(self) -> Claims:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        if self._held is not None:
+            self._held.unlink(missing_ok=True)
+
+    def take(self, name: str) -> bool:
+        """Claims `name`; False where a living worker has it."""
+        generation = 0
+        while self._path(name, generation).exists():
+            generation += 1
+        if generation and not self._silent(self._path(name, generation - 1)):
+            return False
+        path = self._path(name, generation)
+        try:
+            with path.open("x") as file:
+                file.write(f"{socket.gethostname()} {os.getpid()}\n")
+        except FileExistsError:
+            return False
+        self._held = path
+        return True
+
+    def release(self, name: str) -> None:
+        """Gives up the claim on `name`, and those of dead workers with it: the work is done."""
+        self._held = None
+        generation = 0
+        while (path := self._path(name, generation)).exists():
+            path.unlink(missing_ok=True)
+            self._seen.pop(path, None)
+            generation += 1
+
+    def _path(self, name: str, generation: int) -> pathlib.Path:
+        return self._folder / f".{name}.claim{generation}"
+
+    def _silent(self, path: pathlib.Path) -> bool:
+        """Whether its owner has shown no sign of life for as long as this worker waits."""
+        try:
+            touched, now = path.stat().st_mtime_ns, time.monotonic()
+        except FileNotFoundError:
+            return False
+        last, since = self._seen.get(path, (None, now))
+        if touched != last:
+            self._seen[path] = (touched, now)
+            return False
+        return now - since > self._patience
+
+    def _beat(self) -> None:
+        while not self._stop.wait(self._patience / _BEATS):
+            held = self._held
+            if held is not None:
+                # Overtaken, or just released.
+                with contextlib.suppress(FileNotFoundError):
+                    os.utime(held)

@@ -1,0 +1,239 @@
+"""One unit of an embedding store as a file: the captions of one call of the encoder.
+
+Only the real tokens are kept. A file: 64 bytes of header (tag; captions, tokens and width as u64;
+dtype; squared error and squared norm of what was stored, float64), one 16-byte hash per caption,
+one i32 token count per caption, the rows of all tokens, and the SHA-256 of all before. Rows are
+bfloat16, or int8 behind a float32 rms per channel and a float32 scale per token:
+
+    row[t, c] = rms[c] * scale[t] * q[t, c]
+
+The rms takes care of the few channels in which T5's vectors are large; without it all others would
+be rounded away. Files of the first layout (a header of 32 bytes, bfloat16, no hash) are still read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+import socket
+import struct
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from jaxtyping import Float, Float32, Int8
+
+TAG, OLD_TAG = b"IMGNEMB2", b"IMGNEMB1"
+HASH_BYTES = 16
+_HEADER, _OLD_HEADER = struct.Struct("<8sQQQ8sdd8x"), struct.Struct("<8sQQQ")
+_SHA_BYTES = 32
+
+
+class EmbeddingError(ValueError):
+    """An embedding store that is missing, incomplete, damaged or made by another encoder."""
+
+
+class Unit(NamedTuple):
+    """A finished unit file, as listed in the manifest."""
+
+    file: str
+    sha256: str
+    captions: int
+    tokens: int
+
+
+class Header(NamedTuple):
+    """What a unit file says of itself.
+
+    Attributes:
+      captions: number of captions.
+      tokens: number of real tokens.
+      dim: width D.
+      dtype: of the rows, bfloat16 or int8.
+      squared_error: summed over all numbers, of what is stored; NaN in files of the first layout.
+      squared_norm: summed square of what was to be stored.
+      start: first byte behind the header.
+    """
+
+    captions: int
+    tokens: int
+    dim: int
+    dtype: str
+    squared_error: float
+    squared_norm: float
+    start: int
+
+    @property
+    def rows(self) -> int:
+        """First byte of the rows."""
+        return self.start + (HASH_BYTES + 4) * self.captions
+
+    @property
+    def end(self) -> int:
+        """First byte behind the rows."""
+        return self.rows + bytes_of_rows(self.tokens, self.dim, self.dtype)
+
+
+def bytes_of_rows(tokens: int, dim: int, dtype: str) -> int:
+    """Size of the rows of a unit, bytes."""
+    return 2 * tokens * dim if dtype == "bfloat16" else 4 * (dim + tokens) + tokens * dim
+
+
+def caption_hash(text: str) -> bytes:
+    """The key of a caption: the first 16 bytes of the SHA-256 of its UTF-8 form."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:HASH_BYTES]
+
+
+def unit_name(captions: Iterable[str], **settings: Any) -> str:
+    """File name of a unit: a hash of its captions and of all that its bytes depend on."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for caption in captions:
+        digest.update(caption_hash(caption))
+    return f"unit_{digest.hexdigest()[:24]}.bin"
+
+
+def write_unit(
+    path: pathlib.Path,
+    captions: Sequence[str],
+    rows: Sequence[Float[np.ndarray, "_ d"]],
+    dtype: str = "bfloat16",
+) -> None:
+    """Writes a unit file; it appears whole or not at all, whoever else writes the same one.
+
+    Args:
+      path: the file, named by `unit_name`.
+      captions: at least one.
+      rows: embeddings of the real tokens of each caption.
+      dtype: how to store them, bfloat16 or int8.
+    """
+    counts = np.array([len(r) for r in rows], "<i4")
+    exact = np.concatenate(rows).astype(np.float32)
+    if dtype == "bfloat16":
+        stored = exact.astype(ml_dtypes.bfloat16)
+        content, back = stored.tobytes(), stored.astype(np.float32)
+    else:
+        parts = quantize(exact)
+        content, back = b"".join(part.tobytes() for part in parts), dequantize(*parts)
+    squared_error = float(np.sum(np.square(back - exact), dtype=np.float64))
+    squared_norm = float(np.sum(np.square(exact), dtype=np.float64))
+    shape = (len(captions), len(exact), exact.shape[1])
+    header = _HEADER.pack(TAG, *shape, dtype.encode(), squared_error, squared_norm)
+    body = header + b"".join(map(caption_hash, captions)) + counts.tobytes() + content
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        file.write(body + hashlib.sha256(body).digest())
+        file.flush()
+        os.fsync(file.fileno())
+    appear(temporary, path)
+
+
+def appear(temporary: pathlib.Path, path: pathlib.Path) -> None:
+    """Gives a finished file its name."""
+    try:
+        os.replace(temporary, path)
+    except FileNotFoundError:
+        # Another worker has finished the store, this file included, and cleaned up behind all.
+        if not path.exists():
+            raise
+
+
+def quantize(
+    exact: Float32[np.ndarray, "t d"],
+) -> tuple[Float32[np.ndarray, " d"], Float32[np.ndarray, " t"], Int8[np.ndarray, "t d"]]:
+    """rms per channel, scale per token, and the numbers in -127..127."""
+    rms = np.sqrt(np.mean(np.square(exact), axis=0, dtype=np.float64)).astype(np.float32)
+    rms[rms == 0] = 1.0
+    even = exact / rms
+    scale = np.abs(even).max(axis=1) / np.float32(127)
+    scale[scale == 0] = 1.0
+    return rms, scale, np.rint(even / scale[:, None]).astype(np.int8)
+
+
+def dequantize(
+    rms: Float32[np.ndarray, " d"], scale: Float32[np.ndarray, " t"], q: Int8[np.ndarray, "t d"]
+) -> Float32[np.ndarray, "t d"]:
+    """Inverse of `quantize`, up to its rounding."""
+    return q.astype(np.float32) * scale[:, None] * rms
+
+
+def read_header(path: pathlib.Path) -> Header:
+    """The header, checked against the file's length. Raises EmbeddingError."""
+    header = None
+    try:
+        content = path.open("rb").read(_HEADER.size)
+        if content.startswith(TAG):
+            _, *shape, dtype, error, norm = _HEADER.unpack(content)
+            header = Header(*shape, dtype.rstrip(b"\0").decode(), error, norm, _HEADER.size)
+            size = header.end + _SHA_BYTES
+        elif content.startswith(OLD_TAG):
+            _, *shape = _OLD_HEADER.unpack(content[: _OLD_HEADER.size])
+            header = Header(*shape, "bfloat16", np.nan, np.nan, _OLD_HEADER.size)
+            size = header.end
+    except (OSError, struct.error, UnicodeDecodeError):
+        header = None
+    if header is None or path.stat().st_size != size:
+        raise EmbeddingError(f"{path} is missing or damaged; delete it and run `imagen embed`")
+    return header
+
+
+def describe_unit(path: pathlib.Path, *, reread: bool = False) -> Unit:
+    """The manifest row of a unit file.
+
+    Args:
+      path: the file.
+      reread: compute the hash from what is on disk now, not take that which was written.
+
+    Raises:
+      EmbeddingError: the file is damaged.
+    """
+    header = read_header(path)
+    with path.open("rb") as file:
+        if reread or header.start == _OLD_HEADER.size:
+            digest = hashlib.sha256()
+            left = header.end
+            while left:
+                part = file.read(min(left, 1 << 20))
+                digest.update(part)
+                left -= len(part)
+            sha256 = digest.hexdigest()
+        else:
+            file.seek(header.end)
+            sha256 = file.read(_SHA_BYTES).hex()
+    return Unit(path.name, sha256, header.captions, header.tokens)
+
+
+class Rows:
+    """The rows of a unit file, mapped into memory."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        """Opens the file. Raises EmbeddingError."""
+        header = read_header(path)
+        raw = np.memmap(path, mode="r")[header.rows : header.end]
+        shape = (header.tokens, header.dim)
+        self._scales = None
+        if header.dtype == "bfloat16":
+            self._rows = raw.view(ml_dtypes.bfloat16).reshape(shape)
+        else:
+            scales = np.array(raw[: 4 * (header.dim + header.tokens)]).view("<f4")
+            self._scales = scales[: header.dim], scales[header.dim :]
+            self._rows = raw[4 * (header.dim + header.tokens) :].view(np.int8).reshape(shape)
+
+    def __getitem__(self, tokens: slice) -> np.ndarray:
+        """The rows of some tokens, bfloat16."""
+        if self._scales is None:
+            return self._rows[tokens]
+        rms, scale = self._scales
+        return dequantize(rms, scale[tokens], self._rows[tokens]).astype(ml_dtypes.bfloat16)
+
+
+def read_keys(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes `S16[n]` and token counts `i4[n]` of a unit's captions. Raises EmbeddingError."""
+    header = read_header(path)
+    with path.open("rb") as file:
+        file.seek(header.start)
+        content = file.read(header.rows - header.start)
+    split = HASH_BYTES * header.captions
+    return np.frombuffer(content[:split], f"S{HASH_BYTES}"), np.frombuffer(content[split:], "<i4")

@@ -1,0 +1,37 @@
+"""`imagen embed` as one of several workers: every call of the encoder is noted before it is made.
+
+    python -m tests.reference.embed_worker LOG SECONDS --config=...
+
+A call takes SECONDS longer than it would; LOG gets a line per call, the hash of its ids.
+"""
+
+import hashlib
+import os
+import sys
+import time
+
+import numpy as np
+
+from imagen_jax.cli import run
+from imagen_jax.frozen_encoder import FrozenEncoder
+
+encode = FrozenEncoder.encode
+
+
+def main() -> int:
+    log, seconds, *arguments = sys.argv[1:]
+
+    def noted(self, ids, mask):
+        line = hashlib.sha256(np.asarray(ids).tobytes()).hexdigest() + "\n"
+        file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.write(file, line.encode())
+        os.close(file)
+        time.sleep(float(seconds))
+        return encode(self, ids, mask)
+
+    FrozenEncoder.encode = noted
+    return run.main(["embed", *arguments])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
