@@ -127,7 +127,7 @@ def markdown(out: pathlib.Path, table: str) -> str:
         memory = [f"{v / GIB:.2f}" for v in numbers["hbm_per_chip"].values()]
         sent = sum(c["bytes"] for c in numbers["collectives"]) / GIB
         cells = [
-            model,
+            "t5_v1_1_xxl" if table == "embed" else model,
             slice_name,
             re.search(r"(\d+) \w+ at a time", text)[1],
             *memory,
