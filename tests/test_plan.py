@@ -164,9 +164,12 @@ def test_a_train_step_on_real_devices_and_the_search_for_one(on_devices):
     assert train["hbm_per_chip"]["arguments"] == found["arguments"]
     assert 0.5 < train["flops_per_chip_step"] / found["compiler_flops"] < 1.5
     assert {"all-gather", "all-reduce"} <= {c["kind"] for c in train["collectives"]}
-    assert found["found"]["fits"] and found["found_batch"] == 16
-    assert found["found_remat"] != "none" or found["found_accumulation"] > 1
-    assert any("does not fit" in line for line in found["lines"])
+    # There was room for 8 pictures and not for 16; what computes least is the answer.
+    assert found["found"]["fits"] and found["found_batch"] == 8
+    assert (found["found_remat"], found["found_accumulation"]) == ("none", 1)
+    tried = [line.split()[:3] for line in found["lines"]]
+    assert ["none", "1", "8"] in tried and ["blocks", "1", "8"] in tried
+    assert not any(line.split()[2:3] == ["16"] and "fit" not in line for line in found["lines"])
 
 
 def test_a_program_is_made_for_the_mesh_in_force():
