@@ -20,7 +20,7 @@ demo: install  ## Train a text-to-image cascade from nothing and draw held-out p
 	bash launch/demo.sh runs/demo
 
 test: install  ## Run the default tests.
-	$(VENV)/bin/python -m pytest -q -m 'not slow'
+	$(VENV)/bin/python -m pytest -q -m 'not slow' -n 2 --dist loadfile
 
 test-slow: install  ## Run the slow tests (minutes to half an hour).
 	$(VENV)/bin/python -m pytest -q -m slow

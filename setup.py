@@ -53,6 +53,7 @@ setuptools.setup(
             "beartype>=0.23",
             "pyarrow>=20",
             "pytest>=9",
+            "pytest-xdist>=3.8",
             "pyyaml>=6",
             "ruff",
             "safetensors>=0.5",

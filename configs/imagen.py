@@ -57,4 +57,4 @@ def _sr_1024(c: ml_collections.ConfigDict) -> None:
     _sr(c)  # 64 -> 256 crops of the large picture; it draws the whole picture.
     c.model.self_attention = (False,) * 5
     c.model.text_conditioning = "cross"
-    c.diffusion.schedule = "linear"
+    c.data.crop_from, c.diffusion.schedule = 1024, "linear"

@@ -161,7 +161,7 @@ def changes(saved: Config, given: Config) -> dict[str, tuple[Any, Any]]:
     harmless = set(HARMLESS)
     if given.optimizer.schedule in ("constant", "rsqrt"):
         harmless.add("train.steps")
-    olds, news = _flat(dataclasses.asdict(saved)), _flat(dataclasses.asdict(given))
+    olds, news = flat(dataclasses.asdict(saved)), flat(dataclasses.asdict(given))
     # A mixture may have gained or lost sources: what is on one side only is None on the other.
     pairs = {path: (olds.get(path), news.get(path)) for path in {**olds, **news}}
     return {
@@ -180,12 +180,13 @@ def named_in(path: str, names: Collection[str]) -> bool:
     return any(fnmatch.fnmatchcase(field, name) for field in above for name in names)
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one: path -> value."""
+    found: dict[str, Any] = {}
     for name, value in values.items():
         path = f"{prefix}{name}"
-        flat |= _flat(value, f"{path}.") if isinstance(value, dict) else {path: value}
-    return flat
+        found |= flat(value, f"{path}.") if isinstance(value, dict) else {path: value}
+    return found
 
 
 def load(spec: str, assignments: Sequence[str] = ()) -> Config:

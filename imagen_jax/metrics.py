@@ -21,13 +21,14 @@ except ImportError:  # TensorBoard files are a convenience; the JSON lines hold 
     SummaryWriter = None
 
 
-# Dense bfloat16 peak of one chip by JAX's `device_kind`, FLOP/s, from the makers' datasheets.
+# Dense bfloat16 peak of one device by JAX's `device_kind`, FLOP/s, from the makers' datasheets.
 PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
     "TPU v5": 459e12,
     "TPU v5p": 459e12,
     "TPU v6 lite": 918e12,
+    "TPU7x": 1153.5e12,  # A device is one of the chip's two TensorCores.
     "NVIDIA A100": 312e12,
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,

@@ -14,7 +14,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from imagen_jax.config import ConfigError, MeshConfig, ModelConfig
@@ -47,25 +47,47 @@ RUN_ONCE = {"xla_backend_optimization_level": 0}
 
 def train_step_options() -> dict[str, int]:
     """XLA's options for a train step: on CPUs a quarter less compiling for as fast a step."""
-    return {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else {}
+    return {"xla_backend_optimization_level": 1} if platform() == "cpu" else {}
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
+def platform() -> str:
+    """What a program is made for: the devices of the mesh in force, else JAX's default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
+def make_mesh(config: MeshConfig, over: Sequence[jax.Device] = ()) -> Mesh:
     """A mesh over all devices.
+
+    Args:
+      config: sizes of its axes.
+      over: the devices; (): all that JAX sees.
 
     Raises:
       ConfigError: the axis sizes do not multiply to the number of devices.
     """
-    devices = jax.device_count()
+    over = over or jax.devices()
+    devices = len(over)
     sizes = [config.data, config.fsdp, config.tensor]
     if sizes[0] == -1:
-        sizes[0] = max(devices // (sizes[1] * sizes[2]), 1)
+        rest = sizes[1] * sizes[2]
+        if devices % rest:
+            fits = [n for n in range(1, devices + 1) if devices % (n * sizes[2]) == 0] or [1]
+            nearest = min(fits, key=lambda n: abs(n - sizes[1]))
+            raise ConfigError(
+                f"config.mesh.fsdp*config.mesh.tensor={sizes[1]}*{sizes[2]} must divide the number "
+                f"of devices, {devices}; try config.mesh.fsdp={nearest}"
+                + ("" if devices % sizes[2] == 0 else " config.mesh.tensor=1")
+            )
+        sizes[0] = devices // rest
     if int(np.prod(sizes)) != devices:
         raise ConfigError(
             f"config.mesh data*fsdp*tensor={sizes[0]}*{sizes[1]}*{sizes[2]} must be the number of "
             f"devices, {devices}; leave config.mesh.data=-1 to fill up"
         )
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
+    # jax.make_mesh refuses, on v4 and v5p, an axis that is not a product of the slice's own sides.
+    grid = mesh_utils.create_device_mesh(sizes, over, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def check_batch_size(batch_size: int, mesh: AnyMesh, accumulation: int = 1) -> None:

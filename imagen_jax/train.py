@@ -25,6 +25,7 @@ from jaxtyping import Array, UInt8
 
 from imagen_jax import (
     cascade,
+    compiled,
     config_io,
     distributed,
     ema,
@@ -43,7 +44,7 @@ from imagen_jax.optimizer import learning_rate, make_optimizer
 from imagen_jax.preemption import Preempted, Preemption
 from imagen_jax.profiling import Profiler
 from imagen_jax.train_state import TrainState
-from imagen_jax.train_step import INIT_STREAM, StepFn, make_train_step, times_of
+from imagen_jax.train_step import INIT_STREAM, StepFn, jit_train_step, times_of, useful_flops
 
 # A source of batches: first step wanted -> that step's batch and all that follow.
 Batches = Callable[[int], Iterable[Mapping[str, np.ndarray]]]
@@ -85,6 +86,7 @@ def train(
     about_step: AboutStep = lambda step: {},
     encode: Encode = lambda batch: batch,
     preemption: Preemption | None = None,
+    compiled_step: str = "",
 ) -> TrainState:
     """Trains one stage to `config.train.steps`; goes on from the newest checkpoint if there is one.
 
@@ -97,6 +99,7 @@ def train(
       about_step: what is written down beside the batch of a step that was not finite.
       encode: makes what the model reads of a batch that lies on its devices.
       preemption: listens for SIGTERM already; without it, `train` does so from here on.
+      compiled_step: file of `plan --save` with the compiled step; "": compile it here.
 
     Returns:
       The state after the last step.
@@ -105,6 +108,7 @@ def train(
       ConfigError: mesh or batch do not fit the devices, the configuration is another one, or the
         workdir cannot be written.
       CheckpointError: no checkpoint can be read, or it is of another model, or saving fails.
+      CompiledError: the compiled step is of another run, or cannot be trusted.
       DivergedError: nothing but infinities, also after a roll-back.
       Preempted: SIGTERM came and all is saved.
     """
@@ -121,7 +125,10 @@ def train(
         count = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
         log(f"{config.name}: {count:,} parameters on {mesh.devices.size} {jax.default_backend()}")
         preemption = preemption or closing.enter_context(Preemption())
-        run = Run(config, workdir, batches, about_step, encode, mesh, optimizer, preemption, log)
+        run = Run(
+            *(config, workdir, batches, about_step, encode, mesh, optimizer, preemption, log),
+            compiled_step=compiled_step,
+        )
         closing.callback(run.close)
 
         with run.timer.measure("start"):
@@ -168,7 +175,9 @@ class Run:
         optimizer: optax.GradientTransformation,
         preemption: Preemption,
         log: Callable[[str], None],
+        compiled_step: str,
     ):
+        self.compiled_step = compiled_step
         self.config, self.workdir, self.batches, self.encode = config, workdir, batches, encode
         self.mesh, self.optimizer, self.preemption, self.log = mesh, optimizer, preemption, log
         self.rate = learning_rate(config.optimizer, config.train.steps)
@@ -257,18 +266,17 @@ class Run:
         """Compiles the step, makes it and starts the clock."""
         devices = self.mesh.devices
         with self.timer.measure("start"):
-            # The state lies as it lay before; the compiler would move some of it.
-            lies = jax.tree.map(lambda leaf: leaf.sharding, state)
-            lowered = jax.jit(
-                make_train_step(self.config, self.optimizer),
-                donate_argnums=0,
-                out_shardings=(lies, partitioning.everywhere(self.mesh)),
-                compiler_options=partitioning.train_step_options(),
-            ).lower(state, batch)
-            costs = lowered.cost_analysis() or {}
-            self.train_step = lowered.compile()
+            step_fn = jit_train_step(self.config, self.optimizer, state, self.mesh)
+            traced = step_fn.trace(state, batch)
+            if self.compiled_step:
+                made_for = compiled.identity(self.config, list(devices.flat))
+                self.train_step = compiled.load(self.compiled_step, traced, made_for)
+                self.log(f"the compiled step is that of {self.compiled_step}")
+            else:
+                self.train_step = traced.lower().compile()
             state, report = jax.block_until_ready(self.train_step(state, batch))
-        flops = costs.get("flops", 0.0) / devices.size
+            flops = useful_flops(traced, self.config, self.optimizer, state, batch, self.mesh)
+            flops /= devices.size
         self.progress.start(step + 1, flops, devices.size, devices.flat[0].device_kind)
         return state, report
 

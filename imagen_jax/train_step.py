@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
-from imagen_jax import ema, stage
+from imagen_jax import ema, flops, partitioning, stage
 from imagen_jax.config import Config
 from imagen_jax.train_state import TrainState
 
@@ -68,6 +70,48 @@ def make_train_step(config: Config, optimizer: optax.GradientTransformation) -> 
     return train_step
 
 
+def jit_train_step(
+    config: Config, optimizer: optax.GradientTransformation, state: TrainState, mesh: Mesh
+) -> Any:
+    """The update as it runs: compiled for the mesh, the old state's memory given to the new one.
+
+    Args:
+      config: the stage.
+      optimizer: of `make_optimizer`.
+      state: arrays or shapes with their shardings. The new state lies as it does; the compiler
+        would move some of it.
+      mesh: of `partitioning.make_mesh`, in force.
+    """
+    lies = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return jax.jit(
+        make_train_step(config, optimizer),
+        donate_argnums=0,
+        out_shardings=(lies, partitioning.everywhere(mesh)),
+        compiler_options=partitioning.train_step_options(),
+    )
+
+
+def useful_flops(
+    traced: jax.stages.Traced,
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    batch: Mapping[str, Any],
+    mesh: Mesh,
+) -> float:
+    """FLOPs of an update over all devices, without what `model.remat` computes again: MFU's.
+
+    Args:
+      traced: the step of `config`; the others as for `jit_train_step`.
+      batch: arrays or shapes with their shardings.
+    """
+    if config.model.remat != "none":
+        model = dataclasses.replace(config.model, remat="none")
+        kept = dataclasses.replace(config, model=model)
+        traced = jit_train_step(kept, optimizer, state, mesh).trace(state, batch)
+    return flops.count(traced.jaxpr)
+
+
 def block_norms(gradient: Mapping[str, Any]) -> dict[str, Array]:
     """L2 norm of the gradient of each of the network's blocks."""
     return {name: optax.tree.norm(block) for name, block in gradient.items()}
@@ -100,13 +144,12 @@ def gradient_of_batch(
         return jax.tree.map(jnp.add, total, (gradient, report)), None
 
     examples = (jax.tree.map(split, drawn), jnp.arange(parts))
-    first = jax.tree.map(lambda x: x[0], examples)
-    (_, report), gradient = gradient_fn(
-        params, first[0], jax.random.fold_in(dropout_key, first[1]), config
-    )
-    rest = jax.tree.map(lambda x: x[1:], examples)
+    first = jax.tree.map(lambda x: x[0], examples[0])
+    (_, report), gradient = jax.eval_shape(lambda: gradient_fn(params, first, dropout_key, config))
+    # From zero, rather than from the first part: the compiler then sees one part, not two.
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (gradient, report))
     # Gradients of convolutions inside a loop are a hundred times slower on CPUs.
-    unroll = parts - 1 if jax.default_backend() == "cpu" else 1
-    (gradient, report), _ = jax.lax.scan(add, (gradient, report), rest, unroll=unroll)
+    unroll = parts if partitioning.platform() == "cpu" else 1
+    (gradient, report), _ = jax.lax.scan(add, nothing, examples, unroll=unroll)
     mean = {name: report[name] / parts for name in ("loss", "x0_mse")}
     return jax.tree.map(lambda g: g / parts, gradient), {**report, **mean}

@@ -8,10 +8,11 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parents[1] / "imagen_jax"
 
 LAYERS = [
-    {"config", "config_data", "config_fields", "config_io", "images", "diffusion", "distributed"},
+    {"config", "config_data", "config_fields", "config_io", "images", "diffusion", "distributed"}
+    | {"flops", "hlo"},
     {"guidance", "models", "sampling", "optimizer", "ema", "metrics", "partitioning"}
-    | {"preemption", "profiling", "vocabulary"},
-    {"interop", "train_state", "checkpoint", "ema_snapshots", "frozen_encoder"},
+    | {"preemption", "profiling", "topology", "vocabulary"},
+    {"interop", "train_state", "checkpoint", "ema_snapshots", "compiled", "frozen_encoder"},
     {"text", "stage", "faults"},
     {"data", "cascade", "prompts"},
     {
@@ -23,6 +24,9 @@ LAYERS = [
         "replay",
         "embed",
         "pretrain_text",
+        "plan",
+        "plan_report",
+        "plan_search",
         "sample",
         "export",
         "convert",

@@ -23,6 +23,7 @@ VERBS = {
     "pretrain_text": "train a small T5 encoder and its vocabulary on captions alone",
     "doctor": "look for what would fail or spoil a run before it starts",
     "embed": "compute the text embeddings of a data set's captions, once",
+    "plan": "memory, time and cost of a run on a TPU slice, before it is booked",
     "train": "train one stage",
     "diagnose": "look at what trained stages draw beside real pictures",
     "replay": "look again at a training step that was not finite",

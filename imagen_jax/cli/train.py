@@ -27,6 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="",
         help="fields or sections in which the configuration may differ from the checkpoint's",
     )
+    parser.add_argument(
+        "--compiled",
+        metavar="FILE",
+        default="",
+        help="compiled step of `imagen plan --save=FILE`; loading it runs what is in it",
+    )
 
 
 def run(flags: argparse.Namespace) -> None:
@@ -46,6 +52,7 @@ def run(flags: argparse.Namespace) -> None:
             about_step=pipeline.about,
             encode=pipeline.encode,
             preemption=preemption,
+            compiled_step=flags.compiled,
         )
 
 

@@ -1,0 +1,172 @@
+"""The tables of docs/plan.md: every row is one run of `imagen plan`, kept so that it runs once.
+
+    .venv/bin/python benchmarks/plan_table.py --out=runs/plans --docs=docs/plan.md
+
+Needs the extra `tpu` and, for the largest models, 8 GB of memory; each row takes some minutes. A
+row whose file is in --out is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import re
+import resource
+import subprocess
+import sys
+import time
+
+GIB = 2**30
+BEGIN, END = "<!-- begin {} -->", "<!-- end {} -->"
+IMAGEN = [sys.executable, "-m", "imagen_jax"]
+
+# At the paper's batch of 2048; settings as `plan --search`, or trying, found them.
+TRAIN = [
+    ("base_64", "v4-512", "--config.mesh.fsdp=16"),
+    ("base_64", "v5e-256", "--config.mesh.fsdp=16"),
+    ("base_64", "v5p-128", "--config.mesh.fsdp=16"),
+    ("base_64", "v4-128", "--config.mesh.fsdp=16 --config.train.accumulation=4"),
+    ("base_64", "v6e-64", "--config.mesh.fsdp=16 --config.train.accumulation=4"),
+    ("sr_256", "v4-128", "--config.mesh.fsdp=4 --config.train.accumulation=8"),
+    ("sr_1024", "v4-128", "--config.mesh.fsdp=4 --config.train.accumulation=8"),
+    ("sr_256", "v5e-256", "--config.mesh.fsdp=4 --config.train.accumulation=4"),
+    ("sr_1024", "v5e-256", "--config.mesh.fsdp=4 --config.train.accumulation=4"),
+    ("sr_256", "v5p-128", "--config.mesh.fsdp=4 --config.train.accumulation=4"),
+    ("sr_1024", "v5p-128", "--config.mesh.fsdp=4 --config.train.accumulation=4"),
+    ("sr_256", "v6e-64", "--config.mesh.fsdp=4 --config.train.accumulation=8"),
+    ("sr_1024", "v6e-64", "--config.mesh.fsdp=4 --config.train.accumulation=8"),
+]
+# sr_1024 learns from crops and draws whole pictures.
+WHOLE = " --config.data.image_size=1024 --config.data.lowres_size=256"
+SAMPLE = [
+    (model, slice_name, "--stage=sample" + (WHOLE if model == "sr_1024" else ""))
+    for slice_name in ("v5e-256", "v4-128", "v5p-128", "v6e-64")
+    for model in ("base_64", "sr_256", "sr_1024")
+]
+XXL = "--config.text.preset=t5_v1_1_xxl --config.text.dtype=bfloat16 --config.mesh.fsdp="
+EMBED = [
+    ("base_64", slice_name, f"--stage=embed --batch={batch} {XXL}{fsdp}")
+    for slice_name, batch, fsdp in (
+        ("v5e-8", 256, 8),
+        ("v4-8", 256, 4),
+        ("v4-128", 2048, 4),
+        ("v5e-256", 8192, 8),
+        ("v5p-128", 2048, 4),
+        ("v6e-64", 2048, 4),
+    )
+]
+TABLES = {"train": TRAIN, "embed": EMBED, "sample": SAMPLE}
+
+
+def command(model: str, slice_name: str, rest: str) -> list[str]:
+    """The arguments of `imagen`."""
+    return [
+        "plan",
+        f"--config=configs/imagen.py:{model}",
+        f"--topology={slice_name}",
+        *rest.split(),
+    ]
+
+
+def row_name(table: str, row: tuple[str, str, str]) -> str:
+    """Also the name of its file."""
+    return f"{table}_{row[0]}_{row[1]}"
+
+
+def run_row(out: pathlib.Path, table: str, row: tuple[str, str, str]) -> None:
+    """Runs a row unless it was. A failure is printed and kept out of the table."""
+    path = out / f"{row_name(table, row)}.json"
+    if path.is_file() and json.loads(path.read_text())["command"] == command(*row):
+        return
+    begin, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    numbers = path.with_suffix(".numbers")
+    arguments = command(*row)
+    print("imagen", *arguments, flush=True)
+    done = subprocess.run(
+        [*IMAGEN, *arguments, f"--json={numbers}"], capture_output=True, text=True
+    )
+    if done.returncode:
+        print(done.stderr.strip(), flush=True)
+        return
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    path.write_text(
+        json.dumps(
+            {
+                "command": arguments,
+                "numbers": json.loads(numbers.read_text()),
+                "text": done.stdout,
+                "seconds": time.monotonic() - begin,
+                "cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+                # The largest of all rows of this run so far.
+                "host_gib": after.ru_maxrss / 2**20,
+            },
+            indent=2,
+        )
+        + "\n"
+    )
+    numbers.unlink()
+    print(done.stdout, flush=True)
+
+
+def markdown(out: pathlib.Path, table: str) -> str:
+    """The rows that were run, as a table."""
+    what = "days" if table == "train" else "chip-hours"
+    lines = [
+        "| model | slice | at a time | arguments | temporaries | peak | capacity | fits "
+        f"| TFLOP | sent | seconds | {what} | `imagen plan` |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in TABLES[table]:
+        model, slice_name, _ = row
+        path = out / f"{row_name(table, row)}.json"
+        if not path.is_file():
+            continue
+        kept = json.loads(path.read_text())
+        numbers, text = kept["numbers"], kept["text"]
+        memory = [f"{v / GIB:.2f}" for v in numbers["hbm_per_chip"].values()]
+        sent = sum(c["bytes"] for c in numbers["collectives"]) / GIB
+        cells = [
+            "t5_v1_1_xxl" if table == "embed" else model,
+            slice_name,
+            re.search(r"(\d+) \w+ at a time", text)[1],
+            *memory,
+            "yes" if numbers["fits"] else "no",
+            f"{numbers['flops_per_chip_step'] / 1e12:.4g}",
+            f"{sent:.2f}",
+            _number(text, "seconds"),
+            _number(text, what),
+            "`" + " ".join(kept["command"][1:]) + "`",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _number(text: str, name: str) -> str:
+    return re.search(rf"^  {name} +(\S+)", text, re.M)[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", default="runs/plans")
+    parser.add_argument("--docs", default="", help="file between whose marks the tables go")
+    parser.add_argument("--only", default="", help="rows to run, such as train_sr_256; '': all")
+    flags = parser.parse_args()
+    out = pathlib.Path(flags.out)
+    out.mkdir(parents=True, exist_ok=True)
+    for table, rows in TABLES.items():
+        for row in rows:
+            if flags.only in row_name(table, row):
+                run_row(out, table, row)
+    for table in TABLES:
+        text = markdown(out, table)
+        print(f"\n{text}")
+        if flags.docs:
+            path = pathlib.Path(flags.docs)
+            begin, end = BEGIN.format(table), END.format(table)
+            head, _, rest = path.read_text().partition(begin)
+            path.write_text(f"{head}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
+
+
+if __name__ == "__main__":
+    main()

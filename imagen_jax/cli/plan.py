@@ -1,0 +1,110 @@
+"""Memory, FLOPs, communication, time and cost of a run on a TPU slice that is not there.
+
+Compiles the real train step, sampler or text encoder with libtpu (pip install 'imagen_jax[tpu]');
+the base model of the paper takes some minutes. Slices have Cloud TPU's names: v4-128 and v5p-128
+have 64 chips, v5e-256 has 256. --topology=here plans for the devices of this machine instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import pathlib
+
+import jax
+
+from imagen_jax import compiled, config_io, partitioning, plan, topology
+from imagen_jax.cli import wiring
+from imagen_jax.config import Config, ConfigError
+from imagen_jax.plan import Plan
+from imagen_jax.plan_report import report
+from imagen_jax.plan_search import search_batch, search_train
+
+STAGES = ("train", "sample", "embed")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the verb's flags."""
+    wiring.add_config(parser)
+    parser.add_argument(
+        "--topology", required=True, metavar="NAME", help="slice, such as v5e-256, or here"
+    )
+    parser.add_argument("--stage", choices=STAGES, default="train", help="the program")
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=0,
+        help="pictures (embed: captions) at a time, over all chips; "
+        "default: config.data.batch_size for train, else one per device",
+    )
+    parser.add_argument(
+        "--search", action="store_true", help="find the largest batch, over remat and accumulation"
+    )
+    parser.add_argument(
+        "--exact", action="store_true", help="compile as the run will, 5-20 times slower"
+    )
+    parser.add_argument("--mfu", type=float, default=0.4, help="assumed share of the peak, 0..1")
+    parser.add_argument("--price", type=float, default=None, help="cost of a chip-hour")
+    parser.add_argument(
+        "--save", metavar="FILE", default="", help="write the compiled step for `train --compiled`"
+    )
+    parser.add_argument("--json", metavar="FILE", default="", help="write the plan's numbers")
+
+
+def run(flags: argparse.Namespace) -> None:
+    """Carries the verb out."""
+    if not 0.0 < flags.mfu <= 1.0:
+        raise ConfigError(f"--mfu={flags.mfu} must be above 0 and at most 1; try 0.4")
+    if flags.batch < 0:
+        raise ConfigError(f"--batch={flags.batch} must be at least 1")
+    if flags.save and flags.stage != "train":
+        raise ConfigError(f"--save={flags.save} keeps a train step, got --stage={flags.stage}")
+    where, config = _open(flags)
+    options = {} if flags.exact or flags.topology == "here" else plan.QUICK
+    made = _make(flags, config, where, options)
+    print(report(made, flags.mfu, flags.price))
+    how = "as the run will" if not options else "quickly (--exact: as the run will)"
+    print(f"\ncompiled {how} in {made.compile_seconds:.0f} s")
+    if flags.save:
+        _save(made, flags.save)
+    if flags.json:
+        pathlib.Path(flags.json).write_text(json.dumps(made.as_json(), indent=2) + "\n")
+
+
+def _open(flags: argparse.Namespace) -> tuple[topology.Slice, Config]:
+    """The slice, and the configuration checked; JAX itself computes on the CPU meanwhile."""
+    if flags.topology == "here":
+        config = wiring.load_config(flags)
+        return topology.this_machine(), config
+    config = config_io.load(flags.config, flags.overrides)
+    jax.config.update("jax_platforms", "cpu")
+    return topology.open_slice(flags.topology), config
+
+
+def _make(
+    flags: argparse.Namespace, config: Config, where: topology.Slice, options: dict[str, float]
+) -> Plan:
+    """The plan that the flags ask for."""
+    if flags.stage == "train":
+        if flags.batch:
+            data = dataclasses.replace(config.data, batch_size=flags.batch)
+            config = dataclasses.replace(config, data=data)
+        if flags.search:
+            return search_train(config, where, options, print)
+        return plan.compile_program(plan.train_program(config, where), where, options)
+    program_of = plan.sample_program if flags.stage == "sample" else plan.embed_program
+    if flags.search:
+        return search_batch(lambda n: program_of(config, where, n), where, options, print)
+    batch = flags.batch or len(where.devices)
+    return plan.compile_program(program_of(config, where, batch), where, options)
+
+
+def _save(made: Plan, path: str) -> None:
+    """Writes the compiled step."""
+    if made.compiled is None:
+        raise ConfigError(f"--save={path}: the step does not fit, so there is nothing to save")
+    config = made.program.config
+    mesh = partitioning.make_mesh(config.mesh, made.slice.devices)
+    size = compiled.save(path, made.compiled, compiled.identity(config, list(mesh.devices.flat)))
+    print(f"saved the compiled step, {size / 1e6:.0f} MB: train --compiled={path}")

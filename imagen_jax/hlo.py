@@ -1,0 +1,130 @@
+"""What a compiled program sends between its devices, read from its text (HLO).
+
+A program is a list of computations; a `while` calls its body as often as its condition says, which
+the compiler's own cost analysis does not count.
+"""
+
+from __future__ import annotations
+
+import collections
+import re
+from typing import NamedTuple
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+_COLLECTIVE = re.compile(
+    rf"= (.*?) ({'|'.join(KINDS)}|ragged-all-to-all|collective-broadcast)(?:-start)?\(%"
+)
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+_GROUP = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\])")
+_CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_CONDITION = re.compile(r" while\(.*condition=%?([\w.\-]+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_ARRAY = re.compile(r"(pred|bf16|[suf]\d+)(?:e\d\w*)?\[([\d,]*)\]")
+_CONSTANT = re.compile(r"= [su]\d+\[\][^ ]* constant\((\d+)\)")
+# On TPUs a reduce-scatter is a fusion of this name around an all-reduce and a slice.
+_SCATTER = "all-reduce-scatter"
+
+
+class Collective(NamedTuple):
+    """All collective operations of one kind in one run of a program, on one device.
+
+    Attributes:
+      kind: a row of KINDS.
+      count: how many.
+      bytes: size of their results; of what goes in, for a reduce-scatter.
+    """
+
+    kind: str
+    count: int
+    bytes: int
+
+
+def collectives(text: str) -> list[Collective]:
+    """The collective operations of a compiled program by kind, the bodies of loops as often as run.
+
+    Args:
+      text: `jax.stages.Compiled.as_text()`.
+    """
+    computations, entry = _computations(text)
+    # (kind, place) -> instruction -> how often, bytes. On TPUs an operation that overlaps with
+    # others is several fusions on one channel: its start, its steps and its end.
+    found: dict[tuple[str, str], dict[str, tuple[int, int]]] = collections.defaultdict(dict)
+
+    def visit(name: str, times: int, fused: bool) -> None:
+        for line in computations.get(name, ()):
+            match = _COLLECTIVE.search(line)
+            if match:
+                scatter = name.startswith(_SCATTER)
+                kind = "reduce-scatter" if scatter else match[2]
+                channel = _CHANNEL.search(line)
+                place = channel[0] if channel and fused and not scatter else f"{name}: {line}"
+                same = found[kind, place]
+                before = same.get(line, (0, 0))[0]
+                same[line] = before + times, _bytes(match[1], kind, line)
+                continue
+            inner = times * _trips(line, computations)
+            for called in _called(line):
+                visit(called, inner, " fusion(" in line)
+
+    visit(entry, 1, False)
+    count: dict[str, int] = collections.Counter()
+    size: dict[str, int] = collections.Counter()
+    for (kind, _), instructions in found.items():
+        times, each = max(instructions.values())
+        count[kind] += times
+        size[kind] += times * each
+    return [Collective(kind, count[kind], size[kind]) for kind in sorted(count)]
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """Instructions by computation, and the name of the one that is run."""
+    computations: dict[str, list[str]] = {}
+    entry, lines = "", []
+    for line in text.splitlines():
+        head = _COMPUTATION.match(line)
+        if head:
+            lines = computations[head[1]] = []
+            entry = head[1] if line.startswith("ENTRY") else entry
+        elif " = " in line:
+            lines.append(line)
+    return computations, entry
+
+
+def _called(line: str) -> list[str]:
+    branches = _BRANCHES.search(line)
+    named = [n.strip().lstrip("%") for n in branches[1].split(",")] if branches else []
+    return _CALLED.findall(line) + named
+
+
+def _trips(line: str, computations: dict[str, list[str]]) -> int:
+    """How often a line runs what it calls: a `while` as its condition, index < constant, says."""
+    condition = _CONDITION.search(line)
+    if not condition:
+        return 1
+    known = _TRIPS.search(line)
+    if known:
+        return int(known[1])
+    bounds = [_CONSTANT.search(other) for other in computations.get(condition[1], ())]
+    return max((int(bound[1]) for bound in bounds if bound), default=1)
+
+
+def _bytes(result: str, kind: str, line: str) -> int:
+    """Bytes of a result type; an asynchronous operation's start also names its input there."""
+    sizes = [_size(*array) for array in _ARRAY.findall(result)]
+    if f"{kind}-start(" in line and len(sizes) > 1:
+        return max(sizes)
+    group = _GROUP.search(line)
+    if f" {kind}(" in line and kind == "reduce-scatter" and group:
+        return sum(sizes) * (len(group[1].split(",")) if group[1] else int(group[2]))
+    return sum(sizes)
+
+
+def _size(dtype: str, dims: str) -> int:
+    bits = 8 if dtype == "pred" else int(re.sub(r"\D", "", dtype))
+    elements = 1
+    for dim in filter(None, dims.split(",")):
+        elements *= int(dim)
+    return elements * bits // 8

@@ -1,0 +1,139 @@
+"""A plan in words and money: what to book, for how long, and whether it fits."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from imagen_jax import metrics
+from imagen_jax.plan import Plan
+from imagen_jax.topology import GIB
+
+UNITS = {"train": "picture", "sample": "picture", "embed": "caption"}
+WHAT = {"train": "train step", "sample": "sampler", "embed": "text encoder"}
+
+
+class Estimate(NamedTuple):
+    """Time and money at a given MFU.
+
+    Attributes:
+      seconds: of one run of the program.
+      rate: pictures (captions) per second, all chips together.
+      days: of the whole training run; None for the other stages.
+      chip_hours: of the whole training run; else of 1000 pictures, or a million captions.
+      cost: of those chip-hours; None where no price was given.
+    """
+
+    seconds: float
+    rate: float
+    days: float | None
+    chip_hours: float
+    cost: float | None
+
+
+def estimate(plan: Plan, mfu: float, price: float | None) -> Estimate | None:
+    """Time and money; None where the chip's peak is not known.
+
+    Args:
+      plan: of one program.
+      mfu: useful FLOPs as a share of the chips' peak, 0..1. What a backward pass computes again is
+        not useful.
+      price: per chip-hour.
+    """
+    peak = metrics.peak_flops(plan.slice.devices[0].device_kind)
+    if peak is None:
+        return None
+    program = plan.program
+    seconds = program.useful_flops / (mfu * peak * len(plan.slice.devices))
+    if program.stage == "train":
+        days = program.config.train.steps * seconds / 86_400
+        chip_hours = days * 24 * plan.slice.chips
+    else:
+        days = None
+        many = 1e3 if program.stage == "sample" else 1e6
+        chip_hours = many / program.batch * seconds * plan.slice.chips / 3600
+    cost = None if price is None else price * chip_hours
+    return Estimate(seconds, program.batch / seconds, days, chip_hours, cost)
+
+
+def report(plan: Plan, mfu: float, price: float | None) -> str:
+    """The plan as a page of text."""
+    return "\n".join([*_head(plan), "", *_memory(plan), "", *_work(plan, mfu, price)])
+
+
+def _head(plan: Plan) -> list[str]:
+    program, where = plan.program, plan.slice
+    config, devices = program.config, len(where.devices)
+    each = program.batch / where.chips
+    lines = [
+        f"{config.name}: {WHAT[program.stage]} on {where.name}, "
+        f"{where.chips} chips of {where.devices[0].device_kind}"
+        + (f" ({devices} devices)" if devices != where.chips else ""),
+        f"{program.params:,} parameters; {program.batch} {UNITS[program.stage]}s at a time, "
+        f"{each:g} per chip",
+    ]
+    if program.stage != "sample":
+        mesh = config.mesh
+        data = devices // (mesh.fsdp * mesh.tensor) if mesh.data == -1 else mesh.data
+        lines.append(f"mesh data={data} fsdp={mesh.fsdp} tensor={mesh.tensor}")
+    if program.stage == "train":
+        lines.append(f"remat={config.model.remat}, accumulation={config.train.accumulation}")
+    elif program.stage == "embed":
+        lines.append(f"{config.text.preset} in {config.text.dtype}, {config.text.max_len} tokens")
+    else:
+        settings = config.sampling
+        lines.append(
+            f"{settings.steps} steps of {settings.sampler}, guidance {settings.guidance_weight:g}"
+        )
+    return lines
+
+
+def _memory(plan: Plan) -> list[str]:
+    capacity = plan.slice.hbm
+    rows = [
+        ("arguments", plan.arguments),
+        ("temporaries", plan.temporaries),
+        ("results, code", plan.outputs + plan.code),
+        ("peak", plan.peak),
+        ("capacity", capacity),
+        ("headroom", capacity - plan.peak),
+    ]
+    verdict = "it fits" if plan.fits else "IT DOES NOT FIT"
+    return [
+        f"{'HBM per chip':<22}{'GiB':>10}",
+        *(f"  {name:<20}{size / GIB:>10.2f}" for name, size in rows),
+        f"  {verdict}",
+    ]
+
+
+def _work(plan: Plan, mfu: float, price: float | None) -> list[str]:
+    program, chips = plan.program, plan.slice.chips
+    unit = UNITS[program.stage]
+    again = program.flops / program.useful_flops - 1
+    lines = [
+        f"{'TFLOP per chip':<22}{plan.flops_per_chip / 1e12:>10.4g}   "
+        f"{program.useful_flops / program.batch / 1e12:.3g} per {unit}"
+        + (f", and {again:.0%} more computed again" if again > 0.005 else "")
+    ]
+    if plan.collectives:
+        lines += ["", f"{'sent, per chip':<22}{'GiB':>10}   operations"]
+        lines += [f"  {c.kind:<20}{c.bytes / GIB:>10.2f}   {c.count}" for c in plan.collectives]
+    guess = estimate(plan, mfu, price)
+    if guess is None:
+        return [*lines, "", "no time: the peak of this device is not known"]
+    lines += [
+        "",
+        f"at {mfu:.0%} MFU",
+        f"  {'seconds':<20}{guess.seconds:>10.3g}   "
+        f"{guess.rate:,.4g} {unit}s/s, {guess.rate / chips:,.4g} per chip",
+    ]
+    if guess.days is not None:
+        whole = f"{program.config.train.steps:,} steps"
+        lines.append(f"  {'days':<20}{guess.days:>10.1f}   {whole}")
+    else:
+        whole = "1000 pictures" if program.stage == "sample" else "a million captions"
+    hours = f"{guess.chip_hours:,.0f}" if guess.chip_hours >= 100 else f"{guess.chip_hours:.3g}"
+    lines.append(f"  {'chip-hours':<20}{hours:>10}   {whole}")
+    if guess.cost is not None:
+        cost = f"{guess.cost:,.0f}" if guess.cost >= 100 else f"{guess.cost:.3g}"
+        lines.append(f"  {'cost':<20}{cost:>10}   at {price:g} per chip-hour")
+    return lines

@@ -1,0 +1,160 @@
+"""TPU slices by Cloud TPU's names, and their devices for the compiler on a machine without any.
+
+libtpu compiles for a slice that is not there. One JAX device is a chip on v4 and v5p (megacore:
+both TensorCores as one), v5e and v6e; on tpu7x it is a TensorCore, half a chip.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from typing import NamedTuple
+
+import jax
+from jax.experimental import topologies
+
+from imagen_jax.config import ConfigError
+
+GIB = 2**30
+
+_2D = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+_CUBES = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8"}
+_3D = _CUBES | {256: "4x8x8", 512: "8x8x8", 768: "8x8x12", 1024: "8x8x16", 2048: "8x16x16"}
+
+
+class Generation(NamedTuple):
+    """What is known of a generation of TPUs.
+
+    Attributes:
+      libtpu: the compiler's name of it.
+      counted: what the number in a slice's name counts per chip: 2 TensorCores, or 1 chip.
+      devices: JAX devices per chip.
+      hbm: bytes per chip that the compiler lets a program use; the datasheet's are a little more.
+      shapes: chips -> shape of the slice.
+    """
+
+    libtpu: str
+    counted: int
+    devices: int
+    hbm: int
+    shapes: dict[int, str]
+
+
+GENERATIONS = {
+    "v4": Generation("v4", 2, 1, int(30.75 * GIB), _3D | {192: "4x4x12"}),
+    "v5e": Generation("v5e", 1, 1, int(15.75 * GIB), _2D),
+    "v5p": Generation(
+        "v5p",
+        2,
+        1,
+        int(95.74 * GIB),
+        _3D
+        | {192: "4x4x12", 320: "4x4x20", 384: "4x8x12", 1536: "8x12x16"}
+        | {3072: "12x16x16", 4096: "16x16x16", 6144: "16x16x24"},
+    ),
+    "v6e": Generation("v6e", 1, 1, int(31.25 * GIB), _2D),
+    "tpu7x": Generation("tpu7x", 2, 2, int(2 * 94.75 * GIB), _3D),
+}
+# What else they are called: v5litepod is Cloud TPU's accelerator type of v5e.
+ALIASES = {"v5litepod": "v5e", "v7x": "tpu7x"}
+
+# libtpu asks the machine which TPU it is part of, and locks it; there is none.
+_NO_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v4-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+class Slice(NamedTuple):
+    """A TPU slice, or the devices of this machine.
+
+    Attributes:
+      name: as the user gave it.
+      devices: as JAX counts them, in libtpu's order.
+      chips: number of chips.
+      hbm: bytes per chip that a program may use.
+    """
+
+    name: str
+    devices: list[jax.Device]
+    chips: int
+    hbm: int
+
+
+def parse(name: str) -> tuple[Generation, int]:
+    """The generation and number of chips of a slice's name.
+
+    Args:
+      name: such as v4-128 (64 chips: the number counts TensorCores) or v5e-256 (256 chips).
+
+    Raises:
+      ConfigError: there is no such slice; names the nearest.
+    """
+    family, _, number = name.partition("-")
+    family = ALIASES.get(family, family)
+    if family not in GENERATIONS:
+        names = [*GENERATIONS, *ALIASES]
+        near = difflib.get_close_matches(family, names, n=1, cutoff=0.0)[0]
+        near = ALIASES.get(near, near)
+        count = int(number) if number.isdigit() else 0
+        examples = [f"{f}-{_nearest(f, 64 * g.counted)}" for f, g in GENERATIONS.items()]
+        raise ConfigError(
+            f"--topology={name!r} is no TPU slice, such as {', '.join(examples)}; "
+            f"try {near}-{_nearest(near, count or 64)}"
+        )
+    generation = GENERATIONS[family]
+    chips = int(number) / generation.counted if number.isdigit() else 0
+    if chips not in generation.shapes:
+        what = "TensorCores, two per chip" if generation.counted == 2 else "chips"
+        sizes = ", ".join(str(n * generation.counted) for n in sorted(generation.shapes))
+        raise ConfigError(
+            f"--topology={name!r}: {family} slices have {sizes} {what}; "
+            f"try {family}-{_nearest(family, int(number) if number.isdigit() else 64)}"
+        )
+    return generation, int(chips)
+
+
+def _nearest(family: str, number: int) -> int:
+    """The number of the slice of `family` that is nearest in size."""
+    generation = GENERATIONS[family]
+    return min((n * generation.counted for n in generation.shapes), key=lambda n: abs(n - number))
+
+
+def open_slice(name: str) -> Slice:
+    """The devices of the named slice, for compiling only; nothing can run on them.
+
+    Raises:
+      ConfigError: there is no such slice, or libtpu is not installed.
+    """
+    generation, chips = parse(name)
+    for variable, value in _NO_TPU.items():
+        os.environ.setdefault(variable, value)
+    options = {}
+    if generation.libtpu == "v4":
+        options["chip_config_name"] = "megacore"
+    if chips == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    layout = f"{generation.libtpu}:{generation.shapes[chips]}"
+    try:
+        described = topologies.get_topology_desc(layout, "tpu", **options)
+    except Exception as error:  # JAX has no error of its own for a missing or foreign library.
+        raise ConfigError(
+            f"--topology={name}: libtpu cannot describe {layout} ({error}); "
+            "is it installed: pip install 'imagen_jax[tpu]'"
+        ) from error
+    return Slice(name, described.devices, chips, generation.hbm)
+
+
+def this_machine() -> Slice:
+    """The devices that JAX finds here, each counted as a chip.
+
+    CPU devices share the machine's memory.
+    """
+    devices = jax.devices()
+    stats = devices[0].memory_stats() or {}
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    hbm = stats.get("bytes_limit", host // len(devices))
+    return Slice("here", devices, len(devices), hbm)
