@@ -17,6 +17,7 @@ setuptools.setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
     packages=setuptools.find_packages(include=["imagen_jax", "imagen_jax.*"]),
+    package_data={"imagen_jax.evaluation": ["page/*"]},
     entry_points={"console_scripts": ["imagen = imagen_jax.cli.run:main"]},
     install_requires=[
         "jax>=0.10,<0.12",
@@ -26,6 +27,7 @@ setuptools.setup(
         "ml_collections>=1.1,<2",
         "numpy>=2.0",
         "pillow>=12",
+        "scipy>=1.14",
         "jaxtyping>=0.3",
         "sentencepiece>=0.2",
         "tensorboardX>=2.6",

@@ -16,8 +16,9 @@ def read(path: str) -> list[dict[str, Any]]:
     """Reads prompts.
 
     Args:
-      path: .txt (a prompt per line), .csv (a column `prompt` or `Prompt`) or .jsonl (objects with
-        `prompt`). Empty lines of a .txt are passed over.
+      path: .txt (a prompt per line), .csv (a column `prompt`, or `prompts` as in
+        DrawBench's, in any case) or .jsonl (objects with `prompt`). Empty lines of a .txt are
+        passed over.
 
     Raises:
       PromptError: no such file, unknown kind, no prompts, or a row without one.
@@ -47,6 +48,8 @@ def _read_csv(file: pathlib.Path) -> list[dict[str, Any]]:
     with file.open(encoding="utf-8-sig", newline="") as stream:
         for number, row in enumerate(csv.DictReader(stream), start=2):
             fields = {str(k).strip().lower(): v for k, v in row.items()}
+            if "prompts" in fields:
+                fields["prompt"] = fields.pop("prompts")
             if not fields.get("prompt"):
                 raise PromptError(f"--prompts={file}: line {number} has no column `prompt`")
             rows.append(fields)

@@ -1,21 +1,130 @@
-"""Scores drawn pictures. `alignment`: does a picture of the shapes world show what it was asked?"""
+"""Scores drawn pictures; `imagen evaluate WHAT --help` tells the flags of each evaluation."""
 
 from __future__ import annotations
 
 import argparse
+import pathlib
 
-from imagen_jax.evaluation import alignment
+from imagen_jax.cli import sample as sample_verb
+from imagen_jax.evaluation import (
+    alignment,
+    drawbench,
+    rate_build,
+    rate_score,
+    report,
+    samples,
+)
+from imagen_jax.evaluation.studies import STUDIES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the verb's flags."""
-    parser.add_argument("what", choices=["alignment"], help="which evaluation")
-    parser.add_argument("--samples", required=True, help="folder written by `imagen sample`")
-    parser.add_argument("--out", required=True, help="JSON report to write")
+    """Adds the flags of every evaluation."""
+    evaluations = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        return evaluations.add_parser(name, help=text, description=text, allow_abbrev=False)
+
+    _add_alignment(add("alignment", "shapes world: does a picture show what was asked for?"))
+    _add_drawbench(add("drawbench", "draw a CSV of prompts, with a sheet per category"))
+    _add_rate_build(add("rate_build", "make a page on which raters compare two folders, blind"))
+    _add_rate_score(add("rate_score", "turn raters' result files into rates with intervals"))
+    _add_report(add("report", "put a run's cards beside the paper's tables"))
 
 
 def run(flags: argparse.Namespace) -> None:
     """Carries the verb out."""
-    report = alignment.evaluate(flags.samples)
-    alignment.write_report(report, flags.out)
-    print(alignment.format_table(report))
+    {
+        "alignment": _alignment,
+        "drawbench": _drawbench,
+        "rate_build": _rate_build,
+        "rate_score": _rate_score,
+        "report": _report,
+    }[flags.what](flags)
+
+
+def _add_alignment(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--samples", required=True, help="folder written by `imagen sample`")
+    parser.add_argument("--out", required=True, help="JSON report to write")
+
+
+def _alignment(flags: argparse.Namespace) -> None:
+    card = alignment.evaluate(flags.samples)
+    alignment.write_report(card, flags.out)
+    print(alignment.format_table(card))
+
+
+def _add_drawbench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prompts", required=True, metavar="CSV", help="columns Prompts and Category"
+    )
+    sample_verb.add_drawing(parser, samples_per_prompt=8)
+
+
+def _drawbench(flags: argparse.Namespace) -> None:
+    rows = drawbench.read_prompts(flags.prompts)
+    sample_verb.draw(flags, rows)
+    for path in drawbench.write_sheets(flags.out):
+        print(path)
+
+
+def _add_rate_build(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--study", required=True, choices=list(STUDIES), help="what is asked")
+    parser.add_argument("--samples_a", required=True, metavar="DIR", help="folder of samples")
+    parser.add_argument(
+        "--samples_b", required=True, metavar="DIR", help="the other; or the originals of COCO"
+    )
+    parser.add_argument("--names", default="A,B", help="names of the two; raters do not see them")
+    parser.add_argument("--out", required=True, help="folder to write: page/ and key.json")
+    parser.add_argument("--seed", type=int, default=0, help="seed of orders, sides and controls")
+    parser.add_argument(
+        "--controls", type=float, default=0.1, help="control items per item, 0 to 1"
+    )
+
+
+def _rate_build(flags: argparse.Namespace) -> None:
+    names = flags.names.split(",")
+    if len(names) != 2 or names[0] == names[1]:
+        raise samples.EvaluationError(f"--names={flags.names} must be two names, as in mine,theirs")
+    key = rate_build.build(
+        flags.samples_a,
+        flags.samples_b,
+        flags.out,
+        study=flags.study,
+        names=names,
+        seed=flags.seed,
+        controls=flags.controls,
+    )
+    controls = sum(bool(item["control"]) for item in key["items"])
+    page = pathlib.Path(flags.out) / "page"
+    print(f"study {key['id']}: {len(key['items'])} items, {controls} of them controls")
+    print(f"give raters {page} (index.html and pictures); keep {page.parent / 'key.json'}")
+
+
+def _add_rate_score(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--key", required=True, metavar="FILE", help="key.json of rate_build")
+    parser.add_argument(
+        "--results", required=True, metavar="PATH[,PATH...]", help="result files or folders of them"
+    )
+    parser.add_argument("--out", required=True, help="folder to write: ratings.json, .md, charts")
+
+
+def _rate_score(flags: argparse.Namespace) -> None:
+    card = rate_score.score(flags.key, flags.results.split(","))
+    rate_score.write(card, flags.out)
+    print(rate_score.format_card(card), end="")
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cards", required=True, metavar="FILE[,FILE...]", help="JSON cards of evaluations"
+    )
+    parser.add_argument("--name", required=True, help="what the run is called in the tables")
+    parser.add_argument("--samples", default="", metavar="DIR", help="folder of pictures to show")
+    parser.add_argument("--out", required=True, help="folder to write: report.md, report.html")
+
+
+def _report(flags: argparse.Namespace) -> None:
+    text = report.write(
+        flags.cards.split(","), flags.out, name=flags.name, samples_dir=flags.samples
+    )
+    print(text, end="")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from imagen_jax import cascade, config_io
 from imagen_jax import prompts as prompts_lib
@@ -17,15 +19,22 @@ from imagen_jax.text import TextEncoder, load_text_encoder
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
-    parser.add_argument(
-        "--stages", required=True, metavar="DIR[,DIR...]", help="stage folders, base first"
-    )
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--prompt", help="one prompt")
     which.add_argument("--prompts", metavar="FILE", help="prompts: .txt, .csv or .jsonl")
+    add_drawing(parser, samples_per_prompt=1)
+
+
+def add_drawing(parser: argparse.ArgumentParser, *, samples_per_prompt: int) -> None:
+    """Adds the flags of every verb that draws prompts; `samples_per_prompt` is a default."""
+    parser.add_argument(
+        "--stages", required=True, metavar="DIR[,DIR...]", help="stage folders, base first"
+    )
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="seed of all noise")
-    parser.add_argument("--samples_per_prompt", type=int, default=1, help="pictures per prompt")
+    parser.add_argument(
+        "--samples_per_prompt", type=int, default=samples_per_prompt, help="pictures per prompt"
+    )
     parser.add_argument("--batch_size", type=int, default=32, help="pictures drawn at a time")
     parser.add_argument("--cpu_devices", type=int, default=1, help="cores to share the pictures")
     parser.add_argument("--limit", type=int, default=0, help="draw the first N prompts; 0: all")
@@ -40,13 +49,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(flags: argparse.Namespace) -> None:
     """Carries the verb out."""
+    rows = (
+        [{"prompt": flags.prompt}] if flags.prompt is not None else prompts_lib.read(flags.prompts)
+    )
+    draw(flags, rows)
+
+
+def draw(flags: argparse.Namespace, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Draws prompt rows as the flags of `add_drawing` say."""
     for name in ("samples_per_prompt", "batch_size", "cpu_devices"):
         if getattr(flags, name) < 1:
             raise ConfigError(f"--{name}={getattr(flags, name)} must be at least 1")
     wiring.set_up_devices(flags.cpu_devices)
-    rows = (
-        [{"prompt": flags.prompt}] if flags.prompt is not None else prompts_lib.read(flags.prompts)
-    )
     rows = rows[: flags.limit] if flags.limit > 0 else rows
     stages = [cascade.load_stage(path) for path in flags.stages.split(",")]
     cascade.check_chain([stage.config for stage in stages])

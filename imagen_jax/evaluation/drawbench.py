@@ -1,0 +1,78 @@
+"""DrawBench (section 4.3): prompts in categories, eight pictures each, a sheet per category.
+
+The drawing itself is `sample`'s; raters compare two such folders with `rate_build`.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from imagen_jax import images, prompts
+from imagen_jax.evaluation import samples
+from imagen_jax.evaluation.samples import EvaluationError
+
+# Side of a picture on a sheet, pixels: eight of them fill a screen's width.
+SHEET_PICTURE = 160
+
+
+def read_prompts(path: str) -> list[dict[str, Any]]:
+    """Rows with `prompt` and `category` of a CSV.
+
+    Raises:
+      EvaluationError: a row without category, or a prompt twice in a category.
+    """
+    rows = prompts.read(path)
+    seen = set()
+    for number, row in enumerate(rows, 1):
+        row["prompt"], row["category"] = row["prompt"].strip(), (row.get("category") or "").strip()
+        if not row["category"]:
+            raise EvaluationError(f"--prompts={path}: row {number} has no column `Category`")
+        key = (row["prompt"], row["category"])
+        if key in seen:
+            raise EvaluationError(
+                f"--prompts={path}: row {number} repeats {row['prompt']!r} in {row['category']}; "
+                "drop one"
+            )
+        seen.add(key)
+    return rows
+
+
+def write_sheets(folder: str) -> list[pathlib.Path]:
+    """Writes FOLDER/sheets/CATEGORY.png for a folder of samples: a row of pictures per prompt.
+
+    Returns:
+      The files, by category.
+    """
+    categories: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for (prompt, category), rows in samples.by_prompt(folder).items():
+        categories.setdefault(category, {})[prompt] = rows
+    paths = []
+    for category, of_prompts in sorted(categories.items()):
+        name = re.sub(r"\W+", "_", category.lower()).strip("_") or "all"
+        path = pathlib.Path(folder) / "sheets" / f"{name}.png"
+        images.save_png(path, _sheet(folder, of_prompts), {"category": category})
+        paths.append(path)
+    return paths
+
+
+def _sheet(
+    folder: str, of_prompts: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> UInt8[np.ndarray, "h w 3"]:
+    columns = max(len(rows) for rows in of_prompts.values())
+    blank = np.full((SHEET_PICTURE, SHEET_PICTURE, 3), 255, np.uint8)
+    pictures, captions = [], []
+    for prompt, rows in of_prompts.items():
+        drawn = [_picture(folder, row["file"]) for row in rows]
+        pictures += drawn + [blank] * (columns - len(drawn))
+        captions += [prompt] + [""] * (columns - 1)
+    return images.grid(np.stack(pictures), columns, captions)
+
+
+def _picture(folder: str, file: str) -> UInt8[np.ndarray, "h w 3"]:
+    return images.center_crop_resize(samples.load(folder, file), SHEET_PICTURE)

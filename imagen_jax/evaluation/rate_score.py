@@ -1,0 +1,295 @@
+"""Merges raters' result files into preference rates with intervals (sections 4.2 and 4.3).
+
+Written rules: a rater who answers fewer than 80% of the control questions as expected, or none of
+them where the study has some, does not count. Where files of one rater answer a question twice, the
+file saved last holds. Intervals are of `intervals.crossed_mean`: over new raters and new prompts.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from imagen_jax.config import unknown_name
+from imagen_jax.evaluation import bar_chart, samples
+from imagen_jax.evaluation.intervals import crossed_mean
+from imagen_jax.evaluation.samples import EvaluationError
+from imagen_jax.evaluation.studies import STUDIES, VALUE, Study, names_people
+
+MIN_CONTROLS = 0.8
+EVERYTHING, NO_PEOPLE = "all", "no people"
+
+
+class Rating(NamedTuple):
+    """One answer of one rater; `answer` in the words of studies.VALUE, `of` whose picture."""
+
+    rater: str
+    item: int
+    question: str
+    answer: str
+    of: str
+
+
+def score(key_file: str, result_files: Sequence[str | os.PathLike[str]]) -> dict[str, Any]:
+    """The card of a study.
+
+    Args:
+      key_file: key.json of `rate_build`.
+      result_files: files that raters saved, or folders of them.
+
+    Returns:
+      `questions` maps each question to `agreement` and to `groups` (all, the no-people subset where
+      it is another one, every category), each with numbers of raters, prompts and ratings and with
+      `rates`: side by side the shares of A, indifferent and B; alone the mean of yes / somewhat /
+      no as 1 / 0.5 / 0 for A and for B. A rate is `mean`, `low`, `high` in 0..1.
+
+    Raises:
+      EvaluationError: a file is not of this study, or no rater counts.
+    """
+    key = _read_key(key_file)
+    answers = _merge([_read_result(path, key) for path in _expand(result_files)])
+    excluded = _excluded(key, answers)
+    ratings = _ratings(key, {k: v for k, v in answers.items() if k[0] not in excluded})
+    if not ratings:
+        raise EvaluationError(
+            f"--results: no rater counts; left out: {json.dumps(excluded, ensure_ascii=False)}"
+        )
+    raters = {rating.rater for rating in ratings}
+    return {
+        "card": "ratings",
+        "study": key["study"],
+        "id": key["id"],
+        "names": key["names"],
+        "rule": f"at least {MIN_CONTROLS:.0%} of the control questions answered as expected",
+        "raters": len(raters),
+        "excluded": excluded,
+        "questions": {
+            name: _score_question(key, [r for r in ratings if r.question == name])
+            for name in key["questions"]
+            if any(r.question == name for r in ratings)
+        },
+    }
+
+
+def _read_key(path: str) -> dict[str, Any]:
+    try:
+        key = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        if {"id", "study", "names", "questions", "items"} <= set(key):
+            return key
+    except (ValueError, TypeError):
+        pass
+    raise EvaluationError(f"--key={path} is not a key.json of `evaluate rate_build`")
+
+
+def _expand(paths: Sequence[str | os.PathLike[str]]) -> list[pathlib.Path]:
+    files = []
+    for path in map(pathlib.Path, paths):
+        files += sorted(path.glob("*.json")) if path.is_dir() else [path]
+    if not files:
+        raise EvaluationError(f"--results={','.join(map(str, paths))}: no .json files there")
+    return files
+
+
+def _read_result(path: pathlib.Path, key: Mapping[str, Any]) -> dict[str, Any]:
+    """A result file whose every answer fits the study."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        study, rater, _ = result["study"], result["rater"], result["answers"]
+        result["saved"] = datetime.datetime.fromisoformat(result["saved"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise EvaluationError(f"{path} is not a result file of a rater ({error!r})") from error
+    if study != key["id"]:
+        raise EvaluationError(f"{path} is of study {study}, the key of {key['id']}")
+    if not isinstance(rater, str) or not rater.strip():
+        raise EvaluationError(f"{path}: rater={rater!r} must be a name")
+    questions = {question.name: question for question in STUDIES[key["study"]].questions}
+    for answer in result["answers"]:
+        try:
+            item, name, value = answer["item"], answer["question"], answer["answer"]
+        except (KeyError, TypeError) as error:
+            raise EvaluationError(f"{path}: {answer} lacks {error}") from error
+        if not isinstance(item, int) or not 0 <= item < len(key["items"]):
+            raise EvaluationError(f"{path}: item={item} must be 0..{len(key['items']) - 1}")
+        if name not in questions:
+            raise EvaluationError(f"{path}: {unknown_name('question', name, questions)}")
+        allowed = [known for known, _ in questions[name].answers]
+        if value not in allowed:
+            raise EvaluationError(f"{path}: {unknown_name('answer', value, allowed)}")
+    return result
+
+
+Answers = dict[tuple[str, int, str], str]
+
+
+def _merge(results: Sequence[Mapping[str, Any]]) -> Answers:
+    """(rater, item, question) -> answer; a later file overrules an earlier one."""
+    merged: Answers = {}
+    for result in sorted(results, key=lambda result: result["saved"].timestamp()):
+        for answer in result["answers"]:
+            merged[result["rater"].strip(), answer["item"], answer["question"]] = answer["answer"]
+    return merged
+
+
+def _excluded(key: Mapping[str, Any], answers: Answers) -> dict[str, str]:
+    """Raters who do not count, and why."""
+    right: dict[str, list[bool]] = {rater: [] for rater, _, _ in answers}
+    for (rater, item, question), answer in answers.items():
+        if expected := key["items"][item]["control"].get(question):
+            right[rater].append(answer == expected)
+    if not any(item["control"] for item in key["items"]):
+        return {}
+    excluded = {}
+    for rater, marks in sorted(right.items()):
+        if not marks:
+            excluded[rater] = "no control question answered"
+        elif sum(marks) < MIN_CONTROLS * len(marks):
+            excluded[rater] = f"{sum(marks)} of {len(marks)} control questions as expected"
+    return excluded
+
+
+def _ratings(key: Mapping[str, Any], answers: Answers) -> list[Rating]:
+    """Answers to what is no control question, sides put back to the folders they show."""
+    ratings = []
+    for (rater, number, question), answer in sorted(answers.items()):
+        item = key["items"][number]
+        if not item["control"]:
+            sides = dict(zip(("left", "right"), item["of"], strict=False))
+            of = item["of"][0] if len(item["of"]) == 1 else ""
+            ratings.append(Rating(rater, number, question, sides.get(answer, answer), of))
+    return ratings
+
+
+def _score_question(key: Mapping[str, Any], ratings: Sequence[Rating]) -> dict[str, Any]:
+    items = key["items"]
+    groups = {EVERYTHING: list(ratings)}
+    without = [r for r in ratings if not names_people(items[r.item]["prompt"])]
+    if 0 < len(without) < len(ratings):
+        groups[NO_PEOPLE] = without
+    for category in sorted({items[r.item]["category"] for r in ratings} - {""}):
+        groups[category] = [r for r in ratings if items[r.item]["category"] == category]
+    study = STUDIES[key["study"]]
+    return {
+        "agreement": _agreement(ratings),
+        "groups": {name: _score_group(members, study) for name, members in groups.items()},
+    }
+
+
+def _score_group(ratings: Sequence[Rating], study: Study) -> dict[str, Any]:
+    """Rates of a group of ratings with their intervals."""
+    if study.side_by_side:
+        given = [value for value, _ in study.questions[0].answers if value == "indifferent"]
+        series = {
+            answer: [(r.rater, r.item, float(r.answer == answer)) for r in ratings]
+            for answer in ("A", *given, "B")
+        }
+    else:
+        series = {
+            of: [(r.rater, r.item, VALUE[r.answer]) for r in ratings if r.of == of] for of in "AB"
+        }
+    rates = {}
+    for name, cells in series.items():
+        if cells:
+            interval = crossed_mean(_table(cells))
+            rates[name] = {k: float(v) for k, v in interval._asdict().items()}
+    return {
+        "raters": len({r.rater for r in ratings}),
+        "prompts": max(len({item for _, item, _ in cells}) for cells in series.values()),
+        "ratings": len(ratings),
+        "rates": rates,
+    }
+
+
+def _table(cells: Sequence[tuple[str, int, float]]) -> Float[np.ndarray, "raters items"]:
+    """Values by rater and item, NaN where there is none."""
+    raters = {rater: i for i, rater in enumerate(sorted({rater for rater, _, _ in cells}))}
+    items = {item: i for i, item in enumerate(sorted({item for _, item, _ in cells}))}
+    table = np.full((len(raters), len(items)), np.nan)
+    for rater, item, value in cells:
+        table[raters[rater], items[item]] = value
+    return table
+
+
+def _agreement(ratings: Sequence[Rating]) -> dict[str, float | None]:
+    answers = sorted({r.answer for r in ratings})
+    codes = _table([(r.rater, r.item, float(answers.index(r.answer))) for r in ratings])
+    return agreement(codes)
+
+
+def agreement(codes: Float[np.ndarray, "raters items"]) -> dict[str, float | None]:
+    """How far raters agree on items.
+
+    Args:
+      codes: a number per answer, NaN where a rater did not answer.
+
+    Returns:
+      `pairs`: share of pairs of ratings of one item that are the same, each item counting by its
+      ratings; `alpha`: Krippendorff's nominal alpha (2011, "Computing Krippendorff's
+      Alpha-Reliability"): 1 is full agreement, 0 chance. None where no item has two ratings, or,
+      for alpha, where all answers are the same.
+    """
+    kinds = np.unique(codes[~np.isnan(codes)])
+    counts = np.stack([(codes == kind).sum(0) for kind in kinds], -1).astype(float)
+    counts = counts[counts.sum(-1) >= 2]
+    total = counts.sum()
+    if not total:
+        return {"pairs": None, "alpha": None}
+    per_item = counts.sum(-1, keepdims=True)
+    same = float((counts * (counts - 1) / (per_item - 1)).sum() / total)
+    shares = counts.sum(0)
+    by_chance = float((shares * (shares - 1)).sum() / (total * (total - 1)))
+    return {"pairs": same, "alpha": 1 - (1 - same) / (1 - by_chance) if by_chance < 1 else None}
+
+
+def write(card: Mapping[str, Any], out: str) -> None:
+    """Writes OUT/ratings.json, OUT/ratings.md and a bar chart OUT/QUESTION.svg per question."""
+    folder = pathlib.Path(out)
+    text = json.dumps(card, indent=1, ensure_ascii=False) + "\n"
+    samples.write_text(folder / "ratings.json", text)
+    samples.write_text(folder / "ratings.md", format_card(card))
+    for question, scores in card["questions"].items():
+        bars = {
+            group: {
+                name: entry["rates"][which]
+                for which, name in zip("AB", card["names"], strict=True)
+                if which in entry["rates"]
+            }
+            for group, entry in scores["groups"].items()
+        }
+        title = f"{question}: {card['names'][0]} and {card['names'][1]}, 95% intervals"
+        samples.write_text(folder / f"{question}.svg", bar_chart.draw(bars, title))
+
+
+def format_card(card: Mapping[str, Any]) -> str:
+    """The card as Markdown: a table per question, in percent."""
+    lines = [f"# {card['study']}: {card['names'][0]} (A) and {card['names'][1]} (B)", ""]
+    lines.append(f"{card['raters']} raters count; rule: {card['rule']}.")
+    lines += [f"Left out: {rater}, {why}." for rater, why in card["excluded"].items()]
+    for question, scores in card["questions"].items():
+        columns = list(scores["groups"][EVERYTHING]["rates"])
+        lines += ["", f"## {question}", ""]
+        lines.append("| | " + " | ".join(f"{name} %" for name in columns) + " | raters | prompts |")
+        lines.append("|---" * (len(columns) + 3) + "|")
+        for group, entry in scores["groups"].items():
+            cells = [format_rate(entry["rates"].get(name)) for name in columns]
+            cells += [str(entry["raters"]), str(entry["prompts"])]
+            lines.append(f"| {group} | " + " | ".join(cells) + " |")
+        words = {k: "-" if v is None else f"{v:.2f}" for k, v in scores["agreement"].items()}
+        lines.append("")
+        lines.append(
+            f"Agreement: {words['pairs']} of pairs the same, Krippendorff's alpha {words['alpha']}."
+        )
+    return "\n".join(lines) + "\n"
+
+
+def format_rate(rate: Mapping[str, float] | None) -> str:
+    """A rate and its interval in percent."""
+    if rate is None:
+        return "-"
+    return f"{100 * rate['mean']:.1f} ({100 * rate['low']:.1f}-{100 * rate['high']:.1f})"

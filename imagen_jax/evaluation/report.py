@@ -1,0 +1,199 @@
+"""Puts a run's cards beside the paper's tables: OUT/report.md and OUT/report.html with pictures.
+
+Cards are the JSON files of the evaluations: `ratings.json` of `rate_score`, the report of
+`alignment`, and any `{"card": "fid30k", "fid": 9.1, "zero_shot": true}`, with `low` and `high`
+where the interval is known.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from imagen_jax import images
+from imagen_jax.config import unknown_name
+from imagen_jax.evaluation import drawbench, leaderboard, rate_score, samples
+from imagen_jax.evaluation.samples import EvaluationError
+
+PICTURES = 24
+Table = tuple[str, list[str], list[list[str]]]
+
+
+def write(cards: Sequence[str], out: str, *, name: str, samples_dir: str = "") -> str:
+    """Writes OUT/report.md, OUT/report.html and, with samples, OUT/pictures.png.
+
+    Args:
+      cards: JSON files.
+      out: folder.
+      name: of the run, in the tables.
+      samples_dir: a folder of samples whose first pictures are shown, one per prompt.
+
+    Returns:
+      The Markdown.
+
+    Raises:
+      EvaluationError: a file is no card.
+    """
+    read = [_read_card(path) for path in cards]
+    tables = [_fid_table(read, name), _human_table(read, name)]
+    for card in read:
+        tables += _RENDER[card["card"]](card)
+    folder = pathlib.Path(out)
+    picture = ""
+    if samples_dir:
+        picture = "pictures.png"
+        images.save_png(folder / picture, _pictures(samples_dir), {"samples": samples_dir})
+    markdown = _markdown(tables, name, picture)
+    samples.write_text(folder / "report.md", markdown)
+    samples.write_text(folder / "report.html", _html(tables, name, picture))
+    return markdown
+
+
+def _read_card(path: str) -> dict[str, Any]:
+    try:
+        card = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise EvaluationError(f"--cards: {path} is not JSON ({error})") from error
+    if isinstance(card, dict) and "kinds" in card:
+        card["card"] = "alignment"
+    kind = card.get("card") if isinstance(card, dict) else None
+    if not isinstance(kind, str) or kind not in _RENDER:
+        raise EvaluationError(f"--cards: {path}: {unknown_name('card', str(kind), _RENDER)}")
+    for field in _FIELDS[kind]:
+        if field not in card:
+            raise EvaluationError(f"--cards: {path}: a card {kind!r} needs the field {field!r}")
+    return card
+
+
+def _fid_table(cards: Sequence[Mapping[str, Any]], name: str) -> Table:
+    rows = [(row.fid, row.model, row.zero_shot, f"{row.fid:.2f}") for row in leaderboard.FID]
+    for card in cards:
+        if card["card"] == "fid30k":
+            value = f"**{card['fid']:.2f}**"
+            if "low" in card and "high" in card:
+                value += f" ({card['low']:.2f}-{card['high']:.2f})"
+            rows.append((float(card["fid"]), f"**{name}**", bool(card["zero_shot"]), value))
+    lines = [
+        [model, "zero-shot" if zero_shot else "COCO", value]
+        for _, model, zero_shot, value in sorted(rows, key=lambda row: row[0])
+    ]
+    return "FID-30K on COCO, lower is better", ["model", "trained on", "FID-30K"], lines
+
+
+def _human_table(cards: Sequence[Mapping[str, Any]], name: str) -> Table:
+    def plus_minus(value: tuple[float, float] | None) -> str:
+        return "-" if value is None else f"{value[0]:.1f} ± {value[1]:.2f}"
+
+    lines = [
+        [row.model, row.subset, plus_minus(row.photorealism), plus_minus(row.alignment)]
+        for row in leaderboard.HUMAN
+    ]
+    for subset in (rate_score.EVERYTHING, rate_score.NO_PEOPLE):
+        cells = {
+            question: _rate_of(cards, question, subset)
+            for question in ("photorealism", "description")
+        }
+        if any(cells.values()):
+            lines.append([f"**{name}**", subset, *(cell or "-" for cell in cells.values())])
+    title = "Raters on COCO: percent with 95% interval; photorealism 50 is indistinguishable"
+    return title, ["model", "captions", "photorealism", "alignment"], lines
+
+
+def _rate_of(cards: Sequence[Mapping[str, Any]], question: str, subset: str) -> str:
+    """The rate of A, the run, in a group of a question's ratings; "" where no card has it."""
+    for card in cards:
+        if card["card"] == "ratings" and question in card["questions"]:
+            entry = card["questions"][question]["groups"].get(subset)
+            return rate_score.format_rate(entry["rates"].get("A")) if entry else ""
+    return ""
+
+
+def _ratings_tables(card: Mapping[str, Any]) -> list[Table]:
+    """Preference rates by category, for the studies that the paper has no table of."""
+    tables = []
+    for question, scores in card["questions"].items():
+        columns = list(scores["groups"][rate_score.EVERYTHING]["rates"])
+        names = dict(zip("AB", card["names"], strict=True))
+        lines = [
+            [group, *(rate_score.format_rate(entry["rates"].get(c)) for c in columns)]
+            + [str(entry["raters"]), str(entry["prompts"])]
+            for group, entry in scores["groups"].items()
+        ]
+        head = ["", *(names.get(column, column) for column in columns), "raters", "prompts"]
+        tables.append((f"Raters, {card['study']}: {question}, percent", head, lines))
+    return tables
+
+
+def _alignment_tables(card: Mapping[str, Any]) -> list[Table]:
+    lines = []
+    for kind, tally in card["kinds"].items():
+        parts = [tally[part].get("exact") for part in ("scores", "ceiling", "chance")]
+        own = parts[0]
+        interval = f"{own['low']:.2f}-{own['high']:.2f}"
+        means = [f"{part['mean']:.2f}" if part else "-" for part in parts]
+        lines.append([kind, means[0], interval, means[1], means[2], str(own["n"])])
+    head = ["prompts", "exact", "95%", "ceiling", "chance", "n"]
+    return [("Alignment on the shapes world", head, lines)]
+
+
+_RENDER: dict[str, Callable[[Mapping[str, Any]], list[Table]]] = {
+    "fid30k": lambda card: [],
+    "ratings": _ratings_tables,
+    "alignment": _alignment_tables,
+}
+_FIELDS = {
+    "fid30k": ("fid", "zero_shot"),
+    "ratings": ("study", "names", "questions"),
+    "alignment": ("kinds",),
+}
+
+
+def _pictures(folder: str) -> np.ndarray:
+    groups = list(samples.by_prompt(folder).items())[:PICTURES]
+    side = drawbench.SHEET_PICTURE
+    shown = [
+        images.center_crop_resize(samples.load(folder, rows[0]["file"]), side) for _, rows in groups
+    ]
+    columns = min(6, len(shown))
+    return images.grid(np.stack(shown), columns, [prompt for (prompt, _), _ in groups])
+
+
+def _markdown(tables: Sequence[Table], name: str, picture: str) -> str:
+    lines = [f"# {name}", ""]
+    if picture:
+        lines += [f"![Pictures of {name}]({picture})", ""]
+    for title, head, rows in tables:
+        lines += [f"## {title}", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+        lines += ["| " + " | ".join(row) + " |" for row in rows] + [""]
+    return "\n".join([*lines, f"Other models: {leaderboard.SOURCE}."]) + "\n"
+
+
+STYLE = (
+    "body{font-family:system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
+    "table{border-collapse:collapse}td,th{padding:.25rem .8rem;border-bottom:1px solid #ddd;"
+    "text-align:left}img{max-width:100%}tr.own{background:#e8f0fd;font-weight:600}"
+)
+
+
+def _html(tables: Sequence[Table], name: str, picture: str) -> str:
+    parts = [
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(name)}</title>',
+        f"<style>{STYLE}</style><h1>{html.escape(name)}</h1>",
+    ]
+    if picture:
+        parts.append(f'<img src="{picture}" alt="Pictures drawn">')
+    for title, head, rows in tables:
+        parts.append(f"<h2>{html.escape(title)}</h2><table>")
+        parts.append("<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in head) + "</tr>")
+        for row in rows:
+            own = ' class="own"' if row[0].startswith("**") else ""
+            cells = "".join(f"<td>{html.escape(cell.replace('**', ''))}</td>" for cell in row)
+            parts.append(f"<tr{own}>{cells}</tr>")
+        parts.append("</table>")
+    parts.append(f"<p>Other models: {html.escape(leaderboard.SOURCE)}.</p></html>")
+    return "\n".join(parts) + "\n"
