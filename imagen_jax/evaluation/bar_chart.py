@@ -54,7 +54,7 @@ def _color(index: int) -> str:
     return COLORS[index % len(COLORS)]
 
 
-def _bar(x: float, bottom: float, rate: Mapping[str, float], color: str) -> str:
+def _bar(x: float, bottom: int, rate: Mapping[str, float], color: str) -> str:
     """A bar with the whisker of its interval."""
     top, low, high = (bottom - HEIGHT * rate[part] for part in ("mean", "low", "high"))
     middle = x + BAR / 2

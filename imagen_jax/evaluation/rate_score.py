@@ -101,7 +101,7 @@ def _read_result(path: pathlib.Path, key: Mapping[str, Any]) -> dict[str, Any]:
     """A result file whose every answer fits the study."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        study, rater, _ = result["study"], result["rater"], result["answers"]
+        study, rater, answers = result["study"], result["rater"], list(result["answers"])
         result["saved"] = datetime.datetime.fromisoformat(result["saved"])
     except (ValueError, KeyError, TypeError) as error:
         raise EvaluationError(f"{path} is not a result file of a rater ({error!r})") from error
@@ -110,7 +110,7 @@ def _read_result(path: pathlib.Path, key: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(rater, str) or not rater.strip():
         raise EvaluationError(f"{path}: rater={rater!r} must be a name")
     questions = {question.name: question for question in STUDIES[key["study"]].questions}
-    for answer in result["answers"]:
+    for answer in answers:
         try:
             item, name, value = answer["item"], answer["question"], answer["answer"]
         except (KeyError, TypeError) as error:
@@ -118,10 +118,10 @@ def _read_result(path: pathlib.Path, key: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(item, int) or not 0 <= item < len(key["items"]):
             raise EvaluationError(f"{path}: item={item} must be 0..{len(key['items']) - 1}")
         if name not in questions:
-            raise EvaluationError(f"{path}: {unknown_name('question', name, questions)}")
+            raise EvaluationError(f"{path}: {unknown_name('question', str(name), list(questions))}")
         allowed = [known for known, _ in questions[name].answers]
         if value not in allowed:
-            raise EvaluationError(f"{path}: {unknown_name('answer', value, allowed)}")
+            raise EvaluationError(f"{path}: {unknown_name('answer', str(value), allowed)}")
     return result
 
 

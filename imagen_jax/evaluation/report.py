@@ -63,7 +63,7 @@ def _read_card(path: str) -> dict[str, Any]:
         card["card"] = "alignment"
     kind = card.get("card") if isinstance(card, dict) else None
     if not isinstance(kind, str) or kind not in _RENDER:
-        raise EvaluationError(f"--cards: {path}: {unknown_name('card', str(kind), _RENDER)}")
+        raise EvaluationError(f"--cards: {path}: {unknown_name('card', str(kind), list(_RENDER))}")
     for field in _FIELDS[kind]:
         if field not in card:
             raise EvaluationError(f"--cards: {path}: a card {kind!r} needs the field {field!r}")

@@ -1,0 +1,222 @@
+"""rate_build and rate_score: blindness, controls, merging, rates, and the files written."""
+
+import json
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from imagen_jax.cli import run
+from imagen_jax.evaluation import rate_build, rate_score
+from imagen_jax.evaluation.samples import EvaluationError
+from imagen_jax.evaluation.studies import names_people
+
+ROWS = [
+    {"prompt": f"{who} number {i}", "category": category}
+    for category, who in (("Colors", "a man"), ("Text", "a sign"))
+    for i in range(6)
+]
+DARK, LIGHT = 40, 220
+
+
+@pytest.fixture
+def study(write_samples, tmp_path):
+    """Key and folder of a DrawBench study of 12 prompts, two pictures each."""
+    a = write_samples("a", ROWS, level=DARK, count=2)
+    b = write_samples("b", ROWS, level=LIGHT, count=2)
+    out = tmp_path / "study"
+    key = rate_build.build(a, b, str(out), study="drawbench", names=("mine", "theirs"), seed=1)
+    return key, out
+
+
+def answer(key, rater, prefers, folder, *, attentive=True, saved="2026-01-01T00:00:00Z"):
+    """A result file of a rater who answers every question of an item by `prefers(item)`."""
+    answers = []
+    for number, item in enumerate(key["items"]):
+        for question in key["questions"]:
+            if item["control"]:
+                given = item["control"][question]
+                if not attentive:
+                    given = {"left": "right", "right": "left"}[given]
+            else:
+                wish = prefers(item)
+                # One picture alone has no side: its answer stays as it is.
+                given = dict(zip(item["of"], ("left", "right"), strict=False)).get(wish, wish)
+            answers.append({"item": number, "question": question, "answer": given})
+    path = folder / f"{rater}_{saved[:10]}.json"
+    content = {"study": key["id"], "rater": rater, "saved": saved, "answers": answers}
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_the_page_tells_nothing(study):
+    key, out = study
+    html = (out / "page" / "index.html").read_text()
+    assert not any(word in html for word in ("mine", "theirs", "control", "http:", "https:"))
+    files = sorted((out / "page" / "pictures").iterdir())
+    assert len(files) == 4 * len(key["items"])
+    for file in files:
+        with Image.open(file) as picture:
+            assert not picture.info, "metadata may name the checkpoint"
+    # Neither a picture's number nor its side follows from the folder it comes from.
+    sides = [item["of"] for item in key["items"] if item["of"]]
+    assert sides.count(["A", "B"]) == sides.count(["B", "A"]) == 6
+    numbers = [int(n[:5]) for item in key["items"] for side in item["pictures"] for n in side]
+    assert sorted(numbers) == list(range(len(files))) and numbers != sorted(numbers)
+
+
+def test_the_key_is_right(study):
+    key, out = study
+    levels = {"A": DARK, "B": LIGHT}
+    for item in key["items"]:
+        for side, names in enumerate(item["pictures"]):
+            for name in names:
+                pixels = np.asarray(Image.open(out / "page" / "pictures" / name))
+                if item["of"]:
+                    assert np.all(pixels == levels[item["of"][side]])
+                else:
+                    expected = item["control"]["fidelity"] == ("left", "right")[side]
+                    assert (pixels.std() < 1) == expected
+    controlled = {item["category"] for item in key["items"] if item["control"]}
+    assert controlled == {"Colors", "Text"}
+
+
+def test_the_seed_is_all_that_order_depends_on(write_samples, tmp_path):
+    a, b = write_samples("a", ROWS), write_samples("b", ROWS)
+    keys = [
+        rate_build.build(a, b, str(tmp_path / f"s{i}"), study="drawbench", seed=seed)
+        for i, seed in enumerate((5, 5, 6))
+    ]
+    assert keys[0] == keys[1] and keys[0]["items"] != keys[2]["items"]
+
+
+def test_rates_exclusions_and_files(study, tmp_path):
+    key, out = study
+    results = tmp_path / "results"
+    results.mkdir()
+    for number in range(4):
+        # Everyone prefers A for signs; of men half say A, half B, and one in four is indifferent.
+        def likes(item, number=number):
+            return "A" if item["category"] == "Text" else ("A", "B", "indifferent", "A")[number]
+
+        answer(key, f"r{number}", likes, results)
+    answer(key, "careless", lambda item: "B", results, attentive=False)
+    code = run.main(
+        ["evaluate", "rate_score", f"--key={out / 'key.json'}", f"--results={results}"]
+        + [f"--out={tmp_path / 'scores'}"]
+    )
+    assert code == 0
+    card = json.loads((tmp_path / "scores" / "ratings.json").read_text())
+    assert card["raters"] == 4
+    assert card["excluded"] == {"careless": "0 of 4 control questions as expected"}
+    groups = card["questions"]["fidelity"]["groups"]
+    assert list(groups) == ["all", "no people", "Colors", "Text"]
+    rates = {g: {k: v["mean"] for k, v in e["rates"].items()} for g, e in groups.items()}
+    assert rates["Text"] == rates["no people"] == {"A": 1.0, "indifferent": 0.0, "B": 0.0}
+    assert rates["Colors"] == {"A": 0.5, "indifferent": 0.25, "B": 0.25}
+    assert rates["all"] == {"A": 0.75, "indifferent": 0.125, "B": 0.125}
+    assert groups["all"]["ratings"] == 48 and groups["Text"]["prompts"] == 6
+    for entry in groups.values():
+        for rate in entry["rates"].values():
+            assert 0 <= rate["low"] <= rate["mean"] <= rate["high"] <= 1
+    table = (tmp_path / "scores" / "ratings.md").read_text()
+    assert "| Colors | 50.0 (" in table and "Left out: careless" in table
+    chart = ET.parse(tmp_path / "scores" / "alignment.svg").getroot()
+    bars = [r for r in chart.iter("{http://www.w3.org/2000/svg}rect") if r.get("x") and r.get("y")]
+    heights = [float(bar.get("height")) / 220 for bar in bars[2:]]
+    assert heights == pytest.approx([0.75, 0.125, 1, 0, 0.5, 0.25, 1, 0], abs=1e-3)
+
+
+def test_the_file_saved_last_holds(study, tmp_path):
+    key, out = study
+    later = answer(key, "r", lambda item: "A", tmp_path, saved="2026-02-01T10:00:00+02:00")
+    earlier = answer(key, "r", lambda item: "B", tmp_path, saved="2026-01-31T10:00:00Z")
+    for order in ([later, earlier], [earlier, later]):
+        card = rate_score.score(str(out / "key.json"), order)
+        assert card["questions"]["fidelity"]["groups"]["all"]["rates"]["A"]["mean"] == 1
+        assert card["raters"] == 1
+
+
+def test_who_answers_no_control_question_does_not_count(study, tmp_path):
+    key, out = study
+    path = answer(key, "r", lambda item: "A", tmp_path)
+    result = json.loads(path.read_text())
+    result["answers"] = [a for a in result["answers"] if not key["items"][a["item"]]["control"]]
+    path.write_text(json.dumps(result))
+    with pytest.raises(EvaluationError, match="no rater counts.*no control question answered"):
+        rate_score.score(str(out / "key.json"), [path])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"study": "0"}, "is of study 0, the key of"),
+        ({"rater": " "}, "must be a name"),
+        ({"saved": "yesterday"}, "not a result file"),
+        ({"answers": 3}, "not a result file"),
+        ({"answers": [3]}, "lacks"),
+        ({"answers": [{"item": 99, "question": "fidelity", "answer": "left"}]}, "item=99 must be"),
+        ({"answers": [{"item": 0, "question": "fidelty", "answer": "left"}]}, "fidelity"),
+        ({"answers": [{"item": 0, "question": "fidelity", "answer": "A"}]}, "left"),
+    ],
+)
+def test_result_files_that_do_not_fit(study, tmp_path, capsys, change, says):
+    key, out = study
+    path = answer(key, "r", lambda item: "A", tmp_path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    flags = [f"--key={out / 'key.json'}", f"--results={path}", f"--out={tmp_path / 'x'}"]
+    assert run.main(["evaluate", "rate_score", *flags]) == 1
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+
+
+def test_yes_somewhat_no(write_samples, tmp_path):
+    a, b = write_samples("a", ROWS), write_samples("b", ROWS)
+    out = tmp_path / "s"
+    key = rate_build.build(a, b, str(out), study="alignment", names=("mine", "original"))
+    words = {"A": "somewhat", "B": "yes"}
+    for rater in ("r1", "r2"):
+        answer(key, rater, lambda item: words[item["of"][0]], tmp_path)
+    card = rate_score.score(str(out / "key.json"), sorted(tmp_path.glob("r*.json")))
+    rates = card["questions"]["description"]["groups"]["all"]["rates"]
+    assert (rates["A"]["mean"], rates["B"]["mean"]) == (0.5, 1.0)
+    controls = [item for item in key["items"] if item["control"]]
+    for item in controls:
+        pixels = np.asarray(Image.open(out / "page" / "pictures" / item["pictures"][0][0]))
+        said = item["prompt"].split()[2]
+        same = tuple(pixels[0, 0]) == rate_build.PLAIN_COLORS[said]
+        assert item["control"]["description"] == ("yes" if same else "no")
+
+
+def test_agreement_as_published():
+    """Krippendorff 2011, section C: four observers, twelve units, nominal alpha .743."""
+    nan = np.nan
+    data = np.array(
+        [
+            [1, 2, 3, 3, 2, 1, 4, 1, 2, nan, nan, nan],
+            [1, 2, 3, 3, 2, 2, 4, 1, 2, 5, nan, 3],
+            [nan, 3, 3, 3, 2, 3, 4, 2, 2, 5, 1, nan],
+            [1, 2, 3, 3, 2, 4, 4, 1, 2, 5, 1, nan],
+        ]
+    )
+    assert rate_score.agreement(data)["alpha"] == pytest.approx(0.743, abs=5e-4)
+    assert rate_score.agreement(data[:1]) == {"pairs": None, "alpha": None}
+    assert rate_score.agreement(np.ones((3, 3)))["pairs"] == 1
+
+
+def test_people():
+    assert names_people("Two Men, and a dog.") and names_people("a tennis player")
+    assert not names_people("a mango on a boyish mannequin")
+
+
+def test_folders_that_do_not_fit(write_samples, tmp_path):
+    a = write_samples("a", ROWS)
+    b = write_samples("b", [{"prompt": "another"}])
+    with pytest.raises(EvaluationError, match="no prompt .* in common"):
+        rate_build.build(a, b, str(tmp_path / "s"), study="drawbench")
+    with pytest.raises(EvaluationError, match="no file"):
+        rate_build.build(a, str(tmp_path), str(tmp_path / "s"), study="drawbench")
+    rate_build.build(a, a, str(tmp_path / "s"), study="drawbench")
+    with pytest.raises(EvaluationError, match="holds a study already"):
+        rate_build.build(a, a, str(tmp_path / "s"), study="drawbench")
