@@ -1,0 +1,68 @@
+"""`evaluate drawbench` and then the raters' page, as a person would type them, on a tiny stage."""
+
+import json
+
+import numpy as np
+import pytest
+
+from imagen_jax import config_io
+from imagen_jax.cli import run, sample
+from imagen_jax.frozen_encoder import TokenBatch
+from imagen_jax.interop import weights
+
+
+class Encoder:
+    """A vector per word, by its length."""
+
+    dim, max_len = 8, 4
+
+    def fingerprint(self):
+        return {"kind": "test"}
+
+    def token_count(self, caption):
+        return len(caption.split())
+
+    def tokenize(self, captions):
+        ids = np.zeros((len(captions), self.max_len), np.int32)
+        for row, caption in enumerate(captions):
+            lengths = [len(word) for word in caption.split()][: self.max_len]
+            ids[row, : len(lengths)] = lengths
+        return TokenBatch(ids, ids > 0, ())
+
+    def flops(self, length):
+        return 0.0
+
+    def encode(self, ids, mask):
+        return np.repeat(np.asarray(ids)[..., None], self.dim, -1).astype(np.float32) / 8
+
+
+@pytest.fixture
+def stage_folder(base_config, random_params, tmp_path, monkeypatch):
+    folder = tmp_path / "stage"
+    folder.mkdir()
+    flat = weights.flatten(random_params(base_config))
+    weights.write_safetensors(folder / "params.safetensors", flat)
+    (folder / "config.json").write_text(config_io.to_json(base_config))
+    monkeypatch.setattr(sample, "load_text_encoder", lambda config: Encoder())
+    return folder
+
+
+def test_from_a_csv_to_a_page(stage_folder, tmp_path, capsys):
+    csv = tmp_path / "prompts.csv"
+    csv.write_text('Prompts,Category\n"A red, wet dog.",Colors\nTwo cats.,Counting \n')
+    for seed in (0, 1):
+        flags = [f"--prompts={csv}", f"--stages={stage_folder}", f"--out={tmp_path / str(seed)}"]
+        assert run.main(["evaluate", "drawbench", *flags, f"--seed={seed}"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "0" / "samples.jsonl").open()]
+    assert [row["sample_index"] for row in rows] == [*range(8), *range(8)]
+    assert {row["category"] for row in rows} == {"Colors", "Counting"}
+    sheets = sorted(path.name for path in (tmp_path / "0" / "sheets").iterdir())
+    assert sheets == ["colors.png", "counting.png"]
+    folders = [f"--samples_a={tmp_path / '0'}", f"--samples_b={tmp_path / '1'}"]
+    out = tmp_path / "study"
+    flags = ["--study=drawbench", *folders, f"--out={out}", "--names=before,after"]
+    assert run.main(["evaluate", "rate_build", *flags]) == 0
+    assert "4 items, 2 of them controls" in capsys.readouterr().out
+    assert len(list((out / "page" / "pictures").iterdir())) == 4 * 16
+    assert run.main(["evaluate", "rate_build", *flags[:-1], "--names=a"]) == 1
+    assert "must be two names" in capsys.readouterr().err
