@@ -7,15 +7,17 @@ FLOPs are counted from the trace (`flops`), because the compiler takes a loop's 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding
 
 from imagen_jax import cascade, flops, frozen_encoder, hlo, partitioning, stage
@@ -230,6 +232,22 @@ def _laid(shapes: Any, sharding: NamedSharding) -> Any:
     )
 
 
+@contextlib.contextmanager
+def _no_cache() -> Iterator[None]:
+    """Compiles anew: a program from JAX's cache lacks on CPU what serialising it needs."""
+    used = jax.config.jax_enable_compilation_cache
+    _use_cache(False)
+    try:
+        yield
+    finally:
+        _use_cache(used)
+
+
+def _use_cache(setting: bool) -> None:
+    jax.config.update("jax_enable_compilation_cache", setting)
+    compilation_cache.reset_cache()  # JAX reads the setting but once.
+
+
 def compile_program(
     program: Program, where: Slice, options: Mapping[str, Any] | None = None
 ) -> Plan:
@@ -243,7 +261,8 @@ def compile_program(
     per_chip = len(where.devices) // where.chips
     begin = time.monotonic()
     try:
-        compiled = program.traced.lower().compile(dict(options or {}))
+        with _no_cache():
+            compiled = program.traced.lower().compile(dict(options or {}))
     except jax.errors.JaxRuntimeError as error:
         seconds = time.monotonic() - begin
         if "RESOURCE_EXHAUSTED" not in str(error):

@@ -127,7 +127,9 @@ def attend(
     return out.reshape(*out.shape[:2], -1)
 
 
-def attention_implementation(query: Array, key: Array, backend: str) -> str:
+def attention_implementation(
+    query: Array | jax.ShapeDtypeStruct, key: Array | jax.ShapeDtypeStruct, backend: str
+) -> str:
     """cudnn where its fused attention takes the work, xla elsewhere.
 
     The fused kernel never writes the [queries, keys] matrix to memory. It takes half precision, at
