@@ -3,8 +3,8 @@
     python benchmarks/compile_time.py [--blocks=3,6,12] [--channels=32]
 
 A small unet of two levels, the whole update, on whatever device there is. Compile time is that of
-XLA alone; beside it, the operations of the program, which are the work. One line of JSON, then a
-table.
+XLA alone, in seconds of the processor, so that other programs hardly matter; beside it, the
+operations of the program, which are the work. One line of JSON, then a table.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def config_of(blocks: int, channels: int) -> Config:
 
 
 def measure(blocks: int, channels: int) -> dict[str, float]:
-    """Seconds of tracing and of compiling, and the size of the program."""
+    """Processor seconds of tracing and of compiling, and the size of the program."""
     config = config_of(blocks, channels)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     params = jax.eval_shape(
@@ -55,11 +55,11 @@ def measure(blocks: int, channels: int) -> dict[str, float]:
         for name, shape in batch.items()
     }
     step = jax.jit(train_step.make_train_step(config, optimizer))
-    started = time.perf_counter()
+    started = time.process_time()
     lowered = step.lower(state, shapes)
-    traced = time.perf_counter()
+    traced = time.process_time()
     lowered.compile(compiler_options=partitioning.train_step_options())
-    compiled = time.perf_counter()
+    compiled = time.process_time()
     return {
         "blocks": blocks,
         "trace_s": round(traced - started, 1),

@@ -54,7 +54,8 @@ def _sr(c: ml_collections.ConfigDict) -> None:
 
 
 def _sr_1024(c: ml_collections.ConfigDict) -> None:
-    _sr(c)  # 64 -> 256 crops of the large picture; it draws the whole picture.
+    _sr(c)
+    c.data.crop_from = 1024  # It learns 64 -> 256 on crops and draws the whole picture.
     c.model.self_attention = (False,) * 5
     c.model.text_conditioning = "cross"
     c.data.crop_from, c.diffusion.schedule = 1024, "linear"

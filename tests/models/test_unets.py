@@ -211,8 +211,8 @@ def test_remat_keeps_less_and_changes_nothing(name):
 
 def test_attention_on_gpus_goes_to_cudnn_where_it_can():
     shapes = {"half": (4, 64, 2, 64), "odd": (4, 63, 2, 64), "wide": (4, 64, 2, 256)}
-    one, odd, wide = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in shapes.values())
-    single = jax.ShapeDtypeStruct(one.shape, jnp.float32)
+    one, odd, wide = (jnp.zeros(shape, jnp.bfloat16) for shape in shapes.values())
+    single = one.astype(jnp.float32)
     choose = layers.attention_implementation
     assert choose(one, one, "gpu") == "cudnn"
     for query, key, backend in [
