@@ -37,10 +37,8 @@ TRAIN = [
     ("sr_256", "v6e-64", "--config.mesh.fsdp=4 --config.train.accumulation=8"),
     ("sr_1024", "v6e-64", "--config.mesh.fsdp=4 --config.train.accumulation=8"),
 ]
-# sr_1024 learns from crops and draws whole pictures.
-WHOLE = " --config.data.image_size=1024 --config.data.lowres_size=256"
 SAMPLE = [
-    (model, slice_name, "--stage=sample" + (WHOLE if model == "sr_1024" else ""))
+    (model, slice_name, "--stage=sample")
     for slice_name in ("v5e-256", "v4-128", "v5p-128", "v6e-64")
     for model in ("base_64", "sr_256", "sr_1024")
 ]
