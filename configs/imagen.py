@@ -58,4 +58,4 @@ def _sr_1024(c: ml_collections.ConfigDict) -> None:
     c.data.crop_from = 1024  # It learns 64 -> 256 on crops and draws the whole picture.
     c.model.self_attention = (False,) * 5
     c.model.text_conditioning = "cross"
-    c.data.crop_from, c.diffusion.schedule = 1024, "linear"
+    c.diffusion.schedule = "linear"
