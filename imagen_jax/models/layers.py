@@ -38,7 +38,7 @@ def remat_block(block: type[nn.Module], policy: str) -> type[nn.Module]:
     """`block`, whose inside the backward pass computes again if `model.remat` asks for it."""
     if policy == "none":
         return block
-    # The third argument of a residual block, self not counted in, is `train`: no array.
+    # `train`, the third argument of a residual block after self, is no array.
     return nn.remat(block, static_argnums=(3,) if block is ResBlock else ())
 
 
