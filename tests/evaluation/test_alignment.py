@@ -9,6 +9,7 @@ from PIL import Image, ImageFilter
 
 from imagen_jax.data import shapes
 from imagen_jax.evaluation import alignment
+from imagen_jax.evaluation.reading import components, read
 
 PER_SPLIT = 150
 BACKGROUND = np.array(shapes.BACKGROUND, np.uint8)
@@ -175,7 +176,7 @@ def test_raggedness_is_seen_in_every_shape(garble):
 
 def test_reading_recovers_the_scene():
     for scene in _scenes()[::5]:
-        reading = alignment.read(shapes.draw(scene))
+        reading = read(shapes.draw(scene))
         assert len(reading.objects) == len(scene.objects)
         for thing in scene.objects:
             near = min(reading.objects, key=lambda f: np.hypot(f.x - thing.x, f.y - thing.y))
@@ -192,9 +193,9 @@ def test_larger_pictures_are_read_too():
 def test_specks_are_strays():
     scene = shapes.scene("held_out", 0)
     picture = shapes.draw(scene)
-    assert alignment.read(picture).strays == 0
+    assert read(picture).strays == 0
     picture[60:62, 60:63] = (245, 245, 245)
-    assert alignment.read(picture).strays == 1
+    assert read(picture).strays == 1
     assert not alignment.score(picture, shapes.prompt_row(scene))["exact"]
 
 
@@ -211,9 +212,9 @@ def test_components_of_two_hooks_and_a_slant():
     .##....
     """
     mask = np.array([[c == "#" for c in line] for line in art.split()])
-    sizes = sorted(int(part.sum()) for part in alignment.components(mask))
+    sizes = sorted(int(part.sum()) for part in components(mask))
     assert sizes == [3, 9, 17]
-    assert alignment.components(np.zeros((3, 4), bool)) == []
+    assert components(np.zeros((3, 4), bool)) == []
 
 
 def _relation_row():

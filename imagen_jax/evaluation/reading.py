@@ -1,0 +1,165 @@
+"""Reading a picture of the shapes world without any learned model: which objects are in it.
+
+Objects are the components of what is not background; their colour is a vote of the pixels, their
+shape and size the drawn template that overlaps them best. `alignment` compares what was read with
+what a prompt asks for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+from jaxtyping import Bool, UInt8
+from PIL import Image
+
+from imagen_jax.data import shapes
+
+# Distance in RGB from which a pixel is not background; grain of 6/255 stays below a quarter of it.
+PRESENCE = 48.0
+MIN_STRAY_AREA = 2
+MIN_OBJECT_AREA = 40
+# An interior pixel votes for the nearest colour unless that is farther than this.
+MAX_COLOR_DISTANCE = 75.0
+MIN_PURITY = 0.9
+# Mean distance of the outline from the template's, pixels, the same for all shapes and sizes: an
+# IoU would forgive a large ragged shape, and ask more of a cross, all outline, than of a circle.
+MAX_ROUGHNESS = 0.28
+MIN_IOU_LEAD = 0.03
+# Equivalent radii beyond the range of sizes by more than this factor have no size.
+MAX_SIZE_RATIO = 1.25
+
+_BACKGROUND = np.array(shapes.BACKGROUND, np.float32)
+_PALETTE = np.array(list(shapes.COLORS.values()), np.float32)
+# Area of a shape in squared radii.
+_UNIT_AREA = {
+    "circle": math.pi,
+    "square": 4 * shapes.SQUARE_HALF**2,
+    "triangle": 2 * shapes.TRIANGLE_HALF**2,
+    "cross": 8 * shapes.CROSS_ARM * shapes.CROSS_HALF_WIDTH - 4 * shapes.CROSS_HALF_WIDTH**2,
+}
+# Length of the outline in radii.
+_UNIT_OUTLINE = {
+    "circle": 2 * math.pi,
+    "square": 8 * shapes.SQUARE_HALF,
+    "triangle": 2 * shapes.TRIANGLE_HALF * (1 + math.sqrt(5)),
+    "cross": 8 * shapes.CROSS_ARM,
+}
+# How far a centroid lies below the centre, in radii.
+_CENTROID_BELOW = {"circle": 0.0, "square": 0.0, "triangle": shapes.TRIANGLE_HALF / 3, "cross": 0.0}
+# Templates are tried off by so much: right and down in pixels, radius as a factor.
+_NUDGES = ((-0.5, 0.0, 0.5), (-0.5, 0.0, 0.5), (0.94, 0.96, 0.98, 1.0, 1.02, 1.04, 1.06))
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """An object that was read; None where the picture is not clear. x, y in pixels of 64."""
+
+    shape: str | None
+    color: str | None
+    size: str | None
+    x: float
+    y: float
+    iou: float
+    purity: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What is in a picture: its objects and the number of specks that are none."""
+
+    objects: tuple[Found, ...]
+    strays: int
+
+
+def read(image: UInt8[np.ndarray, "size size 3"]) -> Reading:
+    """Reads the objects of a picture; pictures that are not 64x64 are resized (box filter)."""
+    side = shapes.PICTURE
+    if image.shape[:2] != (side, side):
+        image = np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BOX))
+    pixels = image.astype(np.float32)
+    present = np.linalg.norm(pixels - _BACKGROUND, axis=-1) > PRESENCE
+    objects, strays = [], 0
+    for component in components(present):
+        area = np.count_nonzero(component)
+        if area >= MIN_OBJECT_AREA:
+            objects.append(_read_object(pixels, component))
+        elif area >= MIN_STRAY_AREA:
+            strays += 1
+    return Reading(tuple(objects), strays)
+
+
+def components(mask: Bool[np.ndarray, "height width"]) -> list[Bool[np.ndarray, "height width"]]:
+    """The connected parts of a mask, each as a mask of its own; diagonal neighbours connect."""
+    # A pixel takes the largest label around it, then that label's own: labels travel in leaps.
+    height, width = mask.shape
+    labels = np.arange(1, mask.size + 1).reshape(mask.shape) * mask
+    while True:
+        padded = np.pad(labels, 1)
+        around = [padded[i : i + height, j : j + width] for i in range(3) for j in range(3)]
+        spread = np.maximum.reduce(around) * mask
+        spread = np.append(0, spread)[spread]
+        if np.array_equal(spread, labels):
+            return [labels == label for label in np.unique(labels[mask])]
+        labels = spread
+
+
+def _read_object(pixels: np.ndarray, component: np.ndarray) -> Found:
+    # The outline lies half-way between the background and the object's own colour.
+    away = np.median(pixels[_interior(component)], axis=0) - _BACKGROUND
+    mask = component & ((pixels - _BACKGROUND) @ away > 0.5 * (away @ away))
+    shape, radius, iou = _fit(mask)
+    color, purity = _vote(pixels[_interior(mask)])
+    rows, columns = np.nonzero(mask)
+    x, y = (float(axis.min() + axis.max() + 1) / 2 for axis in (columns, rows))
+    return Found(shape, color, _size(radius), x, y, iou, purity)
+
+
+def _interior(mask: np.ndarray) -> np.ndarray:
+    """Pixels whose four neighbours belong to the mask too; the mask itself if there are none."""
+    padded = np.pad(mask, 1)
+    sides = padded[2:, 1:-1] & padded[:-2, 1:-1] & padded[1:-1, 2:] & padded[1:-1, :-2]
+    return mask & sides if (mask & sides).any() else mask
+
+
+def _vote(pixels: np.ndarray) -> tuple[str | None, float]:
+    """Name of the colour most of the pixels [n, 3] have (None if impure), and their share."""
+    distance = np.linalg.norm(pixels[:, None] - _PALETTE, axis=-1)
+    nearest = np.where(distance.min(1) <= MAX_COLOR_DISTANCE, distance.argmin(1), len(_PALETTE))
+    counts = np.bincount(nearest, minlength=len(_PALETTE) + 1)
+    winner = int(counts[:-1].argmax())
+    purity = float(counts[winner] / len(pixels))
+    return (tuple(shapes.COLORS)[winner] if purity >= MIN_PURITY else None), purity
+
+
+def _fit(mask: np.ndarray) -> tuple[str | None, float, float]:
+    """Shape (None if no template fits clearly), radius in pixels, overlap with the best template.
+
+    Templates get the area and centroid of the mask, give or take half a pixel and 6%.
+    """
+    rows, columns = np.nonzero(mask)
+    top, left = rows.min() - 1, columns.min() - 1
+    window = np.pad(mask, 2)[top + 2 : rows.max() + 4, left + 2 : columns.max() + 4]
+    shift_x, shift_y, scale = (n.reshape(-1, 1, 1) for n in np.meshgrid(*_NUDGES))
+    overlap, radii = {}, {}
+    for shape, area in _UNIT_AREA.items():
+        radius = scale * math.sqrt(len(rows) / area)
+        x = columns.mean() - left + shift_x
+        y = rows.mean() - top + shift_y - _CENTROID_BELOW[shape] * radius
+        dx, dy = np.arange(window.shape[1]) - x, np.arange(window.shape[0])[:, None] - y
+        # Single precision: this line is most of the time a picture takes.
+        template = shapes.coverage(shape, *map(np.float32, (radius, dx, dy))) > 0.5
+        iou = (template & window).sum((1, 2)) / (template | window).sum((1, 2))
+        overlap[shape], radii[shape] = float(iou.max()), float(radius.ravel()[iou.argmax()])
+    second, best = sorted(overlap, key=overlap.get)[-2:]
+    # What the two do not share is a strip along the outline.
+    roughness = (1 - overlap[best]) * radii[best] * _UNIT_AREA[best] / _UNIT_OUTLINE[best]
+    clear = roughness <= MAX_ROUGHNESS and overlap[best] - overlap[second] >= MIN_IOU_LEAD
+    return (best if clear else None), radii[best], overlap[best]
+
+
+def _size(radius: float) -> str | None:
+    off = {name: abs(math.log(radius / usual)) for name, usual in shapes.SIZES.items()}
+    name = min(off, key=off.get)
+    return name if off[name] <= math.log(MAX_SIZE_RATIO) else None
