@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from imagen_jax import cascade, images
-from imagen_jax.cascade import Stage
+from imagen_jax.cascade import Cascade, Stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,8 @@ def diagnose(
     folder, count = pathlib.Path(out), len(captions)
     keys = cascade.picture_keys(seed, range(count), [0] * count)
     text = (examples[0]["text_emb"], examples[0]["text_mask"])
-    chain = cascade.sample(stages, *text, keys)
+    words = {"text_emb": text[0], "text_mask": text[1]}
+    chain = Cascade(stages).sample_stages(seed=seed, batch_size=count, **words)
     shifts: dict[str, dict[str, ColourShift]] = {}
     for index, (stage, example) in enumerate(zip(stages, examples, strict=True)):
         name = stage.config.name

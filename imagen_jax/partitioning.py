@@ -130,13 +130,22 @@ def everywhere(mesh: AnyMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def local_mesh() -> Mesh:
+    """The devices of this process as one axis, `data`: what draws without the other processes."""
+    return Mesh(np.asarray(jax.local_devices()), ("data",), axis_types=(AxisType.Auto,))
+
+
 def spread(arrays: Any) -> Any:
-    """Lays arrays over all devices along their first axis, where the devices divide it."""
-    devices = jax.device_count()
-    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+    """Lays arrays over this process's devices along their first axis, where these divide it."""
+    mesh = local_mesh()
     sharding = NamedSharding(mesh, PartitionSpec("data"))
-    divides = all(leaf.shape[0] % devices == 0 for leaf in jax.tree.leaves(arrays))
+    divides = all(leaf.shape[0] % mesh.size == 0 for leaf in jax.tree.leaves(arrays))
     return jax.device_put(arrays, sharding) if divides else arrays
+
+
+def copy_everywhere(params: Any) -> Any:
+    """Copies parameters onto each of this process's devices."""
+    return jax.device_put(params, everywhere(local_mesh()))
 
 
 def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

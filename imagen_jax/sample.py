@@ -13,16 +13,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from imagen_jax import cascade, config_io, images
-from imagen_jax.cascade import Stage
-from imagen_jax.text import TextEncoder, embed_prompts
+from imagen_jax import config_io, images
+from imagen_jax.cascade import Cascade
 
 GRID_PICTURES = 32
 
 
 def sample(
-    stages: Sequence[Stage],
-    encoder: TextEncoder,
+    cascade: Cascade,
     rows: Sequence[Mapping[str, Any]],
     out: str,
     *,
@@ -35,8 +33,7 @@ def sample(
     """Writes `OUT/PPPPP_KK.png`, `OUT/samples.jsonl` and `OUT/grid.png`.
 
     Args:
-      stages: base first.
-      encoder: the text encoder the stages were trained with.
+      cascade: draws them.
       rows: prompts; each further field of a row is carried into samples.jsonl.
       out: folder to write.
       seed: with prompt and sample index, all that a picture's noise depends on.
@@ -47,17 +44,11 @@ def sample(
     """
     folder = pathlib.Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    text_emb, text_mask = embed_prompts(
-        encoder,
-        [row["prompt"] for row in rows],
-        batch_size=batch_size,
-        max_len=stages[0].config.data.max_text_len,
-    )
     work = [(p, k) for p in range(len(rows)) for k in range(samples_per_prompt)]
     about = {
         "seed": str(seed),
         "config": json.dumps(
-            {s.config.name: config_io.fingerprint(s.config) for s in stages}, sort_keys=True
+            {c.name: config_io.fingerprint(c) for c in cascade.configs}, sort_keys=True
         ),
         "checkpoint": checkpoint,
     }
@@ -66,11 +57,13 @@ def sample(
     for start in range(0, len(work), batch_size):
         part = work[start : start + batch_size]
         filled = part + [part[-1]] * (min(batch_size, len(work)) - len(part))
-        prompt_indices = [p for p, _ in filled]
-        keys = cascade.picture_keys(seed, prompt_indices, [k for _, k in filled])
         pictures = cascade.sample(
-            stages, text_emb[prompt_indices], text_mask[prompt_indices], keys
-        )[-1]
+            [rows[p]["prompt"] for p, _ in filled],
+            seed=seed,
+            prompt_indices=[p for p, _ in filled],
+            sample_indices=[k for _, k in filled],
+            batch_size=batch_size,
+        )
         for (p, k), picture in zip(part, pictures, strict=False):
             row = dict(rows[p])
             name = f"{p:05d}_{k:02d}.png"

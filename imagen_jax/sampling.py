@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from imagen_jax.diffusion import alpha_sigma, expand
 from imagen_jax.guidance import Denoise
@@ -159,3 +159,57 @@ def sample_loop(
     steps = jnp.arange(logsnrs.shape[0] - 2)
     (z, _), _ = jax.lax.scan(body, (z, sampler.init(z)), (steps, logsnrs[:-2], logsnrs[1:-1]))
     return denoise(z, jnp.broadcast_to(logsnrs[-2], z.shape[:1]))
+
+
+class Denoising(NamedTuple):
+    """B pictures between two steps.
+
+    Attributes:
+      z: [B, H, W, C] at the level reached.
+      state: of the sampler.
+      x0: what `denoise` answered in the last step, at its noisier end.
+    """
+
+    z: Array
+    state: Any
+    x0: Array
+
+
+def denoise_steps(
+    sampler: Sampler,
+    denoise: Denoise,
+    at: Denoising,
+    logsnr_t: Float[Array, " n"],
+    logsnr_s: Float[Array, " n"],
+    keys: Key[Array, " b"],
+    first: Int[Array, ""] | int,
+    last: Int[Array, ""] | int,
+) -> Denoising:
+    """A part of `sample_loop`, whose bounds may be traced: one program for any number of steps.
+
+    After step T - 1 of T, x0 is what `sample_loop` returns.
+
+    Args:
+      sampler: a row of SAMPLERS, built.
+      denoise: (z, logsnr [B]) -> x0.
+      at: where the pictures are.
+      logsnr_t: level that each step starts from; those from `last` on are not looked at.
+      logsnr_s: level that each step leads to.
+      keys: one key per picture; step i draws from fold_in(key, i).
+      first: the first step.
+      last: the step after the last one.
+    """
+
+    def body(index, at: Denoising) -> Denoising:
+        answers = []
+
+        def noting(z, logsnr):
+            answers.append(denoise(z, logsnr))
+            return answers[-1]
+
+        step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index)
+        ends = (jnp.broadcast_to(v[index], at.z.shape[:1]) for v in (logsnr_t, logsnr_s))
+        z, state = sampler.step(noting, at.z, *ends, step_keys, at.state)
+        return Denoising(z, state, answers[0])
+
+    return jax.lax.fori_loop(first, last, body, at)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax import cascade, diagnose
-from imagen_jax.cascade import Stage
+from imagen_jax import diagnose
+from imagen_jax.cascade import Cascade, Stage
 
 
 def test_a_cast_is_measured_and_detail_is_not():
@@ -33,8 +33,8 @@ def test_sheets_of_a_cascade(base_config, sr_config, make_batch, random_params, 
     lines = []
     shifts = diagnose.diagnose(stages, batches, captions, str(tmp_path), log=lines.append)
 
-    text = (batches[0]["text_emb"], batches[0]["text_mask"])
-    chain = cascade.sample(stages, *text, cascade.picture_keys(0, range(4), [0] * 4))
+    text = {name: batches[0][name] for name in ("text_emb", "text_mask")}
+    chain = Cascade(stages).sample_stages(**text)
     assert shifts["sr"]["drawn"] == diagnose.colour_shift(chain[1], chain[0])
     assert shifts["sr"]["true"] != shifts["sr"]["drawn"]
     report = json.loads((tmp_path / "colour_shift.json").read_text())

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from imagen_jax import cascade, config_io
 from imagen_jax import prompts as prompts_lib
-from imagen_jax.cascade import Stage
+from imagen_jax.cascade import Cascade, check_chain, load_stage, with_settings
 from imagen_jax.cli import wiring
-from imagen_jax.config import ConfigError, SamplingConfig, unknown_name
+from imagen_jax.config import ConfigError
 from imagen_jax.sample import sample
-from imagen_jax.text import TextEncoder, load_text_encoder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,17 +59,15 @@ def draw(flags: argparse.Namespace, rows: Sequence[Mapping[str, Any]]) -> None:
             raise ConfigError(f"--{name}={getattr(flags, name)} must be at least 1")
     wiring.set_up_devices(flags.cpu_devices)
     rows = rows[: flags.limit] if flags.limit > 0 else rows
-    stages = [cascade.load_stage(path) for path in flags.stages.split(",")]
-    cascade.check_chain([stage.config for stage in stages])
-    stages = _with_settings(stages, flags.stage_settings)
-    text = stages[0].config.text
-    if flags.text_encoder:
-        text = dataclasses.replace(text, path=flags.text_encoder)
-    encoder = load_text_encoder(text)
-    _check_encoder(stages, encoder)
+    settings = _settings(flags.stage_settings)
+    folders = flags.stages.split(",")
+    configs = [load_stage(path).config for path in folders]
+    check_chain(configs)
+    configs = with_settings(configs, settings, "--stage_settings")
+    cascade = Cascade.load(folders, text_encoder=flags.text_encoder)
+    cascade.configs = configs
     sample(
-        stages,
-        encoder,
+        cascade,
         rows,
         flags.out,
         seed=flags.seed,
@@ -82,35 +77,12 @@ def draw(flags: argparse.Namespace, rows: Sequence[Mapping[str, Any]]) -> None:
     )
 
 
-def _check_encoder(stages: list[Stage], encoder: TextEncoder) -> None:
-    """Raises ConfigError when a stage learned from the embeddings of another encoder."""
-    given = config_io.fingerprint(encoder.fingerprint())
-    for stage in stages:
-        learned = stage.config.text.fingerprint
-        if learned and learned != given:
-            raise ConfigError(
-                f"--stages: stage {stage.config.name!r} was trained with text encoder {learned}, "
-                f"{stage.config.text.path} is {given}; give the right one by --text_encoder=DIR"
-            )
-
-
-def _with_settings(stages: list[Stage], text: str) -> list[Stage]:
-    """The stages with their sampling fields replaced as --stage_settings says."""
+def _settings(text: str) -> dict[str, dict[str, Any]]:
+    """What --stage_settings says, by stage."""
     try:
         settings = json.loads(text)
     except json.JSONDecodeError as error:
         raise ConfigError(f"--stage_settings is not JSON: {error}") from error
     if not isinstance(settings, dict) or not all(isinstance(v, dict) for v in settings.values()):
         raise ConfigError(f"--stage_settings={text} must map stage names to mappings of fields")
-    names = [stage.config.name for stage in stages]
-    for name in settings:
-        if name not in names:
-            raise ConfigError(unknown_name("--stage_settings: stage", name, names))
-    changed = []
-    for stage in stages:
-        values = dataclasses.asdict(stage.config.sampling) | settings.get(stage.config.name, {})
-        sampling = config_io.from_dict(
-            SamplingConfig, values, f"--stage_settings: {stage.config.name}"
-        )
-        changed.append(stage._replace(config=dataclasses.replace(stage.config, sampling=sampling)))
-    return changed
+    return settings

@@ -1,0 +1,232 @@
+"""One trained stage draws: from keys, text and a low-resolution picture to pictures.
+
+Twice, by the same pieces. `sample_stage` is the whole of it as one program, for what is compiled,
+counted or exported whole. `begin` and `advance` are the same denoising that can be looked at on
+the way: `advance` takes any number of steps with one compilation, so that `cascade` can report
+progress and show the estimates of x0. Each picture's noise follows from its own key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from imagen_jax import diffusion, sampling
+from imagen_jax.config import Config
+from imagen_jax.sampling import Denoising, Sampler
+from imagen_jax.stage import aug_noise_side, denoiser, noised_lowres
+
+SAMPLE_STREAM = 2  # beside the streams of train.py
+# Lists of steps are padded to a multiple of this, so that programs are shared by their lengths.
+PADDED_STEPS = 256
+
+
+class Told(NamedTuple):
+    """What a stage is told of the B pictures it draws.
+
+    Attributes:
+      text_emb: [B, L, D] embeddings of the prompts.
+      text_mask: [B, L], True at real tokens.
+      keys: [B] of the steps' noise.
+      lowres: SR stages: [B, size, size, 3], upsampled and noised.
+      aug_level: SR stages: [B], the level it was noised to.
+    """
+
+    text_emb: Array
+    text_mask: Array
+    keys: Array
+    lowres: Array | None = None
+    aug_level: Array | None = None
+
+
+class Levels(NamedTuple):
+    """Noise levels that the steps lead from and to, [N] nats each; padded beyond `count`."""
+
+    logsnr_t: np.ndarray | Array
+    logsnr_s: np.ndarray | Array
+    count: int
+
+
+def picture_keys(
+    seed: int | Sequence[int],
+    prompt_indices: Sequence[int],
+    sample_indices: Sequence[int],
+) -> Key[Array, " b"]:
+    """One key per picture, a function of (seed, prompt index, sample index) alone.
+
+    Args:
+      seed: of all pictures, or one for each, 0 to 2**32 - 1.
+      prompt_indices: B of them.
+      sample_indices: B of them.
+    """
+    seeds = np.broadcast_to(np.asarray(seed, np.uint32), (len(prompt_indices),))
+    return _picture_keys(
+        seeds, np.asarray(prompt_indices, np.uint32), np.asarray(sample_indices, np.uint32)
+    )
+
+
+@jax.jit
+@jax.vmap
+def _picture_keys(seed: Array, prompt: Array, sample: Array) -> Array:
+    stream = jax.random.fold_in(jax.random.key(seed), SAMPLE_STREAM)
+    return jax.random.fold_in(jax.random.fold_in(stream, prompt), sample)
+
+
+def make_sampler(config: Config) -> Sampler:
+    """The sampler that `config.sampling` names, with its options."""
+    settings = config.sampling
+    options = {"gamma": settings.gamma} if settings.sampler == "ddpm" else {}
+    return sampling.SAMPLERS[settings.sampler](**options)
+
+
+@functools.lru_cache(maxsize=256)
+def levels(config: Config) -> Levels:
+    """The levels of all steps of a stage, from noise to picture."""
+    steps = config.sampling.steps
+    padded = -(-steps // PADDED_STEPS) * PADDED_STEPS
+    times = np.linspace(1.0, 0.0, steps + 1, dtype=np.float32)
+    times = np.concatenate([times, np.zeros(padded - steps, np.float32)])
+    logsnr = np.asarray(diffusion.logsnr_at(jnp.asarray(times), config.diffusion))
+    return Levels(logsnr[:-1], logsnr[1:], steps)
+
+
+def tell(
+    config: Config,
+    text_emb: Float[Array, "b l d"],
+    text_mask: Bool[Array, "b l"],
+    keys: Key[Array, " b"],
+    lowres: Float[Array, "b h w c"] | None,
+    aug_level: Float[Array, " b"] | None,
+) -> tuple[Told, Float[Array, "b size size 3"]]:
+    """What a stage is told, with the noise it starts from: all that is drawn from `keys`."""
+    start_keys, lowres_keys, step_keys = jnp.moveaxis(
+        jax.vmap(lambda key: jax.random.split(key, 3))(keys), 1, 0
+    )
+    size = config.data.image_size
+    start = sampling.normal(start_keys, (size, size, 3))
+    if lowres is None or aug_level is None:
+        return Told(text_emb, text_mask, step_keys), start
+    side = aug_noise_side(config)
+    noise = sampling.normal(lowres_keys, (side, side, 3))
+    lowres = noised_lowres(lowres, aug_level, noise, config)
+    return Told(text_emb, text_mask, step_keys, lowres, aug_level), start
+
+
+def _denoiser(params: Any, config: Config, told: Told):
+    return denoiser(
+        params,
+        config,
+        text_emb=told.text_emb,
+        text_mask=told.text_mask,
+        lowres=told.lowres,
+        aug_level=told.aug_level,
+    )
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def sample_stage(
+    params: Any,
+    config: Config,
+    text_emb: Float[Array, "b l d"],
+    text_mask: Bool[Array, "b l"],
+    keys: Key[Array, " b"],
+    lowres: Float[Array, "b h w c"] | None = None,
+) -> Float[Array, "b size size c"]:
+    """Draws one stage's pictures.
+
+    Args:
+      params: plain parameters.
+      config: the stage; `config.sampling` says how it draws.
+      text_emb: text embeddings, padded.
+      text_mask: True at real tokens.
+      keys: one key per picture.
+      lowres: SR stages: the pictures of the stage before, in [-1, 1].
+
+    Returns:
+      Pictures in [-1, 1].
+    """
+    settings = config.sampling
+    aug_level = None if lowres is None else jnp.full(keys.shape, settings.aug_level)
+    told, start = tell(config, text_emb, text_mask, keys, lowres, aug_level)
+    times = np.linspace(1.0, 0.0, settings.steps + 1, dtype=np.float32)
+    x0 = sampling.sample_loop(
+        make_sampler(config),
+        _denoiser(params, config, told),
+        start,
+        diffusion.logsnr_at(jnp.asarray(times), config.diffusion),
+        told.keys,
+    )
+    return jnp.clip(x0, -1.0, 1.0)
+
+
+def shared(config: Config) -> Config:
+    """`config` without the values that `begin` and `advance` are given as arrays.
+
+    It is what their programs are told apart by: those of other values are the same.
+    """
+    sampling = dataclasses.replace(config.sampling, steps=1, aug_level=0.0)
+    return dataclasses.replace(config, sampling=sampling)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def begin(
+    config: Config,
+    text_emb: Float[Array, "b l d"],
+    text_mask: Bool[Array, "b l"],
+    keys: Key[Array, " b"],
+    lowres: Float[Array, "b h w c"] | None = None,
+    aug_level: Float[Array, " b"] | None = None,
+) -> tuple[Told, Denoising]:
+    """Noise, and what the stage is told; arguments as those of `sample_stage`.
+
+    Args:
+      config: from `shared`.
+      text_emb: text embeddings, padded.
+      text_mask: True at real tokens.
+      keys: one key per picture.
+      lowres: SR stages: the pictures of the stage before, in [-1, 1].
+      aug_level: SR stages: what to noise them to.
+    """
+    told, start = tell(config, text_emb, text_mask, keys, lowres, aug_level)
+    return told, Denoising(start, make_sampler(config).init(start), jnp.zeros_like(start))
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def advance(
+    params: Any,
+    config: Config,
+    told: Told,
+    at: Denoising,
+    levels: tuple[Float[Array, " n"], Float[Array, " n"]],
+    first: Int[Array, ""],
+    last: Int[Array, ""],
+) -> Denoising:
+    """Denoises from step `first` up to, not including, step `last`.
+
+    The bounds are values, not shapes: one compilation serves any of them, and any number of steps.
+    After the last step of all, x0 is the picture (`picture`).
+
+    Args:
+      params: plain parameters.
+      config: from `shared`.
+      told: from `begin`.
+      at: from `begin`, or from the steps before.
+      levels: logsnr_t and logsnr_s of every step, see `Levels`.
+      first: a step.
+      last: a step, at most `Levels.count`.
+    """
+    return sampling.denoise_steps(
+        make_sampler(config), _denoiser(params, config, told), at, *levels, told.keys, first, last
+    )
+
+
+def picture(at: Denoising) -> Float[np.ndarray, "b size size 3"]:
+    """The estimate of x0, clipped to [-1, 1], on this host; waits for it."""
+    return np.clip(np.asarray(at.x0), -1.0, 1.0)

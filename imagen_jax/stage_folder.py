@@ -1,0 +1,70 @@
+"""Stage folders, which `export` writes: read, and looked at as a chain.
+
+A stage folder is all that is left of a training run: `config.json` and `params.safetensors`, with
+`card.md` for people.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from imagen_jax import config_io
+from imagen_jax.config import Config
+from imagen_jax.interop import weights
+
+
+class StageError(ValueError):
+    """A stage folder cannot be used; the message names the file and what to do."""
+
+
+class Stage(NamedTuple):
+    """One trained stage.
+
+    Attributes:
+      config: its configuration.
+      params: its parameters (EMA), float32.
+    """
+
+    config: Config
+    params: Any
+
+
+def load_stage(path: str) -> Stage:
+    """Reads a stage folder (`config.json`, `params.safetensors`) as `export` writes it.
+
+    Raises:
+      StageError: a file is missing or unreadable.
+    """
+    folder = pathlib.Path(path)
+    for name in ("config.json", "params.safetensors"):
+        if not (folder / name).is_file():
+            raise StageError(
+                f"--stages: {folder} has no {name}; a stage folder is written by "
+                "`imagen export --workdir=WORKDIR --out=DIR`"
+            )
+    try:
+        config = config_io.from_json((folder / "config.json").read_text())
+    except ValueError as error:
+        raise StageError(f"{folder / 'config.json'}: {error}") from error
+    return Stage(config, weights.unflatten(weights.read_safetensors(folder / "params.safetensors")))
+
+
+def check_chain(configs: Sequence[Config], given: int = 0) -> None:
+    """Raises StageError when the stages do not follow from each other.
+
+    Args:
+      configs: in their order.
+      given: side of the picture that the first of them is given, pixels; 0: none.
+    """
+    size = given
+    for config in configs:
+        if config.data.lowres_size != size:
+            before = f"a {size} px picture" if size else "nothing"
+            wants = f"a {config.data.lowres_size} px picture" if config.data.lowres_size else "none"
+            raise StageError(
+                f"--stages: stage {config.name!r} is given {before} and wants {wants}; "
+                "list the base stage first, then its super-resolution stages"
+            )
+        size = config.data.image_size

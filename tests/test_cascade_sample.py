@@ -1,0 +1,148 @@
+"""`Cascade.sample`: a picture is a function of prompt, seed and indices, whatever is around it."""
+
+import jax
+import numpy as np
+import pytest
+
+from imagen_jax import cascade, drawing
+from imagen_jax.cascade import Cascade, RequestError, Stage, StageError
+from imagen_jax.config import ConfigError
+from imagen_jax.export import write_stage
+
+COUNT = 5
+
+
+@pytest.fixture(scope="module")
+def stages(base_config, sr_config, random_params):
+    return [Stage(config, random_params(config)) for config in (base_config, sr_config)]
+
+
+@pytest.fixture(scope="module")
+def chain(stages):
+    return Cascade(stages)
+
+
+@pytest.fixture(scope="module")
+def texts():
+    rng = np.random.default_rng(0)
+    return {
+        "text_emb": rng.normal(size=(COUNT, 4, 8)).astype(np.float32),
+        "text_mask": np.arange(4) < rng.integers(1, 5, (COUNT, 1)),
+    }
+
+
+@pytest.fixture(scope="module")
+def drawn(chain, texts):
+    return chain.sample_stages(seed=3, **texts)
+
+
+def levels_apart(pictures, others) -> int:
+    return int(np.abs(np.asarray(pictures).astype(int) - np.asarray(others).astype(int)).max())
+
+
+def some(texts, order):
+    return {name: value[order] for name, value in texts.items()}
+
+
+def test_other_order_and_other_batches(chain, texts, drawn):
+    order = [4, 2, 0, 3, 1]
+    for batch_size in (3, COUNT):
+        again = chain.sample_stages(
+            seed=3, prompt_indices=order, batch_size=batch_size, **some(texts, order)
+        )
+        for pictures, expected in zip(again, drawn, strict=True):
+            # Sums of another batch may round otherwise, which shows at the edge of a level only.
+            assert levels_apart(pictures, expected[order]) <= 1
+
+
+def test_one_call_is_what_whole_stages_draw(stages, texts, drawn):
+    """The program that can be looked at on the way is the one that is compiled whole."""
+    keys, low = cascade.picture_keys(3, range(COUNT), [0] * COUNT), None
+    for index, (stage, expected) in enumerate(zip(stages, drawn, strict=True)):
+        stage_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index)
+        low = cascade.sample_stage(stage.params, stage.config, *texts.values(), stage_keys, low)
+        assert levels_apart(cascade.images.to_uint8(np.asarray(low)), expected) <= 1
+
+
+def test_requests_of_other_seeds_in_one_call(chain, texts, drawn):
+    seeds = [3, 9, 3, 2**32 - 1, 3]
+    mixed = chain.sample(seed=seeds, **texts)
+    same = [row for row, seed in enumerate(seeds) if seed == 3]
+    assert levels_apart(mixed[same], drawn[-1][same]) == 0
+    assert levels_apart(mixed[1], drawn[-1][1]) > 1
+    three = [1, 1, 1]
+    alone = chain.sample(seed=9, prompt_indices=three, **some(texts, three))
+    assert levels_apart(alone, mixed[three]) <= 1
+
+
+def test_progress_and_its_estimates(chain, texts, drawn, stages):
+    seen = []
+    again = chain.sample(seed=3, batch_size=3, on_progress=seen.append, report_every=3, **texts)
+    assert levels_apart(again, drawn[-1]) <= 1
+    assert [(p.stage, p.rows, p.step) for p in seen] == [
+        (name, rows, step)
+        for name in ("base", "sr")
+        for rows in ((0, 3), (3, 5))
+        for step in (3, 4)
+    ]
+    assert all((p.steps, p.stages) == (4, 2) for p in seen)
+    last = np.concatenate([np.asarray(p.x0)[: p.rows[1] - p.rows[0]] for p in seen[5::2]])
+    assert levels_apart(cascade.images.to_uint8(np.clip(last, -1, 1)), again) == 0
+
+
+def test_one_program_serves_steps_and_aug_levels(chain, texts, drawn):
+    chain.sample(seed=3, **texts)
+    before = drawing.advance._cache_size()
+    for steps, aug_level in ((1, 0.0), (3, 0.3), (7, 0.9)):
+        settings = {"base": {"steps": steps}, "sr": {"steps": steps, "aug_level": aug_level}}
+        other = chain.sample(seed=3, stage_settings=settings, **texts)
+        assert levels_apart(other, drawn[-1]) > 1
+    assert drawing.advance._cache_size() == before
+    chain.sample(seed=3, stage_settings={"base": {"sampler": "ddpm"}}, **texts)
+    assert drawing.advance._cache_size() == before + 1
+    assert chain.configs[0].sampling.sampler == "ddim"
+
+
+@pytest.fixture(scope="module")
+def folders(stages, tmp_path_factory):
+    root = tmp_path_factory.mktemp("stages")
+    for stage in stages:
+        write_stage(root / stage.config.name, stage.params, stage.config, {})
+    return [str(root / name) for name in ("base", "sr")]
+
+
+def test_stages_one_at_a_time(folders, texts, drawn):
+    one = Cascade.load(folders, text_encoder=None, keep="one")
+    assert levels_apart(one.sample(seed=3, batch_size=3, **texts), drawn[-1]) <= 1
+
+
+def test_a_super_resolution_stage_alone_needs_a_picture(folders, texts):
+    with pytest.raises(RequestError, match="stage 'sr' wants a 8 px picture"):
+        Cascade.load(folders[1:], text_encoder=None).sample(**texts)
+    with pytest.raises(StageError, match="stage 'base' is given a 16 px picture and wants none"):
+        Cascade.load(folders[::-1], text_encoder=None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({}, "prompts=\\[\\] must hold at least one text"),
+        ({"prompts": ["a"]}, "prompts need a text encoder"),
+        ({"seed": -1}, "seed=-1 must be a whole number from 0"),
+        ({"seed": [1, 2]}, "seed has 2 values, not one for each of 5"),
+        ({"prompt_indices": [0]}, "prompt_indices has 1 values"),
+        ({"sample_indices": [0, 0, 0, 0, -3]}, "sample_indices=-3"),
+        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"report_every": 0}, "report_every=0"),
+        ({"text_mask": None}, "must be \\[N, L, D\\]"),
+        ({"text_emb": np.zeros((5, 4, 9), np.float32)}, "width 9 must have width 8"),
+        ({"prompts": ["a", "b"]}, "prompts are 2, text_emb has 5 rows"),
+        ({"stage_settings": {"bsae": {}}}, "did you mean 'base'"),
+        ({"stage_settings": {"sr": {"step": 3}}}, "did you mean stage_settings: sr.steps"),
+    ],
+)
+def test_what_is_refused(chain, texts, arguments, says):
+    needs_no_text = arguments.get("prompts") == ["a"] or not arguments
+    with pytest.raises((RequestError, ConfigError), match=says) as error:
+        chain.sample(**({} if needs_no_text else texts) | arguments)
+    assert "\n" not in str(error.value)
