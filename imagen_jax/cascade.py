@@ -16,13 +16,14 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, Key, UInt8
+from jaxtyping import Array, Bool, Float, UInt8
 
-from imagen_jax import config_io, drawing, images, partitioning
-from imagen_jax.config import Config, ConfigError, SamplingConfig, unknown_name
-from imagen_jax.drawing import picture_keys, sample_stage
+from imagen_jax import config_io, drawing, editing, images, partitioning, request
+from imagen_jax.config import Config, ConfigError, unknown_name
+from imagen_jax.drawing import Asked, picture_keys, sample_stage
+from imagen_jax.editing import Edit
+from imagen_jax.request import RequestError, with_settings
 from imagen_jax.stage_folder import Stage, StageError, check_chain, load_stage
 from imagen_jax.text import TextEncoder, embed_prompts, load_text_encoder
 
@@ -42,11 +43,6 @@ __all__ = [
 # Prompts per forward pass of the text encoder: the same whatever the batch of pictures, so that
 # neither their embeddings nor what is compiled depend on it.
 TEXT_BATCH = 8
-MAX_SEED = 2**32 - 1
-
-
-class RequestError(ValueError):
-    """What was asked for cannot be drawn; the message gives field, got, expected and fix."""
 
 
 class Progress(NamedTuple):
@@ -162,6 +158,8 @@ class Cascade:
         stage_settings: Mapping[str, Mapping[str, Any]] | None = None,
         text_emb: Float[np.ndarray, "n l d"] | None = None,
         text_mask: Bool[np.ndarray, "n l"] | None = None,
+        lowres: UInt8[np.ndarray, "n low low 3"] | None = None,
+        edit: Edit | None = None,
         batch_size: int = 32,
         on_progress: Callable[[Progress], None] | None = None,
         report_every: int = 1,
@@ -177,6 +175,8 @@ class Cascade:
           stage_settings: fields of `SamplingConfig` by stage name, for this call.
           text_emb: embeddings to use instead of the prompts', zero at padding.
           text_mask: True at their real tokens.
+          lowres: where the first stage is a super-resolution stage: the N pictures it enlarges.
+          edit: N pictures to start from, and which part of them to keep.
           batch_size: pictures drawn at a time, rounded up to a multiple of the devices; the last
             batch is filled up, so that one shape is compiled.
           on_progress: called while the devices work on the next steps.
@@ -190,162 +190,46 @@ class Cascade:
         """
         configs = with_settings(self.configs, stage_settings or {})
         count = len(prompts) if text_emb is None else len(text_emb)
-        _check_request(prompts, count, text_emb, text_mask, configs[0])
-        keys = _keys(count, seed, prompt_indices, sample_indices)
-        for name, value in (("batch_size", batch_size), ("report_every", report_every)):
-            if value < 1:
-                raise RequestError(f"{name}={value} must be at least 1")
+        request.check_sizes(batch_size=batch_size, report_every=report_every)
+        request.check_text(prompts, count, text_emb, text_mask, configs[0])
+        request.check_pictures(count, lowres, edit, configs)
+        keys = request.keys(count, seed, prompt_indices, sample_indices)
         if text_emb is None:
             text_emb, text_mask = self.embed(prompts)
 
-        devices = jax.local_device_count()
-        size = -(-min(batch_size, count) // devices) * devices
-        wanted = configs[0].data.lowres_size
-        if wanted:
-            raise RequestError(f"stage {configs[0].name!r} wants a {wanted} px picture")
-        drawn, lowres = [], None
+        asked = Asked(text_emb, text_mask, keys, edit=edit)
+        if lowres is not None:
+            asked = asked._replace(lowres=images.to_float(lowres))
+        elif edit and configs[0].data.lowres_size:
+            pictures, _ = editing.sized(edit, configs[0].data.lowres_size)
+            asked = asked._replace(lowres=pictures)
+        drawn = []
         for index, config in enumerate(configs):
-            params, parts = self._params[index](), []
-            stage_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index)
-            for first in range(0, count, size):
-                rows = np.minimum(np.arange(first, first + size), count - 1)
-                end = min(first + size, count)
-
-                def report(step, x0, index=index, config=config, span=(first, end)):
-                    at = (config.name, index, len(configs), step, config.sampling.steps)
-                    on_progress(Progress(*at, span, x0))
-
-                part = draw_batch(
-                    params,
-                    config,
-                    *(v[rows] for v in (text_emb, text_mask, stage_keys)),
-                    None if lowres is None else lowres[rows],
-                    report=report if on_progress else None,
-                    report_every=report_every,
-                )
-                parts.append(part[: end - first])
-            lowres = np.concatenate(parts)
-            drawn.append(images.to_uint8(lowres))
-        return drawn
-
-
-def with_settings(
-    configs: Sequence[Config],
-    settings: Mapping[str, Mapping[str, Any]],
-    where: str = "stage_settings",
-) -> list[Config]:
-    """Configurations with sampling fields replaced.
-
-    Args:
-      configs: of stages.
-      settings: fields of `SamplingConfig` by stage name.
-      where: what messages call it.
-
-    Raises:
-      ConfigError: no such stage or field, or a value that it cannot have.
-    """
-    names = [config.name for config in configs]
-    for name in settings:
-        if name not in names:
-            raise ConfigError(unknown_name(f"{where}: stage", name, names))
-    changed = []
-    for config in configs:
-        values = dataclasses.asdict(config.sampling) | dict(settings.get(config.name, {}))
-        sampling = config_io.from_dict(SamplingConfig, values, f"{where}: {config.name}")
-        changed.append(dataclasses.replace(config, sampling=sampling))
-    return changed
-
-
-def draw_batch(
-    params: Any,
-    config: Config,
-    text_emb: Float[np.ndarray, "b l d"],
-    text_mask: Bool[np.ndarray, "b l"],
-    keys: Key[Array, " b"],
-    lowres: Float[np.ndarray, "b h w 3"] | None,
-    *,
-    report: Callable[[int, Array], None] | None = None,
-    report_every: int = 1,
-) -> Float[np.ndarray, "b size size 3"]:
-    """One stage's pictures of one batch, over the devices of this process.
-
-    Args:
-      params: plain parameters, on all these devices.
-      config: the stage, with how it draws.
-      text_emb: text embeddings, padded.
-      text_mask: True at real tokens.
-      keys: one key per picture.
-      lowres: SR stages: the pictures of the stage before, in [-1, 1].
-      report: given the number of steps done and their x0, while the next steps run.
-      report_every: steps between two reports.
-    """
-    program, levels = drawing.shared(config), drawing.levels(config)
-    aug_level = None
-    if lowres is not None:
-        aug_level = np.full(len(lowres), config.sampling.aug_level, np.float32)
-    given = partitioning.spread((text_emb, text_mask, keys, lowres, aug_level))
-    told, at = drawing.begin(program, *given)
-    waiting: tuple[int, Array] | None = None
-    stride = report_every if report else levels.count
-    for first in range(0, levels.count, stride):
-        last = min(first + stride, levels.count)
-        at = drawing.advance(params, program, told, at, levels[:2], first, last)
-        if report:
-            if waiting:
-                report(waiting[0], jax.block_until_ready(waiting[1]))
-            waiting = last, at.x0
-    if report and waiting:
-        report(waiting[0], jax.block_until_ready(waiting[1]))
-    return drawing.picture(at)
-
-
-def _check_request(
-    prompts: Sequence[str],
-    count: int,
-    text_emb: Float[np.ndarray, "n l d"] | None,
-    text_mask: Bool[np.ndarray, "n l"] | None,
-    config: Config,
-) -> None:
-    """Raises RequestError when prompts or embeddings are none, or not of one number and width."""
-    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
-        raise RequestError(f"prompts={prompts!r} must be a list of texts; try [{prompts!r}]")
-    if not count:
-        raise RequestError("prompts=[] must hold at least one text, or text_emb one row")
-    if text_emb is None and text_mask is None:
-        return
-    if text_emb is None or text_mask is None or text_emb.shape[:2] != text_mask.shape:
-        shapes = [None if v is None else v.shape for v in (text_emb, text_mask)]
-        raise RequestError(f"text_emb, text_mask of shapes {shapes} must be [N, L, D] and [N, L]")
-    if text_emb.shape[2] != config.model.text_dim:
-        raise RequestError(
-            f"text_emb of width {text_emb.shape[2]} must have width {config.model.text_dim}, that "
-            f"of stage {config.name!r}; use the text encoder that it was trained with"
-        )
-    if prompts and len(prompts) != count:
-        raise RequestError(f"prompts are {len(prompts)}, text_emb has {count} rows; give as many")
-
-
-def _keys(
-    count: int,
-    seed: int | Sequence[int],
-    prompt_indices: Sequence[int] | None,
-    sample_indices: Sequence[int] | None,
-) -> Key[Array, " n"]:
-    """The keys of `count` pictures. Raises RequestError."""
-    given = {
-        "seed": [seed] * count if isinstance(seed, int) else list(seed),
-        "prompt_indices": list(range(count) if prompt_indices is None else prompt_indices),
-        "sample_indices": [0] * count if sample_indices is None else list(sample_indices),
-    }
-    for name, values in given.items():
-        if len(values) != count:
-            raise RequestError(
-                f"{name} has {len(values)} values, not one for each of {count} pictures"
+            own = asked._replace(keys=drawing.stage_keys(keys, index))
+            report = on_progress and functools.partial(_report, on_progress, configs, index)
+            pictures = drawing.draw(
+                self._params[index](),
+                config,
+                own,
+                batch_size=batch_size,
+                report=report,
+                report_every=report_every,
             )
-        for value in values:
-            if not 0 <= value <= MAX_SEED or int(value) != value:
-                raise RequestError(f"{name}={value} must be a whole number from 0 to {MAX_SEED}")
-    return picture_keys(*given.values())
+            asked = asked._replace(lowres=pictures)
+            drawn.append(images.to_uint8(pictures))
+        return [*drawn[:-1], editing.keep(edit, drawn[-1])] if edit else drawn
+
+
+def _report(
+    on_progress: Callable[[Progress], None],
+    configs: Sequence[Config],
+    index: int,
+    rows: tuple[int, int],
+    step: int,
+    steps: int,
+    x0: Array,
+) -> None:
+    on_progress(Progress(configs[index].name, index, len(configs), step, steps, rows, x0))
 
 
 def _check_encoder(configs: Sequence[Config], encoder: TextEncoder, path: str) -> None:

@@ -12,11 +12,10 @@ import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 
-import jax
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from imagen_jax import cascade, images
+from imagen_jax import cascade, drawing, images
 from imagen_jax.cascade import Cascade, Stage
 
 
@@ -79,10 +78,8 @@ def diagnose(
         rows = [images.to_uint8(example["image"]), chain[index]]
         if index:
             true_lowres = images.to_uint8(example["lowres"])
-            stage_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index)
-            drawn = cascade.sample_stage(
-                stage.params, stage.config, *text, stage_keys, example["lowres"]
-            )
+            own = drawing.stage_keys(keys, index)
+            drawn = cascade.sample_stage(stage.params, stage.config, *text, own, example["lowres"])
             rows.insert(1, images.to_uint8(np.asarray(drawn)))
             shifts[name] = {
                 "true": colour_shift(rows[1], true_lowres),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,14 +18,40 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from imagen_jax import diffusion, sampling
+from imagen_jax import diffusion, editing, partitioning, sampling
 from imagen_jax.config import Config
+from imagen_jax.editing import Edit
 from imagen_jax.sampling import Denoising, Sampler
 from imagen_jax.stage import aug_noise_side, denoiser, noised_lowres
 
 SAMPLE_STREAM = 2  # beside the streams of train.py
 # Lists of steps are padded to a multiple of this, so that programs are shared by their lengths.
 PADDED_STEPS = 256
+
+Report = Callable[[tuple[int, int], int, int, Array], None]
+
+
+class Asked(NamedTuple):
+    """N pictures that a stage is asked for.
+
+    Attributes:
+      text_emb: [N, L, D] embeddings of the prompts.
+      text_mask: [N, L], True at real tokens.
+      keys: [N], from `stage_keys`.
+      lowres: SR stages: [N, h, w, 3], the pictures of the stage before, in [-1, 1].
+      edit: pictures to start from; None: from noise.
+    """
+
+    text_emb: np.ndarray
+    text_mask: np.ndarray
+    keys: Array
+    lowres: np.ndarray | None = None
+    edit: Edit | None = None
+
+    def rows(self, rows: np.ndarray) -> Asked:
+        """Some of them."""
+        arrays = (None if value is None else value[rows] for value in self[:4])
+        return Asked(*arrays, self.edit and self.edit.rows(rows))
 
 
 class Told(NamedTuple):
@@ -37,6 +63,8 @@ class Told(NamedTuple):
       keys: [B] of the steps' noise.
       lowres: SR stages: [B, size, size, 3], upsampled and noised.
       aug_level: SR stages: [B], the level it was noised to.
+      known: [B, size, size, 3], pictures of which a part is kept; None: none.
+      mask: [B, size, size, 1], True where they are not.
     """
 
     text_emb: Array
@@ -44,6 +72,8 @@ class Told(NamedTuple):
     keys: Array
     lowres: Array | None = None
     aug_level: Array | None = None
+    known: Array | None = None
+    mask: Array | None = None
 
 
 class Levels(NamedTuple):
@@ -79,6 +109,14 @@ def _picture_keys(seed: Array, prompt: Array, sample: Array) -> Array:
     return jax.random.fold_in(jax.random.fold_in(stream, prompt), sample)
 
 
+def stage_keys(keys: Key[Array, " b"], index: int) -> Key[Array, " b"]:
+    """The keys of the stage at place `index` of a cascade."""
+    return _fold(keys, index)
+
+
+_fold = jax.jit(jax.vmap(jax.random.fold_in, in_axes=(0, None)))
+
+
 def make_sampler(config: Config) -> Sampler:
     """The sampler that `config.sampling` names, with its options."""
     settings = config.sampling
@@ -87,14 +125,16 @@ def make_sampler(config: Config) -> Sampler:
 
 
 @functools.lru_cache(maxsize=256)
-def levels(config: Config) -> Levels:
-    """The levels of all steps of a stage, from noise to picture."""
-    steps = config.sampling.steps
-    padded = -(-steps // PADDED_STEPS) * PADDED_STEPS
-    times = np.linspace(1.0, 0.0, steps + 1, dtype=np.float32)
-    times = np.concatenate([times, np.zeros(padded - steps, np.float32)])
-    logsnr = np.asarray(diffusion.logsnr_at(jnp.asarray(times), config.diffusion))
-    return Levels(logsnr[:-1], logsnr[1:], steps)
+def levels(config: Config, strength: float = 1.0, resamplings: int = 1, jump: int = 1) -> Levels:
+    """The levels of all steps of a stage, from noise to picture; see `editing.walk`."""
+    walk = editing.walk(config.sampling.steps, strength, resamplings, jump)
+    count = len(walk[0])
+    padding = np.zeros(-count % PADDED_STEPS, np.float32)
+    ends = [
+        np.asarray(diffusion.logsnr_at(jnp.asarray([*times, *padding]), config.diffusion))
+        for times in walk
+    ]
+    return Levels(*ends, count)
 
 
 def tell(
@@ -117,6 +157,11 @@ def tell(
     noise = sampling.normal(lowres_keys, (side, side, 3))
     lowres = noised_lowres(lowres, aug_level, noise, config)
     return Told(text_emb, text_mask, step_keys, lowres, aug_level), start
+
+
+def _sampler(config: Config, told: Told) -> Sampler:
+    sampler = make_sampler(config)
+    return sampler if told.mask is None else editing.keep_known(sampler, told.known, told.mask)
 
 
 def _denoiser(params: Any, config: Config, told: Told):
@@ -183,6 +228,8 @@ def begin(
     keys: Key[Array, " b"],
     lowres: Float[Array, "b h w c"] | None = None,
     aug_level: Float[Array, " b"] | None = None,
+    edited: tuple[Float[Array, "b size size 3"], Float[Array, " b"]] | None = None,
+    mask: Bool[Array, "b size size 1"] | None = None,
 ) -> tuple[Told, Denoising]:
     """Noise, and what the stage is told; arguments as those of `sample_stage`.
 
@@ -193,9 +240,15 @@ def begin(
       keys: one key per picture.
       lowres: SR stages: the pictures of the stage before, in [-1, 1].
       aug_level: SR stages: what to noise them to.
+      edited: pictures to start from in [-1, 1], and the logsnr to noise them to; None: from noise.
+      mask: True where these may be changed; None: everywhere.
     """
     told, start = tell(config, text_emb, text_mask, keys, lowres, aug_level)
-    return told, Denoising(start, make_sampler(config).init(start), jnp.zeros_like(start))
+    if edited:
+        start = diffusion.q_sample(*edited, start)
+        if mask is not None:
+            told = told._replace(known=edited[0], mask=mask)
+    return told, Denoising(start, _sampler(config, told).init(start), jnp.zeros_like(start))
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -211,7 +264,7 @@ def advance(
     """Denoises from step `first` up to, not including, step `last`.
 
     The bounds are values, not shapes: one compilation serves any of them, and any number of steps.
-    After the last step of all, x0 is the picture (`picture`).
+    After the last step of all, x0 is the picture.
 
     Args:
       params: plain parameters.
@@ -223,10 +276,74 @@ def advance(
       last: a step, at most `Levels.count`.
     """
     return sampling.denoise_steps(
-        make_sampler(config), _denoiser(params, config, told), at, *levels, told.keys, first, last
+        _sampler(config, told), _denoiser(params, config, told), at, *levels, told.keys, first, last
     )
 
 
-def picture(at: Denoising) -> Float[np.ndarray, "b size size 3"]:
-    """The estimate of x0, clipped to [-1, 1], on this host; waits for it."""
-    return np.clip(np.asarray(at.x0), -1.0, 1.0)
+def draw(
+    params: Any,
+    config: Config,
+    asked: Asked,
+    *,
+    batch_size: int,
+    report: Report | None = None,
+    report_every: int = 1,
+) -> Float[np.ndarray, "n size size 3"]:
+    """One stage's pictures, batch by batch over the devices of this process.
+
+    Args:
+      params: plain parameters, on all these devices.
+      config: the stage, with how it draws.
+      asked: what to draw.
+      batch_size: pictures drawn at a time, rounded up to a multiple of the devices; the last batch
+        is filled up.
+      report: given the rows being drawn, their steps done, all steps, and x0 on the devices, while
+        the next steps run.
+      report_every: steps between two reports.
+
+    Returns:
+      Pictures in [-1, 1], on this host.
+    """
+    parts, count = [], len(asked.text_emb)
+    devices = jax.local_device_count()
+    size = -(-min(batch_size, count) // devices) * devices
+    for first in range(0, count, size):
+        end = min(first + size, count)
+        part = asked.rows(np.minimum(np.arange(first, first + size), count - 1))
+        tell_of = functools.partial(report, (first, end)) if report else None
+        pictures = _draw_batch(params, config, part, tell_of, report_every)
+        parts.append(pictures[: end - first])
+    return np.concatenate(parts)
+
+
+def _draw_batch(
+    params: Any,
+    config: Config,
+    asked: Asked,
+    report: Callable[[int, int, Array], None] | None,
+    report_every: int,
+) -> Float[np.ndarray, "b size size 3"]:
+    settings, edit = config.sampling, asked.edit
+    aug_level, edited, mask = None, None, None
+    if asked.lowres is not None:
+        aug_level = np.full(len(asked.lowres), settings.aug_level, np.float32)
+    if edit is None:
+        plan = levels(config)
+    else:
+        plan = levels(config, edit.strength, edit.resamplings, edit.jump)
+        known, mask = editing.sized(edit, config.data.image_size)
+        edited = known, np.full(len(known), plan.logsnr_t[0], np.float32)
+    given = (*asked[:4], aug_level, edited, mask)
+    told, at = begin(shared(config), *partitioning.spread(given))
+    stride, waiting = report_every if report else plan.count, None
+    for first in range(0, plan.count, stride):
+        last = min(first + stride, plan.count)
+        at = advance(params, shared(config), told, at, plan[:2], first, last)
+        # Waited for only when the next steps are under way.
+        if report and waiting:
+            report(waiting[0], plan.count, jax.block_until_ready(waiting[1]))
+        waiting = last, at.x0
+    x0 = np.clip(np.asarray(at.x0), -1.0, 1.0)
+    if report:
+        report(plan.count, plan.count, at.x0)
+    return x0 if edited is None or mask is None else np.where(mask, x0, edited[0])

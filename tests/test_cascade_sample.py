@@ -1,12 +1,12 @@
 """`Cascade.sample`: a picture is a function of prompt, seed and indices, whatever is around it."""
 
-import jax
 import numpy as np
 import pytest
 
 from imagen_jax import cascade, drawing
 from imagen_jax.cascade import Cascade, RequestError, Stage, StageError
 from imagen_jax.config import ConfigError
+from imagen_jax.editing import Edit
 from imagen_jax.export import write_stage
 
 COUNT = 5
@@ -59,7 +59,7 @@ def test_one_call_is_what_whole_stages_draw(stages, texts, drawn):
     """The program that can be looked at on the way is the one that is compiled whole."""
     keys, low = cascade.picture_keys(3, range(COUNT), [0] * COUNT), None
     for index, (stage, expected) in enumerate(zip(stages, drawn, strict=True)):
-        stage_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index)
+        stage_keys = drawing.stage_keys(keys, index)
         low = cascade.sample_stage(stage.params, stage.config, *texts.values(), stage_keys, low)
         assert levels_apart(cascade.images.to_uint8(np.asarray(low)), expected) <= 1
 
@@ -117,7 +117,7 @@ def test_stages_one_at_a_time(folders, texts, drawn):
 
 
 def test_a_super_resolution_stage_alone_needs_a_picture(folders, texts):
-    with pytest.raises(RequestError, match="stage 'sr' wants a 8 px picture"):
+    with pytest.raises(RequestError, match="stage 'sr' wants a 8 px picture; give lowres"):
         Cascade.load(folders[1:], text_encoder=None).sample(**texts)
     with pytest.raises(StageError, match="stage 'base' is given a 16 px picture and wants none"):
         Cascade.load(folders[::-1], text_encoder=None)
@@ -137,6 +137,11 @@ def test_a_super_resolution_stage_alone_needs_a_picture(folders, texts):
         ({"text_mask": None}, "must be \\[N, L, D\\]"),
         ({"text_emb": np.zeros((5, 4, 9), np.float32)}, "width 9 must have width 8"),
         ({"prompts": ["a", "b"]}, "prompts are 2, text_emb has 5 rows"),
+        ({"lowres": np.zeros((5, 8, 8, 3), np.uint8)}, "lowres: stage 'base' enlarges nothing"),
+        (
+            {"edit": Edit(np.zeros((5, 8, 8, 3), np.uint8))},
+            "edit.pictures of shape",
+        ),
         ({"stage_settings": {"bsae": {}}}, "did you mean 'base'"),
         ({"stage_settings": {"sr": {"step": 3}}}, "did you mean stage_settings: sr.steps"),
     ],

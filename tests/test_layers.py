@@ -11,12 +11,13 @@ LAYERS = [
     {"config", "config_data", "config_fields", "config_io", "images", "diffusion", "distributed"}
     | {"flops", "hlo"},
     {"guidance", "models", "sampling", "optimizer", "ema", "metrics", "partitioning"}
-    | {"preemption", "profiling", "topology", "vocabulary"},
+    | {"preemption", "profiling", "topology", "vocabulary", "editing"},
     {"interop", "train_state", "checkpoint", "ema_snapshots", "compiled", "frozen_encoder"},
     {"text", "stage", "stage_folder", "faults"},
     {"data", "drawing", "prompts"},
     {
         "cascade",
+        "request",
         "evaluation",
         "train",
         "train_step",
