@@ -25,8 +25,8 @@ class Point:
       label: written beside the point, for example the setting it stands for.
     """
 
-    x: float | int
-    y: float | int
+    x: float
+    y: float
     low: float | None = None
     high: float | None = None
     label: str = ""

@@ -35,8 +35,8 @@ def test_ticks_enclose_whatever_is_given():
 
 def test_a_chart_has_every_point_and_is_well_formed():
     lines = {
-        "a <b> & c": [Point(0, 0.0, 0.0, 0.5, label="w=1"), Point(10, 1.0)],
-        "d": [Point(5, 0.5)],
+        "a <b> & c": [Point(0.0, 0.0, 0.0, 0.5, label="w=1"), Point(10.0, 1.0)],
+        "d": [Point(5.0, 0.5)],
     }
     svg = line_chart.draw(lines, title="T < U", x_label="weight", y_label="share")
     root = ElementTree.fromstring(svg)
