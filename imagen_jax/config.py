@@ -11,8 +11,16 @@ import dataclasses
 from imagen_jax.config_data import ComponentConfig, DataConfig, SourceConfig
 from imagen_jax.config_fields import ConfigError, doc, section, unknown_name
 from imagen_jax.config_fields import check_choice as _check_choice
+from imagen_jax.config_sampling import SamplingConfig
 
-__all__ = ["ComponentConfig", "ConfigError", "DataConfig", "SourceConfig", "unknown_name"]
+__all__ = [
+    "ComponentConfig",
+    "ConfigError",
+    "DataConfig",
+    "SamplingConfig",
+    "SourceConfig",
+    "unknown_name",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -329,25 +337,6 @@ class MeshConfig:
     fsdp: int = doc(1, "Devices along the fsdp axis: batch and parameters are both split.")
     tensor: int = doc(1, "Devices along the tensor axis: channels are split.")
     cpu_devices: int = doc(1, "Virtual devices made of the host's cores where no accelerator is.")
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplingConfig:
-    """How a trained stage draws."""
-
-    sampler: str = doc("ddpm", "Row of sampling.SAMPLERS: ddpm, ddim, dpmpp_2m or heun.")
-    steps: int = doc(256, "Denoising steps.")
-    gamma: float = doc(0.0, "ddpm: variance is small**(1-gamma) * large**gamma, 0..1.")
-    guidance_weight: float = doc(1.35, "w in w*cond + (1-w)*uncond; 1: off.")
-    thresholding: str = doc("dynamic", "none, static or dynamic clipping of x0.")
-    threshold_percentile: float = doc(99.5, "dynamic: percentile p of |x0|, 0..100.")
-    aug_level: float = doc(0.0, "SR stages: noise on the low-resolution picture, 0..1.")
-
-    def __post_init__(self) -> None:
-        _check_choice("sampling.sampler", self.sampler, ("ddpm", "ddim", "dpmpp_2m", "heun"))
-        _check_choice("sampling.thresholding", self.thresholding, ("none", "static", "dynamic"))
-        if self.steps < 1:
-            raise ConfigError(f"config.sampling.steps={self.steps} must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,73 +1,215 @@
-"""Guidance and thresholding: functions that wrap `denoise(z, logsnr) -> x0` into another one.
+"""Guidance: how a pair of estimates of x0 becomes one that is more certain.
 
-They compose: `threshold(guide(denoise_pair, weight), "dynamic")` is itself a `denoise`, which is
-all a sampler sees (Imagen, Sec. 2.2 and 2.3).
+Everything acts on x0, as `denoise(z, logsnr) -> x0` and on pairs (conditional, other) of it. Papers
+write the same for eps (Imagen, Eq. 2), for EDM's denoiser D, which is x0 at the same noise, or for
+v; at a fixed z each is an affine function of x0,
+
+    eps = (z - alpha x0) / sigma,    D = x0,    v = alpha eps - sigma x0 = (alpha z - x0) / sigma,
+
+so a combination whose weights sum to one is the same in all of them, and a difference of two
+estimates is that of their x0 times -alpha / sigma, 1 or -1 / sigma. Only `rescale`, which is not
+affine, depends on where it acts.
+
+The other estimate, what guidance leads away from, is the network without text (classifier-free
+guidance), with a negative prompt in its place, or a weaker network (autoguidance); see
+`stage.denoiser`. `guide` chains the variants, each off by default. A new one is a function here, a
+field of `SamplingConfig` and a line in `guide`, or, where only the weight changes with the noise, a
+row of FACTORS.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from imagen_jax.config_sampling import SamplingConfig
+from imagen_jax.diffusion import alpha_sigma, expand
 
 Denoise = Callable[[Float[Array, "b h w c"], Float[Array, " b"]], Float[Array, "b h w c"]]
 DenoisePair = Callable[
     [Float[Array, "b h w c"], Float[Array, " b"]],
     tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]],
 ]
+_PIXELS = (1, 2, 3)
 
 
-def classifier_free(denoise_pair: DenoisePair, weight: float) -> Denoise:
-    """Classifier-free guidance (arXiv:2207.12598): x0 = w x0(z, text) + (1 - w) x0(z).
-
-    The paper writes it for eps; x0 is an affine function of eps at fixed z, and the weights sum to
-    one, so both forms are the same. w = 1 is off.
+def guide(
+    denoise_pair: DenoisePair, settings: SamplingConfig, levels: Float[Array, " steps_plus_1"]
+) -> Denoise:
+    """`denoise` from a pair of estimates, with all that `settings` says of guidance.
 
     Args:
-      denoise_pair: gives (conditional, unconditional) x0 from one batched call.
-      weight: w, at least 0.
+      denoise_pair: gives (conditional, other) x0.
+      settings: the fields guidance_*.
+      levels: logsnr of the whole schedule, noisiest first; where a step is among them.
     """
 
     def denoise(z: Float[Array, "b h w c"], logsnr: Float[Array, " b"]) -> Array:
-        conditional, unconditional = denoise_pair(z, logsnr)
-        return weight * conditional + (1.0 - weight) * unconditional
+        conditional, other = denoise_pair(z, logsnr)
+        other = apg(conditional, other, settings.guidance_parallel, settings.guidance_norm)
+        weight = weight_at(logsnr, settings, levels)
+        x0 = classifier_free(conditional, other, weight)
+        return rescale(x0, conditional, settings.guidance_rescale)
 
     return denoise
 
 
-def static_threshold(x0: Float[Array, "b h w c"], percentile: float) -> Float[Array, "b h w c"]:
-    """Clips x0 to [-1, 1] (Imagen, Sec. 2.3); `percentile` is not used."""
-    del percentile
-    return jnp.clip(x0, -1.0, 1.0)
+def classifier_free(
+    conditional: Float[Array, "b h w c"],
+    other: Float[Array, "b h w c"],
+    weight: Float[Array, " b"],
+) -> Float[Array, "b h w c"]:
+    """Classifier-free guidance (arXiv:2207.12598): x0 = w x0(z, text) + (1 - w) x0(z).
 
-
-def dynamic_threshold(x0: Float[Array, "b h w c"], percentile: float) -> Float[Array, "b h w c"]:
-    """Dynamic thresholding (Imagen, Sec. 2.3, Fig. A.31): clips to [-s, s] and divides by s.
-
-    s is the percentile of |x0| over each picture, at least 1. Differs from paper: the code printed
-    in Fig. A.31 lacks the keepdims and uses the Python `max`; this is what its text says.
+    w = 1 is off. The guidance scale s of GLIDE and Imagen is this w; Ho & Salimans' own w is
+    w - 1. Negative prompt: x0(z, negative) in place of x0(z). Autoguidance (arXiv:2406.02507, Eq.
+    6): D = w D_1(z, text) + (1 - w) D_0(z, text), with a smaller or less trained network D_0.
 
     Args:
-      x0: predicted pictures.
-      percentile: p in [0, 100]; the paper's is 99.5.
+      conditional: x0(z, text).
+      other: what to lead away from.
+      weight: w of each picture, at least 0.
     """
-    s = jnp.percentile(jnp.abs(x0), percentile, axis=(1, 2, 3), keepdims=True)
-    s = jnp.maximum(s, 1.0)
-    return jnp.clip(x0, -s, s) / s
+    weight = expand(weight, conditional)
+    return weight * conditional + (1.0 - weight) * other
 
 
-THRESHOLDS: dict[str, Callable[[Array, float], Array]] = {
-    "none": lambda x0, percentile: x0,
-    "static": static_threshold,
-    "dynamic": dynamic_threshold,
+def apg(
+    conditional: Float[Array, "b h w c"],
+    other: Float[Array, "b h w c"],
+    parallel: float,
+    norm: float,
+) -> Float[Array, "b h w c"]:
+    """Adaptive projected guidance (arXiv:2410.02416, Alg. 1): an `other` that saturates less.
+
+    The difference d = conditional - other is first shortened to `norm`, d <- d min(1, r / |d|),
+    then split along the conditional x0 into d_par = <d, x0> x0 / |x0|^2 and d_orth = d - d_par; the
+    parallel part, which mostly raises contrast and colour, is scaled, and
+    conditional - (d_orth + eta d_par) is handed on. The paper acts on D = x0, too. Differs from
+    paper: without the (negative) momentum over steps, since a denoiser has no memory.
+
+    Args:
+      conditional: x0(z, text).
+      other: what to lead away from.
+      parallel: eta; 1 is off, the paper uses 0.
+      norm: r, length of the longest d; 0 is off. For another picture size, r grows with the root
+        of the number of pixels.
+    """
+    if parallel == 1.0 and norm == 0.0:
+        return other
+    difference = conditional - other
+    if norm > 0.0:
+        length = jnp.sqrt(jnp.sum(difference**2, axis=_PIXELS, keepdims=True))
+        difference *= jnp.minimum(1.0, norm / jnp.maximum(length, 1e-12))
+    square = jnp.sum(conditional**2, axis=_PIXELS, keepdims=True)
+    along = jnp.sum(difference * conditional, axis=_PIXELS, keepdims=True)
+    parallel_part = along / jnp.maximum(square, 1e-12) * conditional
+    return conditional - (difference + (parallel - 1.0) * parallel_part)
+
+
+def rescale(
+    x0: Float[Array, "b h w c"], conditional: Float[Array, "b h w c"], share: float
+) -> Float[Array, "b h w c"]:
+    """Gives the guided x0 the deviation of the conditional one (arXiv:2305.08891, Sec. 3.4).
+
+    x0 <- phi x0 std(conditional) / std(x0) + (1 - phi) x0, deviations over each picture (Eqs.
+    14-16). Differs from paper: it acts on the network's output, v; here on x0, whose contrast is
+    what guidance spoils and what should be kept.
+
+    Args:
+      x0: guided pictures.
+      conditional: x0(z, text).
+      share: phi; 0 is off, the paper uses 0.7.
+    """
+    if share == 0.0:
+        return x0
+    ratio = jnp.std(conditional, axis=_PIXELS, keepdims=True) / jnp.maximum(
+        jnp.std(x0, axis=_PIXELS, keepdims=True), 1e-12
+    )
+    return x0 * (share * ratio + (1.0 - share))
+
+
+def classifier(
+    denoise: Denoise, log_prob: Callable[[Array, Array], Float[Array, " b"]], scale: float
+) -> Denoise:
+    """Classifier guidance (arXiv:2105.05233, Alg. 2): x0 + s sigma^2 / alpha grad_z log p(c | z).
+
+    The paper's eps - s sigma grad_z log p(c | z), carried over to x0 = (z - sigma eps) / alpha. At
+    s = 1 an unconditional denoiser becomes one of p(z | c) by Bayes' rule.
+
+    Args:
+      denoise: any denoiser, conditional or not, guided or not, not yet thresholded.
+      log_prob: (z, logsnr) -> log p(c | z) in nats of each picture's class, from a classifier that
+        was trained on noisy pictures.
+      scale: s; 0 is off.
+    """
+
+    def guided(z: Float[Array, "b h w c"], logsnr: Float[Array, " b"]) -> Array:
+        # One picture's log p does not depend on its neighbours, so the sum has each one's gradient.
+        gradient = jax.grad(lambda z: log_prob(z, logsnr).sum())(z)
+        alpha, sigma = (expand(s, z) for s in alpha_sigma(logsnr))
+        return denoise(z, logsnr) + scale * sigma**2 / alpha * gradient
+
+    return guided
+
+
+def weight_at(
+    logsnr: Float[Array, " b"], settings: SamplingConfig, levels: Float[Array, " steps_plus_1"]
+) -> Float[Array, " b"]:
+    """w(logsnr) = 1 + (guidance_weight - 1) times every row of FACTORS.
+
+    Args:
+      logsnr: noise level of each picture, nats.
+      settings: the fields guidance_*.
+      levels: logsnr of the whole schedule, noisiest first.
+    """
+    excess = jnp.full_like(logsnr, settings.guidance_weight - 1.0)
+    for factor in FACTORS.values():
+        excess = excess * factor(logsnr, settings, levels)
+    return 1.0 + excess
+
+
+def scheduled(logsnr: Array, settings: SamplingConfig, levels: Array) -> Array | float:
+    """A factor that is linear in logsnr between the knots of `guidance_schedule`."""
+    if not settings.guidance_schedule:
+        return 1.0
+    at, factors = jnp.array(settings.guidance_schedule).T
+    return jnp.interp(logsnr, at, factors)
+
+
+def within_interval(logsnr: Array, settings: SamplingConfig, levels: Array) -> Array | float:
+    """1 in `guidance_interval`, 0 outside (arXiv:2404.07724, Eq. 6).
+
+    The paper's interval (sigma_lo, sigma_hi] is in EDM's sigma = exp(-logsnr / 2): logsnr from
+    -2 log sigma_hi up to, but without, -2 log sigma_lo.
+    """
+    if not settings.guidance_interval:
+        return 1.0
+    low, high = settings.guidance_interval
+    return ((low <= logsnr) & (logsnr < high)).astype(logsnr.dtype)
+
+
+def oscillating(logsnr: Array, settings: SamplingConfig, levels: Array) -> Array | float:
+    """1 for the first steps, then 0 and 1 in turn (Imagen Video, arXiv:2210.02303).
+
+    The paper's oscillating guidance goes to and fro between a high weight and 1. A level's step is
+    the number of noisier ones in the whole schedule, so that a process that starts on the way, or
+    a sampler that looks at both ends of a step, gives every level the weight that is its own.
+    """
+    if settings.guidance_oscillate_after < 0:
+        return 1.0
+    # Half a step of tolerance: levels are compared, and their own rounding must not count.
+    between = 0.5 * (levels[:-1] + levels[1:])
+    step = jnp.searchsorted(between, logsnr)
+    late = step - settings.guidance_oscillate_after
+    return ((late < 0) | (late % 2 == 1)).astype(logsnr.dtype)
+
+
+FACTORS: dict[str, Callable[[Array, SamplingConfig, Array], Array | float]] = {
+    "schedule": scheduled,
+    "interval": within_interval,
+    "oscillation": oscillating,
 }
-
-
-def threshold(denoise: Denoise, name: str, percentile: float) -> Denoise:
-    """Wraps `denoise` so that its x0 passes through row `name` of THRESHOLDS."""
-
-    def thresholded(z: Float[Array, "b h w c"], logsnr: Float[Array, " b"]) -> Array:
-        return THRESHOLDS[name](denoise(z, logsnr), percentile)
-
-    return thresholded

@@ -6,7 +6,7 @@ for training and for sampling (Imagen, Sec. 2.2-2.5).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 
-from imagen_jax import diffusion, guidance, images
+from imagen_jax import diffusion, guidance, images, thresholding
 from imagen_jax.config import Config, ConfigError
 from imagen_jax.models.efficient_unet import EfficientUNet
 from imagen_jax.models.unet import UNet
@@ -27,6 +27,7 @@ LOGSNR_EDGES = np.array([-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0])
 
 Params = Any
 Batch = Mapping[str, Array]
+Text = tuple[Float[Array, "b l d"], Bool[Array, "b l"]]  # embeddings and mask of B prompts
 
 
 def init_params(config: Config, key: Key[Array, ""]) -> Params:
@@ -206,6 +207,41 @@ def _prediction(output: Float[Array, "b h w out"]) -> Float[Array, "b h w 3"]:
     return output[..., :3]
 
 
+def estimates(
+    network: tuple[Params, Config],
+    z: Float[Array, "b size size 3"],
+    logsnr: Float[Array, " b"],
+    texts: Sequence[Text],
+    *,
+    lowres: Float[Array, "b size size c"] | None = None,
+    lowres_logsnr: Float[Array, " b"] | None = None,
+) -> list[Float[Array, "b size size 3"]]:
+    """x0 of the same z for each of several texts, by one evaluation of the network.
+
+    Args:
+      network: plain parameters and the stage they belong to.
+      z: noisy pictures.
+      logsnr: their noise level, nats.
+      texts: embeddings and mask, B of each; K texts are a batch of K B.
+      lowres: SR stages: from `noised_lowres`.
+      lowres_logsnr: SR stages: its noise level, nats.
+    """
+    params, config = network
+
+    def repeat(v: Array | None) -> Array | None:
+        return None if v is None else jnp.concatenate([v] * len(texts))
+
+    text_emb, text_mask = (jnp.concatenate(part) for part in zip(*texts, strict=True))
+    z, logsnr = repeat(z), repeat(logsnr)
+    inputs = z if lowres is None else jnp.concatenate([z, repeat(lowres)], axis=-1)
+    output = MODELS[config.model.name](config.model).apply(
+        {"params": params}, inputs, logsnr, text_emb, text_mask, lowres_logsnr=repeat(lowres_logsnr)
+    )
+    output = _prediction(output.astype(jnp.float32))
+    x0 = diffusion.to_x0(config.diffusion.prediction, output, z=z, logsnr=logsnr)
+    return jnp.split(x0, len(texts))
+
+
 def denoiser(
     params: Params,
     config: Config,
@@ -214,46 +250,59 @@ def denoiser(
     text_mask: Bool[Array, "b l"],
     lowres: Float[Array, "b size size c"] | None = None,
     aug_level: Float[Array, " b"] | None = None,
+    negative: Text | None = None,
+    guide: tuple[Params, Config] | None = None,
 ) -> guidance.Denoise:
     """`denoise(z, logsnr) -> x0` of this stage with its guidance and thresholding.
 
-    Guidance evaluates the conditional and the unconditional network as one batch of 2B.
+    Guidance leads from another estimate of x0 to this stage's own of the text. The other one is,
+    without `guide`, this network's without text, or of `negative`; both are evaluated as one batch
+    of 2B. With `guide` (autoguidance) it is that network's of the same text, or of `negative`.
 
     Args:
       params: plain parameters, usually the EMA.
-      config: the stage; `sampling` gives weight and thresholding.
+      config: the stage; `sampling` gives guidance and thresholding.
       text_emb: embeddings of the prompts.
       text_mask: True at real tokens.
       lowres: SR stages: from `noised_lowres`, drawn once per picture.
       aug_level: SR stages: the level it was noised to.
+      negative: embeddings and mask of what to lead away from, shaped as those of the prompts.
+      guide: parameters and stage of a weaker checkpoint that draws the same pictures.
+
+    Raises:
+      ConfigError: the guide does not draw the same pictures, or reads other embeddings.
     """
-    settings = config.sampling
-    network = MODELS[config.model.name](config.model)
-    lowres_logsnr = None if aug_level is None else diffusion.aug_logsnr(aug_level, config.diffusion)
+    settings, text = config.sampling, (text_emb, text_mask)
+    given = {"lowres": lowres}
+    if aug_level is not None:
+        given["lowres_logsnr"] = diffusion.aug_logsnr(aug_level, config.diffusion)
+    if guide is not None:
+        check_guide(config, guide[1])
 
-    def x0_of(z: Array, logsnr: Array, text: Array, mask: Array, copies: int) -> Array:
-        def repeat(v: Array | None) -> Array | None:
-            return None if v is None else jnp.concatenate([v] * copies)
+    def conditional(z: Array, logsnr: Array) -> Array:
+        return estimates((params, config), z, logsnr, [text], **given)[0]
 
-        z, logsnr = repeat(z), repeat(logsnr)
-        inputs = z if lowres is None else jnp.concatenate([z, repeat(lowres)], axis=-1)
-        output = network.apply(
-            {"params": params}, inputs, logsnr, text, mask, lowres_logsnr=repeat(lowres_logsnr)
-        )
-        output = _prediction(output.astype(jnp.float32))
-        return diffusion.to_x0(config.diffusion.prediction, output, z=z, logsnr=logsnr)
-
-    everything = jnp.ones(text_mask.shape[:1], bool)
-    null_emb, null_mask = drop_text(text_emb, text_mask, everything)
-
-    def denoise_pair(z: Array, logsnr: Array) -> tuple[Array, Array]:
-        text = jnp.concatenate([text_emb, null_emb])
-        mask = jnp.concatenate([text_mask, null_mask])
-        conditional, unconditional = jnp.split(x0_of(z, logsnr, text, mask, 2), 2)
-        return conditional, unconditional
+    def pair(z: Array, logsnr: Array) -> tuple[Array, Array]:
+        if guide is not None:
+            other = estimates(guide, z, logsnr, [negative or text], **given)[0]
+            return conditional(z, logsnr), other
+        other = negative or drop_text(*text, jnp.ones(text_mask.shape[:1], bool))
+        x0, x0_other = estimates((params, config), z, logsnr, [text, other], **given)
+        return x0, x0_other
 
     if settings.guidance_weight == 1.0:
-        denoise = lambda z, logsnr: x0_of(z, logsnr, text_emb, text_mask, 1)  # noqa: E731
-    else:
-        denoise = guidance.classifier_free(denoise_pair, settings.guidance_weight)
-    return guidance.threshold(denoise, settings.thresholding, settings.threshold_percentile)
+        return thresholding.threshold(conditional, settings)
+    levels = diffusion.logsnr_at(jnp.linspace(1.0, 0.0, settings.steps + 1), config.diffusion)
+    return thresholding.threshold(guidance.guide(pair, settings, levels), settings)
+
+
+def check_guide(config: Config, guide: Config) -> None:
+    """Raises ConfigError unless the stage `guide` can guide the stage `config` (autoguidance)."""
+    for field in ("data.image_size", "data.lowres_size", "model.text_dim"):
+        section, name = field.split(".")
+        got, expected = (getattr(getattr(c, section), name) for c in (guide, config))
+        if got != expected:
+            raise ConfigError(
+                f"guide: config.{field}={got} must be {expected}, as in the stage "
+                f"{config.name!r} that it guides; try an earlier checkpoint of that stage"
+            )

@@ -8,10 +8,10 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parents[1] / "imagen_jax"
 
 LAYERS = [
-    {"config", "config_data", "config_fields", "config_io", "images", "diffusion", "distributed"}
-    | {"flops", "hlo"},
+    {"config", "config_data", "config_fields", "config_io", "config_sampling", "images"}
+    | {"diffusion", "distributed", "flops", "hlo"},
     {"guidance", "models", "sampling", "optimizer", "ema", "metrics", "partitioning"}
-    | {"preemption", "profiling", "topology", "vocabulary", "editing"},
+    | {"preemption", "profiling", "thresholding", "topology", "vocabulary", "editing"},
     {"interop", "train_state", "checkpoint", "ema_snapshots", "compiled", "frozen_encoder"},
     {"text", "stage", "stage_folder", "faults"},
     {"data", "drawing", "prompts"},

@@ -172,6 +172,77 @@ def test_guidance_weight_one_is_the_conditional_network(base_config, make_batch,
     assert float(jnp.abs(on - off).max()) > 0.01
 
 
+@pytest.fixture
+def inputs(base_config, make_batch):
+    """(z, logsnr, prompts' text, other prompts' text) of the tiny base stage."""
+    batch = make_batch(base_config)
+    logsnr = jnp.linspace(-2.0, 2.0, len(batch["image"]))
+    text = (batch["text_emb"], batch["text_mask"])
+    return batch["image"], logsnr, text, (batch["text_emb"][::-1], batch["text_mask"][::-1])
+
+
+def x0_with(params, config, inputs, *, weight, text=2, **options):
+    """x0 at a guidance weight, text 2 or 3 of `inputs` being the prompt."""
+    z, logsnr = inputs[:2]
+    emb, mask = inputs[text]
+    config = changed(config, "sampling", guidance_weight=weight, thresholding="none")
+    return stage.denoiser(params, config, text_emb=emb, text_mask=mask, **options)(z, logsnr)
+
+
+def test_what_guidance_leads_away_from(base_config, inputs, random_params):
+    """No text, a negative prompt, a weaker network with the same text, or both of the latter."""
+    small = changed(base_config, "model", num_groups=2)
+    networks = (random_params(base_config), random_params(small, seed=1))
+
+    @jax.jit
+    def estimates(networks):
+        params, guide = networks[0], (networks[1], small)
+        own = [x0_with(params, base_config, inputs, weight=1.0, text=text) for text in (2, 3)]
+        guides = [x0_with(*guide, inputs, weight=1.0, text=text) for text in (2, 3)]
+        guided = [
+            x0_with(params, base_config, inputs, weight=3.0, **options)
+            for options in (
+                {"negative": inputs[3]},
+                {"guide": guide},
+                {"guide": guide, "negative": inputs[3]},
+                {},
+            )
+        ]
+        return own, guides, guided
+
+    (own, unwanted), guides, (negative, auto, both, without) = estimates(networks)
+    np.testing.assert_allclose(negative, 3.0 * own - 2.0 * unwanted, atol=1e-4)
+    np.testing.assert_allclose(auto, 3.0 * own - 2.0 * guides[0], atol=1e-4)
+    np.testing.assert_allclose(both, 3.0 * own - 2.0 * guides[1], atol=1e-4)
+    assert float(jnp.abs(negative - without).max()) > 0.01
+
+
+def test_one_network_is_evaluated_once(answer, base_config, inputs, monkeypatch):
+    monkeypatch.setattr(answer, "picture", jnp.zeros(3))
+    calls = []
+    plain = answer.__call__
+    monkeypatch.setattr(
+        answer, "__call__", lambda self, z, *a, **k: calls.append(len(z)) or plain(self, z, *a, **k)
+    )
+    every = {"guidance_interval": (-1.0, 1.0), "guidance_rescale": 0.7, "guidance_parallel": 0.0}
+    config = changed(base_config, "sampling", guidance_oscillate_after=2, **every)
+    for options, expected in [
+        ({"weight": 1.0}, [4]),
+        ({"weight": 3.0}, [8]),
+        ({"weight": 3.0, "negative": inputs[3]}, [8]),
+        ({"weight": 3.0, "guide": ({}, base_config)}, [4, 4]),
+    ]:
+        calls.clear()
+        x0_with({}, config, inputs, **options)
+        assert calls == expected
+
+
+def test_a_guide_that_draws_other_pictures_is_refused(base_config, sr_config, inputs):
+    with pytest.raises(ConfigError, match="guide: config.data.image_size=16 must be 8") as error:
+        x0_with({}, base_config, inputs, weight=2.0, guide=({}, sr_config))
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("section", "values", "says"),
     [

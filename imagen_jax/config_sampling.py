@@ -1,0 +1,81 @@
+"""The section `sampling` of the schema: how a trained stage draws."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+from imagen_jax.config_fields import ConfigError, check_choice, doc
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How a trained stage draws: sampler, guidance (`guidance.guide`), thresholding."""
+
+    sampler: str = doc("ddpm", "Row of sampling.SAMPLERS: ddpm, ddim, dpmpp_2m or heun.")
+    steps: int = doc(256, "Denoising steps.")
+    gamma: float = doc(0.0, "ddpm: variance is small**(1-gamma) * large**gamma, 0..1.")
+    guidance_weight: float = doc(1.35, "w in w*cond + (1-w)*uncond; 1: off.")
+    guidance_schedule: tuple[tuple[float, ...], ...] = doc(
+        (),
+        "Knots (logsnr in nats, factor) of a factor on w - 1, linear in between and constant "
+        "outside, for example ((-4, 0), (4, 1)); (): 1 everywhere.",
+    )
+    guidance_interval: tuple[float, ...] = doc(
+        (), "(low, high): guide only where low <= logsnr < high, nats; (): everywhere."
+    )
+    guidance_oscillate_after: int = doc(
+        -1, "Guide so many steps, from then on every second one alone; -1: all."
+    )
+    guidance_rescale: float = doc(
+        0.0, "How far the guided x0 gets the deviation of the conditional one, 0 (off) .. 1."
+    )
+    guidance_parallel: float = doc(
+        1.0, "APG: factor on the part of guidance parallel to the conditional x0; 1: off."
+    )
+    guidance_norm: float = doc(
+        0.0, "APG: longest difference of the two x0, root of the sum of squares; 0: any length."
+    )
+    thresholding: str = doc("dynamic", "Row of thresholding.THRESHOLDS: none, static or dynamic.")
+    threshold_percentile: float = doc(99.5, "dynamic: percentile p of |x0|, 0..100.")
+    threshold_cap: float = doc(
+        0.0, "dynamic: largest divisor, at least 1; what lies beyond is cut off. 0: no cap."
+    )
+    aug_level: float = doc(0.0, "SR stages: noise on the low-resolution picture, 0..1.")
+
+    def __post_init__(self) -> None:
+        check_choice("sampling.sampler", self.sampler, ("ddpm", "ddim", "dpmpp_2m", "heun"))
+        check_choice("sampling.thresholding", self.thresholding, ("none", "static", "dynamic"))
+        self._check("steps", self.steps >= 1, "at least 1")
+        for field in ("gamma", "guidance_rescale", "aug_level"):
+            self._check(field, 0.0 <= getattr(self, field) <= 1.0, "within 0..1")
+        for field in ("guidance_weight", "guidance_norm"):
+            self._check(field, 0.0 <= getattr(self, field) < float("inf"), "at least 0")
+        finite = abs(self.guidance_parallel) < float("inf")
+        self._check("guidance_parallel", finite, "a finite factor; try 0.0")
+        after = self.guidance_oscillate_after
+        self._check("guidance_oscillate_after", after >= -1, "at least 0, or -1 for never")
+        knots = self.guidance_schedule
+        rising = all(len(knot) == 2 for knot in knots) and all(
+            before[0] < after[0] for before, after in itertools.pairwise(knots)
+        )
+        self._check(
+            "guidance_schedule",
+            rising,
+            "pairs (logsnr, factor) of rising logsnr; try ((-4.0, 0.0), (4.0, 1.0))",
+        )
+        interval = self.guidance_interval
+        self._check(
+            "guidance_interval",
+            not interval or (len(interval) == 2 and interval[0] < interval[1]),
+            "(low, high) in logsnr, low first; try (-4.0, 2.0), or () for everywhere",
+        )
+        percentile = 0.0 < self.threshold_percentile <= 100.0
+        self._check("threshold_percentile", percentile, "above 0 and at most 100; try 99.5")
+        cap = self.threshold_cap == 0.0 or 1.0 <= self.threshold_cap < float("inf")
+        self._check("threshold_cap", cap, "at least 1, or 0 for no cap")
+
+    def _check(self, field: str, holds: bool, expected: str) -> None:
+        if not holds:
+            got = getattr(self, field)
+            raise ConfigError(f"config.sampling.{field}={got} must be {expected}")
