@@ -1,0 +1,77 @@
+"""The public weights of FID's InceptionV3: torch's file or a safetensors copy of it.
+
+The file is `pt_inception-2015-12-05-6726825d.pth` of the pytorch-fid project, TensorFlow's graph of
+2015 with other names. Nothing is downloaded: a score from other weights than one believes is worse
+than none. The reader runs nothing of the pickle (interop/torch_pickle.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from imagen_jax.interop import weights
+from imagen_jax.models import inception
+
+PUBLIC_FILE = "pt_inception-2015-12-05-6726825d.pth"
+
+_PARTS = {
+    "kernel": "conv.weight",
+    "scale": "bn.weight",
+    "bias": "bn.bias",
+    "mean": "bn.running_mean",
+    "variance": "bn.running_var",
+}
+# The classifier, which FID does without; its 1008 rows tell these weights from torchvision's.
+_CLASSIFIER = {"fc.weight": (1008, inception.FEATURES), "fc.bias": (1008,)}
+
+
+def read(path: str | pathlib.Path) -> tuple[dict[str, Any], str]:
+    """Parameters of `models.inception.Inception`, and the hash of their values.
+
+    Args:
+      path: a `.pth` (`.pt`, `.bin`) or `.safetensors` file.
+
+    Raises:
+      WeightsError: no such file, a damaged one, or one of another network (every missing, extra
+        and wrong-shape tensor is named).
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise weights.WeightsError(
+            f"--inception={path}: no such file; download {PUBLIC_FILE} from the releases of "
+            "github.com/mseitzer/pytorch-fid"
+        )
+    opener = weights.open_safetensors if path.suffix == ".safetensors" else weights.open_torch
+    found = opener(path, lambda name: not name.endswith("num_batches_tracked"))
+    expected = _expected()
+    weights.check_parameters(
+        path,
+        {name: tensor.shape for name, tensor in found.items()},
+        dict(expected.values()) | _CLASSIFIER,
+    )
+    digest, flat = hashlib.sha256(), {}
+    for ours, (theirs, _) in sorted(expected.items()):
+        array = np.asarray(found[theirs].read()).astype(np.float32)
+        if ours.endswith("/kernel"):
+            array = array.transpose(2, 3, 1, 0)
+        flat[ours] = np.ascontiguousarray(array)
+        digest.update(ours.encode())
+        digest.update(flat[ours].data)
+    return weights.unflatten(flat), digest.hexdigest()
+
+
+def _expected() -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Our path -> their name and shape."""
+    names = {}
+    for path, leaf in weights.flatten(inception.param_shapes()).items():
+        *layers, part = path.split("/")
+        shape = leaf.shape
+        if part == "kernel":
+            height, width, inputs, outputs = shape
+            shape = (outputs, inputs, height, width)
+        names[path] = (".".join([*layers, _PARTS[part]]), shape)
+    return names

@@ -1,0 +1,78 @@
+"""KID, precision and recall, CMMD: against their definitions, and where the answer is known."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from imagen_jax.evaluation import feature_distances
+from imagen_jax.evaluation.feature_distances import cmmd, kid, precision_recall
+from imagen_jax.evaluation.samples import EvaluationError
+
+RNG = np.random.default_rng(0)
+
+
+def test_kid_is_its_definition():
+    a, b = RNG.normal(size=(7, 3)), RNG.normal(size=(5, 3)) + 1
+
+    def k(x, y):
+        return (x @ y / 3 + 1) ** 3
+
+    expected = (
+        np.mean([k(x, y) for x, y in itertools.permutations(a, 2)])
+        + np.mean([k(x, y) for x, y in itertools.permutations(b, 2)])
+        - 2 * np.mean([k(x, y) for x, y in itertools.product(a, b)])
+    )
+    value, error = kid(a, b)
+    assert value == pytest.approx(expected) and math.isnan(error)
+
+
+def test_kid_over_subsets_has_no_bias():
+    a, b, c = RNG.normal(size=(3, 800, 4))
+    same, other = kid(a, b, subsets=50, size=100), kid(a, c + 0.5, subsets=50, size=100)
+    assert abs(same.value) < 5 * same.error
+    assert other.value == pytest.approx(kid(a, c + 0.5, size=800).value, rel=0.1)
+    assert kid(a, b, subsets=50, size=100) == same
+
+
+def test_precision_and_recall_tell_what_is_missing_from_what_is_wrong():
+    left, right = RNG.normal(size=(2, 400, 2)) + np.array([[[-30]], [[30]]])
+    both = np.concatenate([left, right])
+    half = precision_recall(RNG.normal(size=(400, 2)) - 30, both)
+    assert half.precision > 0.9 and 0.4 < half.recall < 0.5
+    more = precision_recall(both, left)
+    assert more.precision == 0.5 and more.recall == 1.0
+
+
+def test_precision_with_a_border_that_is_known():
+    real = np.array([[0.0], [1.0], [2.0], [10.0]])
+    # Third neighbours are 10, 9, 8 and 10 away: 18.5 is within 8.5 of the last, 20.5 of none.
+    drawn = np.array([[18.5], [20.5], [-9.5], [-10.5]])
+    assert precision_recall(drawn, real).precision == 0.5
+
+
+def test_cmmd_is_its_definition():
+    a, b = RNG.normal(size=(6, 4)), RNG.normal(size=(9, 4)) + 0.5
+    x, y = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (a, b))
+
+    def mean(p, q):
+        return np.mean([math.exp(-((s - t) ** 2).sum() / 200) for s in p for t in q])
+
+    assert cmmd(a, b) == pytest.approx(1000 * (mean(x, x) + mean(y, y) - 2 * mean(x, y)), rel=1e-9)
+    assert cmmd(a, 3 * a) == pytest.approx(0, abs=1e-12)
+
+
+def test_blocks_change_nothing(monkeypatch):
+    a, b = RNG.normal(size=(40, 3)), RNG.normal(size=(30, 3)) + 0.3
+    whole = precision_recall(a, b), cmmd(a, b)
+    monkeypatch.setattr(feature_distances, "_ROWS", 7)
+    assert precision_recall(a, b) == whole[0]
+    assert cmmd(a, b) == pytest.approx(whole[1], rel=1e-9)
+
+
+def test_what_cannot_be_compared():
+    with pytest.raises(EvaluationError, match="2 and 3 numbers"):
+        kid(np.zeros((4, 2)), np.zeros((4, 3)))
+    with pytest.raises(EvaluationError, match="at least 4"):
+        precision_recall(np.zeros((3, 2)), np.zeros((9, 2)))
