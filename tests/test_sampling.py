@@ -1,4 +1,7 @@
-"""Samplers on data whose exact denoiser is known: N(M, C^2) for every pixel."""
+"""Samplers on data whose exact denoiser is known: N(M, C^2) for every pixel.
+
+Their orders of convergence are in test_sampling_mixture.py.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -39,22 +42,6 @@ def test_the_denoiser_of_these_tests_is_exact():
     z = np.random.default_rng(0).normal(size=(3, *SHAPE))
     got = denoise(jnp.asarray(z, jnp.float32), jnp.full(3, 0.7))
     np.testing.assert_allclose(got, reference.gaussian_mean(z, 0.7, M, C), atol=1e-6)
-
-
-@pytest.mark.parametrize(("name", "order"), [("ddim", 1), ("dpmpp_2m", 2), ("heun", 2)])
-def test_order_of_convergence(name, order):
-    z = np.random.default_rng(0).normal(size=(2, *SHAPE))
-    first, last = -2.0, 2.0
-    end = reference.gaussian_flow(z, first, last, M, C)
-    exact = reference.gaussian_mean(end, last, M, C)
-    counts = np.array([8, 16, 32])
-    errors = []
-    for count in counts:
-        # The loop answers with x0 at the last level but one; the last one is not looked at.
-        logsnrs = [*np.linspace(first, last, count + 1), 20.0]
-        errors.append(np.abs(draw(name, logsnrs, jnp.asarray(z, jnp.float32)) - exact).max())
-    slope = np.polyfit(np.log(counts), np.log(errors), 1)[0]
-    assert slope == pytest.approx(-order, abs=0.2)
 
 
 @pytest.mark.parametrize("name", list(sampling.SAMPLERS))

@@ -1,6 +1,7 @@
 """The diffusion process in float64 NumPy, written from the papers' formulas."""
 
 import numpy as np
+from scipy.integrate import solve_ivp
 
 
 def cosine_logsnr(t):
@@ -51,8 +52,40 @@ def gaussian_mean(z, logsnr, mean, deviation):
     return mean + alpha * deviation**2 / variance * (z - alpha * mean)
 
 
-def gaussian_flow(z, logsnr_t, logsnr_s, mean, deviation):
-    """Solution of the probability-flow ODE there: the standardised z is constant."""
-    (alpha_t, sigma_t), (alpha_s, sigma_s) = scales(logsnr_t), scales(logsnr_s)
-    standard = (z - alpha_t * mean) / np.sqrt(alpha_t**2 * deviation**2 + sigma_t**2)
-    return alpha_s * mean + np.sqrt(alpha_s**2 * deviation**2 + sigma_s**2) * standard
+def mixture_mean(z, logsnr, shares, means, deviation):
+    """E[x0 | z] where a picture is N(means[k], deviation^2 I) with probability shares[k].
+
+    z [n, d], means [k, d]; Bayes' rule gives each component's probability, whose own mean follows.
+    """
+    alpha, sigma = scales(logsnr)
+    variance = alpha**2 * deviation**2 + sigma**2
+    offset = z[:, None] - alpha * means
+    log_odds = np.log(shares) - 0.5 * np.sum(offset**2, axis=-1) / variance
+    odds = np.exp(log_odds - log_odds.max(axis=1, keepdims=True))
+    odds = (odds / odds.sum(axis=1, keepdims=True))[..., None]
+    return np.sum(odds * (means + alpha * deviation**2 / variance * offset), axis=1)
+
+
+def mixture_flow(z, logsnr_t, logsnr_s, *mixture):
+    """Solution of the probability-flow ODE there, by scipy's eighth-order Runge-Kutta.
+
+    In y = z / alpha and n = sigma / alpha it is dy / d log n = y - x0.
+    """
+    shape = z.shape
+
+    def slope(log_n, y):
+        logsnr = -2.0 * log_n
+        y = y.reshape(shape)
+        x0 = mixture_mean(scales(logsnr)[0] * y, logsnr, *mixture)
+        return (y - x0).ravel()
+
+    alpha_t, alpha_s = scales(logsnr_t)[0], scales(logsnr_s)[0]
+    solved = solve_ivp(
+        slope,
+        (-logsnr_t / 2, -logsnr_s / 2),
+        (z / alpha_t).ravel(),
+        "DOP853",
+        rtol=1e-11,
+        atol=1e-12,
+    )
+    return alpha_s * solved.y[:, -1].reshape(shape)

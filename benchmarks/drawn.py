@@ -1,0 +1,126 @@
+"""What the benchmarks of guidance share: prompts of the shapes world, drawn by a cascade and read.
+
+The base stage draws with a denoiser of the benchmark's own making, whose numbers (a weight, a
+scale) are arguments of one compiled program; the super-resolution stages draw as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from imagen_jax import cascade, config_io, diffusion, images, prompts, sampling
+from imagen_jax.evaluation import alignment
+from imagen_jax.text import embed_prompts, load_text_encoder
+
+BATCH = 32
+
+
+class Asked(NamedTuple):
+    """Prompt rows with the embeddings of their prompts, one of each per picture."""
+
+    rows: list[dict[str, Any]]
+    text_emb: np.ndarray
+    text_mask: np.ndarray
+
+
+def load(stages: str) -> list[cascade.Stage]:
+    """The stages of `DIR,DIR`, base first."""
+    loaded = [cascade.load_stage(path) for path in stages.split(",")]
+    cascade.check_chain([stage.config for stage in loaded])
+    return loaded
+
+
+def ask(stage: cascade.Stage, file: str, kinds: Sequence[str], count: int, each: int = 1) -> Asked:
+    """The first `count` prompts of `kinds` in a prompts.jsonl, `each` pictures of each."""
+    rows = [row for row in prompts.read(file) if row["kind"] in kinds][:count]
+    text_emb, text_mask = embed_prompts(
+        load_text_encoder(stage.config.text),
+        [row["prompt"] for row in rows],
+        batch_size=BATCH,
+        max_len=stage.config.data.max_text_len,
+    )
+    order = np.repeat(np.arange(len(rows)), each)
+    return Asked([rows[i] for i in order], text_emb[order], text_mask[order])
+
+
+def draw(
+    stages: Sequence[cascade.Stage],
+    asked: Asked,
+    denoise_of: Callable[..., Any],
+    *numbers: Any,
+    seed: int = 0,
+) -> list[np.ndarray]:
+    """Draws a picture per row.
+
+    Args:
+      stages: base first.
+      asked: what to draw.
+      denoise_of: (base parameters, base config, text, *numbers) -> denoise; a module-level
+        function, so that it is compiled once.
+      numbers: arrays or trees of them; those whose first axis is the rows' are cut into batches.
+      seed: of the noise, which depends on the row's number beside it.
+
+    Returns:
+      uint8 pictures of every stage.
+    """
+    drawn: list[list[np.ndarray]] = [[] for _ in stages]
+    base, *others = stages
+    count = len(asked.rows)
+    for start in range(0, count, BATCH):
+        rows = np.minimum(np.arange(start, start + BATCH), count - 1)
+        text = (asked.text_emb[rows], asked.text_mask[rows])
+        keys = cascade.picture_keys(seed, rows.tolist(), [0] * BATCH)
+        cut = [v[rows] if np.ndim(v) and len(v) == count else v for v in numbers]
+        pictures = _draw_base(denoise_of, base.params, base.config, text, keys, cut)
+        drawn[0].append(images.to_uint8(np.asarray(pictures)))
+        for index, stage in enumerate(others, 1):
+            stage_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index)
+            pictures = cascade.sample_stage(stage.params, stage.config, *text, stage_keys, pictures)
+            drawn[index].append(images.to_uint8(np.asarray(pictures)))
+    return [np.concatenate(parts)[:count] for parts in drawn]
+
+
+@functools.partial(jax.jit, static_argnames=("denoise_of", "config"))
+def _draw_base(denoise_of, params, config, text, keys, numbers):
+    settings, size = config.sampling, config.data.image_size
+    start_keys, step_keys = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 2))(keys), 1, 0)
+    options = {"gamma": settings.gamma} if settings.sampler == "ddpm" else {}
+    times = jnp.linspace(1.0, 0.0, settings.steps + 1)
+    x0 = sampling.sample_loop(
+        sampling.SAMPLERS[settings.sampler](**options),
+        denoise_of(params, config, text, *numbers),
+        sampling.normal(start_keys, (size, size, 3)),
+        diffusion.logsnr_at(times, config.diffusion),
+        step_keys,
+    )
+    return jnp.clip(x0, -1.0, 1.0)
+
+
+def exact(pictures: np.ndarray, asked: Asked) -> tuple[float, float, float]:
+    """Share of the pictures in which all is right, with its 95% Wilson interval."""
+    marks = [
+        alignment.score(picture, row)["exact"]
+        for picture, row in zip(pictures, asked.rows, strict=True)
+    ]
+    return sum(marks) / len(marks), *alignment.wilson(sum(marks), len(marks))
+
+
+def write_between(path: str, name: str, text: str) -> None:
+    """Replaces what stands between the marks `<!-- begin NAME -->` and `<!-- end NAME -->`."""
+    file = pathlib.Path(path)
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    before, rest = file.read_text().split(begin)
+    _, after = rest.split(end)
+    file.write_text(f"{before}{begin}\n{text.strip()}\n{end}{after}")
+
+
+def fingerprint(stages: Sequence[cascade.Stage]) -> str:
+    """Which stages were drawn with, for the record."""
+    return ",".join(f"{s.config.name}:{config_io.fingerprint(s.config)}" for s in stages)

@@ -1,0 +1,135 @@
+"""The paper's figure on thresholding (Imagen, Fig. A.9 and Sec. 4.5) on the shapes world.
+
+    .venv/bin/python benchmarks/thresholding.py --stages=runs/demo/stages/base,runs/demo/stages/sr \
+        --prompts=runs/demo/data/prompts_held_out.jsonl --out=runs/thresholding --docs=docs
+
+Draws the same prompts, with the same noise, at guidance weights 1 to 10 of the base stage without
+thresholding, with static and with dynamic thresholding, and measures alignment (share of pictures
+in which every attribute is right) and saturation (share of the channel values of the base's
+pictures that lie at the limits, within 2 of 0 or 255; real pictures have none). Thresholding of the
+super-resolution stage, which is not guided, stays as it is. About ten minutes on one CPU core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import pathlib
+
+import drawn
+import jax.numpy as jnp
+import numpy as np
+
+from imagen_jax import guidance, images, stage, thresholding
+from imagen_jax.config import SamplingConfig
+from imagen_jax.evaluation import line_chart
+from imagen_jax.evaluation.line_chart import Point
+
+MODES = ("none", "static", "dynamic")
+LIMIT = 2  # levels of 255
+SHOWN_WEIGHT, SHOWN = 8.0, 12
+
+
+def guided(params, config, text, weight, *, mode):
+    """denoise with guidance weight `weight` and thresholding `mode`."""
+    null = stage.drop_text(*text, jnp.ones(text[1].shape[:1], bool))
+
+    def denoise(z, logsnr):
+        pair = stage.estimates((params, config), z, logsnr, [text, null])
+        return guidance.classifier_free(*pair, jnp.full(logsnr.shape, weight))
+
+    settings = SamplingConfig(
+        thresholding=mode, threshold_percentile=config.sampling.threshold_percentile
+    )
+    return thresholding.threshold(denoise, settings)
+
+
+DENOISERS = {mode: functools.partial(guided, mode=mode) for mode in MODES}
+
+
+def measure(stages, asked, mode, weight):
+    """One point of the figure, and its pictures."""
+    base, final = (drawn.draw(stages, asked, DENOISERS[mode], weight)[i] for i in (0, -1))
+    share, low, high = drawn.exact(final, asked)
+    at_limits = [
+        float(np.mean((pictures <= LIMIT) | (pictures >= 255 - LIMIT)))
+        for pictures in (base, final)
+    ]
+    row = {"mode": mode, "weight": weight, "exact": share, "low": low, "high": high}
+    return row | {"saturated_base": at_limits[0], "saturated": at_limits[1]}, final
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--stages", required=True, help="base and SR stage folders")
+    parser.add_argument("--prompts", required=True, help="prompts.jsonl of the shapes world")
+    parser.add_argument("--count", type=int, default=100, help="prompts with one kind of object")
+    parser.add_argument("--out", required=True, help="folder of the numbers and pictures")
+    parser.add_argument("--docs", default="", help="folder of sampling.md and images/ to update")
+    flags = parser.parse_args()
+    out = pathlib.Path(flags.out)
+    out.mkdir(parents=True, exist_ok=True)
+    stages = drawn.load(flags.stages)
+    asked = drawn.ask(stages[0], flags.prompts, ("single", "count"), flags.count)
+    rows = []
+    print("mode      weight  exact  95%           at the limits: base, final")
+    for mode in MODES:
+        for weight in np.arange(1.0, 11.0):
+            row, final = measure(stages, asked, mode, float(weight))
+            rows.append(row)
+            print(
+                f"{mode:9} {weight:6.1f} {row['exact']:6.2f}  [{row['low']:.2f}, {row['high']:.2f}]"
+                f"  {row['saturated_base']:.4f} {row['saturated']:.4f}",
+                flush=True,
+            )
+            if weight == SHOWN_WEIGHT:
+                images.save_png(out / f"{mode}.png", images.grid(final[:SHOWN], SHOWN), {})
+    record = {"stages": drawn.fingerprint(stages), "prompts": len(asked.rows), "points": rows}
+    (out / "thresholding.json").write_text(json.dumps(record, indent=1) + "\n")
+    if flags.docs:
+        write(record, pathlib.Path(flags.docs), out)
+
+
+def write(record, docs, out):
+    """The two charts, the pictures and the table of docs/sampling.md."""
+    lines = {"alignment": {}, "saturation": {}}
+    for mode in MODES:
+        points = [p for p in record["points"] if p["mode"] == mode]
+        lines["alignment"][mode] = [
+            Point(p["weight"], p["exact"], p["low"], p["high"]) for p in points
+        ]
+        lines["saturation"][mode] = [
+            Point(p["weight"], 100.0 * p["saturated_base"]) for p in points
+        ]
+    count = record["prompts"]
+    labels = {
+        "alignment": f"all attributes right, share of {count}",
+        "saturation": "channel values at the limits, %",
+    }
+    for name, label in labels.items():
+        svg = line_chart.draw(
+            lines[name],
+            title=f"Guidance and thresholding: {name}",
+            x_label="guidance weight of the base stage",
+            y_label=label,
+        )
+        (docs / "images" / f"thresholding_{name}.svg").write_text(svg)
+    grids = [images.decode((out / f"{mode}.png").read_bytes()) for mode in MODES]
+
+    sheet = np.concatenate(grids)
+    images.save_png(docs / "images" / "thresholding_weight_8.png", sheet, {})
+    table = ["| weight | " + " | ".join(MODES) + " |", "|---|---|---|---|"]
+    for weight in sorted({p["weight"] for p in record["points"]}):
+        cells = [
+            f"{p['exact']:.2f} ({p['low']:.2f}-{p['high']:.2f}), {100 * p['saturated_base']:.1f}%"
+            for mode in MODES
+            for p in record["points"]
+            if (p["mode"], p["weight"]) == (mode, weight)
+        ]
+        table.append(f"| {weight:g} | " + " | ".join(cells) + " |")
+    drawn.write_between(str(docs / "sampling.md"), "thresholding", "\n".join(table))
+
+
+if __name__ == "__main__":
+    main()
