@@ -214,9 +214,12 @@ def sample_stage(
 def shared(config: Config) -> Config:
     """`config` without the values that `begin` and `advance` are given as arrays.
 
-    It is what their programs are told apart by: those of other values are the same.
+    It is what their programs are told apart by: those of other values are the same. Guidance that
+    oscillates has to know the number of steps.
     """
-    sampling = dataclasses.replace(config.sampling, steps=1, aug_level=0.0)
+    settings = config.sampling
+    steps = settings.steps if settings.guidance_oscillate_after >= 0 else 1
+    sampling = dataclasses.replace(settings, steps=steps, aug_level=0.0)
     return dataclasses.replace(config, sampling=sampling)
 
 

@@ -1,5 +1,7 @@
 """`Cascade.sample`: a picture is a function of prompt, seed and indices, whatever is around it."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -109,6 +111,15 @@ def folders(stages, tmp_path_factory):
     for stage in stages:
         write_stage(root / stage.config.name, stage.params, stage.config, {})
     return [str(root / name) for name in ("base", "sr")]
+
+
+def test_guidance_that_goes_by_the_step_knows_how_many_there_are(base_config):
+    def shared(**settings):
+        sampling = dataclasses.replace(base_config.sampling, **settings)
+        return drawing.shared(dataclasses.replace(base_config, sampling=sampling))
+
+    assert shared(steps=5) == shared(steps=9)
+    assert shared(steps=5, guidance_oscillate_after=2).sampling.steps == 5
 
 
 def test_stages_one_at_a_time(folders, texts, drawn):
