@@ -48,7 +48,7 @@ setuptools.setup(
         # CLIP's vocabulary (config.text.encoder=clip).
         "clip": ["tokenizers>=0.22,<0.24"],
         # What the tests compare with where it is there (importorskip); never needed.
-        "peers": ["torch", "transformers"],
+        "peers": ["torch", "transformers", "diffusers"],
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         "cuda": ["jax[cuda13]>=0.10,<0.12"],
         "dev": [

@@ -39,9 +39,9 @@ COLORS, SHAPES, SIZES = (list(names) for names in (shapes.COLORS, shapes.SHAPES,
 MIXED = 4  # the number of a picture whose objects differ; else the number of objects minus one
 CLASSES = (len(COLORS), len(SHAPES), len(SIZES), MIXED + 1)
 NAMES = ("colour", "shape", "size", "number")
-SCENES, TEST_SCENES, BATCH = 20_000, 1_000, 64
+SCENES, TEST_SCENES, BATCH = 20_000, 1_000, 32
 SCALES = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0)
-WEIGHTS = (0.0, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
+WEIGHTS = (1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
 
 
 def labels_of(objects):
@@ -84,8 +84,8 @@ def train(network, config, steps):
         key = jax.random.fold_in(jax.random.key(1), step)
         params, opt_state, loss = step_fn(params, opt_state, pictures[rows], labels[rows], key)
         losses.append(loss)
-        if (step + 1) % 200 == 0:
-            print(f"step {step + 1}  loss {np.mean(losses[-200:]):.3f} nats", flush=True)
+        if (step + 1) % 500 == 0:
+            print(f"step {step + 1}  loss {np.mean(losses[-500:]):.3f} nats", flush=True)
     return params
 
 
@@ -154,7 +154,7 @@ def main():
     parser.add_argument("--stages", required=True, help="base and SR stage folders")
     parser.add_argument("--prompts", required=True, help="prompts.jsonl of the shapes world")
     parser.add_argument("--count", type=int, default=60, help="prompts with one object")
-    parser.add_argument("--steps", type=int, default=2_000, help="training steps")
+    parser.add_argument("--steps", type=int, default=4_000, help="training steps")
     parser.add_argument("--out", required=True, help="folder of the classifier and the numbers")
     parser.add_argument("--docs", default="", help="folder of sampling.md and images/ to update")
     flags = parser.parse_args()

@@ -73,10 +73,11 @@ def draw(
     drawn: list[list[np.ndarray]] = [[] for _ in stages]
     base, *others = stages
     count = len(asked.rows)
-    for start in range(0, count, BATCH):
-        rows = np.minimum(np.arange(start, start + BATCH), count - 1)
+    size = min(BATCH, count)
+    for start in range(0, count, size):
+        rows = np.minimum(np.arange(start, start + size), count - 1)
         text = (asked.text_emb[rows], asked.text_mask[rows])
-        keys = cascade.picture_keys(seed, rows.tolist(), [0] * BATCH)
+        keys = cascade.picture_keys(seed, rows.tolist(), [0] * size)
         cut = [v[rows] if np.ndim(v) and len(v) == count else v for v in numbers]
         pictures = _draw_base(denoise_of, base.params, base.config, text, keys, cut)
         drawn[0].append(images.to_uint8(np.asarray(pictures)))

@@ -18,13 +18,14 @@ from jaxtyping import Array, Float, Int, Key
 from imagen_jax import diffusion
 from imagen_jax.config import DiffusionConfig, ModelConfig
 from imagen_jax.models import layers
-from imagen_jax.models.conditioning import NoiseEmbedding
+from imagen_jax.models.conditioning import NoiseEmbedding, TextPooling
 
 
 class Classifier(nn.Module):
     """Logits of several classifications of one noisy picture.
 
-    Differs from the paper: the mean over the pixels, not attention, pools the last level.
+    The pixels of the last level are pooled by attention, as in the paper, by the very layer that
+    pools text tokens elsewhere.
 
     Attributes:
       config: shape of the encoder; its fields of text, decoder and output are not looked at.
@@ -59,9 +60,11 @@ class Classifier(nn.Module):
                 block = layers.ResBlock(cfg, features, "down", name=f"down_{i}_resample")
                 x = block(x, embedding, train)
         x = layers.ACTIVATIONS[cfg.activation](layers.group_norm(cfg.num_groups, "norm_out")(x))
-        x = x.mean(axis=(1, 2)).astype(jnp.float32)
+        tokens = x.astype(jnp.float32).reshape(x.shape[0], -1, x.shape[-1])
+        everywhere = jnp.ones(tokens.shape[:2], bool)
+        pooled = TextPooling(cfg.channels[-1], "attention", name="pooling")(tokens, everywhere)
         return tuple(
-            layers.dense(count, f"logits_{k}", zero_init=True)(x)
+            layers.dense(count, f"logits_{k}", zero_init=True)(pooled)
             for k, count in enumerate(self.classes)
         )
 
