@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8
 
-from imagen_jax import config_io, drawing, editing, images, partitioning, request
+from imagen_jax import config_io, drawing, editing, images, partitioning, request, stage_folder
 from imagen_jax.config import Config, ConfigError, unknown_name
 from imagen_jax.drawing import Asked, picture_keys, sample_stage
 from imagen_jax.editing import Edit
@@ -74,6 +74,8 @@ class Cascade:
     Attributes:
       configs: of the stages; `sampling` says how each draws unless a call says otherwise.
       encoder: the text encoder; None: callers give embeddings.
+      weights: a short hash of each stage's parameter file; "" where there is none.
+      keep: "all" stages are on the devices, or "one" at a time.
     """
 
     def __init__(self, stages: Sequence[Stage], encoder: TextEncoder | None = None):
@@ -84,6 +86,8 @@ class Cascade:
         """
         self.configs = [stage.config for stage in stages]
         self.encoder = encoder
+        self.weights = [""] * len(self.configs)
+        self.keep: Literal["all", "one"] = "all"
         given = stages[0].config.data.lowres_size if stages else 0
         check_chain(self.configs, given)
         placed = [partitioning.copy_everywhere(stage.params) for stage in stages]
@@ -121,11 +125,13 @@ class Cascade:
             text = dataclasses.replace(text, path=text_encoder or text.path)
             encoder = load_text_encoder(text)
             _check_encoder([stage.config for stage in stages], encoder, text.path)
-        if keep == "all":
-            return cls(stages, encoder)
-        cascade = cls([stage._replace(params={}) for stage in stages], encoder)
-        read = lambda path: partitioning.copy_everywhere(load_stage(path).params)  # noqa: E731
-        cascade._params = [functools.partial(read, path) for path in dirs]
+        held = stages if keep == "all" else [stage._replace(params={}) for stage in stages]
+        cascade = cls(held, encoder)
+        cascade.keep = keep
+        cascade.weights = [stage_folder.weights_hash(path) for path in dirs]
+        if keep == "one":
+            read = lambda path: partitioning.copy_everywhere(load_stage(path).params)  # noqa: E731
+            cascade._params = [functools.partial(read, path) for path in dirs]
         return cascade
 
     def embed(

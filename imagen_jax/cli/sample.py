@@ -7,11 +7,12 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from imagen_jax import distributed, trace
 from imagen_jax import prompts as prompts_lib
 from imagen_jax.cascade import Cascade, check_chain, load_stage, with_settings
 from imagen_jax.cli import wiring
 from imagen_jax.config import ConfigError
-from imagen_jax.sample import sample
+from imagen_jax.sample import Job, sample
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +35,19 @@ def add_drawing(parser: argparse.ArgumentParser, *, samples_per_prompt: int) -> 
     )
     parser.add_argument("--batch_size", type=int, default=32, help="pictures drawn at a time")
     parser.add_argument("--cpu_devices", type=int, default=1, help="cores to share the pictures")
+    parser.add_argument(
+        "--keep_stages",
+        choices=("all", "one"),
+        default="all",
+        help="stages in memory: all, or one at a time, which draws many batches with each",
+    )
+    parser.add_argument(
+        "--trace",
+        choices=("", *trace.KINDS),
+        default="",
+        metavar="png|gif",
+        help="also write the estimates of each stage on the way, OUT/trace/NNNNN_KK.png or .gif",
+    )
     parser.add_argument("--limit", type=int, default=0, help="draw the first N prompts; 0: all")
     parser.add_argument("--text_encoder", default="", help="encoder folder, if it has moved")
     parser.add_argument(
@@ -61,20 +75,21 @@ def draw(flags: argparse.Namespace, rows: Sequence[Mapping[str, Any]]) -> None:
     rows = rows[: flags.limit] if flags.limit > 0 else rows
     settings = _settings(flags.stage_settings)
     folders = flags.stages.split(",")
+    # All that can be refused is refused before the text encoder is read.
     configs = [load_stage(path).config for path in folders]
     check_chain(configs)
-    configs = with_settings(configs, settings, "--stage_settings")
-    cascade = Cascade.load(folders, text_encoder=flags.text_encoder)
-    cascade.configs = configs
-    sample(
-        cascade,
-        rows,
-        flags.out,
+    with_settings(configs, settings, "--stage_settings")
+    distributed.initialize()
+    job = Job(
         seed=flags.seed,
         samples_per_prompt=flags.samples_per_prompt,
         batch_size=flags.batch_size,
+        stage_settings=settings,
         checkpoint=flags.stages,
+        trace=flags.trace,
     )
+    cascade = Cascade.load(folders, text_encoder=flags.text_encoder, keep=flags.keep_stages)
+    sample(cascade, rows, flags.out, job, print if distributed.is_first() else lambda line: None)
 
 
 def _settings(text: str) -> dict[str, dict[str, Any]]:
