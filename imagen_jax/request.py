@@ -46,6 +46,12 @@ def with_settings(
     for config in configs:
         values = dataclasses.asdict(config.sampling) | dict(settings.get(config.name, {}))
         sampling = config_io.from_dict(SamplingConfig, values, f"{where}: {config.name}")
+        highest = config.diffusion.aug_level_max
+        if not 0.0 <= sampling.aug_level <= highest:
+            raise ConfigError(
+                f"{where}: {config.name}.aug_level={sampling.aug_level} must be from 0 to "
+                f"{highest}, the most that the stage learned from (config.diffusion.aug_level_max)"
+            )
         changed.append(dataclasses.replace(config, sampling=sampling))
     return changed
 

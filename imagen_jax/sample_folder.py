@@ -93,13 +93,12 @@ def finished(
 
 
 def _difference(key: str, old: str, new: str) -> str:
-    """The first value that differs, within JSON the field, as `before, this run has now`."""
-    try:
+    """The first value that differs, of a JSON chunk its field, as `before, this run has now`."""
+    was, now = ({key: text} for text in (old, new))
+    if key in ("config", "settings") and old:
         was, now = (config_io.flat(json.loads(text), f"{key}.") for text in (old, new))
-        key = next(name for name in [*now, *was] if was.get(name) != now.get(name))
-        return f"{key}={was.get(key)!r}, this run has {now.get(key)!r}"
-    except (ValueError, AttributeError):
-        return f"{key}={old!r}, this run has {new!r}"
+    name = next(name for name in [*now, *was] if was.get(name) != now.get(name))
+    return f"{name}={was.get(name)!r}, this run has {now.get(name)!r}"
 
 
 def write_rows(
@@ -129,7 +128,7 @@ def read_pictures(
 
 def grid(
     pictures: UInt8[np.ndarray, "n h w 3"], prompts: Sequence[str]
-) -> UInt8[np.ndarray, "h w 3"]:
+) -> UInt8[np.ndarray, "rows columns 3"]:
     """Pictures with their prompts below them, about twice as wide as high."""
     columns = min(8, math.ceil(math.sqrt(2 * len(pictures))))
     return images.grid(pictures, columns, list(prompts), scale=2)

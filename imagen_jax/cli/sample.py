@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from imagen_jax import distributed, trace
-from imagen_jax import prompts as prompts_lib
+from imagen_jax import distributed, prompts, trace
 from imagen_jax.cascade import Cascade, check_chain, load_stage, with_settings
 from imagen_jax.cli import wiring
-from imagen_jax.config import ConfigError
+from imagen_jax.config import Config, ConfigError
 from imagen_jax.sample import Job, sample
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
+    add_prompts(parser)
+    add_drawing(parser, samples_per_prompt=1)
+
+
+def add_prompts(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that `read_prompts` reads."""
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--prompt", help="one prompt")
     which.add_argument("--prompts", metavar="FILE", help="prompts: .txt, .csv or .jsonl")
-    add_drawing(parser, samples_per_prompt=1)
 
 
 def add_drawing(parser: argparse.ArgumentParser, *, samples_per_prompt: int) -> None:
@@ -60,25 +64,41 @@ def add_drawing(parser: argparse.ArgumentParser, *, samples_per_prompt: int) -> 
 
 def run(flags: argparse.Namespace) -> None:
     """Carries the verb out."""
-    rows = (
-        [{"prompt": flags.prompt}] if flags.prompt is not None else prompts_lib.read(flags.prompts)
-    )
-    draw(flags, rows)
+    draw(flags, read_prompts(flags))
 
 
-def draw(flags: argparse.Namespace, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Draws prompt rows as the flags of `add_drawing` say."""
+def read_prompts(flags: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of the flags of `add_prompts`."""
+    return [{"prompt": flags.prompt}] if flags.prompt is not None else prompts.read(flags.prompts)
+
+
+def read_configs(stages: str) -> list[Config]:
+    """The configurations of the folders of --stages."""
+    return [load_stage(path).config for path in stages.split(",")]
+
+
+def draw(
+    flags: argparse.Namespace,
+    rows: Sequence[Mapping[str, Any]],
+    given: Callable[[Sequence[Config]], dict[str, Any]] | None = None,
+) -> None:
+    """Draws prompt rows as the flags of `add_drawing` say.
+
+    Args:
+      flags: of `add_drawing`.
+      rows: prompts.
+      given: from the stages to the fields of `Job` that hold a picture; None: drawn from noise.
+    """
     for name in ("samples_per_prompt", "batch_size", "cpu_devices"):
         if getattr(flags, name) < 1:
             raise ConfigError(f"--{name}={getattr(flags, name)} must be at least 1")
     wiring.set_up_devices(flags.cpu_devices)
     rows = rows[: flags.limit] if flags.limit > 0 else rows
-    settings = _settings(flags.stage_settings)
-    folders = flags.stages.split(",")
+    settings, configs = read_settings(flags.stage_settings), read_configs(flags.stages)
     # All that can be refused is refused before the text encoder is read.
-    configs = [load_stage(path).config for path in folders]
-    check_chain(configs)
+    check_chain(configs, configs[0].data.lowres_size if given else 0)
     with_settings(configs, settings, "--stage_settings")
+    pictures = given(configs) if given else {}
     distributed.initialize()
     job = Job(
         seed=flags.seed,
@@ -87,12 +107,14 @@ def draw(flags: argparse.Namespace, rows: Sequence[Mapping[str, Any]]) -> None:
         stage_settings=settings,
         checkpoint=flags.stages,
         trace=flags.trace,
+        **pictures,
     )
+    folders = flags.stages.split(",")
     cascade = Cascade.load(folders, text_encoder=flags.text_encoder, keep=flags.keep_stages)
     sample(cascade, rows, flags.out, job, print if distributed.is_first() else lambda line: None)
 
 
-def _settings(text: str) -> dict[str, dict[str, Any]]:
+def read_settings(text: str) -> dict[str, dict[str, Any]]:
     """What --stage_settings says, by stage."""
     try:
         settings = json.loads(text)
