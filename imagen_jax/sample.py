@@ -38,6 +38,7 @@ class Job:
       samples_per_prompt: pictures per prompt.
       batch_size: pictures drawn at a time.
       stage_settings: fields of `SamplingConfig` by stage name.
+      negative_prompt: what guidance leads away from; "": no text.
       edit: one picture that all are made from, with a mask or without; None: none.
       lowres: one picture [1, h, w, 3] for the first super-resolution stage to enlarge.
       checkpoint: where the stages came from, for the record.
@@ -48,6 +49,7 @@ class Job:
     samples_per_prompt: int = 1
     batch_size: int = 32
     stage_settings: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    negative_prompt: str = ""
     edit: Edit | None = None
     lowres: UInt8[np.ndarray, "1 h w 3"] | None = None
     checkpoint: str = ""
@@ -102,6 +104,10 @@ def _about(cascade: Cascade, job: Job) -> dict[str, str]:
         settings[config.name] = {"weights": weights, **dataclasses.asdict(config.sampling)}
     if cascade.encoder is not None:
         settings["text_encoder"] = config_io.fingerprint(cascade.encoder.fingerprint())
+    if job.negative_prompt:
+        settings["negative_prompt"] = job.negative_prompt
+    if cascade.guides:
+        settings["guides"] = cascade.guides
     if job.lowres is not None:
         settings["lowres"] = _digest(job.lowres)
     if job.edit is not None:
@@ -155,6 +161,7 @@ def _draw(
             prompt_indices=[sample.prompt_index for sample in filled],
             sample_indices=[sample.sample_index for sample in filled],
             stage_settings=job.stage_settings,
+            negative_prompts=[job.negative_prompt] * len(filled) if job.negative_prompt else None,
             edit=job.edit and job.edit.rows(one),
             lowres=None if job.lowres is None else job.lowres[one],
             batch_size=size,

@@ -1,4 +1,4 @@
-"""40 prompts in any order, at batch 1, 7 and 64, on 1 and 8 devices: the same noise and pictures."""
+"""40 prompts in any order, at batch 1, 7 and 64, on 1 and 8 devices: the same pictures."""
 
 import itertools
 import os

@@ -52,6 +52,15 @@ def add_drawing(parser: argparse.ArgumentParser, *, samples_per_prompt: int) -> 
         metavar="png|gif",
         help="also write the estimates of each stage on the way, OUT/trace/NNNNN_KK.png or .gif",
     )
+    parser.add_argument(
+        "--negative_prompt", default="", help="what guidance leads away from; empty: no text"
+    )
+    parser.add_argument(
+        "--guides",
+        default="",
+        metavar="DIR[,DIR...]",
+        help="stage folders of weaker checkpoints that guide the stages (autoguidance)",
+    )
     parser.add_argument("--limit", type=int, default=0, help="draw the first N prompts; 0: all")
     parser.add_argument("--text_encoder", default="", help="encoder folder, if it has moved")
     parser.add_argument(
@@ -106,11 +115,17 @@ def draw(
         batch_size=flags.batch_size,
         stage_settings=settings,
         checkpoint=flags.stages,
+        negative_prompt=flags.negative_prompt,
         trace=flags.trace,
         **pictures,
     )
     folders = flags.stages.split(",")
-    cascade = Cascade.load(folders, text_encoder=flags.text_encoder, keep=flags.keep_stages)
+    cascade = Cascade.load(
+        folders,
+        text_encoder=flags.text_encoder,
+        guides=flags.guides.split(",") if flags.guides else (),
+        keep=flags.keep_stages,
+    )
     sample(cascade, rows, flags.out, job, print if distributed.is_first() else lambda line: None)
 
 
