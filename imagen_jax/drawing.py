@@ -302,11 +302,18 @@ def advance(
 
 # Eigen's threads split sums in ways that differ between CPU devices by rounding; where there are
 # several of these, they take the threads' place.
-advance_on_cpus = jax.jit(
-    advance.__wrapped__,
-    static_argnames=("config", "guide_config"),
-    compiler_options={"xla_cpu_multi_thread_eigen": False},
+_ONE_THREAD = {"xla_cpu_multi_thread_eigen": False}
+_begin_on_cpus, _advance_on_cpus = (
+    jax.jit(program.__wrapped__, static_argnames=names, compiler_options=_ONE_THREAD)
+    for program, names in ((begin, "config"), (advance, ("config", "guide_config")))
 )
+
+
+def _programs() -> tuple[Callable[..., Any], Callable[..., Denoising]]:
+    """`begin` and `advance` for the devices of this process."""
+    if jax.default_backend() == "cpu" and jax.local_device_count() > 1:
+        return _begin_on_cpus, _advance_on_cpus
+    return begin, advance
 
 
 def draw(
@@ -366,10 +373,9 @@ def _draw_batch(
         known, mask = editing.sized(edit, config.data.image_size)
         edited = known, np.full(len(known), plan.logsnr_t[0], np.float32)
     guide_params, guide_config = guide or (None, None)
-    several = jax.local_device_count() > 1 and jax.default_backend() == "cpu"
-    run = advance_on_cpus if several else advance
+    start, run = _programs()
     given = (*asked[:4], aug_level, asked.negative, edited, mask)
-    told, at = begin(shared(config), *partitioning.spread(given))
+    told, at = start(shared(config), *partitioning.spread(given))
     stride, waiting = report_every if report else plan.count, None
     for first in range(0, plan.count, stride):
         last = min(first + stride, plan.count)
