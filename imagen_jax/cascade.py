@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8
 
-from imagen_jax import config_io, drawing, editing, images, partitioning, request
+from imagen_jax import config_io, drawing, editing, images, partitioning, request, stage_folder
 from imagen_jax.config import Config, ConfigError, unknown_name
 from imagen_jax.drawing import Asked, picture_keys, sample_stage
 from imagen_jax.editing import Edit
@@ -74,20 +74,39 @@ class Cascade:
     Attributes:
       configs: of the stages; `sampling` says how each draws unless a call says otherwise.
       encoder: the text encoder; None: callers give embeddings.
+      weights: a short hash of each stage's parameter file; "" where there is none.
+      guides: the same of the checkpoints that guide.
+      keep: "all" stages are on the devices, or "one" at a time.
     """
 
-    def __init__(self, stages: Sequence[Stage], encoder: TextEncoder | None = None):
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        encoder: TextEncoder | None = None,
+        guides: Sequence[Stage] = (),
+    ):
         """Chains stages whose parameters are in memory.
 
+        Args:
+          stages: base first.
+          encoder: the text encoder; None: callers give embeddings.
+          guides: weaker checkpoints of some of the stages, to guide them (autoguidance).
+
         Raises:
-          StageError: they do not follow from each other.
+          StageError: they do not follow from each other, or a guide draws what no stage does.
         """
         self.configs = [stage.config for stage in stages]
         self.encoder = encoder
+        self.weights = [""] * len(self.configs)
+        self.guides = [""] * len(guides)
+        self.keep: Literal["all", "one"] = "all"
         given = stages[0].config.data.lowres_size if stages else 0
         check_chain(self.configs, given)
-        placed = [partitioning.copy_everywhere(stage.params) for stage in stages]
-        self._params: list[Callable[[], Any]] = [lambda p=params: p for params in placed]
+        self._params = [_held(stage.params) for stage in stages]
+        self._guides: list[tuple[Callable[[], Any], Config] | None] = [None] * len(stages)
+        for guide in guides:
+            index = request.guided_stage(guide.config, self.configs)
+            self._guides[index] = _held(guide.params), guide.config
 
     @classmethod
     def load(
@@ -95,6 +114,7 @@ class Cascade:
         dirs: Sequence[str],
         *,
         text_encoder: str | None = "",
+        guides: Sequence[str] = (),
         keep: Literal["all", "one"] = "all",
     ) -> Cascade:
         """Loads stage folders, base first; or super-resolution stages alone, for given pictures.
@@ -103,6 +123,8 @@ class Cascade:
           dirs: stage folders as `export` writes them.
           text_encoder: folder of the text encoder; "": where it lay when the first stage was
             trained; None: none is loaded, and callers give embeddings.
+          guides: stage folders of weaker checkpoints, each to guide the stage that draws the same
+            pictures (autoguidance, arXiv:2406.02507).
           keep: "all" stages stay on the devices, or "one" at a time, read anew for each call.
 
         Raises:
@@ -121,11 +143,17 @@ class Cascade:
             text = dataclasses.replace(text, path=text_encoder or text.path)
             encoder = load_text_encoder(text)
             _check_encoder([stage.config for stage in stages], encoder, text.path)
-        if keep == "all":
-            return cls(stages, encoder)
-        cascade = cls([stage._replace(params={}) for stage in stages], encoder)
-        read = lambda path: partitioning.copy_everywhere(load_stage(path).params)  # noqa: E731
-        cascade._params = [functools.partial(read, path) for path in dirs]
+        load = load_stage if keep == "all" else _without_params
+        cascade = cls([load(path) for path in dirs], encoder, [load(path) for path in guides])
+        cascade.keep = keep
+        cascade.weights = [stage_folder.weights_hash(path) for path in dirs]
+        cascade.guides = [stage_folder.weights_hash(path) for path in guides]
+        if keep == "one":
+            cascade._params = [functools.partial(_read, path) for path in dirs]
+            for path in guides:
+                config = load_stage(path).config
+                index = request.guided_stage(config, cascade.configs)
+                cascade._guides[index] = functools.partial(_read, path), config
         return cascade
 
     def embed(
@@ -156,6 +184,7 @@ class Cascade:
         prompt_indices: Sequence[int] | None = None,
         sample_indices: Sequence[int] | None = None,
         stage_settings: Mapping[str, Mapping[str, Any]] | None = None,
+        negative_prompts: Sequence[str] | None = None,
         text_emb: Float[np.ndarray, "n l d"] | None = None,
         text_mask: Bool[np.ndarray, "n l"] | None = None,
         lowres: UInt8[np.ndarray, "n low low 3"] | None = None,
@@ -173,6 +202,7 @@ class Cascade:
             0, 1, ... N - 1.
           sample_indices: tell pictures of one prompt and seed apart; None: zeros.
           stage_settings: fields of `SamplingConfig` by stage name, for this call.
+          negative_prompts: N texts to lead away from where guidance is on; None: from no text.
           text_emb: embeddings to use instead of the prompts', zero at padding.
           text_mask: True at their real tokens.
           lowres: where the first stage is a super-resolution stage: the N pictures it enlarges.
@@ -192,12 +222,14 @@ class Cascade:
         count = len(prompts) if text_emb is None else len(text_emb)
         request.check_sizes(batch_size=batch_size, report_every=report_every)
         request.check_text(prompts, count, text_emb, text_mask, configs[0])
+        request.check_negative(negative_prompts, count, text_emb, configs[0])
         request.check_pictures(count, lowres, edit, configs)
         keys = request.keys(count, seed, prompt_indices, sample_indices)
         if text_emb is None:
             text_emb, text_mask = self.embed(prompts)
 
-        asked = Asked(text_emb, text_mask, keys, edit=edit)
+        negative = None if negative_prompts is None else self.embed(negative_prompts)
+        asked = Asked(text_emb, text_mask, keys, negative=negative, edit=edit)
         if lowres is not None:
             asked = asked._replace(lowres=images.to_float(lowres))
         elif edit and configs[0].data.lowres_size:
@@ -206,18 +238,33 @@ class Cascade:
         drawn = []
         for index, config in enumerate(configs):
             own = asked._replace(keys=drawing.stage_keys(keys, index))
+            guide = self._guides[index]
             report = on_progress and functools.partial(_report, on_progress, configs, index)
             pictures = drawing.draw(
                 self._params[index](),
                 config,
                 own,
                 batch_size=batch_size,
+                guide=guide and (guide[0](), guide[1]),
                 report=report,
                 report_every=report_every,
             )
             asked = asked._replace(lowres=pictures)
             drawn.append(images.to_uint8(pictures))
         return [*drawn[:-1], editing.keep(edit, drawn[-1])] if edit else drawn
+
+
+def _held(params: Any) -> Callable[[], Any]:
+    placed = partitioning.copy_everywhere(params)
+    return lambda: placed
+
+
+def _read(path: str) -> Any:
+    return partitioning.copy_everywhere(load_stage(path).params)
+
+
+def _without_params(path: str) -> Stage:
+    return load_stage(path)._replace(params={})
 
 
 def _report(

@@ -10,6 +10,8 @@ import os
 from collections.abc import Callable
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 # Seconds that processes wait for each other at the start; machines of a pod boot minutes apart.
@@ -74,3 +76,20 @@ def _explicit(given: dict[str, str]) -> dict[str, str | int]:
 def is_first() -> bool:
     """Whether this process writes what all of them know: lines, metrics, pictures."""
     return jax.process_index() == 0
+
+
+def index() -> int:
+    """Which of the processes this one is, from 0."""
+    return jax.process_index()
+
+
+def count() -> int:
+    """How many processes there are."""
+    return jax.process_count()
+
+
+def gather(array: np.ndarray) -> np.ndarray:
+    """The arrays of all processes, [processes, ...]; waits for them. All must ask."""
+    if count() == 1:
+        return np.asarray(array)[None]
+    return np.asarray(multihost_utils.process_allgather(array))

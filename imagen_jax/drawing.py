@@ -39,6 +39,7 @@ class Asked(NamedTuple):
       text_mask: [N, L], True at real tokens.
       keys: [N], from `stage_keys`.
       lowres: SR stages: [N, h, w, 3], the pictures of the stage before, in [-1, 1].
+      negative: embeddings and mask of what to lead away from, shaped as the text; None: no text.
       edit: pictures to start from; None: from noise.
     """
 
@@ -46,11 +47,12 @@ class Asked(NamedTuple):
     text_mask: np.ndarray
     keys: Array
     lowres: np.ndarray | None = None
+    negative: tuple[np.ndarray, np.ndarray] | None = None
     edit: Edit | None = None
 
     def rows(self, rows: np.ndarray) -> Asked:
         """Some of them."""
-        arrays = (None if value is None else value[rows] for value in self[:4])
+        arrays = jax.tree.map(lambda value: value[rows], tuple(self[:5]))
         return Asked(*arrays, self.edit and self.edit.rows(rows))
 
 
@@ -63,6 +65,7 @@ class Told(NamedTuple):
       keys: [B] of the steps' noise.
       lowres: SR stages: [B, size, size, 3], upsampled and noised.
       aug_level: SR stages: [B], the level it was noised to.
+      negative: embeddings and mask of what to lead away from; None: of no text.
       known: [B, size, size, 3], pictures of which a part is kept; None: none.
       mask: [B, size, size, 1], True where they are not.
     """
@@ -72,6 +75,7 @@ class Told(NamedTuple):
     keys: Array
     lowres: Array | None = None
     aug_level: Array | None = None
+    negative: tuple[Array, Array] | None = None
     known: Array | None = None
     mask: Array | None = None
 
@@ -164,7 +168,7 @@ def _sampler(config: Config, told: Told) -> Sampler:
     return sampler if told.mask is None else editing.keep_known(sampler, told.known, told.mask)
 
 
-def _denoiser(params: Any, config: Config, told: Told):
+def _denoiser(params: Any, config: Config, told: Told, guide: tuple[Any, Config] | None = None):
     return denoiser(
         params,
         config,
@@ -172,6 +176,8 @@ def _denoiser(params: Any, config: Config, told: Told):
         text_mask=told.text_mask,
         lowres=told.lowres,
         aug_level=told.aug_level,
+        negative=told.negative,
+        guide=guide,
     )
 
 
@@ -231,6 +237,7 @@ def begin(
     keys: Key[Array, " b"],
     lowres: Float[Array, "b h w c"] | None = None,
     aug_level: Float[Array, " b"] | None = None,
+    negative: tuple[Float[Array, "b l d"], Bool[Array, "b l"]] | None = None,
     edited: tuple[Float[Array, "b size size 3"], Float[Array, " b"]] | None = None,
     mask: Bool[Array, "b size size 1"] | None = None,
 ) -> tuple[Told, Denoising]:
@@ -243,10 +250,12 @@ def begin(
       keys: one key per picture.
       lowres: SR stages: the pictures of the stage before, in [-1, 1].
       aug_level: SR stages: what to noise them to.
+      negative: embeddings and mask of what to lead away from; None: of no text.
       edited: pictures to start from in [-1, 1], and the logsnr to noise them to; None: from noise.
       mask: True where these may be changed; None: everywhere.
     """
     told, start = tell(config, text_emb, text_mask, keys, lowres, aug_level)
+    told = told._replace(negative=negative)
     if edited:
         start = diffusion.q_sample(*edited, start)
         if mask is not None:
@@ -254,7 +263,7 @@ def begin(
     return told, Denoising(start, _sampler(config, told).init(start), jnp.zeros_like(start))
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@functools.partial(jax.jit, static_argnames=("config", "guide_config"))
 def advance(
     params: Any,
     config: Config,
@@ -263,6 +272,8 @@ def advance(
     levels: tuple[Float[Array, " n"], Float[Array, " n"]],
     first: Int[Array, ""],
     last: Int[Array, ""],
+    guide_params: Any = None,
+    guide_config: Config | None = None,
 ) -> Denoising:
     """Denoises from step `first` up to, not including, step `last`.
 
@@ -277,10 +288,35 @@ def advance(
       levels: logsnr_t and logsnr_s of every step, see `Levels`.
       first: a step.
       last: a step, at most `Levels.count`.
+      guide_params: of the checkpoint that guides (autoguidance); None: none does.
+      guide_config: its stage.
     """
+    guide = None if guide_config is None else (guide_params, guide_config)
     return sampling.denoise_steps(
-        _sampler(config, told), _denoiser(params, config, told), at, *levels, told.keys, first, last
+        _sampler(config, told),
+        _denoiser(params, config, told, guide),
+        at,
+        *levels,
+        told.keys,
+        first,
+        last,
     )
+
+
+# Eigen's threads split sums in ways that differ between CPU devices by rounding; where there are
+# several of these, they take the threads' place.
+_ONE_THREAD = {"xla_cpu_multi_thread_eigen": False}
+_begin_on_cpus, _advance_on_cpus = (
+    jax.jit(program.__wrapped__, static_argnames=names, compiler_options=_ONE_THREAD)
+    for program, names in ((begin, "config"), (advance, ("config", "guide_config")))
+)
+
+
+def _programs() -> tuple[Callable[..., Any], Callable[..., Denoising]]:
+    """`begin` and `advance` for the devices of this process."""
+    if jax.default_backend() == "cpu" and jax.local_device_count() > 1:
+        return _begin_on_cpus, _advance_on_cpus
+    return begin, advance
 
 
 def draw(
@@ -289,6 +325,7 @@ def draw(
     asked: Asked,
     *,
     batch_size: int,
+    guide: tuple[Any, Config] | None = None,
     report: Report | None = None,
     report_every: int = 1,
 ) -> Float[np.ndarray, "n size size 3"]:
@@ -300,6 +337,7 @@ def draw(
       asked: what to draw.
       batch_size: pictures drawn at a time, rounded up to a multiple of the devices; the last batch
         is filled up.
+      guide: parameters and stage of the checkpoint that guides it; None: none does.
       report: given the rows being drawn, their steps done, all steps, and x0 on the devices, while
         the next steps run.
       report_every: steps between two reports.
@@ -314,7 +352,7 @@ def draw(
         end = min(first + size, count)
         part = asked.rows(np.minimum(np.arange(first, first + size), count - 1))
         tell_of = functools.partial(report, (first, end)) if report else None
-        pictures = _draw_batch(params, config, part, tell_of, report_every)
+        pictures = _draw_batch(params, config, part, guide, tell_of, report_every)
         parts.append(pictures[: end - first])
     return np.concatenate(parts)
 
@@ -323,6 +361,7 @@ def _draw_batch(
     params: Any,
     config: Config,
     asked: Asked,
+    guide: tuple[Any, Config] | None,
     report: Callable[[int, int, Array], None] | None,
     report_every: int,
 ) -> Float[np.ndarray, "b size size 3"]:
@@ -336,12 +375,15 @@ def _draw_batch(
         plan = levels(config, edit.strength, edit.resamplings, edit.jump)
         known, mask = editing.sized(edit, config.data.image_size)
         edited = known, np.full(len(known), plan.logsnr_t[0], np.float32)
-    given = (*asked[:4], aug_level, edited, mask)
-    told, at = begin(shared(config), *partitioning.spread(given))
+    guide_params, guide_config = guide or (None, None)
+    start, run = _programs()
+    given = (*asked[:4], aug_level, asked.negative, edited, mask)
+    told, at = start(shared(config), *partitioning.spread(given))
     stride, waiting = report_every if report else plan.count, None
     for first in range(0, plan.count, stride):
         last = min(first + stride, plan.count)
-        at = advance(params, shared(config), told, at, plan[:2], first, last)
+        bounds = (plan[:2], first, last)
+        at = run(params, shared(config), told, at, *bounds, guide_params, guide_config)
         # Waited for only when the next steps are under way.
         if report and waiting:
             report(waiting[0], plan.count, jax.block_until_ready(waiting[1]))

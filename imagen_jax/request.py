@@ -15,6 +15,8 @@ from jaxtyping import Array, Bool, Float, Key, UInt8
 from imagen_jax import config_io, drawing
 from imagen_jax.config import Config, ConfigError, SamplingConfig, unknown_name
 from imagen_jax.editing import Edit
+from imagen_jax.stage import check_guide
+from imagen_jax.stage_folder import StageError
 
 MAX_SEED = 2**32 - 1
 
@@ -46,6 +48,12 @@ def with_settings(
     for config in configs:
         values = dataclasses.asdict(config.sampling) | dict(settings.get(config.name, {}))
         sampling = config_io.from_dict(SamplingConfig, values, f"{where}: {config.name}")
+        highest = config.diffusion.aug_level_max
+        if not 0.0 <= sampling.aug_level <= highest:
+            raise ConfigError(
+                f"{where}: {config.name}.aug_level={sampling.aug_level} must be from 0 to "
+                f"{highest}, the most that the stage learned from (config.diffusion.aug_level_max)"
+            )
         changed.append(dataclasses.replace(config, sampling=sampling))
     return changed
 
@@ -81,6 +89,39 @@ def check_pictures(
                 f"{name} of shape {pictures.shape} must be {(count, side, side, 3)}, a picture for "
                 "each text; see images.center_crop_resize"
             )
+
+
+def check_negative(
+    negative_prompts: Sequence[str] | None,
+    count: int,
+    text_emb: Float[np.ndarray, "n l d"] | None,
+    config: Config,
+) -> None:
+    """Raises RequestError unless negative prompts are N texts that fit the embeddings."""
+    if negative_prompts is None:
+        return
+    if isinstance(negative_prompts, str) or len(negative_prompts) != count:
+        raise RequestError(
+            f"negative_prompts={negative_prompts!r} must be a list of {count} texts, one for each "
+            'picture; "" leads away from nothing'
+        )
+    length = config.data.max_text_len
+    if text_emb is not None and text_emb.shape[1] != length:
+        raise RequestError(
+            f"text_emb of {text_emb.shape[1]} tokens must have {length}, as negative prompts have"
+        )
+
+
+def guided_stage(guide: Config, configs: Sequence[Config]) -> int:
+    """Index of the stage that draws what `guide` draws. Raises StageError."""
+    for index, config in enumerate(configs):
+        if config.data.image_size == guide.data.image_size:
+            check_guide(config, guide)
+            return index
+    raise StageError(
+        f"guide {guide.name!r} draws {guide.data.image_size} px, which no stage does; give an "
+        "earlier or smaller checkpoint of one of the stages"
+    )
 
 
 def check_text(

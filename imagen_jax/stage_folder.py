@@ -6,6 +6,7 @@ A stage folder is all that is left of a training run: `config.json` and `params.
 
 from __future__ import annotations
 
+import hashlib
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -49,6 +50,12 @@ def load_stage(path: str) -> Stage:
     except ValueError as error:
         raise StageError(f"{folder / 'config.json'}: {error}") from error
     return Stage(config, weights.unflatten(weights.read_safetensors(folder / "params.safetensors")))
+
+
+def weights_hash(path: str) -> str:
+    """A short hash of a stage folder's parameter file, by which its pictures can tell it."""
+    with (pathlib.Path(path) / "params.safetensors").open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def check_chain(configs: Sequence[Config], given: int = 0) -> None:

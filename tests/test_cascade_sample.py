@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -10,6 +11,7 @@ from imagen_jax.cascade import Cascade, RequestError, Stage, StageError
 from imagen_jax.config import ConfigError
 from imagen_jax.editing import Edit
 from imagen_jax.export import write_stage
+from imagen_jax.frozen_encoder import TokenBatch
 
 COUNT = 5
 
@@ -105,6 +107,47 @@ def test_one_program_serves_steps_and_aug_levels(chain, texts, drawn):
     assert chain.configs[0].sampling.sampler == "ddim"
 
 
+class Encoder:
+    """Vectors that follow from a prompt's letters."""
+
+    dim, max_len = 8, 4
+
+    def fingerprint(self):
+        return {"encoder": "fake"}
+
+    def token_count(self, caption):
+        return 4
+
+    def tokenize(self, captions):
+        ids = np.array([[sum(caption.encode()) + i for i in range(4)] for caption in captions])
+        return TokenBatch(ids.astype(np.int32), np.ones(ids.shape, bool), ())
+
+    def encode(self, ids, mask):
+        return jnp.sin(jnp.asarray(ids, jnp.float32)[..., None] * jnp.arange(1, 9))
+
+    def flops(self, length):
+        return 0.0
+
+
+def test_negative_prompts_and_guides(stages, random_params):
+    prompts, base = [f"prompt {i}" for i in range(COUNT)], stages[:1]
+    plain = Cascade(base, Encoder())
+    weaker = base[0]._replace(params=random_params(base[0].config, seed=1))
+    draws = {
+        "plain": plain.sample(prompts),
+        "other": plain.sample(prompts, negative_prompts=["a"] + ["b"] * (COUNT - 1)),
+        "guided": Cascade(base, Encoder(), [weaker]).sample(prompts),
+        "own": Cascade(base, Encoder(), base).sample(prompts),
+        "off": plain.sample(prompts, stage_settings={"base": {"guidance_weight": 1.0}}),
+    }
+    different = {name: levels_apart(drawn, draws["plain"]) for name, drawn in draws.items()}
+    assert all(apart > 1 for name, apart in different.items() if name != "plain")
+    # A stage that is led away from itself is not led: w x + (1 - w) x = x.
+    assert levels_apart(draws["own"], draws["off"]) <= 1
+    with pytest.raises(StageError, match="guide 'sr' draws 16 px, which no stage does"):
+        Cascade(base, Encoder(), stages[1:])
+
+
 @pytest.fixture(scope="module")
 def folders(stages, tmp_path_factory):
     root = tmp_path_factory.mktemp("stages")
@@ -147,6 +190,7 @@ def test_a_super_resolution_stage_alone_needs_a_picture(folders, texts):
         ({"report_every": 0}, "report_every=0"),
         ({"text_mask": None}, "must be \\[N, L, D\\]"),
         ({"text_emb": np.zeros((5, 4, 9), np.float32)}, "width 9 must have width 8"),
+        ({"negative_prompts": ["a"]}, "negative_prompts=.* must be a list of 5 texts"),
         ({"prompts": ["a", "b"]}, "prompts are 2, text_emb has 5 rows"),
         ({"lowres": np.zeros((5, 8, 8, 3), np.uint8)}, "lowres: stage 'base' enlarges nothing"),
         (

@@ -30,6 +30,8 @@ LAYERS = [
         "plan_report",
         "plan_search",
         "sample",
+        "sample_folder",
+        "trace",
         "export",
         "convert",
     },

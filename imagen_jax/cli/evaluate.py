@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import pathlib
 
+from imagen_jax import distributed
 from imagen_jax.cli import sample as sample_verb
 from imagen_jax.evaluation import (
     alignment,
@@ -63,8 +64,9 @@ def _add_drawbench(parser: argparse.ArgumentParser) -> None:
 def _drawbench(flags: argparse.Namespace) -> None:
     rows = drawbench.read_prompts(flags.prompts)
     sample_verb.draw(flags, rows)
-    for path in drawbench.write_sheets(flags.out):
-        print(path)
+    if distributed.is_first():
+        for path in drawbench.write_sheets(flags.out):
+            print(path)
 
 
 def _add_rate_build(parser: argparse.ArgumentParser) -> None:

@@ -31,6 +31,7 @@ VERBS = {
     "import": "turn another library's weights into a stage folder",
     "ema": "turn a run's snapshots into a stage folder, with an EMA width chosen now",
     "sample": "draw pictures for prompts with a cascade of stage folders",
+    "edit": "draw from a picture of your own: anew, in part, or larger",
     "evaluate": "score drawn pictures",
 }
 

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from imagen_jax import prompts as prompts_lib
+from imagen_jax import distributed, prompts, trace
 from imagen_jax.cascade import Cascade, check_chain, load_stage, with_settings
 from imagen_jax.cli import wiring
-from imagen_jax.config import ConfigError
-from imagen_jax.sample import sample
+from imagen_jax.config import Config, ConfigError
+from imagen_jax.sample import Job, sample
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
+    add_prompts(parser)
+    add_drawing(parser, samples_per_prompt=1)
+
+
+def add_prompts(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that `read_prompts` reads."""
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--prompt", help="one prompt")
     which.add_argument("--prompts", metavar="FILE", help="prompts: .txt, .csv or .jsonl")
-    add_drawing(parser, samples_per_prompt=1)
 
 
 def add_drawing(parser: argparse.ArgumentParser, *, samples_per_prompt: int) -> None:
@@ -34,6 +39,28 @@ def add_drawing(parser: argparse.ArgumentParser, *, samples_per_prompt: int) -> 
     )
     parser.add_argument("--batch_size", type=int, default=32, help="pictures drawn at a time")
     parser.add_argument("--cpu_devices", type=int, default=1, help="cores to share the pictures")
+    parser.add_argument(
+        "--keep_stages",
+        choices=("all", "one"),
+        default="all",
+        help="stages in memory: all, or one at a time, which draws many batches with each",
+    )
+    parser.add_argument(
+        "--trace",
+        choices=("", *trace.KINDS),
+        default="",
+        metavar="png|gif",
+        help="also write the estimates of each stage on the way, OUT/trace/NNNNN_KK.png or .gif",
+    )
+    parser.add_argument(
+        "--negative_prompt", default="", help="what guidance leads away from; empty: no text"
+    )
+    parser.add_argument(
+        "--guides",
+        default="",
+        metavar="DIR[,DIR...]",
+        help="stage folders of weaker checkpoints that guide the stages (autoguidance)",
+    )
     parser.add_argument("--limit", type=int, default=0, help="draw the first N prompts; 0: all")
     parser.add_argument("--text_encoder", default="", help="encoder folder, if it has moved")
     parser.add_argument(
@@ -46,38 +73,63 @@ def add_drawing(parser: argparse.ArgumentParser, *, samples_per_prompt: int) -> 
 
 def run(flags: argparse.Namespace) -> None:
     """Carries the verb out."""
-    rows = (
-        [{"prompt": flags.prompt}] if flags.prompt is not None else prompts_lib.read(flags.prompts)
-    )
-    draw(flags, rows)
+    draw(flags, read_prompts(flags))
 
 
-def draw(flags: argparse.Namespace, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Draws prompt rows as the flags of `add_drawing` say."""
+def read_prompts(flags: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of the flags of `add_prompts`."""
+    return [{"prompt": flags.prompt}] if flags.prompt is not None else prompts.read(flags.prompts)
+
+
+def read_configs(stages: str) -> list[Config]:
+    """The configurations of the folders of --stages."""
+    return [load_stage(path).config for path in stages.split(",")]
+
+
+def draw(
+    flags: argparse.Namespace,
+    rows: Sequence[Mapping[str, Any]],
+    given: Callable[[Sequence[Config]], dict[str, Any]] | None = None,
+) -> None:
+    """Draws prompt rows as the flags of `add_drawing` say.
+
+    Args:
+      flags: of `add_drawing`.
+      rows: prompts.
+      given: from the stages to the fields of `Job` that hold a picture; None: drawn from noise.
+    """
     for name in ("samples_per_prompt", "batch_size", "cpu_devices"):
         if getattr(flags, name) < 1:
             raise ConfigError(f"--{name}={getattr(flags, name)} must be at least 1")
     wiring.set_up_devices(flags.cpu_devices)
     rows = rows[: flags.limit] if flags.limit > 0 else rows
-    settings = _settings(flags.stage_settings)
-    folders = flags.stages.split(",")
-    configs = [load_stage(path).config for path in folders]
-    check_chain(configs)
-    configs = with_settings(configs, settings, "--stage_settings")
-    cascade = Cascade.load(folders, text_encoder=flags.text_encoder)
-    cascade.configs = configs
-    sample(
-        cascade,
-        rows,
-        flags.out,
+    settings, configs = read_settings(flags.stage_settings), read_configs(flags.stages)
+    # All that can be refused is refused before the text encoder is read.
+    check_chain(configs, configs[0].data.lowres_size if given else 0)
+    with_settings(configs, settings, "--stage_settings")
+    pictures = given(configs) if given else {}
+    distributed.initialize()
+    job = Job(
         seed=flags.seed,
         samples_per_prompt=flags.samples_per_prompt,
         batch_size=flags.batch_size,
+        stage_settings=settings,
         checkpoint=flags.stages,
+        negative_prompt=flags.negative_prompt,
+        trace=flags.trace,
+        **pictures,
     )
+    folders = flags.stages.split(",")
+    cascade = Cascade.load(
+        folders,
+        text_encoder=flags.text_encoder,
+        guides=flags.guides.split(",") if flags.guides else (),
+        keep=flags.keep_stages,
+    )
+    sample(cascade, rows, flags.out, job, print if distributed.is_first() else lambda line: None)
 
 
-def _settings(text: str) -> dict[str, dict[str, Any]]:
+def read_settings(text: str) -> dict[str, dict[str, Any]]:
     """What --stage_settings says, by stage."""
     try:
         settings = json.loads(text)

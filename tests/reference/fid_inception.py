@@ -112,7 +112,9 @@ def features(state: dict[str, np.ndarray], pictures: np.ndarray) -> np.ndarray:
         if pad is None:
             pad = (kernel.shape[2] // 2, kernel.shape[3] // 2)
         x = F.conv2d(x, kernel, stride=stride, padding=pad)
-        norm = [tensors[f"{name}.bn.{p}"] for p in ("running_mean", "running_var", "weight", "bias")]
+        norm = [
+            tensors[f"{name}.bn.{p}"] for p in ("running_mean", "running_var", "weight", "bias")
+        ]
         return F.relu(F.batch_norm(x, *norm, training=False, eps=0.001))
 
     def chain(x, name, count):
@@ -166,7 +168,7 @@ def features(state: dict[str, np.ndarray], pictures: np.ndarray) -> np.ndarray:
         x = conv(conv(x, "Conv2d_2a_3x3", 1, 0), "Conv2d_2b_3x3")
         x = conv(F.max_pool2d(x, 3, 2), "Conv2d_3b_1x1")
         x = F.max_pool2d(conv(x, "Conv2d_4a_3x3", 1, 0), 3, 2)
-        for block in "5b 5c 5d 6a 6b 6c 6d 6e 7a".split():
+        for block in ["5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a"]:
             kind = {"5": a, "6": b if block == "6a" else c, "7": d}[block[0]]
             x = torch.cat(kind(x, f"Mixed_{block}."), 1)
         x = torch.cat(e(x, "Mixed_7b.", average), 1)

@@ -1,0 +1,87 @@
+"""A picture on its way: the estimates of x0 by every stage, as a strip or a GIF."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from imagen_jax import images
+from imagen_jax.cascade import Progress
+from imagen_jax.sample_folder import Sample
+
+KINDS = ("png", "gif")
+COLUMNS = 8
+# Shortest side of a picture in a trace, pixels, and how long a GIF shows one, ms; the last longer.
+SIDE, FRAME, LAST_FRAME = 128, 120, 1500
+
+
+class Trace:
+    """Collects the estimates of one call of `Cascade.sample`; give it to on_progress."""
+
+    def __init__(self, kind: str):
+        """`kind`: "png", a row of steps per stage, or "gif", one after the other."""
+        self.kind = kind
+        # By stage, then by the first row of the batch: estimates of the steps that are shown.
+        self._seen: dict[str, dict[int, list[np.ndarray]]] = {}
+
+    def __call__(self, progress: Progress) -> None:
+        shown = _shown(progress.steps)
+        if progress.step not in shown:
+            return
+        first, end = progress.rows
+        pictures = images.to_uint8(np.asarray(progress.x0[: end - first]))
+        batches = self._seen.setdefault(progress.stage, {})
+        batches.setdefault(first, []).append(pictures)
+
+    def write(
+        self, folder: pathlib.Path, samples: Sequence[Sample], texts: Sequence[Mapping[str, str]]
+    ) -> None:
+        """Writes FOLDER/PPPPP_KK.png or .gif for the samples of the call, in their order."""
+        folder.mkdir(parents=True, exist_ok=True)
+        stages = [
+            np.concatenate([np.stack(steps, axis=1) for _, steps in sorted(batches.items())])
+            for batches in self._seen.values()
+        ]
+        side = max(SIDE, stages[-1].shape[2])
+        for index, (sample, text) in enumerate(zip(samples, texts, strict=True)):
+            rows = [_enlarged(steps[index], side) for steps in stages]
+            path = folder / sample.file
+            if self.kind == "png":
+                blank = np.full_like(rows[0][0], 255)
+                cells = [[*row, *[blank] * (COLUMNS - len(row))] for row in rows]
+                images.save_png(path, images.grid(np.concatenate(cells), COLUMNS), text)
+            else:
+                _save_gif(path.with_suffix(".gif"), np.concatenate(rows), text["prompt"])
+
+
+def _shown(steps: int) -> set[int]:
+    """At most COLUMNS of the steps 1 to `steps`, evenly, the first and the last among them."""
+    return {int(step) for step in np.linspace(1, steps, min(steps, COLUMNS)).round()}
+
+
+def _enlarged(
+    pictures: UInt8[np.ndarray, "n h w 3"], side: int
+) -> UInt8[np.ndarray, "n side side 3"]:
+    """Pictures at `side` pixels, each pixel a block: nothing is drawn that was not there."""
+    nearest = [Image.fromarray(p).resize((side, side), Image.Resampling.NEAREST) for p in pictures]
+    return np.stack([np.asarray(picture) for picture in nearest])
+
+
+def _save_gif(path: pathlib.Path, frames: UInt8[np.ndarray, "n h w 3"], comment: str) -> None:
+    first, *others = (Image.fromarray(frame) for frame in frames)
+    durations = [FRAME] * len(others) + [LAST_FRAME]
+    temporary = path.with_name(f".{path.name}.tmp")
+    first.save(
+        temporary,
+        format="gif",
+        save_all=True,
+        append_images=others,
+        duration=durations,
+        loop=0,
+        comment=comment.encode(),
+    )
+    temporary.replace(path)
