@@ -222,7 +222,8 @@ def write(record, docs):
         y_label=f"all attributes right, share of {2 * record['prompts']}",
     )
     (docs / "images" / "classifier_guidance.svg").write_text(svg)
-    table = ["| guidance | exact | 95% | diversity |", "|---|---|---|---|"]
+    table = ["![Alignment against diversity](images/classifier_guidance.svg)", ""]
+    table += ["| guidance | exact | 95% | diversity |", "|---|---|---|---|"]
     for name, points in chosen.items():
         for p in points:
             table.append(
