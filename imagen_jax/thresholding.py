@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -35,9 +36,37 @@ def dynamic(
       percentile: p in [0, 100]; the paper's is 99.5.
       cap: largest s; 0: none.
     """
-    s = jnp.percentile(jnp.abs(x0), percentile, axis=(1, 2, 3), keepdims=True)
+    s = percentile_of(jnp.abs(x0), percentile).reshape(-1, 1, 1, 1)
     s = jnp.clip(s, 1.0, cap or jnp.inf)
     return jnp.clip(x0, -s, s) / s
+
+
+def percentile_of(values: Float[Array, "b h w c"], percentile: float) -> Float[Array, " b"]:
+    """Percentile of each picture's values, as `jnp.percentile`, without sorting them.
+
+    The bits of floats that are not negative, read as integers, are in the same order. So the value
+    with k smaller ones is found bit by bit, each by counting: 31 passes over the values, where
+    sorting them took a fifth of a small stage's time.
+
+    Args:
+      values: float32, none negative.
+      percentile: p in [0, 100]; between two values it is linear.
+    """
+    bits = jax.lax.bitcast_convert_type(values.reshape(len(values), -1), jnp.int32)
+    position = percentile / 100.0 * (bits.shape[1] - 1)
+    rank = int(position)
+
+    def add_bit(index, found):
+        candidate = found | (1 << (30 - index))
+        smaller = jnp.sum(bits < candidate[:, None], axis=1)
+        return jnp.where(smaller <= rank, candidate, found)
+
+    low = jax.lax.fori_loop(0, 31, add_bit, jnp.zeros(len(bits), jnp.int32))
+    larger = jnp.where(bits > low[:, None], bits, jnp.iinfo(jnp.int32).max).min(axis=1)
+    repeated = jnp.sum(bits <= low[:, None], axis=1) > rank + 1
+    high = jnp.where(repeated | (rank + 1 == bits.shape[1]), low, larger)
+    low, high = (jax.lax.bitcast_convert_type(v, jnp.float32) for v in (low, high))
+    return low + (position - rank) * (high - low)
 
 
 THRESHOLDS: dict[str, Callable[[Array, SamplingConfig], Array]] = {

@@ -24,6 +24,17 @@ def test_dynamic_threshold(percentile):
     np.testing.assert_array_equal(alone[0], got[2])
 
 
+@pytest.mark.parametrize("percentile", [0.0, 37.3, 50.0, 99.5, 100.0])
+def test_percentile_without_sorting(percentile):
+    values = np.abs(np.random.default_rng(0).normal(size=(3, 7, 5, 3))).astype(np.float32)
+    # Repeated values and zeros, among which ranks are ambiguous.
+    values[1] = values[1].round(1)
+    values[2] = 0.0
+    got = thresholding.percentile_of(jnp.asarray(values), percentile)
+    expected = np.percentile(values.reshape(3, -1).astype(np.float64), percentile, axis=1)
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
 def test_cap_of_the_dynamic_threshold():
     x0 = jnp.linspace(-8.0, 8.0, 48).reshape(1, 4, 4, 3)
     for cap, expected in [(1.0, np.clip(x0, -1, 1)), (2.0, np.clip(x0, -2, 2) / 2)]:
