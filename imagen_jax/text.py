@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from imagen_jax import config_io
+from imagen_jax import config_io, shapes_oracle
 from imagen_jax.config import ConfigError, T5Config, TextConfig, unknown_name
 from imagen_jax.frozen_encoder import FrozenEncoder, TokenBatch
 from imagen_jax.interop import hf_clip, hf_t5, t5x, t5x_network, weights
@@ -123,6 +123,7 @@ TEXT_ENCODERS: dict[str, Callable[[TextConfig, Mesh | None], TextEncoder]] = {
     "bytes": load_bytes,
     "t5x": load_t5x,
     "clip": load_clip,
+    "shapes_oracle": shapes_oracle.load,
 }
 
 
