@@ -17,6 +17,7 @@ def get_config(name: str = "base") -> ml_collections.ConfigDict:
     c.data.path = "runs/demo/data"
     c.data.embeddings = "runs/demo/embeddings"
     c.text.path = "runs/demo/text"
+    c.pretrain_text.corpus = "runs/demo/data/paraphrases.jsonl"
     c.data.max_text_len = 24
     c.checkpoint.every = 2_500  # A save costs as much as 30 steps.
     c.mesh.cpu_devices = 2

@@ -8,7 +8,6 @@ what is listed is complete. The position in the data is the step itself.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -221,7 +220,7 @@ class Checkpoints:
         """The configuration that the run of checkpoint `step` had. Raises CheckpointError."""
         path = self.path / str(step) / "config" / "metadata"
         try:
-            return config_io.from_dict(Config, json.loads(path.read_text()))
+            return config_io.from_json(path.read_text())
         except (OSError, ValueError) as error:
             raise CheckpointError(f"configuration of {path} cannot be read: {error}") from error
 

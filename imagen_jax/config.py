@@ -76,9 +76,11 @@ class PretrainTextConfig:
     steps: int = doc(400, "Training steps.")
     batch_size: int = doc(64, "Captions per step.")
     learning_rate: float = doc(3e-3, "Peak learning rate of Adam.")
-    mask_rate: float = doc(0.3, "Share of tokens that are masked and predicted, 0..1.")
-    context: int = doc(4, "Every vector also predicts tokens up to this far to each side; 0: none.")
-    max_captions: int = doc(20_000, "Captions read from the training split.")
+    context: int = doc(2, "Every word's vector predicts the words up to this far to each side.")
+    corpus: str = doc(
+        "", "JSON lines, each a list of paraphrases; '': the captions of each training picture."
+    )
+    max_groups: int = doc(20_000, "Pictures, or lines of the corpus, that are read.")
 
 
 @dataclasses.dataclass(frozen=True)

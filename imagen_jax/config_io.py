@@ -228,9 +228,18 @@ def to_json(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
+# Fields of earlier versions whose meaning is gone; a saved configuration may still have them.
+RETIRED = ("pretrain_text.mask_rate", "pretrain_text.max_captions")
+
+
 def from_json(text: str) -> Config:
-    """Inverse of `to_json`. Raises ConfigError."""
-    return from_dict(Config, json.loads(text))
+    """Inverse of `to_json`, of earlier versions too. Raises ConfigError."""
+    values = json.loads(text)
+    for path in RETIRED:
+        section, name = path.split(".")
+        if isinstance(values, dict) and isinstance(values.get(section), dict):
+            values[section].pop(name, None)
+    return from_dict(Config, values)
 
 
 def fingerprint(value: Any) -> str:

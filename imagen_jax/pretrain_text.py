@@ -1,12 +1,14 @@
 """Pre-trains a small T5 encoder on captions alone, for worlds where no public T5 is at hand.
 
 The paper's thesis is that a language model trained on text alone is a good eye for a picture
-model; this is its smallest instance. A vocabulary is learned, tokens are masked, and from the
-vector of every token two things are predicted by linear heads that are thrown away afterwards: the
-token itself where it was masked, and the tokens around it. The first teaches what words mean, the
-second makes each vector say what its word stands next to (which colour, above or below what) in a
-form that a linear key or value of the picture model can read. The result is a folder in Hugging
-Face layout, read by `text.py` like any T5.
+model; this is its smallest instance. A vocabulary is learned; then, from the vector of every word
+of a caption, one linear head (thrown away afterwards) predicts the words that stand near the same
+word in a paraphrase: another caption of the same picture, or of the corpus file. What a paraphrase
+keeps is what a caption means, so that the vectors fill with that and lose how it is put; and since
+the head is the same at every distance, "small", "red" and "circle" of one phrase all become the
+sum of the same three words, which a picture model reads at once. (Skip-gram, arXiv:1310.4546, with
+a T5 in the place of the word table.) The result is a folder in Hugging Face layout, read by
+`text.py` like any T5.
 
 Differs from paper: T5 is trained by span corruption with a decoder, on far more text.
 """
@@ -15,7 +17,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import io
 import json
 import os
 import pathlib
@@ -35,20 +36,15 @@ from imagen_jax.config import ConfigError, OptimizerConfig, PretrainTextConfig, 
 from imagen_jax.interop import hf_t5
 from imagen_jax.models import t5
 from imagen_jax.optimizer import make_optimizer
+from imagen_jax.text_corpus import EOS_ID, by_group, tokenize, train_vocabulary
 
-EOS_ID = 1
 LOG_EVERY = 100
 
 # Streams of randomness: fold_in(fold_in(key(seed), STREAM), step).
 INIT_STREAM, STEP_STREAM = 0, 1
 
-# Context heads trained per step: a random few cost a fraction of all and serve as well.
-_OFFSETS_PER_STEP = 4
-
 # Spread of the relative bias at the start (nats of attention), and how much faster it learns.
 _PLACE_STD, _PLACE_RATE = 2.0, 10.0
-
-_BYTE_PIECES = 256 + 3  # every byte, padding, end mark and unknown
 
 
 class State(NamedTuple):
@@ -59,7 +55,7 @@ class State(NamedTuple):
 
 
 def pretrain_text(
-    captions: Sequence[str],
+    groups: Sequence[Sequence[str]],
     config: PretrainTextConfig,
     out: str,
     *,
@@ -70,7 +66,8 @@ def pretrain_text(
     """Learns a vocabulary and an encoder from captions and writes them as a folder.
 
     Args:
-      captions: text to learn from; empty ones are left out.
+      groups: text to learn from: the captions of each picture, which are paraphrases of each
+        other (one will do: its words are then learned from itself); empty ones are left out.
       config: sizes and length of the training.
       out: folder to write; an earlier result is replaced, anything else is left alone.
       seed: seed of initialisation, batches and masks.
@@ -78,14 +75,15 @@ def pretrain_text(
       log: receives progress lines.
 
     Returns:
-      The metrics also written to pretrain.json: steps, loss (nats per token), masked_accuracy
+      The metrics also written to pretrain.json: steps, loss (nats per word), near_mass
       (0..1), captions, captions_sha256, vocabulary, seconds.
 
     Raises:
       ConfigError: no caption holds text, `out` holds something else, or vocab_size is too small.
     """
     folder = _check_out(out)
-    captions = [c.strip() for c in captions if c.strip()]
+    groups = [kept for group in groups if (kept := [c.strip() for c in group if c.strip()])]
+    captions = [caption for group in groups for caption in group]
     if not captions:
         raise ConfigError("pretrain_text got no caption with text; check config.data.caption_key")
     start = time.perf_counter()
@@ -93,7 +91,7 @@ def pretrain_text(
     ids, pieces = tokenize(captions, model, max_len)
     log(f"vocabulary: {pieces} pieces; {len(ids)} captions of up to {ids.shape[1]} tokens")
     t5_config = encoder_config(config, pieces)
-    params, metrics = train(ids, config, t5_config, mask_id=pieces, seed=seed, log=log)
+    params, metrics = train(by_group(ids, groups), config, t5_config, seed=seed, log=log)
     digest = hashlib.sha256("\n".join(captions).encode("utf-8", errors="replace")).hexdigest()
     metrics |= {
         "captions": len(captions),
@@ -105,80 +103,15 @@ def pretrain_text(
     return metrics
 
 
-def train_vocabulary(captions: Sequence[str], vocab_size: int) -> bytes:
-    """A SentencePiece byte-pair model with T5's special ids; any text can be tokenized with it.
-
-    Args:
-      captions: text to learn from.
-      vocab_size: wanted pieces, of which 259 are bytes and special ids; fewer where the text has
-        no more.
-
-    Returns:
-      The content of a `spiece.model` file.
-
-    Raises:
-      ConfigError: vocab_size leaves no room for the text's letters.
-    """
-    import sentencepiece
-
-    writer = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(captions),
-            model_writer=writer,
-            # Not unigram, whose seeds are repeats across different words: on a world of a hundred
-            # words it never proposes whole ones and spells colours in letters.
-            model_type="bpe",
-            # Folds case, so that "A Red Circle" is what was learned.
-            normalization_rule_name="nmt_nfkc_cf",
-            vocab_size=vocab_size,
-            hard_vocab_limit=False,
-            byte_fallback=True,
-            pad_id=0,
-            eos_id=1,
-            unk_id=2,
-            bos_id=-1,
-            max_sentence_length=1 << 16,
-            num_threads=1,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        letters = len(set("".join(captions)))
-        raise ConfigError(
-            f"config.pretrain_text.vocab_size={vocab_size} must exceed {_BYTE_PIECES} bytes and "
-            f"special ids plus the text's {letters} letters; try {_BYTE_PIECES + 2 * letters + 100}"
-        ) from error
-    return writer.getvalue()
-
-
-def tokenize(
-    captions: Sequence[str], model: bytes, max_len: int
-) -> tuple[Int[np.ndarray, "n l"], int]:
-    """Ids with the end mark, zero-padded, as short as the captions allow.
-
-    Returns:
-      ids: int32, L the longest caption's.
-      pieces: size of the vocabulary.
-    """
-    import sentencepiece
-
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    rows = [[*row[: max_len - 1], EOS_ID] for row in processor.encode(list(captions))]
-    ids = np.zeros((len(rows), max(map(len, rows))), np.int32)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = row
-    return ids, processor.get_piece_size()
-
-
 def encoder_config(config: PretrainTextConfig, pieces: int) -> T5Config:
-    """The small T5 v1.1; its table has a row for the mask after the vocabulary's."""
+    """The small T5 v1.1."""
     if config.emb_dim % config.num_heads:
         raise ConfigError(
             f"config.pretrain_text.emb_dim={config.emb_dim} must be a multiple of "
             f"config.pretrain_text.num_heads={config.num_heads}"
         )
     return T5Config(
-        vocab_size=-(-(pieces + 1) // 8) * 8,
+        vocab_size=-(-pieces // 8) * 8,
         emb_dim=config.emb_dim,
         num_layers=config.num_layers,
         num_heads=config.num_heads,
@@ -188,21 +121,19 @@ def encoder_config(config: PretrainTextConfig, pieces: int) -> T5Config:
 
 
 def train(
-    ids: Int[np.ndarray, "n l"],
+    ids: Int[np.ndarray, "g k l"],
     config: PretrainTextConfig,
     t5_config: T5Config,
     *,
-    mask_id: int,
     seed: int,
     log: Callable[[str], None],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Trains encoder and heads; the heads are thrown away.
+    """Trains encoder and head; the head is thrown away.
 
     Args:
-      ids: the corpus.
+      ids: the corpus: K paraphrases in each group.
       config: length and rates.
       t5_config: shape of the encoder.
-      mask_id: id that stands for a masked token.
       seed: seed of everything random.
       log: receives a line every 100 steps.
 
@@ -210,10 +141,11 @@ def train(
       The encoder's parameters, and the metrics of the last steps.
     """
     key = jax.random.key(seed)
-    # The heads choose among the pieces that occur: most of a small vocabulary is unused bytes.
+    # The head chooses among the pieces that occur: most of a small vocabulary is unused bytes.
     used, targets = np.unique(ids, return_inverse=True)
     corpus = jax.device_put((ids, targets.reshape(ids.shape).astype(np.int32)))
-    params = init_params(jax.random.fold_in(key, INIT_STREAM), t5_config, config, len(used))
+    is_word = jnp.asarray((used != 0) & (used != EOS_ID))
+    params = init_params(jax.random.fold_in(key, INIT_STREAM), t5_config, len(used))
     state = State(params, pretraining_optimizer(config).init(params))
     step_key = jax.random.fold_in(key, STEP_STREAM)
     recent: list[dict[str, jax.Array]] = []
@@ -222,10 +154,10 @@ def train(
         state, step_metrics = train_step(
             state,
             corpus,
+            is_word,
             jax.random.fold_in(step_key, step),
             config=config,
             t5_config=t5_config,
-            mask_id=mask_id,
         )
         recent.append(step_metrics)
         if (step + 1) % LOG_EVERY == 0 or step + 1 == config.steps:
@@ -233,26 +165,23 @@ def train(
             recent.clear()
             left = (time.perf_counter() - start) * (config.steps / (step + 1) - 1)
             log(
-                f"step {step + 1}/{config.steps}: loss {metrics['loss']:.3f}, masked accuracy "
-                f"{metrics['masked_accuracy']:.3f}, context accuracy "
-                f"{metrics['context_accuracy']:.3f}, {left:.0f} s left"
+                f"step {step + 1}/{config.steps}: loss {metrics['loss']:.3f}, mass on words that "
+                f"are near {metrics['near_mass']:.3f}, {left:.0f} s left"
             )
     return jax.device_get(state.params["encoder"]), {"steps": config.steps, **metrics}
 
 
-def init_params(
-    key: jax.Array, t5_config: T5Config, config: PretrainTextConfig, pieces: int
-) -> dict[str, Any]:
-    """Encoder, and one linear head [D, pieces] per offset in -context..context."""
+def init_params(key: jax.Array, t5_config: T5Config, pieces: int) -> dict[str, Any]:
+    """Encoder, and a linear head [D, pieces]."""
     encoder_key, head_key, bias_key = jax.random.split(key, 3)
     encoder = partitioning.unbox(t5.init_params(t5_config, encoder_key))
     # In a few hundred steps T5's even start never learns to tell one neighbour from the next.
     # Heads that begin by looking at distinct places do, and bind colours to their shapes.
     table = encoder["relpos_bias"]["rel_embedding"]
     encoder["relpos_bias"]["rel_embedding"] = _PLACE_STD * jax.random.normal(bias_key, table.shape)
-    shape = (2 * config.context + 1, t5_config.emb_dim, pieces)
-    heads = jax.random.normal(head_key, shape) * t5_config.emb_dim**-0.5
-    return {"encoder": encoder, "heads": heads}
+    shape = (t5_config.emb_dim, pieces)
+    head = jax.random.normal(head_key, shape) * t5_config.emb_dim**-0.5
+    return {"encoder": encoder, "head": head}
 
 
 def pretraining_optimizer(config: PretrainTextConfig) -> optax.GradientTransformation:
@@ -275,83 +204,77 @@ def pretraining_optimizer(config: PretrainTextConfig) -> optax.GradientTransform
     return optax.chain(adam, optax.masked(optax.scale(_PLACE_RATE), is_bias))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "t5_config", "mask_id"), donate_argnums=0)
+@functools.partial(jax.jit, static_argnames=("config", "t5_config"), donate_argnums=0)
 def train_step(
     state: State,
-    corpus: tuple[Int[Array, "n l"], Int[Array, "n l"]],
+    corpus: tuple[Int[Array, "g k l"], Int[Array, "g k l"]],
+    is_word: Bool[Array, " v"],
     key: jax.Array,
     *,
     config: PretrainTextConfig,
     t5_config: T5Config,
-    mask_id: int,
 ) -> tuple[State, dict[str, Float[Array, ""]]]:
-    """One step of Adam on a random batch of the corpus (ids, and the same among used pieces)."""
-    row_key, mask_key, offset_key = jax.random.split(key, 3)
-    rows = jax.random.randint(row_key, (config.batch_size,), 0, len(corpus[0]))
-    ids, targets = corpus[0][rows], corpus[1][rows]
-    real = ids != 0
-    hidden = real & (ids != EOS_ID) & jax.random.bernoulli(mask_key, config.mask_rate, ids.shape)
-    shown = jnp.where(hidden, mask_id, ids)
-    offsets = draw_offsets(offset_key, config.context)
+    """One step of Adam on random pairs of paraphrases (ids, and the same among used pieces)."""
+    group_key, pair_key = jax.random.split(key)
+    rows = jax.random.randint(group_key, (config.batch_size,), 0, len(corpus[0]))
+    shown, other = jax.random.randint(pair_key, (2, config.batch_size), 0, corpus[0].shape[1])
+    ids, words = corpus[0][rows, shown], corpus[1][rows, shown]
+    places = same_word(words, corpus[1][rows, other], is_word)
+    near = words_near(corpus[1][rows, other], is_word, config.context)
+    wanted = jnp.einsum("bij,bjv->biv", places.astype(jnp.float32), near)
 
     def loss_fn(params: dict[str, Any]) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        x = t5.T5Encoder(t5_config).apply({"params": params["encoder"]}, shown, real)
-        return predict(x, params["heads"], targets, real, hidden, offsets)
+        x = t5.T5Encoder(t5_config).apply({"params": params["encoder"]}, ids, ids != 0)
+        return predict(x, params["head"], wanted)
 
     grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params)
     updates, opt_state = pretraining_optimizer(config).update(grads, state.opt_state, state.params)
     return State(optax.apply_updates(state.params, updates), opt_state), metrics
 
 
-def draw_offsets(key: jax.Array, context: int) -> Int[Array, "s"]:
-    """Zero, then a few random distances of at most `context` to either side."""
-    count = min(2 * context, _OFFSETS_PER_STEP)
-    steps = jax.random.randint(key, (count,), 1, max(2 * context + 1, 2))
-    signed = jnp.where(steps <= context, steps, context - steps)
-    return jnp.concatenate([jnp.zeros(1, jnp.int32), signed])
+def same_word(
+    words: Int[Array, "b l"], other: Int[Array, "b l"], is_word: Bool[Array, " v"]
+) -> Bool[Array, "b l l"]:
+    """[i, j]: word i of a caption is word j of its paraphrase, and in both there is one only."""
+    same = (words[:, :, None] == other[:, None, :]) & is_word[words][:, :, None]
+    alone = (words[:, :, None] == words[:, None, :]).sum(2) == 1
+    return same & (same.sum(2) == 1)[:, :, None] & alone[:, :, None]
+
+
+def words_near(
+    words: Int[Array, "b l"], is_word: Bool[Array, " v"], context: int
+) -> Float[Array, "b l v"]:
+    """Which words stand at most `context` places from place j, itself included; counts."""
+    place = jnp.arange(words.shape[1])
+    near = jnp.abs(place[:, None] - place) <= context
+    counted = jax.nn.one_hot(words, len(is_word)) * is_word
+    return jnp.einsum("jk,bkv->bjv", near.astype(jnp.float32), counted)
 
 
 def predict(
-    x: Float[Array, "b l d"],
-    heads: Float[Array, "o d v"],
-    targets: Int[Array, "b l"],
-    real: Bool[Array, "b l"],
-    hidden: Bool[Array, "b l"],
-    offsets: Int[Array, "s"],
+    x: Float[Array, "b l d"], head: Float[Array, "d v"], wanted: Float[Array, "b l v"]
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """How well each vector tells its own hidden token and those `offsets` away.
+    """How well each vector tells the words near its own.
 
     Args:
       x: the encoder's vectors.
-      heads: linear heads of the offsets -context..context.
-      targets: the true tokens, among the used pieces.
-      real: False at padding.
-      hidden: True where the encoder saw the mask.
-      offsets: the first is 0 (counted at hidden tokens only), the others are not.
+      head: the linear head.
+      wanted: counts of words; vectors without any are not asked.
 
     Returns:
-      The loss in nats (masked plus context, each per token), and the metrics.
+      The cross entropy to the words that are wanted, nats per word, mean over vectors; and the
+      metrics, among them the probability that falls on these words.
     """
-    length = x.shape[1]
-    places = jnp.arange(length) + offsets[:, None]
-    inside = (places >= 0) & (places < length)
-    places = jnp.clip(places, 0, length - 1)
-    goals = jnp.moveaxis(targets[:, places], 1, 0)
-    counted = inside[:, None] & jnp.moveaxis(real[:, places], 1, 0) & real
-    counted = counted.at[0].set(hidden)
-    logits = jnp.einsum("bld,sdv->sblv", x, heads[offsets + len(heads) // 2])
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, goals)
-    right = logits.argmax(-1) == goals
+    log_p = jax.nn.log_softmax(x @ head)
+    count = wanted.sum(-1)
+    asked = count > 0
+    loss = -(wanted * log_p).sum(-1) / jnp.maximum(count, 1)
+    mass = (jnp.exp(log_p) * (wanted > 0)).sum(-1)
 
-    def mean(values: Array, where: Bool[Array, "..."]) -> Float[Array, ""]:
-        return jnp.sum(values * where) / jnp.maximum(jnp.sum(where), 1)
+    def mean(values: Float[Array, "b l"]) -> Float[Array, ""]:
+        return jnp.sum(values * asked) / jnp.maximum(jnp.sum(asked), 1)
 
-    loss = mean(losses[0], counted[0]) + mean(losses[1:], counted[1:])
-    return loss, {
-        "loss": loss,
-        "masked_accuracy": mean(right[0], counted[0]),
-        "context_accuracy": mean(right[1:], counted[1:]),
-    }
+    return mean(loss), {"loss": mean(loss), "near_mass": mean(mass)}
 
 
 def _mean(rows: Sequence[dict[str, jax.Array]]) -> dict[str, float]:

@@ -45,8 +45,8 @@ _NUMBER = re.compile(rf"\b({'|'.join(NUMBERS)}|[234])\b")
 def read(caption: str) -> list[dict[str, str]]:
     """The objects of a caption in the order of their mention, one name of each group.
 
-    Two mentions in a relation: "A above B" puts A above, and so do "above B is A" and "B has A above
-    it".
+    Two mentions in a relation: "A above B" puts A above, and so do "above B is A" and "B has A
+    above it".
     """
     text = caption.lower()
     mentions = list(_OBJECT.finditer(text))[:MAX_OBJECTS]
@@ -100,7 +100,7 @@ class OracleEncoder:
     def encode(
         self, ids: Int[Array | np.ndarray, "b l"], mask: Bool[Array | np.ndarray, "b l"]
     ) -> Float[Array, "b l d"]:
-        """Joined one-hot groups, of the norm of a T5 vector; the end is zero but for one channel."""
+        """Joined one-hot groups, of the norm of a T5 vector; the end has a channel of its own."""
         left, parts = jnp.maximum(jnp.asarray(ids) - 2, 0), []
         for names in reversed(GROUPS.values()):
             parts.insert(0, jax.nn.one_hot(left % len(names), len(names)))

@@ -7,7 +7,7 @@ python=${PYTHON:-.venv/bin/python}
 export TF_CPP_MIN_LOG_LEVEL=3
 
 where=(--config.data.path="$run/data" --config.data.embeddings="$run/embeddings"
-       --config.text.path="$run/text")
+       --config.text.path="$run/text" --config.pretrain_text.corpus="$run/data/paraphrases.jsonl")
 
 say() { printf '\n\033[1m# %s\033[0m\n' "$1"; shift; printf '$ imagen'; printf ' %s' "$@"; echo; }
 step() { say "$@"; shift; "$python" -m imagen_jax "$@"; }
@@ -15,7 +15,7 @@ step() { say "$@"; shift; "$python" -m imagen_jax "$@"; }
 started=$SECONDS
 step "Draw the shapes world: 20,000 captioned pictures, as a TFDS data set." \
   prepare --config=configs/shapes.py:base "${where[@]}"
-step "Train a vocabulary and a small T5 text encoder on the captions alone." \
+step "Train a vocabulary and a small T5 text encoder on captions and paraphrases, text alone." \
   pretrain_text --config=configs/shapes.py:base "${where[@]}" --out="$run/text"
 step "Freeze the encoder and compute the embedding of every caption, once." \
   embed --config=configs/shapes.py:base "${where[@]}"

@@ -12,7 +12,8 @@ LAYERS = [
     | {"diffusion", "distributed", "flops", "hlo"},
     {"guidance", "models", "sampling", "optimizer", "ema", "metrics", "partitioning"}
     | {"preemption", "profiling", "thresholding", "topology", "vocabulary", "editing"},
-    {"interop", "train_state", "checkpoint", "ema_snapshots", "compiled", "frozen_encoder"},
+    {"interop", "train_state", "checkpoint", "ema_snapshots", "compiled", "frozen_encoder"}
+    | {"shapes_oracle"},
     {"text", "stage", "stage_folder", "faults"},
     {"data", "drawing", "prompts"},
     {
@@ -26,6 +27,7 @@ LAYERS = [
         "replay",
         "embed",
         "pretrain_text",
+        "text_corpus",
         "plan",
         "plan_report",
         "plan_search",

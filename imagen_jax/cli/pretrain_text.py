@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from imagen_jax import pretrain_text as pretrain_text_lib
+from imagen_jax import text_corpus
 from imagen_jax.cli import wiring
 from imagen_jax.data.index import open_source
 
@@ -18,12 +19,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(flags: argparse.Namespace) -> None:
     """Carries the verb out."""
     config = wiring.load_config(flags)
-    source = open_source(config.data)
-    captions = [text for i in range(len(source)) for text in source.captions(i)]
+    settings = config.pretrain_text
+    if settings.corpus:
+        groups = text_corpus.read(settings.corpus, settings.max_groups)
+    else:
+        source = open_source(config.data)
+        groups = [source.captions(i) for i in range(min(len(source), settings.max_groups))]
     pretrain_text_lib.pretrain_text(
-        captions[: config.pretrain_text.max_captions],
-        config.pretrain_text,
-        flags.out,
-        seed=config.seed,
-        max_len=config.text.max_len,
+        groups, settings, flags.out, seed=config.seed, max_len=config.text.max_len
     )

@@ -20,6 +20,17 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from imagen_jax.data.shapes_captions import (
+    AXIS,
+    NUMBERS,
+    OPPOSITE,
+    RELATIONS,
+    SIZE_NAMED_SHARE,
+    Object,
+    Relation,
+    sentence,
+)
+
 VERSION = 1
 SPLITS = {"train": 20_000, "seen_test": 1_000, "held_out": 1_000}
 MIXTURE = {"single": 0.35, "count": 0.45, "relation": 0.20}
@@ -50,77 +61,16 @@ CROSS_HALF_WIDTH = 0.4
 EXTENT = {"circle": 1.0, "square": SQUARE_HALF, "triangle": TRIANGLE_HALF, "cross": CROSS_ARM}
 SHAPES = tuple(EXTENT)
 
-AXIS = {"left of": 0, "right of": 0, "above": 1, "below": 1}
-RELATIONS = tuple(AXIS)
 # In a relation the offset across the axis is at most this share of the distance along it.
 MAX_SLANT = 0.5
 PLACEMENT_TRIES = 64
 
-NUMBERS = {2: "two", 3: "three", 4: "four"}
-DIGIT_SHARE = 0.2
-PERIOD_SHARE = 0.25
-SIZE_NAMED_SHARE = {"single": 0.7, "count": 0.7, "relation": 0.5}
-# {a}, {b}: with article; {x}, {y}: without; {xs}: plural; {word}: left of; {to}: to the left of.
-TEMPLATES = {
-    "single": (
-        "{a}",
-        "one {x}",
-        "a single {x}",
-        "there is {a}",
-        "a picture of {a}",
-        "an image showing {a}",
-        "this picture shows {a}",
-        "{a} and nothing else",
-    ),
-    "count": (
-        "{n} {xs}",
-        "there are {n} {xs}",
-        "exactly {n} {xs}",
-        "a group of {n} {xs}",
-        "a picture of {n} {xs}",
-        "an image showing {n} {xs}",
-        "this picture shows {n} {xs}",
-        "{n} {xs} and nothing else",
-    ),
-    "relation": (
-        "{a} {word} {b}",
-        "{a} {to} {b}",
-        "{a} is {to} {b}",
-        "the {x} is {to} the {y}",
-        "there is {a} {to} {b}",
-        "a picture of {a} {word} {b}",
-        "an image showing {a} {to} {b}",
-        "{to} {b} there is {a}",
-        "{to} {b} is {a}",
-        "{b} with {a} {to} it",
-        "{b} has {a} {to} it",
-        "there is {b} and {to} it is {a}",
-    ),
-}
+PARAPHRASES = 3
+PARAPHRASE_STREAM = 99  # Apart from the splits, whose numbers stand in its place.
 
 
 class ShapesError(ValueError):
     """A scene was asked for that the world does not have."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Object:
-    """One coloured shape; x, y in pixels."""
-
-    shape: str
-    color: str
-    size: str
-    x: float = 0.0
-    y: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Relation:
-    """`objects[first]` is `word` (above, below, left of, right of) `objects[second]`."""
-
-    word: str
-    first: int
-    second: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,8 +109,24 @@ def scene(split: str, index: int) -> Scene:
     # Without its size a prompt about a held-out object would read like one of the training set.
     novel_by_size = novel and not (relation and _is_held_statement(objects, relation))
     sizes_named = bool(rng.random() < SIZE_NAMED_SHARE[kind]) or novel_by_size
-    caption = _caption(kind, objects, relation, sizes_named, rng)
+    caption = sentence(kind, objects, relation, sizes_named, rng)
     return Scene(kind, _place(objects, relation, rng), relation, caption, sizes_named)
+
+
+def paraphrases(split: str, index: int) -> tuple[str, ...]:
+    """PARAPHRASES captions that say the same of a scene; its own is the first.
+
+    Half of those of a relation are its mirror image: "a below b" for "b above a".
+    """
+    shown = scene(split, index)
+    rng = np.random.default_rng((VERSION, PARAPHRASE_STREAM, list(SPLITS).index(split), index))
+    captions = [shown.caption]
+    while len(captions) < PARAPHRASES:
+        relation = shown.relation
+        if relation and rng.random() < 0.5:
+            relation = Relation(OPPOSITE[relation.word], relation.second, relation.first)
+        captions.append(sentence(shown.kind, shown.objects, relation, shown.sizes_named, rng))
+    return tuple(captions)
 
 
 def is_held_out(scene: Scene) -> bool:
@@ -302,32 +268,6 @@ def _is_held_statement(objects: Sequence[Object], relation: Relation) -> bool:
     (color_1, shape_1, _), (color_2, shape_2, _) = _indices(first), _indices(second)
     axis = AXIS[relation.word]
     return (color_1 + 2 * color_2 + shape_1 + 3 * shape_2 + 2 * axis) % 6 == 0
-
-
-def _caption(
-    kind: str,
-    objects: Sequence[Object],
-    relation: Relation | None,
-    sizes_named: bool,
-    rng: np.random.Generator,
-) -> str:
-    template = TEMPLATES[kind][rng.integers(len(TEMPLATES[kind]))]
-    things = [objects[relation.first], objects[relation.second]] if relation else objects
-    x, y = (_name(thing, sizes_named) for thing in (things[0], things[-1]))
-    a, b = (f"an {name}" if name[0] in "aeiou" else f"a {name}" for name in (x, y))
-    words = {"a": a, "b": b, "x": x, "y": y}
-    if relation:
-        words["word"] = relation.word
-        words["to"] = relation.word if AXIS[relation.word] else f"to the {relation.word}"
-    elif kind == "count":
-        words["n"] = str(len(objects)) if rng.random() < DIGIT_SHARE else NUMBERS[len(objects)]
-        words["xs"] = x + ("es" if x.endswith("s") else "s")
-    return template.format(**words) + "." * int(rng.random() < PERIOD_SHARE)
-
-
-def _name(thing: Object, size_named: bool) -> str:
-    words = (thing.size, thing.color, thing.shape)
-    return " ".join(words if size_named else words[1:])
 
 
 def _place(

@@ -65,7 +65,8 @@ def prepare(data_dir: str, name: str) -> None:
 
     Args:
       data_dir: folder for the files; for the shapes world also `prompts_seen_test.jsonl` and
-        `prompts_held_out.jsonl`, whose first N rows hold the kinds of prompt in equal parts.
+        `prompts_held_out.jsonl`, whose first N rows hold the kinds of prompt in equal parts, and
+        `paraphrases.jsonl`, text for `pretrain_text`.
       name: registered name of a builder, e.g. shapes_world.
 
     Raises:
@@ -86,6 +87,7 @@ def prepare(data_dir: str, name: str) -> None:
     if name == ShapesWorld.name:
         for split in PROMPT_SPLITS:
             _write_prompts(split, pathlib.Path(data_dir) / f"prompts_{split}.jsonl")
+        _write_corpus(pathlib.Path(data_dir) / "paraphrases.jsonl")
 
 
 def _write_prompts(split: str, path: pathlib.Path) -> None:
@@ -93,6 +95,16 @@ def _write_prompts(split: str, path: pathlib.Path) -> None:
     by_kind = [[scene for scene in scenes if scene.kind == kind] for kind in shapes.KINDS]
     taken_in_turns = itertools.chain(*itertools.zip_longest(*by_kind))
     lines = [json.dumps(shapes.prompt_row(scene)) + "\n" for scene in taken_in_turns if scene]
+    _write(path, lines)
+
+
+def _write_corpus(path: pathlib.Path) -> None:
+    """Text about the training scenes alone, for `pretrain_text`."""
+    scenes = range(shapes.SPLITS["train"])
+    _write(path, [json.dumps(shapes.paraphrases("train", index)) + "\n" for index in scenes])
+
+
+def _write(path: pathlib.Path, lines: list[str]) -> None:
     partial = path.with_name(path.name + ".tmp")
     partial.write_text("".join(lines))
     os.replace(partial, path)

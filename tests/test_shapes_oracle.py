@@ -1,0 +1,62 @@
+"""The oracle encoder of the shapes world reads every caption for what it says."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from imagen_jax import shapes_oracle, text
+from imagen_jax.config import ConfigError, TextConfig
+from imagen_jax.data import shapes
+
+
+def said(scene):
+    """What the caption of a scene says: objects without order, names as in GROUPS."""
+    named = scene.sizes_named
+    if scene.relation:
+        word = scene.relation.word
+        pair = scene.objects[scene.relation.first], scene.objects[scene.relation.second]
+        places = (word, shapes.OPPOSITE[word])
+        things = [(o, "1", place) for o, place in zip(pair, places, strict=True)]
+    else:
+        things = [(scene.objects[0], str(len(scene.objects)), "")]
+    return {(o.color, o.shape, o.size if named else "", n, place) for o, n, place in things}
+
+
+def read(caption):
+    order = ("color", "shape", "size", "number", "place")
+    return {tuple(thing[group] for group in order) for thing in shapes_oracle.read(caption)}
+
+
+@pytest.mark.parametrize("split", shapes.SPLITS)
+def test_captions_and_their_paraphrases_are_read_for_what_they_say(split):
+    for index in range(300):
+        scene = shapes.scene(split, index)
+        captions = shapes.paraphrases(split, index)
+        assert captions[0] == scene.caption and len(captions) == shapes.PARAPHRASES
+        for caption in captions:
+            assert read(caption) == said(scene), caption
+
+
+def test_names_are_those_of_the_world():
+    groups = shapes_oracle.GROUPS
+    assert groups["color"] == tuple(shapes.COLORS) and groups["shape"] == shapes.SHAPES
+    assert groups["size"][1:] == tuple(shapes.SIZES) and groups["place"][1:] == shapes.RELATIONS
+
+
+def test_vectors_are_one_per_object_and_all_different():
+    encoder = text.load_text_encoder(TextConfig(encoder="shapes_oracle", max_len=8))
+    captions = ["a red cross", "a blue cross", "two red crosses", "a red cross above a blue cross"]
+    batch = encoder.tokenize([*captions, ""])
+    assert batch.mask.sum(1).tolist() == [2, 2, 2, 3, 1] and not batch.truncated
+    vectors = np.asarray(encoder.encode(batch.ids, batch.mask))
+    assert vectors.shape == (5, 8, encoder.dim) and not vectors[~batch.mask].any()
+    objects = np.stack([*vectors[:3, 0], *vectors[3, :2]])
+    np.testing.assert_allclose(np.square(objects).mean(1), 1, rtol=1e-6)
+    distance = np.square(objects[:, None] - objects).sum(-1)
+    assert (distance[~np.eye(5, dtype=bool)] > 1).all()
+
+
+def test_too_short_a_length_is_refused():
+    with pytest.raises(ConfigError, match=r"config.text.max_len=2 must be at least 3"):
+        text.load_text_encoder(TextConfig(encoder="shapes_oracle", max_len=2))
