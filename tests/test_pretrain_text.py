@@ -118,6 +118,14 @@ def test_words_near_a_place_are_counted_once_each_without_the_end_mark():
     assert near[:, :2].sum() == 0
 
 
+def test_a_place_without_its_word_in_the_paraphrase_is_asked_for_all_of_it():
+    is_word = jnp.array([False, False, True, True, True, True])
+    caption, other = jnp.array([[2, 3, 1, 0, 0]]), jnp.array([[4, 5, 2, 4, 1]])
+    wanted = np.asarray(pretrain.words_wanted(caption, other, is_word, context=1))[0]
+    assert wanted[0].tolist() == [0, 0, 1, 0, 1, 1]
+    assert wanted[1].tolist() == wanted[2].tolist() == [0, 0, 1, 0, 2, 1]
+
+
 def test_vectors_without_a_wanted_word_are_not_asked():
     head = 50 * jnp.eye(4)
     x = jnp.eye(4)[jnp.array([[2, 3, 3]])]
