@@ -25,6 +25,7 @@ from imagen_jax.data.shapes_captions import (
     NUMBERS,
     OPPOSITE,
     RELATIONS,
+    SINGULARS,
     SIZE_NAMED_SHARE,
     Object,
     Relation,
@@ -65,7 +66,7 @@ SHAPES = tuple(EXTENT)
 MAX_SLANT = 0.5
 PLACEMENT_TRIES = 64
 
-PARAPHRASES = 3
+PARAPHRASES = 4
 PARAPHRASE_STREAM = 99  # Apart from the splits, whose numbers stand in its place.
 
 
@@ -116,16 +117,20 @@ def scene(split: str, index: int) -> Scene:
 def paraphrases(split: str, index: int) -> tuple[str, ...]:
     """PARAPHRASES captions that say the same of a scene; its own is the first.
 
-    Half of those of a relation are its mirror image: "a below b" for "b above a".
+    Half of those of a relation are its mirror image, "a below b" for "b above a", and half of those
+    of a number name one of the objects: "each of two things is a cross" for "two crosses".
     """
     shown = scene(split, index)
     rng = np.random.default_rng((VERSION, PARAPHRASE_STREAM, list(SPLITS).index(split), index))
     captions = [shown.caption]
     while len(captions) < PARAPHRASES:
-        relation = shown.relation
+        relation, templates = shown.relation, ()
         if relation and rng.random() < 0.5:
             relation = Relation(OPPOSITE[relation.word], relation.second, relation.first)
-        captions.append(sentence(shown.kind, shown.objects, relation, shown.sizes_named, rng))
+        elif shown.kind == "count" and rng.random() < 0.5:
+            templates = SINGULARS
+        said = shown.kind, shown.objects, relation, shown.sizes_named
+        captions.append(sentence(*said, rng, templates))
     return tuple(captions)
 
 

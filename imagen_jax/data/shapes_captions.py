@@ -52,6 +52,8 @@ TEMPLATES = {
         "there is {b} and {to} it is {a}",
     ),
 }
+# Said in text alone, never of a picture: what a plural is a plural of.
+SINGULARS = ("{n} things, each {a}", "{a}, {n} times", "each of {n} things is {a}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +82,7 @@ def sentence(
     relation: Relation | None,
     sizes_named: bool,
     rng: np.random.Generator,
+    templates: Sequence[str] = (),
 ) -> str:
     """One of the kind's templates, filled in.
 
@@ -89,8 +92,10 @@ def sentence(
       relation: `objects[first]` is `word` `objects[second]`.
       sizes_named: whether sizes are said.
       rng: draws the template, digits or words, and the full stop.
+      templates: to choose from; none: the kind's.
     """
-    template = TEMPLATES[kind][rng.integers(len(TEMPLATES[kind]))]
+    templates = templates or TEMPLATES[kind]
+    template = templates[rng.integers(len(templates))]
     things = [objects[relation.first], objects[relation.second]] if relation else objects
     x, y = (_named(thing, sizes_named) for thing in (things[0], things[-1]))
     a, b = (f"an {name}" if name[0] in "aeiou" else f"a {name}" for name in (x, y))
