@@ -106,9 +106,7 @@ def main():
         "batch_size": batch,
         "steps": {stage.config.name: stage.config.sampling.steps for stage in stages},
     }
-    for name, values in zip(
-        (*names, "one_of_2b_by_two_of_b"), zip(*rows, strict=True), strict=True
-    ):
+    for name, values in zip(names, zip(*rows, strict=True), strict=True):
         middle, low, high = statistics.median(values), min(values), max(values)
         result[name] = {"median": round(middle, 4), "min": round(low, 4), "max": round(high, 4)}
     print(json.dumps(result))

@@ -177,6 +177,14 @@ def test_a_super_resolution_stage_alone_needs_a_picture(folders, texts):
         Cascade.load(folders[::-1], text_encoder=None)
 
 
+def test_more_noise_than_a_stage_learned_from_is_refused(sr_config):
+    process = dataclasses.replace(sr_config.diffusion, aug_level_max=0.2)
+    config = dataclasses.replace(sr_config, diffusion=process)
+    cascade.with_settings([config], {"sr": {"aug_level": 0.2}})
+    with pytest.raises(ConfigError, match="sr.aug_level=0.3 must be from 0 to 0.2, the most"):
+        cascade.with_settings([config], {"sr": {"aug_level": 0.3}})
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

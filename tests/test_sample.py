@@ -235,7 +235,7 @@ def test_edits_that_are_refused(folders, picture, tmp_path, capsys):
         ("inpaint", folders, [own, f"--mask={black}"], "draws nothing"),
         ("inpaint", folders, [own, f"--mask={picture}", "--jump=0"], "jump=0 must be at least 1"),
         ("upscale", folders, [own], "stage 'base' enlarges nothing; leave the base stage out"),
-        ("upscale", sr, [own, "--aug_level=1.5"], "sr.aug_level=1.5 must be from 0 to 1.0"),
+        ("upscale", sr, [own, "--aug_level=1.5"], "aug_level=1.5 must be within 0..1"),
     ]:
         flags = [f"--stages={stages}", "--prompt=a", f"--out={tmp_path}/out", *flags]
         assert run.main(["edit", what, *flags]) == 1
