@@ -8,7 +8,6 @@ the card names the weights by their hash, and only scores of one CLIP can be com
 from __future__ import annotations
 
 import functools
-import json
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -172,8 +171,3 @@ def mean_over_prompts(
     error = np.sqrt((sums**2).sum() * count / (count - 1)) / len(scores)
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * error)
     return {"clip_score": mean, "low": mean - half, "high": mean + half}
-
-
-def write(card: dict[str, Any], path: str) -> None:
-    """Writes the card as JSON."""
-    samples.write_text(pathlib.Path(path), json.dumps(card, indent=2) + "\n")

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, UInt8
 
 from imagen_jax import images
 from imagen_jax.config import unknown_name
-from imagen_jax.data import folder as data_folder
+from imagen_jax.data.folder import PICTURES, walk
 from imagen_jax.evaluation import clip_score, feature_distances, features, frechet, samples
 from imagen_jax.evaluation.features import Network, Parts, Pictures
 from imagen_jax.evaluation.frechet import Gaussian
@@ -113,10 +113,8 @@ def pictures_of(folder: str, size: int = 0) -> tuple[Pictures, int]:
     if (root / "samples.jsonl").is_file():
         files = [row["file"] for row in samples.read_rows(folder)]
     elif root.is_dir():
-        found = [file.name for file in data_folder.walk(root)]
-        files = [
-            n for n in found if pathlib.PurePosixPath(n).suffix.lower() in data_folder.PICTURES
-        ]
+        found = [file.name for file in walk(root)]
+        files = [name for name in found if pathlib.PurePosixPath(name).suffix.lower() in PICTURES]
     else:
         raise EvaluationError(f"{folder} is not a folder of pictures")
     if len(files) < 2:
@@ -274,22 +272,6 @@ def _some(cloud: np.ndarray, count: int) -> np.ndarray:
 def _number(value: float) -> float | None:
     """JSON knows no NaN."""
     return None if np.isnan(value) else value
-
-
-def format_card(card: dict[str, Any]) -> str:
-    """A card as a Markdown table, a line per field."""
-    lines = [f"# {card['card']}", "", "| field | value |", "|---|---|"]
-    for field, value in card.items():
-        if field == "stages":
-            lines += [f"| stage {s['name']} | {_settings_line(s)} |" for s in value]
-        elif field != "card":
-            shown = f"{value:.6g}" if isinstance(value, float) else str(value)
-            lines.append(f"| {field} | {shown} |")
-    return "\n".join(lines) + "\n"
-
-
-def _settings_line(stage: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in stage.items() if name != "name")
 
 
 @functools.lru_cache(maxsize=8)

@@ -23,7 +23,6 @@ import numpy as np
 from imagen_jax import __version__, config_io
 from imagen_jax.config import Config, DataConfig
 from imagen_jax.data.index import Source, open_source
-from imagen_jax.data.records import Decode
 from imagen_jax.evaluation import clip_score, fid, samples
 from imagen_jax.evaluation.features import Pictures
 from imagen_jax.evaluation.fid import Eyes, Settings
@@ -128,7 +127,7 @@ def evaluate(
     """Scores OUT/samples, which `sample` drew for OUT/captions.jsonl.
 
     Args:
-      out: folder of the run; features go to OUT/features, the card to OUT/fid30k.json and .md.
+      out: folder of the run; features go to OUT/features.
       sources: the reference.
       settings: what is measured with.
       about: fields that the card takes over: how the pictures were drawn.
@@ -147,9 +146,7 @@ def evaluate(
     numbers = fid.score(look, drawn, reference, settings.resamples)
     if towers is not None:
         numbers |= _clip_score(look, drawn, str(folder / "samples"), settings.clip, towers)
-    card = {"card": "fid30k", **numbers, **with_what, **about, "version": __version__}
-    write(card, str(folder / "fid30k.json"))
-    return card
+    return {"card": "fid30k", **numbers, **with_what, **about, "version": __version__}
 
 
 def _clip_score(
@@ -197,10 +194,3 @@ def learned_from_coco(config: Config) -> bool:
     """Whether a stage's own configuration says that it was trained on COCO."""
     sources = [config.data, *config.data.mixture.values()]
     return any("coco" in f"{s.name if s.kind == 'tfds' else s.path}".lower() for s in sources)
-
-
-def write(card: dict[str, Any], path: str) -> None:
-    """Writes the card as JSON, and beside it as Markdown."""
-    file = pathlib.Path(path)
-    samples.write_text(file, json.dumps(card, indent=2) + "\n")
-    samples.write_text(file.with_suffix(".md"), fid.format_card(card))

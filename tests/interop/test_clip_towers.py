@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 
 from imagen_jax import images
-from imagen_jax.evaluation import clip_score
+from imagen_jax.evaluation import clip_score, features
+from imagen_jax.evaluation.features import Pictures
 from imagen_jax.interop import hf_clip, weights
 
+BATCH = 3  # In all tests, so that it is compiled once.
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "clip"
 
 
@@ -43,13 +45,13 @@ def test_preprocessing_equals_transformers(golden):
         )
 
 
-def test_embeddings_and_cosines_equal_transformers(golden, towers):
+def test_embeddings_and_cosines_equal_transformers(golden, towers, tmp_path):
     pytest.importorskip("tokenizers")
+    shown = Pictures(3, lambda i: golden[f"picture_{i}"])
     network = clip_score.picture_network(towers)
-    with jax.default_matmul_precision("highest"):
-        pictures = np.asarray(network.apply(network.params, golden["inputs"]))
+    pictures = features.extract(shown, network, tmp_path, batch_size=BATCH).features()
     captions = clip_score.embed_captions(
-        str(GOLDEN), towers, golden["captions"].tolist(), batch_size=4
+        str(GOLDEN), towers, golden["captions"].tolist(), batch_size=BATCH
     )
     for ours, theirs in ((pictures, "picture_embeddings"), (captions, "text_embeddings")):
         assert np.abs(golden[theirs]).max() > 1
@@ -69,6 +71,7 @@ def test_a_folder_of_samples_has_a_score_and_goes_on_where_it_was(golden, tmp_pa
         rows.append(json.dumps({"file": f"{i}.png", "prompt": caption}))
     (tmp_path / "samples" / "samples.jsonl").write_text("\n".join(rows))
     flags = [f"--samples={tmp_path}/samples", f"--clip={GOLDEN}", f"--out={tmp_path}/clip.json"]
+    flags.append(f"--batch_size={BATCH}")
     assert run.main(["evaluate", "clip_score", *flags]) == 0
     first = json.loads((tmp_path / "clip.json").read_text())
     chosen = [golden["cosines"][0, 0], golden["cosines"][1, 1], golden["cosines"][2, 0]]

@@ -1,0 +1,34 @@
+"""Cards of evaluations: JSON for programs, and beside it a Markdown table of the same fields."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from imagen_jax.evaluation import samples
+
+
+def write(card: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Writes FILE.json, and FILE.md."""
+    file = pathlib.Path(path)
+    samples.write_text(file, json.dumps(card, indent=2) + "\n")
+    samples.write_text(file.with_suffix(".md"), format_card(card))
+
+
+def format_card(card: Mapping[str, Any]) -> str:
+    """A card as a Markdown table, a line per field; stages, if there are any, a line each."""
+    lines = [f"# {card['card']}", "", "| field | value |", "|---|---|"]
+    for field, value in card.items():
+        if field == "stages":
+            lines += [f"| stage {stage['name']} | {_settings(stage)} |" for stage in value]
+        elif field != "card":
+            shown = f"{value:.6g}" if isinstance(value, float) else str(value)
+            lines.append(f"| {field} | {shown} |")
+    return "\n".join(lines) + "\n"
+
+
+def _settings(stage: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in stage.items() if name != "name")
