@@ -7,7 +7,6 @@ A picture becomes the largest centred square of it, brought to one side by Pillo
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import pathlib
 from collections.abc import Callable
@@ -274,7 +273,6 @@ def _number(value: float) -> float | None:
     return None if np.isnan(value) else value
 
 
-@functools.lru_cache(maxsize=8)
 def _sha256_of_file(path: str) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
