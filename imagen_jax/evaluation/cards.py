@@ -19,15 +19,20 @@ def write(card: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
 
 
 def format_card(card: Mapping[str, Any]) -> str:
-    """A card as a Markdown table, a line per field; stages, if there are any, a line each."""
+    """A card as a Markdown table."""
     lines = [f"# {card['card']}", "", "| field | value |", "|---|---|"]
+    return "\n".join(lines + [f"| {field} | {value} |" for field, value in lines_of(card)]) + "\n"
+
+
+def lines_of(card: Mapping[str, Any]) -> list[list[str]]:
+    """Field and value as they are shown; a line for each stage. `card` itself is left out."""
+    lines = []
     for field, value in card.items():
         if field == "stages":
-            lines += [f"| stage {stage['name']} | {_settings(stage)} |" for stage in value]
+            lines += [[f"stage {stage['name']}", _settings(stage)] for stage in value]
         elif field != "card":
-            shown = f"{value:.6g}" if isinstance(value, float) else str(value)
-            lines.append(f"| {field} | {shown} |")
-    return "\n".join(lines) + "\n"
+            lines.append([field, f"{value:.6g}" if isinstance(value, float) else str(value)])
+    return lines
 
 
 def _settings(stage: Mapping[str, Any]) -> str:
