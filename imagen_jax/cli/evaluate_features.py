@@ -13,6 +13,7 @@ from imagen_jax.cli import wiring
 from imagen_jax.evaluation import cards, clip_score, fid, fid30k, frechet
 from imagen_jax.evaluation.resizing import FILTERS
 from imagen_jax.evaluation.samples import EvaluationError
+from imagen_jax.interop import hf_clip
 from imagen_jax.interop.inception import PUBLIC_FILE
 from imagen_jax.stage_folder import load_stage
 
@@ -76,6 +77,8 @@ def run_fid30k(flags: argparse.Namespace) -> None:
     _check_batch(flags)
     # What is missing should be said before a day of drawing.
     fid.inception_network(flags.inception, flags.filter)
+    if flags.clip:
+        hf_clip.read_towers(flags.clip)
     sources = fid30k.open_data(flags.data, flags.splits.split(","), flags.max_quarantined)
     rows = fid30k.draw_captions(sources, flags.count, flags.caption_seed)
     fid30k.write_captions(rows, flags.out)
@@ -126,7 +129,12 @@ def _add_networks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size", type=int, default=0, help="side of all pictures; 0: that of the drawn ones"
     )
-    parser.add_argument("--clip", default="", metavar="DIR", help="Hugging Face CLIP: CMMD too")
+    parser.add_argument(
+        "--clip",
+        default="",
+        metavar="DIR",
+        help="Hugging Face CLIP: also CMMD, and in fid30k the CLIP score",
+    )
     parser.add_argument(
         "--resamples", type=int, default=fid.RESAMPLES, help="of the bootstrap of the interval"
     )

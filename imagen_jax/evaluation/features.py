@@ -12,7 +12,7 @@ import hashlib
 import os
 import pathlib
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from imagen_jax.evaluation import frechet
 from imagen_jax.evaluation.frechet import Statistics
 from imagen_jax.evaluation.samples import EvaluationError
 
+PARTS_AT_ONCE = 128  # In memory for their sums; a merge costs as much as some hundred pictures.
 THREADS = 8  # That decode and resize; Pillow and NumPy let go of the interpreter meanwhile.
 
 
@@ -72,11 +73,13 @@ class Parts(NamedTuple):
 
     def features(self) -> Float[np.ndarray, "n d"]:
         """All of them, float32."""
-        return np.concatenate([_read(file)[0] for file in self.files])
+        return _features(self.files)
 
     def statistics(self) -> Statistics:
-        """Their sums, merged part by part: at no time are all features in memory."""
-        return frechet.merged(Statistics.of(_read(file)[0]) for file in self.files)
+        """Their sums, merged block by block: at no time are all features in memory."""
+        starts = range(0, len(self.files), PARTS_AT_ONCE)
+        blocks = (self.files[i : i + PARTS_AT_ONCE] for i in starts)
+        return frechet.merged(Statistics.of(_features(block)) for block in blocks)
 
 
 def extract(
@@ -167,6 +170,10 @@ def _read(file: pathlib.Path) -> tuple[np.ndarray, np.ndarray, str]:
     """Features, hashes of the pictures, fingerprint of the network."""
     with np.load(file, allow_pickle=False) as part:
         return part["features"], part["hashes"], str(part["network"])
+
+
+def _features(files: Sequence[pathlib.Path]) -> Float[np.ndarray, "n d"]:
+    return np.concatenate([_read(file)[0] for file in files])
 
 
 def _holds(file: pathlib.Path, hashes: np.ndarray, network: str) -> bool:

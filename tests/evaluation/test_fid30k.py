@@ -163,7 +163,7 @@ def world(base_config, random_params, tmp_path_factory, inception_file):
     from tests.test_embed_killed import TINY
 
     folder = tmp_path_factory.mktemp("world")
-    splits = {"val": slice(0, 4), "test": slice(4, 7), "restval": slice(7, None)}
+    splits = {"val": slice(0, 2), "test": slice(2, 4), "restval": slice(4, 6)}
     write_mocked(folder / "data", "tfrecord", splits=splits, smallest=8)
     encoder = dataclasses.replace(TINY, emb_dim=8, num_layers=1)
     params = jax.tree.map(
@@ -186,17 +186,22 @@ def world(base_config, random_params, tmp_path_factory, inception_file):
         f"--data={folder}/data",
         f"--stages={folder}/stage",
         f"--inception={inception_file}",
-        "--count=7",
+        "--count=4",
         "--batch_size=2",
         "--resamples=3",
     ]
 
 
 def start(flags, out) -> subprocess.Popen:
+    """The command in a process of its own; what it compiles is shared with the next ones."""
     return subprocess.Popen(
         [sys.executable, "-m", "imagen_jax", "evaluate", "fid30k", *flags, f"--out={out}"],
         cwd=ROOT,
-        env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        env={
+            **os.environ,
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "JAX_COMPILATION_CACHE_DIR": f"{out.parent}/xla",
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -223,13 +228,12 @@ def test_fid30k_on_mocked_coco_killed_and_resumed_has_the_same_card(world, tmp_p
     said = process.communicate(timeout=1200)[0]
     assert process.returncode == 0, said
     card = json.loads((whole / "fid30k.json").read_text())
-    assert (card["images"], card["captions"], card["zero_shot"]) == (7, 7, True)
-    assert card["reference_images"] >= 8 and card["low"] <= card["fid"] <= card["high"]
+    assert (card["images"], card["captions"], card["zero_shot"]) == (4, 4, True)
+    assert card["reference_images"] == 6 and card["low"] <= card["fid"] <= card["high"]
     assert card["stages"][0]["guidance_weight"] == 2.0 and "aug_level" in card["stages"][0]
 
-    assert kill_once(world, killed, "samples/*.png") <= 7
-    assert kill_once(world, killed, "features/reference/*.npz") < -(-card["reference_images"] // 2)
-    assert kill_once(world, killed, "features/samples/*.npz") < 4
+    assert kill_once(world, killed, "features/reference/*.npz") < 3
+    assert kill_once(world, killed, "features/samples/*.npz") < 2
     assert not (killed / "fid30k.json").exists()
     process = start(world, killed)
     said = process.communicate(timeout=1200)[0]

@@ -66,6 +66,7 @@ def main() -> None:
     from imagen_jax.evaluation import features
 
     folder, count, batch = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    features.PARTS_AT_ONCE = 1  # Every batch is merged by itself.
     distributed.initialize(log=lambda line: None)
     parts = features.extract(
         random_pictures(count), patch_means(), folder, batch_size=batch, log=lambda line: None
