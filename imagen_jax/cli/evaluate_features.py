@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
 
 from imagen_jax import distributed
@@ -15,7 +14,6 @@ from imagen_jax.evaluation.resizing import FILTERS
 from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.interop import hf_clip
 from imagen_jax.interop.inception import PUBLIC_FILE
-from imagen_jax.stage_folder import load_stage
 
 
 def add_fid(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +72,7 @@ def run_fid30k(flags: argparse.Namespace) -> None:
             "FID-30K draws one picture per caption and all captions; leave --samples_per_prompt "
             "and --limit, give --count"
         )
-    _check_batch(flags)
+    _start(flags)
     # What is missing should be said before a day of drawing.
     fid.inception_network(flags.inception, flags.filter)
     if flags.clip:
@@ -83,14 +81,13 @@ def run_fid30k(flags: argparse.Namespace) -> None:
     rows = fid30k.draw_captions(sources, flags.count, flags.caption_seed)
     fid30k.write_captions(rows, flags.out)
     folder = str(pathlib.Path(flags.out) / "samples")
-    sample_verb.draw(argparse.Namespace(**{**vars(flags), "out": folder}), rows)
-    distributed.initialize()
-    configs = with_settings(
-        [load_stage(path).config for path in flags.stages.split(",")],
-        json.loads(flags.stage_settings),
-        "--stage_settings",
-    )
+    # The devices are set up already, and cannot be once more.
+    drawing = argparse.Namespace(**{**vars(flags), "out": folder, "cpu_devices": 1})
+    sample_verb.draw(drawing, rows)
+    settings = sample_verb.read_settings(flags.stage_settings)
+    configs = with_settings(sample_verb.read_configs(flags.stages), settings, "--stage_settings")
     about = fid30k.about_run(rows, configs, flags.caption_seed, flags.seed)
+    about |= {"negative_prompt": flags.negative_prompt, "guides": flags.guides}
     about["zero_shot"] = about["zero_shot"] and not flags.trained_on_coco
     card = fid30k.evaluate(flags.out, sources, _settings(flags), about, log=_say)
     if distributed.is_first():
