@@ -36,12 +36,27 @@ TINY = [
 ]
 
 
-def write_mocked(data_dir: pathlib.Path, file_format: str) -> list[dict]:
-    """Mocked examples as prepared files; returns them."""
+def write_mocked(
+    data_dir: pathlib.Path,
+    file_format: str,
+    *,
+    splits: dict[str, slice] | None = None,
+    smallest: int = 0,
+) -> list[dict]:
+    """Mocked examples as prepared files; returns them.
+
+    Args:
+      data_dir: where the data set's folder is made.
+      file_format: tfrecord or array_record.
+      splits: which examples are in which split; None: all in `train`.
+      smallest: pictures with a shorter side are left out, pixels.
+    """
+    splits = splits or {"train": slice(None)}
     with tfds.testing.mock_data(num_examples=COUNT):
         builder = tfds.builder("coco_captions")
         examples = list(tfds.as_numpy(builder.as_dataset(split="train")))
         features, version = builder.info.features, str(builder.version)
+    examples = [e for e in examples if min(e["image"].shape[:2]) >= smallest]
     folder = data_dir / "coco_captions" / "2014" / version
     folder.mkdir(parents=True)
     info = tfds.core.DatasetInfo(
@@ -55,7 +70,7 @@ def write_mocked(data_dir: pathlib.Path, file_format: str) -> list[dict]:
         features=features,
     )
     writer = tfds.core.SequentialWriter(info, max_examples_per_shard=5, file_format=file_format)
-    writer.initialize_splits(["train"])
+    writer.initialize_splits(list(splits))
     for example in examples:
         # The mock draws the length of each list on its own; real ones belong together.
         for name in ("captions", "objects"):
@@ -63,7 +78,7 @@ def write_mocked(data_dir: pathlib.Path, file_format: str) -> list[dict]:
             example[name] = {key: value[:length] for key, value in example[name].items()}
         boxes = example["objects"]["bbox"]
         example["objects"]["bbox"] = [tfds.features.BBox(*sorted(box.tolist())) for box in boxes]
-    writer.add_examples({"train": examples})
+    writer.add_examples({name: examples[part] for name, part in splits.items()})
     writer.close_all()
     return examples
 

@@ -6,6 +6,7 @@ import argparse
 import pathlib
 
 from imagen_jax import distributed
+from imagen_jax.cli import evaluate_features
 from imagen_jax.cli import sample as sample_verb
 from imagen_jax.evaluation import (
     alignment,
@@ -26,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         return evaluations.add_parser(name, help=text, description=text, allow_abbrev=False)
 
     _add_alignment(add("alignment", "shapes world: does a picture show what was asked for?"))
+    evaluate_features.add_fid(add("fid", "Frechet distance and its relatives to real pictures"))
+    evaluate_features.add_fid30k(add("fid30k", "FID on COCO captions, from data to card"))
+    evaluate_features.add_clip_score(add("clip_score", "mean cosine of pictures and prompts"))
     _add_drawbench(add("drawbench", "draw a CSV of prompts, with a sheet per category"))
     _add_rate_build(add("rate_build", "make a page on which raters compare two folders, blind"))
     _add_rate_score(add("rate_score", "turn raters' result files into rates with intervals"))
@@ -36,7 +40,10 @@ def run(flags: argparse.Namespace) -> None:
     """Carries the verb out."""
     {
         "alignment": _alignment,
+        "clip_score": evaluate_features.run_clip_score,
         "drawbench": _drawbench,
+        "fid": evaluate_features.run_fid,
+        "fid30k": evaluate_features.run_fid30k,
         "rate_build": _rate_build,
         "rate_score": _rate_score,
         "report": _report,

@@ -89,9 +89,14 @@ def distance(a: Gaussian, b: Gaussian) -> float:
     features).
     """
     _check_sizes(a, b)
+    return _distance(a, b, _factor(b.covariance))
+
+
+def _distance(a: Gaussian, b: Gaussian, factor: Float[np.ndarray, "d r"]) -> float:
+    """`distance`, given the factor of b's covariance, which takes a while to find."""
     gap = a.mean - b.mean
-    overlap = np.linalg.svd(_factor(a.covariance).T @ _factor(b.covariance), compute_uv=False)
-    total = gap @ gap + np.trace(a.covariance) + np.trace(b.covariance) - 2 * overlap.sum()
+    overlap = np.linalg.svd(_factor(a.covariance).T @ factor, compute_uv=False).sum()
+    total = gap @ gap + np.trace(a.covariance) + np.trace(b.covariance) - 2 * overlap
     return max(float(total), 0.0)
 
 
@@ -138,8 +143,9 @@ def distance_interval(
       seed: of the draws.
     """
     own = Statistics.of(features).gaussian()
-    value = distance(own, reference)
+    _check_sizes(own, reference)
     factor = _factor(reference.covariance)
+    value = _distance(own, reference, factor)
     centred = np.asarray(features, np.float64) - own.mean
     # Eigenvalues of F^T C F are the squared singular values, and C is a sum over pictures.
     seen = centred @ factor

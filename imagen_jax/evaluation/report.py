@@ -1,8 +1,9 @@
 """Puts a run's cards beside the paper's tables: OUT/report.md and OUT/report.html with pictures.
 
-Cards are the JSON files of the evaluations: `ratings.json` of `rate_score`, the report of
-`alignment`, and any `{"card": "fid30k", "fid": 9.1, "zero_shot": true}`, with `low` and `high`
-where the interval is known.
+Cards are the JSON files of the evaluations: `fid30k.json`, those of `fid` and `clip_score`,
+`ratings.json` of `rate_score`, the report of `alignment`, and any
+`{"card": "fid30k", "fid": 9.1, "zero_shot": true}`, with `low` and `high` where the interval is
+known.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import numpy as np
 
 from imagen_jax import images
 from imagen_jax.config import unknown_name
-from imagen_jax.evaluation import drawbench, leaderboard, rate_score, samples
+from imagen_jax.evaluation import cards as cards_lib
+from imagen_jax.evaluation import drawbench, fid30k, leaderboard, rate_score, samples
 from imagen_jax.evaluation.samples import EvaluationError
 
 PICTURES = 24
@@ -77,6 +79,8 @@ def _fid_table(cards: Sequence[Mapping[str, Any]], name: str) -> Table:
             value = f"**{card['fid']:.2f}**"
             if "low" in card and "high" in card:
                 value += f" ({card['low']:.2f}-{card['high']:.2f})"
+            if card.get("images", fid30k.COUNT) != fid30k.COUNT:
+                value += f", of {card['images']} pictures"
             rows.append((float(card["fid"]), f"**{name}**", bool(card["zero_shot"]), value))
     lines = [
         [model, "zero-shot" if zero_shot else "COCO", value]
@@ -141,13 +145,23 @@ def _alignment_tables(card: Mapping[str, Any]) -> list[Table]:
     return [("Alignment on the shapes world", head, lines)]
 
 
+def _measured_table(card: Mapping[str, Any]) -> list[Table]:
+    """All that a card of pictures says: what was measured, and with what."""
+    lines = cards_lib.lines_of(card)
+    return [(f"Card {card['card']}", ["field", "value"], lines)] if len(lines) > 2 else []
+
+
 _RENDER: dict[str, Callable[[Mapping[str, Any]], list[Table]]] = {
-    "fid30k": lambda card: [],
+    "fid30k": _measured_table,
+    "fid": _measured_table,
+    "clip_score": _measured_table,
     "ratings": _ratings_tables,
     "alignment": _alignment_tables,
 }
 _FIELDS = {
     "fid30k": ("fid", "zero_shot"),
+    "fid": ("fid",),
+    "clip_score": ("clip_score",),
     "ratings": ("study", "names", "questions"),
     "alignment": ("kinds",),
 }

@@ -1,25 +1,29 @@
-"""CLIP's text tower in the Hugging Face layout: `config.json` beside safetensors or torch weights.
+"""CLIP in the Hugging Face layout: `config.json` beside safetensors or torch weights.
 
-Whole CLIP models and text towers saved alone are read, with or without the prefix `text_model.`.
-Their kernels are transposed. The last layer and the final norm must be there but are not used:
-`models.clip` stops one layer before.
+For the text encoder (`open_tensors`) whole CLIP models and text towers saved alone are read, with
+or without the prefix `text_model.`; the last layer and the final norm must be there but are not
+used: `models.clip.TextTower` stops one layer before. For the CLIP score (`read_towers`) the model
+must be whole. Their kernels are transposed.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import pathlib
 import re
 from collections.abc import Mapping
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from imagen_jax import partitioning
 from imagen_jax.interop import weights
 from imagen_jax.models import clip
-from imagen_jax.models.clip import ClipTextConfig
+from imagen_jax.models.clip import ClipTextConfig, ClipVisionConfig
 
 # Our field -> theirs, and what a configuration without it means.
 _FIELDS = {
@@ -29,6 +33,17 @@ _FIELDS = {
     "num_heads": ("num_attention_heads", 8),
     "mlp_dim": ("intermediate_size", 2048),
     "positions": ("max_position_embeddings", 77),
+    "activation": ("hidden_act", "quick_gelu"),
+    "norm_eps": ("layer_norm_eps", 1e-5),
+}
+
+_VISION_FIELDS = {
+    "image_size": ("image_size", 224),
+    "patch_size": ("patch_size", 32),
+    "emb_dim": ("hidden_size", 768),
+    "num_layers": ("num_hidden_layers", 12),
+    "num_heads": ("num_attention_heads", 12),
+    "mlp_dim": ("intermediate_size", 3072),
     "activation": ("hidden_act", "quick_gelu"),
     "norm_eps": ("layer_norm_eps", 1e-5),
 }
@@ -44,8 +59,25 @@ _PARTS = {
     "down": "mlp.fc2",
 }
 
-# What belongs to the vision tower and to both.
-_OTHERS = ("vision_model.", "visual_projection.", "logit_scale")
+# What the embeddings have outside of their layers: in the text tower, and in the picture tower.
+_TEXT_NAMES = {
+    "token_embedder/embedding": "text_model.embeddings.token_embedding.weight",
+    "position_embedder": "text_model.embeddings.position_embedding.weight",
+    "final_norm/scale": "text_model.final_layer_norm.weight",
+    "final_norm/bias": "text_model.final_layer_norm.bias",
+    "projection/kernel": "text_projection.weight",
+}
+_VISION_NAMES = {
+    "class_embedder": "vision_model.embeddings.class_embedding",
+    "patch_embedder/kernel": "vision_model.embeddings.patch_embedding.weight",
+    "position_embedder": "vision_model.embeddings.position_embedding.weight",
+    # The misspelling is theirs.
+    "first_norm/scale": "vision_model.pre_layrnorm.weight",
+    "first_norm/bias": "vision_model.pre_layrnorm.bias",
+    "final_norm/scale": "vision_model.post_layernorm.weight",
+    "final_norm/bias": "vision_model.post_layernorm.bias",
+    "projection/kernel": "visual_projection.weight",
+}
 
 # Of no use to the text encoder: a buffer of old files, and the head of the contrastive loss.
 _IGNORED = ("embeddings.position_ids", "text_projection.weight")
@@ -64,7 +96,9 @@ def open_tensors(
         fit its config.json (every missing, extra and wrong-shape one is named).
     """
     folder = pathlib.Path(folder)
-    config = _read_config(folder / "config.json")
+    values = _read_config(folder / "config.json")
+    fields = _fields(values.get("text_config", values), _FIELDS, folder / "config.json")
+    config = ClipTextConfig(**fields)
     found = weights.open_folder(
         folder,
         keep=lambda name: (
@@ -92,14 +126,90 @@ def open_tensors(
     }
 
 
+class Towers(NamedTuple):
+    """A whole CLIP.
+
+    Attributes:
+      text, vision: shapes of its towers.
+      projection_dim: numbers of an embedding.
+      text_params: of `models.clip.TextEmbedding`, float32.
+      vision_params: of `models.clip.PictureEmbedding`, float32.
+      sha256: of all values.
+    """
+
+    text: ClipTextConfig
+    vision: ClipVisionConfig
+    projection_dim: int
+    text_params: dict[str, Any]
+    vision_params: dict[str, Any]
+    sha256: str
+
+
+def read_towers(folder: str | pathlib.Path) -> Towers:
+    """Reads both towers with their projections.
+
+    Args:
+      folder: holds config.json and model.safetensors or pytorch_model.bin, whole or sharded.
+
+    Raises:
+      WeightsError: as `open_tensors`, also where the model has no picture tower.
+    """
+    folder = pathlib.Path(folder)
+    path = folder / "config.json"
+    values = _read_config(path)
+    if "vision_config" not in values:
+        raise weights.WeightsError(f"{path} has no vision_config; a CLIP score needs a whole CLIP")
+    text = ClipTextConfig(**_fields(values.get("text_config", {}), _FIELDS, path))
+    vision = ClipVisionConfig(**_fields(values["vision_config"], _VISION_FIELDS, path))
+    dim = int(values.get("projection_dim", 512))
+    keep = lambda name: not name.endswith("position_ids") and name != "logit_scale"  # noqa: E731
+    found = weights.open_folder(folder, keep=keep)
+    expected = _expected_towers(text, vision, dim)
+    weights.check_parameters(
+        folder,
+        {name: tensor.shape for name, tensor in found.items()},
+        dict(expected.values()),
+    )
+    digest, flat = hashlib.sha256(), {}
+    for ours, (theirs, _) in sorted(expected.items()):
+        flat[ours] = _read(ours, found[theirs])
+        digest.update(ours.encode())
+        digest.update(flat[ours].data)
+    tree = weights.unflatten(flat)
+    return Towers(text, vision, dim, tree["text"], tree["vision"], digest.hexdigest())
+
+
+def _expected_towers(
+    text: ClipTextConfig, vision: ClipVisionConfig, dim: int
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Our path, after text/ or vision/ -> their name and shape."""
+    ids = np.zeros((1, 2), np.int32)
+    picture = np.zeros((1, vision.image_size, vision.image_size, 3), np.float32)
+    towers = {
+        "text": (clip.TextEmbedding(text, dim), (ids, ids == 0), _TEXT_NAMES),
+        "vision": (clip.PictureEmbedding(vision, dim), (picture,), _VISION_NAMES),
+    }
+    expected = {}
+    for tower, (module, inputs, names) in towers.items():
+        boxed = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+        for path, leaf in weights.flatten(partitioning.unbox(boxed)).items():
+            name = names.get(path) or f"{tower}_model.{_foreign_name(path)}"
+            expected[f"{tower}/{path}"] = (name, _foreign_shape(path, leaf.shape))
+    return expected
+
+
+def _foreign_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Their order of axes of our parameter."""
+    if path == "patch_embedder/kernel":
+        return (shape[3], shape[2], shape[0], shape[1])
+    return shape[::-1] if path.endswith("/kernel") else shape
+
+
 def _expected(config: ClipTextConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Our path -> their name and shape, of all that `models.clip` uses."""
     leaves: Mapping = weights.flatten(partitioning.unbox(clip.boxed_shapes(config)))
     return {
-        path: (
-            _foreign_name(path),
-            leaf.shape[::-1] if path.endswith("/kernel") else leaf.shape,
-        )
+        path: (_foreign_name(path), _foreign_shape(path, leaf.shape))
         for path, leaf in leaves.items()
     }
 
@@ -116,10 +226,13 @@ def _foreign_name(path: str) -> str:
 
 def _read(path: str, tensor: weights.Tensor) -> np.ndarray:
     array = np.asarray(tensor.read()).astype(np.float32)
+    if path.endswith("patch_embedder/kernel"):
+        return np.ascontiguousarray(array.transpose(2, 3, 1, 0))
     return np.ascontiguousarray(array.T) if path.endswith("/kernel") else array
 
 
-def _read_config(path: pathlib.Path) -> ClipTextConfig:
+def _read_config(path: pathlib.Path) -> dict[str, Any]:
+    """Their whole configuration."""
     if not path.is_file():
         raise weights.WeightsError(f"{path} is missing; a Hugging Face CLIP folder has one")
     try:
@@ -131,11 +244,17 @@ def _read_config(path: pathlib.Path) -> ClipTextConfig:
         raise weights.WeightsError(
             f"{path}: model_type={kind!r}, expected 'clip' or 'clip_text_model'"
         )
-    values = values.get("text_config", values)
-    fields = {ours: values.get(theirs, old) for ours, (theirs, old) in _FIELDS.items()}
+    return values
+
+
+def _fields(
+    values: Mapping[str, Any], names: Mapping[str, tuple[str, Any]], path: pathlib.Path
+) -> dict[str, Any]:
+    """Our fields of a tower from their configuration of it."""
+    fields = {ours: values.get(theirs, old) for ours, (theirs, old) in names.items()}
     if fields["activation"] not in clip.ACTIVATIONS:
         raise weights.WeightsError(
             f"{path}: hidden_act={fields['activation']!r}, expected one of "
             f"{', '.join(clip.ACTIVATIONS)}"
         )
-    return ClipTextConfig(**fields)
+    return fields

@@ -1,11 +1,14 @@
-"""CLIP's text tower: tokens in, one vector per token out (Radford et al. 2021).
+"""CLIP's two towers (Radford et al. 2021): the paper's other text encoder, and its CLIP score.
 
-The paper's other encoder (Imagen, Sec. 2.1): the penultimate layer of ViT-L/14's text tower, that
-is what the last layer but one puts out, before the last layer and the final norm, which serve the
-contrastive loss. The paper does not say whether that norm applies; the picture model has a layer
-norm of its own on its text (Sec. 2.5).
+As a text encoder (Imagen, Sec. 2.1) it is `TextTower`: the penultimate layer of ViT-L/14's text
+tower, that is what the last layer but one puts out, before the last layer and the final norm, which
+serve the contrastive loss. The paper does not say whether that norm applies; the picture model has
+a layer norm of its own on its text (Sec. 2.5).
 
-Both towers are the same pre-norm Transformer (`Layers`); the text tower's attention is causal, so
+For the score (evaluation/clip_score.py) `TextEmbedding` and `PictureEmbedding` bring captions and
+pictures into one space, in which the cosine tells how well they go together.
+
+Both towers are the same pre-norm Transformer (`Layer`); the text tower's attention is causal, so
 that padding behind a token never reaches it.
 """
 
@@ -44,6 +47,24 @@ class ClipTextConfig:
     dtype: str = doc("float32", "Activation dtype.")
 
 
+@dataclasses.dataclass(frozen=True)
+class ClipVisionConfig:
+    """Shape of a CLIP picture tower; that of ViT-L/14 by default."""
+
+    image_size: int = doc(224, "Side of a picture, pixels.")
+    patch_size: int = doc(14, "Side of a patch, pixels.")
+    emb_dim: int = doc(1024, "Width of the residual stream.")
+    num_layers: int = doc(24, "Layers.")
+    num_heads: int = doc(16, "Attention heads.")
+    mlp_dim: int = doc(4096, "Hidden width of the feed-forward layer.")
+    activation: str = doc("quick_gelu", "quick_gelu (OpenAI's weights) or gelu (the exact form).")
+    norm_eps: float = doc(1e-5, "Epsilon of the layer norm.")
+    dtype: str = doc("float32", "Activation dtype.")
+
+
+TowerConfig = ClipTextConfig | ClipVisionConfig
+
+
 def _dense(features: int, name: str, dtype: str, axes: tuple[str, str]) -> nn.Dense:
     kernel_init = nn.with_logical_partitioning(_SMALL, axes)
     return nn.Dense(features, dtype=dtype, kernel_init=kernel_init, name=name)
@@ -52,7 +73,7 @@ def _dense(features: int, name: str, dtype: str, axes: tuple[str, str]) -> nn.De
 class SelfAttention(nn.Module):
     """Multi-head attention with biases; softmax in float32."""
 
-    config: ClipTextConfig
+    config: TowerConfig
 
     @nn.compact
     def __call__(
@@ -75,7 +96,7 @@ class SelfAttention(nn.Module):
 class Layer(nn.Module):
     """Attention and feed-forward, each normalised before and added after."""
 
-    config: ClipTextConfig
+    config: TowerConfig
 
     @nn.compact
     def __call__(
@@ -90,13 +111,36 @@ class Layer(nn.Module):
         return x + _dense(cfg.emb_dim, "down", cfg.dtype, ("mlp", "embed"))(h)
 
 
-def layer_norm(config: ClipTextConfig, name: str) -> nn.LayerNorm:
+def layer_norm(config: TowerConfig, name: str) -> nn.LayerNorm:
     """LayerNorm; Flax keeps its statistics in float32."""
     return nn.LayerNorm(epsilon=config.norm_eps, dtype=config.dtype, name=name)
 
 
+def _text_layers(
+    tower: TextTower | TextEmbedding, tokens: Int[Array | np.ndarray, "b l"], count: int
+) -> Float[Array, "b l d"]:
+    """What the first `count` layers make of tokens; the parameters are those of `tower`."""
+    cfg, length = tower.config, tokens.shape[1]
+    if length > cfg.positions:
+        raise ValueError(f"{length} tokens, but the tower has {cfg.positions} positions")
+    table_init = nn.with_logical_partitioning(_SMALL, ("vocab", "embed"))
+    x = nn.Embed(
+        cfg.vocab_size,
+        cfg.emb_dim,
+        dtype=cfg.dtype,
+        embedding_init=table_init,
+        name="token_embedder",
+    )(tokens)
+    places = tower.param("position_embedder", _SMALL, (cfg.positions, cfg.emb_dim))
+    x = x + places[:length].astype(cfg.dtype)
+    causal = np.tri(length, dtype=bool)
+    for i in range(count):
+        x = Layer(cfg, name=f"layers_{i}")(x, causal)
+    return x
+
+
 class TextTower(nn.Module):
-    """The text half of CLIP."""
+    """The text half of CLIP up to the last layer but one."""
 
     config: ClipTextConfig
 
@@ -114,23 +158,61 @@ class TextTower(nn.Module):
         Returns:
           float32 vectors of the last layer but one, not normed; zero at padding.
         """
-        cfg, length = self.config, tokens.shape[1]
-        if length > cfg.positions:
-            raise ValueError(f"{length} tokens, but the tower has {cfg.positions} positions")
-        table_init = nn.with_logical_partitioning(_SMALL, ("vocab", "embed"))
-        x = nn.Embed(
-            cfg.vocab_size,
-            cfg.emb_dim,
-            dtype=cfg.dtype,
-            embedding_init=table_init,
-            name="token_embedder",
-        )(tokens)
-        places = self.param("position_embedder", _SMALL, (cfg.positions, cfg.emb_dim))
-        x = x + places[:length].astype(cfg.dtype)
-        causal = np.tri(length, dtype=bool)
-        for i in range(cfg.num_layers - 1):
-            x = Layer(cfg, name=f"layers_{i}")(x, causal)
+        x = _text_layers(self, tokens, self.config.num_layers - 1)
         return jnp.where(mask[..., None], x.astype(jnp.float32), 0.0)
+
+
+class TextEmbedding(nn.Module):
+    """A caption as one vector: all layers, final norm, the end mark's vector, projection."""
+
+    config: ClipTextConfig
+    projection_dim: int
+
+    @nn.compact
+    def __call__(
+        self, tokens: Int[Array | np.ndarray, "b l"], mask: Bool[Array | np.ndarray, "b l"]
+    ) -> Float[Array, "b d"]:
+        """Embeds captions, from the start mark to the end mark; not brought to length 1."""
+        x = _text_layers(self, tokens, self.config.num_layers)
+        end = x[jnp.arange(len(x)), mask.sum(1) - 1]
+        end = layer_norm(self.config, "final_norm")(end)
+        return _projection(self.projection_dim, self.config.dtype)(end).astype(jnp.float32)
+
+
+class PictureEmbedding(nn.Module):
+    """A picture as one vector: patches, a token for the whole, whose last vector is projected."""
+
+    config: ClipVisionConfig
+    projection_dim: int
+
+    @nn.compact
+    def __call__(self, pictures: Float[Array | np.ndarray, "b s s 3"]) -> Float[Array, "b d"]:
+        """Embeds pictures, `image_size` on a side and normalised; not brought to length 1."""
+        cfg = self.config
+        patch = (cfg.patch_size, cfg.patch_size)
+        x = nn.Conv(
+            cfg.emb_dim,
+            patch,
+            strides=patch,
+            padding="VALID",
+            use_bias=False,
+            dtype=cfg.dtype,
+            name="patch_embedder",
+        )(pictures)
+        x = x.reshape(len(x), -1, cfg.emb_dim)
+        whole = self.param("class_embedder", _SMALL, (cfg.emb_dim,)).astype(cfg.dtype)
+        x = jnp.concatenate([jnp.broadcast_to(whole, (len(x), 1, cfg.emb_dim)), x], 1)
+        places = self.param("position_embedder", _SMALL, (x.shape[1], cfg.emb_dim))
+        x = layer_norm(cfg, "first_norm")(x + places.astype(cfg.dtype))
+        everywhere = np.ones((x.shape[1], x.shape[1]), bool)
+        for i in range(cfg.num_layers):
+            x = Layer(cfg, name=f"layers_{i}")(x, everywhere)
+        whole = layer_norm(cfg, "final_norm")(x[:, 0])
+        return _projection(self.projection_dim, cfg.dtype)(whole).astype(jnp.float32)
+
+
+def _projection(features: int, dtype: str) -> nn.Dense:
+    return nn.Dense(features, use_bias=False, dtype=dtype, name="projection")
 
 
 def init_params(config: ClipTextConfig, key: Key[Array, ""]) -> dict:

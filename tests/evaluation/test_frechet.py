@@ -12,14 +12,14 @@ RNG = np.random.default_rng(0)
 
 
 def basis(d: int) -> np.ndarray:
-    return stats.ortho_group.rvs(d, random_state=0)
+    return np.linalg.qr(np.random.default_rng(1).normal(size=(d, d)))[0]
 
 
 def gaussian(mean, covariance) -> Gaussian:
     return Gaussian(np.asarray(mean, float), np.asarray(covariance, float))
 
 
-@pytest.mark.parametrize("d", [2, 16, 128])
+@pytest.mark.parametrize("d", [2, 16, 64])
 def test_equals_scipys_square_root(d):
     clouds = [RNG.normal(size=(8 * d, d)) @ RNG.normal(size=(d, d)) + shift for shift in (0, 0.3)]
     a, b = (Statistics.of(cloud).gaussian() for cloud in clouds)
@@ -43,26 +43,26 @@ def test_commuting_covariances_of_any_rank(rank):
 
 
 def test_rank_deficient_covariances_that_do_not_commute():
-    u, v = RNG.normal(size=(2, 300))
-    zero = np.zeros(300)
+    u, v = RNG.normal(size=(2, 100))
+    zero = np.zeros(100)
     a, b = gaussian(zero, np.outer(u, u)), gaussian(zero, np.outer(v, v))
     # Of rank one: |u|^2 + |v|^2 - 2 |u.v|.
     assert frechet.distance(a, b) == pytest.approx(u @ u + v @ v - 2 * abs(u @ v), rel=1e-9)
-    # A plane in 300 dimensions is at the distance it has in its own two.
-    plane = basis(300)[:2]
+    # A plane in 100 dimensions is at the distance it has in its own two.
+    plane = basis(100)[:2]
     small = [gaussian(np.zeros(2), np.cov(RNG.normal(size=(2, 9)))) for _ in range(2)]
     large = [gaussian(zero, plane.T @ g.covariance @ plane) for g in small]
     assert frechet.distance(*large) == pytest.approx(frechet.distance(*small), rel=1e-9)
 
 
 def test_a_cloud_is_no_distance_from_itself():
-    few = Statistics.of(RNG.normal(size=(50, 400)) * 10).gaussian()
+    few = Statistics.of(RNG.normal(size=(50, 150)) * 10).gaussian()
     assert frechet.distance(few, few) < 1e-9
 
 
 def test_parts_merge_exactly():
     features = (RNG.normal(size=(1000, 32)) + 100).astype(np.float32)
-    parts = np.split(features, [1, 4, 90, 300, 301, 800])
+    parts = np.split(features, [1, 4, 90, 100, 301, 800])
     whole = Statistics.of(features)
     for order in (range(7), reversed(range(7))):
         total = frechet.merged(Statistics.of(parts[i]) for i in order)
@@ -89,11 +89,13 @@ def test_files_go_out_and_come_back(tmp_path):
     frechet.save(tmp_path / "own.npz", own, {"filter": "clean"})
     back, about = frechet.load(tmp_path / "own.npz")
     assert about == {"filter": "clean"} and back.count == 20
-    assert frechet.distance(own, back) == 0
+    np.testing.assert_array_equal(own.covariance, back.covariance)
+    np.testing.assert_array_equal(own.mean, back.mean)
     # What pytorch-fid, clean-fid and TTUR write.
     np.savez(tmp_path / "theirs.npz", mu=own.mean, sigma=own.covariance)
     theirs, about = frechet.load(tmp_path / "theirs.npz")
-    assert (theirs.count, about) == (0, {}) and frechet.distance(own, theirs) == 0
+    assert (theirs.count, about) == (0, {})
+    np.testing.assert_array_equal(own.covariance, theirs.covariance)
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,19 @@ def test_a_run_stands_at_its_place(write_samples, tmp_path, capsys):
     assert (tmp_path / "out" / "pictures.png").exists() and 'src="pictures.png"' in html
 
 
+def test_cards_of_pictures_say_what_they_were_measured_with(tmp_path):
+    fid30k = {"card": "fid30k", "fid": 12.5, "low": 12.0, "high": 13.0, "zero_shot": True}
+    fid30k |= {"images": 7, "filter": "clean", "stages": [{"name": "base", "guidance_weight": 2.0}]}
+    clip = {"card": "clip_score", "clip_score": 0.25, "low": None, "high": None, "images": 1}
+    paths = [tmp_path / "fid30k.json", tmp_path / "clip.json"]
+    for path, card in zip(paths, (fid30k, clip), strict=True):
+        path.write_text(json.dumps(card))
+    markdown = report.write([str(path) for path in paths], str(tmp_path / "out"), name="x")
+    assert "| **x** | zero-shot | **12.50** (12.00-13.00), of 7 pictures |" in markdown
+    assert "| filter | clean |" in markdown and "| stage base | guidance_weight=2.0 |" in markdown
+    assert "| clip_score | 0.25 |" in markdown
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [

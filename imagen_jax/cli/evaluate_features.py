@@ -1,0 +1,176 @@
+"""The evaluations that look at pictures through a network: fid, fid30k, clip_score."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+
+from imagen_jax import distributed
+from imagen_jax.cascade import with_settings
+from imagen_jax.cli import sample as sample_verb
+from imagen_jax.cli import wiring
+from imagen_jax.evaluation import cards, clip_score, fid, fid30k, frechet
+from imagen_jax.evaluation.resizing import FILTERS
+from imagen_jax.evaluation.samples import EvaluationError
+from imagen_jax.interop import hf_clip
+from imagen_jax.interop.inception import PUBLIC_FILE
+
+
+def add_fid(parser: argparse.ArgumentParser) -> None:
+    """Flags of `evaluate fid`."""
+    parser.add_argument("--samples", required=True, metavar="DIR", help="folder of pictures")
+    parser.add_argument(
+        "--reference", required=True, metavar="DIR|FILE.npz", help="real pictures, or mu and sigma"
+    )
+    _add_networks(parser)
+    _add_machine(parser)
+    parser.add_argument("--out", required=True, metavar="FILE.json", help="card to write")
+    parser.add_argument(
+        "--save_reference", default="", metavar="FILE.npz", help="keep mu and sigma of --reference"
+    )
+
+
+def run_fid(flags: argparse.Namespace) -> None:
+    """Carries `evaluate fid` out."""
+    _start(flags)
+    card, reference = fid.evaluate(
+        flags.samples, flags.reference, _store(flags.out), _settings(flags), log=_say
+    )
+    if distributed.is_first():
+        if flags.save_reference:
+            frechet.save(flags.save_reference, reference.gaussian, reference.about)
+        cards.write(card, flags.out)
+        print(cards.format_card(card), end="")
+
+
+def add_fid30k(parser: argparse.ArgumentParser) -> None:
+    """Flags of `evaluate fid30k`."""
+    parser.add_argument(
+        "--data", required=True, metavar="DIR", help="TFDS data_dir with coco_captions, or a folder"
+    )
+    parser.add_argument(
+        "--splits", default=",".join(fid30k.SPLITS), help="TFDS: splits of the reference"
+    )
+    parser.add_argument(
+        "--max_quarantined", type=float, default=0.05, help="share of unusable pictures allowed"
+    )
+    parser.add_argument(
+        "--count", type=int, default=fid30k.COUNT, help="captions; fewer make a larger FID"
+    )
+    parser.add_argument("--caption_seed", type=int, default=0, help="seed of the captions' draw")
+    parser.add_argument(
+        "--trained_on_coco", action="store_true", help="not zero-shot, whatever the stages say"
+    )
+    _add_networks(parser)
+    sample_verb.add_drawing(parser, samples_per_prompt=1)
+
+
+def run_fid30k(flags: argparse.Namespace) -> None:
+    """Carries `evaluate fid30k` out."""
+    if flags.samples_per_prompt != 1 or flags.limit:
+        raise EvaluationError(
+            "FID-30K draws one picture per caption and all captions; leave --samples_per_prompt "
+            "and --limit, give --count"
+        )
+    _start(flags)
+    # What is missing should be said before a day of drawing.
+    fid.inception_network(flags.inception, flags.filter)
+    if flags.clip:
+        hf_clip.read_towers(flags.clip)
+    sources = fid30k.open_data(flags.data, flags.splits.split(","), flags.max_quarantined)
+    rows = fid30k.draw_captions(sources, flags.count, flags.caption_seed)
+    fid30k.write_captions(rows, flags.out)
+    folder = str(pathlib.Path(flags.out) / "samples")
+    # The devices are set up already, and cannot be once more.
+    drawing = argparse.Namespace(**{**vars(flags), "out": folder, "cpu_devices": 1})
+    sample_verb.draw(drawing, rows)
+    settings = sample_verb.read_settings(flags.stage_settings)
+    configs = with_settings(sample_verb.read_configs(flags.stages), settings, "--stage_settings")
+    about = fid30k.about_run(rows, configs, flags.caption_seed, flags.seed)
+    about |= {"negative_prompt": flags.negative_prompt, "guides": flags.guides}
+    about["zero_shot"] = about["zero_shot"] and not flags.trained_on_coco
+    card = fid30k.evaluate(flags.out, sources, _settings(flags), about, log=_say)
+    if distributed.is_first():
+        cards.write(card, str(pathlib.Path(flags.out) / "fid30k.json"))
+        print(cards.format_card(card), end="")
+
+
+def add_clip_score(parser: argparse.ArgumentParser) -> None:
+    """Flags of `evaluate clip_score`."""
+    parser.add_argument(
+        "--samples", required=True, metavar="DIR", help="folder written by `imagen sample`"
+    )
+    parser.add_argument("--clip", required=True, metavar="DIR", help="Hugging Face CLIP folder")
+    _add_machine(parser)
+    parser.add_argument("--out", required=True, metavar="FILE.json", help="card to write")
+
+
+def run_clip_score(flags: argparse.Namespace) -> None:
+    """Carries `evaluate clip_score` out."""
+    _start(flags)
+    card = clip_score.evaluate(
+        flags.samples, flags.clip, _store(flags.out), batch_size=flags.batch_size, log=_say
+    )
+    if distributed.is_first():
+        cards.write(card, flags.out)
+        print(cards.format_card(card), end="")
+
+
+def _add_networks(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--inception", required=True, metavar="FILE", help=f"{PUBLIC_FILE}, or .safetensors of it"
+    )
+    parser.add_argument(
+        "--filter", default="clean", choices=list(FILTERS), help="how Inception's input is resized"
+    )
+    parser.add_argument(
+        "--size", type=int, default=0, help="side of all pictures; 0: that of the drawn ones"
+    )
+    parser.add_argument(
+        "--clip",
+        default="",
+        metavar="DIR",
+        help="Hugging Face CLIP: also CMMD, and in fid30k the CLIP score",
+    )
+    parser.add_argument(
+        "--resamples", type=int, default=fid.RESAMPLES, help="of the bootstrap of the interval"
+    )
+
+
+def _add_machine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch_size", type=int, default=32, help="pictures at a time")
+    parser.add_argument("--cpu_devices", type=int, default=1, help="cores to share the pictures")
+
+
+def _settings(flags: argparse.Namespace) -> fid.Settings:
+    return fid.Settings(
+        inception=flags.inception,
+        filter=flags.filter,
+        size=flags.size,
+        clip=flags.clip,
+        batch_size=flags.batch_size,
+        resamples=flags.resamples,
+    )
+
+
+def _check_batch(flags: argparse.Namespace) -> None:
+    least = {"batch_size": 1, "cpu_devices": 1, "resamples": 2, "size": 0, "count": 2}
+    for name, smallest in least.items():
+        if getattr(flags, name, smallest) < smallest:
+            raise EvaluationError(f"--{name}={getattr(flags, name)} must be at least {smallest}")
+
+
+def _start(flags: argparse.Namespace) -> None:
+    _check_batch(flags)
+    wiring.set_up_devices(flags.cpu_devices)
+    distributed.initialize()
+
+
+def _store(out: str) -> pathlib.Path:
+    """Where features are kept: a folder beside the card."""
+    return pathlib.Path(out).with_suffix(".features")
+
+
+def _say(line: str) -> None:
+    if distributed.is_first():
+        print(line, flush=True)

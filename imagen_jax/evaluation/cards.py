@@ -1,0 +1,39 @@
+"""Cards of evaluations: JSON for programs, and beside it a Markdown table of the same fields."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from imagen_jax.evaluation import samples
+
+
+def write(card: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Writes FILE.json, and FILE.md."""
+    file = pathlib.Path(path)
+    samples.write_text(file, json.dumps(card, indent=2) + "\n")
+    samples.write_text(file.with_suffix(".md"), format_card(card))
+
+
+def format_card(card: Mapping[str, Any]) -> str:
+    """A card as a Markdown table."""
+    lines = [f"# {card['card']}", "", "| field | value |", "|---|---|"]
+    return "\n".join(lines + [f"| {field} | {value} |" for field, value in lines_of(card)]) + "\n"
+
+
+def lines_of(card: Mapping[str, Any]) -> list[list[str]]:
+    """Field and value as they are shown; a line for each stage. `card` itself is left out."""
+    lines = []
+    for field, value in card.items():
+        if field == "stages":
+            lines += [[f"stage {stage['name']}", _settings(stage)] for stage in value]
+        elif field != "card":
+            lines.append([field, f"{value:.6g}" if isinstance(value, float) else str(value)])
+    return lines
+
+
+def _settings(stage: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in stage.items() if name != "name")

@@ -1,0 +1,118 @@
+"""FID's Inception: parity with torch, its input filters, and files that are not it.
+
+The golden features are those of torch (tests/reference/fid_inception.py); with the extra `peers`
+the network is compared at its full size, through a file that torch wrote.
+"""
+
+import jax
+import numpy as np
+import pytest
+
+from imagen_jax.evaluation import fid, resizing
+from imagen_jax.evaluation.samples import EvaluationError
+from imagen_jax.interop import inception, weights
+from tests.reference import fid_inception
+
+
+@pytest.fixture(scope="module")
+def weight_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("inception") / "inception.safetensors"
+    weights.write_safetensors(path, fid_inception.random_weights())
+    return path
+
+
+def features(params, pictures):
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(fid._inception_features(params, pictures))
+
+
+def test_features_equal_torch(weight_file, request):
+    golden = np.load(request.config.rootpath / "tests" / "golden" / "inception.npz")["features"]
+    params, _ = inception.read(weight_file)
+    found = features(params, fid_inception.random_pictures(fid_inception.SMALL))
+    assert golden.std() > 0.3
+    assert np.abs(found - golden).max() < 1e-4
+
+
+@pytest.mark.slow
+def test_features_equal_torch_at_full_size_from_torchs_file(weight_file, tmp_path):
+    torch = pytest.importorskip("torch")
+    state = fid_inception.random_weights()
+    tensors = {name: torch.from_numpy(array) for name, array in state.items()}
+    tensors["Conv2d_1a_3x3.bn.num_batches_tracked"] = torch.tensor(0)
+    torch.save(tensors, tmp_path / "inception.pth")
+    params, sha256 = inception.read(tmp_path / "inception.pth")
+    assert sha256 == inception.read(weight_file)[1]
+    pictures = fid_inception.random_pictures(299)
+    expected = fid_inception.features(state, pictures)
+    gap = np.abs(features(params, pictures) - expected).max()
+    print(f"largest difference {gap:.1e}, features up to {np.abs(expected).max():.2f}")
+    assert gap < 1e-4
+
+
+def test_a_file_of_another_network_is_named(weight_file, tmp_path):
+    arrays = dict(weights.read_safetensors(weight_file))
+    arrays["fc.weight"] = np.zeros((1000, 2048), np.float32)  # torchvision's.
+    arrays["AuxLogits.fc.bias"] = np.zeros(1000, np.float32)
+    del arrays["Mixed_7c.branch_pool.bn.running_var"]
+    weights.write_safetensors(tmp_path / "other.safetensors", arrays)
+    with pytest.raises(weights.WeightsError) as caught:
+        inception.read(tmp_path / "other.safetensors")
+    for words in (
+        "missing: Mixed_7c.branch_pool.bn.running_var",
+        "extra: AuxLogits.fc.bias",
+        "fc.weight is (1000, 2048), expected (1008, 2048)",
+    ):
+        assert words in str(caught.value)
+    with pytest.raises(weights.WeightsError, match="no such file; download"):
+        inception.read(tmp_path / "none.pth")
+    with pytest.raises(EvaluationError, match="clean"):
+        fid.inception_network(str(weight_file), "cleen")
+
+
+SIZES = [(64, 64), (256, 256), (299, 299), (480, 333)]
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in SIZES]
+
+
+def test_tf_is_tensorflows_own_resize(pictures):
+    tf = pytest.importorskip("tensorflow")
+    for picture in pictures:
+        pixels = tf.raw_ops.ResizeBilinear(
+            images=picture[None].astype(np.float32), size=(299, 299), half_pixel_centers=False
+        )
+        np.testing.assert_allclose(resizing.tf(picture), (pixels[0].numpy() - 128) / 128, atol=1e-5)
+
+
+def test_pytorch_is_torchs_own_resize(pictures):
+    torch = pytest.importorskip("torch")
+    for picture in pictures:
+        x = torch.from_numpy(picture.transpose(2, 0, 1)[None].astype(np.float32) / 255)
+        x = torch.nn.functional.interpolate(x, (299, 299), mode="bilinear", align_corners=False)
+        expected = 2 * x[0].numpy().transpose(1, 2, 0) - 1
+        # Torch may fuse the multiplication and addition of a place, whose float32 rounding at 480
+        # pixels is 3e-5 of a pixel, and neighbours differ by up to 2.
+        np.testing.assert_allclose(resizing.pytorch(picture), expected, atol=6e-5)
+
+
+def test_filters_keep_a_picture_of_inceptions_size_and_differ_otherwise(pictures):
+    whole = pictures[2].astype(np.float32)
+    for name, resize in resizing.FILTERS.items():
+        made = resize(pictures[2])
+        undone = (made + 1) * 127.5 if name == "pytorch" else made * 128 + 128
+        np.testing.assert_allclose(undone, whole, atol=1e-3)
+        assert made.dtype == np.float32
+    large = [resize(pictures[3]) for resize in resizing.FILTERS.values()]
+    assert min(np.abs(large[i] - large[j]).mean() for i, j in ((0, 1), (0, 2), (1, 2))) > 0.01
+
+
+def test_clean_averages_what_tf_skips():
+    stripes = np.zeros((4 * 299, 4 * 299, 3), np.uint8)
+    stripes[::2] = 255
+    inner = slice(5, -5)
+    assert np.abs(resizing.clean(stripes)[inner]).max() < 0.05  # Grey.
+    assert resizing.tf(stripes).min() > 0.99  # White: every fourth row, from the first.

@@ -1,0 +1,90 @@
+"""Small feature networks, in place of Inception where its weights do not matter.
+
+    python -m tests.reference.small_features FOLDER COUNT BATCH
+
+extracts the features of COUNT pictures with `patch_means` as one of the processes that the
+environment tells of, and as the first of them prints count, mean and scatter's sum as JSON.
+"""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from imagen_jax.evaluation.features import Network, Pictures
+
+
+@jax.jit
+def _convolve(params, pictures):
+    x, pooled = pictures, []
+    for kernel in params:
+        x = jax.nn.relu(
+            jax.lax.conv_general_dilated(
+                x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+        )
+        pooled.append(x.mean((1, 2)))
+    return jnp.concatenate(pooled, -1)
+
+
+def random_convolutions() -> Network:
+    """Three strided convolutions, the means of whose channels are the features: 56 numbers."""
+    rng, inputs, params = np.random.default_rng(0), 3, []
+    for outputs in (8, 16, 32):
+        scale = (2 / (25 * inputs)) ** 0.5
+        params.append((rng.normal(size=(5, 5, inputs, outputs)) * scale).astype(np.float32))
+        inputs = outputs
+    prepare = lambda picture: picture.astype(np.float32) / 128 - 1  # noqa: E731
+    return Network("random convolutions", prepare, _convolve, params)
+
+
+@jax.jit
+def _means(params, pictures):
+    del params
+    b, h, w, c = pictures.shape
+    return pictures.reshape(b, h // 4, 4, w // 4, 4, c).mean((2, 4)).reshape(b, -1)
+
+
+def patch_means() -> Network:
+    """Means of 4x4 pixels: exact in float32, whatever the order of the sums."""
+    return Network("patch means", lambda picture: picture.astype(np.float32), _means, {})
+
+
+def random_pictures(count: int, size: int = 16) -> Pictures:
+    """Noise; each picture depends on its number alone."""
+
+    def load(number: int) -> np.ndarray:
+        return np.random.default_rng(number).integers(0, 256, (size, size, 3), dtype=np.uint8)
+
+    return Pictures(count, load)
+
+
+def main() -> None:
+    from imagen_jax import distributed
+    from imagen_jax.evaluation import features
+
+    folder, count, batch = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    features.PARTS_AT_ONCE = 1  # Every batch is merged by itself.
+    distributed.initialize(log=lambda line: None)
+    parts = features.extract(
+        random_pictures(count), patch_means(), folder, batch_size=batch, log=lambda line: None
+    )
+    total = parts.statistics()
+    print(
+        json.dumps(
+            {
+                "devices": jax.device_count(),
+                "files": len(parts.files),
+                "sha256": parts.sha256,
+                "count": total.count,
+                "mean": total.mean.tolist(),
+                "scatter": total.scatter.tolist(),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
