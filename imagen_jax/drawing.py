@@ -225,8 +225,7 @@ def shared(config: Config) -> Config:
     """`config` without the values that `begin` and `advance` are given as arrays.
 
     It is what their programs are told apart by: those of other values are the same. Guidance that
-    oscillates has to know the number of steps; without guidance (weight 1) the network is evaluated
-    half as often.
+    oscillates has to know the number of steps, and guidance that is off, of weight 1, is no value.
     """
     settings = config.sampling
     steps = settings.steps if settings.guidance_oscillate_after >= 0 else 1
