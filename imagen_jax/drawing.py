@@ -65,6 +65,7 @@ class Told(NamedTuple):
       keys: [B] of the steps' noise.
       lowres: SR stages: [B, size, size, 3], upsampled and noised.
       aug_level: SR stages: [B], the level it was noised to.
+      guidance_weight: [B]; None: as `config.sampling` says.
       negative: embeddings and mask of what to lead away from; None: of no text.
       known: [B, size, size, 3], pictures of which a part is kept; None: none.
       mask: [B, size, size, 1], True where they are not.
@@ -75,6 +76,7 @@ class Told(NamedTuple):
     keys: Array
     lowres: Array | None = None
     aug_level: Array | None = None
+    guidance_weight: Array | None = None
     negative: tuple[Array, Array] | None = None
     known: Array | None = None
     mask: Array | None = None
@@ -101,14 +103,15 @@ def picture_keys(
       sample_indices: B of them.
     """
     seeds = np.broadcast_to(np.asarray(seed, np.uint32), (len(prompt_indices),))
-    return _picture_keys(
+    return keys_of(
         seeds, np.asarray(prompt_indices, np.uint32), np.asarray(sample_indices, np.uint32)
     )
 
 
 @jax.jit
 @jax.vmap
-def _picture_keys(seed: Array, prompt: Array, sample: Array) -> Array:
+def keys_of(seed: Array, prompt: Array, sample: Array) -> Array:
+    """`picture_keys` of uint32 arrays [B], within other programs."""
     stream = jax.random.fold_in(jax.random.key(seed), SAMPLE_STREAM)
     return jax.random.fold_in(jax.random.fold_in(stream, prompt), sample)
 
@@ -176,6 +179,7 @@ def _denoiser(params: Any, config: Config, told: Told, guide: tuple[Any, Config]
         text_mask=told.text_mask,
         lowres=told.lowres,
         aug_level=told.aug_level,
+        guidance_weight=told.guidance_weight,
         negative=told.negative,
         guide=guide,
     )
@@ -221,11 +225,12 @@ def shared(config: Config) -> Config:
     """`config` without the values that `begin` and `advance` are given as arrays.
 
     It is what their programs are told apart by: those of other values are the same. Guidance that
-    oscillates has to know the number of steps.
+    oscillates has to know the number of steps, and guidance that is off, of weight 1, is no value.
     """
     settings = config.sampling
     steps = settings.steps if settings.guidance_oscillate_after >= 0 else 1
-    sampling = dataclasses.replace(settings, steps=steps, aug_level=0.0)
+    weight = 1.0 if settings.guidance_weight == 1.0 else 2.0
+    sampling = dataclasses.replace(settings, steps=steps, aug_level=0.0, guidance_weight=weight)
     return dataclasses.replace(config, sampling=sampling)
 
 
@@ -237,6 +242,7 @@ def begin(
     keys: Key[Array, " b"],
     lowres: Float[Array, "b h w c"] | None = None,
     aug_level: Float[Array, " b"] | None = None,
+    guidance_weight: Float[Array, " b"] | None = None,
     negative: tuple[Float[Array, "b l d"], Bool[Array, "b l"]] | None = None,
     edited: tuple[Float[Array, "b size size 3"], Float[Array, " b"]] | None = None,
     mask: Bool[Array, "b size size 1"] | None = None,
@@ -250,12 +256,13 @@ def begin(
       keys: one key per picture.
       lowres: SR stages: the pictures of the stage before, in [-1, 1].
       aug_level: SR stages: what to noise them to.
+      guidance_weight: of each picture; None: that of `config`.
       negative: embeddings and mask of what to lead away from; None: of no text.
       edited: pictures to start from in [-1, 1], and the logsnr to noise them to; None: from noise.
       mask: True where these may be changed; None: everywhere.
     """
     told, start = tell(config, text_emb, text_mask, keys, lowres, aug_level)
-    told = told._replace(negative=negative)
+    told = told._replace(guidance_weight=guidance_weight, negative=negative)
     if edited:
         start = diffusion.q_sample(*edited, start)
         if mask is not None:
@@ -377,7 +384,8 @@ def _draw_batch(
         edited = known, np.full(len(known), plan.logsnr_t[0], np.float32)
     guide_params, guide_config = guide or (None, None)
     start, run = _programs()
-    given = (*asked[:4], aug_level, asked.negative, edited, mask)
+    weight = np.full(len(asked.keys), settings.guidance_weight, np.float32)
+    given = (*asked[:4], aug_level, weight, asked.negative, edited, mask)
     told, at = start(shared(config), *partitioning.spread(given))
     stride, waiting = report_every if report else plan.count, None
     for first in range(0, plan.count, stride):

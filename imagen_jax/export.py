@@ -1,55 +1,83 @@
 """From a training run to a stage folder: averaged parameters, configuration and a model card.
 
 The parameters are the ordinary average of the newest checkpoint (`export`), or a power-function
-average of any width, put together from the run's snapshots (`export_average`). `convert` does the
-same for the formats of others.
+average of any width, put together from the run's snapshots (`export_average`). A small text encoder
+comes along. `stablehlo` and `convert` write other forms; each is drawn with before it appears
+(`export_check`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from imagen_jax import config_io, ema, ema_snapshots, partitioning, stage
+from imagen_jax import config_io, ema, ema_snapshots, model_card, partitioning, stage
 from imagen_jax.checkpoint import CheckpointError, Checkpoints
-from imagen_jax.config import CheckpointConfig, Config, DataConfig, check_sigma_rel
+from imagen_jax.config import CheckpointConfig, Config, TextConfig, check_sigma_rel
+from imagen_jax.export_check import check
 from imagen_jax.interop import weights
+from imagen_jax.stage_folder import ENCODER_FOLDER, Stage, load_stage
 
-CARD = """\
-# {name}
-
-A stage of a text-to-image cascade, trained with imagen_jax.
-
-| | |
-|---|---|
-| draws | {image_size}x{image_size} pixels{lowres} |
-| parameters | {count:,} (float32, {average}) |
-| trained for | {step} steps of {batch_size} pictures |
-| data | {kind} `{path}` {dataset} |
-| text encoder | {encoder} `{encoder_path}` |
-| licence | not stated |
-"""
+# A larger text encoder stays where it is; its vocabulary and fingerprint come along.
+COPIED_ENCODER_BYTES = 64 * 2**20
+VOCABULARY_FILES = ("spiece.model", "vocab.json", "merges.txt", "tokenizer.json")
+ENCODER_FILES = ("config.json", "model.safetensors", "pytorch_model.bin", *VOCABULARY_FILES)
 
 
-def export(workdir: str, out: str, log: Callable[[str], None] = print) -> Config:
-    """Writes `OUT/{config.json, params.safetensors, card.md}` from the newest checkpoint.
+def export(
+    workdir: str,
+    out: str,
+    *,
+    licence: str = "",
+    scores: str = "",
+    log: Callable[[str], None] = print,
+) -> Config:
+    """Writes `OUT/{config.json, params.safetensors, card.md, text/}` from the newest checkpoint.
 
     The folder appears whole or not at all; an older one of the same name is replaced.
 
+    Args:
+      workdir: folder of the run.
+      out: stage folder to write.
+      licence: for the card.
+      scores: evaluations for the card, Markdown.
+      log: receives the lines.
+
     Raises:
       CheckpointError: there is no checkpoint, it cannot be read, or `out` holds something else.
+      ExportError: what was written draws something else.
     """
     folder = stage_folder(out)
     params, config, step = newest_average(workdir)
-    config = _write(folder, params, config, step, "exponential moving average")
+    about = {
+        "step": step,
+        "average": "exponential moving average",
+        "metrics": model_card.last_metrics(workdir, step),
+        "licence": licence,
+        "scores": scores,
+    }
+    config = _write(folder, params, config, about, log)
     log(f"{folder}: step {step} of {workdir}")
     return config
+
+
+def read_source(source: str) -> Stage:
+    """A stage from a stage folder, or from the newest checkpoint of a run.
+
+    Raises:
+      StageError, CheckpointError: neither can be read.
+    """
+    if (pathlib.Path(source) / "params.safetensors").is_file():
+        return load_stage(source)
+    params, config, _ = newest_average(source)
+    return Stage(config, params)
 
 
 def newest_average(workdir: str) -> tuple[Any, Config, int]:
@@ -109,27 +137,64 @@ def export_average(
         f"power-function average, sigma_rel {sigma_rel:g}, fitted within {average.error:.2%} "
         f"by {len(snapshots)} snapshots"
     )
-    config = _write(folder, average.params, config, step, label)
+    about = {"step": step, "average": label}
+    config = _write(folder, average.params, config, about, log)
     log(f"{folder}: step {step} of {workdir}, {label}")
     return config
 
 
 def stage_folder(out: str) -> pathlib.Path:
     """The path of `out`. Raises CheckpointError when something else than a stage is there."""
+    return free_folder(out, "params.safetensors", "stage folder")
+
+
+def free_folder(out: str, mark: str, kind: str) -> pathlib.Path:
+    """The path of `out`. Raises CheckpointError when a folder without the file `mark` is there."""
     folder = pathlib.Path(out).absolute()
-    taken = folder.is_dir() and any(folder.iterdir())
-    if taken and not (folder / "params.safetensors").is_file():
-        raise CheckpointError(f"--out={out} exists and is no stage folder; name a new one")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / mark).is_file():
+        raise CheckpointError(f"--out={out} exists and is no {kind}; name a new one")
     return folder
 
 
-def _write(folder: pathlib.Path, params: Any, config: Config, step: int, average: str) -> Config:
-    """Writes the stage folder of a run; returns its configuration."""
+@contextlib.contextmanager
+def whole(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """An empty folder that takes the place of `folder` if nothing goes wrong until the end."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def _write(
+    folder: pathlib.Path,
+    params: Any,
+    config: Config,
+    about: Mapping[str, Any],
+    log: Callable[[str], None],
+) -> Config:
+    """Writes the stage folder of a run and draws with it; returns its configuration.
+
+    Args:
+      folder: from `stage_folder`.
+      params: plain parameters.
+      config: of the run.
+      about: for `model_card.of_run`.
+      log: receives a line.
+    """
     text_path = config.text.path and str(pathlib.Path(config.text.path).absolute())
     text = dataclasses.replace(config.text, path=text_path)
     config = dataclasses.replace(config, text=text, data=config.data.whole())
-    count = sum(np.size(leaf) for leaf in jax.tree.leaves(params))
-    write_stage(folder, params, config, {"card.md": _card(config, step, count, average)})
+    with whole(folder) as temporary:
+        carried = dataclasses.replace(config, text=copy_encoder(text, temporary))
+        card = model_card.of_run(carried, params=params, **about)
+        _fill(temporary, params, config, {"card.md": card})
+        check(Stage(config, params), load_stage(str(temporary)), "stage folder", log)
     return config
 
 
@@ -144,16 +209,45 @@ def write_stage(
       config: the stage.
       texts: further files, name to content.
     """
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    with whole(folder) as temporary:
+        _fill(temporary, params, config, texts)
+
+
+def _fill(folder: pathlib.Path, params: Any, config: Config, texts: Mapping[str, str]) -> None:
     flat = weights.flatten(jax.tree.map(np.asarray, params))
-    weights.write_safetensors(temporary / "params.safetensors", flat)
-    (temporary / "config.json").write_text(config_io.to_json(config))
+    weights.write_safetensors(folder / "params.safetensors", flat)
+    (folder / "config.json").write_text(config_io.to_json(config))
     for name, text in texts.items():
-        (temporary / name).write_text(text)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+        (folder / name).write_text(text)
+
+
+def encoder_files(text: TextConfig) -> dict[str, pathlib.Path]:
+    """The files of a text encoder to copy, by name: of a large one the vocabulary alone.
+
+    None where the encoder is not a folder on this machine.
+    """
+    source = pathlib.Path(text.path)
+    if not text.path or not source.is_dir():
+        return {}
+    files = {name: source / name for name in ENCODER_FILES if (source / name).is_file()}
+    if text.vocabulary:
+        files["spiece.model"] = pathlib.Path(text.vocabulary)
+    complete = {"config.json"} < files.keys() - set(VOCABULARY_FILES)
+    size = sum(file.stat().st_size for file in files.values())
+    if complete and size <= COPIED_ENCODER_BYTES:
+        return files
+    return {name: file for name, file in files.items() if name in VOCABULARY_FILES}
+
+
+def copy_encoder(text: TextConfig, folder: pathlib.Path) -> TextConfig:
+    """Copies `encoder_files` into a stage folder; returns where a reader of the folder finds it."""
+    files = encoder_files(text)
+    if files:
+        (folder / ENCODER_FOLDER).mkdir()
+    for name, file in files.items():
+        shutil.copyfile(file, folder / ENCODER_FOLDER / name)
+    path = f"{ENCODER_FOLDER}/" if "config.json" in files else text.path
+    return dataclasses.replace(text, path=path)
 
 
 def _abstract_params(config: Config):
@@ -163,30 +257,3 @@ def _abstract_params(config: Config):
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         partitioning.unbox(boxed),
     )
-
-
-def _card(config: Config, step: int, count: int, average: str) -> str:
-    lowres = config.data.lowres_size
-    return CARD.format(
-        name=config.name,
-        image_size=config.data.image_size,
-        lowres=f" from {lowres}x{lowres}" if lowres else "",
-        count=count,
-        average=average,
-        step=step,
-        batch_size=config.data.batch_size,
-        **_origin(config.data),
-        encoder=config.text.encoder,
-        encoder_path=config.text.path,
-    )
-
-
-def _origin(data: DataConfig) -> dict[str, str]:
-    """Where the pictures came from, in the words of the card."""
-    if data.mixture:
-        return {"kind": "mixture", "path": "", "dataset": ", ".join(data.mixture)}
-    return {
-        "kind": data.kind,
-        "path": data.path,
-        "dataset": data.name if data.kind == "tfds" else "",
-    }

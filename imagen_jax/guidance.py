@@ -37,7 +37,10 @@ _PIXELS = (1, 2, 3)
 
 
 def guide(
-    denoise_pair: DenoisePair, settings: SamplingConfig, levels: Float[Array, " steps_plus_1"]
+    denoise_pair: DenoisePair,
+    settings: SamplingConfig,
+    levels: Float[Array, " steps_plus_1"],
+    base_weight: Float[Array, " b"] | None = None,
 ) -> Denoise:
     """`denoise` from a pair of estimates, with all that `settings` says of guidance.
 
@@ -45,12 +48,13 @@ def guide(
       denoise_pair: gives (conditional, other) x0.
       settings: the fields guidance_*.
       levels: logsnr of the whole schedule, noisiest first; where a step is among them.
+      base_weight: of each picture, in place of `guidance_weight`; None: that.
     """
 
     def denoise(z: Float[Array, "b h w c"], logsnr: Float[Array, " b"]) -> Array:
         conditional, other = denoise_pair(z, logsnr)
         other = apg(conditional, other, settings.guidance_parallel, settings.guidance_norm)
-        weight = weight_at(logsnr, settings, levels)
+        weight = weight_at(logsnr, settings, levels, base_weight)
         x0 = classifier_free(conditional, other, weight)
         return rescale(x0, conditional, settings.guidance_rescale)
 
@@ -157,7 +161,10 @@ def classifier(
 
 
 def weight_at(
-    logsnr: Float[Array, " b"], settings: SamplingConfig, levels: Float[Array, " steps_plus_1"]
+    logsnr: Float[Array, " b"],
+    settings: SamplingConfig,
+    levels: Float[Array, " steps_plus_1"],
+    base_weight: Float[Array, " b"] | None = None,
 ) -> Float[Array, " b"]:
     """w(logsnr) = 1 + (guidance_weight - 1) times every row of FACTORS.
 
@@ -165,8 +172,11 @@ def weight_at(
       logsnr: noise level of each picture, nats.
       settings: the fields guidance_*.
       levels: logsnr of the whole schedule, noisiest first.
+      base_weight: in place of guidance_weight; None: that.
     """
     excess = jnp.full_like(logsnr, settings.guidance_weight - 1.0)
+    if base_weight is not None:
+        excess = base_weight - 1.0
     for factor in FACTORS.values():
         excess = excess * factor(logsnr, settings, levels)
     return 1.0 + excess

@@ -287,6 +287,13 @@ def _wrap(caption: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.Ima
     return "\n".join(textwrap.wrap(caption, max(4, int(width / per_letter))))
 
 
+def encode_png(image: UInt8[np.ndarray, "h w 3"]) -> bytes:
+    """The picture as a PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, format="png")
+    return file.getvalue()
+
+
 def save_png(
     path: str | os.PathLike, image: UInt8[np.ndarray, "h w 3"], text: Mapping[str, str]
 ) -> None:

@@ -252,6 +252,7 @@ def denoiser(
     aug_level: Float[Array, " b"] | None = None,
     negative: Text | None = None,
     guide: tuple[Params, Config] | None = None,
+    guidance_weight: Float[Array, " b"] | None = None,
 ) -> guidance.Denoise:
     """`denoise(z, logsnr) -> x0` of this stage with its guidance and thresholding.
 
@@ -268,6 +269,8 @@ def denoiser(
       aug_level: SR stages: the level it was noised to.
       negative: embeddings and mask of what to lead away from, shaped as those of the prompts.
       guide: parameters and stage of a weaker checkpoint that draws the same pictures.
+      guidance_weight: of each picture, in place of `sampling.guidance_weight`, unless that is 1
+        and guidance off.
 
     Raises:
       ConfigError: the guide does not draw the same pictures, or reads other embeddings.
@@ -293,7 +296,8 @@ def denoiser(
     if settings.guidance_weight == 1.0:
         return thresholding.threshold(conditional, settings)
     levels = diffusion.logsnr_at(jnp.linspace(1.0, 0.0, settings.steps + 1), config.diffusion)
-    return thresholding.threshold(guidance.guide(pair, settings, levels), settings)
+    guided = guidance.guide(pair, settings, levels, guidance_weight)
+    return thresholding.threshold(guided, settings)
 
 
 def check_guide(config: Config, guide: Config) -> None:

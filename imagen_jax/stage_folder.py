@@ -1,11 +1,12 @@
 """Stage folders, which `export` writes: read, and looked at as a chain.
 
 A stage folder is all that is left of a training run: `config.json` and `params.safetensors`, with
-`card.md` for people.
+`card.md` for people; a small text encoder comes with it, in `text/`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import pathlib
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ from typing import Any, NamedTuple
 from imagen_jax import config_io
 from imagen_jax.config import Config
 from imagen_jax.interop import weights
+
+ENCODER_FOLDER = "text"  # the text encoder, if it came along
 
 
 class StageError(ValueError):
@@ -49,6 +52,10 @@ def load_stage(path: str) -> Stage:
         config = config_io.from_json((folder / "config.json").read_text())
     except ValueError as error:
         raise StageError(f"{folder / 'config.json'}: {error}") from error
+    encoder = folder / ENCODER_FOLDER
+    if (encoder / "config.json").is_file():
+        text = dataclasses.replace(config.text, path=str(encoder.absolute()), vocabulary="")
+        config = dataclasses.replace(config, text=text)
     return Stage(config, weights.unflatten(weights.read_safetensors(folder / "params.safetensors")))
 
 

@@ -94,11 +94,12 @@ def test_progress_and_its_estimates(chain, texts, drawn, stages):
     assert levels_apart(cascade.images.to_uint8(np.clip(last, -1, 1)), again) == 0
 
 
-def test_one_program_serves_steps_and_aug_levels(chain, texts, drawn):
+def test_one_program_serves_steps_weights_and_aug_levels(chain, texts, drawn):
     chain.sample(seed=3, **texts)
     before = drawing.advance._cache_size()
     for steps, aug_level in ((1, 0.0), (3, 0.3), (7, 0.9)):
-        settings = {"base": {"steps": steps}, "sr": {"steps": steps, "aug_level": aug_level}}
+        base = {"steps": steps, "guidance_weight": 1.5 * steps}
+        settings = {"base": base, "sr": {"steps": steps, "aug_level": aug_level}}
         other = chain.sample(seed=3, stage_settings=settings, **texts)
         assert levels_apart(other, drawn[-1]) > 1
     assert drawing.advance._cache_size() == before
@@ -146,6 +147,16 @@ def test_negative_prompts_and_guides(stages, random_params):
     assert levels_apart(draws["own"], draws["off"]) <= 1
     with pytest.raises(StageError, match="guide 'sr' draws 16 px, which no stage does"):
         Cascade(base, Encoder(), stages[1:])
+
+
+def test_guidance_in_a_shared_program_is_that_of_a_whole_one(stages, texts):
+    base, changed = stages[0], {"guidance_weight": 6.5}
+    sampling = dataclasses.replace(base.config.sampling, **changed)
+    config = dataclasses.replace(base.config, sampling=sampling)
+    keys = drawing.stage_keys(cascade.picture_keys(3, range(COUNT), [0] * COUNT), 0)
+    whole = drawing.sample_stage(base.params, config, *texts.values(), keys)
+    parts = Cascade([base]).sample(seed=3, stage_settings={"base": changed}, **texts)
+    assert levels_apart(parts, cascade.images.to_uint8(np.asarray(whole))) <= 1
 
 
 @pytest.fixture(scope="module")

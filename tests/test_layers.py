@@ -9,7 +9,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "imagen_jax"
 
 LAYERS = [
     {"config", "config_data", "config_fields", "config_io", "config_sampling", "images"}
-    | {"diffusion", "distributed", "flops", "hlo"},
+    | {"diffusion", "distributed", "flops", "hlo", "stablehlo_loader"},
     {"guidance", "models", "sampling", "optimizer", "ema", "metrics", "partitioning"}
     | {"preemption", "profiling", "thresholding", "topology", "vocabulary", "editing"},
     {"interop", "train_state", "checkpoint", "ema_snapshots", "compiled", "frozen_encoder"}
@@ -35,6 +35,10 @@ LAYERS = [
         "sample_folder",
         "trace",
         "export",
+        "export_check",
+        "model_card",
+        "stablehlo",
+        "serving",
         "convert",
     },
     {"cli", "__main__"},
@@ -48,6 +52,8 @@ HOMES = {
     "seqio": {"data/tasks", "data/feature_converter", "data/shapes_builder"},
     "tensorflow_datasets": {"data/tasks", "data/feature_converter", "data/shapes_builder"},
     "argparse": {"cli"},
+    "starlette": {"serving"},
+    "uvicorn": {"serving"},
     "torch": set(),
 }
 FILES = sorted(

@@ -32,6 +32,7 @@ VERBS = {
     "ema": "turn a run's snapshots into a stage folder, with an EMA width chosen now",
     "sample": "draw pictures for prompts with a cascade of stage folders",
     "edit": "draw from a picture of your own: anew, in part, or larger",
+    "serve": "a page and a JSON API that draw with a cascade",
     "evaluate": "score drawn pictures",
 }
 

@@ -56,6 +56,20 @@ def write(cards: Sequence[str], out: str, *, name: str, samples_dir: str = "") -
     return markdown
 
 
+def score_tables(cards: Sequence[str]) -> str:
+    """What cards say of the run itself, as Markdown; "" for none. Raises EvaluationError."""
+    lines = []
+    for path in cards:
+        card = _read_card(path)
+        if card["card"] == "fid30k":
+            on = "zero-shot" if card["zero_shot"] else "COCO"
+            rows = [[f"{card['fid']:.2f}", on]]
+            lines += _markdown_table("FID-30K on COCO", ["FID-30K", "trained on"], rows)
+        for table in _RENDER[card["card"]](card):
+            lines += _markdown_table(*table)
+    return "\n".join(lines).rstrip()
+
+
 def _read_card(path: str) -> dict[str, Any]:
     try:
         card = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
@@ -181,10 +195,14 @@ def _markdown(tables: Sequence[Table], name: str, picture: str) -> str:
     lines = [f"# {name}", ""]
     if picture:
         lines += [f"![Pictures of {name}]({picture})", ""]
-    for title, head, rows in tables:
-        lines += [f"## {title}", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-        lines += ["| " + " | ".join(row) + " |" for row in rows] + [""]
+    for table in tables:
+        lines += _markdown_table(*table)
     return "\n".join([*lines, f"Other models: {leaderboard.SOURCE}."]) + "\n"
+
+
+def _markdown_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [f"## {title}", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows] + [""]
 
 
 STYLE = (

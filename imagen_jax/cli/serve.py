@@ -1,0 +1,65 @@
+"""Serves a cascade on a page and as a JSON API; see docs/serving.md.
+
+On loopback unless told otherwise. There are no accounts: whoever reaches the address can draw.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from imagen_jax.cascade import Cascade
+from imagen_jax.cli import wiring
+from imagen_jax.config import ConfigError
+from imagen_jax.serving.orders import Limits
+
+# flag -> (field of Limits, help)
+LIMITS = {
+    "batch_size": ("batch", "pictures drawn at a time"),
+    "max_queue": ("queue", "requests that wait; more are answered 429"),
+    "max_samples": ("samples", "pictures of one request"),
+    "max_steps": ("steps", "denoising steps of a stage"),
+    "keep": ("pictures", "pictures kept in --out; older ones are deleted"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the verb's flags."""
+    parser.add_argument(
+        "--stages", required=True, metavar="DIR[,DIR...]", help="stage folders, base first"
+    )
+    parser.add_argument("--out", required=True, help="folder for the pictures")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=int, default=8000, help="0: any that is free")
+    parser.add_argument("--cpu_devices", type=int, default=1, help="cores to share the pictures")
+    parser.add_argument("--text_encoder", default="", help="encoder folder, if it has moved")
+    for flag, (field, text) in LIMITS.items():
+        parser.add_argument(f"--{flag}", type=int, default=getattr(Limits, field), help=text)
+
+
+def run(flags: argparse.Namespace) -> None:
+    """Carries the verb out."""
+    for name in (*LIMITS, "cpu_devices"):
+        if getattr(flags, name) < 1:
+            raise ConfigError(f"--{name}={getattr(flags, name)} must be at least 1")
+    if not 0 <= flags.port < 65536:
+        raise ConfigError(f"--port={flags.port} must be from 0 to 65535")
+    try:
+        from imagen_jax.serving.server import serve
+    except ModuleNotFoundError as error:
+        if error.name not in ("starlette", "uvicorn"):
+            raise
+        raise ConfigError(
+            "serve needs starlette and uvicorn; install imagen_jax with the extra [serve]"
+        ) from None
+    wiring.set_up_devices(flags.cpu_devices)
+    cascade = Cascade.load(flags.stages.split(","), text_encoder=flags.text_encoder)
+    limits = Limits(**{field: getattr(flags, flag) for flag, (field, _) in LIMITS.items()})
+    serve(
+        cascade,
+        flags.out,
+        host=flags.host,
+        port=flags.port,
+        limits=limits,
+        checkpoint=flags.stages,
+        log=lambda line: print(line, flush=True),
+    )

@@ -1,0 +1,131 @@
+"""A server in a process of its own with a tiny random cascade, and a client that may misbehave."""
+
+import dataclasses
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from imagen_jax.config import T5Config, TextConfig
+from imagen_jax.export import write_stage
+from imagen_jax.interop import hf_t5
+from imagen_jax.models import t5
+
+ENCODER = T5Config(vocab_size=384, emb_dim=8, num_layers=1, num_heads=2, head_dim=4, mlp_dim=16)
+
+
+@pytest.fixture(scope="session")
+def stage_folders(base_config, sr_config, random_params, tmp_path_factory) -> str:
+    """--stages of a random cascade, 8 -> 16 px, with its text encoder."""
+    root = tmp_path_factory.mktemp("stages")
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: rng.standard_normal(leaf.shape, np.float32), t5.parameter_shapes(ENCODER)
+    )
+    hf_t5.save(root / "text", ENCODER, params)
+    text = TextConfig(encoder="bytes", path=str(root / "text"), max_len=16)
+    for config in (base_config, sr_config):
+        config = dataclasses.replace(config, text=text)
+        write_stage(root / config.name, random_params(config), config, {})
+    return f"{root / 'base'},{root / 'sr'}"
+
+
+class Client:
+    """Talks to one address; every answer is (status, headers, body)."""
+
+    def __init__(self, port: int):
+        self.port = port
+
+    def call(self, method: str, path: str, body=None, **headers):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        try:
+            connection.request(method, path, body, headers)
+            answer = connection.getresponse()
+            return answer.status, dict(answer.getheaders()), answer.read()
+        finally:
+            connection.close()
+
+    def get(self, path: str):
+        """The JSON at a path."""
+        status, _, body = self.call("GET", path)
+        assert status == 200, (path, status, body)
+        return json.loads(body)
+
+    def post(self, asked, **headers):
+        """Orders pictures; a body that is no bytes is sent as JSON."""
+        body = asked if isinstance(asked, bytes) else json.dumps(asked).encode()
+        return self.call(
+            "POST", "/api/jobs", body, **{"content-type": "application/json"} | headers
+        )
+
+    def raw(self, data: bytes) -> bytes:
+        """Whatever comes back for these bytes."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=120) as connection:
+            connection.sendall(data)
+            return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+@pytest.fixture(scope="session")
+def make_client():
+    """port -> `Client`."""
+    return Client
+
+
+class Server:
+    """A running `imagen serve`."""
+
+    def __init__(self, stages: str, out, *flags: str):
+        arguments = ["serve", f"--stages={stages}", f"--out={out}", "--port=0", *flags]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "imagen_jax", *arguments],
+            env=os.environ
+            | {
+                "JAX_PLATFORMS": "cpu",
+                "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+                "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        first = self.process.stdout.readline()
+        port = re.match(r"http://127\.0\.0\.1:(\d+)\n", first)
+        assert port, first + self.process.stdout.read()
+        self.client = Client(int(port[1]))
+        while (line := self.process.stdout.readline()) != "ready\n":
+            assert line, "the server has gone"
+
+    def resident(self) -> int:
+        """Memory, bytes."""
+        with open(f"/proc/{self.process.pid}/status") as file:
+            return int(re.search(r"VmRSS:\s+(\d+) kB", file.read())[1]) * 1024
+
+    def stop(self) -> str:
+        """Asks it to go; returns what it had left to say."""
+        self.process.send_signal(signal.SIGTERM)
+        said, _ = self.process.communicate(timeout=60)
+        return said
+
+
+@pytest.fixture
+def start_server(stage_folders):
+    """(out, flags...) -> a server that can draw."""
+    running = []
+
+    def start(out, *flags: str) -> Server:
+        running.append(Server(stage_folders, out, *flags))
+        return running[-1]
+
+    yield start
+    for server in running:
+        if server.process.poll() is None:
+            server.process.kill()
+        server.process.wait()

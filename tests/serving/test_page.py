@@ -1,0 +1,88 @@
+"""The page, used in headless Chromium as a person would."""
+
+import base64
+import json
+import pathlib
+
+import pytest
+
+from imagen_jax import images
+
+pytestmark = pytest.mark.slow
+
+EVIL = "a <b>red</b> circle</script><img src=x onerror=\"document.title='evil'\">"
+
+
+def value(browser, selector: str) -> str:
+    return browser.value(f"document.querySelector({json.dumps(selector)}).value")
+
+
+def fill(browser, selector: str, text: str) -> None:
+    browser.value(f"document.querySelector({json.dumps(selector)}).select()")
+    browser.type(text)
+
+
+def test_draw_look_and_draw_again(browser, start_server, tmp_path):
+    server = start_server(tmp_path / "out")
+    browser.open(f"http://127.0.0.1:{server.client.port}/")
+    browser.wait("document.querySelectorAll('#stages tr').length === 2")
+    browser.wait("document.getElementById('health').textContent === 'ready'")
+    assert browser.value("document.getElementById('chain').textContent") == "base 8 px → sr 16 px"
+    assert browser.value("!document.getElementById('empty').hidden")
+
+    fill(browser, "#prompt", EVIL)
+    fill(browser, "#samples", "2")
+    fill(browser, "#seed", "41")
+    # Long enough to be seen.
+    fill(browser, "[data-stage=base] .steps", "250")
+    browser.click("#draw")
+    browser.wait("document.querySelectorAll('.job progress').length === 1")
+    browser.wait(
+        r"/^(base|sr): step \d+ of \d+$/.test("
+        "document.querySelector('.job .doing')?.textContent)"
+    )
+    browser.wait("document.querySelectorAll('figure').length === 2", seconds=120)
+    browser.wait("document.querySelectorAll('.job').length === 0")
+    browser.wait("[...document.images].every((img) => img.complete && img.naturalWidth === 16)")
+    captions = "[...document.querySelectorAll('figcaption p')].map((p) => p.textContent)"
+    assert browser.value(captions) == [EVIL, EVIL]
+    settings = browser.value("document.querySelector('.settings').innerText")
+    assert settings.splitlines() == [
+        "seed 41 · 2 of 2",
+        "base: 250 steps, guidance 2",
+        "sr: 4 steps, guidance 2",
+    ]
+    path = tmp_path / "page.png"
+    path.write_bytes(base64.b64decode(browser.call("Page.captureScreenshot")["data"]))
+
+    # Again with these settings gives the same pictures.
+    fill(browser, "#prompt", "something else")
+    browser.click("#reset")
+    assert value(browser, "#prompt") == value(browser, "#seed") == ""
+    browser.click("figure:last-child button")
+    assert value(browser, "#prompt") == EVIL and value(browser, "#seed") == "41"
+    assert value(browser, "[data-stage=base] .steps") == "250"
+    browser.click("#draw")
+    browser.wait("document.querySelectorAll('figure').length === 4", seconds=120)
+    newest = server.client.get("/api/pictures")["pictures"]
+    pictures = [(tmp_path / "out" / f"{about['id']}.png") for about in newest]
+    levels = [pixels(path) for path in pictures]
+    assert levels[0] == levels[2] and levels[1] == levels[3] and levels[0] != levels[1]
+
+    # What the server refuses is said on the page.
+    fill(browser, "#prompt", "a" * 10)
+    browser.value("document.getElementById('samples').max = ''")
+    fill(browser, "#samples", "99")
+    browser.click("#draw")
+    browser.wait("!document.getElementById('problem').hidden")
+    said = browser.value("document.getElementById('problem').textContent")
+    assert said == "samples=99 must be a whole number from 1 to 8"
+
+    assert browser.value("document.title") == "Imagen", "a prompt ran as a script"
+    assert all("400 (Bad Request)" in problem for problem in browser.problems), browser.problems
+    own = f"http://127.0.0.1:{server.client.port}/"
+    assert all(url.startswith((own, "data:")) for url in browser.requests)
+
+
+def pixels(path: pathlib.Path) -> bytes:
+    return images.decode(path.read_bytes()).tobytes()

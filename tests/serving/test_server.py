@@ -1,0 +1,286 @@
+"""The server among clients that mean well and others: good orders drawn, bad ones a 4xx."""
+
+import concurrent.futures
+import contextlib
+import io
+import json
+import pathlib
+import random
+import re
+import socket
+import threading
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from imagen_jax import images
+from imagen_jax.cascade import Cascade, Progress
+from imagen_jax.cli import run
+from imagen_jax.serving.app import make_app
+from imagen_jax.serving.gallery import Gallery
+from imagen_jax.serving.orders import Limits
+from imagen_jax.serving.server import LOOPBACK, http_server
+from imagen_jax.serving.worker import Worker
+
+EVIL = "</script><img src=x onerror=\"document.title='evil'\">"
+GOOD = [
+    {"prompt": "a cat"},
+    {"prompt": EVIL, "samples": 2, "seed": 5},
+    {"prompt": "../../../etc/passwd", "samples": 3},
+    {"prompt": "%2e%2e%2f{}$(id)`id`;--", "seed": 2**32 - 1},
+    {"prompt": "a cat", "negative_prompt": "<b>dogs</b>", "samples": 2},
+    {"prompt": "ein Hund 🐕", "stages": {"base": {"steps": 7}, "sr": {"steps": 2}}},
+    {"prompt": "a " * 500, "stages": {"base": {"guidance_weight": 9.25}}},
+]
+# What is sent, as (method, path, body, headers); each must be answered by a 4xx.
+JSON = {"content-type": "application/json"}
+BAD = [
+    ("POST", "/api/jobs", b"", JSON),
+    ("POST", "/api/jobs", b"{not json", JSON),
+    ("POST", "/api/jobs", b"\xff\xfe\x00", JSON),
+    ("POST", "/api/jobs", b"[" * 10_000, JSON),
+    ("POST", "/api/jobs", b'{"prompt": "' + b"a" * 1_000_000 + b'"}', JSON),
+    ("POST", "/api/jobs", b'{"prompt": "a"}', {"content-type": "text/plain"}),
+    ("POST", "/api/jobs", b'{"prompt": "a"}', {}),
+    ("POST", "/api/jobs", b'{"prompt": "a"}', JSON | {"origin": "http://evil.example"}),
+    ("POST", "/api/jobs", b'{"prompt": "a"}', JSON | {"origin": "null"}),
+    ("POST", "/api/jobs", b'{"prompt": "a"}', JSON | {"host": "evil.example"}),
+    ("GET", "/api/pictures", None, {"host": "rebound.example:8000"}),
+    ("GET", "/", None, {"host": "[::1"}),
+    ("PUT", "/api/jobs", b"{}", JSON),
+    ("DELETE", "/api/pictures", None, {}),
+    ("GET", "/pictures/../../etc/passwd.png", None, {}),
+    ("GET", "/pictures/%2e%2e%2f%2e%2e%2fetc%2fpasswd.png", None, {}),
+    ("GET", "/pictures/" + "a" * 32 + ".png", None, {}),
+    ("GET", "/pictures/..%00.png", None, {}),
+    ("GET", "/api/jobs/../../x", None, {}),
+    ("GET", "/api/jobs/%3Cscript%3E", None, {}),
+    ("GET", "/nothing", None, {}),
+    ("GET", "/" + "a" * 60_000, None, {}),
+] + [
+    ("POST", "/api/jobs", json.dumps({"prompt": "a"} | wrong).encode(), JSON)
+    for wrong in (
+        {"stages": {"base": {"steps": 10**9}}},
+        {"stages": {"base": {"steps": -1}}},
+        {"stages": {"../../etc/passwd": {}}},
+        {"stages": {"sr": {"guidance_weight": float("nan")}}},
+        {"samples": 10**6},
+        {"seed": 10**300},
+        {"prompt": "a\ud800"},
+        {"prompt": EVIL * 100},
+        {"out": "/tmp/x"},
+        {"__proto__": {}},
+    )
+]
+GARBAGE = [
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
+    b"GET / HTTP/9.9\r\n\r\n",
+    b"POST /api/jobs HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n",
+]
+
+
+class Quick(Cascade):
+    """Plain pictures at once: what stands around the drawing is under test."""
+
+    def __init__(self, configs):
+        self.configs = configs
+
+    def sample(self, prompts=(), *, on_progress, seed=(), sample_indices=(), **_):
+        time.sleep(0.002)
+        estimates = np.zeros((len(prompts), 8, 8, 3), np.float32)
+        on_progress(Progress("base", 0, 2, 1, 4, (0, len(prompts)), estimates))
+        if "break" in prompts:
+            raise RuntimeError("the device is on fire")
+        levels = [(s + 7 * k) % 256 for s, k in zip(seed, sample_indices, strict=True)]
+        return np.array([np.full((8, 8, 3), level, np.uint8) for level in levels])
+
+
+@pytest.fixture
+def quick(base_config, sr_config, tmp_path, make_client):
+    """(client, folder, worker) of a server that draws at once."""
+    limits, configs = Limits(pictures=50, queue=8), [base_config, sr_config]
+    gallery, lines = Gallery(tmp_path / "out", limits.pictures), []
+    worker = Worker(Quick(configs), gallery, limits, checkpoint="here", log=lines.append)
+    app = make_app(worker, gallery, configs, limits, LOOPBACK)
+    server = http_server(app)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        yield make_client(listening.getsockname()[1]), tmp_path / "out", worker, lines
+        server.should_exit = True
+        thread.join()
+    worker.stop()
+
+
+def order(client, asked) -> dict:
+    """Orders pictures and waits for them; comes again when there are too many."""
+    while True:
+        status, headers, body = client.post(asked)
+        if status != 429:
+            break
+        assert len(body.splitlines()) == 1 and int(headers["retry-after"]) >= 1
+        time.sleep(0.05)
+    assert status == 202, body
+    job = json.loads(body)
+    while job["state"] in ("waiting", "drawing"):
+        time.sleep(0.02)
+        job = client.get(f"/api/jobs/{job['id']}")
+    assert job["state"] == "done" and len(job["pictures"]) == asked.get("samples", 1), job
+    return job
+
+
+def misbehave(client, what) -> None:
+    if isinstance(what, bytes):
+        answer = b""
+        with contextlib.suppress(ConnectionError):
+            answer = client.raw(what)
+        assert re.match(rb"HTTP/1\.1 4\d\d ", answer), (what[:60], answer[:200])
+        return
+    method, path, body, headers = what
+    status, answered, text = client.call(method, path, body, **headers)
+    assert 400 <= status < 500, (method, path[:60], body and body[:60], status)
+    assert len(text.splitlines()) == 1 and len(text) < 500, text
+    assert b"<" not in text or answered["content-type"] == "application/json"
+
+
+def crowd(client, requests: int, clients: int, seed: int) -> list[dict]:
+    """A third of the requests are bad; returns the jobs of the others."""
+    rng = random.Random(seed)
+    turns = [
+        rng.choice([*BAD, *GARBAGE]) if n % 3 == 2 else rng.choice(GOOD) for n in range(requests)
+    ]
+
+    def one(what):
+        return order(client, what) if isinstance(what, dict) else misbehave(client, what)
+
+    with concurrent.futures.ThreadPoolExecutor(clients) as pool:
+        return [job for job in pool.map(one, turns) if job]
+
+
+def files(folder: pathlib.Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def test_good_and_bad_ones_together(quick, tmp_path):
+    client, out, worker, _ = quick
+    worker.start()
+    jobs = crowd(client, 60, 8, seed=0)
+    for what in [*BAD, *GARBAGE]:
+        misbehave(client, what)
+    assert len(jobs) == 40
+    assert {path.split("/")[0] for path in files(tmp_path)} == {"out"}
+    assert all(re.fullmatch(r"[0-9a-f]{32}\.(png|json)", name) for name in files(out))
+    assert len(files(out)) <= 2 * 50
+    newest = client.get("/api/pictures")["pictures"]
+    assert len(newest) == 50
+    for about in newest[:5]:
+        status, headers, body = client.call("GET", f"/pictures/{about['id']}.png")
+        assert status == 200 and headers["content-type"] == "image/png"
+        with Image.open(io.BytesIO(body)) as picture:
+            level = (about["seed"] + 7 * about["sample_index"]) % 256
+            assert np.asarray(picture).ravel()[0] == level
+            assert picture.text["prompt"] == about["prompt"]
+            assert picture.text["checkpoint"] == "here"
+
+
+def test_the_queue_is_bounded_and_batches_are_shared(quick):
+    client, _, worker, _ = quick
+    jobs = []
+    for _ in range(8):  # The worker has not been started: they wait.
+        status, _, body = client.post({"prompt": "a", "samples": 2})
+        assert status == 202
+        jobs.append(json.loads(body))
+    assert [job["ahead"] for job in jobs] == list(range(8))
+    status, headers, body = client.post({"prompt": "a"})
+    assert status == 429 and headers["retry-after"] == "2"
+    assert json.loads(body) == {"error": "8 requests wait; try again in a few seconds"}
+    assert client.get("/api/health") == {"status": "warming up", "waiting": 8}
+    # Orders of other settings are not drawn with the first one's.
+    worker.start()
+    for job in jobs:
+        while (state := client.get(f"/api/jobs/{job['id']}")["state"]) != "done":
+            assert state in ("waiting", "drawing")
+    assert client.get("/api/health") == {"status": "ready", "waiting": 0}
+
+
+def test_a_drawing_that_fails_is_said_and_the_next_one_is_drawn(quick):
+    client, _, worker, lines = quick
+    worker.start()
+    _, _, body = client.post({"prompt": "break"})
+    job = json.loads(body)
+    while job["state"] in ("waiting", "drawing"):
+        job = client.get(f"/api/jobs/{job['id']}")
+    assert job["state"] == "failed" and job["pictures"] == []
+    assert any("the device is on fire" in line for line in lines)
+    order(client, {"prompt": "a cat"})
+
+
+def test_the_page_and_its_headers(quick):
+    client, _, _, _ = quick
+    status, headers, body = client.call("GET", "/")
+    assert status == 200 and b"/*script*/" not in body and b"http" not in body.split(b"<body>")[0]
+    assert "script-src 'sha256-" in headers["content-security-policy"]
+    assert headers["x-content-type-options"] == "nosniff"
+    for host in ("localhost", "127.0.0.1:99", "[::1]:8000", "LOCALHOST:1"):
+        assert client.call("GET", "/api/about", host=host)[0] == 200
+    own = f"http://127.0.0.1:{client.port}"
+    assert client.post({"prompt": "a"}, origin=own)[0] == 202
+    about = client.get("/api/about")
+    assert about["stages"][0] == {
+        "name": "base",
+        "image_size": 8,
+        "steps": 4,
+        "guidance_weight": 2.0,
+    }
+    assert about["limits"]["samples"] == 8
+
+
+@pytest.mark.slow
+def test_two_hundred_requests_from_twenty_clients(start_server, stage_folders, tmp_path):
+    server = start_server(tmp_path / "out", "--keep=60", "--max_queue=16", "--batch_size=4")
+    client, resident = server.client, []
+    for turn in range(4):
+        started = time.monotonic()
+        jobs = crowd(client, 200, 20, seed=turn)
+        resident.append(server.resident())
+        print(
+            f"{len(jobs)} of 200 drawn in {time.monotonic() - started:.1f} s, "
+            f"{resident[-1] / 2**20:.1f} MiB resident"
+        )
+        assert len(jobs) == 134
+    # All programs are compiled and all caches full after two turns.
+    assert resident[-1] - resident[1] < 8 * 2**20, resident
+    assert {path.split("/")[0] for path in files(tmp_path)} == {"out"}
+    assert len(files(tmp_path / "out")) == 2 * 60
+
+    # A picture is what `sample` draws with the same seed.
+    job = order(client, {"prompt": "a cat", "samples": 3, "seed": 11})
+    flags = [f"--stages={stage_folders}", "--prompt=a cat", "--seed=11", "--samples_per_prompt=3"]
+    assert run.main(["sample", *flags, f"--out={tmp_path / 'sampled'}"]) == 0
+    for k, identifier in enumerate(job["pictures"]):
+        both = [
+            images.decode(file.read_bytes()).astype(int)
+            for file in (
+                tmp_path / "out" / f"{identifier}.png",
+                tmp_path / "sampled" / f"00000_{k:02d}.png",
+            )
+        ]
+        assert both[0].std() > 1 and np.abs(both[0] - both[1]).max() <= 1
+    assert server.stop() == "" and server.process.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--batch_size=0"], "--batch_size=0 must be at least 1"),
+        (["--port=70000"], "--port=70000 must be from 0 to 65535"),
+        (["--stages=/nowhere"], "has no config.json"),
+    ],
+)
+def test_flags_that_are_refused(flags, says, tmp_path, capsys):
+    given = [f"--stages={tmp_path}", f"--out={tmp_path / 'out'}", *flags]
+    assert run.main(["serve", *given]) == 1
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and says in error and not (tmp_path / "out").exists()
