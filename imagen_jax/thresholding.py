@@ -52,7 +52,7 @@ def percentile_of(values: Float[Array, "b h w c"], percentile: float) -> Float[A
       values: float32, none negative.
       percentile: p in [0, 100]; between two values it is linear.
     """
-    bits = jax.lax.bitcast_convert_type(values.reshape(len(values), -1), jnp.int32)
+    bits = jax.lax.bitcast_convert_type(values.reshape(values.shape[0], -1), jnp.int32)
     position = percentile / 100.0 * (bits.shape[1] - 1)
     rank = int(position)
 
@@ -61,7 +61,7 @@ def percentile_of(values: Float[Array, "b h w c"], percentile: float) -> Float[A
         smaller = jnp.sum(bits < candidate[:, None], axis=1)
         return jnp.where(smaller <= rank, candidate, found)
 
-    low = jax.lax.fori_loop(0, 31, add_bit, jnp.zeros(len(bits), jnp.int32))
+    low = jax.lax.fori_loop(0, 31, add_bit, jnp.zeros(bits.shape[0], jnp.int32))
     larger = jnp.where(bits > low[:, None], bits, jnp.iinfo(jnp.int32).max).min(axis=1)
     repeated = jnp.sum(bits <= low[:, None], axis=1) > rank + 1
     high = jnp.where(repeated | (rank + 1 == bits.shape[1]), low, larger)
