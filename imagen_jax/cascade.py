@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Bool, Float, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from imagen_jax import config_io, drawing, editing, images, partitioning, request, stage_folder
 from imagen_jax.config import Config, ConfigError, unknown_name
@@ -54,7 +54,7 @@ class Progress(NamedTuple):
       stages: how many there are.
       step: its steps that are done.
       steps: its steps in all.
-      rows: the pictures of the call that are being drawn, [first, end).
+      rows: which pictures of the call are being drawn.
       x0: estimate of these pictures by the last step, in [-1, 1], on the device, with rows of
         filling behind them.
     """
@@ -64,7 +64,7 @@ class Progress(NamedTuple):
     stages: int
     step: int
     steps: int
-    rows: tuple[int, int]
+    rows: Int[np.ndarray, " b"]
     x0: Array
 
 
@@ -224,22 +224,27 @@ class Cascade:
         request.check_text(prompts, count, text_emb, text_mask, configs[0])
         request.check_negative(negative_prompts, count, text_emb, configs[0])
         request.check_pictures(count, lowres, edit, configs)
-        keys = request.keys(count, seed, prompt_indices, sample_indices)
+        identities = request.identities(count, seed, prompt_indices, sample_indices)
         if text_emb is None:
             text_emb, text_mask = self.embed(prompts)
 
         negative = None if negative_prompts is None else self.embed(negative_prompts)
+        keys = picture_keys(*identities.tolist())
         asked = Asked(text_emb, text_mask, keys, negative=negative, edit=edit)
         if lowres is not None:
             asked = asked._replace(lowres=images.to_float(lowres))
         elif edit and configs[0].data.lowres_size:
             pictures, _ = editing.sized(edit, configs[0].data.lowres_size)
             asked = asked._replace(lowres=pictures)
-        drawn = []
+        # Networks round a little otherwise at each place of a batch; in an order of their own the
+        # same pictures come in the same batches, in whatever order they are asked for.
+        order = np.lexsort(identities[::-1])
+        asked, drawn = asked.rows(order), []
+        keys = asked.keys
         for index, config in enumerate(configs):
             own = asked._replace(keys=drawing.stage_keys(keys, index))
             guide = self._guides[index]
-            report = on_progress and functools.partial(_report, on_progress, configs, index)
+            report = on_progress and functools.partial(_report, on_progress, configs, index, order)
             pictures = drawing.draw(
                 self._params[index](),
                 config,
@@ -250,7 +255,7 @@ class Cascade:
                 report_every=report_every,
             )
             asked = asked._replace(lowres=pictures)
-            drawn.append(images.to_uint8(pictures))
+            drawn.append(images.to_uint8(pictures)[np.argsort(order)])
         return [*drawn[:-1], editing.keep(edit, drawn[-1])] if edit else drawn
 
 
@@ -271,12 +276,14 @@ def _report(
     on_progress: Callable[[Progress], None],
     configs: Sequence[Config],
     index: int,
+    order: Int[np.ndarray, " n"],
     rows: tuple[int, int],
     step: int,
     steps: int,
     x0: Array,
 ) -> None:
-    on_progress(Progress(configs[index].name, index, len(configs), step, steps, rows, x0))
+    drawing_now = order[slice(*rows)]
+    on_progress(Progress(configs[index].name, index, len(configs), step, steps, drawing_now, x0))
 
 
 def _check_encoder(configs: Sequence[Config], encoder: TextEncoder, path: str) -> None:

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Bool, Float, Key, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 
-from imagen_jax import config_io, drawing
+from imagen_jax import config_io
 from imagen_jax.config import Config, ConfigError, SamplingConfig, unknown_name
 from imagen_jax.editing import Edit
 from imagen_jax.stage import check_guide
@@ -150,13 +150,13 @@ def check_text(
         raise RequestError(f"prompts are {len(prompts)}, text_emb has {count} rows; give as many")
 
 
-def keys(
+def identities(
     count: int,
     seed: int | Sequence[int],
     prompt_indices: Sequence[int] | None,
     sample_indices: Sequence[int] | None,
-) -> Key[Array, " n"]:
-    """The keys of `count` pictures. Raises RequestError."""
+) -> Int[np.ndarray, "three n"]:
+    """Seed, prompt index and sample index of `count` pictures. Raises RequestError."""
     given = {
         "seed": [seed] * count if isinstance(seed, int) else list(seed),
         "prompt_indices": list(range(count) if prompt_indices is None else prompt_indices),
@@ -170,4 +170,4 @@ def keys(
         for value in values:
             if not 0 <= value <= MAX_SEED or int(value) != value:
                 raise RequestError(f"{name}={value} must be a whole number from 0 to {MAX_SEED}")
-    return drawing.picture_keys(*given.values())
+    return np.array(list(given.values()), np.int64).reshape(3, count)

@@ -25,17 +25,17 @@ class Trace:
     def __init__(self, kind: str):
         """`kind`: "png", a row of steps per stage, or "gif", one after the other."""
         self.kind = kind
-        # By stage, then by the first row of the batch: estimates of the steps that are shown.
+        # By stage, then by picture of the call: estimates of the steps that are shown.
         self._seen: dict[str, dict[int, list[np.ndarray]]] = {}
 
     def __call__(self, progress: Progress) -> None:
         shown = _shown(progress.steps)
         if progress.step not in shown:
             return
-        first, end = progress.rows
-        pictures = images.to_uint8(np.asarray(progress.x0[: end - first]))
-        batches = self._seen.setdefault(progress.stage, {})
-        batches.setdefault(first, []).append(pictures)
+        pictures = images.to_uint8(np.asarray(progress.x0[: len(progress.rows)]))
+        seen = self._seen.setdefault(progress.stage, {})
+        for row, picture in zip(progress.rows.tolist(), pictures, strict=True):
+            seen.setdefault(row, []).append(picture)
 
     def write(
         self, folder: pathlib.Path, samples: Sequence[Sample], texts: Sequence[Mapping[str, str]]
@@ -43,8 +43,8 @@ class Trace:
         """Writes FOLDER/PPPPP_KK.png or .gif for the samples of the call, in their order."""
         folder.mkdir(parents=True, exist_ok=True)
         stages = [
-            np.concatenate([np.stack(steps, axis=1) for _, steps in sorted(batches.items())])
-            for batches in self._seen.values()
+            np.stack([np.stack(steps) for _, steps in sorted(seen.items())])
+            for seen in self._seen.values()
         ]
         side = max(SIDE, stages[-1].shape[2])
         for index, (sample, text) in enumerate(zip(samples, texts, strict=True)):

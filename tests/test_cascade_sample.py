@@ -83,15 +83,32 @@ def test_progress_and_its_estimates(chain, texts, drawn, stages):
     seen = []
     again = chain.sample(seed=3, batch_size=3, on_progress=seen.append, report_every=3, **texts)
     assert levels_apart(again, drawn[-1]) <= 1
-    assert [(p.stage, p.rows, p.step) for p in seen] == [
+    assert [(p.stage, p.rows.tolist(), p.step) for p in seen] == [
         (name, rows, step)
         for name in ("base", "sr")
-        for rows in ((0, 3), (3, 5))
+        for rows in ([0, 1, 2], [3, 4])
         for step in (3, 4)
     ]
     assert all((p.steps, p.stages) == (4, 2) for p in seen)
-    last = np.concatenate([np.asarray(p.x0)[: p.rows[1] - p.rows[0]] for p in seen[5::2]])
+    last = np.concatenate([np.asarray(p.x0)[: len(p.rows)] for p in seen[5::2]])
     assert levels_apart(cascade.images.to_uint8(np.clip(last, -1, 1)), again) == 0
+
+
+def test_any_order_is_drawn_in_the_same_batches(chain, texts):
+    seen = {name: [] for name in ("given", "mixed")}
+    order = np.array([3, 0, 4, 2, 1])
+    settings = {"seed": 3, "batch_size": 2}
+    given = chain.sample(on_progress=seen["given"].append, **settings, **texts)
+    mixed = chain.sample(
+        prompt_indices=order.tolist(),
+        on_progress=seen["mixed"].append,
+        **settings,
+        **some(texts, order),
+    )
+    np.testing.assert_array_equal(mixed, given[order])
+    for one, other in zip(seen["given"], seen["mixed"], strict=True):
+        np.testing.assert_array_equal(one.rows, order[other.rows])
+        np.testing.assert_array_equal(one.x0, other.x0)
 
 
 def test_one_program_serves_steps_weights_and_aug_levels(chain, texts, drawn):

@@ -90,7 +90,7 @@ class Quick(Cascade):
     def sample(self, prompts=(), *, on_progress, seed=(), sample_indices=(), **_):
         time.sleep(0.002)
         estimates = np.zeros((len(prompts), 8, 8, 3), np.float32)
-        on_progress(Progress("base", 0, 2, 1, 4, (0, len(prompts)), estimates))
+        on_progress(Progress("base", 0, 2, 1, 4, np.arange(len(prompts)), estimates))
         if "break" in prompts:
             raise RuntimeError("the device is on fire")
         levels = [(s + 7 * k) % 256 for s, k in zip(seed, sample_indices, strict=True)]
