@@ -59,6 +59,7 @@ def test_other_order_and_other_batches(chain, texts, drawn):
             assert levels_apart(pictures, expected[order]) <= 1
 
 
+@pytest.mark.slow
 def test_one_call_is_what_whole_stages_draw(stages, texts, drawn):
     """The program that can be looked at on the way is the one that is compiled whole."""
     keys, low = cascade.picture_keys(3, range(COUNT), [0] * COUNT), None

@@ -49,11 +49,10 @@ def test_another_width_draws_pictures(trained, tmp_path):
     for folder, more in zip(folders, flags, strict=True):
         assert ema_verb(trained[1], folder, *more) == 0
     text = np.random.default_rng(0).normal(size=(2, 4, 8)).astype(np.float32)
-    keys = cascade.picture_keys(0, [0, 1], [0, 0])
     drawn = []
     for folder in folders:
-        stage = cascade.load_stage(folder)
-        drawn += cascade.sample([stage], text, np.ones((2, 4), bool), keys)
+        chain = cascade.Cascade([cascade.load_stage(folder)])
+        drawn.append(chain.sample(text_emb=text, text_mask=np.ones((2, 4), bool)))
     assert all(pictures.shape == (2, 8, 8, 3) and pictures.std() > 1 for pictures in drawn)
     assert (drawn[0] != drawn[1]).any() and (drawn[1] != drawn[2]).any()
     card = (tmp_path / "early" / "card.md").read_text()

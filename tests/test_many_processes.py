@@ -150,6 +150,7 @@ def test_data_order_is_the_same_for_any_number_of_hosts(world):
                 np.testing.assert_array_equal(together, value)
 
 
+@pytest.mark.slow
 def test_a_state_saved_by_two_processes_is_read_by_this_one(world, alone, tmp_path):
     finish(start(2, 1, world, tmp_path, "--config.train.steps=10"))
     config = load(str(world), ["model.text_dim=8", "train.steps=10"])

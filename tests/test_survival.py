@@ -261,7 +261,7 @@ def test_which_checkpoints_stay(base_config, tmp_path):
     checkpoints.close()
 
 
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("parts", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("stage_name", ["base", "sr"])
 def test_accumulated_parts_are_one_batch(
     parts, stage_name, base_config, sr_config, make_batch, random_params

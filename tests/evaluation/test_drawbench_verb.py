@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from imagen_jax import config_io
-from imagen_jax.cli import run, sample
+from imagen_jax import cascade, config_io
+from imagen_jax.cli import run
 from imagen_jax.frozen_encoder import TokenBatch
 from imagen_jax.interop import weights
 
@@ -43,7 +43,7 @@ def stage_folder(base_config, random_params, tmp_path, monkeypatch):
     flat = weights.flatten(random_params(base_config))
     weights.write_safetensors(folder / "params.safetensors", flat)
     (folder / "config.json").write_text(config_io.to_json(base_config))
-    monkeypatch.setattr(sample, "load_text_encoder", lambda config: Encoder())
+    monkeypatch.setattr(cascade, "load_text_encoder", lambda config: Encoder())
     return folder
 
 
