@@ -15,7 +15,6 @@ minutes on one CPU core; the classifier is kept in --out.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import pathlib
@@ -26,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import reporting
 
 from imagen_jax import diffusion, guidance, images, partitioning, stage, thresholding
 from imagen_jax.data import shapes
@@ -150,13 +150,8 @@ def real_pictures(rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--stages", required=True, help="base and SR stage folders")
-    parser.add_argument("--prompts", required=True, help="prompts.jsonl of the shapes world")
-    parser.add_argument("--count", type=int, default=60, help="prompts with one object")
+    parser = drawn.parser(__doc__, 60)
     parser.add_argument("--steps", type=int, default=4_000, help="training steps")
-    parser.add_argument("--out", required=True, help="folder of the classifier and the numbers")
-    parser.add_argument("--docs", default="", help="folder of sampling.md and images/ to update")
     flags = parser.parse_args()
     out = pathlib.Path(flags.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -231,7 +226,7 @@ def write(record, docs):
                 f"| {p['low']:.2f}-{p['high']:.2f} "
                 f"| {p['diversity']:.2f} ± {p['diversity_error']:.2f} |"
             )
-    drawn.write_between(str(docs / "sampling.md"), "classifier_guidance", "\n".join(table))
+    reporting.write_between(str(docs / "sampling.md"), "classifier_guidance", "\n".join(table))
 
 
 if __name__ == "__main__":

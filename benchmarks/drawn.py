@@ -6,8 +6,8 @@ scale) are arguments of one compiled program; the super-resolution stages draw a
 
 from __future__ import annotations
 
+import argparse
 import functools
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imagen_jax import cascade, config_io, diffusion, images, prompts, sampling
+from imagen_jax import cascade, config_io, diffusion, drawing, images, prompts, sampling
 from imagen_jax.evaluation import alignment
 from imagen_jax.text import embed_prompts, load_text_encoder
 
@@ -28,6 +28,22 @@ class Asked(NamedTuple):
     rows: list[dict[str, Any]]
     text_emb: np.ndarray
     text_mask: np.ndarray
+
+
+def parser(doc: str, count: int) -> argparse.ArgumentParser:
+    """The flags of both benchmarks.
+
+    Args:
+      doc: of the script; its first line describes it.
+      count: default number of prompts.
+    """
+    flags = argparse.ArgumentParser(description=doc.splitlines()[0])
+    flags.add_argument("--stages", required=True, help="base and SR stage folders")
+    flags.add_argument("--prompts", required=True, help="prompts.jsonl of the shapes world")
+    flags.add_argument("--count", type=int, default=count, help="prompts")
+    flags.add_argument("--out", required=True, help="folder of numbers and pictures")
+    flags.add_argument("--docs", default="", help="folder of sampling.md and images/ to update")
+    return flags
 
 
 def load(stages: str) -> list[cascade.Stage]:
@@ -82,7 +98,7 @@ def draw(
         pictures = _draw_base(denoise_of, base.params, base.config, text, keys, cut)
         drawn[0].append(images.to_uint8(np.asarray(pictures)))
         for index, stage in enumerate(others, 1):
-            stage_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index)
+            stage_keys = drawing.stage_keys(keys, index)
             pictures = cascade.sample_stage(stage.params, stage.config, *text, stage_keys, pictures)
             drawn[index].append(images.to_uint8(np.asarray(pictures)))
     return [np.concatenate(parts)[:count] for parts in drawn]
@@ -92,10 +108,9 @@ def draw(
 def _draw_base(denoise_of, params, config, text, keys, numbers):
     settings, size = config.sampling, config.data.image_size
     start_keys, step_keys = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 2))(keys), 1, 0)
-    options = {"gamma": settings.gamma} if settings.sampler == "ddpm" else {}
     times = jnp.linspace(1.0, 0.0, settings.steps + 1)
     x0 = sampling.sample_loop(
-        sampling.SAMPLERS[settings.sampler](**options),
+        drawing.make_sampler(config),
         denoise_of(params, config, text, *numbers),
         sampling.normal(start_keys, (size, size, 3)),
         diffusion.logsnr_at(times, config.diffusion),
@@ -111,15 +126,6 @@ def exact(pictures: np.ndarray, asked: Asked) -> tuple[float, float, float]:
         for picture, row in zip(pictures, asked.rows, strict=True)
     ]
     return sum(marks) / len(marks), *alignment.wilson(sum(marks), len(marks))
-
-
-def write_between(path: str, name: str, text: str) -> None:
-    """Replaces what stands between the marks `<!-- begin NAME -->` and `<!-- end NAME -->`."""
-    file = pathlib.Path(path)
-    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-    before, rest = file.read_text().split(begin)
-    _, after = rest.split(end)
-    file.write_text(f"{before}{begin}\n{text.strip()}\n{end}{after}")
 
 
 def fingerprint(stages: Sequence[cascade.Stage]) -> str:

@@ -17,8 +17,9 @@ import subprocess
 import sys
 import time
 
+import reporting
+
 GIB = 2**30
-BEGIN, END = "<!-- begin {} -->", "<!-- end {} -->"
 IMAGEN = [sys.executable, "-m", "imagen_jax"]
 
 # At the paper's batch of 2048; settings as `plan --search`, or trying, found them.
@@ -160,10 +161,7 @@ def main() -> None:
         text = markdown(out, table)
         print(f"\n{text}")
         if flags.docs:
-            path = pathlib.Path(flags.docs)
-            begin, end = BEGIN.format(table), END.format(table)
-            head, _, rest = path.read_text().partition(begin)
-            path.write_text(f"{head}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
+            reporting.write_between(flags.docs, table, text)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,12 @@ median, lowest and highest.
 
 import argparse
 import json
-import statistics
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import reporting
 
 from imagen_jax import stage as stage_lib
 from imagen_jax.cascade import Cascade, load_stage
@@ -106,10 +106,7 @@ def main():
         "batch_size": batch,
         "steps": {stage.config.name: stage.config.sampling.steps for stage in stages},
     }
-    for name, values in zip(names, zip(*rows, strict=True), strict=True):
-        middle, low, high = statistics.median(values), min(values), max(values)
-        result[name] = {"median": round(middle, 4), "min": round(low, 4), "max": round(high, 4)}
-    print(json.dumps(result))
+    print(json.dumps(result | reporting.spread(names, rows)))
 
 
 if __name__ == "__main__":

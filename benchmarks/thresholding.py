@@ -12,7 +12,6 @@ super-resolution stage, which is not guided, stays as it is. About ten minutes o
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import pathlib
@@ -20,6 +19,7 @@ import pathlib
 import drawn
 import jax.numpy as jnp
 import numpy as np
+import reporting
 
 from imagen_jax import guidance, images, stage, thresholding
 from imagen_jax.config import SamplingConfig
@@ -61,12 +61,7 @@ def measure(stages, asked, mode, weight):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--stages", required=True, help="base and SR stage folders")
-    parser.add_argument("--prompts", required=True, help="prompts.jsonl of the shapes world")
-    parser.add_argument("--count", type=int, default=100, help="prompts with one kind of object")
-    parser.add_argument("--out", required=True, help="folder of the numbers and pictures")
-    parser.add_argument("--docs", default="", help="folder of sampling.md and images/ to update")
+    parser = drawn.parser(__doc__, 100)
     flags = parser.parse_args()
     out = pathlib.Path(flags.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -128,7 +123,7 @@ def write(record, docs, out):
             if (p["mode"], p["weight"]) == (mode, weight)
         ]
         table.append(f"| {weight:g} | " + " | ".join(cells) + " |")
-    drawn.write_between(str(docs / "sampling.md"), "thresholding", "\n".join(table))
+    reporting.write_between(str(docs / "sampling.md"), "thresholding", "\n".join(table))
 
 
 if __name__ == "__main__":

@@ -12,12 +12,12 @@ import argparse
 import itertools
 import json
 import pathlib
-import statistics
 import tempfile
 import time
 
 import jax
 import numpy as np
+import reporting
 
 from imagen_jax import config_io, partitioning
 from imagen_jax.cli.wiring import set_up_devices
@@ -111,10 +111,7 @@ def main():
         "steps": flags.steps,
         "steps_between_saves": every,
     }
-    for name, values in zip(names, zip(*rows, strict=True), strict=True):
-        middle, low, high = statistics.median(values), min(values), max(values)
-        result[name] = {"median": round(middle, 4), "min": round(low, 4), "max": round(high, 4)}
-    print(json.dumps(result))
+    print(json.dumps(result | reporting.spread(names, rows)))
 
 
 if __name__ == "__main__":

@@ -19,9 +19,19 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from imagen_jax import config_io, drawing, editing, images, partitioning, request, stage_folder
+from imagen_jax import (
+    batches,
+    config_io,
+    drawing,
+    editing,
+    images,
+    partitioning,
+    request,
+    stage_folder,
+)
+from imagen_jax.batches import Asked
 from imagen_jax.config import Config, ConfigError, unknown_name
-from imagen_jax.drawing import Asked, picture_keys, sample_stage
+from imagen_jax.drawing import picture_keys, sample_stage
 from imagen_jax.editing import Edit
 from imagen_jax.request import RequestError, with_settings
 from imagen_jax.stage_folder import Stage, StageError, check_chain, load_stage
@@ -245,7 +255,7 @@ class Cascade:
             own = asked._replace(keys=drawing.stage_keys(keys, index))
             guide = self._guides[index]
             report = on_progress and functools.partial(_report, on_progress, configs, index, order)
-            pictures = drawing.draw(
+            pictures = batches.draw(
                 self._params[index](),
                 config,
                 own,

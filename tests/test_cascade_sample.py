@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,7 +10,7 @@ from imagen_jax.cascade import Cascade, RequestError, Stage, StageError
 from imagen_jax.config import ConfigError
 from imagen_jax.editing import Edit
 from imagen_jax.export import write_stage
-from imagen_jax.frozen_encoder import TokenBatch
+from tests.reference.fake_encoder import FakeEncoder
 
 COUNT = 5
 
@@ -126,37 +125,15 @@ def test_one_program_serves_steps_weights_and_aug_levels(chain, texts, drawn):
     assert chain.configs[0].sampling.sampler == "ddim"
 
 
-class Encoder:
-    """Vectors that follow from a prompt's letters."""
-
-    dim, max_len = 8, 4
-
-    def fingerprint(self):
-        return {"encoder": "fake"}
-
-    def token_count(self, caption):
-        return 4
-
-    def tokenize(self, captions):
-        ids = np.array([[sum(caption.encode()) + i for i in range(4)] for caption in captions])
-        return TokenBatch(ids.astype(np.int32), np.ones(ids.shape, bool), ())
-
-    def encode(self, ids, mask):
-        return jnp.sin(jnp.asarray(ids, jnp.float32)[..., None] * jnp.arange(1, 9))
-
-    def flops(self, length):
-        return 0.0
-
-
 def test_negative_prompts_and_guides(stages, random_params):
     prompts, base = [f"prompt {i}" for i in range(COUNT)], stages[:1]
-    plain = Cascade(base, Encoder())
+    plain = Cascade(base, FakeEncoder())
     weaker = base[0]._replace(params=random_params(base[0].config, seed=1))
     draws = {
         "plain": plain.sample(prompts),
         "other": plain.sample(prompts, negative_prompts=["a"] + ["b"] * (COUNT - 1)),
-        "guided": Cascade(base, Encoder(), [weaker]).sample(prompts),
-        "own": Cascade(base, Encoder(), base).sample(prompts),
+        "guided": Cascade(base, FakeEncoder(), [weaker]).sample(prompts),
+        "own": Cascade(base, FakeEncoder(), base).sample(prompts),
         "off": plain.sample(prompts, stage_settings={"base": {"guidance_weight": 1.0}}),
     }
     different = {name: levels_apart(drawn, draws["plain"]) for name, drawn in draws.items()}
@@ -164,7 +141,7 @@ def test_negative_prompts_and_guides(stages, random_params):
     # A stage that is led away from itself is not led: w x + (1 - w) x = x.
     assert levels_apart(draws["own"], draws["off"]) <= 1
     with pytest.raises(StageError, match="guide 'sr' draws 16 px, which no stage does"):
-        Cascade(base, Encoder(), stages[1:])
+        Cascade(base, FakeEncoder(), stages[1:])
 
 
 def test_guidance_in_a_shared_program_is_that_of_a_whole_one(stages, texts):

@@ -64,14 +64,14 @@ def given(base_config, sr_config, random_params, write_world, tmp_path_factory):
 def test_a_figure_and_its_table(given, tmp_path, name, points, charts):
     docs, out = tmp_path / "docs", tmp_path / "out"
     (docs / "images").mkdir(parents=True)
-    page = f"before\n<!-- begin {name} -->\nold\n<!-- end {name} -->\nafter\n"
+    page = f"before\n<!-- begin {name} -->\nstale\n<!-- end {name} -->\nafter\n"
     (docs / "sampling.md").write_text(page)
     steps = ["--steps=2"] if name == "classifier_guidance" else []
     command(f"benchmarks/{name}.py", *given, *steps, f"--out={out}", f"--docs={docs}")
     record = json.loads((out / f"{name}.json").read_text())
     assert len(record["points"]) == points and record["prompts"] == PROMPTS
     table = (docs / "sampling.md").read_text()
-    assert table.startswith("before\n") and table.endswith("after\n") and "old" not in table
+    assert table.startswith("before\n") and table.endswith("after\n") and "stale" not in table
     assert table.count("\n| ") >= 10
     for chart in charts:
         assert "<circle" in (docs / "images" / f"{chart}.svg").read_text()

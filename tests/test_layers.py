@@ -17,6 +17,7 @@ LAYERS = [
     {"text", "stage", "stage_folder", "faults"},
     {"data", "drawing", "prompts"},
     {
+        "batches",
         "cascade",
         "request",
         "evaluation",

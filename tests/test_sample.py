@@ -21,36 +21,14 @@ from imagen_jax.cli import run
 from imagen_jax.config import T5Config, TextConfig
 from imagen_jax.editing import Edit
 from imagen_jax.export import write_stage
-from imagen_jax.frozen_encoder import TokenBatch
 from imagen_jax.interop import hf_t5
 from imagen_jax.models import t5
 from imagen_jax.sample import Job, sample
 from imagen_jax.sample_folder import SampleError
+from tests.reference.fake_encoder import FakeEncoder
 
 SOURCE = pathlib.Path(__file__).parents[1]
 ROWS = [{"prompt": f"prompt {i}", "category": "odd" if i % 2 else "even"} for i in range(5)]
-
-
-class FakeEncoder:
-    """Vectors that follow from the letters of a prompt."""
-
-    dim, max_len = 8, 4
-
-    def fingerprint(self):
-        return {"encoder": "fake"}
-
-    def token_count(self, caption):
-        return 4
-
-    def tokenize(self, captions):
-        ids = np.array([[sum(caption.encode()) % 97 + i for i in range(4)] for caption in captions])
-        return TokenBatch(ids.astype(np.int32), np.ones(ids.shape, bool), ())
-
-    def encode(self, ids, mask):
-        return jnp.sin(jnp.asarray(ids, jnp.float32)[..., None] * jnp.arange(1, 9))
-
-    def flops(self, length):
-        return 0.0
 
 
 @pytest.fixture(scope="module")

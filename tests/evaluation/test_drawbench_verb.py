@@ -2,38 +2,12 @@
 
 import json
 
-import numpy as np
 import pytest
 
 from imagen_jax import cascade, config_io
 from imagen_jax.cli import run
-from imagen_jax.frozen_encoder import TokenBatch
 from imagen_jax.interop import weights
-
-
-class Encoder:
-    """A vector per word, by its length."""
-
-    dim, max_len = 8, 4
-
-    def fingerprint(self):
-        return {"kind": "test"}
-
-    def token_count(self, caption):
-        return len(caption.split())
-
-    def tokenize(self, captions):
-        ids = np.zeros((len(captions), self.max_len), np.int32)
-        for row, caption in enumerate(captions):
-            lengths = [len(word) for word in caption.split()][: self.max_len]
-            ids[row, : len(lengths)] = lengths
-        return TokenBatch(ids, ids > 0, ())
-
-    def flops(self, length):
-        return 0.0
-
-    def encode(self, ids, mask):
-        return np.repeat(np.asarray(ids)[..., None], self.dim, -1).astype(np.float32) / 8
+from tests.reference.fake_encoder import FakeEncoder
 
 
 @pytest.fixture
@@ -43,7 +17,7 @@ def stage_folder(base_config, random_params, tmp_path, monkeypatch):
     flat = weights.flatten(random_params(base_config))
     weights.write_safetensors(folder / "params.safetensors", flat)
     (folder / "config.json").write_text(config_io.to_json(base_config))
-    monkeypatch.setattr(cascade, "load_text_encoder", lambda config: Encoder())
+    monkeypatch.setattr(cascade, "load_text_encoder", lambda config: FakeEncoder())
     return folder
 
 

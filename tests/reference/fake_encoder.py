@@ -1,0 +1,28 @@
+"""A text encoder without weights, for tests of what is done with its vectors."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from imagen_jax.frozen_encoder import TokenBatch
+
+
+class FakeEncoder:
+    """Vectors that follow from the letters of a prompt."""
+
+    dim, max_len = 8, 4
+
+    def fingerprint(self):
+        return {"encoder": "fake"}
+
+    def token_count(self, caption):
+        return 4
+
+    def tokenize(self, captions):
+        ids = np.array([[sum(caption.encode()) % 97 + i for i in range(4)] for caption in captions])
+        return TokenBatch(ids.astype(np.int32), np.ones(ids.shape, bool), ())
+
+    def encode(self, ids, mask):
+        return jnp.sin(jnp.asarray(ids, jnp.float32)[..., None] * jnp.arange(1, 9))
+
+    def flops(self, length):
+        return 0.0
