@@ -28,7 +28,7 @@ from imagen_jax.interop import hf_clip, inception
 from imagen_jax.models.inception import Inception
 
 SQUARE_FILTER = "bicubic"
-# Resamples of the interval: the half width is good to a tenth, at seconds each for 30,000 pictures.
+# Resamples of the interval: its half width is then good to a tenth.
 RESAMPLES = 50
 # Precision and recall depend on the number of pictures; so many are compared, or all if fewer.
 NEIGHBOURHOOD = 10_000
