@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
@@ -163,6 +164,8 @@ async def _body(request: HttpRequest, limit: int) -> bytes:
                     break
     except TimeoutError:
         raise HTTPException(408, "the body took too long", {"connection": "close"}) from None
+    except ClientDisconnect:  # Nobody reads this answer.
+        raise HTTPException(400, "the client has left") from None
     if size > limit:
         message = f"a request has at most {limit} bytes"
         raise HTTPException(413, message, {"connection": "close"})

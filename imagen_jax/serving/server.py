@@ -13,6 +13,7 @@ from imagen_jax.cascade import Cascade
 from imagen_jax.serving.app import Guard, make_app
 from imagen_jax.serving.gallery import Gallery
 from imagen_jax.serving.orders import Limits
+from imagen_jax.serving.protocol import LingeringProtocol
 from imagen_jax.serving.worker import Worker
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -64,7 +65,7 @@ def http_server(app: Guard) -> uvicorn.Server:
     """What speaks HTTP for the application, without anything it does not need."""
     config = uvicorn.Config(
         app,
-        http="h11",
+        http=LingeringProtocol,
         ws="none",
         lifespan="off",
         # Its warnings are about clients, who could fill a disk with them.

@@ -78,6 +78,8 @@ GARBAGE = [
     b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
     b"GET / HTTP/9.9\r\n\r\n",
     b"POST /api/jobs HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n",
+    b"POST /api/jobs HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\nnot a length\r\n",
 ]
 
 
@@ -183,6 +185,20 @@ def test_good_and_bad_ones_together(quick, tmp_path):
             assert np.asarray(picture).ravel()[0] == level
             assert picture.text["prompt"] == about["prompt"]
             assert picture.text["checkpoint"] == "here"
+
+
+def test_a_refused_client_can_read_why(quick):
+    """Also when it had not sent all of it yet: a reset would take the answer from it."""
+    client, _, _, _ = quick
+    with socket.create_connection(("127.0.0.1", client.port), timeout=30) as connection:
+        connection.sendall(b"GET /" + b"a" * 20_000)
+        head = connection.recv(12)
+        assert head == b"HTTP/1.1 400"
+        for _ in range(20):
+            connection.sendall(b"a" * 20_000)
+            time.sleep(0.005)
+        rest = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert json.loads(rest.split(b"\r\n\r\n")[1]) == {"error": "Invalid HTTP request received."}
 
 
 def test_the_queue_is_bounded_and_batches_are_shared(quick):
