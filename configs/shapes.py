@@ -1,8 +1,10 @@
-"""The shapes world: a cascade 16 -> 64 that learns in minutes on two CPU cores.
+"""The shapes world: a cascade 16 -> 64 -> 256 that learns in minutes on two CPU cores.
 
-    make demo        # the whole sequence, see launch/demo.sh
+    make demo        # the first two stages, see launch/demo.sh
+    make demo_256    # then the third, see launch/demo_256.sh
 
-`base` draws 16x16, `sr` takes 16 -> 64. The same fields at other values are the paper's models.
+`base` draws 16x16, `sr` takes 16 -> 64, `sr2` takes 64 -> 256 and learns from crops, 16 -> 64. The
+same fields at other values are the paper's models.
 """
 
 import ml_collections
@@ -12,7 +14,7 @@ from imagen_jax.config import Config
 
 
 def get_config(name: str = "base") -> ml_collections.ConfigDict:
-    """`base` or `sr`."""
+    """`base`, `sr` or `sr2`."""
     c = config_io.to_config_dict(Config())
     c.data.path = "runs/demo/data"
     c.data.embeddings = "runs/demo/embeddings"
@@ -29,7 +31,7 @@ def get_config(name: str = "base") -> ml_collections.ConfigDict:
     c.optimizer.schedule = "linear_tail"
     c.ema.decay = 0.998
     c.sampling.sampler = "ddim"
-    {"base": _base, "sr": _sr}[name](c)
+    {"base": _base, "sr": _sr, "sr2": _sr2}[name](c)
     c.name = name
     return c
 
@@ -76,3 +78,12 @@ def _sr(c: ml_collections.ConfigDict) -> None:
     c.sampling.steps = 8
     c.sampling.guidance_weight = 1.0
     c.sampling.aug_level = 0.0
+
+
+def _sr2(c: ml_collections.ConfigDict) -> None:
+    _sr(c)
+    c.data.name = "shapes_world256"
+    c.data.crop_from = 256  # It learns from crops and draws the whole picture.
+    c.model.self_attention = (False, False)
+    c.model.text_conditioning = "cross"
+    c.diffusion.logsnr_shift = -3.0

@@ -11,6 +11,7 @@ from imagen_jax.cli import sample as sample_verb
 from imagen_jax.evaluation import (
     alignment,
     drawbench,
+    edges,
     rate_build,
     rate_score,
     report,
@@ -27,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         return evaluations.add_parser(name, help=text, description=text, allow_abbrev=False)
 
     _add_alignment(add("alignment", "shapes world: does a picture show what was asked for?"))
+    _add_edges(add("edges", "super-resolution: are edges sharp, and are there seams?"))
     evaluate_features.add_fid(add("fid", "Frechet distance and its relatives to real pictures"))
     evaluate_features.add_fid30k(add("fid30k", "FID on COCO captions, from data to card"))
     evaluate_features.add_clip_score(add("clip_score", "mean cosine of pictures and prompts"))
@@ -42,6 +44,7 @@ def run(flags: argparse.Namespace) -> None:
         "alignment": _alignment,
         "clip_score": evaluate_features.run_clip_score,
         "drawbench": _drawbench,
+        "edges": _edges,
         "fid": evaluate_features.run_fid,
         "fid30k": evaluate_features.run_fid30k,
         "rate_build": _rate_build,
@@ -59,6 +62,21 @@ def _alignment(flags: argparse.Namespace) -> None:
     card = alignment.evaluate(flags.samples)
     alignment.write_report(card, flags.out)
     print(alignment.format_table(card))
+
+
+def _add_edges(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--samples", required=True, help="folder written by `imagen sample`")
+    parser.add_argument(
+        "--lowres", required=True, help="the same prompts and seed without the last stage"
+    )
+    parser.add_argument("--crop", type=int, default=64, help="side of the crops it learned from")
+    parser.add_argument("--out", required=True, help="JSON report to write")
+
+
+def _edges(flags: argparse.Namespace) -> None:
+    card = edges.evaluate(flags.samples, flags.lowres, flags.crop)
+    alignment.write_report(card, flags.out)
+    print(edges.format_table(card))
 
 
 def _add_drawbench(parser: argparse.ArgumentParser) -> None:

@@ -139,17 +139,23 @@ def is_held_out(scene: Scene) -> bool:
     return _is_novel(scene.objects, scene.relation)
 
 
-def draw(scene: Scene) -> UInt8[np.ndarray, "64 64 3"]:
-    """The antialiased picture of a scene, 0..255."""
-    picture = np.empty((PICTURE, PICTURE, 3), np.float32)
+def draw(scene: Scene, size: int = PICTURE) -> UInt8[np.ndarray, "size size 3"]:
+    """The antialiased picture of a scene, 0..255.
+
+    Args:
+      scene: what is shown; its lengths are in pixels of 64.
+      size: side of the picture, pixels; an edge is one of them wide at any size.
+    """
+    picture = np.empty((size, size, 3), np.float32)
     picture[:] = BACKGROUND
+    scale = size / PICTURE
     for thing in scene.objects:
-        radius = SIZES[thing.size]
+        x, y, radius = scale * thing.x, scale * thing.y, scale * SIZES[thing.size]
         reach = radius * EXTENT[thing.shape] + 1
-        left, top = max(math.floor(thing.x - reach), 0), max(math.floor(thing.y - reach), 0)
-        window = picture[top : math.ceil(thing.y + reach), left : math.ceil(thing.x + reach)]
-        dx = np.arange(window.shape[1], dtype=np.float32) + (left + 0.5 - thing.x)
-        dy = np.arange(window.shape[0], dtype=np.float32) + (top + 0.5 - thing.y)
+        left, top = max(math.floor(x - reach), 0), max(math.floor(y - reach), 0)
+        window = picture[top : math.ceil(y + reach), left : math.ceil(x + reach)]
+        dx = np.arange(window.shape[1], dtype=np.float32) + (left + 0.5 - x)
+        dy = np.arange(window.shape[0], dtype=np.float32) + (top + 0.5 - y)
         alpha = coverage(thing.shape, radius, dx[None, :], dy[:, None])[..., None]
         window += alpha * (np.array(COLORS[thing.color], np.float32) - window)
     return np.rint(picture).astype(np.uint8)

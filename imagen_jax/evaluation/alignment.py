@@ -123,8 +123,9 @@ def evaluate(samples_dir: str | os.PathLike[str]) -> dict[str, Any]:
 
     Returns:
       `pictures` and `kinds`: for each kind of prompt and for all together `n` and, under `scores`,
-      `ceiling` (real pictures of the same rows) and `chance` (rows shuffled within the kind; for
-      order the relation's word alone), the mean, 95% Wilson interval and n of every attribute.
+      `ceiling` (real pictures of the same rows and size) and `chance` (rows shuffled within the
+      kind; for order the relation's word alone), the mean, 95% Wilson interval and n of every
+      attribute.
 
     Raises:
       AlignmentError: a file is missing or a row does not say what the picture should show.
@@ -133,8 +134,9 @@ def evaluate(samples_dir: str | os.PathLike[str]) -> dict[str, Any]:
     rows = _read_rows(folder / "samples.jsonl")
     by_kind: dict[str, list[_Sample]] = {}
     for index, row in enumerate(rows):
-        real = shapes.draw(shapes.scene_from_row(row, np.random.default_rng((SEED, index))))
-        sample = _Sample(row, read(_load(folder / row["file"])), read(real))
+        drawn, rng = _load(folder / row["file"]), np.random.default_rng((SEED, index))
+        real = shapes.draw(shapes.scene_from_row(row, rng), len(drawn))
+        sample = _Sample(row, read(drawn), read(real))
         by_kind.setdefault(row["kind"], []).append(sample)
     report = {kind: _marks_of(by_kind[kind]) for kind in sorted(by_kind)}
     if len(report) > 1:

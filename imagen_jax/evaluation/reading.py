@@ -74,7 +74,11 @@ class Reading:
 
 
 def read(image: UInt8[np.ndarray, "size size 3"]) -> Reading:
-    """Reads the objects of a picture; pictures that are not 64x64 are resized (box filter)."""
+    """Reads the objects of a picture.
+
+    All thresholds are in pixels of 64. Pictures of another size are resized to that (box filter),
+    so that one instrument reads all stages of a cascade; what is finer is `edges`' to see.
+    """
     side = shapes.PICTURE
     if image.shape[:2] != (side, side):
         image = np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BOX))

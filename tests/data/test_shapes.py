@@ -198,6 +198,17 @@ def test_areas_grow_with_size_and_are_alike_among_shapes():
         assert area[shape, "small"] * 1.5 < area[shape, "medium"] < area[shape, "large"] / 1.5
 
 
+def test_larger_pictures_show_the_same_with_edges_as_thin(train):
+    for scene in train[:20]:
+        small, large = shapes.draw(scene), shapes.draw(scene, 256)
+        reduced = large.reshape(64, 4, 64, 4, 3).mean((1, 3))
+        # Only the antialiasing of outlines is another one.
+        assert np.abs(reduced - small).mean() < 0.5
+    thing = shapes.Object("square", "white", "large", 32.1, 32.1)
+    row = shapes.draw(shapes.Scene("single", (thing,), None, "", True), 256)[128, :, 0]
+    assert set(np.unique(row)) >= {22, 245} and np.count_nonzero((row > 22) & (row < 245)) <= 2
+
+
 def test_prompt_rows_restore_their_scene(train):
     rng = np.random.default_rng(0)
     for scene in train[:SOME]:

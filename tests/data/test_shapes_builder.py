@@ -65,6 +65,19 @@ def test_preparing_again_changes_nothing(data_dir):
     assert before == [(path.stat().st_mtime_ns, path.read_bytes()) for path in files]
 
 
+def test_the_large_world_is_the_first_scenes_again(tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shapes, "SPLITS", {"train": 9, "seen_test": 4, "held_out": 4})
+        shapes_builder.prepare(str(tmp_path), "shapes_world256")
+        shown = tfds.builder("shapes_world256", data_dir=str(tmp_path)).as_dataset(split="train")
+    examples = list(tfds.as_numpy(shown))
+    assert len(examples) == 2
+    for index, example in enumerate(examples):
+        scene = shapes.scene("train", index)
+        np.testing.assert_array_equal(example["image"], shapes.draw(scene, 256))
+        assert example["caption"].decode() == scene.caption
+
+
 def test_unknown_names_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="config.data.name='shapes_wrld'"):
         shapes_builder.prepare(str(tmp_path), "shapes_wrld")

@@ -184,10 +184,31 @@ def test_reading_recovers_the_scene():
             assert max(abs(near.x - thing.x), abs(near.y - thing.y)) <= 1
 
 
-def test_larger_pictures_are_read_too():
-    scene = shapes.scene("train", 0)
-    large = np.asarray(Image.fromarray(shapes.draw(scene)).resize((256, 256), 1))
-    assert alignment.score(large, shapes.prompt_row(scene))["exact"]
+def test_larger_pictures_are_read_at_the_checker_s_own_size():
+    scenes = _scenes(per_split=30)
+    assert _exact([shapes.draw(scene, 256) for scene in scenes], scenes) >= 0.98
+    for scene in scenes[:5]:
+        small, large = (sorted(read(shapes.draw(scene, n)).objects, key=str) for n in (64, 256))
+        assert [(f.color, f.shape, f.size) for f in small] == [
+            (f.color, f.shape, f.size) for f in large
+        ]
+        assert all(abs(a.x - b.x) <= 0.5 for a, b in zip(small, large, strict=True))
+    garbled = [_wrong_shape(scene, np.random.default_rng(0)) for scene in scenes]
+    enlarged = [np.asarray(Image.fromarray(p).resize((256, 256), 3)) for p in garbled]
+    assert _exact(enlarged, scenes) <= 0.05
+    speck = shapes.draw(shapes.scene("held_out", 0), 256)
+    speck[240:248, 240:252] = (245, 245, 245)
+    assert read(speck).strays == 1
+
+
+def test_the_ceiling_is_of_the_samples_size(tmp_path, write_drawn, monkeypatch):
+    scenes, sizes = [shapes.scene("held_out", i) for i in range(3)], []
+    write_drawn(tmp_path, scenes, [shapes.draw(scene, 256) for scene in scenes])
+    draw = shapes.draw
+    monkeypatch.setattr(shapes, "draw", lambda scene, size: sizes.append(size) or draw(scene, size))
+    report = alignment.evaluate(tmp_path)
+    assert sizes == [256] * 3
+    assert report["kinds"]["all"]["scores"]["exact"] == report["kinds"]["all"]["ceiling"]["exact"]
 
 
 def test_specks_are_strays():
@@ -256,24 +277,11 @@ def test_named_sizes_must_be_met_by_the_right_object():
     assert alignment.score(_red_and_blue((30.0, 45.0), (34.0, 15.0)), row)["exact"]
 
 
-def _write_samples(folder, scenes, pictures, drop=()):
-    with open(folder / "samples.jsonl", "w") as file:
-        for i, (scene, picture) in enumerate(zip(scenes, pictures, strict=True)):
-            name = f"{i:05}_00.png"
-            Image.fromarray(picture).save(folder / name)
-            row = {"file": name, "prompt_index": i, "sample_index": 0, "seed": 0}
-            row |= shapes.prompt_row(scene)
-            for thing in row["objects"]:
-                for field in drop:
-                    del thing[field]
-            file.write(json.dumps(row) + "\n")
-
-
-def test_evaluate_reports_scores_between_ceiling_and_chance(tmp_path):
+def test_evaluate_reports_scores_between_ceiling_and_chance(tmp_path, write_drawn):
     scenes = [shapes.scene("held_out", i) for i in range(120)]
     blank = _with(scenes[0])
     pictures = [blank if i % 6 == 0 else shapes.draw(scene) for i, scene in enumerate(scenes)]
-    _write_samples(tmp_path, scenes, pictures)
+    write_drawn(tmp_path, scenes, pictures)
     report = alignment.evaluate(tmp_path)
     assert report["pictures"] == 120 and list(report["kinds"]) == [
         "count",
@@ -298,18 +306,18 @@ def test_evaluate_reports_scores_between_ceiling_and_chance(tmp_path):
     assert any(line.split()[:3] == ["single", "exact", "0.50"] for line in lines)
 
 
-def test_rows_without_positions_and_sizes_have_a_ceiling_too(tmp_path):
+def test_rows_without_positions_and_sizes_have_a_ceiling_too(tmp_path, write_drawn):
     scenes = [shapes.scene("seen_test", i) for i in range(20)]
-    _write_samples(tmp_path, scenes, map(shapes.draw, scenes), drop=("x", "y", "size"))
+    write_drawn(tmp_path, scenes, map(shapes.draw, scenes), drop=("x", "y", "size"))
     report = alignment.evaluate(tmp_path)["kinds"]["all"]
     assert report["ceiling"]["exact"]["mean"] == 1 and report["scores"]["exact"]["mean"] == 1
 
 
-def test_faults_are_named(tmp_path):
+def test_faults_are_named(tmp_path, write_drawn):
     with pytest.raises(alignment.AlignmentError, match="no file .*samples.jsonl"):
         alignment.evaluate(tmp_path)
     scenes = [shapes.scene("seen_test", 0)]
-    _write_samples(tmp_path, scenes, map(shapes.draw, scenes))
+    write_drawn(tmp_path, scenes, map(shapes.draw, scenes))
     (tmp_path / "00000_00.png").unlink()
     with pytest.raises(alignment.AlignmentError, match="00000_00.png"):
         alignment.evaluate(tmp_path)

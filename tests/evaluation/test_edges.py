@@ -1,0 +1,110 @@
+"""Soft edges are found soft, and seams that were put into a picture are found."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from imagen_jax.cli import run
+from imagen_jax.data import shapes
+from imagen_jax.evaluation import edges
+
+SCENES = [shapes.scene("held_out", i) for i in range(24)]
+LARGE = [shapes.draw(scene, 256) for scene in SCENES]
+SMALL = [shapes.draw(scene) for scene in SCENES]
+
+
+def _bicubic(picture):
+    return np.asarray(Image.fromarray(picture).resize((256, 256), Image.Resampling.BICUBIC))
+
+
+def _seams(pictures, period):
+    sums = [edges.seam_sums(a, b, period) for a, b in zip(pictures, SMALL, strict=True)]
+    return edges.seams(sums)
+
+
+def test_sharpness_is_the_jump_along_an_edge():
+    picture = np.zeros((16, 16, 3), np.uint8)
+    picture[:, 8:, 0] = 120
+    assert edges.sharpness(picture) == pytest.approx(120)
+    picture[:, 6:10, 0] = (24, 48, 72, 96)  # The same edge over five jumps.
+    assert edges.sharpness(picture) == pytest.approx(24)
+    assert edges.sharpness(np.zeros((16, 16, 3), np.uint8)) == 0
+
+
+def test_blur_and_grain_are_less_sharp():
+    rng = np.random.default_rng(0)
+    for large, small in zip(LARGE, SMALL, strict=True):
+        blurred = np.asarray(Image.fromarray(large).filter(ImageFilter.GaussianBlur(1)))
+        grainy = np.clip(large + rng.normal(0, 4, large.shape), 0, 255).astype(np.uint8)
+        assert edges.sharpness(_bicubic(small)) < edges.sharpness(blurred) < edges.sharpness(large)
+        assert edges.sharpness(grainy) < edges.sharpness(large)
+
+
+def test_real_pictures_have_no_seams():
+    for period in (4, 64):
+        found = _seams(LARGE, period)
+        assert found["flat"]["low"] > 0.999 and found["flat"]["high"] < 1.001
+        assert found["all"]["low"] < 1.03 and found["all"]["high"] > 0.97
+
+
+def test_tiles_of_different_brightness_are_seams():
+    """Crops drawn one by one and laid side by side, each off by a level or two."""
+    rng = np.random.default_rng(0)
+    offsets = rng.integers(-2, 3, (len(LARGE), 4, 4, 1)).repeat(64, axis=1).repeat(64, axis=2)
+    tiled = np.clip(np.stack(LARGE) + offsets, 0, 255).astype(np.uint8)
+    assert _seams(tiled, 64)["flat"]["low"] > 1.1
+    assert _seams(tiled, 64)["all"]["mean"] > _seams(LARGE, 64)["all"]["mean"]
+
+
+def test_a_lattice_is_a_seam_at_its_own_distance_and_grain_is_none():
+    rng = np.random.default_rng(0)
+    grain = np.rint(np.stack(LARGE) + rng.normal(0, 1, (len(LARGE), 256, 256, 3)))
+    lattice = np.zeros((256, 256, 1))
+    lattice[::4] = lattice[:, ::4] = 1
+    grainy, lined = (np.clip(p, 0, 255).astype(np.uint8) for p in (grain, grain + 2 * lattice))
+    assert abs(_seams(grainy, 4)["flat"]["mean"] - 1) < 0.01
+    assert _seams(lined, 4)["flat"]["low"] > 1.02
+    # Smooth where all else has grain is a seam, too.
+    smooth = grainy.copy()
+    smooth[:, 63:193:64] = smooth[:, 64:193:64]
+    smooth[63:193:64] = smooth[64:193:64]
+    assert _seams(smooth, 64)["flat"]["high"] < 0.9
+
+
+@pytest.fixture
+def folders(tmp_path, write_drawn):
+    for name, pictures in (("large", LARGE), ("small", SMALL)):
+        (tmp_path / name).mkdir()
+        write_drawn(tmp_path / name, SCENES[:6], pictures[:6])
+    return tmp_path
+
+
+def _run(folders, *flags):
+    given = [f"--samples={folders / 'large'}", f"--lowres={folders / 'small'}"]
+    return run.main(["evaluate", "edges", *given, f"--out={folders / 'edges.json'}", *flags])
+
+
+def test_the_command_measures_what_a_stage_drew(folders, capsys):
+    assert _run(folders) == 0
+    card = json.loads((folders / "edges.json").read_text())
+    assert card["pictures"] == 6 and card["sharper"] == 1 and list(card["seams"]) == ["4", "64"]
+    # The real ones have sizes of their own where the prompts name none.
+    assert card["sharpness"]["drawn"] == pytest.approx(card["sharpness"]["real"], rel=0.05)
+    assert card["sharpness"]["real"] > 3 * card["sharpness"]["bicubic"]
+    assert set(card["seams"]["4"]) == set(card["seams"]["64"]) == {"drawn", "real"}
+    assert "sharper than bicubic: 1.000 of 6 pictures" in capsys.readouterr().out
+    for i, small in enumerate(SMALL[:6]):
+        Image.fromarray(_bicubic(small)).save(folders / "large" / f"{i:05}_00.png")
+    assert _run(folders) == 0
+    assert json.loads((folders / "edges.json").read_text())["sharper"] == 0
+
+
+def test_what_does_not_fit_is_refused(folders, capsys):
+    assert _run(folders, "--crop=100") == 1
+    assert "--crop=100 do not fit" in capsys.readouterr().err
+    rows = (folders / "small" / "samples.jsonl").read_text().splitlines()
+    (folders / "small" / "samples.jsonl").write_text("\n".join(rows[1:]) + "\n")
+    assert _run(folders) == 1
+    assert "has no 00000_00.png of the prompt" in capsys.readouterr().err
