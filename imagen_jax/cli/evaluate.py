@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     evaluate_features.add_fid(add("fid", "Frechet distance and its relatives to real pictures"))
     evaluate_features.add_fid30k(add("fid30k", "FID on COCO captions, from data to card"))
     evaluate_features.add_clip_score(add("clip_score", "mean cosine of pictures and prompts"))
-    _add_drawbench(add("drawbench", "draw a CSV of prompts, with a sheet per category"))
+    _add_drawbench(add("drawbench", "draw prompts in categories, with a sheet of each"))
     _add_rate_build(add("rate_build", "make a page on which raters compare two folders, blind"))
     _add_rate_score(add("rate_score", "turn raters' result files into rates with intervals"))
     _add_report(add("report", "put a run's cards beside the paper's tables"))
@@ -81,7 +81,11 @@ def _edges(flags: argparse.Namespace) -> None:
 
 def _add_drawbench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--prompts", required=True, metavar="CSV", help="columns Prompts and Category"
+        "--prompts",
+        required=True,
+        metavar="FILE",
+        help=".csv with the columns Prompts and Category, or .jsonl with prompt and category; "
+        "where it says which objects, as configs/drawbench_shapes.jsonl does, also scores",
     )
     sample_verb.add_drawing(parser, samples_per_prompt=8)
 
@@ -92,6 +96,10 @@ def _drawbench(flags: argparse.Namespace) -> None:
     if distributed.is_first():
         for path in drawbench.write_sheets(flags.out):
             print(path)
+        if all(row.get("objects") for row in rows):
+            card = alignment.evaluate(flags.out, by="category")
+            alignment.write_report(card, pathlib.Path(flags.out) / "alignment.json")
+            print(alignment.format_table(card))
 
 
 def _add_rate_build(parser: argparse.ArgumentParser) -> None:

@@ -115,29 +115,30 @@ def _distance(
     return sign * offset[axis], abs(offset[1 - axis])
 
 
-def evaluate(samples_dir: str | os.PathLike[str]) -> dict[str, Any]:
+def evaluate(samples_dir: str | os.PathLike[str], by: str = "kind") -> dict[str, Any]:
     """Scores the pictures of a folder that `sample` wrote.
 
     Args:
       samples_dir: holds samples.jsonl, whose rows have `file` and every field of a prompt row.
+      by: field of the rows that tells the kinds of prompt apart: kind, or DrawBench's category.
 
     Returns:
       `pictures` and `kinds`: for each kind of prompt and for all together `n` and, under `scores`,
       `ceiling` (real pictures of the same rows and size) and `chance` (rows shuffled within the
       kind; for order the relation's word alone), the mean, 95% Wilson interval and n of every
-      attribute.
+      attribute. The interval is over prompts, whose pictures belong together.
 
     Raises:
       AlignmentError: a file is missing or a row does not say what the picture should show.
     """
     folder = pathlib.Path(samples_dir)
-    rows = _read_rows(folder / "samples.jsonl")
+    rows = _read_rows(folder / "samples.jsonl", by)
     by_kind: dict[str, list[_Sample]] = {}
     for index, row in enumerate(rows):
         drawn, rng = _load(folder / row["file"]), np.random.default_rng((SEED, index))
         real = shapes.draw(shapes.scene_from_row(row, rng), len(drawn))
         sample = _Sample(row, read(drawn), read(real))
-        by_kind.setdefault(row["kind"], []).append(sample)
+        by_kind.setdefault(row[by], []).append(sample)
     report = {kind: _marks_of(by_kind[kind]) for kind in sorted(by_kind)}
     if len(report) > 1:
         report["all"] = [marks for parts in report.values() for marks in parts]
@@ -151,8 +152,8 @@ class _Sample:
     real: Reading
 
 
-def _marks_of(samples: Sequence[_Sample]) -> list[dict[str, Score]]:
-    """Marks of pictures of one kind: their own, those of the real pictures, those by chance."""
+def _marks_of(samples: Sequence[_Sample]) -> list[tuple[str, dict[str, Score]]]:
+    """Prompt and marks of the pictures of one kind: own, of the real pictures, by chance."""
     others = [sample.row for sample in samples]
     random.Random(SEED).shuffle(others)
     marks = []
@@ -164,26 +165,45 @@ def _marks_of(samples: Sequence[_Sample]) -> list[dict[str, Score]]:
             turned = {**sample.row, "relation": {**sample.row["relation"], "word": word}}
             by_chance["order"] = compare(sample.drawn, turned)["order"]
         own, real = compare(sample.drawn, sample.row), compare(sample.real, sample.row)
-        marks.append({"scores": own, "ceiling": real, "chance": by_chance})
+        prompt = str(sample.row.get("prompt_index", sample.row["prompt"]))
+        marks.append((prompt, {"scores": own, "ceiling": real, "chance": by_chance}))
     return marks
 
 
-def _tally(marks: Sequence[Mapping[str, Score]]) -> dict[str, Any]:
-    return {"n": len(marks)} | {part: _rates([mark[part] for mark in marks]) for part in _PARTS}
+def _tally(marks: Sequence[tuple[str, Mapping[str, Score]]]) -> dict[str, Any]:
+    parts = {part: _rates([(prompt, mark[part]) for prompt, mark in marks]) for part in _PARTS}
+    return {"n": len(marks), **parts}
 
 
-def _rates(marks: Sequence[Score]) -> dict[str, dict[str, float]]:
+def _rates(marks: Sequence[tuple[str, Score]]) -> dict[str, dict[str, float]]:
     rates = {}
     for attribute in ATTRIBUTES:
-        values = [mark[attribute] for mark in marks if mark[attribute] is not None]
-        if values:
-            hits, n = sum(values), len(values)
-            low, high = wilson(hits, n)
-            rates[attribute] = {"mean": hits / n, "low": low, "high": high, "n": n}
+        asked = [(p, mark[attribute]) for p, mark in marks if mark[attribute] is not None]
+        if asked:
+            n, mean = len(asked), sum(value for _, value in asked) / len(asked)
+            independent = independent_pictures(asked)
+            low, high = wilson(mean * independent, independent)
+            rates[attribute] = {"mean": mean, "low": low, "high": high, "n": n}
     return rates
 
 
-def wilson(hits: int, n: int) -> tuple[float, float]:
+def independent_pictures(marks: Sequence[tuple[str, bool]]) -> float:
+    """How many independent pictures would tell as much as these of (prompt, mark).
+
+    From the variance of the mean over prompts; at least as many as there are prompts, at most as
+    many as there are pictures, and these where every prompt has one.
+    """
+    n, mean = len(marks), sum(mark for _, mark in marks) / len(marks)
+    sums: dict[str, float] = {}
+    for prompt, mark in marks:
+        sums[prompt] = sums.get(prompt, 0.0) + mark - mean
+    squares = sum(total**2 for total in sums.values())
+    if not 0 < mean < 1:  # No variance to go by.
+        return float(len(sums))
+    return float(min(max(n**2 * mean * (1 - mean) / max(squares, 1e-9), len(sums)), n))
+
+
+def wilson(hits: float, n: float) -> tuple[float, float]:
     """95% score interval of a proportion (Wilson 1927) for `hits` out of `n`, both in 0..1."""
     z = 1.96
     mean, spread = hits / n, z * z / n
@@ -192,14 +212,14 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
     return max(centre - half, 0.0), min(centre + half, 1.0)
 
 
-def _read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
+def _read_rows(path: pathlib.Path, by: str) -> list[dict[str, Any]]:
     if not path.is_file():
         raise AlignmentError(f"no file {path}; --samples must be a folder written by `sample`")
     rows = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
         try:
             row = json.loads(line)
-            _check_row(row)
+            _check_row(row, by)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise AlignmentError(
                 f"{path} line {number}: {error}; sample from the prompts_*.jsonl of shapes_world"
@@ -210,9 +230,9 @@ def _read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _check_row(row: Mapping[str, Any]) -> None:
+def _check_row(row: Mapping[str, Any], by: str) -> None:
     """Raises ValueError where a row does not say what the picture should show."""
-    for field in ("file", "prompt", "kind", "objects"):
+    for field in ("file", "prompt", by, "objects"):
         if not row.get(field):
             raise ValueError(f"no {field!r}")
     known = {"shape": shapes.SHAPES, "color": shapes.COLORS, "size": (None, *shapes.SIZES)}
@@ -249,14 +269,15 @@ def write_report(report: Mapping[str, Any], path: str | os.PathLike[str]) -> Non
 
 def format_table(report: Mapping[str, Any]) -> str:
     """The report of `evaluate` as a plain-text table."""
-    lines = ["kind      attribute   score  95%              n  ceiling  chance"]
+    width = max(map(len, ("kind    ", *report["kinds"]))) + 2
+    lines = [f"{'kind':{width}}attribute   score  95%              n  ceiling  chance"]
     for kind, tally in report["kinds"].items():
         for attribute, rate in tally["scores"].items():
             interval = f"[{rate['low']:.2f}, {rate['high']:.2f}]"
             yardsticks = (tally[part].get(attribute, {}).get("mean") for part in _PARTS[1:])
             ceiling, chance = ("-" if mean is None else f"{mean:.2f}" for mean in yardsticks)
             lines.append(
-                f"{kind:10}{attribute:11}{rate['mean']:6.2f}  {interval:13}{rate['n']:5}"
+                f"{kind:{width}}{attribute:11}{rate['mean']:6.2f}  {interval:13}{rate['n']:5}"
                 f"{ceiling:>9}{chance:>8}"
             )
     return "\n".join(lines)

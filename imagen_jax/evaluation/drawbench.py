@@ -22,7 +22,7 @@ SHEET_PICTURE = 160
 
 
 def read_prompts(path: str) -> list[dict[str, Any]]:
-    """Rows with `prompt` and `category` of a CSV.
+    """Rows with `prompt` and `category` of a prompt file.
 
     Raises:
       EvaluationError: a row without category, or a prompt twice in a category.

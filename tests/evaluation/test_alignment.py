@@ -313,6 +313,38 @@ def test_rows_without_positions_and_sizes_have_a_ceiling_too(tmp_path, write_dra
     assert report["ceiling"]["exact"]["mean"] == 1 and report["scores"]["exact"]["mean"] == 1
 
 
+def test_pictures_of_one_prompt_belong_together():
+    def independent(*prompts):
+        return alignment.independent_pictures(
+            [(str(p), mark) for p, marks in enumerate(prompts) for mark in marks]
+        )
+
+    assert independent([True], [False], [True], [True]) == pytest.approx(4)
+    assert independent([True] * 8, [False] * 8, [True] * 8, [True] * 8) == pytest.approx(4)
+    assert independent([True] * 8, [True] * 8) == 2
+    assert independent([True, False] * 4, [True, False] * 4) == 16
+    # Prompts as alike as pictures are: 95% intervals of so many pictures hold the truth.
+    rng, hits = np.random.default_rng(0), []
+    for _ in range(300):
+        rates = rng.beta(2, 2, 32)
+        marks = [(str(p), bool(m)) for p in range(32) for m in rng.random(4) < rates[p]]
+        n = alignment.independent_pictures(marks)
+        low, high = alignment.wilson(np.mean([m for _, m in marks]) * n, n)
+        hits.append(low <= 0.5 <= high)
+    assert 0.91 <= np.mean(hits) <= 0.99
+
+
+def test_scores_are_told_apart_by_any_field(tmp_path, write_drawn):
+    scenes = [shapes.scene("seen_test", i) for i in range(4)]
+    write_drawn(tmp_path, scenes, map(shapes.draw, scenes))
+    lines = (tmp_path / "samples.jsonl").read_text().splitlines()
+    rows = [json.loads(line) | {"category": f"c{i % 2}"} for i, line in enumerate(lines)]
+    (tmp_path / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert [*alignment.evaluate(tmp_path, by="category")["kinds"]] == ["c0", "c1", "all"]
+    with pytest.raises(alignment.AlignmentError, match="line 1: no 'sort'"):
+        alignment.evaluate(tmp_path, by="sort")
+
+
 def test_faults_are_named(tmp_path, write_drawn):
     with pytest.raises(alignment.AlignmentError, match="no file .*samples.jsonl"):
         alignment.evaluate(tmp_path)

@@ -40,3 +40,17 @@ def test_from_a_csv_to_a_page(stage_folder, tmp_path, capsys):
     assert len(list((out / "page" / "pictures").iterdir())) == 4 * 16
     assert run.main(["evaluate", "rate_build", *flags[:-1], "--names=a"]) == 1
     assert "must be two names" in capsys.readouterr().err
+
+
+def test_prompts_that_say_what_they_ask_for_are_scored(stage_folder, tmp_path, capsys):
+    thing = {"shape": "circle", "color": "red", "size": None}
+    said = {"kind": "single", "objects": [thing], "relation": None}
+    rows = [{"prompt": f"{c} circle", "category": c, **said} for c in ("Colors", "Rare Words")]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = [f"--prompts={tmp_path / 'prompts.jsonl'}", f"--stages={stage_folder}"]
+    out = tmp_path / "drawn"
+    assert run.main(["evaluate", "drawbench", *flags, f"--out={out}"]) == 0
+    card = json.loads((out / "alignment.json").read_text())
+    assert card["pictures"] == 16 and [*card["kinds"]] == ["Colors", "Rare Words", "all"]
+    assert card["kinds"]["Colors"]["scores"]["exact"]["mean"] == 0  # Random weights draw noise.
+    assert "Rare Words  exact" in capsys.readouterr().out

@@ -1,0 +1,84 @@
+"""Every category asks for what it is named after, and a real picture of it would pass."""
+
+import pathlib
+
+import numpy as np
+import pytest
+
+from imagen_jax import prompts
+from imagen_jax.data import shapes
+from imagen_jax.evaluation import alignment, drawbench, shapes_drawbench
+
+FILE = pathlib.Path(__file__).parents[2] / "configs" / "drawbench_shapes.jsonl"
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return shapes_drawbench.rows()
+
+
+def _of(rows, category):
+    return [row for row in rows if row["category"] == category]
+
+
+def _scene(row):
+    return shapes.scene_from_row(row, np.random.default_rng(0))
+
+
+def test_the_file_is_what_the_function_writes(rows, tmp_path):
+    assert drawbench.read_prompts(str(FILE)) == rows
+    shapes_drawbench.write(str(tmp_path / "again.jsonl"))
+    assert prompts.read(str(tmp_path / "again.jsonl")) == rows
+
+
+def test_categories_are_of_one_size(rows):
+    categories = {category: len(_of(rows, category)) for category in shapes_drawbench.CATEGORIES}
+    assert set(categories.values()) == {shapes_drawbench.PROMPTS} and len(categories) == 8
+    assert len(rows) == sum(categories.values())
+
+
+def test_real_pictures_pass_and_those_of_other_prompts_do_not(rows):
+    rng = np.random.default_rng(0)
+    some = rows[::4]
+    right = [alignment.score(shapes.draw(_scene(row)), row)["exact"] for row in some]
+    assert np.mean(right) >= 0.98
+    order = rng.permutation(len(some))
+    wrong = [
+        alignment.score(shapes.draw(_scene(some[i])), r)["exact"]
+        for i, r in zip(order, some, strict=True)
+    ]
+    assert np.mean(wrong) <= 0.1
+
+
+def test_what_conflicts_or_is_counted_or_placed_was_held_out(rows):
+    for category in ("Conflicting", "Counting", "Positional"):
+        assert all(shapes.is_held_out(_scene(row)) for row in _of(rows, category)), category
+    assert {len(row["objects"]) for row in _of(rows, "Counting")} == {2, 3, 4}
+    assert {row["relation"]["word"] for row in _of(rows, "Positional")} == set(shapes.RELATIONS)
+    named = {(t["shape"], t["color"]) for row in _of(rows, "Colors") for t in row["objects"]}
+    assert len(named) == len(shapes.SHAPES) * len(shapes.COLORS)
+
+
+def test_pairs_exchange_the_roles_and_nothing_else(rows):
+    pairs = _of(rows, "Gary Marcus et al.")
+    for one, other in zip(pairs[::2], pairs[1::2], strict=True):
+        assert one["objects"] == other["objects"][::-1] and one["relation"] == other["relation"]
+        words = [sorted(row["prompt"].strip(".").split()) for row in (one, other)]
+        assert [w for w in words[0] if w not in ("a", "an")] == [
+            w for w in words[1] if w not in ("a", "an")
+        ]
+
+
+def test_words_are_strange_where_they_should_be(rows):
+    known = {word for i in range(400) for word in _words(shapes.scene("train", i).caption)}
+    plain = {*shapes.COLORS, *shapes.SHAPES, *shapes.SIZES}
+    for category in ("Misspellings", "Rare Words"):
+        for row in _of(rows, category):
+            words = set(_words(row["prompt"]))
+            assert not words & plain and len(words - known) >= 3, row["prompt"]
+    for row in _of(rows, "Descriptions"):
+        assert len(_words(row["prompt"])) >= 14
+
+
+def _words(text):
+    return text.strip(".").replace(",", "").split()
