@@ -3,11 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test test-slow lint clean
+.PHONY: help install demo demo_256 test test-slow lint clean
 .DEFAULT_GOAL := help
 
 help:  ## List the commands.
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z0-9_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 install: $(STAMP)  ## Set up .venv with the package and all it needs, at the tested versions.
 
@@ -18,6 +18,9 @@ $(STAMP): setup.py constraints.txt
 
 demo: install  ## Train a text-to-image cascade from nothing and draw held-out prompts (minutes).
 	bash launch/demo.sh runs/demo
+
+demo_256: install  ## After the demo: train a third stage on crops and draw 256x256 pictures.
+	bash launch/demo_256.sh runs/demo
 
 test: install  ## Run the default tests.
 	$(VENV)/bin/python -m pytest -q -m 'not slow' -n 2 --dist loadfile

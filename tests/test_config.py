@@ -284,5 +284,11 @@ def test_a_stage_that_learned_from_crops_draws_whole_pictures():
     whole = crops.whole()
     assert (whole.image_size, whole.lowres_size, whole.crop_from) == (1024, 256, 0)
     assert whole.whole() is whole
+    for name in ("imagen.py:sr_1024", "shapes.py:sr2"):
+        config = config_io.load(str(ROOT / "configs" / name))
+        whole = config.data.whole()
+        assert whole.image_size == 4 * config.data.image_size == 4 * whole.lowres_size
+        assert not any(config.model.self_attention) and any(config.model.cross_attention)
+        assert config.model.text_conditioning == "cross"
     with pytest.raises(ConfigError, match="crop_from=1000 must be a multiple of.*image_size=256"):
         DataConfig(image_size=256, crop_from=1000)

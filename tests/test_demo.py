@@ -13,12 +13,20 @@ from imagen_jax.data import shapes
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
 
-@pytest.mark.slow
-def test_demo_draws_what_held_out_prompts_ask_for(tmp_path: pathlib.Path):
-    run = tmp_path / "demo"
+def _launch(script: str, run: pathlib.Path) -> None:
     environment = {**os.environ, "PYTHON": sys.executable}
-    subprocess.run(["bash", "launch/demo.sh", run], cwd=REPOSITORY, env=environment, check=True)
+    subprocess.run(["bash", f"launch/{script}", run], cwd=REPOSITORY, env=environment, check=True)
 
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("runs") / "demo"
+    _launch("demo.sh", folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_demo_draws_what_held_out_prompts_ask_for(run: pathlib.Path):
     assert (run / "grid.png").is_file()
     samples = [json.loads(line) for line in (run / "samples" / "samples.jsonl").open()]
     assert len(samples) > 300
@@ -32,3 +40,20 @@ def test_demo_draws_what_held_out_prompts_ask_for(tmp_path: pathlib.Path):
     assert kinds["relation"]["scores"]["order"]["n"] > 0
     for kind in ("single", "count", "relation"):
         assert kinds[kind]["ceiling"]["exact"]["mean"] >= 0.99
+
+
+@pytest.mark.slow
+def test_the_third_stage_draws_the_same_sharper(run: pathlib.Path):
+    _launch("demo_256.sh", run)
+
+    assert (run / "grid_256.png").is_file()
+    edges = json.loads((run / "edges.json").read_text())
+    assert edges["sharper"] >= 0.99
+    assert edges["sharpness"]["drawn"] > 2 * edges["sharpness"]["bicubic"]
+    for by_name in edges["seams"].values():
+        assert 0.98 <= by_name["drawn"]["flat"]["mean"] <= 1.02
+    small, large = (
+        json.loads((run / name).read_text())["kinds"]["all"]["scores"]["exact"]
+        for name in ("alignment.json", "alignment_256.json")
+    )
+    assert large["mean"] >= small["low"]

@@ -20,7 +20,9 @@ import yaml
 ROOT = pathlib.Path(__file__).parents[2]
 SNAPSHOTS = pathlib.Path(__file__).parent / "snapshots"
 SCRIPTS = sorted(p.name for p in (ROOT / "launch").glob("*.sh"))
-WITH_OPTIONS = sorted(set(SCRIPTS) - {"demo.sh", "folder.sh", "lib.sh", "slurm_job.sh"})
+WITH_OPTIONS = sorted(
+    set(SCRIPTS) - {"demo.sh", "demo_256.sh", "folder.sh", "lib.sh", "slurm_job.sh"}
+)
 
 # Every kind of character that a shell, JSON or YAML reads in its own way.
 ODD = 'it\'s "a" $HOME `run`; #1 \\ {x} & *'

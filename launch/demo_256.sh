@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# The third stage on top of launch/demo.sh, trained on crops: pictures of 256x256.
+#   launch/demo_256.sh [RUN_FOLDER]        (after launch/demo.sh with the same folder)
+set -euo pipefail
+run=${1:-runs/demo}
+python=${PYTHON:-.venv/bin/python}
+export TF_CPP_MIN_LOG_LEVEL=3
+[ -f "$run/samples/samples.jsonl" ] || { echo "$run has no samples; run launch/demo.sh $run first" >&2; exit 1; }
+
+where=(--config.data.path="$run/data" --config.data.embeddings="$run/embeddings"
+       --config.text.path="$run/text")
+stages=$run/stages/base,$run/stages/sr,$run/stages/sr2
+
+say() { printf '\n\033[1m# %s\033[0m\n' "$1"; shift; printf '$ imagen'; printf ' %s' "$@"; echo; }
+step() { say "$@"; shift; "$python" -m imagen_jax "$@"; }
+
+started=$SECONDS
+step "Draw a quarter of the shapes world again, 256x256. Its captions have embeddings." \
+  prepare --config=configs/shapes.py:sr2 "${where[@]}"
+step "Train the third stage on crops: 16x16 of the small picture and text -> 64x64 of the large." \
+  train --config=configs/shapes.py:sr2 "${where[@]}" --workdir="$run/sr2"
+step "Export it; from here on it draws whole pictures, 64x64 -> 256x256." \
+  export --workdir="$run/sr2" --out="$run/stages/sr2"
+step "Draw the prompts of before through all three stages." \
+  sample --stages="$stages" --prompts="$run/data/prompts_held_out.jsonl" \
+  --limit=360 --cpu_devices=2 --out="$run/samples_256"
+step "Read the large pictures as the small ones were: is what was asked for there?" \
+  evaluate alignment --samples="$run/samples_256" --out="$run/alignment_256.json"
+step "Are their edges sharp, and are there seams where crops began and ended?" \
+  evaluate edges --samples="$run/samples_256" --lowres="$run/samples" --out="$run/edges.json"
+cp "$run/samples_256/grid.png" "$run/grid_256.png"
+printf '\nDone in %d s. Look at %s, %s and %s.\n' $((SECONDS - started)) \
+  "$run/grid_256.png" "$run/alignment_256.json" "$run/edges.json"
