@@ -87,3 +87,4 @@ def _sr2(c: ml_collections.ConfigDict) -> None:
     c.model.self_attention = (False, False)
     c.model.text_conditioning = "cross"
     c.diffusion.logsnr_shift = -3.0
+    c.train.steps = 8_000

@@ -5,7 +5,10 @@ set -euo pipefail
 run=${1:-runs/demo}
 python=${PYTHON:-.venv/bin/python}
 export TF_CPP_MIN_LOG_LEVEL=3
-[ -f "$run/samples/samples.jsonl" ] || { echo "$run has no samples; run launch/demo.sh $run first" >&2; exit 1; }
+if [ ! -f "$run/samples/samples.jsonl" ]; then
+  echo "$run has no samples; run launch/demo.sh $run first" >&2
+  exit 1
+fi
 
 where=(--config.data.path="$run/data" --config.data.embeddings="$run/embeddings"
        --config.text.path="$run/text")

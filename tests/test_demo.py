@@ -42,6 +42,13 @@ def test_demo_draws_what_held_out_prompts_ask_for(run: pathlib.Path):
         assert kinds[kind]["ceiling"]["exact"]["mean"] >= 0.99
 
 
+def test_the_third_stage_needs_the_first_two(tmp_path: pathlib.Path):
+    command = ["bash", "launch/demo_256.sh", tmp_path]
+    found = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert found.returncode == 1 and found.stdout == ""
+    assert found.stderr == f"{tmp_path} has no samples; run launch/demo.sh {tmp_path} first\n"
+
+
 @pytest.mark.slow
 def test_the_third_stage_draws_the_same_sharper(run: pathlib.Path):
     _launch("demo_256.sh", run)
