@@ -20,7 +20,8 @@ from imagen_jax.data import shapes
 from imagen_jax.evaluation import samples
 from imagen_jax.evaluation.samples import EvaluationError
 
-# A place is flat where the small picture varies by no more than this around it, levels.
+# A place is flat where the small picture varies by no more than this around it, levels; a jump
+# that is no larger is grain.
 FLAT = 8
 RESAMPLES, SEED = 1000, 0
 _SUMS = ("at", "beside", "flat_at", "flat_beside", "all", "places", "flat_places", "jumps")
@@ -35,10 +36,12 @@ def sharpness(image: UInt8[np.ndarray, "h w 3"]) -> float:
     """The mean jump along edges, levels: sum(jump^2) / sum(jump) over both directions.
 
     An edge of contrast C that one pixel shares counts between C / 2 and C, one spread evenly over n
-    pixels C / n. Grain has small jumps and lowers it. 0 for a plain picture.
+    pixels C / n. Jumps of at most FLAT are no edges, else faint grain over the whole picture would
+    outweigh them. 0 for a plain picture.
     """
     both = np.concatenate([jumps(image).ravel(), jumps(image.swapaxes(0, 1)).ravel()])
-    return float((both**2).sum() / max(both.sum(), 1e-9))
+    edges = both[both > FLAT]
+    return float((edges**2).sum() / max(edges.sum(), 1e-9))
 
 
 def seam_sums(
