@@ -100,8 +100,12 @@ def _write_prompts(split: str, path: pathlib.Path) -> None:
 
 def _write_corpus(path: pathlib.Path) -> None:
     """Text about the training scenes alone, for `pretrain_text`."""
-    scenes = range(shapes.SPLITS["train"])
-    _write(path, [json.dumps(shapes.paraphrases("train", index)) + "\n" for index in scenes])
+    lines = [
+        json.dumps(shapes.paraphrases("train", index, turn)) + "\n"
+        for index in range(shapes.SPLITS["train"])
+        for turn in range(shapes.TURNS[shapes.scene("train", index).kind])
+    ]
+    _write(path, lines)
 
 
 def _write(path: pathlib.Path, lines: list[str]) -> None:
