@@ -55,7 +55,7 @@ def _base(c: ml_collections.ConfigDict) -> None:
     c.data.batch_size = 16
     c.data.loader = "numpy"  # The core that reads is the core that trains.
     c.optimizer.learning_rate = 2e-3
-    c.train.steps = 7_000
+    c.train.steps = 6_500
     c.sampling.sampler = "ddpm"
     c.sampling.steps = 25
     c.sampling.guidance_weight = 1.5
