@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test test-slow lint clean
+.PHONY: help install demo test test-slow coverage lint types docs clean
 .DEFAULT_GOAL := help
 
 help:  ## List the commands.
@@ -25,8 +25,17 @@ test: install  ## Run the default tests.
 test-slow: install  ## Run the slow tests (minutes to half an hour).
 	$(VENV)/bin/python -m pytest -q -m slow
 
+coverage: install  ## Run the default tests; report the lines of the package that none reaches.
+	$(VENV)/bin/python -m pytest -q -m 'not slow' -n 2 --dist loadfile --cov --cov-report=term-missing:skip-covered
+
 lint: install  ## Check style.
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 
+types: install  ## Check types.
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+docs: install  ## Build the documentation into build/docs; a warning is an error.
+	$(VENV)/bin/python -m sphinx -W --keep-going -q -b html docs build/docs
+
 clean:  ## Remove the virtual environment and what runs left.
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) runs build docs/generated *.egg-info
