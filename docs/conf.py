@@ -1,17 +1,19 @@
 """How the documentation is built (`make docs`): Markdown pages, and the reference from docstrings.
 
 The first page is the README. Links of the Markdown files are those that work in the repository;
-`_links` leads the ones to modules to their page of the reference. Pages that no list in index.md
+`_links` leads those to modules to their page of the reference. Pages that no list in index.md
 names take the place of THE REST there.
 """
 
 import dataclasses
+import os
 import pathlib
 import re
 import sys
 
 DOCS = pathlib.Path(__file__).parent
-sys.path.insert(0, str(DOCS.parent))
+ROOT = DOCS.parent
+sys.path.insert(0, str(ROOT))
 
 from imagen_jax import __version__, config  # noqa: E402
 
@@ -53,25 +55,55 @@ napoleon_use_rtype = False
 napoleon_use_ivar = True
 
 
-def _links(text: str) -> str:
-    """Links to modules, as links to their pages of the reference."""
+# Pages that lie elsewhere in the repository, and their places on the site.
+OUTSIDE = {
+    "README.md": "index",
+    "CONTRIBUTING.md": "generated/contributing",
+    "CHANGELOG.md": "generated/changelog",
+    "examples/README.md": "generated/examples",
+}
 
-    def page(match: re.Match) -> str:
-        module = match[1].removesuffix("/__init__").replace("/", ".")
-        return f"](generated/api/imagen_jax.{module}.rst)"
 
-    return re.sub(r"\]\(\.\./imagen_jax/([\w/]+)\.py\)", page, text)
+def _links(text: str, folder: pathlib.Path, name: str) -> str:
+    """Markdown with links as they are right in `folder`, with those of the page `name`."""
+    here = (DOCS / name).parent
+
+    def link(match: re.Match) -> str:
+        path = (folder / match[1]).resolve()
+        if not path.exists():  # No link, but an index and a call in a block of code.
+            return match[0]
+        file = path.relative_to(ROOT)
+        if str(file) in OUTSIDE:
+            path = DOCS / f"{OUTSIDE[str(file)]}.md"
+        elif file.parts[0] == "imagen_jax" and file.suffix == ".py":
+            module = ".".join(file.with_suffix("").parts)
+            path = DOCS / "generated" / "api" / f"{module}.rst"
+        return f"]({os.path.relpath(path, here)}{match[2] or ''})"
+
+    return re.sub(r"\]\((?!https?:)([^)#\s]+)(#[^)\s]*)?\)", link, text)
 
 
 def _read(app, name: str, source: list[str]) -> None:
     """A page as it is written, with the README in the first one."""
+    path = app.env.doc2path(name)
+    if path.suffix != ".md" or "generated" in path.parts:
+        return
+    source[0] = _links(source[0], DOCS, name)
     if name == "index":
-        readme = (DOCS.parent / "README.md").read_text()
-        readme = re.sub(r"\]\((?!https?:|#)", "](../", readme).replace("](../docs/", "](")
         listed = set(source[0].split())
         rest = sorted(p.stem for p in DOCS.glob("*.md") if p.stem not in listed | {"index"})
-        source[0] = source[0].replace("THE REST", "\n".join(rest)).replace("README", readme)
-    source[0] = _links(source[0])
+        readme = _links((ROOT / "README.md").read_text(), ROOT, name)
+        source[0] = source[0].replace("THE REST", "\n".join(rest)).replace("README", readme, 1)
+
+
+def _generate(app) -> None:
+    """Writes the pages that are made of other files."""
+    (DOCS / "generated").mkdir(exist_ok=True)
+    for file, name in OUTSIDE.items():
+        if name != "index":
+            text = (ROOT / file).read_text()
+            (DOCS / f"{name}.md").write_text(_links(text, (ROOT / file).parent, name))
+    (DOCS / "generated" / "configuration.md").write_text(_fields())
 
 
 def _docstring(app, what, name, obj, options, lines: list[str]) -> None:
@@ -87,6 +119,8 @@ def _docstring(app, what, name, obj, options, lines: list[str]) -> None:
         parts = re.split(r"(`[^`]+`)", line)
         plain = [re.sub(r"([\\*|]|(?<=\w)_(?!\w))", r"\\\1", part) for part in parts[::2]]
         code = [f"`{part}`" for part in parts[1::2]] + [""]
+        # A letter right behind code, as in "`Example`s".
+        plain[1:] = [re.sub(r"^(?=\w)", r"\\ ", part) for part in plain[1:]]
         literal = line.startswith("    ") and text and _in_code(text)
         text.append(line if literal else "".join(a + b for a, b in zip(plain, code, strict=True)))
         before = line
@@ -107,32 +141,29 @@ def _in_code(text: list[str]) -> bool:
     return False
 
 
-def _fields(app) -> None:
-    """Writes the table of all fields of the configuration."""
-    sections = [("config", config.Config)]
-    sections += [
-        (f"config.{field.name}", field.default_factory)
-        for field in dataclasses.fields(config.Config)
-        if field.default_factory is not dataclasses.MISSING
-    ]
-    text = ["# Configuration", "", "Every field, from `imagen_jax/config.py`. Overrides are"]
-    text += ["`--config.section.field=value`."]
-    for name, section in sections:
-        text += ["", f"## `{name}`", "", section.__doc__.strip(), "", "| field | default | |"]
-        text += ["|---|---|---|"]
+def _fields() -> str:
+    """The table of all fields of the configuration, Markdown."""
+    sections = {"config": config.Config}
+    for field in dataclasses.fields(config.Config):
+        if dataclasses.is_dataclass(field.default_factory):
+            sections[f"config.{field.name}"] = field.default_factory
+    text = ["# Configuration", "", "Every field of `imagen_jax/config.py` and the files beside it."]
+    text += ["`--config.section.field=value` overrides one."]
+    for name, section in sections.items():
+        text += ["", f"## `{name}`", "", section.__doc__.strip(), ""]
+        text += ["| field | default | |", "|---|---|---|"]
         for field in dataclasses.fields(section):
-            if field.default_factory is not dataclasses.MISSING and name == "config":
+            if dataclasses.is_dataclass(field.default_factory):
                 continue
             default = {} if field.default is dataclasses.MISSING else field.default
             about = re.sub(r"([*|<])", r"\\\1", field.metadata["doc"])
             text.append(f"| `{field.name}` | `{default!r}` | {about} |")
-    (DOCS / "generated").mkdir(exist_ok=True)
-    (DOCS / "generated" / "configuration.md").write_text("\n".join(text) + "\n")
+    return "\n".join(text) + "\n"
 
 
 def setup(app) -> None:
     """What Sphinx calls."""
-    app.connect("builder-inited", _fields, priority=1)
+    app.connect("builder-inited", _generate, priority=1)
     app.connect("source-read", _read)
     # Before napoleon, which reads the sections.
     app.connect("autodoc-process-docstring", _docstring, priority=1)

@@ -1,11 +1,19 @@
-"""docs/extending.md: its examples run, in order, as one program; names of rows are the schema's."""
+"""docs/extending.md: its examples run, in order, as one program; the schema knows all rows."""
 
 import inspect
 import re
 import subprocess
 import sys
 
-from imagen_jax import config, config_data, config_sampling, diffusion, sampling, stage, thresholding
+from imagen_jax import (
+    config,
+    config_data,
+    config_sampling,
+    diffusion,
+    sampling,
+    stage,
+    thresholding,
+)
 from imagen_jax.data import index
 from tests.reference.pages import ALL, ROOT
 
