@@ -35,7 +35,7 @@ types: install  ## Check types.
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 docs: install  ## Build the documentation into build/docs; a warning is an error.
-	$(VENV)/bin/python -m sphinx -W --keep-going -q -b html docs build/docs
+	$(VENV)/bin/python -m sphinx -W --keep-going -q -a -b html docs build/docs
 
 clean:  ## Remove the virtual environment and what runs left.
 	rm -rf $(VENV) runs build docs/generated *.egg-info

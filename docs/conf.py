@@ -127,6 +127,16 @@ def _docstring(app, what, name, obj, options, lines: list[str]) -> None:
     lines[:] = text
 
 
+def _signature(app, what, name, obj, options, signature, returns) -> tuple:
+    """Array types by the names that the code has for them."""
+
+    def short(text: str | None) -> str | None:
+        text = text and text.replace("jaxlib._jax.Array", "Array")
+        return text and text.replace("numpy.ndarray", "np.ndarray")
+
+    return short(signature), short(returns)
+
+
 def _at_margin(text: list[str]) -> bool:
     """Whether the last line that is not blank begins at the margin."""
     said = [line for line in text if line.strip()]
@@ -165,5 +175,6 @@ def setup(app) -> None:
     """What Sphinx calls."""
     app.connect("builder-inited", _generate, priority=1)
     app.connect("source-read", _read)
+    app.connect("autodoc-process-signature", _signature)
     # Before napoleon, which reads the sections.
     app.connect("autodoc-process-docstring", _docstring, priority=1)

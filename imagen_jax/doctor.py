@@ -102,7 +102,7 @@ def check_devices(patient: Patient) -> Lines:
     mesh = partitioning.make_mesh(config.mesh)
     partitioning.check_batch_size(config.data.batch_size, mesh, config.train.accumulation)
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    per_device = config.data.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
+    per_device = config.data.batch_size // partitioning.batch_devices(mesh)
     yield "ok", f"mesh {axes}; {per_device} pictures of a batch per device"
 
 

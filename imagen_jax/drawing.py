@@ -23,7 +23,7 @@ from imagen_jax.config import Config
 from imagen_jax.sampling import Denoising, Sampler
 from imagen_jax.stage import aug_noise_side, denoiser, noised_lowres
 
-SAMPLE_STREAM = 2  # beside the streams of train.py
+SAMPLE_STREAM = 2  # beside the streams of train_step.py
 # Lists of steps are padded to a multiple of this, so that programs are shared by their lengths.
 PADDED_STEPS = 256
 
@@ -93,7 +93,7 @@ def stage_keys(keys: Key[Array, " b"], index: int) -> Key[Array, " b"]:
     return _fold(keys, index)
 
 
-_fold = jax.jit(jax.vmap(jax.random.fold_in, in_axes=(0, None)))
+_fold = jax.jit(sampling.fold)
 
 
 def make_sampler(config: Config) -> Sampler:

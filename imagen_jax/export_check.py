@@ -10,7 +10,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -66,7 +65,7 @@ def random_inputs(config: Config) -> dict[str, Any]:
 def draw(stage: Stage, inputs: dict[str, Any]) -> np.ndarray:
     """The live sampler's pictures in [-1, 1]."""
     keys = drawing.picture_keys(inputs["seed"], inputs["prompt_index"], inputs["sample_index"])
-    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, inputs["stage_index"])
+    keys = drawing.stage_keys(keys, inputs["stage_index"])
     lowres = jnp.asarray(inputs["lowres"]) if "lowres" in inputs else None
     text = jnp.asarray(inputs["text_emb"]), jnp.asarray(inputs["text_mask"])
     return np.asarray(drawing.sample_stage(stage.params, stage.config, *text, keys, lowres))

@@ -17,6 +17,7 @@ from etils import epath
 
 from imagen_jax.config import TrainConfig
 
+# What else is known of a step's batch, for the record: its records, its captions.
 AboutStep = Callable[[int], Mapping[str, Any]]
 
 FOLDER = "faults"

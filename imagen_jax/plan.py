@@ -205,7 +205,7 @@ def embed_program(config: Config, where: Slice, batch: int) -> Program:
 
 def _rows(mesh: Mesh, batch: int) -> NamedSharding:
     """How a batch is split over the devices."""
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    devices = partitioning.batch_devices(mesh)
     if batch % devices:
         nearest = max(round(batch / devices), 1) * devices
         raise ConfigError(

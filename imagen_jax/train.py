@@ -38,7 +38,7 @@ from imagen_jax import (
 )
 from imagen_jax.checkpoint import Checkpoints
 from imagen_jax.config import Config, ConfigError
-from imagen_jax.faults import Faults
+from imagen_jax.faults import AboutStep, Faults
 from imagen_jax.interop import weights
 from imagen_jax.optimizer import learning_rate, make_optimizer
 from imagen_jax.preemption import Preempted, Preemption
@@ -48,8 +48,6 @@ from imagen_jax.train_step import INIT_STREAM, StepFn, jit_train_step, times_of,
 
 # A source of batches: first step wanted -> that step's batch and all that follow.
 Batches = Callable[[int], Iterable[Mapping[str, np.ndarray]]]
-# What else is known of a step's batch, for the record: its records, its captions.
-AboutStep = Callable[[int], Mapping[str, Any]]
 # What is left to do to a batch on its devices: encoding its captions, where that is not stored.
 Encode = Callable[[Mapping[str, Array]], Mapping[str, Array]]
 
