@@ -235,7 +235,7 @@ class Cascade:
         request.check_negative(negative_prompts, count, text_emb, configs[0])
         request.check_pictures(count, lowres, edit, configs)
         identities = request.identities(count, seed, prompt_indices, sample_indices)
-        if text_emb is None:
+        if text_emb is None or text_mask is None:
             text_emb, text_mask = self.embed(prompts)
 
         negative = None if negative_prompts is None else self.embed(negative_prompts)

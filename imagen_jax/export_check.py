@@ -36,11 +36,11 @@ def check(live: Stage, exported: Stage, form: str, log: Callable[[str], None]) -
     config = live.config
     sampling = dataclasses.replace(config.sampling, steps=min(config.sampling.steps, 2))
     inputs = random_inputs(config)
-    drawn = [
+    live_pictures, exported_pictures = (
         draw(Stage(dataclasses.replace(stage.config, sampling=sampling), stage.params), inputs)
         for stage in (live, exported)
-    ]
-    compare(*drawn, form, log)
+    )
+    compare(live_pictures, exported_pictures, form, log)
 
 
 def random_inputs(config: Config) -> dict[str, Any]:

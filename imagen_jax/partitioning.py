@@ -56,7 +56,7 @@ def platform() -> str:
     return device.platform if device else jax.default_backend()
 
 
-def make_mesh(config: MeshConfig, over: Sequence[jax.Device] = ()) -> Mesh:
+def make_mesh(config: MeshConfig, over: Sequence[jax.Device] = ()) -> Mesh:  # pyright: ignore[reportInvalidTypeForm]
     """A mesh over all devices.
 
     Args:

@@ -219,7 +219,7 @@ def _foreign_name(path: str) -> str:
         return "embeddings.token_embedding.weight"
     if path == "position_embedder":
         return "embeddings.position_embedding.weight"
-    number, part, kind = re.fullmatch(r"layers_(\d+)/(.+)/(\w+)", path).groups()
+    ((number, part, kind),) = re.findall(r"^layers_(\d+)/(.+)/(\w+)$", path)
     return f"encoder.layers.{number}.{_PARTS[part]}.{'bias' if kind == 'bias' else 'weight'}"
 
 

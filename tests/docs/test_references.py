@@ -75,3 +75,13 @@ def test_every_page_is_in_a_list():
     assert "REST" in index
     named = [word for word in index if (ROOT / "docs" / f"{word}.md").exists()]
     assert len(named) == len(set(named)) > 10
+
+
+def test_the_design_has_a_place_for_every_file():
+    design = (ROOT / "docs" / "design.md").read_text()
+    stems = {path.stem for path in (ROOT / "imagen_jax").rglob("*.py")} - {"__init__", "__main__"}
+    verbs = {path.stem for path in (ROOT / "imagen_jax" / "cli").glob("*.py")}
+    missing = [
+        s for s in sorted(stems - verbs) if not re.search(rf"(?<![a-z]){s}(?![a-z])", design)
+    ]
+    assert not missing

@@ -44,6 +44,8 @@ def get_config(name="base"):
     c.pretrain_text.steps, c.pretrain_text.max_groups = 2, 200
     c.pretrain_text.emb_dim, c.pretrain_text.num_layers = 16, 1
     c.pretrain_text.num_heads, c.pretrain_text.mlp_dim = 2, 16
+    # The learning rate does not follow from the number of steps: runs may be made longer.
+    c.optimizer.schedule = "constant"
     c.train.steps, c.train.log_every, c.checkpoint.every = 6, 1, 3
     c.mesh.cpu_devices = 1
     c.sampling.steps = 2
