@@ -48,7 +48,7 @@ class Asked(NamedTuple):
 _ONE_THREAD = {"xla_cpu_multi_thread_eigen": False}
 _begin_on_cpus, _advance_on_cpus = (
     jax.jit(
-        program.__wrapped__,  # pyright: ignore[reportFunctionMemberAccess]
+        program.__wrapped__,  # pyright: ignore[reportAttributeAccessIssue]
         static_argnames=names,
         compiler_options=_ONE_THREAD,
     )

@@ -14,7 +14,7 @@ import pathlib
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -63,13 +63,13 @@ def to_float(image: UInt8[AnyArray, "*b 3"]) -> Float[AnyArray, "*b 3"]:
     Returns:
       float32 of the same shape, (2x - 255) / 255.
     """
-    xp = jnp if isinstance(image, jax.Array) else np
+    xp: Any = jnp if isinstance(image, jax.Array) else np
     return (image.astype(xp.int32) * 2 - 255).astype(xp.float32) * xp.float32(1 / 255)
 
 
 def to_uint8(image: Float[AnyArray, "*b 3"]) -> UInt8[AnyArray, "*b 3"]:
     """Inverse of `to_float`: rounds to the nearest of 0..255; values beyond [-1, 1] are clipped."""
-    xp = jnp if isinstance(image, jax.Array) else np
+    xp: Any = jnp if isinstance(image, jax.Array) else np
     return xp.clip(xp.round((image + 1.0) * 127.5), 0.0, 255.0).astype(xp.uint8)
 
 

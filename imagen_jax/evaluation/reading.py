@@ -149,7 +149,9 @@ def _fit(mask: np.ndarray) -> tuple[str | None, float, float]:
         y = rows.mean() - top + shift_y - _CENTROID_BELOW[shape] * radius
         dx, dy = np.arange(window.shape[1]) - x, np.arange(window.shape[0])[:, None] - y
         # Single precision: this line is most of the time a picture takes.
-        template = shapes.coverage(shape, *map(np.float32, (radius, dx, dy))) > 0.5
+        template = (
+            shapes.coverage(shape, *(np.asarray(v, np.float32) for v in (radius, dx, dy))) > 0.5
+        )
         iou = (template & window).sum((1, 2)) / (template | window).sum((1, 2))
         overlap[shape], radii[shape] = float(iou.max()), float(radius.ravel()[iou.argmax()])
     second, best = sorted(overlap, key=lambda shape: overlap[shape])[-2:]
