@@ -2,13 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
-TOOLS := $(VENV)/.tools
 
-.PHONY: help install tools demo test test-slow coverage lint types docs clean
+.PHONY: help install demo test test-slow lint clean
 .DEFAULT_GOAL := help
 
 help:  ## List the commands.
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z0-9_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 install: $(STAMP)  ## Set up .venv with the package and all it needs, at the tested versions.
 
@@ -16,12 +15,6 @@ $(STAMP): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[data,dev]'
 	@touch $(STAMP)
-
-tools: $(TOOLS)  ## Add what types, docs, coverage and pre-commit need.
-
-$(TOOLS): $(STAMP)
-	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[data,dev,tools]'
-	@touch $(TOOLS)
 
 demo: install  ## Train a text-to-image cascade from nothing and draw held-out prompts (minutes).
 	bash launch/demo.sh runs/demo
@@ -32,17 +25,26 @@ test: install  ## Run the default tests.
 test-slow: install  ## Run the slow tests (minutes to half an hour).
 	$(VENV)/bin/python -m pytest -q -m slow
 
-coverage: tools  ## Run the default tests; report the lines of the package that none reaches.
-	$(VENV)/bin/python -m pytest -q -m 'not slow' -n 2 --dist loadfile --cov --cov-report=term-missing:skip-covered
-
 lint: install  ## Check style.
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+
+TOOLS := $(VENV)/.tools
+.PHONY: tools types docs coverage
+
+tools: $(TOOLS)  ## Add what types, docs, coverage and pre-commit need.
+
+$(TOOLS): $(STAMP)
+	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[data,dev,tools]'
+	@touch $(TOOLS)
 
 types: tools  ## Check types.
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 docs: tools  ## Build the documentation into build/docs; a warning is an error.
 	$(VENV)/bin/python -m sphinx -W --keep-going -q -a -b html docs build/docs
+
+coverage: tools  ## Run the default tests; report the lines of the package that none reaches.
+	$(VENV)/bin/python -m pytest -q -m 'not slow' -n 2 --dist loadfile --cov --cov-report=term-missing:skip-covered
 
 clean:  ## Remove the virtual environment and what runs left.
 	rm -rf $(VENV) runs build docs/generated *.egg-info

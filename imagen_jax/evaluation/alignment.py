@@ -173,7 +173,7 @@ def _tally(marks: Sequence[Mapping[str, Score]]) -> dict[str, Any]:
 def _rates(marks: Sequence[Score]) -> dict[str, dict[str, float]]:
     rates = {}
     for attribute in ATTRIBUTES:
-        values = [value for mark in marks if (value := mark[attribute]) is not None]
+        values = [mark[attribute] for mark in marks if mark[attribute] is not None]
         if values:
             hits, n = sum(values), len(values)
             low, high = wilson(hits, n)
