@@ -41,7 +41,7 @@ types: tools  ## Check types.
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 docs: tools  ## Build the documentation into build/docs; a warning is an error.
-	$(VENV)/bin/python -m sphinx -W --keep-going -q -a -b html docs build/docs
+	$(VENV)/bin/python -m sphinx -W --keep-going -q -E -b html docs build/docs
 
 coverage: tools  ## Run the default tests; report the lines of the package that none reaches.
 	$(VENV)/bin/python -m pytest -q -m 'not slow' -n 2 --dist loadfile --cov --cov-report=term-missing:skip-covered

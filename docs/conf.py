@@ -47,12 +47,15 @@ apidoc_modules = [
 apidoc_separate_modules = True
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
-autodoc_default_options = {"members": True}
+# What a module offers of others (`__all__`) stands where it is defined.
+autodoc_default_options = {"members": True, "ignore-module-all": True}
 # Extras that the reference can do without; the modules that import them are read all the same.
 autodoc_mock_imports = ["tensorflow", "seqio", "tensorflow_datasets"]
 napoleon_use_rtype = False
 # As fields: members that are also described one by one would be described twice.
 napoleon_use_ivar = True
+# Short names in annotations, of which there may be several: either page will do.
+suppress_warnings = ["ref.python"]
 
 
 # Pages that lie elsewhere in the repository, and their places on the site.
