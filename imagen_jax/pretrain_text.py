@@ -229,12 +229,13 @@ def train_step(
     )
 
     def loss_fn(params: dict[str, Any]) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        x = t5.T5Encoder(t5_config).apply({"params": params["encoder"]}, ids, ids != 0)
+        x: Any = t5.T5Encoder(t5_config).apply({"params": params["encoder"]}, ids, ids != 0)
         return predict(x, params["head"], wanted * (ids != 0)[..., None])
 
     grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params)
     updates, opt_state = pretraining_optimizer(config).update(grads, state.opt_state, state.params)
-    return State(optax.apply_updates(state.params, updates), opt_state), metrics
+    params: Any = optax.apply_updates(state.params, updates)
+    return State(params, opt_state), metrics
 
 
 def words_wanted(

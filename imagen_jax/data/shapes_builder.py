@@ -75,7 +75,7 @@ def prepare(data_dir: str, name: str) -> None:
     tfds.disable_progress_bar()
     try:
         builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
-    except tfds.core.registered.DatasetNotFoundError as error:
+    except tfds.core.registered.DatasetNotFoundError as error:  # pyright: ignore[reportAttributeAccessIssue]
         raise ConfigError(
             f"config.data.name={name!r} is no TFDS data set; try shapes_world, "
             "or import the module that defines the builder"

@@ -104,7 +104,7 @@ def sentence(
       templates: to choose from; none: the kind's.
     """
     templates = templates or TEMPLATES[kind]
-    template = templates[rng.integers(len(templates))]
+    template = templates[int(rng.integers(len(templates)))]
     things = [objects[relation.first], objects[relation.second]] if relation else objects
     x, y = (_named(thing, sizes_named) for thing in (things[0], things[-1]))
     a, b = (f"an {name}" if name[0] in "aeiou" else f"a {name}" for name in (x, y))
