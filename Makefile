@@ -31,5 +31,23 @@ test-slow: install  ## Run the slow tests (minutes to half an hour).
 lint: install  ## Check style.
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 
+TOOLS := $(VENV)/.tools
+.PHONY: tools types docs coverage
+
+tools: $(TOOLS)  ## Add what types, docs, coverage and pre-commit need.
+
+$(TOOLS): $(STAMP)
+	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[data,dev,tools]'
+	@touch $(TOOLS)
+
+types: tools  ## Check types.
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+docs: tools  ## Build the documentation into build/docs; a warning is an error.
+	$(VENV)/bin/python -m sphinx -W --keep-going -q -E -b html docs build/docs
+
+coverage: tools  ## Run the default tests; report the lines of the package that none reaches.
+	$(VENV)/bin/python -m pytest -q -m 'not slow' -n 2 --dist loadfile --cov --cov-report=term-missing:skip-covered
+
 clean:  ## Remove the virtual environment and what runs left.
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) runs build docs/generated *.egg-info

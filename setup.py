@@ -69,5 +69,15 @@ setuptools.setup(
             "tokenizers>=0.22,<0.24",
             "uvicorn>=0.54",
         ],
+        # make types, docs, coverage; pre-commit.
+        "tools": [
+            "furo>=2025.9",
+            "myst-parser>=5",
+            "pre-commit>=4",
+            "pyright[nodejs]>=1.1.410",
+            "pytest-cov>=7",
+            # The last that Python 3.11 has, so that both build the same pages.
+            "sphinx>=9.0,<9.1",
+        ],
     },
 )

@@ -39,15 +39,19 @@ class Asked(NamedTuple):
 
     def rows(self, rows: np.ndarray) -> Asked:
         """Some of them."""
-        arrays = jax.tree.map(lambda value: value[rows], tuple(self[:5]))
-        return Asked(*arrays, self.edit and self.edit.rows(rows))
+        some = jax.tree.map(lambda value: value[rows], self._replace(edit=None))
+        return some._replace(edit=self.edit and self.edit.rows(rows))
 
 
 # Eigen's threads split sums in ways that differ between CPU devices by rounding; where there are
 # several of these, they take the threads' place.
 _ONE_THREAD = {"xla_cpu_multi_thread_eigen": False}
 _begin_on_cpus, _advance_on_cpus = (
-    jax.jit(program.__wrapped__, static_argnames=names, compiler_options=_ONE_THREAD)
+    jax.jit(
+        program.__wrapped__,  # pyright: ignore[reportAttributeAccessIssue]
+        static_argnames=names,
+        compiler_options=_ONE_THREAD,
+    )
     for program, names in ((drawing.begin, "config"), (drawing.advance, ("config", "guide_config")))
 )
 

@@ -145,7 +145,7 @@ class Cascade:
             raise StageError(f"dirs={dirs!r} must be a list of stage folders, base first")
         if keep not in ("all", "one"):
             raise RequestError(unknown_name("keep", keep, ["all", "one"]))
-        stages = [load_stage(path) for path in dirs]
+        stages, weaker = ([load_stage(path) for path in paths] for paths in (dirs, guides))
         check_chain([stage.config for stage in stages], stages[0].config.data.lowres_size)
         encoder = None
         if text_encoder is not None:
@@ -153,17 +153,17 @@ class Cascade:
             text = dataclasses.replace(text, path=text_encoder or text.path)
             encoder = load_text_encoder(text)
             _check_encoder([stage.config for stage in stages], encoder, text.path)
-        load = load_stage if keep == "all" else _without_params
-        cascade = cls([load(path) for path in dirs], encoder, [load(path) for path in guides])
+        if keep == "one":  # Parameters are mapped from their files: none has been read so far.
+            stages, weaker = ([s._replace(params={}) for s in part] for part in (stages, weaker))
+        cascade = cls(stages, encoder, weaker)
         cascade.keep = keep
         cascade.weights = [stage_folder.weights_hash(path) for path in dirs]
         cascade.guides = [stage_folder.weights_hash(path) for path in guides]
         if keep == "one":
             cascade._params = [functools.partial(_read, path) for path in dirs]
-            for path in guides:
-                config = load_stage(path).config
-                index = request.guided_stage(config, cascade.configs)
-                cascade._guides[index] = functools.partial(_read, path), config
+            for path, guide in zip(guides, weaker, strict=True):
+                index = request.guided_stage(guide.config, cascade.configs)
+                cascade._guides[index] = functools.partial(_read, path), guide.config
         return cascade
 
     def embed(
@@ -235,7 +235,7 @@ class Cascade:
         request.check_negative(negative_prompts, count, text_emb, configs[0])
         request.check_pictures(count, lowres, edit, configs)
         identities = request.identities(count, seed, prompt_indices, sample_indices)
-        if text_emb is None:
+        if text_emb is None or text_mask is None:
             text_emb, text_mask = self.embed(prompts)
 
         negative = None if negative_prompts is None else self.embed(negative_prompts)
@@ -276,10 +276,6 @@ def _held(params: Any) -> Callable[[], Any]:
 
 def _read(path: str) -> Any:
     return partitioning.copy_everywhere(load_stage(path).params)
-
-
-def _without_params(path: str) -> Stage:
-    return load_stage(path)._replace(params={})
 
 
 def _report(

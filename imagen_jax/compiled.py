@@ -59,7 +59,7 @@ class CompiledError(ValueError):
     """A compiled step cannot be used; the message names file and field."""
 
 
-def identity(config: Config, devices: list[jax.Device]) -> dict[str, Any]:
+def identity(config: Config, devices: list[jax.Device]) -> dict[str, Any]:  # pyright: ignore[reportInvalidTypeForm]
     """All that two compiled train steps must share to be the same program, field by field.
 
     Args:
@@ -94,7 +94,7 @@ def _source_hash() -> str:
     return digest.hexdigest()[:16]
 
 
-def _shape(devices: list[jax.Device]) -> str:
+def _shape(devices: list[jax.Device]) -> str:  # pyright: ignore[reportInvalidTypeForm]
     """Sides of a TPU slice, such as 4x8x8; else empty."""
     places = [getattr(device, "coords", None) for device in devices]
     if None in places:

@@ -31,7 +31,7 @@ def to_config_dict(config: Config) -> ml_collections.ConfigDict:
 
 def _coerce(path: str, hint: Any, value: Any) -> Any:
     """`value` as the type `hint`, or ConfigError."""
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return from_dict(hint, value, path)
     if typing.get_origin(hint) is tuple and isinstance(value, (list, tuple)):
         return tuple(_coerce(path, typing.get_args(hint)[0], v) for v in value)
@@ -85,7 +85,7 @@ def override(values: ml_collections.ConfigDict, assignments: Sequence[str]) -> N
         if not equals:
             raise ConfigError(f"config.{path} has no value; write --config.{path}=VALUE")
         *parents, leaf = path.split(".")
-        node = values
+        node: Any = values
         for depth, name in enumerate([*parents, leaf]):
             if not isinstance(node, ml_collections.ConfigDict) or name not in node:
                 names = list(node) if isinstance(node, ml_collections.ConfigDict) else []
@@ -158,7 +158,7 @@ def changes(saved: Config, given: Config) -> dict[str, tuple[Any, Any]]:
     `train.steps` counts only where the learning rate follows from it; a fingerprint that is missing
     on one side cannot differ.
     """
-    harmless = set(HARMLESS)
+    harmless: set[str] = set(HARMLESS)
     if given.optimizer.schedule in ("constant", "rsqrt"):
         harmless.add("train.steps")
     olds, news = flat(dataclasses.asdict(saved)), flat(dataclasses.asdict(given))
@@ -204,6 +204,10 @@ def load(spec: str, assignments: Sequence[str] = ()) -> Config:
     if not path.is_file():
         raise ConfigError(f"--config={spec}: no file {file!r}; try configs/shapes.py:base")
     module_spec = importlib.util.spec_from_file_location(f"imagen_config_{path.stem}", path)
+    if module_spec is None or module_spec.loader is None:
+        raise ConfigError(
+            f"--config={spec}: {file!r} is no Python file; try configs/shapes.py:base"
+        )
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
@@ -244,6 +248,6 @@ def from_json(text: str) -> Config:
 
 def fingerprint(value: Any) -> str:
     """Short stable hash of a dataclass or JSON-like value."""
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -70,7 +71,7 @@ def diagnose(
     folder, count = pathlib.Path(out), len(captions)
     keys = cascade.picture_keys(seed, range(count), [0] * count)
     text = (examples[0]["text_emb"], examples[0]["text_mask"])
-    words = {"text_emb": text[0], "text_mask": text[1]}
+    words: dict[str, Any] = {"text_emb": text[0], "text_mask": text[1]}
     chain = Cascade(stages).sample_stages(seed=seed, batch_size=count, **words)
     shifts: dict[str, dict[str, ColourShift]] = {}
     for index, (stage, example) in enumerate(zip(stages, examples, strict=True)):

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from imagen_jax.config import DiffusionConfig
 
@@ -59,6 +59,15 @@ def aug_logsnr(aug_level: Float[Array, "*t"], config: DiffusionConfig) -> Float[
     """
     logsnr = SCHEDULES[config.aug_schedule](aug_level)
     return jnp.clip(logsnr, config.logsnr_min, config.logsnr_max)
+
+
+def spread_times(key: Key[Array, ""], count: int) -> Float[Array, " b"]:
+    """Times of a batch's examples, one from each of B equal parts of [0, 1], all moved by one draw.
+
+    Still t ~ U(0, 1) for every example, with less variance of the batch mean (arXiv:2107.00630,
+    App. I.1). Differs from paper: independent t.
+    """
+    return (jax.random.uniform(key, ()) + jnp.arange(count) / count) % 1.0
 
 
 def alpha_sigma(logsnr: Float[Array, "*t"]) -> tuple[Float[Array, "*t"], Float[Array, "*t"]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -43,7 +44,7 @@ def initialize(log: Callable[[str], None] = print) -> None:
     jax.distributed.initialize(**arguments, initialization_timeout=PATIENCE)
 
 
-def _arguments(environment: os._Environ[str] | dict[str, str]) -> dict[str, str | int] | None:
+def _arguments(environment: os._Environ[str] | dict[str, str]) -> dict[str, Any] | None:
     """What to give to jax.distributed.initialize; {}: it finds out itself; None: a lone process."""
     given = {name: environment[name] for name in VARIABLES if environment.get(name)}
     if given:
@@ -54,7 +55,7 @@ def _arguments(environment: os._Environ[str] | dict[str, str]) -> dict[str, str 
     return {} if pod or "MEGASCALE_COORDINATOR_ADDRESS" in environment else None
 
 
-def _explicit(given: dict[str, str]) -> dict[str, str | int]:
+def _explicit(given: dict[str, str]) -> dict[str, Any]:
     missing = [name for name in VARIABLES if name not in given]
     if missing:
         raise DistributedError(

@@ -43,10 +43,14 @@ class DoctorError(ValueError):
     """Something would fail or spoil the run; the lines before say what and what to do."""
 
 
+Status = Literal["ok", "warning", "failed"]
+Lines = Iterator[tuple[Status, str]]
+
+
 class Finding(NamedTuple):
     """One line of the report."""
 
-    status: Literal["ok", "warning", "failed"]
+    status: Status
     name: str
     text: str
 
@@ -81,16 +85,13 @@ def doctor(
     findings = []
     for name, check in CHECKS.items():
         try:
-            found = list(check(patient))
+            found: list[tuple[Status, str]] = list(check(patient))
         except FAULTS as error:
             found = [("failed", " ".join(str(error).split()))]
         for status, text in found:
             findings.append(Finding(status, name, text))
             log(f"{status:7}  {name:11}  {text}")
     return findings
-
-
-Lines = Iterator[tuple[str, str]]
 
 
 def check_devices(patient: Patient) -> Lines:
@@ -102,7 +103,7 @@ def check_devices(patient: Patient) -> Lines:
     mesh = partitioning.make_mesh(config.mesh)
     partitioning.check_batch_size(config.data.batch_size, mesh, config.train.accumulation)
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    per_device = config.data.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
+    per_device = config.data.batch_size // partitioning.batch_devices(mesh)
     yield "ok", f"mesh {axes}; {per_device} pictures of a batch per device"
 
 

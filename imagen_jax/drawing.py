@@ -23,7 +23,7 @@ from imagen_jax.config import Config
 from imagen_jax.sampling import Denoising, Sampler
 from imagen_jax.stage import aug_noise_side, denoiser, noised_lowres
 
-SAMPLE_STREAM = 2  # beside the streams of train.py
+SAMPLE_STREAM = 2  # beside the streams of train_step.py
 # Lists of steps are padded to a multiple of this, so that programs are shared by their lengths.
 PADDED_STEPS = 256
 
@@ -93,7 +93,7 @@ def stage_keys(keys: Key[Array, " b"], index: int) -> Key[Array, " b"]:
     return _fold(keys, index)
 
 
-_fold = jax.jit(jax.vmap(jax.random.fold_in, in_axes=(0, None)))
+_fold = jax.jit(sampling.fold)
 
 
 def make_sampler(config: Config) -> Sampler:
@@ -109,11 +109,11 @@ def levels(config: Config, strength: float = 1.0, resamplings: int = 1, jump: in
     walk = editing.walk(config.sampling.steps, strength, resamplings, jump)
     count = len(walk[0])
     padding = np.zeros(-count % PADDED_STEPS, np.float32)
-    ends = [
+    logsnr_t, logsnr_s = (
         np.asarray(diffusion.logsnr_at(jnp.asarray([*times, *padding]), config.diffusion))
         for times in walk
-    ]
-    return Levels(*ends, count)
+    )
+    return Levels(logsnr_t, logsnr_s, count)
 
 
 def tell(
@@ -140,7 +140,9 @@ def tell(
 
 def _sampler(config: Config, told: Told) -> Sampler:
     sampler = make_sampler(config)
-    return sampler if told.mask is None else editing.keep_known(sampler, told.known, told.mask)
+    if told.known is None or told.mask is None:
+        return sampler
+    return editing.keep_known(sampler, told.known, told.mask)
 
 
 def _denoiser(params: Any, config: Config, told: Told, guide: tuple[Any, Config] | None = None):

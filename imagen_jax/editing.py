@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, UInt8
 from imagen_jax import images
 from imagen_jax.diffusion import alpha_sigma, expand, q_sample
 from imagen_jax.guidance import Denoise
-from imagen_jax.sampling import Sampler, normal
+from imagen_jax.sampling import Sampler, fold, normal
 
 # Randomness of a step besides the sampler's own: folded into its keys.
 BACK_STREAM, KNOWN_STREAM = 1, 2
@@ -153,8 +153,7 @@ def keep_known(
         inner, reached = state
 
         def draw(stream: int) -> Array:
-            folded = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, stream)
-            return normal(folded, z.shape[1:])
+            return normal(fold(keys, stream), z.shape[1:])
 
         back = logsnr_t < reached
         choose = jax.vmap(jnp.where)

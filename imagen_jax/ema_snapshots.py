@@ -15,10 +15,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
-from imagen_jax import config_io, ema
+from imagen_jax import config_io, distributed, ema, partitioning
 from imagen_jax.config import Config
 from imagen_jax.interop import weights
 
@@ -41,13 +39,13 @@ def save(workdir: str, step: int, averages: Mapping[str, Any], config: Config) -
     """
     folder = _folder(workdir) / str(step)
     temporary = folder.with_name(f"{step}.tmp")
-    writes = jax.process_index() == 0
+    writes = distributed.is_first()
     if writes:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         (temporary / "config.json").write_text(config_io.to_json(config))
     for name in map(ema.power_name, config.ema.profiles):
-        arrays = _on_host(averages[name])
+        arrays = jax.tree.map(partitioning.fetch, averages[name])
         if writes:
             weights.write_safetensors(temporary / _file(name), weights.flatten(arrays))
     if writes:
@@ -90,13 +88,6 @@ def _folder(workdir: str) -> pathlib.Path:
 
 def _file(name: str) -> str:
     return f"{name}.safetensors"
-
-
-def _on_host(tree: Any) -> Any:
-    """Whole NumPy arrays of a tree that may be spread over the devices of several processes."""
-    if jax.process_count() > 1:
-        return multihost_utils.process_allgather(tree, tiled=True)
-    return jax.tree.map(np.asarray, tree)
 
 
 def _read_config(folder: pathlib.Path) -> Config:

@@ -10,7 +10,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -37,11 +36,11 @@ def check(live: Stage, exported: Stage, form: str, log: Callable[[str], None]) -
     config = live.config
     sampling = dataclasses.replace(config.sampling, steps=min(config.sampling.steps, 2))
     inputs = random_inputs(config)
-    drawn = [
+    live_pictures, exported_pictures = (
         draw(Stage(dataclasses.replace(stage.config, sampling=sampling), stage.params), inputs)
         for stage in (live, exported)
-    ]
-    compare(*drawn, form, log)
+    )
+    compare(live_pictures, exported_pictures, form, log)
 
 
 def random_inputs(config: Config) -> dict[str, Any]:
@@ -66,7 +65,7 @@ def random_inputs(config: Config) -> dict[str, Any]:
 def draw(stage: Stage, inputs: dict[str, Any]) -> np.ndarray:
     """The live sampler's pictures in [-1, 1]."""
     keys = drawing.picture_keys(inputs["seed"], inputs["prompt_index"], inputs["sample_index"])
-    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, inputs["stage_index"])
+    keys = drawing.stage_keys(keys, inputs["stage_index"])
     lowres = jnp.asarray(inputs["lowres"]) if "lowres" in inputs else None
     text = jnp.asarray(inputs["text_emb"]), jnp.asarray(inputs["text_mask"])
     return np.asarray(drawing.sample_stage(stage.params, stage.config, *text, keys, lowres))

@@ -17,6 +17,7 @@ from etils import epath
 
 from imagen_jax.config import TrainConfig
 
+# What else is known of a step's batch, for the record: its records, its captions.
 AboutStep = Callable[[int], Mapping[str, Any]]
 
 FOLDER = "faults"
@@ -92,11 +93,11 @@ class Faults:
         norms = {name: _number(norm) for name, norm in report["block_norms"].items()}
         values = {"step": step, "loss": _number(report["loss"]), **self._about_step(step)}
         values["block_norms"] = norms
-        arrays = path.with_suffix(".npz")
+        arrays: dict[str, Any] = dict(batch)
         temporary = path.with_suffix(".tmp")
         with temporary.open("wb") as file:
-            np.savez(file, **batch)
-        temporary.replace(arrays)
+            np.savez(file, **arrays)
+        temporary.replace(path.with_suffix(".npz"))
         temporary.write_text(json.dumps(values, indent=2) + "\n")
         temporary.replace(path)
         return path

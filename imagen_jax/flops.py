@@ -38,17 +38,21 @@ def _inner(params: dict[str, Any]) -> Iterator[core.Jaxpr | core.ClosedJaxpr]:
             yield value
 
 
+def _shape(variable: Any) -> tuple[int, ...]:
+    return variable.aval.shape
+
+
 def _dot(eqn: core.JaxprEqn) -> float:
     (contracted, _), _ = eqn.params["dimension_numbers"]
-    lhs = eqn.invars[0].aval.shape
-    return 2.0 * np.prod(eqn.outvars[0].aval.shape) * np.prod([lhs[axis] for axis in contracted])
+    lhs = _shape(eqn.invars[0])
+    return 2.0 * np.prod(_shape(eqn.outvars[0])) * np.prod([lhs[axis] for axis in contracted])
 
 
 def _convolution(eqn: core.JaxprEqn) -> float:
     """Products with padding, or between the pixels of a dilated input, are not work."""
     params, dims = eqn.params, eqn.params["dimension_numbers"]
-    lhs, rhs = (v.aval.shape for v in eqn.invars)
-    out = eqn.outvars[0].aval.shape
+    lhs, rhs = map(_shape, eqn.invars)
+    out = _shape(eqn.outvars[0])
     products = float(out[dims.out_spec[0]] * out[dims.out_spec[1]] * rhs[dims.rhs_spec[1]])
     for axis, (low, _) in enumerate(params["padding"]):
         size, taps = lhs[dims.lhs_spec[2 + axis]], rhs[dims.rhs_spec[2 + axis]]

@@ -222,7 +222,7 @@ class FrozenEncoder:
     def _batch_sharding(self, size: int) -> NamedSharding | None:
         if self.mesh is None:
             return None
-        split = size % (self.mesh.shape["data"] * self.mesh.shape["fsdp"]) == 0
+        split = size % partitioning.batch_devices(self.mesh) == 0
         place = partitioning.batch_sharding if split else partitioning.everywhere
         return place(self.mesh)
 

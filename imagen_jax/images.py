@@ -14,7 +14,7 @@ import pathlib
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ from PIL import (
     UnidentifiedImageError,
 )
 
-AnyArray = Array | np.ndarray
+AnyArray = TypeVar("AnyArray", Array, np.ndarray)
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, the latter two exclusive
 # A JPEG's bytes and a rectangle -> its pixels; PictureError where that cannot be done.
 DecodeJpegBox = Callable[[bytes, Box], np.ndarray]
@@ -63,13 +63,13 @@ def to_float(image: UInt8[AnyArray, "*b 3"]) -> Float[AnyArray, "*b 3"]:
     Returns:
       float32 of the same shape, (2x - 255) / 255.
     """
-    xp = jnp if isinstance(image, jax.Array) else np
+    xp: Any = jnp if isinstance(image, jax.Array) else np
     return (image.astype(xp.int32) * 2 - 255).astype(xp.float32) * xp.float32(1 / 255)
 
 
 def to_uint8(image: Float[AnyArray, "*b 3"]) -> UInt8[AnyArray, "*b 3"]:
     """Inverse of `to_float`: rounds to the nearest of 0..255; values beyond [-1, 1] are clipped."""
-    xp = jnp if isinstance(image, jax.Array) else np
+    xp: Any = jnp if isinstance(image, jax.Array) else np
     return xp.clip(xp.round((image + 1.0) * 127.5), 0.0, 255.0).astype(xp.uint8)
 
 
@@ -139,15 +139,17 @@ class Look(NamedTuple):
     notes: tuple[str, ...]
 
 
-def look(data: bytes, through: Literal["decode", "header"]) -> Look:
-    """Examines a picture file: all of it, or its header alone.
+def look(data: bytes, through: str) -> Look:
+    """Examines a picture file: all of it ("decode"), or its header alone ("header").
 
     Raises:
       PictureError: it cannot be used; the header alone does not tell damage further in.
     """
     with _opened(data) as picture:
         turned = picture.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
-        sixteen = picture.mode.startswith("I") or any(";16" in str(t.args) for t in picture.tile)
+        sixteen = picture.mode.startswith("I") or any(
+            ";16" in str(t.args) for t in getattr(picture, "tile", ())
+        )
         # MPO is what phones call a JPEG with a second one behind it.
         frames = 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)
         notes = {

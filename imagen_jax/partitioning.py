@@ -56,7 +56,7 @@ def platform() -> str:
     return device.platform if device else jax.default_backend()
 
 
-def make_mesh(config: MeshConfig, over: Sequence[jax.Device] = ()) -> Mesh:
+def make_mesh(config: MeshConfig, over: Sequence[jax.Device] = ()) -> Mesh:  # pyright: ignore[reportInvalidTypeForm]
     """A mesh over all devices.
 
     Args:
@@ -90,10 +90,14 @@ def make_mesh(config: MeshConfig, over: Sequence[jax.Device] = ()) -> Mesh:
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def batch_devices(mesh: AnyMesh) -> int:
+    """Devices over which the first axis of a batch is split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def check_batch_size(batch_size: int, mesh: AnyMesh, accumulation: int = 1) -> None:
     """Raises ConfigError when a batch does not divide over the devices and the parts in turn."""
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    parts = devices * accumulation
+    parts = batch_devices(mesh) * accumulation
     if batch_size % parts:
         nearest = max(round(batch_size / parts), 1) * parts
         in_turn = f" * config.train.accumulation={accumulation}" if accumulation > 1 else ""

@@ -205,7 +205,7 @@ def embed_program(config: Config, where: Slice, batch: int) -> Program:
 
 def _rows(mesh: Mesh, batch: int) -> NamedSharding:
     """How a batch is split over the devices."""
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    devices = partitioning.batch_devices(mesh)
     if batch % devices:
         nearest = max(round(batch / devices), 1) * devices
         raise ConfigError(
@@ -235,7 +235,7 @@ def _laid(shapes: Any, sharding: NamedSharding) -> Any:
 @contextlib.contextmanager
 def _no_cache() -> Iterator[None]:
     """Compiles anew: a program from JAX's cache lacks on CPU what serialising it needs."""
-    used = jax.config.jax_enable_compilation_cache
+    used = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
     _use_cache(False)
     try:
         yield
@@ -269,7 +269,7 @@ def compile_program(
             raise
         return _too_large(program, where, str(error), seconds)
     seconds = time.monotonic() - begin
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     code = memory.generated_code_size_in_bytes
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
@@ -283,7 +283,7 @@ def compile_program(
         peak=(arguments + temporaries + outputs + code) * per_chip,
         collectives=[
             c._replace(count=c.count * per_chip, bytes=c.bytes * per_chip)
-            for c in hlo.collectives(compiled.as_text())
+            for c in hlo.collectives(compiled.as_text() or "")
         ],
         compile_seconds=seconds,
         compiled=compiled,

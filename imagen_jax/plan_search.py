@@ -88,7 +88,7 @@ def search_train(config: Config, where: Slice, options: Mapping[str, Any], log: 
     wanted = config.data.batch_size
     mesh = partitioning.make_mesh(config.mesh, where.devices)
     partitioning.check_batch_size(wanted, mesh)
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = partitioning.batch_devices(mesh)
     parts = wanted // rows
     log(f"{'remat':<8}{'accumulation':>13}{'batch':>8}{'peak GiB':>10}{'TFLOP/chip':>12}")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import signal
 import threading
 from types import FrameType, TracebackType
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -26,7 +27,7 @@ class Preemption:
 
     def __init__(self) -> None:
         self._asked, self._questions = False, 0
-        self._previous: object = None
+        self._previous: Any = None
 
     def __enter__(self) -> Preemption:
         # Handlers belong to the main thread. Processes that join a run have JAX's service listen

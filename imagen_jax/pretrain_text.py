@@ -3,11 +3,12 @@
 The paper's thesis is that a language model trained on text alone is a good eye for a picture
 model; this is its smallest instance. A vocabulary is learned; then, from the vector of every word
 of a caption, one linear head (thrown away afterwards) predicts the words that stand near the same
-word in a paraphrase: another caption of the same picture, or of the corpus file. (Where the
-paraphrase lacks the word: all its words.) What a paraphrase keeps is what a caption means, so that
-the vectors fill with that and lose how it is put; and since the head is the same at every distance,
-"small", "red" and "circle" of one phrase all become the sum of the same three words, which a
-picture model reads at once. (Skip-gram, arXiv:1310.4546, with a T5 in the place of the word table.)
+word in its paraphrases: all captions of the same picture, or of the same line of the corpus file.
+(Where a paraphrase lacks the word: all its words.) What paraphrases share is what a caption means,
+so that the vectors fill with that and lose how it is put; and since the head is the same at every
+distance, "small", "red" and "circle" of one phrase all become the sum of the same three words,
+which a picture model reads at once. (Skip-gram, arXiv:1310.4546, with a T5 in the place of the word
+table.)
 The result is a folder in Hugging Face layout, read by `text.py` like any T5.
 
 Differs from paper: T5 is trained by span corruption with a decoder, on far more text.
@@ -214,26 +215,33 @@ def train_step(
     config: PretrainTextConfig,
     t5_config: T5Config,
 ) -> tuple[State, dict[str, Float[Array, ""]]]:
-    """One step of Adam on random pairs of paraphrases (ids, and the same among used pieces)."""
-    group_key, pair_key = jax.random.split(key)
+    """One step of Adam on random captions, each with all its paraphrases.
+
+    `corpus` holds ids, and the same as places among the used pieces.
+    """
+    group_key, caption_key = jax.random.split(key)
     rows = jax.random.randint(group_key, (config.batch_size,), 0, len(corpus[0]))
-    shown, other = jax.random.randint(pair_key, (2, config.batch_size), 0, corpus[0].shape[1])
+    shown = jax.random.randint(caption_key, (config.batch_size,), 0, corpus[0].shape[1])
     ids, words = corpus[0][rows, shown], corpus[1][rows, shown]
-    wanted = words_wanted(words, corpus[1][rows, other], is_word, config.context)
+    wanted = sum(
+        words_wanted(words, corpus[1][rows, other], is_word, config.context)
+        for other in range(corpus[0].shape[1])
+    )
 
     def loss_fn(params: dict[str, Any]) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        x = t5.T5Encoder(t5_config).apply({"params": params["encoder"]}, ids, ids != 0)
+        x: Any = t5.T5Encoder(t5_config).apply({"params": params["encoder"]}, ids, ids != 0)
         return predict(x, params["head"], wanted * (ids != 0)[..., None])
 
     grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params)
     updates, opt_state = pretraining_optimizer(config).update(grads, state.opt_state, state.params)
-    return State(optax.apply_updates(state.params, updates), opt_state), metrics
+    params: Any = optax.apply_updates(state.params, updates)
+    return State(params, opt_state), metrics
 
 
 def words_wanted(
     words: Int[Array, "b l"], other: Int[Array, "b l"], is_word: Bool[Array, " v"], context: int
 ) -> Float[Array, "b l v"]:
-    """What the vector of each place of a caption is to tell about its paraphrase `other`; counts.
+    """What the vector of each place of a caption is to tell about a paraphrase, `other`; counts.
 
     The words near the same word; where there is none, as for "a" or the end mark, all words, so
     that such vectors too say what the caption means rather than anything.

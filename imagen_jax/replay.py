@@ -8,6 +8,7 @@ weights and is shown example by example and block by block; one that does not wa
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,9 +71,9 @@ def replay(
 
 def _examine(
     config: Config,
-    params: object,
+    params: Any,
     batch: Mapping[str, jax.Array],
-    values: dict[str, object],
+    values: Mapping[str, Any],
     log: Callable[[str], None],
 ) -> bool:
     """Prints loss by example and gradient norm by block; True if something is not finite."""

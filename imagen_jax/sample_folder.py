@@ -47,7 +47,7 @@ def read_text(path: pathlib.Path) -> dict[str, str] | None:
     try:
         with Image.open(path) as picture:
             # `save_png` puts them before the pixels; `.text` would read on behind these.
-            text = {key: str(value) for key, value in picture.info.items()}
+            text = {str(key): str(value) for key, value in picture.info.items()}
             # Compares the checksum of every chunk without decoding, and misses the end mark.
             picture.verify()
         return text if path.read_bytes()[-8:-4] == b"IEND" else None

@@ -32,6 +32,11 @@ class Sampler(NamedTuple):
     step: Callable[..., tuple[Array, Any]]
 
 
+def fold(keys: Key[Array, " b"], number: Int[Array, ""] | int) -> Key[Array, " b"]:
+    """`jax.random.fold_in` of each of the keys."""
+    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)
+
+
 def normal(keys: Key[Array, " b"], shape: tuple[int, ...]) -> Float[Array, "b *d"]:
     """Standard normal noise, picture i from keys[i] alone."""
     return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
@@ -151,7 +156,7 @@ def sample_loop(
     def body(carry, step_input):
         z, state = carry
         index, logsnr_t, logsnr_s = step_input
-        step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index)
+        step_keys = fold(keys, index)
         levels = (jnp.broadcast_to(v, z.shape[:1]) for v in (logsnr_t, logsnr_s))
         return sampler.step(denoise, z, *levels, step_keys, state), None
 
@@ -207,7 +212,7 @@ def denoise_steps(
             answers.append(denoise(z, logsnr))
             return answers[-1]
 
-        step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index)
+        step_keys = fold(keys, index)
         ends = (jnp.broadcast_to(v[index], at.z.shape[:1]) for v in (logsnr_t, logsnr_s))
         z, state = sampler.step(noting, at.z, *ends, step_keys, at.state)
         return Denoising(z, state, answers[0])

@@ -166,11 +166,13 @@ def _stand_in_for_flatbuffers() -> None:
         for name, (code, kind) in kinds.items()
     }
     module = types.ModuleType("flatbuffers")
-    module.table = types.SimpleNamespace(Table=Table)
-    module.encode = types.SimpleNamespace(Get=get)
-    module.packer = types.SimpleNamespace(uoffset=u32)
-    module.number_types = types.SimpleNamespace(**flags)
-    module.Builder = None  # Named by JAX in annotations; nothing is built here.
+    vars(module).update(
+        table=types.SimpleNamespace(Table=Table),
+        encode=types.SimpleNamespace(Get=get),
+        packer=types.SimpleNamespace(uoffset=u32),
+        number_types=types.SimpleNamespace(**flags),
+        Builder=None,  # Named by JAX in annotations; nothing is built here.
+    )
     compat = types.ModuleType("flatbuffers.compat")
-    compat.import_numpy = lambda: np
+    vars(compat).update(import_numpy=lambda: np)
     sys.modules |= {"flatbuffers": module, "flatbuffers.compat": compat}

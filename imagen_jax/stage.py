@@ -130,11 +130,8 @@ def draw(key: Key[Array, ""], size: int, config: Config) -> dict[str, Array]:
     """
     key_t, key_eps, key_drop, key_level, key_lowres = jax.random.split(key, 5)
     side = config.data.image_size
-    # One time from each of B equal parts of [0, 1]: still t ~ U(0, 1) for every example, with less
-    # variance of the batch mean (arXiv:2107.00630, App. I.1). Differs from paper: independent t.
-    u = jax.random.uniform(key_t, ())
     draws = {
-        "time": (u + jnp.arange(size) / size) % 1.0,
+        "time": diffusion.spread_times(key_t, size),
         "eps": jax.random.normal(key_eps, (size, side, side, 3)),
         "drop": jax.random.bernoulli(key_drop, config.diffusion.cond_drop_prob, (size,)),
     }
@@ -228,14 +225,16 @@ def estimates(
     """
     params, config = network
 
-    def repeat(v: Array | None) -> Array | None:
-        return None if v is None else jnp.concatenate([v] * len(texts))
+    def repeat(v: Array) -> Array:
+        return jnp.concatenate([v] * len(texts))
 
     text_emb, text_mask = (jnp.concatenate(part) for part in zip(*texts, strict=True))
     z, logsnr = repeat(z), repeat(logsnr)
     inputs = z if lowres is None else jnp.concatenate([z, repeat(lowres)], axis=-1)
+    if lowres_logsnr is not None:
+        lowres_logsnr = repeat(lowres_logsnr)
     output = MODELS[config.model.name](config.model).apply(
-        {"params": params}, inputs, logsnr, text_emb, text_mask, lowres_logsnr=repeat(lowres_logsnr)
+        {"params": params}, inputs, logsnr, text_emb, text_mask, lowres_logsnr=lowres_logsnr
     )
     output = _prediction(output.astype(jnp.float32))
     x0 = diffusion.to_x0(config.diffusion.prediction, output, z=z, logsnr=logsnr)

@@ -79,7 +79,7 @@ class Slice(NamedTuple):
     """
 
     name: str
-    devices: list[jax.Device]
+    devices: list[jax.Device]  # pyright: ignore[reportInvalidTypeForm]
     chips: int
     hbm: int
 

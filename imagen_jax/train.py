@@ -38,7 +38,7 @@ from imagen_jax import (
 )
 from imagen_jax.checkpoint import Checkpoints
 from imagen_jax.config import Config, ConfigError
-from imagen_jax.faults import Faults
+from imagen_jax.faults import AboutStep, Faults
 from imagen_jax.interop import weights
 from imagen_jax.optimizer import learning_rate, make_optimizer
 from imagen_jax.preemption import Preempted, Preemption
@@ -48,8 +48,6 @@ from imagen_jax.train_step import INIT_STREAM, StepFn, jit_train_step, times_of,
 
 # A source of batches: first step wanted -> that step's batch and all that follow.
 Batches = Callable[[int], Iterable[Mapping[str, np.ndarray]]]
-# What else is known of a step's batch, for the record: its records, its captions.
-AboutStep = Callable[[int], Mapping[str, Any]]
 # What is left to do to a batch on its devices: encoding its captions, where that is not stored.
 Encode = Callable[[Mapping[str, Array]], Mapping[str, Array]]
 
@@ -270,11 +268,12 @@ class Run:
             traced = step_fn.trace(state, batch)
             if self.compiled_step:
                 made_for = compiled.identity(self.config, list(devices.flat))
-                self.train_step = compiled.load(self.compiled_step, traced, made_for)
+                run_step = compiled.load(self.compiled_step, traced, made_for)
                 self.log(f"the compiled step is that of {self.compiled_step}")
             else:
-                self.train_step = traced.lower().compile()
-            state, report = jax.block_until_ready(self.train_step(state, batch))
+                run_step = traced.lower().compile()
+            state, report = jax.block_until_ready(run_step(state, batch))
+            self.train_step = run_step
             flops = useful_flops(traced, self.config, self.optimizer, state, batch, self.mesh)
             flops /= devices.size
         self.progress.start(step + 1, flops, devices.size, devices.flat[0].device_kind)
@@ -286,7 +285,7 @@ class Run:
         """Prints the progress line and returns the row of metrics."""
         scalars = ("loss", "x0_mse", "grad_norm", "skipped")
         values = {name: float(report[name]) for name in scalars}
-        values["learning_rate"] = float(self.rate(step - 1))
+        values["learning_rate"] = float(np.asarray(self.rate(step - 1)))
         values |= _loss_by_noise(np.sum(jax.device_get(list(noise_bins)), axis=0))
         return self.progress.report(step, values)
 
@@ -390,8 +389,9 @@ def _closing(stream: Iterator) -> Iterator[Iterator]:
     try:
         yield stream
     finally:
-        if hasattr(stream, "close"):
-            stream.close()
+        close = getattr(stream, "close", None)
+        if close:
+            close()
 
 
 def _say_nothing(line: str) -> None:

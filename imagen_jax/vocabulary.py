@@ -99,7 +99,7 @@ class ClipVocabulary:
                 self._tokenizer = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
         except Exception as error:  # The library raises plain Exception for damaged files.
             raise ConfigError(f"{name} holds no CLIP vocabulary: {error}") from error
-        marks = [self._tokenizer.token_to_id(mark) for mark in (self._START, self._END)]
+        marks: list[Any] = [self._tokenizer.token_to_id(mark) for mark in (self._START, self._END)]
         if None in marks:
             raise ConfigError(f"{name} holds no CLIP vocabulary: no {self._START}, {self._END}")
         self.start, self.end = (marks[0],), marks[1]

@@ -113,6 +113,9 @@ def test_a_broken_config_file(refused, tmp_path):
     (tmp_path / "broken.py").write_text("def get_config(:\n")
     line = refused("train", f"--config={tmp_path}/broken.py", f"--workdir={tmp_path}/run")
     assert "broken.py" in line and "SyntaxError" in line
+    (tmp_path / "config.json").write_text("{}")
+    line = refused("train", f"--config={tmp_path}/config.json", f"--workdir={tmp_path}/run")
+    assert "config.json" in line and "is no Python file" in line
 
 
 def test_sample_refuses_what_it_cannot_draw(refused, tmp_path):

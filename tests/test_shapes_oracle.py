@@ -28,6 +28,18 @@ def read(caption):
     return {tuple(thing[group] for group in order) for thing in shapes_oracle.read(caption)}
 
 
+def placed(text):
+    """What a text says that only `pretrain_text` reads: "left red cross and then right ..."."""
+    words = {word.split()[0]: word for word in shapes.RELATIONS}
+    things = set()
+    for half in text.rstrip(".").split(" and then "):
+        half = half.split()
+        side = half.pop(0) if half[0] in words else half.pop()
+        *size, color, shape = half
+        things.add((color, shape, "".join(size), "1", words[side]))
+    return things
+
+
 @pytest.mark.parametrize("split", shapes.SPLITS)
 def test_captions_and_their_paraphrases_are_read_for_what_they_say(split):
     for index in range(300):
@@ -35,7 +47,8 @@ def test_captions_and_their_paraphrases_are_read_for_what_they_say(split):
         captions = shapes.paraphrases(split, index)
         assert captions[0] == scene.caption and len(captions) == shapes.PARAPHRASES
         for caption in captions:
-            assert read(caption) == said(scene), caption
+            understood = placed(caption) if " and then " in caption else read(caption)
+            assert understood == said(scene), caption
 
 
 def test_names_are_those_of_the_world():

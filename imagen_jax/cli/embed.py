@@ -48,7 +48,7 @@ def run(flags: argparse.Namespace) -> None:
         return
     if not config.data.embeddings:
         raise ConfigError("config.data.embeddings='' must name the folder of the store to write")
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    devices = partitioning.batch_devices(mesh)
     if settings.unit_size % devices:
         raise ConfigError(
             f"config.embed.unit_size={settings.unit_size} must be a multiple of {devices} "

@@ -11,6 +11,8 @@ import argparse
 import dataclasses
 import json
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 
@@ -83,7 +85,7 @@ def _open(flags: argparse.Namespace) -> tuple[topology.Slice, Config]:
 
 
 def _make(
-    flags: argparse.Namespace, config: Config, where: topology.Slice, options: dict[str, float]
+    flags: argparse.Namespace, config: Config, where: topology.Slice, options: Mapping[str, Any]
 ) -> Plan:
     """The plan that the flags ask for."""
     if flags.stage == "train":

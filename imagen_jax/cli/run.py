@@ -15,6 +15,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Sequence
+from types import ModuleType
 
 from imagen_jax.preemption import RESTART, Preempted
 
@@ -54,9 +55,8 @@ def _silence_other_threads() -> None:
     logging.getLogger("absl").addFilter(lambda record: record.exc_info is None)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb; returns the exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+def parse(arguments: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
+    """The verb's module and flags; ends the process with status 2 where these are wrong."""
     parser = argparse.ArgumentParser(prog="imagen", description="Text-to-image cascades in JAX.")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, text in VERBS.items():
@@ -77,19 +77,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = [a for a in rest if not a.startswith("--config.")]
     if unknown or (overrides and not hasattr(flags, "config")):
         verb_parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
-    flags.overrides = overrides
+    flags.verb, flags.overrides = verb, overrides
+    return module, flags
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb; returns the exit code."""
+    module, flags = parse(list(sys.argv[1:] if argv is None else argv))
     warnings.showwarning = lambda message, *_, **__: print(
-        f"imagen {verb}: warning: {' '.join(str(message).split())}", file=sys.stderr
+        f"imagen {flags.verb}: warning: {' '.join(str(message).split())}", file=sys.stderr
     )
     _silence_other_threads()
     try:
         module.run(flags)
     except Preempted as told:
-        print(f"imagen {verb}: {told}", file=sys.stderr)
+        print(f"imagen {flags.verb}: {told}", file=sys.stderr)
         return RESTART
     except Exception as error:
         if not _own_error(error) or os.environ.get("IMAGEN_TRACEBACK"):
             raise
-        print(f"imagen {verb}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"imagen {flags.verb}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0

@@ -58,5 +58,6 @@ def run(flags: argparse.Namespace) -> None:
 
 def keep_compiled(workdir: str) -> None:
     """Keeps compiled programs in the workdir, unless the user keeps them elsewhere."""
-    if not jax.config.jax_compilation_cache_dir:
+    # JAX makes the attributes of its configuration as it goes.
+    if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_compilation_cache_dir", os.path.join(workdir, "compiled"))

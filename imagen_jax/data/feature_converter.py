@@ -7,6 +7,7 @@ text padded with zeros to a fixed length, and the mask that tells the two apart.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import seqio
 import tensorflow as tf
@@ -19,7 +20,7 @@ class ImagenFeatureConverter(seqio.FeatureConverter):
 
     TASK_FEATURES: Mapping[str, Spec] = {}
     MODEL_FEATURES: Mapping[str, Spec] = {}
-    PACKING_FEATURE_DTYPES = None
+    PACKING_FEATURE_DTYPES = None  # pyright: ignore[reportAssignmentType] # Nothing is packed.
 
     def __init__(self, lowres: bool, text: str = "text_emb") -> None:
         """Says what the examples carry.
@@ -60,7 +61,8 @@ class ImagenFeatureConverter(seqio.FeatureConverter):
         def convert(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
             text = tf.cast(example[self._text], self._text_dtype)
             count = tf.shape(text)[0]
-            padded = tf.pad(text, [(0, length - count)] + [(0, 0)] * (len(text.shape) - 1))
+            paddings: Any = [(0, length - count)] + [(0, 0)] * (len(text.shape) - 1)
+            padded = tf.pad(text, paddings)
             return {
                 **{name: _to_float(example[name]) for name in self._pictures},
                 self._text: tf.ensure_shape(padded, (length, *text.shape[1:])),

@@ -169,7 +169,7 @@ class Pipeline:
 
     def encode(self, batch: Mapping[str, Array]) -> Mapping[str, Array]:
         """A batch on its devices as the model reads it: text that is still ids is encoded."""
-        if "text_ids" in batch:
+        if isinstance(self.store, TokenSource):
             return self.store.encode(batch, self.data.max_text_len)
         return batch
 

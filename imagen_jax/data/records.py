@@ -203,7 +203,11 @@ class AnySource(Protocol):
     """What the pipeline reads: one source, or several as one (index.Source, mixture.Mixture)."""
 
     fingerprint: str
-    report: Quarantine
+
+    @property
+    def report(self) -> Quarantine:
+        """The records that are not used."""
+        ...
 
     def __len__(self) -> int: ...
 

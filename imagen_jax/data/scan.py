@@ -37,7 +37,8 @@ from imagen_jax.data.table import Table, TableWriter
 
 LAYOUT = 2  # Raised when the meaning of a cached index changes.
 CHUNK = 32  # Records that a thread examines at a time.
-A, B = TypeVar("A"), TypeVar("B")
+A = TypeVar("A")
+B = TypeVar("B")
 
 
 class Verdict(NamedTuple):

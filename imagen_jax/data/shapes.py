@@ -24,6 +24,7 @@ from imagen_jax.data.shapes_captions import (
     AXIS,
     NUMBERS,
     OPPOSITE,
+    PLACES,
     RELATIONS,
     SINGULARS,
     SIZE_NAMED_SHARE,
@@ -67,6 +68,9 @@ MAX_SLANT = 0.5
 PLACEMENT_TRIES = 64
 
 PARAPHRASES = 4
+PLACES_SHARE = 0.7
+# Who is where takes more text to learn than what is there.
+TURNS = {"single": 1, "count": 1, "relation": 4}
 PARAPHRASE_STREAM = 99  # Apart from the splits, whose numbers stand in its place.
 
 
@@ -114,18 +118,27 @@ def scene(split: str, index: int) -> Scene:
     return Scene(kind, _place(objects, relation, rng), relation, caption, sizes_named)
 
 
-def paraphrases(split: str, index: int) -> tuple[str, ...]:
+def paraphrases(split: str, index: int, turn: int = 0) -> tuple[str, ...]:
     """PARAPHRASES captions that say the same of a scene; its own is the first.
 
-    Half of those of a relation are its mirror image, "a below b" for "b above a", and half of those
-    of a number name one of the objects: "each of two things is a cross" for "two crosses".
+    Most of those of a relation tell who is where, "a above and then b below", and half of the rest
+    are its mirror image, "b below a" for "a above b". Half of those of a number name one of the
+    objects: "each of two things is a cross" for "two crosses".
+
+    Args:
+      split: of the scene.
+      index: of the scene.
+      turn: the same scene is put otherwise in another turn.
     """
     shown = scene(split, index)
-    rng = np.random.default_rng((VERSION, PARAPHRASE_STREAM, list(SPLITS).index(split), index))
+    stream = (VERSION, PARAPHRASE_STREAM, list(SPLITS).index(split), index, turn)
+    rng = np.random.default_rng(stream)
     captions = [shown.caption]
     while len(captions) < PARAPHRASES:
         relation, templates = shown.relation, ()
-        if relation and rng.random() < 0.5:
+        if relation and rng.random() < PLACES_SHARE:
+            templates = PLACES
+        elif relation and rng.random() < 0.5:
             relation = Relation(OPPOSITE[relation.word], relation.second, relation.first)
         elif shown.kind == "count" and rng.random() < 0.5:
             templates = SINGULARS

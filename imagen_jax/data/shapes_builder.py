@@ -90,7 +90,7 @@ def prepare(data_dir: str, name: str) -> None:
     tfds.disable_progress_bar()
     try:
         builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
-    except tfds.core.registered.DatasetNotFoundError as error:
+    except tfds.core.registered.DatasetNotFoundError as error:  # pyright: ignore[reportAttributeAccessIssue]
         raise ConfigError(
             f"config.data.name={name!r} is no TFDS data set; try shapes_world, "
             "or import the module that defines the builder"
@@ -115,8 +115,12 @@ def _write_prompts(split: str, path: pathlib.Path) -> None:
 
 def _write_corpus(path: pathlib.Path) -> None:
     """Text about the training scenes alone, for `pretrain_text`."""
-    scenes = range(shapes.SPLITS["train"])
-    _write(path, [json.dumps(shapes.paraphrases("train", index)) + "\n" for index in scenes])
+    lines = [
+        json.dumps(shapes.paraphrases("train", index, turn)) + "\n"
+        for index in range(shapes.SPLITS["train"])
+        for turn in range(shapes.TURNS[shapes.scene("train", index).kind])
+    ]
+    _write(path, lines)
 
 
 def _write(path: pathlib.Path, lines: list[str]) -> None:

@@ -55,6 +55,15 @@ TEMPLATES = {
 # Said in text alone, never of a picture: what a plural is a plural of.
 SINGULARS = ("{n} things, each {a}", "{a}, {n} times", "each of {n} things is {a}")
 
+# The same for a relation: who is where.
+PLACES = (
+    "{x} {p} and then {y} {q}",
+    "{y} {q} and then {x} {p}",
+    "{p} {x} and then {q} {y}",
+    "{q} {y} and then {p} {x}",
+)
+SIDE = {"left of": "left", "right of": "right", "above": "above", "below": "below"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Object:
@@ -95,13 +104,14 @@ def sentence(
       templates: to choose from; none: the kind's.
     """
     templates = templates or TEMPLATES[kind]
-    template = templates[rng.integers(len(templates))]
+    template = templates[int(rng.integers(len(templates)))]
     things = [objects[relation.first], objects[relation.second]] if relation else objects
     x, y = (_named(thing, sizes_named) for thing in (things[0], things[-1]))
     a, b = (f"an {name}" if name[0] in "aeiou" else f"a {name}" for name in (x, y))
     words = {"a": a, "b": b, "x": x, "y": y}
     if relation:
         words["word"] = relation.word
+        words["p"], words["q"] = SIDE[relation.word], SIDE[OPPOSITE[relation.word]]
         words["to"] = relation.word if AXIS[relation.word] else f"to the {relation.word}"
     elif kind == "count":
         words["n"] = str(len(objects)) if rng.random() < DIGIT_SHARE else NUMBERS[len(objects)]

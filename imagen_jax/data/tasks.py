@@ -155,7 +155,7 @@ def register(pipeline: Pipeline) -> str:
     )
     seqio.TaskRegistry.add(
         name,
-        source=StreamSource(pipeline),
+        source=StreamSource(pipeline),  # pyright: ignore[reportArgumentType]
         preprocessors=[drop_padding],
         output_features=features,
         shuffle_buffer_size=None,

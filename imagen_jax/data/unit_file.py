@@ -161,16 +161,18 @@ def dequantize(
 
 def read_header(path: pathlib.Path) -> Header:
     """The header, checked against the file's length. Raises EmbeddingError."""
-    header = None
+    header, size = None, 0
     try:
-        content = path.open("rb").read(_HEADER.size)
+        with path.open("rb") as file:
+            content = file.read(_HEADER.size)
         if content.startswith(TAG):
-            _, *shape, dtype, error, norm = _HEADER.unpack(content)
-            header = Header(*shape, dtype.rstrip(b"\0").decode(), error, norm, _HEADER.size)
+            _, count, tokens, dim, tag, error, norm = _HEADER.unpack(content)
+            dtype = tag.rstrip(b"\0").decode()
+            header = Header(count, tokens, dim, dtype, error, norm, _HEADER.size)
             size = header.end + _SHA_BYTES
         elif content.startswith(OLD_TAG):
-            _, *shape = _OLD_HEADER.unpack(content[: _OLD_HEADER.size])
-            header = Header(*shape, "bfloat16", np.nan, np.nan, _OLD_HEADER.size)
+            _, count, tokens, dim = _OLD_HEADER.unpack(content[: _OLD_HEADER.size])
+            header = Header(count, tokens, dim, "bfloat16", np.nan, np.nan, _OLD_HEADER.size)
             size = header.end
     except (OSError, struct.error, UnicodeDecodeError):
         header = None

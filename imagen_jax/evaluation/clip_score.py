@@ -47,12 +47,14 @@ def preprocess(picture: UInt8[np.ndarray, "h w 3"], size: int) -> Float[np.ndarr
 
 @functools.partial(jax.jit, static_argnames=("config", "dim"))
 def _embed_pictures(params: Any, pictures: Array, *, config: Any, dim: int) -> Array:
-    return clip.PictureEmbedding(config, dim).apply({"params": params}, pictures)
+    embedded: Any = clip.PictureEmbedding(config, dim).apply({"params": params}, pictures)
+    return embedded
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dim"))
 def _embed_text(params: Any, ids: Array, mask: Array, *, config: Any, dim: int) -> Array:
-    return clip.TextEmbedding(config, dim).apply({"params": params}, ids, mask)
+    embedded: Any = clip.TextEmbedding(config, dim).apply({"params": params}, ids, mask)
+    return embedded
 
 
 def picture_network(towers: Towers) -> Network:

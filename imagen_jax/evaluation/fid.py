@@ -72,10 +72,11 @@ class Reference(NamedTuple):
 
 @jax.jit
 def _inception_features(params: Any, pictures: Float[Array, "b h w 3"]) -> Float[Array, "b d"]:
-    return Inception().apply({"params": params}, pictures)
+    features: Any = Inception().apply({"params": params}, pictures)
+    return features
 
 
-def inception_network(path: str, filter: str) -> tuple[Network, dict[str, str]]:
+def inception_network(path: str, filter: str) -> tuple[Network, dict[str, Any]]:
     """Inception as `features.extract` wants it, and what the card says of it.
 
     Raises:

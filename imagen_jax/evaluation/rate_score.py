@@ -160,7 +160,7 @@ def _ratings(key: Mapping[str, Any], answers: Answers) -> list[Rating]:
     for (rater, number, question), answer in sorted(answers.items()):
         item = key["items"][number]
         if not item["control"]:
-            sides = dict(zip(("left", "right"), item["of"], strict=False))
+            sides: dict[str, str] = dict(zip(("left", "right"), item["of"], strict=False))
             of = item["of"][0] if len(item["of"]) == 1 else ""
             ratings.append(Rating(rater, number, question, sides.get(answer, answer), of))
     return ratings

@@ -153,10 +153,12 @@ def _fit(mask: np.ndarray) -> tuple[str | None, float, float]:
         y = rows.mean() - top + shift_y - _CENTROID_BELOW[shape] * radius
         dx, dy = np.arange(window.shape[1]) - x, np.arange(window.shape[0])[:, None] - y
         # Single precision: this line is most of the time a picture takes.
-        template = shapes.coverage(shape, *map(np.float32, (radius, dx, dy))) > 0.5
+        template = (
+            shapes.coverage(shape, *(np.asarray(v, np.float32) for v in (radius, dx, dy))) > 0.5
+        )
         iou = (template & window).sum((1, 2)) / (template | window).sum((1, 2))
         overlap[shape], radii[shape] = float(iou.max()), float(radius.ravel()[iou.argmax()])
-    second, best = sorted(overlap, key=overlap.get)[-2:]
+    second, best = sorted(overlap, key=lambda shape: overlap[shape])[-2:]
     # What the two do not share is a strip along the outline.
     roughness = (1 - overlap[best]) * radii[best] * _UNIT_AREA[best] / _UNIT_OUTLINE[best]
     clear = roughness <= MAX_ROUGHNESS and overlap[best] - overlap[second] >= MIN_IOU_LEAD
@@ -165,5 +167,5 @@ def _fit(mask: np.ndarray) -> tuple[str | None, float, float]:
 
 def _size(radius: float) -> str | None:
     off = {name: abs(math.log(radius / usual)) for name, usual in shapes.SIZES.items()}
-    name = min(off, key=off.get)
+    name = min(off, key=lambda size: off[size])
     return name if off[name] <= math.log(MAX_SIZE_RATIO) else None

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import json
 import pathlib
 import re
 from collections.abc import Mapping
@@ -220,7 +219,7 @@ def _foreign_name(path: str) -> str:
         return "embeddings.token_embedding.weight"
     if path == "position_embedder":
         return "embeddings.position_embedding.weight"
-    number, part, kind = re.fullmatch(r"layers_(\d+)/(.+)/(\w+)", path).groups()
+    ((number, part, kind),) = re.findall(r"^layers_(\d+)/(.+)/(\w+)$", path)
     return f"encoder.layers.{number}.{_PARTS[part]}.{'bias' if kind == 'bias' else 'weight'}"
 
 
@@ -233,12 +232,7 @@ def _read(path: str, tensor: weights.Tensor) -> np.ndarray:
 
 def _read_config(path: pathlib.Path) -> dict[str, Any]:
     """Their whole configuration."""
-    if not path.is_file():
-        raise weights.WeightsError(f"{path} is missing; a Hugging Face CLIP folder has one")
-    try:
-        values = dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise weights.WeightsError(f"{path} is not a JSON object: {error}") from error
+    values = weights.read_config(path, "a Hugging Face CLIP folder")
     kind = values.get("model_type")
     if kind not in ("clip", "clip_text_model"):
         raise weights.WeightsError(

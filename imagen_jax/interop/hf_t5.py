@@ -128,12 +128,7 @@ def save(folder: str | pathlib.Path, config: T5Config, params: dict[str, Any]) -
 
 
 def _read_config(path: pathlib.Path) -> T5Config:
-    if not path.is_file():
-        raise weights.WeightsError(f"{path} is missing; a Hugging Face T5 folder has one")
-    try:
-        values = _OLD_DEFAULTS | json.loads(path.read_text())
-    except (ValueError, TypeError) as error:
-        raise weights.WeightsError(f"{path} is not a JSON object: {error}") from error
+    values = _OLD_DEFAULTS | weights.read_config(path, "a Hugging Face T5 folder")
     kind = values.get("model_type")
     if kind == "umt5":
         raise weights.WeightsError(f"{path} describes a umT5{_UMT5}")

@@ -6,7 +6,6 @@ what our U-Net can do and diffusers' cannot.
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -88,13 +87,7 @@ _ACTIVATIONS = {"gelu": "gelu", "silu": "swish", "swish": "swish"}
 def read_config(folder: str | pathlib.Path) -> dict[str, Any]:
     """The fields of FOLDER/config.json. Raises WeightsError."""
     path = pathlib.Path(folder) / "config.json"
-    if not path.is_file():
-        raise weights.WeightsError(f"{path} is missing; the unet folder of an IF model has one")
-    try:
-        values = dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise weights.WeightsError(f"{path} is not a JSON object: {error}") from error
-    return values
+    return weights.read_config(path, "the unet folder of an IF model")
 
 
 def model_config(given: Mapping[str, Any], where: str) -> ModelConfig:

@@ -233,6 +233,20 @@ def _open_shards(index: pathlib.Path, keep: Callable[[str], bool]) -> dict[str, 
     return tensors
 
 
+def read_config(path: pathlib.Path, kind: str) -> dict[str, Any]:
+    """The config.json of a foreign model; `kind` says in messages of what folder it is.
+
+    Raises:
+      WeightsError: it is missing, or no JSON object.
+    """
+    if not path.is_file():
+        raise WeightsError(f"{path} is missing; {kind} has one")
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise WeightsError(f"{path} is not a JSON object: {error}") from error
+
+
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """`{"a": {"b": x}}` as `{"a/b": x}`."""
     flat: dict[str, Any] = {}

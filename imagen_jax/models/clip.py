@@ -15,6 +15,7 @@ that padding behind a token never reaches it.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -215,7 +216,7 @@ def _projection(features: int, dtype: str) -> nn.Dense:
     return nn.Dense(features, use_bias=False, dtype=dtype, name="projection")
 
 
-def init_params(config: ClipTextConfig, key: Key[Array, ""]) -> dict:
+def init_params(config: ClipTextConfig, key: Key[Array, ""]) -> Any:
     """Fresh float32 parameters, each boxed with its logical axis names."""
     ids = jnp.zeros((1, 2), jnp.int32)
     return TextTower(config).init(key, ids, ids == 0)["params"]

@@ -52,9 +52,9 @@ class ConvNorm(nn.Module):
 
 def _chain(x: Array, name: str, convolutions: Chain) -> Array:
     """Convolutions NAME_1, NAME_2, ...; a single one is NAME."""
-    for number, (features, *kernel) in enumerate(convolutions, 1):
+    for number, (features, height, width) in enumerate(convolutions, 1):
         own = name if len(convolutions) == 1 else f"{name}_{number}"
-        x = ConvNorm(features, tuple(kernel), name=own)(x)
+        x = ConvNorm(features, (height, width), name=own)(x)
     return x
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -28,10 +28,11 @@ TEXT_GROUPS = 32  # of the GroupNorm on text tokens, IF's
 _FAN_IN = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 
 
-def _input_dtype(x: Array, *params: Array | None, dtype: None = None) -> list[Array | None]:
+def _input_dtype(*arrays: Array | None, dtype: Any = None, inexact: bool = True) -> list[Any]:
     """Casts float32 parameters to the input; Flax's own rule would widen the input instead."""
-    del dtype
-    return [x, *(None if p is None else p.astype(x.dtype) for p in params)]
+    del dtype, inexact
+    x: Any = arrays[0]
+    return [x, *(None if p is None else p.astype(x.dtype) for p in arrays[1:])]
 
 
 def remat_block(block: type[nn.Module], policy: str) -> type[nn.Module]:
@@ -129,7 +130,7 @@ def attend(
 
 def attention_implementation(
     query: Array | jax.ShapeDtypeStruct, key: Array | jax.ShapeDtypeStruct, backend: str
-) -> str:
+) -> Literal["cudnn", "xla"]:
     """cudnn where its fused attention takes the work, xla elsewhere.
 
     The fused kernel never writes the [queries, keys] matrix to memory. It takes half precision, at
@@ -225,7 +226,7 @@ def attention_blocks(
     mask: Bool[Array, "b l"],
     *,
     config: ModelConfig,
-    attends: tuple[bool, bool],
+    attends: tuple[bool, ...],
     name: str,
 ) -> Float[Array, "b h w c"]:
     """The attention of one place in a U-Net.

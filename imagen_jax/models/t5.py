@@ -9,6 +9,7 @@ kernel names its logical axes, so that `partitioning` can lay an XXL over a mesh
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -243,7 +244,7 @@ class T5Encoder(nn.Module):
         return jnp.where(mask[..., None], x.astype(jnp.float32), 0.0)
 
 
-def init_params(config: T5Config, key: Key[Array, ""]) -> dict:
+def init_params(config: T5Config, key: Key[Array, ""]) -> Any:
     """Fresh float32 parameters, each boxed with its logical axis names."""
     ids = jnp.zeros((1, 2), jnp.int32)
     return T5Encoder(config).init(key, ids, ids == 0)["params"]

@@ -56,7 +56,7 @@ class UNet(nn.Module):
             block = layers.remat_block(layers.ResBlock, cfg.remat)
             return block(cfg, features, resample, name=name)(x, embedding, train)
 
-        def attention(x: Array, attends: tuple[bool, bool], name: str) -> Array:
+        def attention(x: Array, attends: tuple[bool, ...], name: str) -> Array:
             return layers.attention_blocks(
                 x, text, text_mask, config=cfg, attends=attends, name=f"{name}_attention"
             )

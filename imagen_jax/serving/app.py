@@ -103,7 +103,8 @@ def make_app(
         Route("/api/pictures", pictures),
         Route("/pictures/{id}.png", picture),
     ]
-    return Guard(Starlette(routes=routes, exception_handlers={HTTPException: _refusal}), hosts)
+    handlers: Any = {HTTPException: _refusal}
+    return Guard(Starlette(routes=routes, exception_handlers=handlers), hosts)
 
 
 class Guard:

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from imagen_jax.config import Config, unknown_name
+from imagen_jax.request import MAX_SEED
 
-MAX_SEED = 2**32 - 1
 FIELDS = ("prompt", "negative_prompt", "seed", "samples", "stages")
 SETTINGS = ("steps", "guidance_weight")
 SHOWN = 60  # characters of a wrong value that a message repeats

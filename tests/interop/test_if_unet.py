@@ -146,8 +146,8 @@ def test_an_imported_cascade_draws(folders, tmp_path):
         )
         for s in imported(folders, tmp_path)
     ]
-    keys = cascade.picture_keys(0, [0], [0])
-    small, large = cascade.sample(stages, text, np.ones((1, 77), bool), keys)
+    chain = cascade.Cascade(stages)
+    small, large = chain.sample_stages(text_emb=text, text_mask=np.ones((1, 77), bool))
     assert small.shape == (1, 8, 8, 3) and large.shape == (1, 32, 32, 3) and large.std() > 1
 
 

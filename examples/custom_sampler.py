@@ -1,0 +1,82 @@
+"""Draws with a sampler of your own, beside those that are there, from the same noise.
+
+    python examples/custom_sampler.py --stage=runs/demo/stages/base --prompt='a red circle' \
+      --out=samplers.png
+
+A sampler is a pair (init, step). `step` sees `denoise(z, logsnr) -> x0`, the levels it leads from
+and to, a key for each picture, and a state of its own; what is in `denoise` (text, guidance,
+thresholding) is none of its business.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from imagen_jax import cascade, diffusion, images, sampling, stage
+from imagen_jax.diffusion import alpha_sigma, expand, to_eps
+from imagen_jax.sampling import Sampler
+
+
+def averaged_ddim(share: float = 0.5) -> Sampler:
+    """DDIM on a running mean of the noise estimates: a smoother path in few steps.
+
+    eps_bar <- share eps_bar + (1 - share) eps; z_s = alpha_s x0_bar + sigma_s eps_bar, with the x0
+    that eps_bar stands for at the noisier level.
+    """
+
+    def init(z):
+        return jnp.zeros_like(z), jnp.zeros(z.shape[:1], bool)
+
+    def step(denoise, z, logsnr_t, logsnr_s, keys, state):
+        mean, has_mean = state
+        eps = to_eps(denoise(z, logsnr_t), z=z, logsnr=logsnr_t)
+        kept = expand(jnp.where(has_mean, share, 0.0), z)
+        mean = kept * mean + (1.0 - kept) * eps
+        x0 = diffusion.to_x0("eps", mean, z=z, logsnr=logsnr_t)
+        alpha_s, sigma_s = (expand(v, z) for v in alpha_sigma(logsnr_s))
+        return alpha_s * x0 + sigma_s * mean, (mean, jnp.ones_like(has_mean))
+
+    return Sampler(init, step)
+
+
+sampling.SAMPLERS["averaged_ddim"] = averaged_ddim
+
+
+def main() -> None:
+    """A row of pictures for each sampler; every column starts from the same noise."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--stage", required=True, help="folder of a base stage")
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--out", required=True, help="picture to write")
+    parser.add_argument("--count", type=int, default=6, help="pictures of each sampler")
+    parser.add_argument("--steps", type=int, default=16)
+    flags = parser.parse_args()
+
+    chain = cascade.Cascade.load([flags.stage])
+    config, count = chain.configs[0], flags.count
+    text_emb, text_mask = chain.embed([flags.prompt] * count)
+    denoise = stage.denoiser(
+        cascade.load_stage(flags.stage).params, config, text_emb=text_emb, text_mask=text_mask
+    )
+    keys = cascade.picture_keys(0, range(count), [0] * count)
+    size = config.data.image_size
+    times = jnp.linspace(1.0, 0.0, flags.steps + 1)
+    logsnrs = diffusion.logsnr_at(times, config.diffusion)
+
+    noise = sampling.normal(keys, (size, size, 3))
+    rows = []
+    for name, make in sampling.SAMPLERS.items():
+        draw = functools.partial(sampling.sample_loop, make(), denoise, logsnrs=logsnrs, keys=keys)
+        rows.append(images.to_uint8(np.asarray(jax.jit(draw)(z=noise))))
+        print(f"{name}: mean {rows[-1].mean():.1f}, deviation {rows[-1].std():.1f} of 255")
+    sheet = images.grid(np.concatenate(rows), columns=count, scale=max(64 // size, 1))
+    images.save_png(flags.out, sheet, {"rows": ", ".join(sampling.SAMPLERS)})
+
+
+if __name__ == "__main__":
+    main()

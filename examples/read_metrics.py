@@ -1,0 +1,87 @@
+"""What a run says of itself: a summary of WORKDIR/metrics.jsonl, and its loss as a chart.
+
+    python examples/read_metrics.py --workdir=runs/base --chart=loss.svg
+
+A row of metrics.jsonl is one JSON object: step, seconds since this process began, and the numbers
+of docs/training.md. After a restart `seconds` begins anew; rows that were computed again are gone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from imagen_jax.evaluation import line_chart
+from imagen_jax.evaluation.line_chart import Point
+
+Row = dict[str, Any]
+
+
+def read(workdir: str) -> list[Row]:
+    """The rows in order; the last line of a run that was killed may be cut."""
+    rows = []
+    for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def smoothed(rows: Sequence[Row], name: str, window: int) -> list[Point]:
+    """Mean of the last `window` rows, at each row."""
+    points = []
+    for end in range(1, len(rows) + 1):
+        values = [row[name] for row in rows[max(end - window, 0) : end]]
+        points.append(Point(rows[end - 1]["step"], statistics.fmean(values)))
+    return points
+
+
+def summary(rows: Sequence[Row]) -> list[str]:
+    """Lines for people: how far, how well, how fast, what was skipped."""
+    tenth = max(len(rows) // 10, 1)
+    first, last = rows[:tenth], rows[-tenth:]
+
+    def mean(part: Sequence[Row], name: str) -> float:
+        return statistics.fmean(row[name] for row in part)
+
+    lines = [
+        f"steps {rows[0]['step']} to {rows[-1]['step']}, {len(rows)} rows",
+        f"x0_mse {mean(first, 'x0_mse'):.4g} in the first tenth, {mean(last, 'x0_mse'):.4g} in "
+        "the last",
+        f"{mean(last, 'images_per_second'):.1f} images/s, {mean(last, 'data_wait'):.1%} of the "
+        "time waiting for batches",
+        f"{rows[-1]['skipped']:.0f} updates skipped (not finite)",
+    ]
+    if "mfu" in rows[-1]:
+        lines.append(f"MFU {mean(last, 'mfu'):.1%}")
+    # Where the loss is: by noise level, from nearly clean pictures to nearly noise.
+    levels = sorted({name for row in last for name in row if name.startswith("loss/logsnr")})
+    for name in levels:
+        known = [row[name] for row in last if name in row]
+        low, high = name.removeprefix("loss/logsnr_").split("_")
+        lines.append(f"loss at logsnr {low} .. {high}: {statistics.fmean(known):.4g}")
+    return lines
+
+
+def main() -> None:
+    """Prints the summary; writes the chart."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workdir", required=True, help="folder of the run")
+    parser.add_argument("--chart", default="", help="SVG to write")
+    parser.add_argument("--window", type=int, default=10, help="rows of the moving mean")
+    flags = parser.parse_args()
+    rows = read(flags.workdir)
+    print("\n".join(summary(rows)))
+    if flags.chart:
+        lines = {name: smoothed(rows, name, flags.window) for name in ("loss", "x0_mse")}
+        chart = line_chart.draw(lines, title=flags.workdir, x_label="step", y_label="loss")
+        pathlib.Path(flags.chart).write_text(chart)
+
+
+if __name__ == "__main__":
+    main()

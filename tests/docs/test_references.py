@@ -1,0 +1,88 @@
+"""The pages speak of files and names that are there."""
+
+import ast
+import pathlib
+import re
+
+import pytest
+
+from tests.reference.pages import PAGES, ROOT
+
+NAMED = re.compile(r"\]\(\.\./(imagen_jax/[\w/]+\.py)\): ((?:`[\w.]+`(?:, )?)+)")
+
+
+def names_in(path: pathlib.Path) -> set[str]:
+    """Functions, classes, constants; methods and fields as CLASS.NAME."""
+    found: set[str] = set()
+
+    def visit(body: list[ast.stmt], prefix: str) -> None:
+        for node in body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                found.add(prefix + node.name)
+            if isinstance(node, ast.ClassDef):
+                visit(node.body, f"{node.name}.")
+            if isinstance(node, (ast.Assign, ast.AnnAssign)):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                names = [n for target in targets for n in ast.walk(target)]
+                found.update(prefix + n.id for n in names if isinstance(n, ast.Name))
+
+    visit(ast.parse(path.read_text()).body, "")
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        file, _, anchor = target.partition("#")
+        if re.match(r"https?:|mailto:", target):
+            continue
+        path = page.parent / file if file else page
+        assert path.exists(), f"{page.name}: {target}"
+        if anchor and path.suffix == ".md":
+            heads = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
+            slugs = [re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads]
+            assert anchor in slugs, f"{page.name}: {target}; there are {slugs}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_names_behind_a_file_are_in_it(page):
+    for file, names in NAMED.findall(page.read_text()):
+        known = names_in(ROOT / file)
+        for name in re.findall(r"`([\w.]+)`", names):
+            assert name in known, f"{page.name}: {file} has no {name}"
+
+
+def test_the_tour_has_its_ten_questions():
+    tour = (ROOT / "docs" / "tour.md").read_text()
+    rows = re.findall(r"^\| (?:Where|How|What) .*\?.*$", tour, re.MULTILINE)
+    assert len(rows) == 10
+    for row in rows:
+        assert 1 <= len(set(NAMED.findall(row))) <= 3, row
+
+
+def test_what_the_paper_leaves_open_is_listed():
+    """Each file that says "Paper is silent" or "Differs from paper" stands in docs/paper.md."""
+    paper = (ROOT / "docs" / "paper.md").read_text()
+    for path in sorted((ROOT / "imagen_jax").rglob("*.py")):
+        if re.search(r"[Pp]aper is silent|[Dd]iffers from (the )?paper", path.read_text()):
+            assert f"../{path.relative_to(ROOT)}" in paper, path
+
+
+def test_every_page_is_in_a_list():
+    """All are: `docs/conf.py` puts those that index.md does not name in the place of THE REST."""
+    index = (ROOT / "docs" / "index.md").read_text().split()
+    assert "REST" in index
+    named = [word for word in index if (ROOT / "docs" / f"{word}.md").exists()]
+    assert len(named) == len(set(named)) > 10
+
+
+def test_the_design_has_a_place_for_every_file():
+    design = (ROOT / "docs" / "design.md").read_text()
+    stems = {path.stem for path in (ROOT / "imagen_jax").rglob("*.py")} - {"__init__", "__main__"}
+    # The verbs have a file each; the foreign formats are listed by their names.
+    folders = ("cli", "interop")
+    others = {p.stem for name in folders for p in (ROOT / "imagen_jax" / name).glob("*.py")}
+    names = sorted(stems - others)
+    missing = [name for name in names if not re.search(rf"(?<![a-z]){name}(?![a-z])", design)]
+    assert not missing

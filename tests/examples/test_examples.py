@@ -1,0 +1,145 @@
+"""The programs of examples/, run as their docstrings say, on tiny data."""
+
+import ast
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from imagen_jax import export, stage_folder
+from imagen_jax.cli import run
+from imagen_jax.config import T5Config, TextConfig
+from imagen_jax.interop import hf_t5
+from imagen_jax.models import t5
+from tests.interop.test_if_unet import write as write_if
+from tests.reference.pages import ROOT
+
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+def example(name: str, *arguments: str) -> str:
+    """Runs it; returns what it printed."""
+    done = subprocess.run(
+        [sys.executable, f"examples/{name}.py", *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def write_encoder(folder: pathlib.Path, dim: int) -> str:
+    """A random byte encoder of width `dim`."""
+    shape = T5Config(vocab_size=384, emb_dim=dim, num_layers=1, num_heads=2, head_dim=4, mlp_dim=16)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: rng.standard_normal(leaf.shape, np.float32), t5.parameter_shapes(shape)
+    )
+    hf_t5.save(folder, shape, params)
+    return str(folder)
+
+
+@pytest.fixture
+def pictures(tmp_path) -> pathlib.Path:
+    """A folder of 8 captioned pictures."""
+    folder, rng = tmp_path / "pictures", np.random.default_rng(0)
+    folder.mkdir()
+    for i in range(8):
+        pixels = rng.integers(0, 256, (40, 40, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"picture {i}")
+    return folder
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_an_example_is_short_listed_and_run_here(path):
+    assert len(path.read_text().splitlines()) < 150
+    assert f"[{path.name}]({path.name})" in (ROOT / "examples" / "README.md").read_text()
+    names = [
+        n.value
+        for n in ast.walk(ast.parse(pathlib.Path(__file__).read_text()))
+        if isinstance(n, ast.Constant) and isinstance(n.value, str)
+    ]
+    assert any(path.stem in name for name in names)
+
+
+@pytest.mark.slow
+def test_custom_data_learns_its_colours(tmp_path):
+    said = example("custom_data", f"--workdir={tmp_path}")
+    right, whole = map(int, said.splitlines()[-1].split(": ")[1].split(" have")[0].split(" of "))
+    assert whole == 12 and right >= 10, said
+    assert (tmp_path / "grid.png").is_file()
+
+
+@pytest.mark.slow
+def test_custom_sampler_draws_beside_the_others(base_config, random_params, tmp_path):
+    text = TextConfig(encoder="bytes", path=write_encoder(tmp_path / "text", 8), max_len=16)
+    config = dataclasses.replace(base_config, text=text)
+    export.write_stage(tmp_path / "base", random_params(config), config, {})
+    flags = [f"--stage={tmp_path / 'base'}", "--prompt=a", f"--out={tmp_path / 'sheet.png'}"]
+    said = example("custom_sampler", *flags, "--count=2", "--steps=4")
+    names = [line.split(":")[0] for line in said.splitlines()]
+    assert names == ["ddpm", "ddim", "dpmpp_2m", "heun", "averaged_ddim"]
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.height > 2 * sheet.width
+
+
+@pytest.mark.slow
+def test_a_custom_stage_is_trained_and_exported(pictures, tmp_path):
+    text, workdir, out = (tmp_path / name for name in ("text", "run", "stage"))
+    where = [f"--config.data.path={pictures}", f"--config.data.embeddings={tmp_path / 'emb'}"]
+    where += ["--config=examples/custom_stage.py:middle", f"--config.text.path={text}"]
+    where += ["--config.pretrain_text.steps=2", "--config.train.steps=2"]
+    where += ["--config.data.batch_size=4"]
+    for verb in (
+        ["pretrain_text", *where, f"--out={text}"],
+        ["embed", *where],
+        ["train", *where, f"--workdir={workdir}"],
+    ):
+        assert run.main(verb) == 0
+    assert run.main(["export", f"--workdir={workdir}", f"--out={out}"]) == 0
+    config = stage_folder.load_stage(str(out)).config
+    assert (config.name, config.data.lowres_size, config.data.image_size) == ("middle", 16, 32)
+    stage_folder.check_chain([config], given=16)
+
+
+@pytest.mark.slow
+def test_a_stage_of_ifs_shape_is_trained_and_goes_back(pictures, tmp_path):
+    unet = write_if("base", tmp_path / "unet")
+    text = write_encoder(tmp_path / "text", 24)
+    flags = [f"--unet={unet}", f"--text={text}", "--encoder=bytes", f"--pictures={pictures}"]
+    out = tmp_path / "out"
+    example("finetune_if", *flags, f"--workdir={out}", "--steps=2", "--batch_size=2")
+    before, after = (
+        json.loads((folder / "config.json").read_text()) for folder in (unet, out / "unet")
+    )
+    assert before["block_out_channels"] == after["block_out_channels"]
+    imported, trained = (stage_folder.load_stage(str(out / n)) for n in ("imported", "stage"))
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), imported.params, trained.params)
+    assert 0.0 < max(jax.tree.leaves(moved)) < 1e-3
+    assert trained.config.text.fingerprint
+
+
+def test_read_metrics_says_what_is_in_the_rows(tmp_path):
+    rows = [
+        {"step": k, "loss": 2.0 / k, "x0_mse": 1.0 / k, "skipped": 1, "images_per_second": 50.0}
+        | {"data_wait": 0.25, "loss/logsnr_-2_0": 0.5}
+        for k in range(1, 21)
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "metrics.jsonl").write_text(text + '{"step": 21, "lo')
+    chart = tmp_path / "loss.svg"
+    said = example("read_metrics", f"--workdir={tmp_path}", f"--chart={chart}")
+    assert "steps 1 to 20, 20 rows" in said and "50.0 images/s, 25.0% of the time" in said
+    assert "1 updates skipped" in said and "loss at logsnr -2 .. 0: 0.5" in said
+    assert chart.read_text().count("<circle") == 40
