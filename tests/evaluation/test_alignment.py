@@ -303,6 +303,8 @@ def test_rows_without_positions_and_sizes_have_a_ceiling_too(tmp_path):
     _write_samples(tmp_path, scenes, map(shapes.draw, scenes), drop=("x", "y", "size"))
     report = alignment.evaluate(tmp_path)["kinds"]["all"]
     assert report["ceiling"]["exact"]["mean"] == 1 and report["scores"]["exact"]["mean"] == 1
+    alone = alignment.score_folder(tmp_path)
+    assert alone == {k: t["scores"] for k, t in alignment.evaluate(tmp_path)["kinds"].items()}
 
 
 def test_faults_are_named(tmp_path):
