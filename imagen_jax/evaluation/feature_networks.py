@@ -7,6 +7,7 @@ person; its distances are no FID and compare with its own alone.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable
 from typing import Any
@@ -16,15 +17,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
+from imagen_jax import images
 from imagen_jax.config import unknown_name
 from imagen_jax.evaluation import clip_score, fid
 from imagen_jax.evaluation.features import Network
 from imagen_jax.evaluation.samples import EvaluationError
-from imagen_jax.interop import hf_clip
+from imagen_jax.interop import hf_clip, hf_dinov2
+from imagen_jax.models.clip import ClipVisionConfig
+from imagen_jax.models.dinov2 import PictureFeatures
 
 # Channels of the layers: one picture has as many features as they are together, 56.
 RANDOM_CHANNELS = (8, 16, 32)
 RANDOM_KERNEL, RANDOM_SEED = 5, 0
+# By channel, 0..1.
+IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+IMAGENET_DEVIATION = np.array([0.229, 0.224, 0.225], np.float32)
 
 
 def random_convolutions() -> Network:
@@ -77,10 +84,33 @@ def _clip(file: str, filter: str) -> tuple[Network, dict[str, Any]]:
     return clip_score.picture_network(towers), {"features_sha256": towers.sha256}
 
 
+@functools.partial(jax.jit, static_argnames="config")
+def dinov2_features(params: Any, pictures: Array, *, config: ClipVisionConfig) -> Array:
+    """Features of pictures as `to_dinov2` makes them."""
+    return PictureFeatures(config).apply({"params": params}, pictures)
+
+
+def to_dinov2(picture: UInt8[np.ndarray, "h w 3"]) -> Float[np.ndarray, "s s 3"]:
+    """FD-DINOv2's input: 224 pixels (Pillow's bicubic), ImageNet's mean and deviation.
+
+    Differs from its authors' where the picture is not square: they squeeze it, here it was cut.
+    """
+    square = images.center_crop_resize(picture, hf_dinov2.SIZE, "bicubic")
+    return (square.astype(np.float32) / 255 - IMAGENET_MEAN) / IMAGENET_DEVIATION
+
+
+def _dinov2(file: str, filter: str) -> tuple[Network, dict[str, Any]]:
+    config, params, sha256 = hf_dinov2.read(file, hf_dinov2.SIZE)
+    apply = functools.partial(dinov2_features, config=config)
+    network = Network(f"dinov2 {sha256} {config.image_size}", to_dinov2, apply, params)
+    return network, {"features_sha256": sha256}
+
+
 FEATURE_NETWORKS: dict[str, Callable[[str, str], tuple[Network, dict[str, Any]]]] = {
     "random_convolutions": _random,
     "inception": _inception,
     "clip": _clip,
+    "dinov2": _dinov2,
 }
 
 
@@ -89,7 +119,7 @@ def load(name: str, file: str = "", filter: str = "clean") -> tuple[Network, dic
 
     Args:
       name: of the row.
-      file: of its weights: Inception's file, a Hugging Face CLIP folder; "" for none.
+      file: of its weights: Inception's file, a Hugging Face CLIP or DINOv2 folder; "" for none.
       filter: inception: row of `resizing.FILTERS`.
 
     Raises:
