@@ -1,6 +1,6 @@
 """Trainings of the ablations: stage folders of the shapes cascade, made by the verbs of `imagen`.
 
-All trainings of a stage are equally long (`STEPS`, shortened: the demo takes 7,000 and 6,000) and
+All trainings of a stage are equally long (`STEPS`, shortened: the demo takes 6,500 and 6,000) and
 are named by what they differ in. A stage folder that is there is not trained again, and a training
 that was killed goes on from its last checkpoint.
 """
@@ -18,9 +18,9 @@ STEPS = {"base": 1_500, "sr": 1_000}
 # the caption is a bag of them, since the picture model does not see their order.
 ENCODERS: dict[str, dict[str, int]] = {
     "none": {"num_layers": 0},
-    "tiny": {"num_layers": 1, "emb_dim": 32, "num_heads": 2, "mlp_dim": 64},
-    "small": {},  # The demo's: 4 layers of width 128.
-    "larger": {"num_layers": 6, "emb_dim": 192, "num_heads": 6, "mlp_dim": 384},
+    "tiny": {"num_layers": 1, "emb_dim": 32, "num_heads": 4, "mlp_dim": 64},
+    "small": {},  # The demo's: 3 layers of width 128.
+    "larger": {"num_layers": 6, "emb_dim": 192, "num_heads": 16, "mlp_dim": 384},
     "oracle": {},
 }
 
