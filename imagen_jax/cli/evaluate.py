@@ -6,7 +6,7 @@ import argparse
 import pathlib
 
 from imagen_jax import distributed
-from imagen_jax.cli import evaluate_features
+from imagen_jax.cli import evaluate_features, evaluate_sweep
 from imagen_jax.cli import sample as sample_verb
 from imagen_jax.evaluation import (
     alignment,
@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     evaluate_features.add_fid(add("fid", "Frechet distance and its relatives to real pictures"))
     evaluate_features.add_fid30k(add("fid30k", "FID on COCO captions, from data to card"))
     evaluate_features.add_clip_score(add("clip_score", "mean cosine of pictures and prompts"))
+    evaluate_sweep.add(add("sweep", "curves over guidance and other settings, for checkpoints"))
     _add_drawbench(add("drawbench", "draw prompts in categories, with a sheet of each"))
     _add_rate_build(add("rate_build", "make a page on which raters compare two folders, blind"))
     _add_rate_score(add("rate_score", "turn raters' result files into rates with intervals"))
@@ -50,6 +51,7 @@ def run(flags: argparse.Namespace) -> None:
         "rate_build": _rate_build,
         "rate_score": _rate_score,
         "report": _report,
+        "sweep": evaluate_sweep.run,
     }[flags.what](flags)
 
 

@@ -23,7 +23,7 @@ def add_fid(parser: argparse.ArgumentParser) -> None:
         "--reference", required=True, metavar="DIR|FILE.npz", help="real pictures, or mu and sigma"
     )
     _add_networks(parser)
-    _add_machine(parser)
+    add_machine(parser)
     parser.add_argument("--out", required=True, metavar="FILE.json", help="card to write")
     parser.add_argument(
         "--save_reference", default="", metavar="FILE.npz", help="keep mu and sigma of --reference"
@@ -32,9 +32,9 @@ def add_fid(parser: argparse.ArgumentParser) -> None:
 
 def run_fid(flags: argparse.Namespace) -> None:
     """Carries `evaluate fid` out."""
-    _start(flags)
+    start(flags)
     card, reference = fid.evaluate(
-        flags.samples, flags.reference, _store(flags.out), _settings(flags), log=_say
+        flags.samples, flags.reference, _store(flags.out), _settings(flags), log=say
     )
     if distributed.is_first():
         if flags.save_reference:
@@ -72,7 +72,7 @@ def run_fid30k(flags: argparse.Namespace) -> None:
             "FID-30K draws one picture per caption and all captions; leave --samples_per_prompt "
             "and --limit, give --count"
         )
-    _start(flags)
+    start(flags)
     # What is missing should be said before a day of drawing.
     fid.inception_network(flags.inception, flags.filter)
     if flags.clip:
@@ -89,7 +89,7 @@ def run_fid30k(flags: argparse.Namespace) -> None:
     about = fid30k.about_run(rows, configs, flags.caption_seed, flags.seed)
     about |= {"negative_prompt": flags.negative_prompt, "guides": flags.guides}
     about["zero_shot"] = about["zero_shot"] and not flags.trained_on_coco
-    card = fid30k.evaluate(flags.out, sources, _settings(flags), about, log=_say)
+    card = fid30k.evaluate(flags.out, sources, _settings(flags), about, log=say)
     if distributed.is_first():
         cards.write(card, str(pathlib.Path(flags.out) / "fid30k.json"))
         print(cards.format_card(card), end="")
@@ -101,15 +101,15 @@ def add_clip_score(parser: argparse.ArgumentParser) -> None:
         "--samples", required=True, metavar="DIR", help="folder written by `imagen sample`"
     )
     parser.add_argument("--clip", required=True, metavar="DIR", help="Hugging Face CLIP folder")
-    _add_machine(parser)
+    add_machine(parser)
     parser.add_argument("--out", required=True, metavar="FILE.json", help="card to write")
 
 
 def run_clip_score(flags: argparse.Namespace) -> None:
     """Carries `evaluate clip_score` out."""
-    _start(flags)
+    start(flags)
     card = clip_score.evaluate(
-        flags.samples, flags.clip, _store(flags.out), batch_size=flags.batch_size, log=_say
+        flags.samples, flags.clip, _store(flags.out), batch_size=flags.batch_size, log=say
     )
     if distributed.is_first():
         cards.write(card, flags.out)
@@ -137,7 +137,8 @@ def _add_networks(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_machine(parser: argparse.ArgumentParser) -> None:
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    """Flags that say how much is done at a time."""
     parser.add_argument("--batch_size", type=int, default=32, help="pictures at a time")
     parser.add_argument("--cpu_devices", type=int, default=1, help="cores to share the pictures")
 
@@ -153,15 +154,17 @@ def _settings(flags: argparse.Namespace) -> fid.Settings:
     )
 
 
-def _check_batch(flags: argparse.Namespace) -> None:
-    least = {"batch_size": 1, "cpu_devices": 1, "resamples": 2, "size": 0, "count": 2}
+def _check_sizes(flags: argparse.Namespace) -> None:
+    least = {"batch_size": 1, "cpu_devices": 1, "samples_per_prompt": 1}
+    least |= {"resamples": 2, "size": 0, "count": 2}
     for name, smallest in least.items():
         if getattr(flags, name, smallest) < smallest:
             raise EvaluationError(f"--{name}={getattr(flags, name)} must be at least {smallest}")
 
 
-def _start(flags: argparse.Namespace) -> None:
-    _check_batch(flags)
+def start(flags: argparse.Namespace) -> None:
+    """Checks numbers, sets the devices up and joins the other processes."""
+    _check_sizes(flags)
     wiring.set_up_devices(flags.cpu_devices)
     distributed.initialize()
 
@@ -171,6 +174,7 @@ def _store(out: str) -> pathlib.Path:
     return pathlib.Path(out).with_suffix(".features")
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """Prints a progress line, once for all processes."""
     if distributed.is_first():
         print(line, flush=True)

@@ -145,6 +145,22 @@ def evaluate(samples_dir: str | os.PathLike[str], by: str = "kind") -> dict[str,
     return {"pictures": len(rows), "kinds": {kind: _tally(m) for kind, m in report.items()}}
 
 
+def score_folder(samples_dir: str | os.PathLike[str]) -> dict[str, dict[str, dict[str, float]]]:
+    """The scores of `evaluate` alone, by kind of prompt: its yardsticks cost as much again.
+
+    Raises:
+      AlignmentError: as `evaluate`.
+    """
+    folder = pathlib.Path(samples_dir)
+    marks: dict[str, list[Score]] = {}
+    for row in _read_rows(folder / "samples.jsonl"):
+        marks.setdefault(row["kind"], []).append(score(_load(folder / row["file"]), row))
+    marks = dict(sorted(marks.items()))
+    if len(marks) > 1:
+        marks["all"] = [mark for kind in list(marks) for mark in marks[kind]]
+    return {kind: _rates(scores) for kind, scores in marks.items()}
+
+
 @dataclasses.dataclass(frozen=True)
 class _Sample:
     row: Mapping[str, Any]

@@ -145,13 +145,22 @@ def evaluate(
     reference = fid.look_at_reference(look, pictures_of(sources, size), with_what)
     numbers = fid.score(look, drawn, reference, settings.resamples)
     if towers is not None:
-        numbers |= _clip_score(look, drawn, str(folder / "samples"), settings.clip, towers)
+        numbers |= clip_score_of(look, drawn, str(folder / "samples"), settings.clip, towers)
     return {"card": "fid30k", **numbers, **with_what, **about, "version": __version__}
 
 
-def _clip_score(
+def clip_score_of(
     look: Eyes, drawn: Pictures, folder: str, clip: str, towers: hf_clip.Towers
 ) -> dict[str, Any]:
+    """The CLIP score of a folder of samples with its interval, for a card.
+
+    Args:
+      look: the networks.
+      drawn: the folder's pictures.
+      folder: what `sample` wrote.
+      clip: Hugging Face CLIP folder, for its vocabulary.
+      towers: what was read from it.
+    """
     parts = look.embeddings(drawn, "samples")
     captions = [row["prompt"] for row in samples.read_rows(folder)]
     embedded = parts.features() if parts else np.zeros((0, 0))

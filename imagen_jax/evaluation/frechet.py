@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy import stats
+from scipy import linalg, stats
 
 from imagen_jax.evaluation.intervals import CONFIDENCE
 from imagen_jax.evaluation.samples import EvaluationError
@@ -101,13 +101,17 @@ def _distance(a: Gaussian, b: Gaussian, factor: Float[np.ndarray, "d r"]) -> flo
 
 
 def _factor(covariance: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d r"]:
-    """F with F F^T = covariance and as many columns as its rank.
+    """F with F F^T = covariance and as many columns as its rank: Cholesky's, with pivots.
 
-    Eigenvalues that are only rounding would count by their square roots, which are not small.
+    Eigenvectors would give a factor as well, but take far longer. Pivots that are only rounding
+    would count by their square roots, which are not small: there it ends.
     """
-    values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
-    kept = values > max(values[-1], 0) * len(values) * np.finfo(np.float64).eps
-    return vectors[:, kept] * np.sqrt(values[kept])
+    symmetric = (covariance + covariance.T) / 2
+    least = max(symmetric.diagonal().max(), 0) * len(symmetric) * np.finfo(np.float64).eps
+    upper, order, rank, _ = linalg.lapack.dpstrf(symmetric, tol=least)
+    factor = np.zeros((len(symmetric), rank))
+    factor[order - 1] = np.triu(upper)[:rank].T
+    return factor
 
 
 def _check_sizes(a: Gaussian, b: Gaussian) -> None:
@@ -156,8 +160,10 @@ def distance_interval(
         rows = np.flatnonzero(draw)
         weights = draw[rows].astype(np.float64)
         shift, seen_shift = weights @ centred[rows] / count, weights @ seen[rows] / count
-        weighted = seen[rows] * np.sqrt(weights)[:, None]
-        inner = weighted.T @ weighted - count * np.outer(seen_shift, seen_shift)
+        weighted = (seen[rows] - seen_shift) * np.sqrt(weights)[:, None]
+        few = len(weighted) < weighted.shape[1]
+        # W W^T and W^T W have the same eigenvalues but for zeros.
+        inner = weighted @ weighted.T if few else weighted.T @ weighted
         squares = np.linalg.eigvalsh(inner / (count - 1))
         overlap = np.sqrt(np.maximum(squares, 0)).sum()
         gap = own.mean + shift - reference.mean

@@ -311,6 +311,8 @@ def test_rows_without_positions_and_sizes_have_a_ceiling_too(tmp_path, write_dra
     write_drawn(tmp_path, scenes, map(shapes.draw, scenes), drop=("x", "y", "size"))
     report = alignment.evaluate(tmp_path)["kinds"]["all"]
     assert report["ceiling"]["exact"]["mean"] == 1 and report["scores"]["exact"]["mean"] == 1
+    alone = alignment.score_folder(tmp_path)
+    assert alone == {k: t["scores"] for k, t in alignment.evaluate(tmp_path)["kinds"].items()}
 
 
 def test_pictures_of_one_prompt_belong_together():

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from imagen_jax.data import shapes
-from imagen_jax.evaluation import features, frechet
+from imagen_jax.evaluation import feature_networks, features, frechet
 from imagen_jax.evaluation.features import Pictures
 from imagen_jax.evaluation.frechet import Statistics
 from tests.reference import small_features
@@ -60,7 +60,7 @@ def test_parts_go_on_where_they_were(tmp_path):
     (tmp_path / "0000012_6.npz").write_bytes(b"PK")
     assert run(pictures) == parts
     np.testing.assert_array_equal(run(pictures).features(), expected)
-    other = run(pictures, small_features.random_convolutions())
+    other = run(pictures, feature_networks.random_convolutions())
     assert other.features().shape == (20, 56) and lines
 
 
@@ -127,7 +127,7 @@ def singles():
 
 def cloud(pictures, folder):
     shown = Pictures(len(pictures), pictures.__getitem__)
-    network = small_features.random_convolutions()
+    network = feature_networks.random_convolutions()
     return features.extract(shown, network, folder, batch_size=20, log=quiet).statistics()
 
 

@@ -1,4 +1,4 @@
-"""Small feature networks, in place of Inception where its weights do not matter.
+"""A feature network whose numbers are exact, in place of Inception where weights do not matter.
 
     python -m tests.reference.small_features FOLDER COUNT BATCH
 
@@ -10,34 +10,9 @@ import json
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from imagen_jax.evaluation.features import Network, Pictures
-
-
-@jax.jit
-def _convolve(params, pictures):
-    x, pooled = pictures, []
-    for kernel in params:
-        x = jax.nn.relu(
-            jax.lax.conv_general_dilated(
-                x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-            )
-        )
-        pooled.append(x.mean((1, 2)))
-    return jnp.concatenate(pooled, -1)
-
-
-def random_convolutions() -> Network:
-    """Three strided convolutions, the means of whose channels are the features: 56 numbers."""
-    rng, inputs, params = np.random.default_rng(0), 3, []
-    for outputs in (8, 16, 32):
-        scale = (2 / (25 * inputs)) ** 0.5
-        params.append((rng.normal(size=(5, 5, inputs, outputs)) * scale).astype(np.float32))
-        inputs = outputs
-    prepare = lambda picture: picture.astype(np.float32) / 128 - 1  # noqa: E731
-    return Network("random convolutions", prepare, _convolve, params)
 
 
 @jax.jit

@@ -1,0 +1,180 @@
+"""DINOv2 in the Hugging Face layout: `config.json` beside safetensors or torch weights.
+
+The public weights have places for pictures of 518 pixels. For the 224 of FD-DINOv2 they are brought
+to the smaller grid when they are read, as transformers does in every call: torch's bicubic
+interpolation, cell centre to cell centre. (The authors' own program stretches that grid by a tenth
+of a cell, which moves features a little.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from imagen_jax import partitioning
+from imagen_jax.interop import weights
+from imagen_jax.models.clip import ACTIVATIONS, ClipVisionConfig
+from imagen_jax.models.dinov2 import PictureFeatures
+
+SIZE = 224
+
+_NAMES = {
+    "whole": "embeddings.cls_token",
+    "places": "embeddings.position_embeddings",
+    "patches/kernel": "embeddings.patch_embeddings.projection.weight",
+    "patches/bias": "embeddings.patch_embeddings.projection.bias",
+    "final_norm/scale": "layernorm.weight",
+    "final_norm/bias": "layernorm.bias",
+}
+_PARTS = {
+    "attention/query": "attention.attention.query",
+    "attention/key": "attention.attention.key",
+    "attention/value": "attention.attention.value",
+    "attention/out": "attention.output.dense",
+    "norm_1": "norm1",
+    "norm_2": "norm2",
+    "up": "mlp.fc1",
+    "down": "mlp.fc2",
+}
+
+
+def read(folder: str | pathlib.Path, size: int) -> tuple[ClipVisionConfig, dict[str, Any], str]:
+    """A DINOv2 for pictures of one side.
+
+    Args:
+      folder: holds config.json and model.safetensors or pytorch_model.bin, whole or sharded.
+      size: side of the pictures, pixels; a multiple of the patches'.
+
+    Returns:
+      Its shape, the float32 parameters of `models.dinov2.PictureFeatures`, and the hash of all
+      values in the file that are used.
+
+    Raises:
+      WeightsError: a file is missing or damaged, the model is not a DINOv2 with an ordinary
+        feed-forward layer, or its parameters do not fit its config.json (every one is named).
+    """
+    folder = pathlib.Path(folder)
+    theirs = _read_config(folder / "config.json")
+    unused = ("mask_token", "classifier.weight", "classifier.bias")
+    found = weights.open_folder(folder, keep=lambda name: not name.endswith(unused))
+    # Models with a head have it before every name.
+    found = {name.removeprefix("dinov2."): tensor for name, tensor in found.items()}
+    expected = _expected(theirs)
+    weights.check_parameters(
+        folder,
+        {name: tensor.shape for name, tensor in found.items()},
+        dict(expected.values()),
+    )
+    digest, flat = hashlib.sha256(), {}
+    for ours, (name, _) in sorted(expected.items()):
+        flat[ours] = _ours(ours, np.asarray(found[name].read()).astype(np.float32))
+        digest.update(ours.encode())
+        digest.update(flat[ours].data)
+    flat["places"] = resize_places(flat["places"], size // theirs.patch_size)
+    config = dataclasses.replace(theirs, image_size=size)
+    return config, weights.unflatten(flat), digest.hexdigest()
+
+
+def resize_places(places: Float[np.ndarray, "n d"], side: int) -> Float[np.ndarray, "m d"]:
+    """Vectors of the whole and of a square grid of patches, for a grid of `side` patches."""
+    old = round((len(places) - 1) ** 0.5)
+    if old == side:
+        return places
+    matrix = bicubic(old, side)
+    grid = places[1:].reshape(old, old, -1)
+    resized = np.einsum("ia,jb,abd->ijd", matrix, matrix, grid).reshape(side * side, -1)
+    return np.concatenate([places[:1], resized]).astype(np.float32)
+
+
+def bicubic(old: int, new: int) -> Float[np.ndarray, "new old"]:
+    """Weights of torch's bicubic interpolation: no antialiasing, the border goes on beyond it.
+
+    The kernel is Keys' (1981) with a = -0.75; value i is taken at (i + 1/2) old / new - 1/2.
+    """
+    a, matrix = -0.75, np.zeros((new, old))
+    for i in range(new):
+        place = (i + 0.5) * old / new - 0.5
+        first = int(np.floor(place)) - 1
+        for tap in range(first, first + 4):
+            x = abs(place - tap)
+            if x <= 1:
+                weight = (a + 2) * x**3 - (a + 3) * x**2 + 1
+            else:
+                weight = a * (x**3 - 5 * x**2 + 8 * x - 4)
+            matrix[i, min(max(tap, 0), old - 1)] += weight
+    return matrix
+
+
+def _read_config(path: pathlib.Path) -> ClipVisionConfig:
+    if not path.is_file():
+        raise weights.WeightsError(f"{path} is missing; a Hugging Face DINOv2 folder has one")
+    try:
+        values = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise weights.WeightsError(f"{path} is not a JSON object: {error}") from error
+    if values.get("model_type") != "dinov2":
+        raise weights.WeightsError(
+            f"{path}: model_type={values.get('model_type')!r}, expected 'dinov2'"
+        )
+    activation = values.get("hidden_act", "gelu")
+    if values.get("use_swiglu_ffn") or activation not in ACTIVATIONS:
+        raise weights.WeightsError(
+            f"{path}: use_swiglu_ffn={values.get('use_swiglu_ffn')}, hidden_act={activation!r}; "
+            "the gated form (ViT-g) is not read; take ViT-L/14, as FD-DINOv2 does"
+        )
+    width = values.get("hidden_size", 768)
+    return ClipVisionConfig(
+        image_size=values.get("image_size", 224),
+        patch_size=values.get("patch_size", 16),
+        emb_dim=width,
+        num_layers=values.get("num_hidden_layers", 12),
+        num_heads=values.get("num_attention_heads", 12),
+        mlp_dim=int(width * values.get("mlp_ratio", 4)),
+        activation=activation,
+        norm_eps=values.get("layer_norm_eps", 1e-6),
+    )
+
+
+def _expected(config: ClipVisionConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Our path -> their name and shape."""
+    picture = np.zeros((1, config.image_size, config.image_size, 3), np.float32)
+    boxed = jax.eval_shape(PictureFeatures(config).init, jax.random.key(0), picture)["params"]
+    leaves = weights.flatten(partitioning.unbox(boxed))
+    return {
+        path: (_foreign_name(path), _foreign_shape(path, leaf.shape))
+        for path, leaf in leaves.items()
+    }
+
+
+def _foreign_name(path: str) -> str:
+    if path in _NAMES:
+        return _NAMES[path]
+    number, part = re.fullmatch(r"layers_(\d+)/(.+)", path).groups()
+    if part.startswith("scale_"):
+        return f"encoder.layer.{number}.layer_{part.replace('_', '')}.lambda1"
+    part, _, kind = part.rpartition("/")
+    return f"encoder.layer.{number}.{_PARTS[part]}.{'bias' if kind == 'bias' else 'weight'}"
+
+
+def _foreign_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    if path == "patches/kernel":
+        return (shape[3], shape[2], shape[0], shape[1])
+    if path in ("whole", "places"):
+        return (1,) * (3 - len(shape)) + shape
+    return shape[::-1] if path.endswith("/kernel") else shape
+
+
+def _ours(path: str, array: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+    if path == "patches/kernel":
+        return np.ascontiguousarray(array.transpose(2, 3, 1, 0))
+    if path in ("whole", "places"):
+        return array[0, 0] if path == "whole" else array[0]
+    return np.ascontiguousarray(array.T) if path.endswith("/kernel") else array

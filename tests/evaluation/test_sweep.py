@@ -1,0 +1,201 @@
+"""`evaluate sweep` as a user runs it, on stages that have learned nothing: cells, refusals."""
+
+import dataclasses
+import itertools
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from imagen_jax import images
+from imagen_jax.cascade import Cascade
+from imagen_jax.cli import run
+from imagen_jax.config import TextConfig
+from imagen_jax.data import shapes
+from imagen_jax.evaluation import sweep, sweep_report
+from imagen_jax.evaluation.samples import EvaluationError
+from imagen_jax.export import write_stage
+from imagen_jax.interop import hf_t5
+from imagen_jax.models import t5
+from tests.test_embed_killed import TINY
+
+PROMPTS = 3
+
+
+@pytest.fixture(scope="module")
+def world(base_config, random_params, tmp_path_factory):
+    """Two checkpoints of a stage with their text encoder, and a prompt file of five rows."""
+    folder = tmp_path_factory.mktemp("sweep")
+    encoder = dataclasses.replace(TINY, emb_dim=8, num_layers=1)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), t5.parameter_shapes(encoder)
+    )
+    hf_t5.save(folder / "text", encoder, params)
+    text = TextConfig(encoder="bytes", path=str(folder / "text"), max_len=16)
+    sampling = dataclasses.replace(base_config.sampling, steps=2)
+    config = dataclasses.replace(base_config, text=text, sampling=sampling)
+    for seed, name in enumerate(("early", "late")):
+        write_stage(folder / name, random_params(config, seed), config, {})
+    rows = [shapes.prompt_row(shapes.scene("held_out", index)) for index in range(PROMPTS + 2)]
+    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def flags(world, out, *more):
+    grid = {"base": {"guidance_weight": [2, 3.5], "thresholding": ["none", "dynamic"]}}
+    return [
+        *("evaluate", "sweep", f"--stages={world}/early", f"--stages={world}/late"),
+        *("--names=early,late", f"--prompts={world}/prompts.jsonl", f"--limit={PROMPTS}"),
+        *(f"--out={out}", "--batch_size=4", "--resamples=3", f"--grid={json.dumps(grid)}", *more),
+    ]
+
+
+CHOICE = "base.guidance_weight=3.5,base.thresholding=dynamic"
+
+
+@pytest.fixture(scope="module")
+def done(world, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    assert run.main(flags(world, out)) == 0
+    return out
+
+
+def times(folder):
+    return {str(p): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+
+
+def test_every_cell_is_drawn_as_the_library_draws_it_and_is_in_table_and_figure(world, done):
+    card = json.loads((done / "sweep.json").read_text())
+    assert len(card["cells"]) == 8 and card["score"] == "alignment"
+    assert [cell["set"] for cell in card["cells"]] == ["early"] * 4 + ["late"] * 4
+    assert card["cells"][3]["values"] == {
+        "base.guidance_weight": 3.5,
+        "base.thresholding": "dynamic",
+    }
+    assert any(cell["front"] for cell in card["cells"])
+    for cell in card["cells"]:
+        numbers = cell["numbers"]
+        assert numbers["images"] == PROMPTS and numbers["reference_images"] == PROMPTS + 2
+        assert numbers["distance_low"] <= numbers["distance"] <= numbers["distance_high"]
+        assert numbers["alignment"]
+    assert len({cell["numbers"]["pictures_sha256"] for cell in card["cells"]}) == 8
+    rows = [json.loads(line) for line in (world / "prompts.jsonl").read_text().splitlines()]
+    drawn = Cascade.load([str(world / "late")]).sample(
+        [row["prompt"] for row in rows[:PROMPTS]],
+        stage_settings={"base": {"guidance_weight": 3.5, "thresholding": "dynamic"}},
+        batch_size=3,
+    )
+    for index, picture in enumerate(drawn):
+        file = done / "late" / CHOICE / "samples" / f"{index:05d}_00.png"
+        np.testing.assert_array_equal(images.decode(file.read_bytes()), picture)
+    table = (done / "sweep.md").read_text()
+    assert table.count("\n| early |") == table.count("\n| late |") == 4
+    svg = (done / "pareto.svg").read_text()
+    assert svg.count("<circle") == 8 and "late base.thresholding=none" in svg
+    assert images.decode((done / "pareto.png").read_bytes()).std() > 0
+
+
+def test_a_finished_cell_is_not_drawn_again_and_a_half_written_one_goes_on(
+    world, done, monkeypatch
+):
+    whole, before = (done / "sweep.json").read_text(), times(done)
+    cell = done / "early" / CHOICE
+    (cell / "cell.json").unlink()
+    picture = cell / "samples" / "00001_00.png"
+    pixels = picture.read_bytes()
+    picture.write_bytes(pixels[: len(pixels) // 2])
+    (cell / ".cell.json.1.tmp").write_text("{")
+    (cell / "features" / "samples" / "0000000_4.npz").write_bytes(b"PK")
+    assert run.main(flags(world, done)) == 0
+    assert (done / "sweep.json").read_text() == whole and picture.read_bytes() == pixels
+    (cell / ".cell.json.1.tmp").unlink()
+    after = times(done)
+    changed = {path.removeprefix(f"{done}/") for path in after if after[path] != before.get(path)}
+    own = f"early/{CHOICE}"
+    assert changed == {
+        *(f"{own}/cell.json", f"{own}/samples/00001_00.png", f"{own}/samples/samples.jsonl"),
+        *(f"{own}/samples/grid.png", f"{own}/features/samples/0000000_4.npz"),
+        *("sweep.json", "sweep.md", "pareto.svg", "pareto.png"),
+    }
+    # With nothing left to draw no stage is read onto the devices.
+    monkeypatch.setattr(Cascade, "load", None)
+    assert run.main(flags(world, done)) == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ("--seed=1", "seed=0, this run has 1"),
+        ("--limit=2", "prompts=3, this run has 2"),
+        ("--resamples=4", "resamples=3, this run has 4"),
+        ("--names=late,early", "stages.base.weights="),
+        ("--names=early", "2 words"),
+        ("--names=early,early", "early base.guidance_weight=2,base.thresholding=none is asked for"),
+        ('--grid={"base": {"guidance_weight": 2}}', "must be a list of values; try [2]"),
+        ('--grid={"base": {"guidance_weight": "papr_base"}}', "paper_base"),
+        ('--grid={"base": {"guidance": [2]}}', "guidance_norm?"),
+        ('--grid={"sr": {"aug_level": [0.1]}}', "base"),
+        ('--grid={"base": {"steps": [2, 2]}}', "asked for twice"),
+        ('--grid={"base": {"aug_level": [2.0]}}', "within 0..1"),
+        ("--grid=[1]", "must be JSON"),
+        ("--features_from=x", "random_convolutions have no file"),
+        ("--samples_per_prompt=0", "--samples_per_prompt=0 must be at least 1"),
+    ],
+)
+def test_refusals_are_one_line_and_nothing_is_drawn(world, done, more, says, capsys):
+    before = times(done)
+    assert run.main(flags(world, done, more)) == 1
+    said = capsys.readouterr().err
+    assert says in said and said.count("\n") == 1
+    assert times(done) == before
+
+
+def test_the_papers_lists_have_names():
+    grid = sweep.read_grid('{"base": {"guidance_weight": "paper_base"}, "sr": {"steps": [8]}}')
+    assert grid["base"]["guidance_weight"] == [1, 1.25, 1.5, 1.75, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+    assert grid["sr"] == {"steps": [8]}
+
+
+def cell(score, distance, **values):
+    numbers = {"clip_score": score, "clip_score_low": None, "clip_score_high": None}
+    numbers |= {"distance": distance, "distance_low": distance / 2, "distance_high": 2 * distance}
+    asked = {"prompts": 3, "samples_per_prompt": 1, "features": "inception"}
+    return {"set": "a", "values": values, "numbers": numbers, "asked": asked}
+
+
+def test_the_front_is_what_no_cell_beats():
+    rng = np.random.default_rng(0)
+    places = [tuple(place) for place in rng.integers(0, 6, (30, 2)).astype(float).tolist()]
+    found = sweep_report.with_front([cell(*place) for place in places])
+    for (score, distance), mark in zip(places, found, strict=True):
+        better = [(s > score and d <= distance) or (s >= score and d < distance) for s, d in places]
+        assert mark["front"] == (not any(better))
+    assert 0 < sum(mark["front"] for mark in found) < 30
+
+
+def test_lines_lead_along_the_first_field():
+    cells = [
+        cell(0.2 + w / 100 + s / 10, w, **{"base.guidance_weight": w, "base.steps": s})
+        for w, s in itertools.product((1.0, 2.0, 3.0), (4, 8))
+    ]
+    svg = sweep_report.plot(cells).svg()
+    assert svg.count('stroke-width="2"') == 2 and svg.count("<circle") == 6
+    assert "a base.steps=4" in svg and "a base.steps=8" in svg
+    table = sweep_report.format_table(sweep_report.with_front(cells))
+    assert "| a | 3 | 8 | 1.03 |" in table.replace("|  |", "|")
+
+
+def test_prompts_of_nothing_known_need_clip_and_real_pictures(world, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("a dog\na cat\n")
+    flags = [f"--stages={world}/early", f"--prompts={tmp_path}/p.txt", f"--out={tmp_path}/out"]
+    assert run.main(["evaluate", "sweep", *flags]) == 1
+    assert "give --clip=DIR and --reference=DIR" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_grids_of_other_forms_are_refused():
+    for text in ('{"base": [1]}', "{", '"x"'):
+        with pytest.raises(EvaluationError, match="--grid"):
+            sweep.read_grid(text)
