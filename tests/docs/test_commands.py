@@ -112,6 +112,8 @@ LAUNCHED = [
 def test_launchers_take_the_options(words):
     slice_ = ["--name=base", "--zone=us-central2-b"]
     words = [w for word in words for w in (slice_ if word == "$slice" else [word])]
+    # A script that does not know the flag would do its work here.
+    assert "dry_run" in (ROOT / words[0]).read_text()
     done = subprocess.run(
         ["bash", *words, "--dry_run"], cwd=ROOT, capture_output=True, text=True, check=False
     )
