@@ -158,7 +158,7 @@ def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Ar
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 
 
-def fetch(array: jax.Array) -> np.ndarray:
+def fetch(array: jax.Array | np.ndarray) -> np.ndarray:
     """The whole array on this host; where it lies on several, all of them must ask."""
     if jax.process_count() > 1:
         return multihost_utils.process_allgather(array, tiled=True)

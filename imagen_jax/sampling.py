@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Integer, Key
 
 from imagen_jax.diffusion import alpha_sigma, expand
 from imagen_jax.guidance import Denoise
@@ -32,7 +32,7 @@ class Sampler(NamedTuple):
     step: Callable[..., tuple[Array, Any]]
 
 
-def fold(keys: Key[Array, " b"], number: Int[Array, ""] | int) -> Key[Array, " b"]:
+def fold(keys: Key[Array, " b"], number: Integer[Array, ""] | int) -> Key[Array, " b"]:
     """`jax.random.fold_in` of each of the keys."""
     return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)
 

@@ -152,9 +152,10 @@ def score_folder(samples_dir: str | os.PathLike[str]) -> dict[str, dict[str, dic
       AlignmentError: as `evaluate`.
     """
     folder = pathlib.Path(samples_dir)
-    marks: dict[str, list[Score]] = {}
-    for row in _read_rows(folder / "samples.jsonl"):
-        marks.setdefault(row["kind"], []).append(score(_load(folder / row["file"]), row))
+    marks: dict[str, list[tuple[str, Score]]] = {}
+    for row in _read_rows(folder / "samples.jsonl", "kind"):
+        own = score(_load(folder / row["file"]), row)
+        marks.setdefault(row["kind"], []).append((row["prompt"], own))
     marks = dict(sorted(marks.items()))
     if len(marks) > 1:
         marks["all"] = [mark for kind in list(marks) for mark in marks[kind]]
@@ -194,7 +195,7 @@ def _tally(marks: Sequence[tuple[str, Mapping[str, Score]]]) -> dict[str, Any]:
 def _rates(marks: Sequence[tuple[str, Score]]) -> dict[str, dict[str, float]]:
     rates = {}
     for attribute in ATTRIBUTES:
-        asked = [(p, mark[attribute]) for p, mark in marks if mark[attribute] is not None]
+        asked = [(p, hit) for p, mark in marks if (hit := mark[attribute]) is not None]
         if asked:
             n, mean = len(asked), sum(value for _, value in asked) / len(asked)
             independent = independent_pictures(asked)
