@@ -21,9 +21,7 @@ def get_config(name: str = "base") -> ml_collections.ConfigDict:
     c.text.path = "runs/demo/text"
     c.pretrain_text.corpus = "runs/demo/data/paraphrases.jsonl"
     c.pretrain_text.num_layers = 3
-    c.pretrain_text.num_heads = (
-        16  # Each begins by looking at other places: roles are learned soon.
-    )
+    c.pretrain_text.num_heads = 16  # Each begins by looking at another place: roles need many.
     c.pretrain_text.steps = 800
     c.data.max_text_len = 24
     # Beside all pixels in one softmax, as in the paper, a few words are hardly heard at first.
@@ -92,7 +90,6 @@ def _sr2(c: ml_collections.ConfigDict) -> None:
     c.data.name = "shapes_world256"
     c.data.crop_from = 256  # It learns from crops and draws the whole picture.
     c.model.self_attention = (False, False)
-    c.model.text_conditioning = "cross"
     c.diffusion.logsnr_shift = -3.0
     c.train.steps = 8_000
     c.sampling.guidance_weight = 1.0  # The small picture has said it all, in half the time.

@@ -3,14 +3,12 @@
 #   launch/demo.sh [RUN_FOLDER]        (about ten minutes on two CPU cores)
 set -euo pipefail
 run=${1:-runs/demo}
-python=${PYTHON:-.venv/bin/python}
 export TF_CPP_MIN_LOG_LEVEL=3
 
 where=(--config.data.path="$run/data" --config.data.embeddings="$run/embeddings"
        --config.text.path="$run/text" --config.pretrain_text.corpus="$run/data/paraphrases.jsonl")
 
-say() { printf '\n\033[1m# %s\033[0m\n' "$1"; shift; printf '$ imagen'; printf ' %s' "$@"; echo; }
-step() { say "$@"; shift; "$python" -m imagen_jax "$@"; }
+source "${BASH_SOURCE[0]%/*}/steps.sh"
 
 started=$SECONDS
 step "Draw the shapes world: 20,000 captioned pictures, as a TFDS data set." \

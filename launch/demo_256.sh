@@ -3,7 +3,6 @@
 #   launch/demo_256.sh [RUN_FOLDER]        (after launch/demo.sh with the same folder)
 set -euo pipefail
 run=${1:-runs/demo}
-python=${PYTHON:-.venv/bin/python}
 export TF_CPP_MIN_LOG_LEVEL=3
 if [ ! -f "$run/samples/samples.jsonl" ]; then
   echo "$run has no samples; run launch/demo.sh $run first" >&2
@@ -14,8 +13,7 @@ where=(--config.data.path="$run/data" --config.data.embeddings="$run/embeddings"
        --config.text.path="$run/text")
 stages=$run/stages/base,$run/stages/sr,$run/stages/sr2
 
-say() { printf '\n\033[1m# %s\033[0m\n' "$1"; shift; printf '$ imagen'; printf ' %s' "$@"; echo; }
-step() { say "$@"; shift; "$python" -m imagen_jax "$@"; }
+source "${BASH_SOURCE[0]%/*}/steps.sh"
 
 started=$SECONDS
 step "Draw a quarter of the shapes world again, 256x256. Its captions have embeddings." \

@@ -6,19 +6,12 @@ set -euo pipefail
 [ $# -ge 2 ] || { echo "usage: $0 PICTURES RUN_FOLDER [--config.field=value ...]" >&2; exit 2; }
 pictures=$1 run=$2
 shift 2
-python=${PYTHON:-.venv/bin/python}
 text=$run/text
 for override in "$@"; do case $override in --config.text.path=*) text=${override#*=} ;; esac; done
 where=(--config.data.path="$pictures" --config.data.embeddings="$run/embeddings"
        --config.text.path="$text" "$@")
 
-step() {
-  printf '\n\033[1m# %s\033[0m\n$ imagen' "$1"
-  shift
-  printf ' %s' "$@"
-  echo
-  "$python" -m imagen_jax "$@"
-}
+source "${BASH_SOURCE[0]%/*}/steps.sh"
 
 step "Index the pictures; list what cannot be used." \
   prepare --config=configs/folder.py:base "${where[@]}"

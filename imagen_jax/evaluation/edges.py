@@ -61,7 +61,7 @@ def seam_sums(
     scale = len(large) // len(small)
     borders = np.arange(period, len(large), period)
     offsets = [o for n in range(1, scale // 2 + 1) for o in (-n, n)]
-    sums = dict.fromkeys(_SUMS, 0.0)
+    sums: dict[str, float] = dict.fromkeys(_SUMS, 0.0)
     for big, little in ((large, small), (large.swapaxes(0, 1), small.swapaxes(0, 1))):
         jump = jumps(big)  # Column i lies between the pixels i and i + 1.
         at = jump[:, borders - 1]
@@ -94,8 +94,8 @@ def seams(sums: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
     table = np.array([[row[name] for name in _SUMS] for row in sums])
     chosen = np.random.default_rng(SEED).integers(len(table), size=(RESAMPLES, len(table)))
     resampled = np.stack([table[rows].sum(0) for rows in chosen])
-    total = dict(zip(_SUMS, table.sum(0), strict=True))
-    spread = dict(zip(_SUMS, resampled.T, strict=True))
+    total: dict[str, Any] = dict(zip(_SUMS, table.sum(0), strict=True))
+    spread: dict[str, Any] = dict(zip(_SUMS, resampled.T, strict=True))
     result = {}
     for name, ratio in (("all", _ratio), ("flat", _flat_ratio)):
         low, high = np.percentile(ratio(spread), (2.5, 97.5))

@@ -87,7 +87,8 @@ def _clip(file: str, filter: str) -> tuple[Network, dict[str, Any]]:
 @functools.partial(jax.jit, static_argnames="config")
 def dinov2_features(params: Any, pictures: Array, *, config: ClipVisionConfig) -> Array:
     """Features of pictures as `to_dinov2` makes them."""
-    return PictureFeatures(config).apply({"params": params}, pictures)
+    features: Any = PictureFeatures(config).apply({"params": params}, pictures)
+    return features
 
 
 def to_dinov2(picture: UInt8[np.ndarray, "h w 3"]) -> Float[np.ndarray, "s s 3"]:

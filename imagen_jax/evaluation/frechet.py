@@ -108,7 +108,8 @@ def _factor(covariance: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d r"]:
     """
     symmetric = (covariance + covariance.T) / 2
     least = max(symmetric.diagonal().max(), 0) * len(symmetric) * np.finfo(np.float64).eps
-    upper, order, rank, _ = linalg.lapack.dpstrf(symmetric, tol=least)
+    (pivoted,) = linalg.get_lapack_funcs(("pstrf",), (symmetric,))
+    upper, order, rank, _ = pivoted(symmetric, tol=least)
     factor = np.zeros((len(symmetric), rank))
     factor[order - 1] = np.triu(upper)[:rank].T
     return factor

@@ -170,7 +170,7 @@ def _rare_words(rng: np.random.Generator) -> Rows:
 def _reworded(rng: np.random.Generator, reword: Callable[[str], str]) -> Rows:
     for scene in _scenes("seen_test", "single", "count"):
         thing = scene.objects[0]
-        said = Object(*map(reword, (thing.shape, thing.color, thing.size)))
+        said = Object(reword(thing.shape), reword(thing.color), reword(thing.size))
         yield _row(scene.kind, scene.objects, None, rng, said=[said] * len(scene.objects))
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import pathlib
 import re
 from collections.abc import Mapping
@@ -163,19 +162,9 @@ def read_towers(folder: str | pathlib.Path) -> Towers:
     dim = int(values.get("projection_dim", 512))
     keep = lambda name: not name.endswith("position_ids") and name != "logit_scale"  # noqa: E731
     found = weights.open_folder(folder, keep=keep)
-    expected = _expected_towers(text, vision, dim)
-    weights.check_parameters(
-        folder,
-        {name: tensor.shape for name, tensor in found.items()},
-        dict(expected.values()),
-    )
-    digest, flat = hashlib.sha256(), {}
-    for ours, (theirs, _) in sorted(expected.items()):
-        flat[ours] = _read(ours, found[theirs])
-        digest.update(ours.encode())
-        digest.update(flat[ours].data)
+    flat, digest = weights.read_as(folder, found, _expected_towers(text, vision, dim), _ours)
     tree = weights.unflatten(flat)
-    return Towers(text, vision, dim, tree["text"], tree["vision"], digest.hexdigest())
+    return Towers(text, vision, dim, tree["text"], tree["vision"], digest)
 
 
 def _expected_towers(
@@ -224,10 +213,13 @@ def _foreign_name(path: str) -> str:
 
 
 def _read(path: str, tensor: weights.Tensor) -> np.ndarray:
-    array = np.asarray(tensor.read()).astype(np.float32)
+    return np.ascontiguousarray(_ours(path, np.asarray(tensor.read()).astype(np.float32)))
+
+
+def _ours(path: str, array: np.ndarray) -> np.ndarray:
     if path.endswith("patch_embedder/kernel"):
-        return np.ascontiguousarray(array.transpose(2, 3, 1, 0))
-    return np.ascontiguousarray(array.T) if path.endswith("/kernel") else array
+        return array.transpose(2, 3, 1, 0)
+    return array.T if path.endswith("/kernel") else array
 
 
 def _read_config(path: pathlib.Path) -> dict[str, Any]:

@@ -9,10 +9,7 @@ of a cell, which moves features a little.)
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import pathlib
-import re
 from typing import Any
 
 import jax
@@ -67,20 +64,10 @@ def read(folder: str | pathlib.Path, size: int) -> tuple[ClipVisionConfig, dict[
     found = weights.open_folder(folder, keep=lambda name: not name.endswith(unused))
     # Models with a head have it before every name.
     found = {name.removeprefix("dinov2."): tensor for name, tensor in found.items()}
-    expected = _expected(theirs)
-    weights.check_parameters(
-        folder,
-        {name: tensor.shape for name, tensor in found.items()},
-        dict(expected.values()),
-    )
-    digest, flat = hashlib.sha256(), {}
-    for ours, (name, _) in sorted(expected.items()):
-        flat[ours] = _ours(ours, np.asarray(found[name].read()).astype(np.float32))
-        digest.update(ours.encode())
-        digest.update(flat[ours].data)
+    flat, digest = weights.read_as(folder, found, _expected(theirs), _ours)
     flat["places"] = resize_places(flat["places"], size // theirs.patch_size)
     config = dataclasses.replace(theirs, image_size=size)
-    return config, weights.unflatten(flat), digest.hexdigest()
+    return config, weights.unflatten(flat), digest
 
 
 def resize_places(places: Float[np.ndarray, "n d"], side: int) -> Float[np.ndarray, "m d"]:
@@ -114,12 +101,7 @@ def bicubic(old: int, new: int) -> Float[np.ndarray, "new old"]:
 
 
 def _read_config(path: pathlib.Path) -> ClipVisionConfig:
-    if not path.is_file():
-        raise weights.WeightsError(f"{path} is missing; a Hugging Face DINOv2 folder has one")
-    try:
-        values = dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise weights.WeightsError(f"{path} is not a JSON object: {error}") from error
+    values = weights.read_config(path, "a Hugging Face DINOv2 folder")
     if values.get("model_type") != "dinov2":
         raise weights.WeightsError(
             f"{path}: model_type={values.get('model_type')!r}, expected 'dinov2'"
@@ -157,7 +139,8 @@ def _expected(config: ClipVisionConfig) -> dict[str, tuple[str, tuple[int, ...]]
 def _foreign_name(path: str) -> str:
     if path in _NAMES:
         return _NAMES[path]
-    number, part = re.fullmatch(r"layers_(\d+)/(.+)", path).groups()
+    layer, _, part = path.partition("/")
+    number = layer.removeprefix("layers_")
     if part.startswith("scale_"):
         return f"encoder.layer.{number}.layer_{part.replace('_', '')}.lambda1"
     part, _, kind = part.rpartition("/")
@@ -174,7 +157,7 @@ def _foreign_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _ours(path: str, array: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
     if path == "patches/kernel":
-        return np.ascontiguousarray(array.transpose(2, 3, 1, 0))
+        return array.transpose(2, 3, 1, 0)
     if path in ("whole", "places"):
         return array[0, 0] if path == "whole" else array[0]
-    return np.ascontiguousarray(array.T) if path.endswith("/kernel") else array
+    return array.T if path.endswith("/kernel") else array

@@ -7,7 +7,6 @@ than none. The reader runs nothing of the pickle (interop/torch_pickle.py).
 
 from __future__ import annotations
 
-import hashlib
 import pathlib
 from typing import Any
 
@@ -47,21 +46,12 @@ def read(path: str | pathlib.Path) -> tuple[dict[str, Any], str]:
         )
     opener = weights.open_safetensors if path.suffix == ".safetensors" else weights.open_torch
     found = opener(path, lambda name: not name.endswith("num_batches_tracked"))
-    expected = _expected()
-    weights.check_parameters(
-        path,
-        {name: tensor.shape for name, tensor in found.items()},
-        dict(expected.values()) | _CLASSIFIER,
-    )
-    digest, flat = hashlib.sha256(), {}
-    for ours, (theirs, _) in sorted(expected.items()):
-        array = np.asarray(found[theirs].read()).astype(np.float32)
-        if ours.endswith("/kernel"):
-            array = array.transpose(2, 3, 1, 0)
-        flat[ours] = np.ascontiguousarray(array)
-        digest.update(ours.encode())
-        digest.update(flat[ours].data)
-    return weights.unflatten(flat), digest.hexdigest()
+    flat, digest = weights.read_as(path, found, _expected(), _ours, _CLASSIFIER)
+    return weights.unflatten(flat), digest
+
+
+def _ours(path: str, array: np.ndarray) -> np.ndarray:
+    return array.transpose(2, 3, 1, 0) if path.endswith("/kernel") else array
 
 
 def _expected() -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -10,6 +10,7 @@ line what a checkpoint lacks.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import math
 import os
@@ -266,6 +267,39 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(parent, {})
         node[leaf] = value
     return tree
+
+
+def read_as(
+    source: str | pathlib.Path,
+    found: Mapping[str, Tensor],
+    expected: Mapping[str, tuple[str, tuple[int, ...]]],
+    convert: Callable[[str, np.ndarray], np.ndarray],
+    unread: Mapping[str, tuple[int, ...]] | None = None,
+) -> tuple[dict[str, np.ndarray], str]:
+    """Foreign tensors as our float32 parameters.
+
+    Args:
+      source: file or folder, for messages.
+      found: their name -> tensor.
+      expected: our path -> their name and shape.
+      convert: (our path, their values) -> our values.
+      unread: names and shapes that must be there and are not used.
+
+    Returns:
+      Our path -> values, and the SHA-256 of all paths and values.
+
+    Raises:
+      WeightsError: as `check_parameters`.
+    """
+    shapes = {name: tensor.shape for name, tensor in found.items()}
+    check_parameters(source, shapes, {**dict(expected.values()), **(unread or {})})
+    digest, flat = hashlib.sha256(), {}
+    for ours, (theirs, _) in sorted(expected.items()):
+        values = np.asarray(found[theirs].read()).astype(np.float32)
+        flat[ours] = np.ascontiguousarray(convert(ours, values))
+        digest.update(ours.encode())
+        digest.update(flat[ours].data)
+    return flat, digest.hexdigest()
 
 
 def check_parameters(

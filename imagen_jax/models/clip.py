@@ -95,9 +95,16 @@ class SelfAttention(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and feed-forward, each normalised before and added after."""
+    """Attention and feed-forward, each normalised before and added after.
+
+    Attributes:
+      config: shape of the tower.
+      branch_scale: whether a learned factor per channel scales what is added (DINOv2's LayerScale,
+        arXiv:2103.17239).
+    """
 
     config: TowerConfig
+    branch_scale: bool = False
 
     @nn.compact
     def __call__(
@@ -106,10 +113,17 @@ class Layer(nn.Module):
         cfg = self.config
         if cfg.activation not in ACTIVATIONS:
             raise ValueError(unknown_name("activation", cfg.activation, list(ACTIVATIONS)))
-        x = x + SelfAttention(cfg, name="attention")(layer_norm(cfg, "norm_1")(x), mask)
+
+        def scaled(y: Float[Array, "b l d"], name: str) -> Float[Array, "b l d"]:
+            if not self.branch_scale:
+                return y
+            return y * self.param(name, nn.initializers.ones, (cfg.emb_dim,))
+
+        h = SelfAttention(cfg, name="attention")(layer_norm(cfg, "norm_1")(x), mask)
+        x = x + scaled(h, "scale_1")
         h = _dense(cfg.mlp_dim, "up", cfg.dtype, ("embed", "mlp"))(layer_norm(cfg, "norm_2")(x))
         h = ACTIVATIONS[cfg.activation](h)
-        return x + _dense(cfg.emb_dim, "down", cfg.dtype, ("mlp", "embed"))(h)
+        return x + scaled(_dense(cfg.emb_dim, "down", cfg.dtype, ("mlp", "embed"))(h), "scale_2")
 
 
 def layer_norm(config: TowerConfig, name: str) -> nn.LayerNorm:

@@ -10,32 +10,11 @@ from __future__ import annotations
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from imagen_jax.models.clip import ACTIVATIONS, ClipVisionConfig, SelfAttention, layer_norm
+from imagen_jax.models.clip import ClipVisionConfig, Layer, layer_norm
 
 _SMALL = nn.initializers.normal(0.02)
-
-
-class Layer(nn.Module):
-    """Attention and feed-forward, each normalised before, scaled channel by channel, and added."""
-
-    config: ClipVisionConfig
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "b l d"], mask: Bool[Array | np.ndarray, "l l"]
-    ) -> Float[Array, "b l d"]:
-        cfg = self.config
-
-        def scaled(y: Float[Array, "b l d"], name: str) -> Float[Array, "b l d"]:
-            return y * self.param(name, nn.initializers.ones, (cfg.emb_dim,))
-
-        h = SelfAttention(cfg, name="attention")(layer_norm(cfg, "norm_1")(x), mask)
-        x = x + scaled(h, "scale_1")
-        h = nn.Dense(cfg.mlp_dim, dtype=cfg.dtype, name="up")(layer_norm(cfg, "norm_2")(x))
-        h = nn.Dense(cfg.emb_dim, dtype=cfg.dtype, name="down")(ACTIVATIONS[cfg.activation](h))
-        return x + scaled(h, "scale_2")
 
 
 class PictureFeatures(nn.Module):
@@ -57,5 +36,5 @@ class PictureFeatures(nn.Module):
         x = x + self.param("places", _SMALL, (x.shape[1], cfg.emb_dim))
         everywhere = np.ones((x.shape[1], x.shape[1]), bool)
         for i in range(cfg.num_layers):
-            x = Layer(cfg, name=f"layers_{i}")(x, everywhere)
+            x = Layer(cfg, branch_scale=True, name=f"layers_{i}")(x, everywhere)
         return layer_norm(cfg, "final_norm")(x[:, 0]).astype(jnp.float32)
