@@ -80,7 +80,7 @@ def _sr(c: ml_collections.ConfigDict) -> None:
     c.diffusion.aug_noise_size = "lowres"
     c.diffusion.logsnr_shift = -2.0
     c.data.batch_size = 8
-    c.train.steps = 6_000
+    c.train.steps = 5_000
     c.sampling.sampler = "ddpm"
     c.sampling.steps = 16
     c.sampling.guidance_weight = 2.0

@@ -36,7 +36,7 @@ from imagen_jax.data.shapes_captions import (
 
 VERSION = 1
 SPLITS = {"train": 20_000, "seen_test": 1_000, "held_out": 1_000}
-MIXTURE = {"single": 0.35, "count": 0.45, "relation": 0.20}
+MIXTURE = {"single": 0.45, "count": 0.35, "relation": 0.20}
 KINDS = tuple(MIXTURE)
 
 PICTURE = 64
