@@ -100,7 +100,7 @@ def pretrain_text(
         "vocabulary": pieces,
         "seconds": round(time.perf_counter() - start, 1),
     }
-    _write(folder, t5_config, params, model, metrics)
+    write_encoder(folder, t5_config, params, model, metrics)
     return metrics
 
 
@@ -313,7 +313,7 @@ def _check_out(out: str) -> pathlib.Path:
     return folder
 
 
-def _write(
+def write_encoder(
     folder: pathlib.Path,
     t5_config: T5Config,
     params: dict[str, Any],
