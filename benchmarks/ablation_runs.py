@@ -76,6 +76,7 @@ class Runs:
         for stage in ("base", "sr"):
             recipe.update(config_io.to_json(config_io.load(f"configs/shapes.py:{stage}")).encode())
         self.folder = pathlib.Path(out) / recipe.hexdigest()[:8]
+        self.compiled = self.folder / "compiled"  # The seeds of an arm are one program.
 
     def name(self, training: Training) -> str:
         """Of the folders of a training."""
@@ -138,9 +139,8 @@ class Runs:
         if training is not None:
             command += self._flags(training)
         print("$", " ".join([*command, *flags]), flush=True)
-        # The seeds of an arm are one program, which is compiled once.
-        kept = {"JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled")}
-        subprocess.run([*command, *flags], check=True, env={**os.environ, **kept})
+        environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(self.compiled)}
+        subprocess.run([*command, *flags], check=True, env=environment)
 
     def _flags(self, training: Training) -> list[str]:
         oracle = training.encoder == "oracle"

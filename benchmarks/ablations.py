@@ -22,6 +22,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import reporting
 from ablation_runs import STEPS, Runs, Training
@@ -275,6 +276,7 @@ def main() -> None:
     parser.add_argument("--name", required=True, choices=list(ABLATIONS))
     parser.add_argument("--seeds", default="0,1,2", help="of the picture model")
     parser.add_argument("--arms", default="", help="only these, such as none,small; empty: all")
+    parser.add_argument("--prompts", type=int, default=0, help="drawn; 0: as many as its table has")
     parser.add_argument("--demo", required=True, help="run folder of launch/demo.sh")
     parser.add_argument("--out", required=True, help="folder of trainings, pictures and numbers")
     parser.add_argument("--docs", default="", help="folder of ablations.md to update")
@@ -290,8 +292,11 @@ def main() -> None:
     for arm in asked:
         if arm not in ablation.arms:
             parser.error(unknown_name("--arms", arm, list(ablation.arms)))
-    ablation = ablation._replace(arms={arm: ablation.arms[arm] for arm in asked})
+    ablation = ablation._replace(
+        arms={arm: ablation.arms[arm] for arm in asked}, count=flags.prompts or ablation.count
+    )
     runs = Runs(flags.out, f"{flags.demo}/data", steps)
+    jax.config.update("jax_compilation_cache_dir", str(runs.compiled))
     cells = measure(ablation, runs, seeds, f"{flags.demo}/stages/sr")
     rows = tabulate(ablation, cells)
     record = {
