@@ -1,8 +1,10 @@
 """Tables of benchmarks/ablations.py: means and intervals over seeds, and paired differences."""
 
+import functools
 import pathlib
 import sys
 
+import jax
 import numpy as np
 import pytest
 from scipy import stats
@@ -14,6 +16,7 @@ import contrastive_text
 from ablation_runs import Training
 
 from imagen_jax import config_io
+from imagen_jax import stage as stage_lib
 
 ABLATION = ablations.Ablation(
     {"off": ablations.Arm(()), "on": ablations.Arm(())},
@@ -173,6 +176,7 @@ def test_every_variant_is_a_stage_that_can_be_made(runs, variant):
             flags[0].removeprefix("--config="), [*overrides, "model.text_dim=8"]
         )
         assert config.seed == 3 and config.train.steps == runs.steps[stage]
+        assert jax.eval_shape(functools.partial(stage_lib.init_params, config), jax.random.key(0))
         for field, value in ablation_runs.VARIANTS[variant].items():
             section, name = field.split(".")
             assert getattr(getattr(config, section), name) == value
