@@ -8,7 +8,7 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parents[1] / "imagen_jax"
 
 LAYERS = [
-    {"config", "config_data", "config_fields", "config_io", "config_sampling", "images"}
+    {"config", "config_data", "config_fields", "config_io", "config_sampling", "images", "outputs"}
     | {"diffusion", "distributed", "flops", "hlo", "stablehlo_loader"},
     {"guidance", "models", "sampling", "optimizer", "ema", "metrics", "partitioning"}
     | {"preemption", "profiling", "thresholding", "topology", "vocabulary", "editing"},

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 
-from imagen_jax import compiled, config_io, partitioning, plan, topology
+from imagen_jax import compiled, config_io, outputs, partitioning, plan, topology
 from imagen_jax.cli import wiring
 from imagen_jax.config import Config, ConfigError
 from imagen_jax.plan import Plan
@@ -71,7 +69,7 @@ def run(flags: argparse.Namespace) -> None:
     if flags.save:
         _save(made, flags.save)
     if flags.json:
-        pathlib.Path(flags.json).write_text(json.dumps(made.as_json(), indent=2) + "\n")
+        outputs.write_json(flags.json, made.as_json())
 
 
 def _open(flags: argparse.Namespace) -> tuple[topology.Slice, Config]:

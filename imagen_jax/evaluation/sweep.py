@@ -22,11 +22,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from imagen_jax import config_io, distributed, images
+from imagen_jax import config_io, distributed, images, outputs
 from imagen_jax.cascade import Cascade, check_chain, load_stage, with_settings
 from imagen_jax.config import Config, unknown_name
 from imagen_jax.data import shapes
-from imagen_jax.evaluation import alignment, feature_networks, fid, fid30k, samples
+from imagen_jax.evaluation import alignment, feature_networks, fid, fid30k
 from imagen_jax.evaluation.features import Pictures
 from imagen_jax.evaluation.fid import Eyes, Reference
 from imagen_jax.evaluation.samples import EvaluationError
@@ -340,5 +340,5 @@ def _write(
     }
     if distributed.is_first():
         file = folder / cell.stages.name / cell.folder / "cell.json"
-        samples.write_text(file, json.dumps(card, indent=2) + "\n")
+        outputs.write_json(file, card)
     return json.loads(json.dumps(card))
