@@ -7,12 +7,12 @@ import dataclasses
 
 import numpy as np
 
-from imagen_jax import cascade, images
-from imagen_jax.cascade import Stage
+from imagen_jax import images
 from imagen_jax.cli import wiring
 from imagen_jax.config import Config, ConfigError
 from imagen_jax.data.index import open_source
 from imagen_jax.diagnose import diagnose
+from imagen_jax.stage_folder import Stage, check_chain, load_stage
 from imagen_jax.text import embed_prompts, load_text_encoder
 
 
@@ -32,8 +32,8 @@ def run(flags: argparse.Namespace) -> None:
     config = wiring.load_config(flags)
     if flags.pictures < 1:
         raise ConfigError(f"--pictures={flags.pictures} must be at least 1")
-    stages = [cascade.load_stage(path) for path in flags.stages.split(",")]
-    cascade.check_chain([stage.config for stage in stages])
+    stages = [load_stage(path) for path in flags.stages.split(",")]
+    check_chain([stage.config for stage in stages])
     source = open_source(config.data)
     chosen = range(min(flags.pictures, len(source)))
     captions = [source.captions(index)[0] for index in chosen]

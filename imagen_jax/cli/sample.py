@@ -8,10 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from imagen_jax import distributed, prompts, trace
-from imagen_jax.cascade import Cascade, check_chain, load_stage, with_settings
+from imagen_jax.cascade import Cascade
 from imagen_jax.cli import wiring
 from imagen_jax.config import Config, ConfigError
+from imagen_jax.request import with_settings
 from imagen_jax.sample import Job, sample
+from imagen_jax.stage_folder import check_chain, load_stage
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
