@@ -83,7 +83,9 @@ LISTENS += "while :; do sleep 0.05; done"
 def signalled(argv, number, *, times, line="ready"):
     """Starts a command, signals it once it wrote `line` so often; (exit status, all it wrote)."""
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen(argv, cwd=ROOT, env=variables(), **output)
+    # Tests in the background of a shell ignore SIGINT, and bash cannot undo that.
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    process = subprocess.Popen(argv, cwd=ROOT, env=variables(), **output, **heard)
     written = ""
     while written.count(line) < times:
         written += (read := process.stdout.readline())
