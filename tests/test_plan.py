@@ -188,7 +188,7 @@ def test_a_program_is_made_for_the_mesh_in_force():
     ("arguments", "message"),
     [
         (["--topology=v4-100"], "try v4-128"),
-        (["--topology=here", "--batch=-1"], "--batch=-1 must be at least 1"),
+        (["--topology=here", "--batch=-1"], "--batch=-1 must be at least 0"),
         (["--topology=here", "--mfu=2"], "--mfu=2.0 must be above 0 and at most 1"),
         (["--topology=here", "--stage=sample", "--save=x"], "keeps a train step"),
         ([*TINY, "--config.model.text_dim=16", "--config.mesh.fsdp=3"], "try config.mesh.fsdp=1"),

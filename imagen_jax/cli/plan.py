@@ -58,8 +58,7 @@ def run(flags: argparse.Namespace) -> None:
     """Carries the verb out."""
     if not 0.0 < flags.mfu <= 1.0:
         raise ConfigError(f"--mfu={flags.mfu} must be above 0 and at most 1; try 0.4")
-    if flags.batch < 0:
-        raise ConfigError(f"--batch={flags.batch} must be at least 1")
+    wiring.check_least(flags, 0, "batch")
     if flags.save and flags.stage != "train":
         raise ConfigError(f"--save={flags.save} keeps a train step, got --stage={flags.stage}")
     where, config = _open(flags)
