@@ -264,7 +264,7 @@ def _check_ours(config: ModelConfig) -> None:
         )
 
 
-def _places(config: ModelConfig) -> list[tuple[bool, bool]]:
+def _places(config: ModelConfig) -> list[tuple[bool, ...]]:
     """Whether pixels and text are attended to, at each level and in the middle."""
     middle = config.middle_attention or (config.self_attention[-1], config.cross_attention[-1])
     return [*zip(config.self_attention, config.cross_attention, strict=True), middle]
