@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 .DEFAULT_GOAL := help
 
 help:  ## List the commands.
-	@grep -E '^[a-z0-9_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z0-9_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 install: $(STAMP)  ## Set up .venv with the package and all it needs, at the tested versions.
 
@@ -32,7 +32,8 @@ lint: install  ## Check style.
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 
 TOOLS := $(VENV)/.tools
-.PHONY: tools types docs coverage
+COVERED := --cov --cov-report=term-missing:skip-covered
+.PHONY: tools types docs coverage coverage-slow
 
 tools: $(TOOLS)  ## Add what types, docs, coverage and pre-commit need.
 
@@ -47,7 +48,10 @@ docs: tools  ## Build the documentation into build/docs; a warning is an error.
 	$(VENV)/bin/python -m sphinx -W --keep-going -q -E -b html docs build/docs
 
 coverage: tools  ## Run the default tests; report the lines of the package that none reaches.
-	$(VENV)/bin/python -m pytest -q -m 'not slow' -n 2 --dist loadfile --cov --cov-report=term-missing:skip-covered
+	$(VENV)/bin/python -m pytest -q -m 'not slow' -n 2 --dist loadfile $(COVERED)
+
+coverage-slow: tools  ## After coverage: add what the slow tests reach (an hour or more).
+	$(VENV)/bin/python -m pytest -q -m slow --cov-append $(COVERED)
 
 clean:  ## Remove the virtual environment and what runs left.
 	rm -rf $(VENV) runs build docs/generated *.egg-info

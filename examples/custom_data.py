@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from imagen_jax import export, images
-from imagen_jax.cascade import Cascade, load_stage
+from imagen_jax.cascade import Cascade
 from imagen_jax.config import (
     CheckpointConfig,
     Config,
@@ -29,6 +29,7 @@ from imagen_jax.config import (
     SamplingConfig,
     TrainConfig,
 )
+from imagen_jax.stage_folder import load_stage
 from imagen_jax.train import train
 
 SIZE, WIDTH = 8, 8

@@ -12,8 +12,8 @@ from jaxtyping import Array, Float
 
 from imagen_jax import drawing, editing, partitioning
 from imagen_jax.config import Config
-from imagen_jax.drawing import Denoising
 from imagen_jax.editing import Edit
+from imagen_jax.sampling import Denoising
 
 Report = Callable[[tuple[int, int], int, int, Array], None]
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from imagen_jax import export
+from imagen_jax import export, outputs
 from imagen_jax.config import (
     Config,
     ConfigError,
@@ -59,7 +59,7 @@ def import_if(
     Raises:
       WeightsError: a file is missing or damaged, or the network cannot be represented.
       ConfigError: the size of the pictures is not known, or does not fit.
-      CheckpointError: `out` holds something else.
+      OutputError: `out` holds something else.
     """
     folder = export.stage_folder(out)
     source = read_config(src)
@@ -116,15 +116,15 @@ def export_diffusers(source: str, out: str, log: Callable[[str], None] = print) 
 
     Raises:
       WeightsError: diffusers has no such network; the field is named.
-      StageError, CheckpointError: nothing can be read, or `out` holds something else.
+      StageError, CheckpointError: nothing can be read. OutputError: `out` holds something else.
       ExportError: what was written draws something else.
     """
-    folder = export.free_folder(out, "config.json", "model folder")
+    folder = outputs.free_folder(out, "config.json", "model folder")
     stage = export.read_source(source)
     config = stage.config
     _check_process(config)
     imported = pathlib.Path(source) / SOURCE
-    with export.whole(folder) as temporary:
+    with outputs.folder(folder) as temporary:
         if_unet.save(
             temporary,
             config.model,

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from imagen_jax import cascade, drawing, images
-from imagen_jax.cascade import Cascade, Stage
+from imagen_jax import drawing, images
+from imagen_jax.cascade import Cascade
+from imagen_jax.stage_folder import Stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,7 @@ def diagnose(
       By SR stage, the shift from "true" and from "drawn" low-resolution pictures.
     """
     folder, count = pathlib.Path(out), len(captions)
-    keys = cascade.picture_keys(seed, range(count), [0] * count)
+    keys = drawing.picture_keys(seed, range(count), [0] * count)
     text = (examples[0]["text_emb"], examples[0]["text_mask"])
     words: dict[str, Any] = {"text_emb": text[0], "text_mask": text[1]}
     chain = Cascade(stages).sample_stages(seed=seed, batch_size=count, **words)
@@ -80,7 +81,7 @@ def diagnose(
         if index:
             true_lowres = images.to_uint8(example["lowres"])
             own = drawing.stage_keys(keys, index)
-            drawn = cascade.sample_stage(stage.params, stage.config, *text, own, example["lowres"])
+            drawn = drawing.sample_stage(stage.params, stage.config, *text, own, example["lowres"])
             rows.insert(1, images.to_uint8(np.asarray(drawn)))
             shifts[name] = {
                 "true": colour_shift(rows[1], true_lowres),

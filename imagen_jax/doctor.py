@@ -21,11 +21,12 @@ import numpy as np
 from imagen_jax import config_io, images, partitioning
 from imagen_jax.checkpoint import CheckpointError, Checkpoints
 from imagen_jax.config import Config, ConfigError
-from imagen_jax.data.embeddings import EmbeddingError, EmbeddingStore
+from imagen_jax.data.embeddings import EmbeddingStore
 from imagen_jax.data.index import open_source
 from imagen_jax.data.on_the_fly import TokenSource
 from imagen_jax.data.pipeline import Pipeline
 from imagen_jax.data.records import AnySource
+from imagen_jax.data.unit_file import EmbeddingError
 from imagen_jax.data.view import sided
 from imagen_jax.interop.weights import WeightsError
 from imagen_jax.optimizer import make_optimizer

@@ -8,17 +8,16 @@ comes along. `stablehlo` and `convert` write other forms; each is drawn with bef
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from imagen_jax import config_io, ema, ema_snapshots, model_card, partitioning, stage
+from imagen_jax import config_io, ema, ema_snapshots, model_card, outputs, partitioning, stage
 from imagen_jax.checkpoint import CheckpointError, Checkpoints
 from imagen_jax.config import CheckpointConfig, Config, TextConfig, check_sigma_rel
 from imagen_jax.export_check import check
@@ -51,7 +50,8 @@ def export(
       log: receives the lines.
 
     Raises:
-      CheckpointError: there is no checkpoint, it cannot be read, or `out` holds something else.
+      CheckpointError: there is no checkpoint, or it cannot be read.
+      OutputError: `out` holds something else.
       ExportError: what was written draws something else.
     """
     folder = stage_folder(out)
@@ -118,7 +118,7 @@ def export_average(
     Raises:
       ConfigError: `sigma_rel` is out of range.
       SnapshotError: there are no snapshots, they cannot be used, or `step` is beyond the last one.
-      CheckpointError: `out` holds something else.
+      OutputError: `out` holds something else.
     """
     check_sigma_rel("--sigma_rel", sigma_rel)
     folder = stage_folder(out)
@@ -144,31 +144,8 @@ def export_average(
 
 
 def stage_folder(out: str) -> pathlib.Path:
-    """The path of `out`. Raises CheckpointError when something else than a stage is there."""
-    return free_folder(out, "params.safetensors", "stage folder")
-
-
-def free_folder(out: str, mark: str, kind: str) -> pathlib.Path:
-    """The path of `out`. Raises CheckpointError when a folder without the file `mark` is there."""
-    folder = pathlib.Path(out).absolute()
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / mark).is_file():
-        raise CheckpointError(f"--out={out} exists and is no {kind}; name a new one")
-    return folder
-
-
-@contextlib.contextmanager
-def whole(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """An empty folder that takes the place of `folder` if nothing goes wrong until the end."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    """The path of `out`. Raises OutputError when something else than a stage is there."""
+    return outputs.free_folder(out, "params.safetensors", "stage folder")
 
 
 def _write(
@@ -190,7 +167,7 @@ def _write(
     text_path = config.text.path and str(pathlib.Path(config.text.path).absolute())
     text = dataclasses.replace(config.text, path=text_path)
     config = dataclasses.replace(config, text=text, data=config.data.whole())
-    with whole(folder) as temporary:
+    with outputs.folder(folder) as temporary:
         carried = dataclasses.replace(config, text=copy_encoder(text, temporary))
         card = model_card.of_run(carried, params=params, **about)
         _fill(temporary, params, config, {"card.md": card})
@@ -209,7 +186,7 @@ def write_stage(
       config: the stage.
       texts: further files, name to content.
     """
-    with whole(folder) as temporary:
+    with outputs.folder(folder) as temporary:
         _fill(temporary, params, config, texts)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import pathlib
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +28,8 @@ from PIL import (
     PngImagePlugin,
     UnidentifiedImageError,
 )
+
+from imagen_jax import outputs
 
 AnyArray = TypeVar("AnyArray", Array, np.ndarray)
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, the latter two exclusive
@@ -306,11 +307,8 @@ def save_png(
       image: pixels.
       text: keyword -> value, any Unicode.
     """
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     chunks = PngImagePlugin.PngInfo()
     for keyword, value in text.items():
         chunks.add_itxt(keyword, value)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    Image.fromarray(image).save(temporary, format="png", pnginfo=chunks)
-    os.replace(temporary, path)
+    with outputs.file(path) as temporary:
+        Image.fromarray(image).save(temporary, format="png", pnginfo=chunks)

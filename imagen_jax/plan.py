@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding
 
-from imagen_jax import cascade, flops, frozen_encoder, hlo, partitioning, stage
+from imagen_jax import drawing, flops, frozen_encoder, hlo, partitioning, stage
 from imagen_jax.config import Config, ConfigError, MeshConfig, unknown_name
 from imagen_jax.models import t5
 from imagen_jax.optimizer import make_optimizer
@@ -170,7 +170,7 @@ def sample_program(config: Config, where: Slice, batch: int) -> Program:
     params = jax.eval_shape(lambda: stage.init_params(config, jax.random.key(config.seed)))
     params = _laid(partitioning.unbox(params), whole)
     low = given.get("lowres")
-    traced = cascade.sample_stage.trace(params, config, *words, given["keys"], low)
+    traced = drawing.sample_stage.trace(params, config, *words, given["keys"], low)
     inputs = (params, *words, given["keys"], low)
     return _program("sample", config, batch, traced, params, inputs)
 

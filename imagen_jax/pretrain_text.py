@@ -19,9 +19,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import pathlib
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -32,7 +30,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from imagen_jax import partitioning
+from imagen_jax import outputs, partitioning
 from imagen_jax.config import ConfigError, OptimizerConfig, PretrainTextConfig, T5Config
 from imagen_jax.interop import hf_t5
 from imagen_jax.models import t5
@@ -71,7 +69,7 @@ def pretrain_text(
         other (one will do: its words are then learned from itself); empty ones are left out.
       config: sizes and length of the training.
       out: folder to write; an earlier result is replaced, anything else is left alone.
-      seed: seed of initialisation, batches and masks.
+      seed: seed of initialisation and batches.
       max_len: longer captions are cut to this many tokens, the end mark included.
       log: receives progress lines.
 
@@ -80,9 +78,10 @@ def pretrain_text(
       (0..1), captions, captions_sha256, vocabulary, seconds.
 
     Raises:
-      ConfigError: no caption holds text, `out` holds something else, or vocab_size is too small.
+      ConfigError: no caption holds text, or vocab_size is too small.
+      OutputError: `out` holds something else.
     """
-    folder = _check_out(out)
+    folder = outputs.free_folder(out, "pretrain.json", "earlier pretrain_text")
     groups = [kept for group in groups if (kept := [c.strip() for c in group if c.strip()])]
     captions = [caption for group in groups for caption in group]
     if not captions:
@@ -303,16 +302,6 @@ def _mean(rows: Sequence[dict[str, jax.Array]]) -> dict[str, float]:
     return {name: round(float(np.mean([row[name] for row in host])), 4) for name in host[0]}
 
 
-def _check_out(out: str) -> pathlib.Path:
-    folder = pathlib.Path(out)
-    ours = (folder / "pretrain.json").is_file()
-    if folder.exists() and not ours and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(
-            f"--out={out} exists and is not an earlier pretrain_text; give a new folder"
-        )
-    return folder
-
-
 def write_encoder(
     folder: pathlib.Path,
     t5_config: T5Config,
@@ -320,13 +309,16 @@ def write_encoder(
     model: bytes,
     metrics: dict[str, Any],
 ) -> None:
-    """Writes beside the folder, then renames: nobody picks up a half-written encoder."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    hf_t5.save(temporary, t5_config, params)
-    (temporary / "spiece.model").write_bytes(model)
-    (temporary / "pretrain.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.rename(folder)
+    """Writes an encoder as a folder that `load_text_encoder` reads; whole or not at all.
+
+    Args:
+      folder: takes its place; `outputs.free_folder` has said that it may.
+      t5_config: shape of the encoder.
+      params: its parameters.
+      model: content of `spiece.model`.
+      metrics: content of `pretrain.json`.
+    """
+    with outputs.folder(folder) as temporary:
+        hf_t5.save(temporary, t5_config, params)
+        (temporary / "spiece.model").write_bytes(model)
+        (temporary / "pretrain.json").write_text(json.dumps(metrics, indent=2) + "\n")

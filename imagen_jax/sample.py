@@ -18,8 +18,9 @@ import numpy as np
 from jaxtyping import UInt8
 
 from imagen_jax import config_io, distributed, images, sample_folder
-from imagen_jax.cascade import Cascade, Progress, with_settings
+from imagen_jax.cascade import Cascade, Progress
 from imagen_jax.editing import Edit
+from imagen_jax.request import with_settings
 from imagen_jax.sample_folder import GRID_PICTURES, Sample
 from imagen_jax.trace import Trace
 

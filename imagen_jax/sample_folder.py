@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from imagen_jax import config_io, images
+from imagen_jax import config_io, images, outputs
 
 GRID_PICTURES = 32
 # Chunks of PNG text that tell what a picture is. The others (`checkpoint`) are for people.
@@ -109,9 +108,7 @@ def write_rows(
     for sample in samples:
         own = {"file": sample.file, **sample._asdict(), "seed": seed}
         lines.append(json.dumps({**rows[sample.prompt_index], **own}, ensure_ascii=False))
-    temporary = folder / "samples.jsonl.tmp"
-    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / "samples.jsonl")
+    outputs.write_text(folder / "samples.jsonl", "\n".join(lines) + "\n")
 
 
 def read_pictures(

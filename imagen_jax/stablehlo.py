@@ -18,7 +18,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imagen_jax import drawing, export, export_check, model_card, sampling, stablehlo_loader
+from imagen_jax import (
+    drawing,
+    export,
+    export_check,
+    model_card,
+    outputs,
+    sampling,
+    stablehlo_loader,
+)
 from imagen_jax.config import Config
 from imagen_jax.interop import weights
 from imagen_jax.stage_folder import Stage
@@ -50,13 +58,13 @@ def export_stablehlo(source: str, out: str, log: Callable[[str], None] = print) 
       log: receives the lines.
 
     Raises:
-      StageError, CheckpointError: nothing can be read, or `out` holds something else.
+      StageError, CheckpointError: nothing can be read. OutputError: `out` holds something else.
       ExportError: what was written draws something else.
     """
-    folder = export.free_folder(out, "signature.json", "folder of an exported sampler")
+    folder = outputs.free_folder(out, "signature.json", "folder of an exported sampler")
     stage = export.read_source(source)
     program = make_program(stage)
-    with export.whole(folder) as temporary:
+    with outputs.folder(folder) as temporary:
         (temporary / "sampler.jaxexport").write_bytes(program.serialize())
         flat = weights.flatten(jax.tree.map(np.asarray, stage.params))
         weights.write_safetensors(temporary / "params.safetensors", flat)

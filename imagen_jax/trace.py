@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from imagen_jax import images
+from imagen_jax import images, outputs
 from imagen_jax.cascade import Progress
 from imagen_jax.sample_folder import Sample
 
@@ -74,14 +74,13 @@ def _enlarged(
 def _save_gif(path: pathlib.Path, frames: UInt8[np.ndarray, "n h w 3"], comment: str) -> None:
     first, *others = (Image.fromarray(frame) for frame in frames)
     durations = [FRAME] * len(others) + [LAST_FRAME]
-    temporary = path.with_name(f".{path.name}.tmp")
-    first.save(
-        temporary,
-        format="gif",
-        save_all=True,
-        append_images=others,
-        duration=durations,
-        loop=0,
-        comment=comment.encode(),
-    )
-    temporary.replace(path)
+    with outputs.file(path) as temporary:
+        first.save(
+            temporary,
+            format="gif",
+            save_all=True,
+            append_images=others,
+            duration=durations,
+            loop=0,
+            comment=comment.encode(),
+        )

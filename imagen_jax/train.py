@@ -24,16 +24,17 @@ from etils import epath
 from jaxtyping import Array, UInt8
 
 from imagen_jax import (
-    cascade,
     compiled,
     config_io,
     distributed,
+    drawing,
     ema,
     ema_snapshots,
     images,
     metrics,
     partitioning,
     stage,
+    stage_folder,
     train_state,
 )
 from imagen_jax.checkpoint import Checkpoints
@@ -148,7 +149,7 @@ def start_from(state: TrainState, path: str) -> TrainState:
     Raises:
       StageError: it is no stage folder. WeightsError: it is of another network.
     """
-    params = cascade.load_stage(path).params
+    params = stage_folder.load_stage(path).params
     found, expected = (
         {name: leaf.shape for name, leaf in weights.flatten(tree).items()}
         for tree in (params, state.params)
@@ -356,10 +357,10 @@ def preview(
     """
     count = min(8, len(batch["image"]))
     part = {name: partitioning.fetch(value[:count]) for name, value in batch.items()}
-    keys = cascade.picture_keys(config.seed, range(count), [0] * count)
+    keys = drawing.picture_keys(config.seed, range(count), [0] * count)
     rows = [images.to_uint8(part["image"])]
     for params in (state.ema["ema"], state.params):
-        drawn = cascade.sample_stage(
+        drawn = drawing.sample_stage(
             params, config, part["text_emb"], part["text_mask"], keys, part.get("lowres")
         )
         rows.append(images.to_uint8(partitioning.fetch(drawn)))

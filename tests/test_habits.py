@@ -18,18 +18,19 @@ SUPPRESSIONS = 20  # of types, in the whole package
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_a_file_can_be_held_in_the_head(path):
-    assert len(path.read_text().splitlines()) <= (650 if path.name == "test_launch.py" else 400)
+    assert len(path.read_text().splitlines()) <= 400
 
 
 def test_functions_fit_on_a_screen():
     long = []
-    for path in sorted((ROOT / "imagen_jax").rglob("*.py")):
+    tests = ROOT / "tests"
+    for path in (path for path in SOURCES if tests not in path.parents):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):
                 first = node.body[0]
                 said = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
                 start = (node.body[1] if said and len(node.body) > 1 else first).lineno
-                if node.end_lineno - start > 65:
+                if node.end_lineno - start >= 60:
                     long.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}")
     assert not long
 

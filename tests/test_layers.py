@@ -8,7 +8,7 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parents[1] / "imagen_jax"
 
 LAYERS = [
-    {"config", "config_data", "config_fields", "config_io", "config_sampling", "images"}
+    {"config", "config_data", "config_fields", "config_io", "config_sampling", "images", "outputs"}
     | {"diffusion", "distributed", "flops", "hlo", "stablehlo_loader"},
     {"guidance", "models", "sampling", "optimizer", "ema", "metrics", "partitioning"}
     | {"preemption", "profiling", "thresholding", "topology", "vocabulary", "editing"},
@@ -95,6 +95,24 @@ def test_imports_point_down(path: pathlib.Path):
         if root in HOMES:
             homes = HOMES[root]
             assert own in homes or name in homes, f"{name} imports {root}; its home is {homes}"
+
+
+def made_in(path: pathlib.Path) -> set[str]:
+    """Names that a module itself defines."""
+    body = ast.parse(path.read_text()).body
+    defined = {n.name for n in body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    names = (n for n in ast.walk(ast.Module(body, [])) if isinstance(n, ast.Name))
+    return defined | {n.id for n in names if isinstance(n.ctx, ast.Store)}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_names_come_from_where_they_are_made(path: pathlib.Path):
+    """So that a reader follows an import once; the schema alone is one name for several files."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("imagen_jax."):
+            home = PACKAGE.joinpath(*node.module.split(".")[1:]).with_suffix(".py")
+            if home.is_file() and home.stem != "config":
+                assert {alias.name for alias in node.names} <= made_in(home), node.module
 
 
 def test_no_package_file_holds_code():

@@ -12,12 +12,14 @@ import jax
 import pytest
 
 from imagen_jax import config_io, partitioning, topology
+from imagen_jax.cli import plan as plan_verb
 from imagen_jax.cli import run
 from imagen_jax.config import MeshConfig
 from imagen_jax.plan import Plan, Program
 from imagen_jax.plan_report import estimate, report
 from imagen_jax.plan_search import largest_part
 from imagen_jax.topology import GIB
+from tests.data.conftest import DIM, write_store
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = ["--topology=here", "--config.mesh.cpu_devices=1"]
@@ -186,16 +188,27 @@ def test_a_program_is_made_for_the_mesh_in_force():
     ("arguments", "message"),
     [
         (["--topology=v4-100"], "try v4-128"),
-        (["--topology=here", "--batch=-1"], "--batch=-1 must be at least 1"),
+        (["--topology=here", "--batch=-1"], "--batch=-1 must be at least 0"),
         (["--topology=here", "--mfu=2"], "--mfu=2.0 must be above 0 and at most 1"),
         (["--topology=here", "--stage=sample", "--save=x"], "keeps a train step"),
-        ([*TINY, "--config.mesh.fsdp=3"], "try config.mesh.fsdp=1"),
+        ([*TINY, "--config.model.text_dim=16", "--config.mesh.fsdp=3"], "try config.mesh.fsdp=1"),
+        ([*TINY, "--config.data.embeddings=none"], "config.model.text_dim=0 must be the width"),
     ],
 )
 def test_what_cannot_be_planned_is_said_in_one_line(capsys, arguments, message):
     assert run.main(["plan", "--config=configs/shapes.py:base", *arguments]) == 1
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1, error
+
+
+def test_the_width_of_the_text_is_the_stores_unless_it_is_given(base_config, tmp_path):
+    write_store(tmp_path / "store", ["a", "b"])
+    given = base_config
+    data = dataclasses.replace(given.data, embeddings=str(tmp_path / "store"))
+    model = dataclasses.replace(given.model, text_dim=0)
+    asked = dataclasses.replace(given, data=data, model=model)
+    assert plan_verb.with_text_dim(asked).model.text_dim == DIM
+    assert plan_verb.with_text_dim(given) == given
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from imagen_jax import pretrain_text as pretrain
 from imagen_jax import text, text_corpus
 from imagen_jax.config import ConfigError, PretrainTextConfig, TextConfig
 from imagen_jax.interop import weights
+from imagen_jax.outputs import OutputError
 
 SMALL = PretrainTextConfig(
     emb_dim=16, num_layers=1, num_heads=2, mlp_dim=16, steps=2, batch_size=4, context=2
@@ -171,7 +172,7 @@ def test_too_small_a_vocabulary_names_a_size_that_works(tmp_path):
 def test_a_foreign_folder_is_left_alone_and_an_earlier_result_replaced(small, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
-    with pytest.raises(ConfigError, match="exists and is not an earlier pretrain_text"):
+    with pytest.raises(OutputError, match="exists and is no earlier pretrain_text"):
         run(FEW, SMALL, tmp_path / "mine")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
     out, *_ = small

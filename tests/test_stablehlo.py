@@ -17,6 +17,7 @@ import pytest
 from imagen_jax import drawing, export, images, stablehlo
 from imagen_jax.checkpoint import CheckpointError
 from imagen_jax.export_check import ExportError, compare
+from imagen_jax.outputs import OutputError
 from imagen_jax.stage_folder import Stage, load_stage
 
 WHICH = {"seed": 7, "prompt_index": [1, 5], "sample_index": [0, 2]}
@@ -181,7 +182,7 @@ def test_other_folders_are_left_alone(exported, tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "me.jpg").write_bytes(b"precious")
     stage = str(exported.folders[0].parent / "stage" / "sr")
-    with pytest.raises(CheckpointError, match="photos exists and is no folder of an exported"):
+    with pytest.raises(OutputError, match="photos exists and is no folder of an exported"):
         stablehlo.export_stablehlo(stage, str(tmp_path / "photos"))
     with pytest.raises(CheckpointError, match="holds no checkpoints; train first"):
         stablehlo.export_stablehlo(str(tmp_path), str(tmp_path / "out"))

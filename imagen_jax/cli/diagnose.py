@@ -7,21 +7,19 @@ import dataclasses
 
 import numpy as np
 
-from imagen_jax import cascade, images
-from imagen_jax.cascade import Stage
+from imagen_jax import images
 from imagen_jax.cli import wiring
-from imagen_jax.config import Config, ConfigError
+from imagen_jax.config import Config
 from imagen_jax.data.index import open_source
 from imagen_jax.diagnose import diagnose
+from imagen_jax.stage_folder import Stage, check_chain, load_stage
 from imagen_jax.text import embed_prompts, load_text_encoder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
     wiring.add_config(parser)
-    parser.add_argument(
-        "--stages", required=True, metavar="DIR[,DIR...]", help="stage folders, base first"
-    )
+    wiring.add_stages(parser)
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--pictures", type=int, default=8, help="pictures per sheet")
     parser.add_argument("--seed", type=int, default=0, help="seed of all noise")
@@ -30,10 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(flags: argparse.Namespace) -> None:
     """Carries the verb out."""
     config = wiring.load_config(flags)
-    if flags.pictures < 1:
-        raise ConfigError(f"--pictures={flags.pictures} must be at least 1")
-    stages = [cascade.load_stage(path) for path in flags.stages.split(",")]
-    cascade.check_chain([stage.config for stage in stages])
+    wiring.check_least(flags, 1, "pictures")
+    stages = [load_stage(path) for path in flags.stages.split(",")]
+    check_chain([stage.config for stage in stages])
     source = open_source(config.data)
     chosen = range(min(flags.pictures, len(source)))
     captions = [source.captions(index)[0] for index in chosen]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import pathlib
 
-from imagen_jax import distributed
+from imagen_jax import distributed, outputs
 from imagen_jax.cli import evaluate_features, evaluate_sweep
 from imagen_jax.cli import sample as sample_verb
 from imagen_jax.evaluation import (
@@ -62,7 +62,7 @@ def _add_alignment(parser: argparse.ArgumentParser) -> None:
 
 def _alignment(flags: argparse.Namespace) -> None:
     card = alignment.evaluate(flags.samples)
-    alignment.write_report(card, flags.out)
+    outputs.write_json(flags.out, card)
     print(alignment.format_table(card))
 
 
@@ -77,7 +77,7 @@ def _add_edges(parser: argparse.ArgumentParser) -> None:
 
 def _edges(flags: argparse.Namespace) -> None:
     card = edges.evaluate(flags.samples, flags.lowres, flags.crop)
-    alignment.write_report(card, flags.out)
+    outputs.write_json(flags.out, card)
     print(edges.format_table(card))
 
 
@@ -100,7 +100,7 @@ def _drawbench(flags: argparse.Namespace) -> None:
             print(path)
         if all(row.get("objects") for row in rows):
             card = alignment.evaluate(flags.out, by="category")
-            alignment.write_report(card, pathlib.Path(flags.out) / "alignment.json")
+            outputs.write_json(pathlib.Path(flags.out) / "alignment.json", card)
             print(alignment.format_table(card))
 
 

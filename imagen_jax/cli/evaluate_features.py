@@ -6,7 +6,6 @@ import argparse
 import pathlib
 
 from imagen_jax import distributed
-from imagen_jax.cascade import with_settings
 from imagen_jax.cli import sample as sample_verb
 from imagen_jax.cli import wiring
 from imagen_jax.evaluation import cards, clip_score, fid, fid30k, frechet
@@ -14,6 +13,7 @@ from imagen_jax.evaluation.resizing import FILTERS
 from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.interop import hf_clip
 from imagen_jax.interop.inception import PUBLIC_FILE
+from imagen_jax.request import with_settings
 
 
 def add_fid(parser: argparse.ArgumentParser) -> None:
@@ -140,7 +140,7 @@ def _add_networks(parser: argparse.ArgumentParser) -> None:
 def add_machine(parser: argparse.ArgumentParser) -> None:
     """Flags that say how much is done at a time."""
     parser.add_argument("--batch_size", type=int, default=32, help="pictures at a time")
-    parser.add_argument("--cpu_devices", type=int, default=1, help="cores to share the pictures")
+    wiring.add_cpu_devices(parser)
 
 
 def _settings(flags: argparse.Namespace) -> fid.Settings:
@@ -154,17 +154,11 @@ def _settings(flags: argparse.Namespace) -> fid.Settings:
     )
 
 
-def _check_sizes(flags: argparse.Namespace) -> None:
-    least = {"batch_size": 1, "cpu_devices": 1, "samples_per_prompt": 1}
-    least |= {"resamples": 2, "size": 0, "count": 2}
-    for name, smallest in least.items():
-        if getattr(flags, name, smallest) < smallest:
-            raise EvaluationError(f"--{name}={getattr(flags, name)} must be at least {smallest}")
-
-
 def start(flags: argparse.Namespace) -> None:
     """Checks numbers, sets the devices up and joins the other processes."""
-    _check_sizes(flags)
+    wiring.check_least(flags, 0, "size")
+    wiring.check_least(flags, 1, "batch_size", "cpu_devices", "samples_per_prompt")
+    wiring.check_least(flags, 2, "resamples", "count")
     wiring.set_up_devices(flags.cpu_devices)
     distributed.initialize()
 

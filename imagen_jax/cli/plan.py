@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 
-from imagen_jax import compiled, config_io, partitioning, plan, topology
+from imagen_jax import compiled, config_io, outputs, partitioning, plan, topology
 from imagen_jax.cli import wiring
 from imagen_jax.config import Config, ConfigError
+from imagen_jax.data.embeddings import EmbeddingStore
+from imagen_jax.data.unit_file import EmbeddingError
 from imagen_jax.plan import Plan
 from imagen_jax.plan_report import report
 from imagen_jax.plan_search import search_batch, search_train
@@ -58,11 +58,12 @@ def run(flags: argparse.Namespace) -> None:
     """Carries the verb out."""
     if not 0.0 < flags.mfu <= 1.0:
         raise ConfigError(f"--mfu={flags.mfu} must be above 0 and at most 1; try 0.4")
-    if flags.batch < 0:
-        raise ConfigError(f"--batch={flags.batch} must be at least 1")
+    wiring.check_least(flags, 0, "batch")
     if flags.save and flags.stage != "train":
         raise ConfigError(f"--save={flags.save} keeps a train step, got --stage={flags.stage}")
     where, config = _open(flags)
+    if flags.stage != "embed":
+        config = with_text_dim(config)
     options = {} if flags.exact or flags.topology == "here" else plan.QUICK
     made = _make(flags, config, where, options)
     print(report(made, flags.mfu, flags.price))
@@ -71,7 +72,7 @@ def run(flags: argparse.Namespace) -> None:
     if flags.save:
         _save(made, flags.save)
     if flags.json:
-        pathlib.Path(flags.json).write_text(json.dumps(made.as_json(), indent=2) + "\n")
+        outputs.write_json(flags.json, made.as_json())
 
 
 def _open(flags: argparse.Namespace) -> tuple[topology.Slice, Config]:
@@ -82,6 +83,20 @@ def _open(flags: argparse.Namespace) -> tuple[topology.Slice, Config]:
     config = config_io.load(flags.config, flags.overrides)
     jax.config.update("jax_platforms", "cpu")
     return topology.open_slice(flags.topology), config
+
+
+def with_text_dim(config: Config) -> Config:
+    """The configuration with the width of its text; a run that is not told it asks the store."""
+    if config.model.text_dim:
+        return config
+    try:
+        dim = EmbeddingStore.open(config.data.embeddings).dim
+    except EmbeddingError as error:
+        raise ConfigError(
+            "config.model.text_dim=0 must be the width of the text embeddings, or these be there; "
+            f"try --config.model.text_dim=4096 (T5-XXL): {error}"
+        ) from error
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, text_dim=dim))
 
 
 def _make(

@@ -8,10 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from imagen_jax import distributed, prompts, trace
-from imagen_jax.cascade import Cascade, check_chain, load_stage, with_settings
+from imagen_jax.cascade import Cascade
 from imagen_jax.cli import wiring
 from imagen_jax.config import Config, ConfigError
+from imagen_jax.request import with_settings
 from imagen_jax.sample import Job, sample
+from imagen_jax.stage_folder import check_chain, load_stage
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,16 +31,14 @@ def add_prompts(parser: argparse.ArgumentParser) -> None:
 
 def add_drawing(parser: argparse.ArgumentParser, *, samples_per_prompt: int) -> None:
     """Adds the flags of every verb that draws prompts; `samples_per_prompt` is a default."""
-    parser.add_argument(
-        "--stages", required=True, metavar="DIR[,DIR...]", help="stage folders, base first"
-    )
+    wiring.add_stages(parser)
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="seed of all noise")
     parser.add_argument(
         "--samples_per_prompt", type=int, default=samples_per_prompt, help="pictures per prompt"
     )
     parser.add_argument("--batch_size", type=int, default=32, help="pictures drawn at a time")
-    parser.add_argument("--cpu_devices", type=int, default=1, help="cores to share the pictures")
+    wiring.add_cpu_devices(parser)
     parser.add_argument(
         "--keep_stages",
         choices=("all", "one"),
@@ -98,9 +98,7 @@ def draw(
       rows: prompts.
       given: from the stages to the fields of `Job` that hold a picture; None: drawn from noise.
     """
-    for name in ("samples_per_prompt", "batch_size", "cpu_devices"):
-        if getattr(flags, name) < 1:
-            raise ConfigError(f"--{name}={getattr(flags, name)} must be at least 1")
+    wiring.check_least(flags, 1, "samples_per_prompt", "batch_size", "cpu_devices")
     wiring.set_up_devices(flags.cpu_devices)
     rows = rows[: flags.limit] if flags.limit > 0 else rows
     settings, configs = read_settings(flags.stage_settings), read_configs(flags.stages)

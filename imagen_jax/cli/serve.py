@@ -24,13 +24,11 @@ LIMITS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
-    parser.add_argument(
-        "--stages", required=True, metavar="DIR[,DIR...]", help="stage folders, base first"
-    )
+    wiring.add_stages(parser)
     parser.add_argument("--out", required=True, help="folder for the pictures")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=8000, help="0: any that is free")
-    parser.add_argument("--cpu_devices", type=int, default=1, help="cores to share the pictures")
+    wiring.add_cpu_devices(parser)
     parser.add_argument("--text_encoder", default="", help="encoder folder, if it has moved")
     for flag, (field, text) in LIMITS.items():
         parser.add_argument(f"--{flag}", type=int, default=getattr(Limits, field), help=text)
@@ -38,9 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(flags: argparse.Namespace) -> None:
     """Carries the verb out."""
-    for name in (*LIMITS, "cpu_devices"):
-        if getattr(flags, name) < 1:
-            raise ConfigError(f"--{name}={getattr(flags, name)} must be at least 1")
+    wiring.check_least(flags, 1, *LIMITS, "cpu_devices")
     if not 0 <= flags.port < 65536:
         raise ConfigError(f"--port={flags.port} must be from 0 to 65535")
     try:

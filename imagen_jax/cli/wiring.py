@@ -1,4 +1,4 @@
-"""What several verbs set up from their flags: configuration, devices, source, embeddings."""
+"""What several verbs share: flags, and what is set up from them: devices, source, embeddings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import jax
 
 from imagen_jax import config_io, partitioning
-from imagen_jax.config import Config
+from imagen_jax.config import Config, ConfigError
 from imagen_jax.data.embeddings import EmbeddingStore
 from imagen_jax.data.index import open_source
 from imagen_jax.data.on_the_fly import TokenSource
@@ -26,6 +26,25 @@ def add_config(parser: argparse.ArgumentParser) -> None:
         help="configuration, for example configs/shapes.py:base; "
         "--config.a.b=value overrides a field",
     )
+
+
+def add_stages(parser: argparse.ArgumentParser) -> None:
+    """Adds --stages, a chain of stage folders."""
+    parser.add_argument(
+        "--stages", required=True, metavar="DIR[,DIR...]", help="stage folders, base first"
+    )
+
+
+def add_cpu_devices(parser: argparse.ArgumentParser) -> None:
+    """Adds --cpu_devices, for `set_up_devices`."""
+    parser.add_argument("--cpu_devices", type=int, default=1, help="cores to share the pictures")
+
+
+def check_least(flags: argparse.Namespace, least: int, *names: str) -> None:
+    """Raises ConfigError where one of these flags, if the verb has it, is below `least`."""
+    for name in names:
+        if getattr(flags, name, least) < least:
+            raise ConfigError(f"--{name}={getattr(flags, name)} must be at least {least}")
 
 
 def load_config(flags: argparse.Namespace) -> Config:

@@ -24,10 +24,11 @@ from jaxtyping import Array, Int
 from imagen_jax import images
 from imagen_jax.config import ConfigError, DataConfig
 from imagen_jax.data import view
-from imagen_jax.data.embeddings import EmbeddingError, EmbeddingStore
+from imagen_jax.data.embeddings import EmbeddingStore
 from imagen_jax.data.on_the_fly import TokenSource
 from imagen_jax.data.order import draw_bits
 from imagen_jax.data.records import AnySource
+from imagen_jax.data.unit_file import EmbeddingError
 
 Batch = dict[str, np.ndarray]
 

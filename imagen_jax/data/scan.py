@@ -22,7 +22,7 @@ from typing import NamedTuple, TypeVar
 
 from PIL import Image
 
-from imagen_jax import images
+from imagen_jax import images, outputs
 from imagen_jax.config import SourceConfig
 from imagen_jax.data.records import (
     Item,
@@ -73,7 +73,8 @@ def cached_index(reader: Reader, source: SourceConfig) -> tuple[Table, Quarantin
     )
     report_file = cache / "quarantine.json"
     with contextlib.suppress(OSError):  # An index that was made for all may be read-only here.
-        write_text(report_file, json.dumps(report.as_json(), indent=1, ensure_ascii=False))
+        text = json.dumps(report.as_json(), indent=1, ensure_ascii=False)
+        outputs.write_text(report_file, text, errors="backslashreplace")
     return Table.load(cache / name), report, report_file
 
 
@@ -146,7 +147,7 @@ def _keep(table: Table, report: Quarantine, folder: pathlib.Path) -> None:
         "notes": report.notes,
         "noted": report.noted,
     }
-    write_text(temporary / "report.json", json.dumps(written))
+    outputs.write_text(temporary / "report.json", json.dumps(written))
     temporary.chmod(0o755)  # mkdtemp's folders are the user's alone; the data may be a team's.
     try:
         temporary.rename(folder)
@@ -154,13 +155,6 @@ def _keep(table: Table, report: Quarantine, folder: pathlib.Path) -> None:
         if not folder.exists():
             raise
         shutil.rmtree(temporary)
-
-
-def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file that a reader sees whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, "utf-8", errors="backslashreplace")
-    os.replace(temporary, path)
 
 
 def _places(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 import tensorflow_datasets as tfds
 
-from imagen_jax import images
+from imagen_jax import images, outputs
 from imagen_jax.config import ConfigError
 from imagen_jax.data import shapes
 
@@ -111,7 +110,7 @@ def _write_prompts(split: str, path: pathlib.Path) -> None:
     by_kind = [[scene for scene in scenes if scene.kind == kind] for kind in shapes.KINDS]
     taken_in_turns = itertools.chain(*itertools.zip_longest(*by_kind))
     lines = [json.dumps(shapes.prompt_row(scene)) + "\n" for scene in taken_in_turns if scene]
-    _write(path, lines)
+    outputs.write_text(path, "".join(lines))
 
 
 def _write_corpus(path: pathlib.Path) -> None:
@@ -121,10 +120,5 @@ def _write_corpus(path: pathlib.Path) -> None:
         for index in range(shapes.SPLITS["train"])
         for turn in range(shapes.TURNS[shapes.scene("train", index).kind])
     )
-    _write(path, [json.dumps(group) + "\n" for group in itertools.islice(groups, CORPUS)])
-
-
-def _write(path: pathlib.Path, lines: list[str]) -> None:
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text("".join(lines))
-    os.replace(partial, path)
+    lines = (json.dumps(group) + "\n" for group in itertools.islice(groups, CORPUS))
+    outputs.write_text(path, "".join(lines))

@@ -9,7 +9,6 @@ alignment ratings (section 4.3), as `fid` does for fidelity.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import pathlib
@@ -19,20 +18,18 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
 
 from imagen_jax.config import unknown_name
 from imagen_jax.data import shapes
+from imagen_jax.evaluation import intervals, samples
 from imagen_jax.evaluation.reading import Found, Reading, read
+from imagen_jax.evaluation.samples import EvaluationError
 
 ATTRIBUTES = ("exact", "colour", "shape", "size", "count", "binding", "relation", "order")
 SEED = 0
 Score = dict[str, bool | None]
 _PARTS = ("scores", "ceiling", "chance")
-
-
-class AlignmentError(ValueError):
-    """The samples cannot be scored; the message says which file and what to do."""
+_NORMAL_QUANTILE = 1.96
 
 
 def score(image: UInt8[np.ndarray, "size size 3"], row: Mapping[str, Any]) -> Score:
@@ -129,13 +126,13 @@ def evaluate(samples_dir: str | os.PathLike[str], by: str = "kind") -> dict[str,
       attribute. The interval is over prompts, whose pictures belong together.
 
     Raises:
-      AlignmentError: a file is missing or a row does not say what the picture should show.
+      EvaluationError: a file is missing or a row does not say what the picture should show.
     """
     folder = pathlib.Path(samples_dir)
-    rows = _read_rows(folder / "samples.jsonl", by)
+    rows = _read_rows(folder, by)
     by_kind: dict[str, list[_Sample]] = {}
     for index, row in enumerate(rows):
-        drawn, rng = _load(folder / row["file"]), np.random.default_rng((SEED, index))
+        drawn, rng = _load(folder, row["file"]), np.random.default_rng((SEED, index))
         real = shapes.draw(shapes.scene_from_row(row, rng), len(drawn))
         sample = _Sample(row, read(drawn), read(real))
         by_kind.setdefault(row[by], []).append(sample)
@@ -149,12 +146,12 @@ def score_folder(samples_dir: str | os.PathLike[str]) -> dict[str, dict[str, dic
     """The scores of `evaluate` alone, by kind of prompt: its yardsticks cost as much again.
 
     Raises:
-      AlignmentError: as `evaluate`.
+      EvaluationError: as `evaluate`.
     """
     folder = pathlib.Path(samples_dir)
     marks: dict[str, list[tuple[str, Score]]] = {}
-    for row in _read_rows(folder / "samples.jsonl", "kind"):
-        own = score(_load(folder / row["file"]), row)
+    for row in _read_rows(folder, "kind"):
+        own = score(_load(folder, row["file"]), row)
         marks.setdefault(row["kind"], []).append((row["prompt"], own))
     marks = dict(sorted(marks.items()))
     if len(marks) > 1:
@@ -222,34 +219,27 @@ def independent_pictures(marks: Sequence[tuple[str, bool]]) -> float:
 
 def wilson(hits: float, n: float) -> tuple[float, float]:
     """95% score interval of a proportion (Wilson 1927) for `hits` out of `n`, both in 0..1."""
-    z = 1.96
-    mean, spread = hits / n, z * z / n
-    centre = (mean + spread / 2) / (1 + spread)
-    half = z * math.sqrt(mean * (1 - mean) / n + spread / (4 * n)) / (1 + spread)
-    return max(centre - half, 0.0), min(centre + half, 1.0)
+    low, high = intervals.score_interval(hits / n, _NORMAL_QUANTILE**2 / n)
+    return float(low), float(high)
 
 
-def _read_rows(path: pathlib.Path, by: str) -> list[dict[str, Any]]:
-    if not path.is_file():
-        raise AlignmentError(f"no file {path}; --samples must be a folder written by `sample`")
-    rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+def _read_rows(folder: pathlib.Path, by: str) -> list[dict[str, Any]]:
+    """The folder's rows, each of which says what its picture should show."""
+    rows = samples.read_rows(folder)
+    for number, row in enumerate(rows, 1):
         try:
-            row = json.loads(line)
             _check_row(row, by)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise AlignmentError(
-                f"{path} line {number}: {error}; sample from the prompts_*.jsonl of shapes_world"
+            raise EvaluationError(
+                f"{folder / 'samples.jsonl'} line {number}: {error}; sample from the "
+                "prompts_*.jsonl of shapes_world"
             ) from error
-        rows.append(row)
-    if not rows:
-        raise AlignmentError(f"{path} is empty; sample at least one picture")
     return rows
 
 
 def _check_row(row: Mapping[str, Any], by: str) -> None:
     """Raises ValueError where a row does not say what the picture should show."""
-    for field in ("file", "prompt", by, "objects"):
+    for field in (by, "objects"):
         if not row.get(field):
             raise ValueError(f"no {field!r}")
     known = {"shape": shapes.SHAPES, "color": shapes.COLORS, "size": (None, *shapes.SIZES)}
@@ -264,24 +254,13 @@ def _check_row(row: Mapping[str, Any], by: str) -> None:
             raise ValueError(f"relation {relation} names an object that is not there")
 
 
-def _load(path: pathlib.Path) -> np.ndarray:
-    try:
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert("RGB"))
-    except OSError as error:
-        raise AlignmentError(f"cannot read picture {path}: {error}; sample again") from error
+def _load(folder: pathlib.Path, file: str) -> UInt8[np.ndarray, "size size 3"]:
+    pixels = samples.load(folder, file)
     if pixels.shape[0] != pixels.shape[1]:
-        raise AlignmentError(f"{path} has shape {pixels.shape[:2]}; pictures must be square")
+        raise EvaluationError(
+            f"{folder / file} has shape {pixels.shape[:2]}; pictures must be square"
+        )
     return pixels
-
-
-def write_report(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Writes a report as JSON, whole or not at all."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(json.dumps(report, indent=2) + "\n")
-    os.replace(partial, path)
 
 
 def format_table(report: Mapping[str, Any]) -> str:

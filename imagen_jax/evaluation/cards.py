@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from imagen_jax.evaluation import samples
+from imagen_jax import outputs
 
 
 def write(card: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Writes FILE.json, and FILE.md."""
     file = pathlib.Path(path)
-    samples.write_text(file, json.dumps(card, indent=2) + "\n")
-    samples.write_text(file.with_suffix(".md"), format_card(card))
+    outputs.write_json(file, card)
+    outputs.write_text(file.with_suffix(".md"), format_card(card))
 
 
 def format_card(card: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ import pathlib
 import jax.numpy as jnp
 import numpy as np
 
-from imagen_jax import distributed, images
+from imagen_jax import distributed, images, outputs
 from imagen_jax.cascade import Cascade
 from imagen_jax.evaluation import samples
 from imagen_jax.stage import drop_text
@@ -67,4 +67,4 @@ def enlarge(
     distributed.gather(np.zeros(()))  # Waits for the pictures of all processes.
     if distributed.is_first():
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        samples.write_text(pathlib.Path(out) / "samples.jsonl", "".join(lines))
+        outputs.write_text(pathlib.Path(out) / "samples.jsonl", "".join(lines))

@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, UInt8
 
+from imagen_jax import outputs
 from imagen_jax.evaluation import frechet
 from imagen_jax.evaluation.frechet import Statistics
 from imagen_jax.evaluation.samples import EvaluationError
@@ -160,10 +161,8 @@ def _apply(
 
 
 def _write(file: pathlib.Path, features: np.ndarray, hashes: np.ndarray, network: str) -> None:
-    partial = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    with partial.open("wb") as stream:
+    with outputs.file(file) as partial, partial.open("wb") as stream:
         np.savez(stream, features=features, hashes=hashes, network=network)
-    os.replace(partial, file)
 
 
 def _read(file: pathlib.Path) -> tuple[np.ndarray, np.ndarray, str]:

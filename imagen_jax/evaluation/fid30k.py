@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from imagen_jax import __version__, config_io
+from imagen_jax import __version__, config_io, outputs
 from imagen_jax.config import Config, DataConfig
 from imagen_jax.data.index import Source, open_source
 from imagen_jax.evaluation import clip_score, fid, samples
@@ -102,7 +102,7 @@ def write_captions(rows: Sequence[dict[str, Any]], out: str | pathlib.Path) -> N
             f"{path} holds other captions than --data, --count and --caption_seed give; choose "
             "another --out"
         )
-    samples.write_text(path, text)
+    outputs.write_text(path, text)
 
 
 def pictures_of(sources: Sequence[Source], size: int) -> Pictures:

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import json
 import os
-import pathlib
 import zipfile
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy import linalg, stats
 
+from imagen_jax import outputs
 from imagen_jax.evaluation.intervals import CONFIDENCE
 from imagen_jax.evaluation.samples import EvaluationError
 
@@ -182,10 +182,7 @@ def save(path: str | os.PathLike[str], gaussian: Gaussian, about: Mapping[str, A
       gaussian: what is saved.
       about: JSON values, such as the network and the filter behind it.
     """
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with partial.open("wb") as file:
+    with outputs.file(path) as partial, partial.open("wb") as file:
         np.savez(
             file,
             mu=gaussian.mean,
@@ -193,7 +190,6 @@ def save(path: str | os.PathLike[str], gaussian: Gaussian, about: Mapping[str, A
             count=gaussian.count,
             about=json.dumps(dict(about), sort_keys=True),
         )
-    os.replace(partial, path)
 
 
 def load(path: str | os.PathLike[str]) -> tuple[Gaussian, dict[str, Any]]:

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from scipy import stats
 
 CONFIDENCE = 0.95
+Mean = float | Float[np.ndarray, "*n"] | np.floating
 
 
 class Interval(NamedTuple):
@@ -59,13 +60,22 @@ def crossed_mean(ratings: Float[np.ndarray, "*n raters prompts"]) -> Interval:
         independent = np.where(certain, np.minimum(raters, prompts), independent)
         freedom = np.where(certain, np.minimum(raters, prompts) - 1, freedom)
         quantile = stats.t.ppf((1 + CONFIDENCE) / 2, freedom)
-        spread = quantile**2 / independent
-        centre = (mean + spread / 2) / (1 + spread)
-        half = np.sqrt(spread * mean * (1 - mean) + spread**2 / 4) / (1 + spread)
-    unknown = (np.minimum(raters, prompts) <= 1) | ~np.isfinite(half)
-    low = np.where(unknown, 0.0, np.clip(centre - half, 0, mean))
-    high = np.where(unknown, 1.0, np.clip(centre + half, mean, 1))
+        low, high = score_interval(mean, quantile**2 / independent)
+    unknown = (np.minimum(raters, prompts) <= 1) | ~np.isfinite(low)
+    low, high = np.where(unknown, 0.0, low), np.where(unknown, 1.0, high)
     return Interval(*map(np.asarray, (mean, low, high)))
+
+
+def score_interval(mean: Mean, spread: Mean) -> tuple[Mean, Mean]:
+    """Ends of Wilson's score interval (1927) of a proportion, 0..1.
+
+    Args:
+      mean: the proportion.
+      spread: squared quantile over the number of independent ratings.
+    """
+    centre = (mean + spread / 2) / (1 + spread)
+    half = np.sqrt(spread * mean * (1 - mean) + spread**2 / 4) / (1 + spread)
+    return np.clip(centre - half, 0, mean), np.clip(centre + half, mean, 1)
 
 
 def _variance(

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from imagen_jax import images
+from imagen_jax import images, outputs
 from imagen_jax.evaluation import samples
 from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.evaluation.studies import STUDIES, Study
@@ -76,8 +76,8 @@ def build(
     }
     shown = [_shown(item, study) for item in items]
     key["id"] = hashlib.sha256(json.dumps([key, shown], sort_keys=True).encode()).hexdigest()[:16]
-    samples.write_text(pathlib.Path(out) / "key.json", json.dumps(key, indent=1) + "\n")
-    samples.write_text(page / "index.html", _page(key, asked, shown))
+    outputs.write_json(pathlib.Path(out) / "key.json", key)
+    outputs.write_text(page / "index.html", _page(key, asked, shown))
     return key
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from imagen_jax import images
+from imagen_jax import images, outputs
 from imagen_jax.config import unknown_name
 from imagen_jax.evaluation import cards as cards_lib
 from imagen_jax.evaluation import drawbench, fid30k, leaderboard, rate_score, samples
@@ -51,8 +51,8 @@ def write(cards: Sequence[str], out: str, *, name: str, samples_dir: str = "") -
         picture = "pictures.png"
         images.save_png(folder / picture, _pictures(samples_dir), {"samples": samples_dir})
     markdown = _markdown(tables, name, picture)
-    samples.write_text(folder / "report.md", markdown)
-    samples.write_text(folder / "report.html", _html(tables, name, picture))
+    outputs.write_text(folder / "report.md", markdown)
+    outputs.write_text(folder / "report.html", _html(tables, name, picture))
     return markdown
 
 

@@ -73,11 +73,3 @@ def load(folder: str | os.PathLike[str], file: str) -> UInt8[np.ndarray, "h w 3"
         return images.decode(path.read_bytes())
     except (OSError, images.PictureError) as error:
         raise EvaluationError(f"cannot read picture {path}: {error}; sample again") from error
-
-
-def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file, whole or not at all, making its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -23,17 +23,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from imagen_jax import config_io, distributed, images
-from imagen_jax.cascade import Cascade, check_chain, load_stage, with_settings
+from imagen_jax import config_io, distributed, images, outputs
+from imagen_jax.cascade import Cascade
 from imagen_jax.config import Config, unknown_name
 from imagen_jax.data import shapes
-from imagen_jax.evaluation import alignment, enlarge, feature_networks, fid, fid30k, samples
+from imagen_jax.evaluation import alignment, enlarge, feature_networks, fid, fid30k
 from imagen_jax.evaluation.features import Pictures
 from imagen_jax.evaluation.fid import Eyes, Reference
 from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.interop import hf_clip
+from imagen_jax.request import with_settings
 from imagen_jax.sample import Job, sample
-from imagen_jax.stage_folder import weights_hash
+from imagen_jax.stage_folder import check_chain, load_stage, weights_hash
 
 # Lists of a grid by name: the guidance weights of the curves of CLIP score against FID-10K.
 PRESETS: dict[str, tuple[float, ...]] = {
@@ -356,5 +357,5 @@ def _write(
     }
     if distributed.is_first():
         file = folder / cell.stages.name / cell.folder / "cell.json"
-        samples.write_text(file, json.dumps(card, indent=2) + "\n")
+        outputs.write_json(file, card)
     return json.loads(json.dumps(card))

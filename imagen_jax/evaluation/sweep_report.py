@@ -6,13 +6,12 @@ better. Lines lead along the grid's first field and are told apart by all the ot
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from imagen_jax import images
-from imagen_jax.evaluation import line_chart, samples
+from imagen_jax import images, outputs
+from imagen_jax.evaluation import line_chart
 from imagen_jax.evaluation.canvas import Canvas
 from imagen_jax.evaluation.line_chart import Point
 from imagen_jax.evaluation.sweep import format_value
@@ -40,10 +39,10 @@ def write(cells: Sequence[dict[str, Any]], out: str, title: str = "") -> str:
     folder = pathlib.Path(out)
     card = {"card": "sweep", "score": score_name(cells), "cells": with_front(cells)}
     table = format_table(card["cells"])
-    samples.write_text(folder / "sweep.json", json.dumps(card, indent=1) + "\n")
-    samples.write_text(folder / "sweep.md", table)
+    outputs.write_json(folder / "sweep.json", card)
+    outputs.write_text(folder / "sweep.md", table)
     chart = plot(cells, title)
-    samples.write_text(folder / "pareto.svg", chart.svg())
+    outputs.write_text(folder / "pareto.svg", chart.svg())
     images.save_png(folder / "pareto.png", chart.pixels(), {})
     return table
 

@@ -199,47 +199,14 @@ def their_config(config: ModelConfig, sample_size: int | None) -> dict[str, Any]
     Raises:
       WeightsError: diffusers has no such network; the field is named.
     """
-    wanted_values = {
-        "name": "unet",
-        "text_conditioning": "concat",
-        "text_pooling": "token",
-        "text_norm": "group",
-        "noise_embedding": "steps",
-        "patch_size": 1,
-        "skip_scale": 1.0,
-        "lowres_residual": False,
-    }
-    for field, wanted in wanted_values.items():
-        got = getattr(config, field)
-        if got != wanted:
-            raise weights.WeightsError(
-                f"config.model.{field}={got!r} cannot be represented in diffusers, only {wanted!r}"
-            )
-    if not config.text_width:
-        raise weights.WeightsError(
-            "config.model.text_width=0 cannot be represented in diffusers; project the text"
-        )
-    middle = config.middle_attention or (config.self_attention[-1], config.cross_attention[-1])
-    places = [*zip(config.self_attention, config.cross_attention, strict=True), middle]
-    if not middle[1] or any(pixels and not text for pixels, text in places):
-        raise weights.WeightsError(
-            f"config.model.cross_attention={config.cross_attention} cannot be represented in "
-            "diffusers: text must be attended to in the middle and wherever pixels are"
-        )
-    # One answer for all places, where all that attend agree.
-    text_only = [not pixels for pixels, text in places if text]
-    if len(set(text_only)) == 1:
-        only = {"only_cross_attention": text_only[0], "mid_block_only_cross_attention": None}
-    else:
-        each = [text and not pixels for pixels, text in places[:-1]]
-        only = {"only_cross_attention": each, "mid_block_only_cross_attention": text_only[-1]}
+    _check_ours(config)
     activation = {"gelu": "gelu", "swish": "silu"}[config.activation]
     # The same network either way; IF's SR networks, which have a divisor, have it so.
     once = config.residual_divisor != 1.0
     return (
         _ONLY
         | _WITHOUT_EFFECT
-        | only
+        | _only_text(config)
         | {
             "_class_name": "UNet2DConditionModel",
             "_diffusers_version": DIFFUSERS_VERSION,
@@ -265,6 +232,53 @@ def their_config(config: ModelConfig, sample_size: int | None) -> dict[str, Any]
             "time_embedding_dim": _width_unless_default(config),
         }
     )
+
+
+def _check_ours(config: ModelConfig) -> None:
+    """Raises WeightsError for the first field that diffusers has not."""
+    wanted_values = {
+        "name": "unet",
+        "text_conditioning": "concat",
+        "text_pooling": "token",
+        "text_norm": "group",
+        "noise_embedding": "steps",
+        "patch_size": 1,
+        "skip_scale": 1.0,
+        "lowres_residual": False,
+    }
+    for field, wanted in wanted_values.items():
+        got = getattr(config, field)
+        if got != wanted:
+            raise weights.WeightsError(
+                f"config.model.{field}={got!r} cannot be represented in diffusers, only {wanted!r}"
+            )
+    if not config.text_width:
+        raise weights.WeightsError(
+            "config.model.text_width=0 cannot be represented in diffusers; project the text"
+        )
+    *_, (_, middle_text) = places = _places(config)
+    if not middle_text or any(pixels and not text for pixels, text in places):
+        raise weights.WeightsError(
+            f"config.model.cross_attention={config.cross_attention} cannot be represented in "
+            "diffusers: text must be attended to in the middle and wherever pixels are"
+        )
+
+
+def _places(config: ModelConfig) -> list[tuple[bool, ...]]:
+    """Whether pixels and text are attended to, at each level and in the middle."""
+    middle = config.middle_attention or (config.self_attention[-1], config.cross_attention[-1])
+    return [*zip(config.self_attention, config.cross_attention, strict=True), middle]
+
+
+def _only_text(config: ModelConfig) -> dict[str, Any]:
+    """diffusers' fields that say where text alone is attended to."""
+    places = _places(config)
+    text_only = [not pixels for pixels, text in places if text]
+    # One answer for all places, where all that attend agree.
+    if len(set(text_only)) == 1:
+        return {"only_cross_attention": text_only[0], "mid_block_only_cross_attention": None}
+    each = [text and not pixels for pixels, text in places[:-1]]
+    return {"only_cross_attention": each, "mid_block_only_cross_attention": text_only[-1]}
 
 
 def _width_unless_default(config: ModelConfig) -> int | None:

@@ -13,7 +13,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from imagen_jax import outputs
 from imagen_jax.interop import torch_pickle
 from imagen_jax.interop.torch_pickle import Tensor
 
@@ -135,12 +135,10 @@ def write_safetensors(path: str | pathlib.Path, arrays: Mapping[str, np.ndarray]
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     # Under another name first: the arrays may be mapped from the very file that is written.
-    temporary = pathlib.Path(f"{path}.tmp")
-    with open(temporary, "wb") as file:
+    with outputs.file(path) as temporary, temporary.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for blob in blobs:
             file.write(blob.tobytes())
-    os.replace(temporary, path)
 
 
 def read_torch(

@@ -1,0 +1,83 @@
+"""The launch scripts: what they would run, what their help says, and how they are written.
+
+IMAGEN_UPDATE_SNAPSHOTS=1 rewrites the snapshots of --dry_run.
+"""
+
+import os
+import pathlib
+import re
+import shlex
+import stat
+import subprocess
+import sys
+
+import pytest
+
+from tests.reference.launch import CAPTURE, CASES, ODD, OVERRIDE, ROOT, SNAPSHOTS, launch, variables
+
+SCRIPTS = sorted(p.name for p in (ROOT / "launch").glob("*.sh"))
+WITH_OPTIONS = sorted(
+    set(SCRIPTS) - {"demo.sh", "demo_256.sh", "folder.sh", "lib.sh", "steps.sh", "slurm_job.sh"}
+)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_snapshot(name):
+    script, *arguments = CASES[name]
+    result = launch(script, "--dry_run", *arguments)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    path = SNAPSHOTS / f"{name}.txt"
+    if os.environ.get("IMAGEN_UPDATE_SNAPSHOTS"):
+        path.write_text(result.stdout)
+    assert result.stdout == path.read_text()
+
+
+def test_no_snapshot_is_left_over():
+    assert {p.stem for p in SNAPSHOTS.glob("*.txt")} == set(CASES)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tpu_vm_create_queued", "tpu_vm_install", "tpu_vm_start", "tpu_vm_delete", "xpk_tpu", "slurm"],
+)
+def test_a_pasted_dry_run_does_what_the_script_does(name, recorder):
+    folder, calls = recorder
+    assert launch(*CASES[name], path=folder).returncode == 0
+    done = calls()
+    assert done
+    pasted = (SNAPSHOTS / f"{name}.txt").read_text()
+    subprocess.run(["bash", "-c", pasted], cwd=ROOT, env=variables(folder), check=True)
+    assert calls() == done
+
+
+def test_odd_characters_reach_the_training(recorder):
+    folder, calls = recorder
+    launch(*CASES["slurm"], path=folder)
+    assert calls()[0][-1] == OVERRIDE[0]
+    launch(*CASES["tpu_vm_start"], path=folder)
+    (remote,) = [a for a in calls()[0] if a.startswith("--command=")]
+    assert shlex.split(remote)[-1] == OVERRIDE[0]
+    result = launch(*CASES["local_processes"])
+    assert sorted(result.stdout.splitlines()) == [f"[0] {ODD}", f"[1] {ODD}"]
+
+
+@pytest.mark.parametrize("script", WITH_OPTIONS)
+def test_help_names_every_option(script):
+    result = launch(script, "--help")
+    assert result.returncode == 0 and result.stderr == ""
+    assert f"launch/{script}" in result.stdout and "set -euo" not in result.stdout
+    (options,) = re.findall(r'^parse "([^"]*)"', (ROOT / "launch" / script).read_text(), re.M)
+    for name in re.findall(r"\w+", options):
+        assert f"--{name}" in result.stdout, name
+
+
+def test_shellcheck_has_nothing_to_say():
+    shellcheck = pathlib.Path(sys.executable).with_name("shellcheck")
+    paths = [ROOT / "launch" / name for name in SCRIPTS]
+    result = subprocess.run([shellcheck, "-x", "-P", "SCRIPTDIR", *paths], **CAPTURE)
+    assert (result.returncode, result.stdout) == (0, ""), result.stdout
+
+
+def test_scripts_are_executable():
+    for name in set(SCRIPTS) - {"lib.sh", "steps.sh"}:
+        assert (ROOT / "launch" / name).stat().st_mode & stat.S_IXUSR, name

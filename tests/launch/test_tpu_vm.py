@@ -1,0 +1,79 @@
+"""launch/tpu_vm.sh and what it starts on each worker of a slice."""
+
+import pytest
+
+from tests.reference.launch import CASES, ROOT, launch, until
+
+
+@pytest.mark.parametrize(
+    ("states", "does"),
+    [
+        (["READY"], []),
+        (["PREEMPTED", "READY"], ["delete", "create"]),
+        (["", "CREATING", "READY"], ["create"]),
+    ],
+)
+def test_resume_makes_what_is_gone(states, does, recorder, tools, tmp_path):
+    folder, calls = recorder
+    (tmp_path / "states").write_text("\n".join(states) + "\n")
+    record = (folder / "gcloud").read_text()
+    answer = f'if [ "$4" = describe ]; then head -n 1 {tmp_path}/states; '
+    answer += f"sed -i 1d {tmp_path}/states; fi"
+    tools(gcloud=record + answer, sleep="exit 0")
+    result = launch(*CASES["tpu_vm_resume"], path=folder)
+    assert result.returncode == 0, result.stderr
+    verbs = [call[4] for call in calls() if call[0] == "gcloud"]
+    assert [v for v in verbs if v != "describe"] == [*does, "scp", "ssh", "ssh", "ssh"]
+    assert (tmp_path / "states").read_text() == ""
+
+
+def test_resume_leaves_a_failed_slice_alone(recorder, tools):
+    folder, calls = recorder
+    record = (folder / "gcloud").read_text()
+    tools(gcloud=record + "echo FAILED")
+    result = launch(*CASES["tpu_vm_resume_queued"], path=folder)
+    assert result.returncode == 1 and "base is FAILED" in result.stderr
+    assert [call[4] for call in calls()] == ["describe"]
+
+
+@pytest.fixture
+def worker(tmp_path, tools):
+    """A worker of a slice of two (or as many as given): worker(verb, ...) runs its script."""
+    folder = tmp_path / "imagen_jax"
+    folder.mkdir()
+    (folder / "launch").symlink_to(ROOT / "launch")
+
+    def run(*arguments, workers=2):
+        endpoints = ",".join(f"unknown:unknown:10.0.0.{i + 7}" for i in range(workers))
+        path = tools(curl=f"case $* in *agent*) echo 1 ;; *endpoints*) echo {endpoints} ;; esac")
+        return launch("tpu_vm_worker.sh", *arguments, path=path, cwd=folder)
+
+    yield run, folder
+    run("stop")
+
+
+def test_worker_runs_on_without_the_connection_until_stopped(worker):
+    run, folder = worker
+    log = folder / "train.log"
+    trains = "trap 'echo saved; exit 75' TERM; env | grep ^JAX_; while :; do sleep 0.05; done"
+    result = run("start", "bash", "-c", trains)
+    assert result.returncode == 0 and result.stdout.startswith("worker 1: started, process ")
+    assert until(lambda: "JAX_PROCESS_ID" in log.read_text())
+    assert set(log.read_text().split()) == {
+        "JAX_COORDINATOR_ADDRESS=10.0.0.7:8476",
+        "JAX_NUM_PROCESSES=2",
+        "JAX_PROCESS_ID=1",
+    }
+    again = run("start", "true")
+    assert again.returncode == 1 and "already running" in again.stderr
+    assert run("stop").returncode == 0
+    # It saved and ended with 75, and yet was not started again.
+    assert log.read_text().splitlines()[-1] == "saved"
+    assert run("stop").returncode == 0
+    assert run("start", "true").returncode == 0
+
+
+def test_worker_that_is_alone_is_told_of_no_others(worker):
+    run, folder = worker
+    run("start", "bash", "-c", "echo begins; env | grep ^JAX_; echo ends", workers=1)
+    assert until(lambda: (folder / "train.log").read_text() == "begins\nends\n")
