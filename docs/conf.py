@@ -34,6 +34,8 @@ html_title = f"{project} {release}"
 html_show_copyright = html_show_sphinx = html_copy_source = False
 # Nothing of the pages is asked of a network.
 html_static_path = []
+# The search would fetch the pages it found, which a page read from a disk may not.
+html_show_search_summary = False
 
 apidoc_modules = [
     {
