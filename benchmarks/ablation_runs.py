@@ -1,27 +1,46 @@
 """Trainings of the ablations: stage folders of the shapes cascade, made by the verbs of `imagen`.
 
-All trainings of a stage are equally long (`STEPS`, shortened: the demo takes 6,500 and 6,000) and
-are named by what they differ in. A stage folder that is there is not trained again, and a training
-that was killed goes on from its last checkpoint.
+All trainings of a stage are equally long (`STEPS`, a fraction of the demo's) and are named by what
+they differ in, so that ablations share them. They lie below a folder named by what they have in
+common: configs/shapes.py and the corpus. A stage folder that is there is not trained again, and a
+training that was killed goes on from its last checkpoint.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import pathlib
+import statistics
 import subprocess
 import sys
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-STEPS = {"base": 1_500, "sr": 1_000}
-# What `pretrain_text` learns from the same paraphrases. Without a layer a T5 is a table of words:
-# the caption is a bag of them, since the picture model does not see their order.
+from imagen_jax import config_io
+from imagen_jax.stage_folder import load_stage
+
+STEPS = {"text": 800, "base": 1_200, "sr": 1_000}
+# What a T5 learns from the paraphrases is the demo's; here are its sizes. Without a layer it is a
+# table of words: the caption is a bag of them, since the picture model does not see their order.
 ENCODERS: dict[str, dict[str, int]] = {
     "none": {"num_layers": 0},
     "tiny": {"num_layers": 1, "emb_dim": 32, "num_heads": 4, "mlp_dim": 64},
     "small": {},  # The demo's: 3 layers of width 128.
-    "larger": {"num_layers": 6, "emb_dim": 192, "num_heads": 16, "mlp_dim": 384},
+    "larger": {"num_layers": 6},
     "oracle": {},
+    "contrastive": {},  # The small one, learned from pictures as CLIP is: contrastive_text.py.
+}
+# Fields in which a stage's network or its training differs from the demo's.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "": {},
+    "not_augmented": {"diffusion.aug_level_max": 0.0},
+    "half": {"model.channels": (24, 32)},
+    "double": {"model.channels": (96, 128)},
+    "concat": {"model.text_conditioning": "concat"},
+    "pooled": {"model.text_conditioning": "none"},
+    "plain": {"model.name": "unet"},
 }
 
 
@@ -31,20 +50,14 @@ class Training(NamedTuple):
     Attributes:
       stage: "base" or "sr".
       encoder: row of ENCODERS.
+      variant: row of VARIANTS.
       seed: of initialisation, order and noise.
-      augmented: SR: with noise conditioning augmentation or without.
     """
 
     stage: str
-    encoder: str
-    seed: int
-    augmented: bool = True
-
-    @property
-    def name(self) -> str:
-        """Of its folders, but for its length."""
-        off = "" if self.augmented else "_not_augmented"
-        return f"{self.stage}_{self.encoder}{off}_{self.seed}"
+    encoder: str = "small"
+    variant: str = ""
+    seed: int = 0
 
 
 class Runs:
@@ -56,47 +69,91 @@ class Runs:
         Args:
           out: folder to write.
           data: the shapes world that `imagen prepare` made.
-          steps: of every training, by stage.
+          steps: of every training: of the text encoder, and by stage.
         """
-        self.out, self.data, self.steps = pathlib.Path(out), data, dict(steps)
+        self.data, self.steps = pathlib.Path(data), dict(steps)
+        recipe = hashlib.sha256((self.data / "paraphrases.jsonl").read_bytes())
+        for stage in ("base", "sr"):
+            recipe.update(config_io.to_json(config_io.load(f"configs/shapes.py:{stage}")).encode())
+        self.folder = pathlib.Path(out) / recipe.hexdigest()[:8]
+        self.compiled = self.folder / "compiled"  # The seeds of an arm are one program.
+
+    def name(self, training: Training) -> str:
+        """Of the folders of a training."""
+        parts = [training.stage, training.encoder, training.variant, training.seed]
+        lengths = [self.steps["text"], self.steps[training.stage]]
+        return "_".join(str(part) for part in [*parts, *lengths] if part != "")
 
     def stage(self, training: Training) -> str:
         """The stage folder of a training, which is carried out where it is missing."""
-        name = f"{training.name}_{self.steps[training.stage]}"
-        folder = self.out / "stages" / name
+        name = self.name(training)
+        folder = self.folder / "stages" / name
         if not (folder / "params.safetensors").is_file():
             self._embed(training.encoder)
-            workdir = f"--workdir={self.out / 'trainings' / name}"
-            length = f"--config.train.steps={self.steps[training.stage]}"
-            off = [] if training.augmented else ["--config.diffusion.aug_level_max=0.0"]
-            self._imagen("train", training, workdir, length, "--config.checkpoint.every=500", *off)
+            workdir = f"--workdir={self.folder / 'trainings' / name}"
+            self._imagen("train", training, workdir, "--config.checkpoint.every=500")
             self._imagen("export", None, workdir, f"--out={folder}")
         return str(folder)
 
+    def cost(self, training: Training) -> dict[str, float]:
+        """What a training took: parameters, steps/s (median), and MiB of its compiled step."""
+        name, config = self.name(training), load_stage(self.stage(training)).config
+        file = self.folder / "plans" / f"{name}.json"
+        if not file.is_file():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            width = f"--config.model.text_dim={config.model.text_dim}"
+            self._imagen("plan", training, "--topology=here", f"--json={file}", width)
+        plan = json.loads(file.read_text())
+        lines = (self.folder / "trainings" / name / "metrics.jsonl").read_text().splitlines()
+        speeds = [json.loads(line)["images_per_second"] for line in lines]
+        return {
+            "parameters": plan["params"],
+            "steps_per_second": statistics.median(speeds) / config.data.batch_size,
+            "mebibytes": plan["hbm_per_chip"]["peak"] / 2**20,
+        }
+
+    def text(self, encoder: str) -> pathlib.Path:
+        """The folder of a text encoder."""
+        return self.folder / "text" / f"{encoder}_{self.steps['text']}"
+
+    def embeddings(self, encoder: str) -> pathlib.Path:
+        """The folder of the embeddings of all captions."""
+        return self.folder / "embeddings" / f"{encoder}_{self.steps['text']}"
+
     def _embed(self, encoder: str) -> None:
         """The encoder of this name and its embeddings."""
-        training = Training("base", encoder, 0)
-        if encoder != "oracle" and not (self.out / "text" / encoder / "config.json").is_file():
-            sizes = [f"--config.pretrain_text.{k}={v}" for k, v in ENCODERS[encoder].items()]
-            where = f"--out={self.out / 'text' / encoder}"
-            self._imagen("pretrain_text", training, where, *sizes)
-        if not (self.out / "embeddings" / encoder / "manifest.json").is_file():
+        training = Training("base", encoder)
+        if encoder != "oracle" and not (self.text(encoder) / "config.json").is_file():
+            sizes = {"steps": self.steps["text"], **ENCODERS[encoder]}
+            flags = [f"--config.pretrain_text.{k}={v}" for k, v in sizes.items()]
+            verb = "contrastive_text" if encoder == "contrastive" else "pretrain_text"
+            self._imagen(verb, training, f"--out={self.text(encoder)}", *flags)
+        if not (self.embeddings(encoder) / "manifest.json").is_file():
             self._imagen("embed", training)
 
     def _imagen(self, verb: str, training: Training | None, *flags: str) -> None:
-        command = [sys.executable, "-m", "imagen_jax", verb]
+        """Runs a verb of `imagen`, or the script beside this one that has its name."""
+        script = pathlib.Path(__file__).parent / f"{verb}.py"
+        program = [str(script)] if script.is_file() else ["-m", "imagen_jax", verb]
+        command = [sys.executable, *program]
         if training is not None:
-            oracle = training.encoder == "oracle"
-            text = "" if oracle else self.out / "text" / training.encoder
-            command += [
-                f"--config=configs/shapes.py:{training.stage}",
-                "--config.mesh.cpu_devices=1",
-                f"--config.seed={training.seed}",
-                f"--config.data.path={self.data}",
-                f"--config.data.embeddings={self.out / 'embeddings' / training.encoder}",
-                f"--config.pretrain_text.corpus={self.data}/paraphrases.jsonl",
-                f"--config.text.path={text}",
-                f"--config.text.encoder={'shapes_oracle' if oracle else 't5'}",
-            ]
+            command += self._flags(training)
         print("$", " ".join([*command, *flags]), flush=True)
-        subprocess.run([*command, *flags], check=True)
+        environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(self.compiled)}
+        subprocess.run([*command, *flags], check=True, env=environment)
+
+    def _flags(self, training: Training) -> list[str]:
+        oracle = training.encoder == "oracle"
+        fields = {
+            "mesh.cpu_devices": 1,
+            "seed": training.seed,
+            "train.steps": self.steps[training.stage],
+            "data.path": self.data,
+            "data.embeddings": self.embeddings(training.encoder),
+            "pretrain_text.corpus": self.data / "paraphrases.jsonl",
+            "text.path": "" if oracle else self.text(training.encoder),
+            "text.encoder": "shapes_oracle" if oracle else "t5",
+            **VARIANTS[training.variant],
+        }
+        flags = [f"--config.{field}={value}" for field, value in fields.items()]
+        return [f"--config=configs/shapes.py:{training.stage}", *flags]

@@ -1,13 +1,16 @@
-"""The paper's ablations on the shapes cascade (Imagen, Sec. 4.4-4.5), one command each.
+"""The paper's ablations on the shapes cascade (Imagen, Sec. 4.4-4.5, App. B, D), one command each.
 
     .venv/bin/python benchmarks/ablations.py --name=thresholding --seeds=0,1,2 \
-        --data=runs/demo/data --out=runs/ablations --docs=docs
+        --demo=runs/demo --out=runs/ablations --docs=docs
 
 Trains what is missing (`ablation_runs`), draws and measures held-out prompts as `evaluate sweep`
 does, and writes OUT/NAME.json: every measure of every arm for each seed of the picture model, its
 mean with Student's 95% interval over the seeds, and the same of the paired differences from the
 arm that the others are compared with. With --docs the table of docs/ablations.md is written anew.
 Killed and started again it goes on.
+
+Arms that differ before the super-resolution stage are base stages; the demo's own super-resolution
+stage enlarges what they draw, without text, so that what is read is theirs alone.
 """
 
 from __future__ import annotations
@@ -19,93 +22,172 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import reporting
-from ablation_runs import ENCODERS, STEPS, Runs, Training
+from ablation_runs import STEPS, Runs, Training
 from scipy import stats
 
 from imagen_jax import prompts
+from imagen_jax.config import unknown_name
 from imagen_jax.evaluation import sweep
 from imagen_jax.evaluation.intervals import CONFIDENCE
 from imagen_jax.evaluation.sweep import StageSet, Sweep
 
-Arm = tuple[Training, Training]
+BASE, SR = Training("base"), Training("sr")
+
+
+class Arm(NamedTuple):
+    """What is trained, and how it draws.
+
+    Attributes:
+      stages: trainings of seed 0, base first; of a base alone the demo's SR stage makes pictures.
+      grid: sampling settings.
+    """
+
+    stages: tuple[Training, ...]
+    grid: sweep.Grid = {}
 
 
 class Ablation(NamedTuple):
     """What is compared.
 
     Attributes:
-      grids: sampling settings by arm.
+      arms: by name.
       against: fields of an arm that make it the one that its row is compared with.
       kinds: of the prompts.
       count: prompts.
-      measures: title -> KIND.ATTRIBUTE of the alignment, or distance.
+      measures: title -> KIND.ATTRIBUTE of the alignment, distance, or cost.FIELD of the last stage.
     """
 
-    grids: dict[str, sweep.Grid]
+    arms: dict[str, Arm]
     against: dict[str, Any]
     kinds: tuple[str, ...]
     count: int
     measures: dict[str, str]
 
 
-WEIGHTS = [1.5, 4.0, 8.0]
+LIKE = ("single", "count")
+ROLES = ("single", "count", "relation")
+UNDERSTOOD = {
+    "one object": "single.exact",
+    "counted": "count.exact",
+    "number": "count.count",
+    "two objects": "relation.exact",
+    "binding": "relation.binding",
+    "order": "relation.order",
+    "distance": "distance",
+}
+COSTS = {
+    "parameters": "cost.parameters",
+    "steps/s": "cost.steps_per_second",
+    "MiB": "cost.mebibytes",
+}
+FORMS = {"distance": ".3f", "parameters": ",.0f", "steps/s": ".1f", "MiB": ".0f"}
+CHOICES = {"guidance_weight": [1.5, 4.0, 8.0], "thresholding": ["none", "static", "dynamic"]}
 ABLATIONS = {
-    "thresholding": Ablation(
+    "encoder_size": Ablation(
         {
-            "small": {
-                "base": {"guidance_weight": WEIGHTS, "thresholding": ["none", "static", "dynamic"]}
-            }
+            name: Arm((BASE._replace(encoder=name),))
+            for name in ("none", "tiny", "small", "larger", "oracle")
         },
+        {"arm": "none"},
+        ROLES,
+        240,
+        UNDERSTOOD,
+    ),
+    "thresholding": Ablation(
+        {"small": Arm((BASE,), {"base": CHOICES})},
         {"base.thresholding": "none"},
-        ("single", "count"),
+        LIKE,
         100,
         {"all right": "all.exact", "colours right": "all.colour", "distance": "distance"},
     ),
     "noise_conditioning": Ablation(
-        {"off": {"sr": {"aug_level": [0.0]}}, "on": {"sr": {"aug_level": [0.0, 0.05, 0.1, 0.2]}}},
+        {
+            "off": Arm((BASE, SR._replace(variant="not_augmented")), {"sr": {"aug_level": [0.0]}}),
+            "on": Arm((BASE, SR), {"sr": {"aug_level": [0.0, 0.05, 0.1, 0.2]}}),
+        },
         {"arm": "off", "sr.aug_level": 0.0},
-        ("single", "count"),
+        LIKE,
         100,
         {"all right": "all.exact", "shapes right": "all.shape", "distance": "distance"},
     ),
-    "encoder_size": Ablation(
-        dict.fromkeys(ENCODERS, {}),
-        {"arm": "none"},
-        ("single", "count", "relation"),
-        240,
+    "unet_size": Ablation(
         {
-            "one object": "single.exact",
-            "counted": "count.exact",
-            "number": "count.count",
-            "two objects": "relation.exact",
-            "binding": "relation.binding",
-            "order": "relation.order",
-            "distance": "distance",
+            "half": Arm((BASE._replace(variant="half"),)),
+            "demo": Arm((BASE,)),
+            "double": Arm((BASE._replace(variant="double"),)),
         },
+        {"arm": "demo"},
+        ROLES,
+        240,
+        COSTS | UNDERSTOOD,
+    ),
+    "conditioning": Ablation(
+        {
+            "cross": Arm((BASE,)),
+            "concat": Arm((BASE._replace(variant="concat"),)),
+            "pooled": Arm((BASE._replace(variant="pooled"),)),
+        },
+        {"arm": "cross"},
+        ROLES,
+        240,
+        UNDERSTOOD,
+    ),
+    "efficient_unet": Ablation(
+        {"efficient": Arm((BASE, SR)), "plain": Arm((BASE, SR._replace(variant="plain")))},
+        {"arm": "efficient"},
+        LIKE,
+        100,
+        COSTS | {"all right": "all.exact", "shapes right": "all.shape", "distance": "distance"},
+    ),
+    "text_objective": Ablation(
+        {
+            "paraphrases": Arm((BASE,)),
+            "contrastive": Arm((BASE._replace(encoder="contrastive"),)),
+        },
+        {"arm": "paraphrases"},
+        ROLES,
+        240,
+        UNDERSTOOD,
     ),
 }
 
 
-def arm_of(name: str, arm: str, seed: int) -> Arm:
-    """The two trainings of an arm for a seed; encoders share the seed of their SR stage."""
-    if name == "encoder_size":
-        return Training("base", arm, seed), Training("sr", arm, 0)
-    return Training("base", "small", seed), Training("sr", "small", seed, arm != "off")
+def measure(
+    ablation: Ablation, runs: Runs, seeds: Sequence[int], enlarge: str
+) -> list[dict[str, Any]]:
+    """All cells of an ablation, each with `arm`, `seed` and, where it is asked for, `cost`.
 
-
-def measure(name: str, runs: Runs, seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """All cells of an ablation, each with `arm` and `seed`."""
-    ablation, cells = ABLATIONS[name], []
+    Args:
+      ablation: what is compared.
+      runs: carries out the trainings that are missing.
+      seeds: of the picture model.
+      enlarge: SR stage folder for the base stages that are compared alone.
+    """
+    cells = []
     rows = prompts.read(f"{runs.data}/prompts_held_out.jsonl")
     rows = [row for row in rows if row["kind"] in ablation.kinds]
+    # Ablations that ask the same prompts share their pictures.
+    out = f"{runs.folder}/sweeps/{'_'.join(ablation.kinds)}_{ablation.count}"
+    costly = any(path.startswith("cost.") for path in ablation.measures.values())
     for seed in seeds:
-        for arm, grid in ablation.grids.items():
-            stages = tuple(map(runs.stage, arm_of(name, arm, seed)))
-            asked = Sweep((StageSet(f"{arm}_{seed}", stages),), grid, rows, ablation.count)
-            found = sweep.run(asked, str(runs.out / "sweeps" / name))
-            cells += [{**cell, "arm": arm, "seed": seed} for cell in found]
+        for name, arm in ablation.arms.items():
+            trainings = [training._replace(seed=seed) for training in arm.stages]
+            stages = tuple(map(runs.stage, trainings))
+            found = sweep.run(
+                Sweep(
+                    (StageSet("-".join(map(runs.name, trainings)), stages),),
+                    arm.grid,
+                    rows,
+                    ablation.count,
+                    enlarge=enlarge if len(stages) == 1 else "",
+                ),
+                out,
+            )
+            cost = runs.cost(trainings[-1]) if costly else {}
+            cells += [{**cell, "arm": name, "seed": seed, "cost": cost} for cell in found]
     return cells
 
 
@@ -114,6 +196,8 @@ def value_of(cell: Mapping[str, Any], path: str) -> float | None:
     if path == "distance":
         return cell["numbers"]["distance"]
     kind, attribute = path.split(".")
+    if kind == "cost":
+        return cell["cost"][attribute]
     rate = cell["numbers"]["alignment"][kind].get(attribute)
     return None if rate is None else rate["mean"]
 
@@ -171,10 +255,10 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         cells = [sweep.format_value(row["choice"][field]) for field in fields]
         for title in titles:
-            digits = 3 if title == "distance" else 2
-            text = _format(row["measures"][title], f".{digits}f")
-            if title in row["differences"]:
-                text += f" ({_format(row['differences'][title], f'+.{digits}f')})"
+            form = FORMS.get(title, ".2f")
+            text = _format(row["measures"][title], form)
+            if title in row["differences"] and title not in COSTS:
+                text += f" ({_format(row['differences'][title], '+' + form)})"
             cells.append(text)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -191,23 +275,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--name", required=True, choices=list(ABLATIONS))
     parser.add_argument("--seeds", default="0,1,2", help="of the picture model")
-    parser.add_argument("--data", required=True, help="folder of the shapes world")
+    parser.add_argument("--arms", default="", help="only these, such as none,small; empty: all")
+    parser.add_argument("--prompts", type=int, default=0, help="drawn; 0: as many as its table has")
+    parser.add_argument("--demo", required=True, help="run folder of launch/demo.sh")
     parser.add_argument("--out", required=True, help="folder of trainings, pictures and numbers")
     parser.add_argument("--docs", default="", help="folder of ablations.md to update")
     for stage, steps in STEPS.items():
         parser.add_argument(
-            f"--{stage}_steps", type=int, default=steps, help="length of a training"
+            f"--{stage}_steps", type=int, default=steps, help=f"of a training (default: {steps})"
         )
     flags = parser.parse_args()
     steps = {stage: getattr(flags, f"{stage}_steps") for stage in STEPS}
     seeds = [int(seed) for seed in flags.seeds.split(",")]
-    cells = measure(flags.name, Runs(flags.out, flags.data, steps), seeds)
-    rows = tabulate(ABLATIONS[flags.name], cells)
+    ablation = ABLATIONS[flags.name]
+    asked = flags.arms.split(",") if flags.arms else list(ablation.arms)
+    for arm in asked:
+        if arm not in ablation.arms:
+            parser.error(unknown_name("--arms", arm, list(ablation.arms)))
+    ablation = ablation._replace(
+        arms={arm: ablation.arms[arm] for arm in asked}, count=flags.prompts or ablation.count
+    )
+    runs = Runs(flags.out, f"{flags.demo}/data", steps)
+    jax.config.update("jax_compilation_cache_dir", str(runs.compiled))
+    cells = measure(ablation, runs, seeds, f"{flags.demo}/stages/sr")
+    rows = tabulate(ablation, cells)
     record = {
         "ablation": flags.name,
         "seeds": seeds,
         "steps": steps,
-        "prompts": ABLATIONS[flags.name].count,
+        "prompts": ablation.count,
         "rows": rows,
     }
     text = json.dumps(record, indent=1) + "\n"

@@ -22,7 +22,8 @@ def get_config(name: str = "base") -> ml_collections.ConfigDict:
     c.pretrain_text.corpus = "runs/demo/data/paraphrases.jsonl"
     c.pretrain_text.num_layers = 3
     c.pretrain_text.num_heads = 16  # Each begins by looking at another place: roles need many.
-    c.pretrain_text.steps = 800
+    c.pretrain_text.batch_size = 32
+    c.pretrain_text.steps = 1_200
     c.data.max_text_len = 24
     # Beside all pixels in one softmax, as in the paper, a few words are hardly heard at first.
     c.model.text_conditioning = "cross"
@@ -55,7 +56,7 @@ def _base(c: ml_collections.ConfigDict) -> None:
     c.data.batch_size = 16
     c.data.loader = "numpy"  # The core that reads is the core that trains.
     c.optimizer.learning_rate = 2e-3
-    c.train.steps = 6_500
+    c.train.steps = 6_000
     c.sampling.sampler = "ddpm"
     c.sampling.steps = 25
     c.sampling.guidance_weight = 1.5
@@ -79,8 +80,9 @@ def _sr(c: ml_collections.ConfigDict) -> None:
     c.diffusion.aug_noise_size = "lowres"
     c.diffusion.logsnr_shift = -2.0
     c.data.batch_size = 8
-    c.train.steps = 6_000
-    c.sampling.steps = 8
+    c.train.steps = 5_000
+    c.sampling.sampler = "ddpm"
+    c.sampling.steps = 16
     c.sampling.guidance_weight = 2.0
     c.sampling.aug_level = 0.0
 

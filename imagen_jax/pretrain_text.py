@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import pathlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -98,10 +99,7 @@ def pretrain_text(
         "vocabulary": pieces,
         "seconds": round(time.perf_counter() - start, 1),
     }
-    with outputs.folder(folder) as temporary:
-        hf_t5.save(temporary, t5_config, params)
-        (temporary / "spiece.model").write_bytes(model)
-        (temporary / "pretrain.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    write_encoder(folder, t5_config, params, model, metrics)
     return metrics
 
 
@@ -302,3 +300,17 @@ def predict(
 def _mean(rows: Sequence[dict[str, jax.Array]]) -> dict[str, float]:
     host = jax.device_get(list(rows))
     return {name: round(float(np.mean([row[name] for row in host])), 4) for name in host[0]}
+
+
+def write_encoder(
+    folder: pathlib.Path,
+    t5_config: T5Config,
+    params: dict[str, Any],
+    model: bytes,
+    metrics: dict[str, Any],
+) -> None:
+    """Writes an encoder's folder, whole: nobody picks up a half-written one."""
+    with outputs.folder(folder) as temporary:
+        hf_t5.save(temporary, t5_config, params)
+        (temporary / "spiece.model").write_bytes(model)
+        (temporary / "pretrain.json").write_text(json.dumps(metrics, indent=2) + "\n")

@@ -1,8 +1,10 @@
 """Tables of benchmarks/ablations.py: means and intervals over seeds, and paired differences."""
 
+import functools
 import pathlib
 import sys
 
+import jax
 import numpy as np
 import pytest
 from scipy import stats
@@ -10,10 +12,14 @@ from scipy import stats
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
 import ablation_runs
 import ablations
+import contrastive_text
 from ablation_runs import Training
 
+from imagen_jax import config_io
+from imagen_jax import stage as stage_lib
+
 ABLATION = ablations.Ablation(
-    {"off": {}, "on": {}},
+    {"off": ablations.Arm(()), "on": ablations.Arm(())},
     {"arm": "off", "sr.aug_level": 0.0},
     ("single",),
     3,
@@ -72,25 +78,118 @@ def test_what_was_not_asked_in_any_picture_is_left_out(rows):
     assert "(+0.20 ± 0.25)" in table[3] and "(+0.25)" in table[3]
 
 
-def test_arms_differ_in_what_they_are_named_for_and_in_nothing_else():
-    for name, ablation in ablations.ABLATIONS.items():
-        assert ablation.against.get("arm", "small") in ablation.grids
-        pairs = {arm: ablations.arm_of(name, arm, 1) for arm in ablation.grids}
-        assert len(set(pairs.values())) == len(pairs)
-        for base, sr in pairs.values():
-            assert (base.stage, base.seed, sr.stage, sr.encoder) == ("base", 1, "sr", base.encoder)
-            if name != "encoder_size":
-                assert base.encoder == "small" and sr.seed == 1
-    off, on = (ablations.arm_of("noise_conditioning", arm, 2) for arm in ("off", "on"))
-    assert off[0] == on[0] and off[1] == on[1]._replace(augmented=False)
-
-
-def test_trainings_that_differ_have_names_that_do():
-    every = [
-        Training(stage, encoder, seed, augmented)
-        for stage in ("base", "sr")
-        for encoder in ablation_runs.ENCODERS
-        for seed in (0, 1)
-        for augmented in (True, False)
+def test_costs_stand_without_differences_and_an_arm_alone_without_interval():
+    cells = [
+        {**cell(arm, 0.0, 0, 0.5, None, 1.0), "cost": {"parameters": count}}
+        for arm, count in (("off", 1_500_000), ("on", 990))
     ]
-    assert len({training.name for training in every}) == len(every)
+    measures = {"parameters": "cost.parameters", "right": "all.exact"}
+    found = ablations.tabulate(ABLATION._replace(measures=measures), cells)
+    table = ablations.format_table(found).splitlines()
+    assert table[2:] == ["| off | 1,500,000 | 0.50 |", "| on | 990 | 0.50 (+0.00) |"]
+
+
+def test_arms_differ_in_what_they_are_named_for_and_in_nothing_else():
+    differs = {
+        "encoder_size": {"encoder"},
+        "thresholding": set(),
+        "noise_conditioning": {"variant"},
+        "unet_size": {"variant"},
+        "conditioning": {"variant"},
+        "efficient_unet": {"variant"},
+        "text_objective": {"encoder"},
+    }
+    for name, ablation in ablations.ABLATIONS.items():
+        arms = list(ablation.arms.values())
+        assert ablation.against.get("arm", "small") in ablation.arms
+        assert len({arm.stages for arm in arms}) == len(arms)
+        for arm in arms:
+            assert [training.stage for training in arm.stages] == ["base", "sr"][: len(arm.stages)]
+            # What comes before the last stage is shared, and so are all seeds.
+            assert arm.stages[:-1] == arms[0].stages[:-1]
+            own, first = arm.stages[-1]._asdict(), arms[0].stages[-1]._asdict()
+            assert {field for field in own if own[field] != first[field]} <= differs[name]
+        # Without the choice that rows are compared with, there is nothing to compare.
+        choices = [
+            {
+                f"{stage}.{field}": values
+                for stage, of in arm.grid.items()
+                for field, values in of.items()
+            }
+            for arm in arms
+        ]
+        for field, value in ablation.against.items():
+            assert field == "arm" or all(value in choice[field] for choice in choices)
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Runs on a corpus of one line, whose commands are kept and make no more than their files."""
+
+    class Dry(ablation_runs.Runs):
+        def _imagen(self, verb, training, *flags):
+            self.commands.append((verb, training, flags))
+            for flag in flags:
+                if flag.startswith("--out="):
+                    folder = pathlib.Path(flag.removeprefix("--out="))
+                    folder.mkdir(parents=True)
+                    (folder / "config.json").write_text("{}")
+                    (folder / "params.safetensors").write_text("")
+            if verb == "embed":
+                self.embeddings(training.encoder).mkdir(parents=True)
+                (self.embeddings(training.encoder) / "manifest.json").write_text("{}")
+
+    (tmp_path / "paraphrases.jsonl").write_text('["a red cross", "one red cross"]\n')
+    dry = Dry(str(tmp_path / "out"), str(tmp_path), {"text": 7, "base": 8, "sr": 9})
+    dry.commands = []
+    return dry
+
+
+def test_trainings_are_shared_and_named_by_all_that_they_differ_in(runs):
+    every = {
+        training._replace(seed=seed)
+        for ablation in ablations.ABLATIONS.values()
+        for arm in ablation.arms.values()
+        for training in arm.stages
+        for seed in (0, 1)
+    }
+    folders = {runs.stage(training) for training in every}
+    assert len(folders) == len(every)
+    verbs = [verb for verb, _, _ in runs.commands]
+    encoders = {training.encoder for training in every}
+    assert verbs.count("train") == verbs.count("export") == len(every)
+    assert verbs.count("embed") == len(encoders) == len(ablation_runs.ENCODERS)
+    # The oracle learns nothing, and one encoder learns from pictures.
+    assert verbs.count("pretrain_text") == len(encoders) - 2
+    assert verbs.count("contrastive_text") == 1
+    before = len(runs.commands)
+    assert {runs.stage(training) for training in every} == folders
+    assert len(runs.commands) == before
+
+
+@pytest.mark.parametrize("variant", list(ablation_runs.VARIANTS))
+def test_every_variant_is_a_stage_that_can_be_made(runs, variant):
+    for stage in ("base", "sr"):
+        flags = runs._flags(Training(stage, variant=variant, seed=3))
+        overrides = [flag.removeprefix("--config.") for flag in flags[1:]]
+        config = config_io.load(
+            flags[0].removeprefix("--config="), [*overrides, "model.text_dim=8"]
+        )
+        assert config.seed == 3 and config.train.steps == runs.steps[stage]
+        assert jax.eval_shape(functools.partial(stage_lib.init_params, config), jax.random.key(0))
+        for field, value in ablation_runs.VARIANTS[variant].items():
+            section, name = field.split(".")
+            assert getattr(getattr(config, section), name) == value
+
+
+def test_another_corpus_is_another_folder(runs, tmp_path):
+    (tmp_path / "paraphrases.jsonl").write_text('["a red cross"]\n')
+    assert ablation_runs.Runs(str(tmp_path / "out"), str(tmp_path)).folder != runs.folder
+
+
+def test_contrast_is_least_where_every_caption_is_most_like_its_picture():
+    eye, scale = np.eye(4, dtype=np.float32), np.float32(np.log(50.0))
+    matched = contrastive_text.contrast(3 * eye, eye, scale)
+    assert 0 <= matched < 1e-6 < contrastive_text.contrast(eye, eye[::-1], scale)
+    alike = contrastive_text.contrast(np.ones((4, 2), np.float32), np.ones((4, 2)), scale)
+    np.testing.assert_allclose(alike, np.log(4), rtol=1e-5)

@@ -25,6 +25,13 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--names", default="", metavar="A[,B...]", help="what the --stages are called, one each"
     )
     parser.add_argument(
+        "--enlarge",
+        default="",
+        metavar="DIR",
+        help="super-resolution stage that enlarges, without text, what every set draws: to compare "
+        "base stages alone, also those of different text encoders",
+    )
+    parser.add_argument(
         "--grid",
         default="{}",
         metavar="JSON",
@@ -74,8 +81,8 @@ def run(flags: argparse.Namespace) -> None:
         limit=max(flags.limit, 0),
         **{
             name: getattr(flags, name)
-            for name in ("seed", "samples_per_prompt", "batch_size", "reference", "features")
-            + ("features_from", "filter", "clip", "resamples")
+            for name in ("seed", "samples_per_prompt", "batch_size", "enlarge", "reference")
+            + ("features", "features_from", "filter", "clip", "resamples")
         },
     )
     evaluate_features.start(flags)

@@ -20,6 +20,7 @@ from imagen_jax.config import ConfigError
 from imagen_jax.data import shapes
 
 PROMPT_SPLITS = ("seen_test", "held_out")
+CORPUS = 20_000  # Lines of paraphrases.jsonl.
 
 
 class ShapesWorld(tfds.core.GeneratorBasedBuilder):
@@ -113,10 +114,11 @@ def _write_prompts(split: str, path: pathlib.Path) -> None:
 
 
 def _write_corpus(path: pathlib.Path) -> None:
-    """Text about the training scenes alone, for `pretrain_text`."""
-    lines = [
-        json.dumps(shapes.paraphrases("train", index, turn)) + "\n"
+    """Text about the first training scenes, for `pretrain_text`."""
+    groups = (
+        shapes.paraphrases("train", index, turn)
         for index in range(shapes.SPLITS["train"])
         for turn in range(shapes.TURNS[shapes.scene("train", index).kind])
-    ]
+    )
+    lines = [json.dumps(group) + "\n" for group in itertools.islice(groups, CORPUS)]
     outputs.write_text(path, "".join(lines))

@@ -3,10 +3,11 @@
 Every set of stages draws the same prompts, with the same noise, for every choice from a grid of
 sampling settings. One choice of one set is a cell, a folder of its own:
 
-    OUT/SET/CHOICE/{samples/, features/, cell.json}
+    OUT/SET/CHOICE/{samples/, enlarged/, features/, cell.json}
 
 cell.json is written last: a cell that has one is finished and is not drawn again; of another the
-pictures that are whole are kept. `sweep_report` makes the table and the figure.
+pictures that are whole are kept. Where one super-resolution stage enlarges what all sets drew, its
+pictures, in `enlarged/`, are measured. `sweep_report` makes the table and the figure.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from imagen_jax import config_io, distributed, images, outputs
 from imagen_jax.cascade import Cascade
 from imagen_jax.config import Config, unknown_name
 from imagen_jax.data import shapes
-from imagen_jax.evaluation import alignment, feature_networks, fid, fid30k
+from imagen_jax.evaluation import alignment, enlarge, feature_networks, fid, fid30k
 from imagen_jax.evaluation.features import Pictures
 from imagen_jax.evaluation.fid import Eyes, Reference
 from imagen_jax.evaluation.samples import EvaluationError
@@ -62,6 +63,8 @@ class Sweep:
       seed: of the noise.
       samples_per_prompt: pictures per prompt.
       batch_size: pictures at a time, drawn and looked at.
+      enlarge: folder of the super-resolution stage that enlarges, without text, what the sets drew
+        before it is measured; "": it is measured as it is.
       reference: folder of real pictures; "": shapes world, a real picture for every row.
       features: row of `feature_networks.FEATURE_NETWORKS`.
       features_from: file or folder of its weights.
@@ -77,6 +80,7 @@ class Sweep:
     seed: int = 0
     samples_per_prompt: int = 1
     batch_size: int = 32
+    enlarge: str = ""
     reference: str = ""
     features: str = "random_convolutions"
     features_from: str = ""
@@ -198,10 +202,11 @@ def run(sweep: Sweep, out: str, log: Callable[[str], None] = print) -> list[dict
         stages.name: [load_stage(path).config for path in stages.folders]
         for stages in sweep.stage_sets
     }
+    larger = [load_stage(sweep.enlarge).config] if sweep.enlarge else []
     for chain in configs.values():
-        check_chain(chain)
+        check_chain([*chain, *larger])
     cells = cells_of(sweep, configs)
-    last = _last_stage(configs)
+    last = [_last_stage(configs), *larger][-1]
     if not sweep.of_shapes and not (sweep.clip and sweep.reference):
         raise EvaluationError(
             "--prompts are not rows of the shapes world, so there is nothing to score by; give "
@@ -220,6 +225,7 @@ def run(sweep: Sweep, out: str, log: Callable[[str], None] = print) -> list[dict
     # All that can be refused is refused before anything is drawn.
     found = [_finished(folder, *pair) for pair in zip(cells, asked, strict=True)]
     log(f"{folder}: {sum(cell is not None for cell in found)} of {len(cells)} cells are there")
+    enlarger = enlarge.load(sweep.enlarge) if sweep.enlarge and None in found else None
     for stages in sweep.stage_sets:
         wanted = [i for i, cell in enumerate(cells) if cell.stages == stages and found[i] is None]
         if not wanted:
@@ -227,7 +233,7 @@ def run(sweep: Sweep, out: str, log: Callable[[str], None] = print) -> list[dict
         cascade = Cascade.load(stages.folders)
         for i in wanted:
             log(f"cell {i + 1}/{len(cells)}: {stages.name} {cells[i].folder}")
-            numbers = _draw(sweep, cells[i], cascade, folder, look, reference, log)
+            numbers = _draw(sweep, cells[i], (cascade, enlarger), folder, look, reference, log)
             found[i] = _write(folder, cells[i], asked[i], numbers)
     return [cell for cell in found if cell is not None]
 
@@ -277,6 +283,10 @@ def _asked(
         **measured,
         "stages": stages,
     }
+    if sweep.enlarge:
+        config = load_stage(sweep.enlarge).config
+        sampling = dataclasses.asdict(config.sampling)
+        about["enlarge"] = {"weights": weights_hash(sweep.enlarge), **sampling}
     return json.loads(json.dumps(about))
 
 
@@ -299,13 +309,14 @@ def _finished(folder: pathlib.Path, cell: Cell, asked: Mapping[str, Any]) -> dic
 def _draw(
     sweep: Sweep,
     cell: Cell,
-    cascade: Cascade,
+    drawing: tuple[Cascade, Cascade | None],
     folder: pathlib.Path,
     look: Eyes,
     reference: Reference,
     log: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Draws a cell and measures it; arguments as in `run`."""
+    """Draws a cell, its cascade and what enlarges after it, and measures it."""
+    cascade, enlarger = drawing
     where = folder / cell.stages.name / cell.folder
     drawn_in = str(where / "samples")
     job = Job(
@@ -316,8 +327,13 @@ def _draw(
         checkpoint=",".join(cell.stages.folders),
     )
     sample(cascade, sweep.drawn, drawn_in, job, log)
+    size = cascade.configs[-1].data.image_size
+    if enlarger is not None:
+        small, drawn_in = drawn_in, str(where / "enlarged")
+        size = enlarger.configs[-1].data.image_size
+        enlarge.enlarge(enlarger, small, drawn_in, seed=sweep.seed, batch_size=sweep.batch_size)
     look = look._replace(store=where / "features")
-    drawn, _ = fid.pictures_of(drawn_in, cascade.configs[-1].data.image_size)
+    drawn, _ = fid.pictures_of(drawn_in, size)
     numbers = fid.score(look, drawn, reference, sweep.resamples)
     names = {"fid": "distance", "low": "distance_low", "high": "distance_high"}
     numbers = {names.get(name, name): value for name, value in numbers.items()}

@@ -24,8 +24,8 @@ PROMPTS = 3
 
 
 @pytest.fixture(scope="module")
-def world(base_config, random_params, tmp_path_factory):
-    """Two checkpoints of a stage with their text encoder, and a prompt file of five rows."""
+def world(base_config, sr_config, random_params, tmp_path_factory):
+    """Two checkpoints of a stage with their text encoder, an SR stage, and five prompts."""
     folder = tmp_path_factory.mktemp("sweep")
     encoder = dataclasses.replace(TINY, emb_dim=8, num_layers=1)
     rng = np.random.default_rng(0)
@@ -38,6 +38,10 @@ def world(base_config, random_params, tmp_path_factory):
     config = dataclasses.replace(base_config, text=text, sampling=sampling)
     for seed, name in enumerate(("early", "late")):
         write_stage(folder / name, random_params(config, seed), config, {})
+    larger = dataclasses.replace(sr_config.sampling, steps=2, guidance_weight=3.0)
+    larger = dataclasses.replace(sr_config, sampling=larger)
+    for seed, name in enumerate(("sr", "sr_late")):
+        write_stage(folder / name, random_params(larger, seed), larger, {})
     rows = [shapes.prompt_row(shapes.scene("held_out", index)) for index in range(PROMPTS + 2)]
     (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
@@ -150,6 +154,42 @@ def test_refusals_are_one_line_and_nothing_is_drawn(world, done, more, says, cap
     said = capsys.readouterr().err
     assert says in said and said.count("\n") == 1
     assert times(done) == before
+
+
+def test_one_stage_enlarges_what_all_sets_drew_and_hears_no_text(world, tmp_path, capsys):
+    """Its own encoder is not even there, and neither its guidance nor a prompt changes a pixel."""
+    grid = ["--grid={}", f"--enlarge={world}/sr"]
+    assert run.main(flags(world, tmp_path, *grid)) == 0
+    cells = json.loads((tmp_path / "sweep.json").read_text())["cells"]
+    assert len({cell["numbers"]["pictures_sha256"] for cell in cells}) == 2
+    folder = tmp_path / "late" / "as_exported"
+    small, drawn = (
+        np.stack(
+            [images.decode((folder / part / f"0000{i}_00.png").read_bytes()) for i in (0, 1, 2)]
+        )
+        for part in ("samples", "enlarged")
+    )
+    assert small.shape == (3, 8, 8, 3) and drawn.shape == (3, 16, 16, 3)
+    stage = Cascade.load([str(world / "sr")], text_encoder=None)
+    config = stage.configs[0]
+    shape = (3, config.data.max_text_len)
+    spoken = {
+        "text_emb": np.ones((*shape, config.model.text_dim), np.float32),
+        "text_mask": np.ones(shape, bool),
+    }
+    # Guidance of weight 0 is the network without text, whatever it is told.
+    deaf, hearing = (
+        stage.sample(lowres=small, stage_settings={"sr": {"guidance_weight": w}}, **spoken)
+        for w in (0.0, 3.0)
+    )
+    assert np.abs(deaf.astype(int) - drawn).max() <= 1 < np.abs(hearing.astype(int) - drawn).max()
+    rows = (folder / "enlarged" / "samples.jsonl").read_text()
+    assert rows == (folder / "samples" / "samples.jsonl").read_text()
+    # A cell knows what enlarged it; a stage of another side is refused.
+    assert run.main(flags(world, tmp_path, "--grid={}", f"--enlarge={world}/sr_late")) == 1
+    assert "enlarge.weights=" in capsys.readouterr().err
+    assert run.main(flags(world, tmp_path, "--grid={}", f"--enlarge={world}/early")) == 1
+    assert "wants" in capsys.readouterr().err
 
 
 def test_the_papers_lists_have_names():
