@@ -1,0 +1,204 @@
+"""A train step against the convolutions in it, each timed alone, and where the rest goes.
+
+    python benchmarks/shapes_step.py [--config=configs/shapes.py:base] [--repeats=5] [--against=DIR]
+
+The step is the whole update, as `train` compiles it, over the configuration's devices. Each of its
+convolutions (forward, gradient of the input, gradient of the kernel) is compiled alone, at the
+shapes that one device has, and runs on all devices at once; their sum is what the step would take
+if it did nothing else. Then the profile: seconds by kind of operation over all devices, which
+includes what the profiler costs. `--against` is a folder with another state of this package's code,
+whose steps are timed in turn with these, in processes of their own. Prints tables and one JSON
+line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import operations
+import reporting
+import train_loop
+from jax.extend import core
+
+from imagen_jax import config_io, flops, partitioning, stage
+from imagen_jax.cli.wiring import set_up_devices
+from imagen_jax.config import Config
+from imagen_jax.optimizer import make_optimizer
+from imagen_jax.train import abstract_state
+from imagen_jax.train_step import jit_train_step
+
+STRETCH = 3.0  # Seconds of steps in a row that make one repeat.
+
+
+def convolutions(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
+    """All convolutions of a program without loops."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "conv_general_dilated":
+            yield eqn
+        for value in eqn.params.values():
+            inner = value.jaxpr if isinstance(value, core.ClosedJaxpr) else value
+            if isinstance(inner, core.Jaxpr):
+                yield from convolutions(inner)
+
+
+def kind_of(eqn: core.JaxprEqn) -> str:
+    """What a convolution computes, from how its arrays lie: our networks have NHWC, HWIO."""
+    dims = eqn.params["dimension_numbers"]
+    if dims.lhs_spec[0] != 0:
+        return "gradient of kernel"
+    return "forward" if dims.rhs_spec[0] == 3 else "gradient of input"
+
+
+def seconds_alone(eqn: core.JaxprEqn, devices: int) -> float:
+    """Seconds of one convolution on every device at once."""
+    mesh = jax.make_mesh((devices,), ("data",))
+    rows = jax.sharding.PartitionSpec("data")
+    rng = np.random.default_rng(0)
+    arrays = [rng.normal(size=(devices, *v.aval.shape)).astype(v.aval.dtype) for v in eqn.invars]
+    sharded = jax.device_put(arrays, jax.sharding.NamedSharding(mesh, rows))
+
+    def run(lhs: Any, rhs: Any) -> Any:
+        return eqn.primitive.bind(lhs[0], rhs[0], **eqn.params)[None]
+
+    mapped = jax.shard_map(run, mesh=mesh, in_specs=(rows, rows), out_specs=rows)
+    lowered = jax.jit(mapped).lower(*sharded)
+    compiled = lowered.compile(partitioning.train_step_options())
+    calls = {"alone": lambda: jax.block_until_ready(compiled(*sharded))}
+    return min(reporting.interleaved(calls, repeats=5, seconds=0.02)["alone"])
+
+
+def convolution_rows(config: Config, devices: int) -> list[dict[str, Any]]:
+    """Count, seconds and FLOPs of the step's convolutions by kind, per device."""
+    rows = config.data.batch_size // devices
+    shapes = {
+        "image": (rows, config.data.image_size, config.data.image_size, 3),
+        "text_emb": (rows, config.data.max_text_len, config.model.text_dim),
+    }
+    batch = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
+    batch["text_mask"] = jax.ShapeDtypeStruct(shapes["text_emb"][:2], bool)
+    if config.data.lowres_size:
+        low = (rows, config.data.lowres_size, config.data.lowres_size, 3)
+        batch["lowres"] = jax.ShapeDtypeStruct(low, np.float32)
+
+    def loss(params: Any, batch: Any) -> Any:
+        drawn = {**batch, **stage.draw(jax.random.key(0), rows, config)}
+        return stage.drawn_loss(params, drawn, jax.random.key(1), config)
+
+    params = jax.eval_shape(
+        lambda: partitioning.unbox(stage.init_params(config, jax.random.key(0)))
+    )
+    traced = jax.jit(jax.value_and_grad(loss, has_aux=True)).trace(params, batch)
+    found: dict[str, dict[str, Any]] = {}
+    known: dict[str, float] = {}
+    for eqn in convolutions(traced.jaxpr.jaxpr):
+        kind = kind_of(eqn)
+        what = f"{[v.aval for v in eqn.invars]} {eqn.params}"
+        if what not in known:
+            known[what] = seconds_alone(eqn, devices)
+        row = found.setdefault(kind, {"kind": kind, "count": 0, "seconds": 0.0, "gflops": 0.0})
+        row["count"] += 1
+        row["seconds"] += known[what]
+        row["gflops"] += flops.convolution(eqn) / 1e9
+    return list(found.values())
+
+
+class Step:
+    """The compiled step of a configuration with a state and a batch: `run()` does one update."""
+
+    def __init__(self, config: Config):
+        mesh = partitioning.make_mesh(config.mesh)
+        optimizer = make_optimizer(config.optimizer, config.train.steps)
+        with jax.set_mesh(mesh):
+            create, abstract = abstract_state(config, optimizer, mesh)
+            self._state = create()
+            host = next(train_loop.batches_of(config, count=1)(0))
+            self._batch = partitioning.place_batch(host, mesh)
+            traced = jit_train_step(config, optimizer, abstract, mesh).trace(
+                self._state, self._batch
+            )
+            self.compiled = traced.lower().compile()
+        self.params = sum(leaf.size for leaf in jax.tree.leaves(self._state.params))
+        self.flops = flops.count(traced.jaxpr)
+
+    def run(self) -> None:
+        """One update, to its end."""
+        self._state, report = self.compiled(self._state, self._batch)
+        jax.block_until_ready((self._state, report))
+
+
+def steps_elsewhere(folder: str, arguments: list[str]) -> float:
+    """Seconds of a step of the code in `folder`, timed by this script in another process."""
+    command = [sys.executable, __file__, *arguments, "--repeats=1", "--only_steps"]
+    environment = {**os.environ, "PYTHONPATH": folder}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])["step"]["seconds"]["median"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default="configs/shapes.py:base")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--against", default="", metavar="DIR", help="other code to time")
+    parser.add_argument(
+        "--only_steps", action="store_true", help="neither convolutions nor profile"
+    )
+    flags, rest = parser.parse_known_args()
+    overrides = [argument.removeprefix("--config.") for argument in rest]
+    config = config_io.load(flags.config, [f"model.text_dim={train_loop.TEXT_DIM}", *overrides])
+    set_up_devices(config.mesh.cpu_devices)
+    devices, batch = jax.device_count(), config.data.batch_size
+    step = Step(config)
+    result = {"benchmark": "shapes_step", "config": flags.config, **reporting.machine()}
+    result |= {"batch_size": batch, "dtype": config.model.dtype, "params": step.params}
+    result |= {"flops": step.flops, **reporting.compiler_says(step.compiled)}
+
+    def timed(repeats: int) -> list[float]:
+        return reporting.interleaved({"step": step.run}, repeats, STRETCH)["step"]
+
+    seconds, before = timed(1) if flags.against else timed(flags.repeats), []
+    if flags.against:
+        seconds = []
+        mine = [f"--config={flags.config}", *rest]
+        for _ in range(flags.repeats):
+            before.append(steps_elsewhere(flags.against, mine))
+            seconds.append(steps_elsewhere(os.path.dirname(os.path.dirname(__file__)), mine))
+    result["step"] = reporting.speed(seconds, images=batch, flops=step.flops, devices=devices)
+    rows = [("step", *result["step"]["seconds"].values(), result["step"]["images_per_s"])]
+    if before:
+        result["before"] = reporting.speed(before, images=batch, flops=step.flops, devices=devices)
+        other = result["before"]
+        rows.append(("before", *other["seconds"].values(), other["images_per_s"]))
+        ratio = statistics.median(b / s for b, s in zip(before, seconds, strict=True))
+        result["times_faster"] = round(ratio, 3)
+    print(reporting.table(("", "s", "min", "max", "images/s"), rows))
+    if not flags.only_steps:
+        alone = convolution_rows(config, devices)
+        total = sum(row["seconds"] for row in alone)
+        result |= {"convolutions": alone, "convolutions_seconds": total}
+        result["fraction"] = round(total / result["step"]["seconds"]["median"], 3)
+        result["fraction_of_fastest"] = round(total / result["step"]["seconds"]["min"], 3)
+        cells = [(r["kind"], r["count"], r["seconds"], r["gflops"] / r["seconds"]) for r in alone]
+        print(reporting.table(("convolutions, per device", "count", "s", "GFLOP/s"), cells))
+        print(f"convolutions alone: {total:.4g} s, {result['fraction']:.0%} of the step")
+        spent = operations.seconds_by_operation(step.run, times=10)
+        by_kind = operations.seconds_by_kind(spent, step.compiled.as_text())
+        whole = sum(by_kind.values())
+        top = collections.Counter(by_kind).most_common(12)
+        result["profile"] = {kind: round(part / whole, 4) for kind, part in top}
+        cells = [(kind, part * 1e3, f"{part / whole:.1%}") for kind, part in top]
+        print(reporting.table(("operation, all devices", "ms", "share"), cells))
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
