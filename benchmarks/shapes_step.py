@@ -4,23 +4,24 @@
 
 The step is the whole update, as `train` compiles it, over the configuration's devices. Each of its
 convolutions (forward, gradient of the input, gradient of the kernel) is compiled alone, at the
-shapes that one device has, and runs on all devices at once; their sum is what the step would take
-if it did nothing else. Then the profile: seconds by kind of operation over all devices, which
-includes what the profiler costs. `--against` is a folder with another state of this package's code,
-whose steps are timed in turn with these, in processes of their own. Prints tables and one JSON
-line.
+shapes that one device has, and runs on all devices at once, as this code does it and as XLA does by
+itself; the sum of the faster ones is what the step would take if it did nothing else. Then the
+profile: seconds by kind of operation over all devices, which includes what the profiler costs.
+`--against` is a folder with another state of this package's code, whose steps are timed in turn
+with these, in processes of their own. Prints tables and one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import dataclasses
 import json
 import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -30,9 +31,10 @@ import reporting
 import train_loop
 from jax.extend import core
 
-from imagen_jax import config_io, flops, partitioning, stage
+from imagen_jax import config_io, flops, partitioning, plan, stage
 from imagen_jax.cli.wiring import set_up_devices
 from imagen_jax.config import Config
+from imagen_jax.models import convolution
 from imagen_jax.optimizer import make_optimizer
 from imagen_jax.train import abstract_state
 from imagen_jax.train_step import jit_train_step
@@ -51,44 +53,45 @@ def convolutions(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
                 yield from convolutions(inner)
 
 
-def kind_of(eqn: core.JaxprEqn) -> str:
-    """What a convolution computes, from how its arrays lie: our networks have NHWC, HWIO."""
-    dims = eqn.params["dimension_numbers"]
-    if dims.lhs_spec[0] != 0:
-        return "gradient of kernel"
-    return "forward" if dims.rhs_spec[0] == 3 else "gradient of input"
-
-
-def seconds_alone(eqn: core.JaxprEqn, devices: int) -> float:
-    """Seconds of one convolution on every device at once."""
+def seconds_alone(run: Callable[..., Any], arrays: list[Any], devices: int) -> float:
+    """Seconds of `run(*arrays)` on every device at once, compiled as the step is."""
     mesh = jax.make_mesh((devices,), ("data",))
     rows = jax.sharding.PartitionSpec("data")
-    rng = np.random.default_rng(0)
-    arrays = [rng.normal(size=(devices, *v.aval.shape)).astype(v.aval.dtype) for v in eqn.invars]
-    sharded = jax.device_put(arrays, jax.sharding.NamedSharding(mesh, rows))
-
-    def run(lhs: Any, rhs: Any) -> Any:
-        return eqn.primitive.bind(lhs[0], rhs[0], **eqn.params)[None]
-
-    mapped = jax.shard_map(run, mesh=mesh, in_specs=(rows, rows), out_specs=rows)
-    lowered = jax.jit(mapped).lower(*sharded)
-    compiled = lowered.compile(partitioning.train_step_options())
+    stacked = [np.stack([array] * devices) for array in arrays]
+    sharded = jax.device_put(stacked, jax.sharding.NamedSharding(mesh, rows))
+    one = lambda *parts: run(*(part[0] for part in parts))[None]  # noqa: E731
+    specs = (rows,) * len(arrays)
+    mapped = jax.shard_map(one, mesh=mesh, in_specs=specs, out_specs=rows)
+    compiled = jax.jit(mapped).lower(*sharded).compile(partitioning.train_step_options())
     calls = {"alone": lambda: jax.block_until_ready(compiled(*sharded))}
     return min(reporting.interleaved(calls, repeats=5, seconds=0.02)["alone"])
 
 
+def ways_of(eqn: core.JaxprEqn) -> dict[str, dict[str, Callable[..., Any]]]:
+    """What a train step does with a convolution -> how -> function of (input, kernel, output)."""
+    strides, padding = eqn.params["window_strides"], eqn.params["padding"]
+    same = strides == (1, 1) and eqn.invars[1].aval.shape[0] % 2 == 1
+
+    def apply(convolve: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+        def conv(x: Any, kernel: Any) -> Any:
+            layout = {"dimension_numbers": convolution.NHWC}
+            return convolve(x, kernel, strides, "SAME" if same else padding, **layout)
+
+        return {
+            "forward": lambda x, k, g: conv(x, k),
+            "gradient of input": lambda x, k, g: jax.vjp(lambda x: conv(x, k), x)[1](g)[0],
+            "gradient of kernel": lambda x, k, g: jax.vjp(lambda k: conv(x, k), k)[1](g)[0],
+        }
+
+    ours, plain = apply(convolution.convolve), apply(jax.lax.conv_general_dilated)
+    return {kind: {"here": ours[kind], "XLA": plain[kind]} for kind in ours}
+
+
 def convolution_rows(config: Config, devices: int) -> list[dict[str, Any]]:
-    """Count, seconds and FLOPs of the step's convolutions by kind, per device."""
+    """Count, FLOPs and seconds (of our way and of XLA's) of the step's convolutions, per device."""
     rows = config.data.batch_size // devices
-    shapes = {
-        "image": (rows, config.data.image_size, config.data.image_size, 3),
-        "text_emb": (rows, config.data.max_text_len, config.model.text_dim),
-    }
-    batch = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
-    batch["text_mask"] = jax.ShapeDtypeStruct(shapes["text_emb"][:2], bool)
-    if config.data.lowres_size:
-        low = (rows, config.data.lowres_size, config.data.lowres_size, 3)
-        batch["lowres"] = jax.ShapeDtypeStruct(low, np.float32)
+    data = dataclasses.replace(config.data, batch_size=rows)
+    batch = plan.batch_shapes(dataclasses.replace(config, data=data))
 
     def loss(params: Any, batch: Any) -> Any:
         drawn = {**batch, **stage.draw(jax.random.key(0), rows, config)}
@@ -97,18 +100,25 @@ def convolution_rows(config: Config, devices: int) -> list[dict[str, Any]]:
     params = jax.eval_shape(
         lambda: partitioning.unbox(stage.init_params(config, jax.random.key(0)))
     )
-    traced = jax.jit(jax.value_and_grad(loss, has_aux=True)).trace(params, batch)
+    rng = np.random.default_rng(0)
     found: dict[str, dict[str, Any]] = {}
-    known: dict[str, float] = {}
-    for eqn in convolutions(traced.jaxpr.jaxpr):
-        kind = kind_of(eqn)
-        what = f"{[v.aval for v in eqn.invars]} {eqn.params}"
-        if what not in known:
-            known[what] = seconds_alone(eqn, devices)
-        row = found.setdefault(kind, {"kind": kind, "count": 0, "seconds": 0.0, "gflops": 0.0})
-        row["count"] += 1
-        row["seconds"] += known[what]
-        row["gflops"] += flops.convolution(eqn) / 1e9
+    known: dict[str, dict[str, float]] = {}
+    for index, eqn in enumerate(convolutions(jax.make_jaxpr(loss)(params, batch).jaxpr)):
+        arrays = [
+            rng.normal(size=v.aval.shape).astype(np.float32) for v in (*eqn.invars, *eqn.outvars)
+        ]
+        for kind, ways in ways_of(eqn).items():
+            if index == 0 and kind == "gradient of input":
+                continue  # Nothing was learned before it.
+            what = f"{kind} {[a.shape for a in arrays]}"
+            if what not in known:
+                known[what] = {w: seconds_alone(f, arrays, devices) for w, f in ways.items()}
+            row = found.setdefault(kind, {"kind": kind, "count": 0, "gflops": 0.0})
+            row["count"] += 1
+            row["gflops"] += flops.convolution(eqn) / 1e9
+            for way, seconds in known[what].items():
+                row[way] = row.get(way, 0.0) + seconds
+            row["best"] = row.get("best", 0.0) + min(known[what].values())
     return list(found.values())
 
 
@@ -183,12 +193,16 @@ def main() -> None:
     print(reporting.table(("", "s", "min", "max", "images/s"), rows))
     if not flags.only_steps:
         alone = convolution_rows(config, devices)
-        total = sum(row["seconds"] for row in alone)
+        total = sum(row["best"] for row in alone)
         result |= {"convolutions": alone, "convolutions_seconds": total}
         result["fraction"] = round(total / result["step"]["seconds"]["median"], 3)
         result["fraction_of_fastest"] = round(total / result["step"]["seconds"]["min"], 3)
-        cells = [(r["kind"], r["count"], r["seconds"], r["gflops"] / r["seconds"]) for r in alone]
-        print(reporting.table(("convolutions, per device", "count", "s", "GFLOP/s"), cells))
+        cells = [
+            (r["kind"], r["count"], r["here"], r["XLA"], r["best"], r["gflops"] / r["best"])
+            for r in alone
+        ]
+        titles = ("convolutions, per device", "count", "s here", "s by XLA", "s best", "GFLOP/s")
+        print(reporting.table(titles, cells))
         print(f"convolutions alone: {total:.4g} s, {result['fraction']:.0%} of the step")
         spent = operations.seconds_by_operation(step.run, times=10)
         by_kind = operations.seconds_by_kind(spent, step.compiled.as_text())
