@@ -128,10 +128,7 @@ def measure(name: str, config: Config, *, repeats: int, trace: bool) -> dict[str
     """One program's row."""
     where = topology.this_machine()
     program, start = STAGES[name](config, where)
-    options = {}
-    if name == "forward":
-        options = partitioning.forward_options()
-    planned = plan.compile_program(program, where, options)
+    planned = plan.compile_program(program, where)
     if planned.compiled is None:
         raise SystemExit(
             f"{name}: {planned.peak / 2**30:.1f} GiB do not fit; try a smaller --batch"

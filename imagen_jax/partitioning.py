@@ -50,11 +50,6 @@ def train_step_options() -> dict[str, int]:
     return {"xla_backend_optimization_level": 1} if platform() == "cpu" else {}
 
 
-def forward_options() -> dict[str, int]:
-    """XLA's options for what runs a network forward many times."""
-    return {}
-
-
 def platform() -> str:
     """What a program is made for: the devices of the mesh in force, else JAX's default."""
     device = jax.sharding.get_abstract_mesh().abstract_device
