@@ -18,9 +18,11 @@ import collections
 import dataclasses
 import json
 import os
+import pathlib
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -34,7 +36,6 @@ from jax.extend import core
 from imagen_jax import config_io, flops, partitioning, plan, stage
 from imagen_jax.cli.wiring import set_up_devices
 from imagen_jax.config import Config
-from imagen_jax.models import convolution
 from imagen_jax.optimizer import make_optimizer
 from imagen_jax.train import abstract_state
 from imagen_jax.train_step import jit_train_step
@@ -69,6 +70,8 @@ def seconds_alone(run: Callable[..., Any], arrays: list[Any], devices: int) -> f
 
 def ways_of(eqn: core.JaxprEqn) -> dict[str, dict[str, Callable[..., Any]]]:
     """What a train step does with a convolution -> how -> function of (input, kernel, output)."""
+    from imagen_jax.models import convolution  # Code of --against need not have it.
+
     strides, padding = eqn.params["window_strides"], eqn.params["padding"]
     same = strides == (1, 1) and eqn.invars[1].aval.shape[0] % 2 == 1
 
@@ -146,10 +149,16 @@ class Step:
         jax.block_until_ready((self._state, report))
 
 
-def steps_elsewhere(folder: str, arguments: list[str]) -> float:
-    """Seconds of a step of the code in `folder`, timed by this script in another process."""
+def steps_elsewhere(folder: str, arguments: list[str], cache: str) -> float:
+    """Seconds of a step of the code in `folder`, timed by this script in another process.
+
+    Args:
+      folder: with the package.
+      arguments: further flags of the script.
+      cache: folder for compiled steps, so that only the first process compiles.
+    """
     command = [sys.executable, __file__, *arguments, "--repeats=1", "--only_steps"]
-    environment = {**os.environ, "PYTHONPATH": folder}
+    environment = {**os.environ, "PYTHONPATH": folder, "JAX_COMPILATION_CACHE_DIR": cache}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])["step"]["seconds"]["median"]
 
@@ -178,10 +187,11 @@ def main() -> None:
     seconds, before = timed(1) if flags.against else timed(flags.repeats), []
     if flags.against:
         seconds = []
-        mine = [f"--config={flags.config}", *rest]
-        for _ in range(flags.repeats):
-            before.append(steps_elsewhere(flags.against, mine))
-            seconds.append(steps_elsewhere(os.path.dirname(os.path.dirname(__file__)), mine))
+        mine, here = [f"--config={flags.config}", *rest], str(pathlib.Path(__file__).parents[1])
+        with tempfile.TemporaryDirectory() as cache:
+            for _ in range(flags.repeats):
+                before.append(steps_elsewhere(flags.against, mine, cache))
+                seconds.append(steps_elsewhere(here, mine, cache))
     result["step"] = reporting.speed(seconds, images=batch, flops=step.flops, devices=devices)
     rows = [("step", *result["step"]["seconds"].values(), result["step"]["images_per_s"])]
     if before:
