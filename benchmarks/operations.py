@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 # What an operation's opcode, and for a fusion its name, say of its kind.
-_OPCODE = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = .*? ([\w\-]+)\(", re.MULTILINE)
+_OPCODE = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = .*? ([\w\-]+)\(")
 _TARGET = re.compile(r'custom_call_target="([^"]+)"')
 _NUMBER = re.compile(r"[.\d]+$")
 
