@@ -1,7 +1,7 @@
 """Convolutions whose gradients are fast on every device.
 
-XLA's CPU backend takes two to three times as long over the gradient of a kernel as over the
-convolution itself; as a matrix product it takes hardly longer (benchmarks/shapes_step.py).
+XLA's CPU backend takes longer over the gradient of a kernel than over the convolution itself, most
+for large pictures; as a matrix product it takes less (benchmarks/shapes_step.py times both).
 """
 
 from __future__ import annotations
