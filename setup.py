@@ -51,8 +51,8 @@ setuptools.setup(
         "clip": ["tokenizers>=0.22,<0.24"],
         # The page and the JSON API (imagen serve).
         "serve": ["starlette>=1.10,<2", "uvicorn>=0.54"],
-        # What the tests compare with where it is there (importorskip); never needed.
-        "peers": ["torch", "transformers", "diffusers"],
+        # What tests (importorskip) and benchmarks compare with; never needed.
+        "peers": ["torch", "transformers", "diffusers", "imagen-pytorch"],
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         "cuda": ["jax[cuda13]>=0.10,<0.12"],
         "dev": [

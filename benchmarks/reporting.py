@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import os
 import pathlib
 import statistics
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from imagen_jax import metrics
 
 
 def spread(names: Sequence[str], rows: Sequence[Sequence[float]]) -> dict[str, dict[str, float]]:
@@ -17,6 +25,93 @@ def spread(names: Sequence[str], rows: Sequence[Sequence[float]]) -> dict[str, d
         }
         for name, values in zip(names, zip(*rows, strict=True), strict=True)
     }
+
+
+def machine() -> dict[str, Any]:
+    """Where the numbers are from: devices, cores this process may use, load before it began."""
+    return {
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "cores": len(os.sched_getaffinity(0)),
+        "load": round(os.getloadavg()[0], 1),
+        "jax": jax.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], Any]], repeats: int, seconds: float = 0.3
+) -> dict[str, list[float]]:
+    """Seconds per call of each, `repeats` times in turn, so that a busy spell meets all alike.
+
+    Args:
+      calls: what is timed, by name; a call returns once its work is done. The first call of each,
+        which may compile, is not counted.
+      repeats: rounds.
+      seconds: a stretch of one's calls lasts at least about as long.
+    """
+    counts = {}
+    for name, call in calls.items():
+        call()
+        begin = time.perf_counter()
+        call()
+        counts[name] = max(1, math.ceil(seconds / (time.perf_counter() - begin)))
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            time.sleep(0.1)  # Threads of the one before stop spinning.
+            begin = time.perf_counter()
+            for _ in range(counts[name]):
+                call()
+            found[name].append((time.perf_counter() - begin) / counts[name])
+    return found
+
+
+def speed(
+    seconds: Sequence[float], *, images: int, flops: float, devices: int = 1
+) -> dict[str, Any]:
+    """Median, least and largest seconds; images/s, TFLOP/s and, of known chips, MFU at the median.
+
+    Args:
+      seconds: of one call, repeat by repeat.
+      images: pictures of a call.
+      flops: useful FLOPs of a call, over all devices.
+      devices: how many share the work.
+    """
+    median = statistics.median(seconds)
+    row: dict[str, Any] = {
+        "seconds": {
+            "median": float(f"{median:.4g}"),
+            "min": float(f"{min(seconds):.4g}"),
+            "max": float(f"{max(seconds):.4g}"),
+        },
+        "images_per_s": float(f"{images / median:.4g}"),
+        "tflops_per_s": float(f"{flops / median / 1e12:.4g}"),
+    }
+    peak = metrics.peak_flops(jax.devices()[0].device_kind)
+    if peak:
+        row["mfu"] = round(flops / median / peak / devices, 4)
+    return row
+
+
+def compiler_says(compiled: jax.stages.Compiled) -> dict[str, float]:
+    """What the compiler counts of a program: its FLOPs, and bytes at the worst moment, per device.
+
+    The FLOPs take the body of a loop once, and elementwise work in.
+    """
+    cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    peak = held - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+    return {"compiler_flops": float(cost.get("flops", 0.0)), "peak_bytes": int(peak)}
+
+
+def table(titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table; numbers to three digits."""
+
+    def cell(value: Any) -> str:
+        return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+    lines = [titles, ["---"] * len(titles), *[[cell(v) for v in row] for row in rows]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def write_between(path: str, name: str, text: str) -> None:

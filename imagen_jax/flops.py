@@ -23,7 +23,7 @@ def count(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> float:
         if name == "dot_general":
             total += _dot(eqn)
         elif name == "conv_general_dilated":
-            total += _convolution(eqn)
+            total += convolution(eqn)
         elif name == "cond":
             total += max(count(branch) for branch in eqn.params["branches"])
         else:
@@ -48,7 +48,7 @@ def _dot(eqn: core.JaxprEqn) -> float:
     return 2.0 * np.prod(_shape(eqn.outvars[0])) * np.prod([lhs[axis] for axis in contracted])
 
 
-def _convolution(eqn: core.JaxprEqn) -> float:
+def convolution(eqn: core.JaxprEqn) -> float:
     """Products with padding, or between the pixels of a dilated input, are not work."""
     params, dims = eqn.params, eqn.params["dimension_numbers"]
     lhs, rhs = map(_shape, eqn.invars)

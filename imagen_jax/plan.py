@@ -131,7 +131,7 @@ def train_program(config: Config, where: Slice) -> Program:
         traced = jit_train_step(config, optimizer, state, mesh).trace(state, batch)
         useful = useful_flops(traced, config, optimizer, state, batch, mesh)
     size = config.data.batch_size
-    return _program("train", config, size, traced, state.params, (state, batch))._replace(
+    return program("train", config, size, traced, state.params, (state, batch))._replace(
         useful_flops=useful
     )
 
@@ -172,7 +172,7 @@ def sample_program(config: Config, where: Slice, batch: int) -> Program:
     low = given.get("lowres")
     traced = drawing.sample_stage.trace(params, config, *words, given["keys"], low)
     inputs = (params, *words, given["keys"], low)
-    return _program("sample", config, batch, traced, params, inputs)
+    return program("sample", config, batch, traced, params, inputs)
 
 
 def embed_program(config: Config, where: Slice, batch: int) -> Program:
@@ -200,7 +200,7 @@ def embed_program(config: Config, where: Slice, batch: int) -> Program:
         jax.ShapeDtypeStruct(words, jnp.bool_, sharding=rows),
     )
     traced = frozen_encoder.encode_tokens.trace(params, *tokens, config=shape, sharding=rows)
-    return _program("embed", config, batch, traced, params, (params, *tokens))
+    return program("embed", config, batch, traced, params, (params, *tokens))
 
 
 def _rows(mesh: Mesh, batch: int) -> NamedSharding:
@@ -214,9 +214,19 @@ def _rows(mesh: Mesh, batch: int) -> NamedSharding:
     return partitioning.batch_sharding(mesh)
 
 
-def _program(
+def program(
     name: str, config: Config, batch: int, traced: jax.stages.Traced, params: Any, inputs: Any
 ) -> Program:
+    """A traced program with its counts.
+
+    Args:
+      name: what it is called.
+      config: what it was traced from.
+      batch: pictures or captions at a time.
+      traced: ready to be lowered.
+      params: the network's parameters among the inputs, arrays or shapes.
+      inputs: all that goes in, arrays or shapes, with their shardings.
+    """
     total = flops.count(traced.jaxpr)
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     per_device = sum(

@@ -1,0 +1,141 @@
+"""Ten minutes on a GPU machine: everything that is to be known about this code's speed there.
+
+    python benchmarks/gpu.py [--out=gpu.json] [--seconds=600] [--parts=...] [--tiny]
+
+Runs the other benchmarks one after the other, each in a process of its own with the time it may
+take, the most important first:
+
+- train: base_64 as the paper has it but one GPU's batch: bfloat16, Adafactor, float32 averages;
+  the train step, and the ten operations on which it spends most. The largest batch that fits.
+- peers: the U-Net in the shapes of DeepFloyd IF, here and in diffusers (torch eager and compiled).
+  Skipped where torch or diffusers are missing.
+- sample: a few steps of each of the three stages' samplers.
+
+`--tiny` runs the same commands on the shapes world's stages, on any machine, to see that all works.
+What fails or is cut off is reported as such and the rest goes on. Prints one table and one JSON
+line, which is also written to `--out`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import pathlib
+import subprocess
+import sys
+import time
+from typing import Any, NamedTuple
+
+import reporting
+
+HERE = pathlib.Path(__file__).parent
+IMAGEN = "configs/imagen.py"
+
+
+class Part(NamedTuple):
+    """A command: script and flags, seconds it may take, and modules it needs."""
+
+    name: str
+    command: tuple[str, ...]
+    seconds: int
+    needs: tuple[str, ...] = ()
+
+
+# The batch is halved until one fits. Random text is as good as T5's.
+TRAIN_BATCHES = (64, 32, 16)
+SAMPLED = {"base_64": 32, "sr_256": 8, "sr_1024": 1}  # Stage -> pictures at a time.
+SAMPLE_STEPS = 8
+
+
+def parts_of(tiny: bool) -> list[Part]:
+    """The commands, the most important first."""
+    if tiny:
+        small = ("--repeats=1", "--config.mesh.cpu_devices=1", "--config.model.channels=(16,32)")
+        base = ("programs.py", "--config=configs/shapes.py:base", "--batch=2", *small)
+        sr = ("programs.py", "--config=configs/shapes.py:sr", "--batch=2", *small)
+        steps = ("--stages=sample", "--config.sampling.steps=2")
+        peers = ("--size=tiny", "--batches=1", "--repeats=1", "--without=compiled,lucidrains")
+        return [
+            Part("train 2", (*base, "--stages=train", "--trace"), 200),
+            Part("peers", ("side_by_side.py", *peers), 200, ("torch", "diffusers")),
+            Part("sample base", (*base, *steps), 200),
+            Part("sample sr", (*sr, *steps), 200),
+        ]
+    base = f"--config={IMAGEN}:base_64"
+    trains = [
+        Part(f"train {n}", ("programs.py", base, "--stages=train", f"--batch={n}", "--trace"), 240)
+        for n in TRAIN_BATCHES
+    ]
+    peers = ("side_by_side.py", "--size=if_m", "--dtype=bfloat16", "--batches=1,8")
+    samples = [
+        Part(
+            f"sample {name}",
+            ("programs.py", f"--config={IMAGEN}:{name}", "--stages=sample", f"--batch={batch}")
+            + (f"--config.sampling.steps={SAMPLE_STEPS}",),
+            90,
+        )
+        for name, batch in SAMPLED.items()
+    ]
+    side = Part("peers", (*peers, "--without=lucidrains"), 300, ("torch", "diffusers"))
+    return [*trains, side, *samples]
+
+
+def run(part: Part, left: float) -> dict[str, Any]:
+    """The part's JSON line, or why there is none."""
+    missing = [name for name in part.needs if importlib.util.find_spec(name) is None]
+    if missing:
+        return {"skipped": f"needs {', '.join(missing)}"}
+    if left < 30:
+        return {"skipped": "no time left"}
+    script, *rest = part.command
+    command = [sys.executable, str(HERE / script), *rest]
+    limit = min(part.seconds, left)
+    begin = time.perf_counter()
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=limit, cwd=HERE.parent
+        )
+    except subprocess.TimeoutExpired:
+        return {"failed": f"took more than {limit:.0f} s"}
+    took = round(time.perf_counter() - begin, 1)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not lines:
+        why = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
+        return {"failed": why[:500], "took_s": took}
+    return json.loads(lines[-1]) | {"took_s": took}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", default="gpu.json")
+    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--parts", default="", help="begin of their names; empty: all")
+    parser.add_argument("--tiny", action="store_true")
+    flags = parser.parse_args()
+    begin, found = time.perf_counter(), {}
+    trained = False
+    for part in parts_of(flags.tiny):
+        training = part.name.startswith("train")
+        wanted = not flags.parts or part.name.startswith(tuple(flags.parts.split(",")))
+        if not wanted or (training and trained):
+            continue
+        print(f"# {part.name}: {' '.join(part.command)}", flush=True)
+        found[part.name] = run(part, flags.seconds - (time.perf_counter() - begin))
+        trained |= training and "rows" in found[part.name]
+        pathlib.Path(flags.out).write_text(json.dumps(found, indent=1) + "\n")
+    cells = []
+    for name, result in found.items():
+        for row in result.get("rows", ()):
+            what = row.get("program") or f"{row['what']} {row['who']} {row['way']}"
+            speed = (row["images_per_s"], row["tflops_per_s"], row.get("mfu", "-"))
+            cells.append((name, what, row["batch"], row["seconds"]["median"], *speed))
+        if "rows" not in result:
+            cells.append((name, result.get("failed") or result.get("skipped"), *["-"] * 5))
+    titles = ("part", "what", "batch", "s", "images/s", "TFLOP/s", "MFU")
+    print(reporting.table(titles, cells))
+    print(json.dumps({"benchmark": "gpu", **found}))
+
+
+if __name__ == "__main__":
+    main()

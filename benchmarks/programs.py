@@ -1,0 +1,201 @@
+"""How fast the programs of a run are: the network's forward pass, the train step, the sampler.
+
+    python benchmarks/programs.py --config=configs/shapes.py:base [--stages=forward,train,sample]
+                                  [--batch=N] [--repeats=5] [--trace] [--config.a.b=VALUE ...]
+
+What is timed are the programs that `imagen plan` plans and `imagen train` and `imagen sample` run,
+at the configuration's full size, with fresh parameters and random batches, over all devices. Of
+each: seconds of a run (median, lowest, highest of `repeats`), images/s, TFLOP/s, MFU where the
+chip's datasheet is known; FLOPs as counted from the trace (loops as often as they run, what the
+backward pass computes again left out) and as the compiler counts them; bytes at the worst moment
+and seconds of compiling. With `--trace` also the ten operations that take longest. Prints tables
+and one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import operations
+import reporting
+
+from imagen_jax import config_io, partitioning, plan, stage, topology
+from imagen_jax.cli.wiring import set_up_devices
+from imagen_jax.config import Config, MeshConfig
+from imagen_jax.optimizer import make_optimizer
+from imagen_jax.train import abstract_state
+
+TEXT_DIM = 128  # Where the configuration leaves it to the embeddings.
+TOP = 10
+
+
+def random_like(shapes: Any) -> Any:
+    """Arrays of these shapes and shardings: normal numbers, True, keys."""
+    rng = np.random.default_rng(0)
+
+    def make(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.device_put(jax.random.split(jax.random.key(0), leaf.shape), leaf.sharding)
+        if leaf.dtype == jnp.bool_:
+            return jax.device_put(np.ones(leaf.shape, bool), leaf.sharding)
+        array = rng.normal(size=leaf.shape).astype(leaf.dtype)
+        return jax.device_put(array, leaf.sharding)
+
+    return jax.tree.map(make, shapes)
+
+
+def with_sharding(shapes: Any, sharding: Any) -> Any:
+    """The same shapes, each said to lie so."""
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes)
+
+
+def fresh_params(config: Config, sharding: Any) -> Any:
+    """Parameters as a run begins with them."""
+    init = lambda: partitioning.unbox(stage.init_params(config, jax.random.key(0)))  # noqa: E731
+    return jax.jit(init, out_shardings=sharding, compiler_options=partitioning.RUN_ONCE)()
+
+
+def forward(config: Config, where: topology.Slice) -> tuple[plan.Program, Callable[..., Any]]:
+    """The network once, for one batch."""
+    mesh = partitioning.make_mesh(config.mesh, where.devices)
+    rows, whole = partitioning.batch_sharding(mesh), partitioning.everywhere(mesh)
+    model, data, batch = config.model, config.data, config.data.batch_size
+    params = fresh_params(config, whole)
+    level = jax.ShapeDtypeStruct((batch,), jnp.float32)
+    picture = (batch, data.image_size, data.image_size, 6 if model.lowres else 3)
+    words = plan.batch_shapes(config)
+    shapes = {"z": jax.ShapeDtypeStruct(picture, jnp.float32), "logsnr": level}
+    shapes |= {name: words[name] for name in ("text_emb", "text_mask")}
+    given = random_like(with_sharding(shapes, rows))
+    given["lowres_logsnr"] = given["logsnr"] if model.lowres else None
+    network = stage.MODELS[model.name](model)
+    with jax.set_mesh(mesh):
+        traced = jax.jit(lambda p, given: network.apply({"params": p}, **given)).trace(
+            params, given
+        )
+    program = plan.program("forward", config, batch, traced, params, (params, given))
+    return program, lambda run: lambda: jax.block_until_ready(run(params, given))
+
+
+def train(config: Config, where: topology.Slice) -> tuple[plan.Program, Callable[..., Any]]:
+    """The whole update: loss, gradient, optimizer, averages."""
+    mesh = partitioning.make_mesh(config.mesh, where.devices)
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    program = plan.train_program(config, where)
+    with jax.set_mesh(mesh):
+        state = abstract_state(config, optimizer, mesh)[0]()
+    shapes = plan.batch_shapes(config)
+    batch = random_like(with_sharding(shapes, partitioning.batch_sharding(mesh)))
+
+    def start(run: Callable[..., Any]) -> Callable[[], Any]:
+        kept = state
+
+        def call() -> None:
+            nonlocal kept
+            kept, report = run(kept, batch)  # The old state's memory is given away.
+            jax.block_until_ready((kept, report))
+
+        return call
+
+    return program, start
+
+
+def sample(config: Config, where: topology.Slice) -> tuple[plan.Program, Callable[..., Any]]:
+    """All steps of the stage's sampler, for one batch."""
+    batch = config.data.batch_size
+    program = plan.sample_program(config, where, batch)
+    whole = dataclasses.replace(config, data=config.data.whole())
+    mesh = partitioning.make_mesh(MeshConfig(), where.devices)
+    params = fresh_params(whole, partitioning.everywhere(mesh))
+    rows = partitioning.batch_sharding(mesh)
+    given = random_like(with_sharding(plan.batch_shapes(whole), rows))
+    keys = jax.device_put(jax.random.split(jax.random.key(0), batch), rows)
+    words = given["text_emb"], given["text_mask"], keys, given.get("lowres")
+    return program, lambda run: lambda: jax.block_until_ready(run(params, *words))
+
+
+STAGES = {"forward": forward, "train": train, "sample": sample}
+
+
+def measure(name: str, config: Config, *, repeats: int, trace: bool) -> dict[str, Any]:
+    """One program's row."""
+    where = topology.this_machine()
+    program, start = STAGES[name](config, where)
+    planned = plan.compile_program(program, where)
+    if planned.compiled is None:
+        raise SystemExit(
+            f"{name}: {planned.peak / 2**30:.1f} GiB do not fit; try a smaller --batch"
+        )
+    call = start(planned.compiled)
+    seconds = reporting.interleaved({name: call}, repeats)[name]
+    devices = len(where.devices)
+    row: dict[str, Any] = {"program": name, "batch": program.batch, "dtype": config.model.dtype}
+    row |= {"params": program.params, "flops": program.useful_flops}
+    row |= reporting.compiler_says(planned.compiled)
+    row |= {"compile_s": round(planned.compile_seconds, 1)}
+    if name == "sample":
+        row["steps"] = config.sampling.steps
+    row |= reporting.speed(
+        seconds, images=program.batch, flops=program.useful_flops, devices=devices
+    )
+    stats = where.devices[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        row["peak_bytes_in_use"] = stats["peak_bytes_in_use"]
+    if trace:
+        spent = operations.seconds_by_operation(call, times=3)
+        row["top"] = dict(sorted(spent.items(), key=lambda item: -item[1])[:TOP])
+        row["top_share"] = round(sum(row["top"].values()) / max(sum(spent.values()), 1e-12), 3)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--stages", default=",".join(STAGES))
+    parser.add_argument("--batch", type=int, default=0, help="0: data.batch_size")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--trace", action="store_true")
+    flags, rest = parser.parse_known_args()
+    overrides = [argument.removeprefix("--config.") for argument in rest]
+    if flags.batch:
+        overrides.append(f"data.batch_size={flags.batch}")
+    config = config_io.load(flags.config, overrides)
+    if config.model.text_dim < 1:
+        config = config_io.load(flags.config, [*overrides, f"model.text_dim={TEXT_DIM}"])
+    set_up_devices(config.mesh.cpu_devices)
+    rows = [
+        measure(name, config, repeats=flags.repeats, trace=flags.trace)
+        for name in flags.stages.split(",")
+    ]
+    titles = ("program", "batch", "dtype", "params", "TFLOP", "compiler's", "s", "min", "max")
+    titles += ("images/s", "TFLOP/s", "MFU", "peak GiB", "compile s")
+    print(
+        reporting.table(
+            titles,
+            [
+                (r["program"], r["batch"], r["dtype"], f"{r['params']:,}", r["flops"] / 1e12)
+                + (r["compiler_flops"] / 1e12, *r["seconds"].values(), r["images_per_s"])
+                + (r["tflops_per_s"], r.get("mfu", "-"), r["peak_bytes"] / 2**30, r["compile_s"])
+                for r in rows
+            ],
+        )
+    )
+    for row in rows:
+        for name, seconds in row.get("top", {}).items():
+            print(f"{row['program']}: {seconds * 1e3:9.3f} ms  {name}")
+    print(
+        json.dumps(
+            {"benchmark": "programs", "config": flags.config, **reporting.machine(), "rows": rows}
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""A train step against the convolutions in it, each timed alone, and where the rest goes.
+
+    python benchmarks/shapes_step.py [--config=configs/shapes.py:base] [--repeats=5] [--against=DIR]
+
+The step is the whole update, as `train` compiles it, over the configuration's devices. Each of its
+convolutions (forward, gradient of the input, gradient of the kernel) is compiled alone, at the
+shapes that one device has, and runs on all devices at once, as this code does it and as XLA does by
+itself; the sum of the faster ones is what the step would take if it did nothing else. Then the
+profile: seconds by kind of operation over all devices, which includes what the profiler costs.
+`--against` is a folder with another state of this package's code, whose steps are timed in turn
+with these, in processes of their own. Prints tables and one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import operations
+import reporting
+import train_loop
+from jax.extend import core
+
+from imagen_jax import config_io, flops, partitioning, plan, stage
+from imagen_jax.cli.wiring import set_up_devices
+from imagen_jax.config import Config
+from imagen_jax.optimizer import make_optimizer
+from imagen_jax.train import abstract_state
+from imagen_jax.train_step import jit_train_step
+
+STRETCH = 3.0  # Seconds of steps in a row that make one repeat.
+
+
+def convolutions(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
+    """All convolutions of a program without loops."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "conv_general_dilated":
+            yield eqn
+        for value in eqn.params.values():
+            inner = value.jaxpr if isinstance(value, core.ClosedJaxpr) else value
+            if isinstance(inner, core.Jaxpr):
+                yield from convolutions(inner)
+
+
+def seconds_alone(run: Callable[..., Any], arrays: list[Any], devices: int) -> float:
+    """Seconds of `run(*arrays)` on every device at once, compiled as the step is."""
+    mesh = jax.make_mesh((devices,), ("data",))
+    rows = jax.sharding.PartitionSpec("data")
+    stacked = [np.stack([array] * devices) for array in arrays]
+    sharded = jax.device_put(stacked, jax.sharding.NamedSharding(mesh, rows))
+    one = lambda *parts: run(*(part[0] for part in parts))[None]  # noqa: E731
+    specs = (rows,) * len(arrays)
+    mapped = jax.shard_map(one, mesh=mesh, in_specs=specs, out_specs=rows)
+    compiled = jax.jit(mapped).lower(*sharded).compile(partitioning.train_step_options())
+    calls = {"alone": lambda: jax.block_until_ready(compiled(*sharded))}
+    return min(reporting.interleaved(calls, repeats=5, seconds=0.02)["alone"])
+
+
+def ways_of(eqn: core.JaxprEqn) -> dict[str, dict[str, Callable[..., Any]]]:
+    """What a train step does with a convolution -> how -> function of (input, kernel, output)."""
+    from imagen_jax.models import convolution  # Code of --against need not have it.
+
+    strides, padding = eqn.params["window_strides"], eqn.params["padding"]
+    same = strides == (1, 1) and eqn.invars[1].aval.shape[0] % 2 == 1
+
+    def apply(convolve: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+        def conv(x: Any, kernel: Any) -> Any:
+            layout = {"dimension_numbers": convolution.NHWC}
+            return convolve(x, kernel, strides, "SAME" if same else padding, **layout)
+
+        return {
+            "forward": lambda x, k, g: conv(x, k),
+            "gradient of input": lambda x, k, g: jax.vjp(lambda x: conv(x, k), x)[1](g)[0],
+            "gradient of kernel": lambda x, k, g: jax.vjp(lambda k: conv(x, k), k)[1](g)[0],
+        }
+
+    ours, plain = apply(convolution.convolve), apply(jax.lax.conv_general_dilated)
+    return {kind: {"here": ours[kind], "XLA": plain[kind]} for kind in ours}
+
+
+def convolution_rows(config: Config, devices: int) -> list[dict[str, Any]]:
+    """Count, FLOPs and seconds (of our way and of XLA's) of the step's convolutions, per device."""
+    rows = config.data.batch_size // devices
+    data = dataclasses.replace(config.data, batch_size=rows)
+    batch = plan.batch_shapes(dataclasses.replace(config, data=data))
+
+    def loss(params: Any, batch: Any) -> Any:
+        drawn = {**batch, **stage.draw(jax.random.key(0), rows, config)}
+        return stage.drawn_loss(params, drawn, jax.random.key(1), config)
+
+    params = jax.eval_shape(
+        lambda: partitioning.unbox(stage.init_params(config, jax.random.key(0)))
+    )
+    rng = np.random.default_rng(0)
+    found: dict[str, dict[str, Any]] = {}
+    known: dict[str, dict[str, float]] = {}
+    for index, eqn in enumerate(convolutions(jax.make_jaxpr(loss)(params, batch).jaxpr)):
+        arrays = [
+            rng.normal(size=v.aval.shape).astype(np.float32) for v in (*eqn.invars, *eqn.outvars)
+        ]
+        for kind, ways in ways_of(eqn).items():
+            if index == 0 and kind == "gradient of input":
+                continue  # Nothing was learned before it.
+            what = f"{kind} {[a.shape for a in arrays]}"
+            if what not in known:
+                known[what] = {w: seconds_alone(f, arrays, devices) for w, f in ways.items()}
+            row = found.setdefault(kind, {"kind": kind, "count": 0, "gflops": 0.0})
+            row["count"] += 1
+            row["gflops"] += flops.convolution(eqn) / 1e9
+            for way, seconds in known[what].items():
+                row[way] = row.get(way, 0.0) + seconds
+            row["best"] = row.get("best", 0.0) + min(known[what].values())
+    return list(found.values())
+
+
+class Step:
+    """The compiled step of a configuration with a state and a batch: `run()` does one update."""
+
+    def __init__(self, config: Config):
+        mesh = partitioning.make_mesh(config.mesh)
+        optimizer = make_optimizer(config.optimizer, config.train.steps)
+        with jax.set_mesh(mesh):
+            create, abstract = abstract_state(config, optimizer, mesh)
+            self._state = create()
+            host = next(train_loop.batches_of(config, count=1)(0))
+            self._batch = partitioning.place_batch(host, mesh)
+            traced = jit_train_step(config, optimizer, abstract, mesh).trace(
+                self._state, self._batch
+            )
+            self.compiled = traced.lower().compile()
+        self.params = sum(leaf.size for leaf in jax.tree.leaves(self._state.params))
+        self.flops = flops.count(traced.jaxpr)
+
+    def run(self) -> None:
+        """One update, to its end."""
+        self._state, report = self.compiled(self._state, self._batch)
+        jax.block_until_ready((self._state, report))
+
+
+def processor_seconds(step: Step, repeats: int = 5, count: int = 10) -> float:
+    """Least processor seconds of a step over all threads, which other work disturbs less."""
+    found = []
+    for _ in range(repeats):
+        begin = time.process_time()
+        for _ in range(count):
+            step.run()
+        found.append((time.process_time() - begin) / count)
+    return min(found)
+
+
+def steps_elsewhere(folder: str, arguments: list[str], cache: str) -> tuple[float, float]:
+    """Seconds and processor seconds of a step of the code in `folder`, in another process.
+
+    Args:
+      folder: with the package.
+      arguments: further flags of the script.
+      cache: folder for compiled steps, so that only the first process compiles.
+    """
+    command = [sys.executable, __file__, *arguments, "--repeats=1", "--only_steps"]
+    environment = {**os.environ, "PYTHONPATH": folder, "JAX_COMPILATION_CACHE_DIR": cache}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    return found["step"]["seconds"]["median"], found["processor_s"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default="configs/shapes.py:base")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--against", default="", metavar="DIR", help="other code to time")
+    parser.add_argument(
+        "--only_steps", action="store_true", help="neither convolutions nor profile"
+    )
+    flags, rest = parser.parse_known_args()
+    overrides = [argument.removeprefix("--config.") for argument in rest]
+    config = config_io.load(flags.config, [f"model.text_dim={train_loop.TEXT_DIM}", *overrides])
+    set_up_devices(config.mesh.cpu_devices)
+    devices, batch = jax.device_count(), config.data.batch_size
+    step = Step(config)
+    result = {"benchmark": "shapes_step", "config": flags.config, **reporting.machine()}
+    result |= {"batch_size": batch, "dtype": config.model.dtype, "params": step.params}
+    result |= {"flops": step.flops, **reporting.compiler_says(step.compiled)}
+
+    def timed(repeats: int) -> list[float]:
+        return reporting.interleaved({"step": step.run}, repeats, STRETCH)["step"]
+
+    seconds, before = timed(1) if flags.against else timed(flags.repeats), []
+    if flags.against:
+        seconds = []
+        same, here = [f"--config={flags.config}", *rest], str(pathlib.Path(__file__).parents[1])
+        with tempfile.TemporaryDirectory() as cache:
+            for _ in range(flags.repeats):
+                before.append(steps_elsewhere(flags.against, same, cache))
+                seconds.append(steps_elsewhere(here, same, cache))
+    if before:
+        (before, theirs), (seconds, mine) = zip(*before, strict=True), zip(*seconds, strict=True)
+        result["processor_s"] = {"before": min(theirs), "now": min(mine)}
+    else:
+        result["processor_s"] = processor_seconds(step)
+    result["step"] = reporting.speed(seconds, images=batch, flops=step.flops, devices=devices)
+    rows = [("step", *result["step"]["seconds"].values(), result["step"]["images_per_s"])]
+    if before:
+        result["before"] = reporting.speed(before, images=batch, flops=step.flops, devices=devices)
+        other = result["before"]
+        rows.append(("before", *other["seconds"].values(), other["images_per_s"]))
+        ratio = statistics.median(b / s for b, s in zip(before, seconds, strict=True))
+        result["times_faster"] = round(ratio, 3)
+    print(reporting.table(("", "s", "min", "max", "images/s"), rows))
+    print(f"least processor seconds of a step, all threads: {result['processor_s']}")
+    if not flags.only_steps:
+        alone = convolution_rows(config, devices)
+        total = sum(row["best"] for row in alone)
+        result |= {"convolutions": alone, "convolutions_seconds": total}
+        result["fraction"] = round(total / result["step"]["seconds"]["median"], 3)
+        result["fraction_of_fastest"] = round(total / result["step"]["seconds"]["min"], 3)
+        cells = [
+            (r["kind"], r["count"], r["here"], r["XLA"], r["best"], r["gflops"] / r["best"])
+            for r in alone
+        ]
+        titles = ("convolutions, per device", "count", "s here", "s by XLA", "s best", "GFLOP/s")
+        print(reporting.table(titles, cells))
+        print(f"convolutions alone: {total:.4g} s, {result['fraction']:.0%} of the step")
+        spent = operations.seconds_by_operation(step.run, times=10)
+        by_kind = operations.seconds_by_kind(spent, step.compiled.as_text())
+        whole = sum(by_kind.values())
+        top = collections.Counter(by_kind).most_common(12)
+        result["profile"] = {kind: round(part / whole, 4) for kind, part in top}
+        cells = [(kind, part * 1e3, f"{part / whole:.1%}") for kind, part in top]
+        print(reporting.table(("operation, all devices", "ms", "share"), cells))
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

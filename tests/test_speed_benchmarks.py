@@ -1,0 +1,76 @@
+"""The benchmarks of docs/performance.md run to their end, at sizes that say nothing of speed."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+SOURCE = pathlib.Path(__file__).parents[1]
+NETWORK = ("--config.model.channels=(16,16)", "--config.mesh.cpu_devices=1")
+BATCH = "--config.data.batch_size=2"
+
+
+def run(script: str, *arguments: str) -> dict:
+    """The JSON line that a benchmark prints last."""
+    done = subprocess.run(
+        [sys.executable, f"benchmarks/{script}", *arguments],
+        cwd=SOURCE,
+        env={**os.environ, "PYTHONPATH": str(SOURCE)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(next(x for x in done.stdout.splitlines()[::-1] if x.startswith("{")))
+
+
+def positive(seconds: dict[str, float]) -> bool:
+    return 0 < seconds["min"] <= seconds["median"] <= seconds["max"]
+
+
+@pytest.mark.slow
+def test_gpu_script_runs_to_its_end_without_one(tmp_path):
+    out = tmp_path / "gpu.json"
+    found = run("gpu.py", "--tiny", f"--out={out}")
+    assert json.loads(out.read_text()).items() <= found.items()
+    trained = found["train 2"]["rows"][0]
+    assert positive(trained["seconds"]) and trained["images_per_s"] > 0
+    assert trained["top"] and 0 < trained["top_share"] <= 1
+    for name in ("sample base", "sample sr"):
+        assert positive(found[name]["rows"][0]["seconds"]), name
+    assert "rows" in found["peers"] or "torch" in found["peers"]["skipped"]
+
+
+@pytest.mark.slow
+def test_shapes_step(tmp_path):
+    found = run("shapes_step.py", "--repeats=1", BATCH, *NETWORK)
+    kinds = {row["kind"]: row for row in found["convolutions"]}
+    assert set(kinds) == {"forward", "gradient of input", "gradient of kernel"}
+    # Every kernel has a gradient; the first convolution's input needs none.
+    assert kinds["forward"]["count"] == kinds["gradient of kernel"]["count"]
+    assert kinds["forward"]["count"] == kinds["gradient of input"]["count"] + 1
+    assert positive(found["step"]["seconds"]) and found["fraction"] > 0
+    assert sum(found["profile"].values()) == pytest.approx(1.0, abs=0.3)
+
+
+@pytest.mark.slow
+def test_programs_and_checkpoints():
+    found = run(
+        "programs.py",
+        "--config=configs/shapes.py:base",
+        "--repeats=1",
+        BATCH,
+        *NETWORK,
+        "--config.sampling.steps=2",
+    )
+    forward, train, sample = found["rows"]
+    # The gradient costs two more of the forward pass; the compiler also counts what is no product.
+    assert train["flops"] == pytest.approx(3 * forward["flops"], rel=0.15)
+    # Two guided steps: the network for twice as many pictures, each.
+    assert sample["flops"] == pytest.approx(4 * forward["flops"], rel=0.05)
+    assert train["compiler_flops"] > 0.9 * train["flops"]
+    found = run("checkpoints.py", "--repeats=1", *NETWORK)
+    assert positive(found["save_until_written"]) and positive(found["restore"])
