@@ -176,6 +176,33 @@ def steps_elsewhere(folder: str, arguments: list[str], cache: str) -> tuple[floa
     return found["step"]["seconds"]["median"], found["processor_s"]
 
 
+def anatomy(step: Step, config: Config, seconds: dict[str, float]) -> dict[str, Any]:
+    """Prints and returns the convolutions alone, and the step's most expensive operations."""
+    alone = convolution_rows(config, jax.device_count())
+    total = sum(row["best"] for row in alone)
+    fraction = round(total / seconds["median"], 3)
+    cells = [
+        (r["kind"], r["count"], r["here"], r["XLA"], r["best"], r["gflops"] / r["best"])
+        for r in alone
+    ]
+    titles = ("convolutions, per device", "count", "s here", "s by XLA", "s best", "GFLOP/s")
+    print(reporting.table(titles, cells))
+    print(f"convolutions alone: {total:.4g} s, {fraction:.0%} of the step")
+    spent = operations.seconds_by_operation(step.run, times=10)
+    by_kind = operations.seconds_by_kind(spent, step.compiled.as_text())
+    whole = sum(by_kind.values())
+    top = collections.Counter(by_kind).most_common(12)
+    cells = [(kind, part * 1e3, f"{part / whole:.1%}") for kind, part in top]
+    print(reporting.table(("operation, all devices", "ms", "share"), cells))
+    return {
+        "convolutions": alone,
+        "convolutions_seconds": total,
+        "fraction": fraction,
+        "fraction_of_fastest": round(total / seconds["min"], 3),
+        "profile": {kind: round(part / whole, 4) for kind, part in top},
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/shapes.py:base")
@@ -221,25 +248,7 @@ def main() -> None:
     print(reporting.table(("", "s", "min", "max", "images/s"), rows))
     print(f"least processor seconds of a step, all threads: {result['processor_s']}")
     if not flags.only_steps:
-        alone = convolution_rows(config, devices)
-        total = sum(row["best"] for row in alone)
-        result |= {"convolutions": alone, "convolutions_seconds": total}
-        result["fraction"] = round(total / result["step"]["seconds"]["median"], 3)
-        result["fraction_of_fastest"] = round(total / result["step"]["seconds"]["min"], 3)
-        cells = [
-            (r["kind"], r["count"], r["here"], r["XLA"], r["best"], r["gflops"] / r["best"])
-            for r in alone
-        ]
-        titles = ("convolutions, per device", "count", "s here", "s by XLA", "s best", "GFLOP/s")
-        print(reporting.table(titles, cells))
-        print(f"convolutions alone: {total:.4g} s, {result['fraction']:.0%} of the step")
-        spent = operations.seconds_by_operation(step.run, times=10)
-        by_kind = operations.seconds_by_kind(spent, step.compiled.as_text())
-        whole = sum(by_kind.values())
-        top = collections.Counter(by_kind).most_common(12)
-        result["profile"] = {kind: round(part / whole, 4) for kind, part in top}
-        cells = [(kind, part * 1e3, f"{part / whole:.1%}") for kind, part in top]
-        print(reporting.table(("operation, all devices", "ms", "share"), cells))
+        result |= anatomy(step, config, result["step"]["seconds"])
     print(json.dumps(result))
 
 
