@@ -84,7 +84,7 @@ COSTS = {
     "MiB": "cost.mebibytes",
 }
 FORMS = {"distance": ".3f", "parameters": ",.0f", "steps/s": ".1f", "MiB": ".0f"}
-CHOICES = {"guidance_weight": [1.5, 4.0, 8.0], "thresholding": ["none", "static", "dynamic"]}
+CHOICES = {"guidance_weight": [1.5, 8.0], "thresholding": ["none", "static", "dynamic"]}
 ABLATIONS = {
     "encoder_size": Ablation(
         {
@@ -93,14 +93,14 @@ ABLATIONS = {
         },
         {"arm": "none"},
         ROLES,
-        240,
+        224,
         UNDERSTOOD,
     ),
     "thresholding": Ablation(
         {"small": Arm((BASE,), {"base": CHOICES})},
         {"base.thresholding": "none"},
         LIKE,
-        100,
+        64,
         {"all right": "all.exact", "colours right": "all.colour", "distance": "distance"},
     ),
     "noise_conditioning": Ablation(
@@ -110,7 +110,7 @@ ABLATIONS = {
         },
         {"arm": "off", "sr.aug_level": 0.0},
         LIKE,
-        100,
+        96,
         {"all right": "all.exact", "shapes right": "all.shape", "distance": "distance"},
     ),
     "unet_size": Ablation(
@@ -121,7 +121,7 @@ ABLATIONS = {
         },
         {"arm": "demo"},
         ROLES,
-        240,
+        224,
         COSTS | UNDERSTOOD,
     ),
     "conditioning": Ablation(
@@ -132,14 +132,14 @@ ABLATIONS = {
         },
         {"arm": "cross"},
         ROLES,
-        240,
+        224,
         UNDERSTOOD,
     ),
     "efficient_unet": Ablation(
         {"efficient": Arm((BASE, SR)), "plain": Arm((BASE, SR._replace(variant="plain")))},
         {"arm": "efficient"},
         LIKE,
-        100,
+        96,
         COSTS | {"all right": "all.exact", "shapes right": "all.shape", "distance": "distance"},
     ),
     "text_objective": Ablation(
@@ -149,7 +149,7 @@ ABLATIONS = {
         },
         {"arm": "paraphrases"},
         ROLES,
-        240,
+        224,
         UNDERSTOOD,
     ),
 }
