@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo demo_256 demo_roles test test-slow lint clean
+.PHONY: help install demo demo_256 test test-slow lint clean
 .DEFAULT_GOAL := help
 
 help:  ## List the commands.
@@ -21,9 +21,6 @@ demo: install  ## Train a text-to-image cascade from nothing and draw held-out p
 
 demo_256: install  ## After the demo: train a third stage on crops and draw 256x256 pictures.
 	bash launch/demo_256.sh runs/demo
-
-demo_roles: install  ## After the demo: train longer, until who is where is right too.
-	bash launch/demo_roles.sh runs/demo
 
 test: install  ## Run the default tests.
 	$(VENV)/bin/python -m pytest -q -m 'not slow' -n 2 --dist loadfile

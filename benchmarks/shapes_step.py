@@ -4,11 +4,11 @@
 
 The step is the whole update, as `train` compiles it, over the configuration's devices. Each of its
 convolutions (forward, gradient of the input, gradient of the kernel) is compiled alone, at the
-shapes that one device has, and runs on all devices at once, as this code does it and as XLA does by
-itself; the sum of the faster ones is what the step would take if it did nothing else. Then the
-profile: seconds by kind of operation over all devices, which includes what the profiler costs.
-`--against` is a folder with another state of this package's code, whose steps are timed in turn
-with these, in processes of their own. Prints tables and one JSON line.
+shapes that one device has, and runs on all devices at once; their sum is what the step would take
+if it did nothing else. Then the profile: seconds by kind of operation over all devices, which
+includes what the profiler costs. `--against` is a folder with another state of this package's
+code, whose steps are timed in turn with these, in processes of their own. Prints tables and one
+JSON line.
 """
 
 from __future__ import annotations
@@ -69,30 +69,25 @@ def seconds_alone(run: Callable[..., Any], arrays: list[Any], devices: int) -> f
     return min(reporting.interleaved(calls, repeats=5, seconds=0.02)["alone"])
 
 
-def ways_of(eqn: core.JaxprEqn) -> dict[str, dict[str, Callable[..., Any]]]:
-    """What a train step does with a convolution -> how -> function of (input, kernel, output)."""
-    from imagen_jax.models import convolution  # Code of --against need not have it.
+def parts_of(eqn: core.JaxprEqn) -> dict[str, Callable[..., Any]]:
+    """What a train step does with a convolution -> function of (input, kernel, output)."""
+    params = eqn.params
 
-    strides, padding = eqn.params["window_strides"], eqn.params["padding"]
-    same = strides == (1, 1) and eqn.invars[1].aval.shape[0] % 2 == 1
+    def conv(x: Any, kernel: Any) -> Any:
+        layout = {"dimension_numbers": params["dimension_numbers"]}
+        return jax.lax.conv_general_dilated(
+            x, kernel, params["window_strides"], params["padding"], **layout
+        )
 
-    def apply(convolve: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
-        def conv(x: Any, kernel: Any) -> Any:
-            layout = {"dimension_numbers": convolution.NHWC}
-            return convolve(x, kernel, strides, "SAME" if same else padding, **layout)
-
-        return {
-            "forward": lambda x, k, g: conv(x, k),
-            "gradient of input": lambda x, k, g: jax.vjp(lambda x: conv(x, k), x)[1](g)[0],
-            "gradient of kernel": lambda x, k, g: jax.vjp(lambda k: conv(x, k), k)[1](g)[0],
-        }
-
-    ours, plain = apply(convolution.convolve), apply(jax.lax.conv_general_dilated)
-    return {kind: {"here": ours[kind], "XLA": plain[kind]} for kind in ours}
+    return {
+        "forward": lambda x, k, g: conv(x, k),
+        "gradient of input": lambda x, k, g: jax.vjp(lambda x: conv(x, k), x)[1](g)[0],
+        "gradient of kernel": lambda x, k, g: jax.vjp(lambda k: conv(x, k), k)[1](g)[0],
+    }
 
 
 def convolution_rows(config: Config, devices: int) -> list[dict[str, Any]]:
-    """Count, FLOPs and seconds (of our way and of XLA's) of the step's convolutions, per device."""
+    """Count, FLOPs and seconds of the step's convolutions, per device."""
     rows = config.data.batch_size // devices
     data = dataclasses.replace(config.data, batch_size=rows)
     batch = plan.batch_shapes(dataclasses.replace(config, data=data))
@@ -106,23 +101,21 @@ def convolution_rows(config: Config, devices: int) -> list[dict[str, Any]]:
     )
     rng = np.random.default_rng(0)
     found: dict[str, dict[str, Any]] = {}
-    known: dict[str, dict[str, float]] = {}
+    known: dict[str, float] = {}
     for index, eqn in enumerate(convolutions(jax.make_jaxpr(loss)(params, batch).jaxpr)):
         arrays = [
             rng.normal(size=v.aval.shape).astype(np.float32) for v in (*eqn.invars, *eqn.outvars)
         ]
-        for kind, ways in ways_of(eqn).items():
+        for kind, part in parts_of(eqn).items():
             if index == 0 and kind == "gradient of input":
                 continue  # Nothing was learned before it.
             what = f"{kind} {[a.shape for a in arrays]}"
             if what not in known:
-                known[what] = {w: seconds_alone(f, arrays, devices) for w, f in ways.items()}
-            row = found.setdefault(kind, {"kind": kind, "count": 0, "gflops": 0.0})
+                known[what] = seconds_alone(part, arrays, devices)
+            row = found.setdefault(kind, {"kind": kind, "count": 0, "gflops": 0.0, "seconds": 0.0})
             row["count"] += 1
             row["gflops"] += flops.convolution(eqn) / 1e9
-            for way, seconds in known[what].items():
-                row[way] = row.get(way, 0.0) + seconds
-            row["best"] = row.get("best", 0.0) + min(known[what].values())
+            row["seconds"] += known[what]
     return list(found.values())
 
 
@@ -179,13 +172,10 @@ def steps_elsewhere(folder: str, arguments: list[str], cache: str) -> tuple[floa
 def anatomy(step: Step, config: Config, seconds: dict[str, float]) -> dict[str, Any]:
     """Prints and returns the convolutions alone, and the step's most expensive operations."""
     alone = convolution_rows(config, jax.device_count())
-    total = sum(row["best"] for row in alone)
+    total = sum(row["seconds"] for row in alone)
     fraction = round(total / seconds["median"], 3)
-    cells = [
-        (r["kind"], r["count"], r["here"], r["XLA"], r["best"], r["gflops"] / r["best"])
-        for r in alone
-    ]
-    titles = ("convolutions, per device", "count", "s here", "s by XLA", "s best", "GFLOP/s")
+    cells = [(r["kind"], r["count"], r["seconds"], r["gflops"] / r["seconds"]) for r in alone]
+    titles = ("convolutions, per device", "count", "s", "GFLOP/s")
     print(reporting.table(titles, cells))
     print(f"convolutions alone: {total:.4g} s, {fraction:.0%} of the step")
     spent = operations.seconds_by_operation(step.run, times=10)

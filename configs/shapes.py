@@ -25,6 +25,7 @@ def get_config(name: str = "base") -> ml_collections.ConfigDict:
     c.pretrain_text.batch_size = 32
     c.pretrain_text.steps = 1_200
     c.data.max_text_len = 24
+    c.data.loader = "numpy"  # The core that reads is the core that trains.
     # Beside all pixels in one softmax, as in the paper, a few words are hardly heard at first.
     c.model.text_conditioning = "cross"
     c.checkpoint.every = 2_500  # A save costs as much as 30 steps.
@@ -54,7 +55,6 @@ def _base(c: ml_collections.ConfigDict) -> None:
     c.model.embed_dim = 256
     c.diffusion.logsnr_shift = -0.713  # 2 log 0.7
     c.data.batch_size = 16
-    c.data.loader = "numpy"  # The core that reads is the core that trains.
     c.optimizer.learning_rate = 2e-3
     c.train.steps = 6_000
     c.sampling.sampler = "ddpm"

@@ -29,10 +29,11 @@ say "... beside it the super-resolution stage: 16x16 and text -> 64x64." \
   train --config=configs/shapes.py:sr "${where[@]}" "${one_core[@]}" --workdir="$run/sr"
 taskset -c 1 "$python" -m imagen_jax train --config=configs/shapes.py:sr "${where[@]}" \
   "${one_core[@]}" --workdir="$run/sr"
+step "Export it for sampling, while the base stage may still learn." \
+  export --workdir="$run/sr" --out="$run/stages/sr"
 wait $base || { tail -n 3 "$run/base.log" >&2; exit 1; }
 tail -n 1 "$run/base.log"
-step "Export both stages for sampling." export --workdir="$run/base" --out="$run/stages/base"
-step "(the second)" export --workdir="$run/sr" --out="$run/stages/sr"
+step "Export the base stage, too." export --workdir="$run/base" --out="$run/stages/base"
 step "Draw prompts that no training picture showed." \
   sample --stages="$run/stages/base,$run/stages/sr" --prompts="$run/data/prompts_held_out.jsonl" \
   --limit=360 --cpu_devices=2 --out="$run/samples"

@@ -2,7 +2,7 @@
 
 `prepare` is the start of the data flow: what it writes (TFRecord files and, for the shapes world,
 prompt files for `sample`) is all that the later steps read. Examples keep their order, so that
-record i of a split of `shapes_world` is `shapes.scene(split, i)`.
+record i of a split is `shapes.scene(split, i)`.
 """
 
 from __future__ import annotations
@@ -54,11 +54,9 @@ class ShapesWorld(tfds.core.GeneratorBasedBuilder):
     def _count(self, split: str) -> int:
         return shapes.SPLITS[split]
 
-    def _scenes(self, split: str) -> Iterator[shapes.Scene]:
-        return (shapes.scene(split, index) for index in itertools.count())
-
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
-        for index, scene in enumerate(itertools.islice(self._scenes(split), self._count(split))):
+        for index in range(self._count(split)):
+            scene = shapes.scene(split, index)
             png = images.encode_png(shapes.draw(scene, self.SIZE))
             row = json.dumps(shapes.prompt_row(scene))
             yield index, {"image": png, "caption": scene.caption, "row": row}
@@ -75,18 +73,6 @@ class ShapesWorld256(ShapesWorld):
 
     def _count(self, split: str) -> int:
         return shapes.SPLITS[split] // 4
-
-
-class ShapesRoles(ShapesWorld):
-    """The same world with more pictures of two objects, a third of them: `shapes_roles`.
-
-    Who is where takes more pictures to learn than what is there. Of the other scenes every second
-    one is left out.
-    """
-
-    def _scenes(self, split: str) -> Iterator[shapes.Scene]:
-        scenes = enumerate(super()._scenes(split))
-        return (scene for index, scene in scenes if scene.kind == "relation" or index % 2 == 0)
 
 
 def prepare(data_dir: str, name: str) -> None:

@@ -78,17 +78,6 @@ def test_the_large_world_is_the_first_scenes_again(tmp_path):
         assert example["caption"].decode() == scene.caption
 
 
-def test_the_world_of_roles_leaves_out_half_of_all_but_relations(tmp_path):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shapes, "SPLITS", {"train": 30, "seen_test": 4, "held_out": 4})
-        shapes_builder.prepare(str(tmp_path), "shapes_roles")
-        shown = tfds.builder("shapes_roles", data_dir=str(tmp_path)).as_dataset(split="train")
-    captions = [example["caption"].decode() for example in tfds.as_numpy(shown)]
-    scenes = [shapes.scene("train", index) for index in range(60)]
-    left = [s.caption for i, s in enumerate(scenes) if s.kind == "relation" or i % 2 == 0]
-    assert captions == left[:30]
-
-
 def test_unknown_names_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="config.data.name='shapes_wrld'"):
         shapes_builder.prepare(str(tmp_path), "shapes_wrld")

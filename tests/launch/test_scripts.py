@@ -17,9 +17,7 @@ from tests.reference.launch import CAPTURE, CASES, ODD, OVERRIDE, ROOT, SNAPSHOT
 
 SCRIPTS = sorted(p.name for p in (ROOT / "launch").glob("*.sh"))
 WITH_OPTIONS = sorted(
-    set(SCRIPTS)
-    - {"demo.sh", "demo_256.sh", "demo_roles.sh", "folder.sh"}
-    - {"lib.sh", "steps.sh", "slurm_job.sh"}
+    set(SCRIPTS) - {"demo.sh", "demo_256.sh", "folder.sh", "lib.sh", "steps.sh", "slurm_job.sh"}
 )
 
 
