@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo demo_256 test test-slow lint clean
+.PHONY: help install demo demo_long demo_256 test test-slow lint clean
 .DEFAULT_GOAL := help
 
 help:  ## List the commands.
@@ -18,6 +18,9 @@ $(STAMP): setup.py constraints.txt
 
 demo: install  ## Train a text-to-image cascade from nothing and draw held-out prompts (minutes).
 	bash launch/demo.sh runs/demo
+
+demo_long: install  ## The same with both stages trained for 18 minutes: relations, too.
+	bash launch/demo.sh runs/demo_long 14000 10500
 
 demo_256: install  ## After the demo: train a third stage on crops and draw 256x256 pictures.
 	bash launch/demo_256.sh runs/demo

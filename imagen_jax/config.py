@@ -119,6 +119,11 @@ class ModelConfig:
         "How pixels attend to text: concat (text keys/values beside the self-attention's own), "
         "cross (a layer of its own) or none (pooled text only).",
     )
+    position_embedding: bool = doc(
+        False,
+        "Attention knows where a pixel is: a learned vector each (ViT); the picture's size is fixed "
+        "then. Convolutions tell it, too, but late in a short training.",
+    )
     text_pooling: str = doc(
         "attention",
         "Pooled text vector: attention, mean, or token (IF: a token of its own that sees the "
@@ -371,4 +376,10 @@ class Config:
             raise ConfigError(
                 "config.model.lowres_residual=True needs config.diffusion.prediction='x0', "
                 f"got {self.diffusion.prediction!r}"
+            )
+        if self.model.position_embedding and self.data.crop_from:
+            raise ConfigError(
+                "config.model.position_embedding=True does not go with "
+                f"config.data.crop_from={self.data.crop_from}: a place in a crop is none in the "
+                "picture; set either to its default"
             )

@@ -292,3 +292,5 @@ def test_a_stage_that_learned_from_crops_draws_whole_pictures():
         assert config.model.text_conditioning == "cross"
     with pytest.raises(ConfigError, match="crop_from=1000 must be a multiple of.*image_size=256"):
         DataConfig(image_size=256, crop_from=1000)
+    with pytest.raises(ConfigError, match="position_embedding=True does not go with .*crop_from"):
+        config_io.load(str(ROOT / "configs/shapes.py:sr2"), ["model.position_embedding=True"])

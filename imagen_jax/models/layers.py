@@ -31,6 +31,8 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"swish": nn.swish, "gelu": g
 
 TEXT_GROUPS = 32  # of the GroupNorm on text tokens, IF's
 
+POSITION_STD = 0.5  # of a position embedding at the start, beside tokens of variance one
+
 _FAN_IN = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 
 
@@ -193,7 +195,8 @@ class AttentionBlock(nn.Module):
 
     With `pixels` and text given, text keys/values are concatenated to the pixels' own, as the paper
     does in the base and 64->256 models (Sec. 2.1); with text alone it is cross-attention
-    (256->1024).
+    (256->1024). Differs from paper if `position_embedding` is on: a learned vector tells a pixel
+    where it is, as in a ViT (Dosovitskiy et al. 2021, Eq. 1); else convolutions alone do.
     """
 
     config: ModelConfig
@@ -209,6 +212,9 @@ class AttentionBlock(nn.Module):
         cfg = self.config
         b, height, width, c = x.shape
         tokens = group_norm(cfg.num_groups, "norm")(x).astype(x.dtype).reshape(b, -1, c)
+        if cfg.position_embedding:
+            init = nn.initializers.normal(POSITION_STD)
+            tokens += self.param("position", init, tokens.shape[1:]).astype(x.dtype)
         query = dense(c, "query")(tokens)
         pairs, masks = [], []
         if self.pixels:

@@ -109,6 +109,21 @@ def test_masked_tokens_are_inert(network):
     np.testing.assert_array_equal(run(text_emb=text_emb), run())
 
 
+def test_attention_knows_places_by_the_position_embedding_alone():
+    """Pixels in another order are attended to alike, except for their positions."""
+    x = jax.random.normal(jax.random.key(0), (1, 4, 4, 8))
+    swapped = x.reshape(1, 16, 8)[:, ::-1].reshape(x.shape)
+    for positions in (False, True):
+        config = dataclasses.replace(TINY, position_embedding=positions)
+        block = layers.AttentionBlock(config, pixels=True)
+        shapes = jax.eval_shape(lambda b=block: b.init(jax.random.key(0), x, None, None))
+        params = random_like(partitioning.unbox(shapes["params"]))
+        out = block.apply({"params": params}, x, None, None)
+        other = block.apply({"params": params}, swapped, None, None)
+        other = other.reshape(1, 16, 8)[:, ::-1].reshape(x.shape)
+        assert np.allclose(out, other, atol=1e-5) is not positions
+
+
 def test_pictures_of_a_batch_do_not_see_each_other(network):
     run, inputs = network
     changed = {name: value.at[1].set(value[0]) for name, value in inputs.items()}
@@ -117,7 +132,7 @@ def test_pictures_of_a_batch_do_not_see_each_other(network):
 
 def test_every_parameter_is_used():
     for name, lowres in [("unet", False), ("efficient_unet", True)]:
-        config = dataclasses.replace(TINY, name=name, lowres=lowres)
+        config = dataclasses.replace(TINY, name=name, lowres=lowres, position_embedding=not lowres)
         _, params = build(config)
         inputs = arguments(6 if lowres else 3)
         inputs["lowres_logsnr"] = inputs["lowres_logsnr"] if lowres else None
