@@ -35,6 +35,7 @@ ENCODERS: dict[str, dict[str, int]] = {
 # Fields in which a stage's network or its training differs from the demo's.
 VARIANTS: dict[str, dict[str, Any]] = {
     "": {},
+    "augmented": {"diffusion.aug_level_max": 0.2},
     "not_augmented": {"diffusion.aug_level_max": 0.0},
     "half": {"model.channels": (24, 32)},
     "double": {"model.channels": (96, 128)},

@@ -106,7 +106,10 @@ ABLATIONS = {
     "noise_conditioning": Ablation(
         {
             "off": Arm((BASE, SR._replace(variant="not_augmented")), {"sr": {"aug_level": [0.0]}}),
-            "on": Arm((BASE, SR), {"sr": {"aug_level": [0.0, 0.05, 0.1, 0.2]}}),
+            "on": Arm(
+                (BASE, SR._replace(variant="augmented")),
+                {"sr": {"aug_level": [0.0, 0.05, 0.1, 0.2]}},
+            ),
         },
         {"arm": "off", "sr.aug_level": 0.0},
         LIKE,

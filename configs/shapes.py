@@ -93,6 +93,8 @@ def _sr2(c: ml_collections.ConfigDict) -> None:
     c.data.name = "shapes_world256"
     c.data.crop_from = 256  # It learns from crops and draws the whole picture.
     c.model.self_attention = (False, False)
+    c.diffusion.aug_level_max = 0.2
     c.diffusion.logsnr_shift = -3.0
     c.train.steps = 8_000
+    c.sampling.steps = 16
     c.sampling.guidance_weight = 1.0  # The small picture has said it all, in half the time.

@@ -121,8 +121,8 @@ class ModelConfig:
     )
     position_embedding: bool = doc(
         False,
-        "Attention knows where a pixel is: a learned vector each (ViT); the picture's size is fixed "
-        "then. Convolutions tell it, too, but late in a short training.",
+        "Whether attention is told where a pixel is by a learned vector (ViT), which fixes the "
+        "picture's size; else convolutions alone tell it.",
     )
     text_pooling: str = doc(
         "attention",
