@@ -22,6 +22,7 @@ def get_config(name: str = "base") -> ml_collections.ConfigDict:
     c.data.batch_size = 16
     c.data.max_text_len = c.text.max_len = 64
     c.data.min_size = 64
+    c.pretrain_text.corpus = ""
     c.pretrain_text.steps = 200
     c.train.steps = 1500
     c.sampling.guidance_weight = 1.0

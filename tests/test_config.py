@@ -294,3 +294,9 @@ def test_a_stage_that_learned_from_crops_draws_whole_pictures():
         DataConfig(image_size=256, crop_from=1000)
     with pytest.raises(ConfigError, match="position_embedding=True does not go with .*crop_from"):
         config_io.load(str(ROOT / "configs/shapes.py:sr2"), ["model.position_embedding=True"])
+
+
+@pytest.mark.parametrize("stage", ["base", "sr"])
+def test_a_folder_needs_nothing_of_the_demo(stage):
+    config = config_io.load(str(ROOT / f"configs/folder.py:{stage}"))
+    assert "runs/demo" not in config_io.to_json(config)
