@@ -1,6 +1,6 @@
 """From a training run to a stage folder: averaged parameters, configuration and a model card.
 
-The parameters are the ordinary average of the newest checkpoint (`export`), or a power-function
+The parameters are the ordinary average of a checkpoint (`export`), or a power-function
 average of any width, put together from the run's snapshots (`export_average`). A small text encoder
 comes along. `stablehlo` and `convert` write other forms; each is drawn with before it appears
 (`export_check`).
@@ -34,17 +34,19 @@ def export(
     workdir: str,
     out: str,
     *,
+    step: int = 0,
     licence: str = "",
     scores: str = "",
     log: Callable[[str], None] = print,
 ) -> Config:
-    """Writes `OUT/{config.json, params.safetensors, card.md, text/}` from the newest checkpoint.
+    """Writes `OUT/{config.json, params.safetensors, card.md, text/}` from a checkpoint.
 
     The folder appears whole or not at all; an older one of the same name is replaced.
 
     Args:
       workdir: folder of the run.
       out: stage folder to write.
+      step: of the checkpoint; 0: the newest one.
       licence: for the card.
       scores: evaluations for the card, Markdown.
       log: receives the lines.
@@ -55,7 +57,7 @@ def export(
       ExportError: what was written draws something else.
     """
     folder = stage_folder(out)
-    params, config, step = newest_average(workdir)
+    params, config, step = read_average(workdir, step)
     about = {
         "step": step,
         "average": "exponential moving average",
@@ -76,22 +78,33 @@ def read_source(source: str) -> Stage:
     """
     if (pathlib.Path(source) / "params.safetensors").is_file():
         return load_stage(source)
-    params, config, _ = newest_average(source)
+    params, config, _ = read_average(source)
     return Stage(config, params)
 
 
-def newest_average(workdir: str) -> tuple[Any, Config, int]:
-    """Averaged parameters, configuration and step of a run's newest checkpoint.
+def read_average(workdir: str, step: int = 0) -> tuple[Any, Config, int]:
+    """Averaged parameters, configuration and step of a run's checkpoint.
+
+    Args:
+      workdir: folder of the run.
+      step: of the checkpoint; 0: the newest one.
 
     Raises:
-      CheckpointError: there is no checkpoint, or it cannot be read.
+      CheckpointError: there is no checkpoint, none of that step, or it cannot be read.
     """
     if not (pathlib.Path(workdir) / "checkpoints").is_dir():
         raise CheckpointError(f"--workdir={workdir} holds no checkpoints; train first")
     checkpoints = Checkpoints(workdir, CheckpointConfig())
-    step = checkpoints.latest_step()
-    if step is None:
+    steps = checkpoints.steps()
+    if not steps:
         raise CheckpointError(f"--workdir={workdir} holds no complete checkpoint; train first")
+    step = step or steps[-1]
+    if step not in steps:
+        found = ", ".join(map(str, steps))
+        raise CheckpointError(
+            f"--step={step} is no checkpoint of {workdir}, which has {found}; "
+            "config.checkpoint.keep_every keeps more"
+        )
     config = checkpoints.restore_config(step)
     params = checkpoints.restore_ema(step, _abstract_params(config))
     checkpoints.close()

@@ -9,7 +9,7 @@ import pytest
 
 from imagen_jax import cascade, export, train_state
 from imagen_jax.cli import run
-from imagen_jax.config import EmaConfig, TrainConfig
+from imagen_jax.config import CheckpointConfig, EmaConfig, TrainConfig
 from imagen_jax.interop import weights
 from imagen_jax.optimizer import make_optimizer
 from imagen_jax.train import start_from, train
@@ -73,6 +73,31 @@ def test_flags_that_are_refused(trained, tmp_path, capsys, flags, says):
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1 and error.startswith(f"imagen ema: {says}")
     assert not (tmp_path / "stage").exists()
+
+
+def test_an_older_checkpoint_is_exported(base_config, make_batch, tmp_path, capsys):
+    config = dataclasses.replace(
+        base_config, checkpoint=CheckpointConfig(every=2), train=TrainConfig(steps=4)
+    )
+    batches = [make_batch(config, seed=step) for step in range(4)]
+    for steps in (2, 4):
+        shorter = dataclasses.replace(config, train=TrainConfig(steps=steps))
+        run_to = str(tmp_path / f"run_{steps}")
+        train(shorter, run_to, lambda start, n=steps: batches[start:n], log=lambda line: None)
+    newest, older, same = (str(tmp_path / name) for name in ("newest", "older", "same"))
+    export.export(str(tmp_path / "run_4"), newest, log=lambda line: None)
+    export.export(str(tmp_path / "run_4"), older, step=2, log=lambda line: None)
+    export.export(str(tmp_path / "run_2"), same, log=lambda line: None)
+    params = [jax.tree.leaves(cascade.load_stage(f).params) for f in (newest, older, same)]
+    assert any((a != b).any() for a, b in zip(params[0], params[1], strict=True))
+    for got, wanted in zip(params[1], params[2], strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+    flags = [f"--workdir={tmp_path / 'run_4'}", f"--out={tmp_path / 'none'}"]
+    assert run.main(["export", *flags, "--step=3"]) == 1
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and "--step=3 is no checkpoint of" in error
+    assert "which has 2, 4" in error and not (tmp_path / "none").exists()
 
 
 def test_folders_that_are_refused(trained, tmp_path, capsys):

@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="native",
         help="native: a stage folder; stablehlo: a sampler for jax alone; diffusers: a unet folder",
     )
+    parser.add_argument("--step", type=int, default=0, help="native: checkpoint; 0: the newest")
     parser.add_argument("--licence", default="", help="native: licence of the weights, for card.md")
     parser.add_argument(
         "--cards",
@@ -42,8 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(flags: argparse.Namespace) -> None:
     """Carries the verb out."""
     wiring.set_up_devices(1)
-    if flags.format != "native" and (flags.licence or flags.cards):
-        raise ConfigError(f"--licence and --cards go with --format=native, not {flags.format}")
+    if flags.format != "native" and (flags.step or flags.licence or flags.cards):
+        raise ConfigError(
+            f"--step, --licence and --cards go with --format=native, not {flags.format}"
+        )
     if flags.format == "stablehlo":
         stablehlo.export_stablehlo(flags.workdir, flags.out)
     elif flags.format == "diffusers":
@@ -51,4 +54,6 @@ def run(flags: argparse.Namespace) -> None:
     else:
         cards = flags.cards.split(",") if flags.cards else []
         scores = report.score_tables(cards)
-        export_lib.export(flags.workdir, flags.out, licence=flags.licence, scores=scores)
+        export_lib.export(
+            flags.workdir, flags.out, step=flags.step, licence=flags.licence, scores=scores
+        )
