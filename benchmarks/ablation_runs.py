@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from imagen_jax import config_io
 from imagen_jax.stage_folder import load_stage
 
-STEPS = {"text": 600, "base": 1_200, "sr": 600}
+STEPS = {"text": 1_200, "base": 3_000, "sr": 600}
 # What a T5 learns from the paraphrases is the demo's; here are its sizes. Without a layer it is a
 # table of words: the caption is a bag of them, since the picture model does not see their order.
 ENCODERS: dict[str, dict[str, int]] = {
