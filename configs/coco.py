@@ -28,6 +28,7 @@ def get_config(name: str = "base") -> ml_collections.ConfigDict:
     c.data.embeddings = "runs/coco/embeddings"
     c.data.max_text_len = c.text.max_len = 64
     c.text.path = ""
+    c.pretrain_text.corpus = ""
     c.sampling.guidance_weight = 1.35
     return c
 

@@ -296,7 +296,7 @@ def test_a_stage_that_learned_from_crops_draws_whole_pictures():
         config_io.load(str(ROOT / "configs/shapes.py:sr2"), ["model.position_embedding=True"])
 
 
-@pytest.mark.parametrize("stage", ["base", "sr"])
-def test_a_folder_needs_nothing_of_the_demo(stage):
-    config = config_io.load(str(ROOT / f"configs/folder.py:{stage}"))
+@pytest.mark.parametrize("name", ["folder.py:base", "folder.py:sr", "coco.py:base", "coco.py:sr"])
+def test_other_data_need_nothing_of_the_demo(name):
+    config = config_io.load(str(ROOT / "configs" / name))
     assert "runs/demo" not in config_io.to_json(config)
