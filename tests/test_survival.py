@@ -161,10 +161,15 @@ def run_command(config, workdir, *, largest_file: int | None = None) -> subproce
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
 
+    environment = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    for name, value in os.environ.items():
+        # What measures coverage has files of its own to write.
+        if not (largest_file and name.startswith("COVERAGE_")):
+            environment.setdefault(name, value)
     return subprocess.run(
         [sys.executable, "-m", "imagen_jax", "train", f"--config={config}", f"--workdir={workdir}"],
         cwd=SOURCE,
-        env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
+        env=environment,
         preexec_fn=limit,
         capture_output=True,
         text=True,
