@@ -19,7 +19,7 @@ $(STAMP): setup.py constraints.txt
 demo: install  ## Train a text-to-image cascade from nothing and draw held-out prompts (minutes).
 	bash launch/demo.sh runs/demo
 
-demo_long: install  ## The same with both stages trained for 18 minutes: relations, too.
+demo_long: install  ## The same with about twice the steps of both stages.
 	bash launch/demo.sh runs/demo_long 14000 10500
 
 demo_256: install  ## After the demo: train a third stage on crops and draw 256x256 pictures.

@@ -50,7 +50,7 @@ def _base(c: ml_collections.ConfigDict) -> None:
     c.model.channels = (48, 64)
     c.model.num_res_blocks = (1, 1)
     c.model.self_attention = c.model.cross_attention = (False, True)
-    c.model.position_embedding = True  # "Left of" is learned in half the steps.
+    c.model.position_embedding = True  # Else "left of" comes too late for minutes.
     c.model.head_dim = 16
     c.model.num_groups = 8
     c.model.embed_dim = 256
@@ -77,7 +77,7 @@ def _sr(c: ml_collections.ConfigDict) -> None:
     c.model.num_groups = 8
     c.model.embed_dim = 128
     c.model.skip_scale = 2**-0.5
-    c.diffusion.aug_level_max = 0.06  # About what a 16x16 picture of the base stage is off.
+    c.diffusion.aug_level_max = 0.06  # The errors of the base stage are small, too.
     c.diffusion.aug_noise_size = "lowres"
     c.diffusion.logsnr_shift = -2.0
     c.data.batch_size = 8
