@@ -19,8 +19,8 @@ $(STAMP): setup.py constraints.txt
 demo: install  ## Train a text-to-image cascade from nothing and draw held-out prompts (minutes).
 	bash launch/demo.sh runs/demo
 
-demo_long: install  ## The same with about twice the steps of both stages.
-	bash launch/demo.sh runs/demo_long 14000 10500
+demo_long: install  ## The same with about twice the training and more pictures of who is where.
+	bash launch/demo.sh runs/demo_long configs/shapes_long.py
 
 demo_256: install  ## After the demo: train a third stage on crops and draw 256x256 pictures.
 	bash launch/demo_256.sh runs/demo

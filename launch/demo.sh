@@ -1,39 +1,36 @@
 #!/usr/bin/env bash
 # From nothing to pictures: every step is one command, echoed before it runs.
-#   launch/demo.sh [RUN_FOLDER [BASE_STEPS SR_STEPS [SEED]]]    (about ten minutes on two CPU cores)
-# The stages' steps, if they are not to be those of configs/shapes.py: more draw more of it right.
+#   launch/demo.sh [RUN_FOLDER [CONFIG [FLAG ...]]]    (about ten minutes on two CPU cores)
+# CONFIG is configs/shapes.py or one like it; the flags are for every step, as --config.seed=1.
 set -euo pipefail
-run=${1:-runs/demo}
+run=${1:-runs/demo} config=${2:-configs/shapes.py}
 export TF_CPP_MIN_LOG_LEVEL=3
 
 where=(--config.data.path="$run/data" --config.data.embeddings="$run/embeddings"
        --config.text.path="$run/text" --config.pretrain_text.corpus="$run/data/paraphrases.jsonl"
-       ${4:+--config.seed="$4"})
+       "${@:3}")
 
 source "${BASH_SOURCE[0]%/*}/steps.sh"
 
 started=$SECONDS
 step "Draw the shapes world: 20,000 captioned pictures, as a TFDS data set." \
-  prepare --config=configs/shapes.py:base "${where[@]}"
+  prepare --config="$config":base "${where[@]}"
 step "Train a vocabulary and a small T5 text encoder on captions and paraphrases, text alone." \
-  pretrain_text --config=configs/shapes.py:base "${where[@]}" --out="$run/text"
+  pretrain_text --config="$config":base "${where[@]}" --out="$run/text"
 step "Freeze the encoder and compute the embedding of every caption, once." \
-  embed --config=configs/shapes.py:base "${where[@]}"
+  embed --config="$config":base "${where[@]}"
 # The stages do not need each other to learn: one core each, which wastes less than sharing both.
 one_core=(--config.mesh.cpu_devices=1)
-base_steps=(${2:+--config.train.steps="$2"}) sr_steps=(${3:+--config.train.steps="$3"})
 say "Train the base stage, noise and text -> 16x16 (its lines go to $run/base.log), and ..." \
-  train --config=configs/shapes.py:base "${where[@]}" "${one_core[@]}" "${base_steps[@]}" \
-  --workdir="$run/base"
-taskset -c 0 "$python" -m imagen_jax train --config=configs/shapes.py:base "${where[@]}" \
-  "${one_core[@]}" "${base_steps[@]}" --workdir="$run/base" >"$run/base.log" 2>&1 &
+  train --config="$config":base "${where[@]}" "${one_core[@]}" --workdir="$run/base"
+taskset -c 0 "$python" -m imagen_jax train --config="$config":base "${where[@]}" \
+  "${one_core[@]}" --workdir="$run/base" >"$run/base.log" 2>&1 &
 base=$!
 trap 'kill $base 2>/dev/null || true' EXIT
 say "... beside it the super-resolution stage: 16x16 and text -> 64x64." \
-  train --config=configs/shapes.py:sr "${where[@]}" "${one_core[@]}" "${sr_steps[@]}" \
-  --workdir="$run/sr"
-taskset -c 1 "$python" -m imagen_jax train --config=configs/shapes.py:sr "${where[@]}" \
-  "${one_core[@]}" "${sr_steps[@]}" --workdir="$run/sr"
+  train --config="$config":sr "${where[@]}" "${one_core[@]}" --workdir="$run/sr"
+taskset -c 1 "$python" -m imagen_jax train --config="$config":sr "${where[@]}" \
+  "${one_core[@]}" --workdir="$run/sr"
 step "Export it for sampling, while the base stage may still learn." \
   export --workdir="$run/sr" --out="$run/stages/sr"
 wait $base || { tail -n 3 "$run/base.log" >&2; exit 1; }

@@ -38,6 +38,7 @@ VERSION = 1
 SPLITS = {"train": 20_000, "seen_test": 1_000, "held_out": 1_000}
 MIXTURE = {"single": 0.45, "count": 0.35, "relation": 0.20}
 KINDS = tuple(MIXTURE)
+MORE_RELATIONS = "relations"  # Scenes beside those of SPLITS: more to train on, relations alone.
 
 PICTURE = 64
 MARGIN = 2.0
@@ -95,20 +96,23 @@ def scene(split: str, index: int) -> Scene:
     """The scene with number `index` of a split, always the same one.
 
     Args:
-      split: train, seen_test (other scenes of the same combinations) or held_out (combinations
-        that the other two never show, a third of each kind).
+      split: train, seen_test (other scenes of the same combinations), held_out (combinations that
+        the others never show, a third of each kind) or relations (more scenes for training).
       index: 0 or more.
 
     Raises:
       ShapesError: unknown split or negative index.
     """
-    if split not in SPLITS:
-        raise ShapesError(f"split={split!r} is not one of {', '.join(SPLITS)}")
+    splits = (*SPLITS, MORE_RELATIONS)
+    if split not in splits:
+        raise ShapesError(f"split={split!r} is not one of {', '.join(splits)}")
     if index < 0:
         raise ShapesError(f"index={index} must be 0 or more")
-    rng = np.random.default_rng((VERSION, list(SPLITS).index(split), index))
+    rng = np.random.default_rng((VERSION, splits.index(split), index))
     novel = split == "held_out"
     kind = KINDS[index % 3 if novel else rng.choice(3, p=list(MIXTURE.values()))]
+    if split == MORE_RELATIONS:
+        kind = "relation"
     while True:
         objects, relation = _compose(kind, rng)
         if _is_novel(objects, relation) == novel:

@@ -21,6 +21,7 @@ from imagen_jax.data import shapes
 
 PROMPT_SPLITS = ("seen_test", "held_out")
 CORPUS = 20_000  # Lines of paraphrases.jsonl.
+RELATIONS = 12_000
 
 
 class ShapesWorld(tfds.core.GeneratorBasedBuilder):
@@ -73,6 +74,22 @@ class ShapesWorld256(ShapesWorld):
 
     def _count(self, split: str) -> int:
         return shapes.SPLITS[split] // 4
+
+
+class ShapesRelations(ShapesWorld):
+    """More scenes to train on, all of two objects in a relation: `shapes_relations`.
+
+    Two different objects and who is where take more pictures to learn than what is alone; a mixture
+    with `shapes_world` has the share of them that its rates say.
+    """
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
+        del dl_manager
+        return {"train": self._generate_examples(shapes.MORE_RELATIONS)}
+
+    def _count(self, split: str) -> int:
+        del split
+        return RELATIONS
 
 
 def prepare(data_dir: str, name: str) -> None:

@@ -78,6 +78,20 @@ def test_the_large_world_is_the_first_scenes_again(tmp_path):
         assert example["caption"].decode() == scene.caption
 
 
+def test_more_relations_are_other_scenes_of_seen_combinations(tmp_path, monkeypatch):
+    monkeypatch.setattr(shapes_builder, "RELATIONS", 30)
+    shapes_builder.prepare(str(tmp_path), "shapes_relations")
+    builder = tfds.builder("shapes_relations", data_dir=str(tmp_path))
+    assert list(builder.info.splits) == ["train"]
+    captions = [e["caption"].decode() for e in tfds.as_numpy(builder.as_dataset(split="train"))]
+    scenes = [shapes.scene("relations", index) for index in range(30)]
+    assert captions == [scene.caption for scene in scenes]
+    assert {scene.kind for scene in scenes} == {"relation"}
+    assert not any(map(shapes.is_held_out, scenes))
+    trained_on = {shapes.scene("train", index).caption for index in range(30)}
+    assert len(set(captions) - trained_on) > 25
+
+
 def test_unknown_names_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="config.data.name='shapes_wrld'"):
         shapes_builder.prepare(str(tmp_path), "shapes_wrld")
