@@ -1,0 +1,108 @@
+"""How the scores of the shapes cascade grow over the training of its base stage.
+
+    bash launch/demo.sh runs/demo --config.checkpoint.keep_every=2500
+    .venv/bin/python benchmarks/learning.py --runs=runs/demo --out=runs/learning --docs=docs
+
+Exports every checkpoint that the base stage kept, draws held-out prompts through it and the run's
+finished super-resolution stage, and writes OUT/learning.json: each score at each step, its mean
+over the runs with Student's 95% interval. With --docs also the table of docs/learning.md and its
+picture. Killed and started again it goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ablations import ROLES, UNDERSTOOD, Ablation, format_table, tabulate
+from reporting import write_between
+
+from imagen_jax import prompts
+from imagen_jax.evaluation import line_chart, sweep
+from imagen_jax.evaluation.line_chart import Point
+from imagen_jax.evaluation.sweep import StageSet, Sweep
+from imagen_jax.stage_folder import load_stage
+
+MEASURES = {title: path for title, path in UNDERSTOOD.items() if title != "distance"}
+
+
+def steps_of(run: pathlib.Path) -> list[int]:
+    """Steps of the base stage's checkpoints that are still there, rising."""
+    folders = (run / "base" / "checkpoints").iterdir()
+    return sorted(int(folder.name) for folder in folders if folder.name.isdigit())
+
+
+def exported(run: pathlib.Path, step: int, out: pathlib.Path) -> str:
+    """The stage folder of one of the base stage's checkpoints, made where it is missing."""
+    folder = out / "stages" / f"{run.name}_{step}"
+    if not (folder / "params.safetensors").is_file():
+        verb = [sys.executable, "-m", "imagen_jax", "export", f"--workdir={run / 'base'}"]
+        subprocess.run([*verb, f"--step={step}", f"--out={folder}"], check=True)
+    return str(folder)
+
+
+def measure(
+    runs: Sequence[pathlib.Path], out: pathlib.Path, limit: int
+) -> Iterator[dict[str, Any]]:
+    """A cell, as `ablations.tabulate` reads them, for every checkpoint of every run.
+
+    Args:
+      runs: folders of launch/demo.sh.
+      out: folder to write.
+      limit: held-out prompts that are drawn, in equal parts of one object, counted, related.
+    """
+    for run in runs:
+        rows = prompts.read(str(run / "data" / "prompts_held_out.jsonl"))
+        for step in steps_of(run):
+            stages = (exported(run, step, out), str(run / "stages" / "sr"))
+            asked = Sweep((StageSet(f"{run.name}-{step}", stages),), {}, rows, limit)
+            (cell,) = sweep.run(asked, str(out / "pictures"))
+            yield {**cell, "arm": step, "seed": load_stage(stages[0]).config.seed}
+
+
+def chart(rows: Sequence[Mapping[str, Any]]) -> line_chart.Canvas:
+    """Every score over the steps, with its interval over the runs."""
+    lines: dict[str, list[Point]] = {title: [] for title in MEASURES}
+    for row in rows:
+        for title, found in row["measures"].items():
+            mean, half = found["mean"], found["half"]
+            if mean is not None:
+                ends = () if half is None else (max(mean - half, 0.0), min(mean + half, 1.0))
+                lines[title].append(Point(float(row["choice"]["arm"]), mean, *ends))
+    return line_chart.plot(
+        lines,
+        title="Held-out prompts, as the base stage learns",
+        x_label="steps of the base stage",
+        y_label="share of pictures",
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", required=True, help="run folders of launch/demo.sh, A,B,...")
+    parser.add_argument("--limit", type=int, default=360, help="prompts that are drawn")
+    parser.add_argument("--out", required=True, help="folder of stages, pictures and numbers")
+    parser.add_argument("--docs", default="", help="folder of learning.md to update")
+    flags = parser.parse_args()
+    out = pathlib.Path(flags.out)
+    runs = [pathlib.Path(run) for run in flags.runs.split(",")]
+    cells = list(measure(runs, out, flags.limit))
+    rows = tabulate(Ablation({}, {}, ROLES, flags.limit, MEASURES), cells)
+    out.mkdir(parents=True, exist_ok=True)
+    record = {"prompts": flags.limit, "runs": len(runs), "rows": rows}
+    (out / "learning.json").write_text(json.dumps(record, indent=1) + "\n")
+    table = format_table(rows).replace("arm", "step", 1)
+    print(table)
+    if flags.docs:
+        docs = pathlib.Path(flags.docs)
+        (docs / "images" / "learning.svg").write_text(chart(rows).svg())
+        write_between(str(docs / "learning.md"), "learning", table)
+
+
+if __name__ == "__main__":
+    main()
