@@ -23,18 +23,14 @@ from ablations import ROLES, UNDERSTOOD, Ablation, format_table, tabulate
 from reporting import write_between
 
 from imagen_jax import prompts
+from imagen_jax.checkpoint import Checkpoints
+from imagen_jax.config import CheckpointConfig
 from imagen_jax.evaluation import line_chart, sweep
 from imagen_jax.evaluation.line_chart import Point
 from imagen_jax.evaluation.sweep import StageSet, Sweep
 from imagen_jax.stage_folder import load_stage
 
 MEASURES = {title: path for title, path in UNDERSTOOD.items() if title != "distance"}
-
-
-def steps_of(run: pathlib.Path) -> list[int]:
-    """Steps of the base stage's checkpoints that are still there, rising."""
-    folders = (run / "base" / "checkpoints").iterdir()
-    return sorted(int(folder.name) for folder in folders if folder.name.isdigit())
 
 
 def exported(run: pathlib.Path, step: int, out: pathlib.Path) -> str:
@@ -58,7 +54,8 @@ def measure(
     """
     for run in runs:
         rows = prompts.read(str(run / "data" / "prompts_held_out.jsonl"))
-        for step in steps_of(run):
+        kept = Checkpoints(str(run / "base"), CheckpointConfig(), access="read")
+        for step in kept.steps():
             stages = (exported(run, step, out), str(run / "stages" / "sr"))
             asked = Sweep((StageSet(f"{run.name}-{step}", stages),), {}, rows, limit)
             (cell,) = sweep.run(asked, str(out / "pictures"))

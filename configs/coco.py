@@ -9,15 +9,18 @@ ones. Hardware, time, result: not yet run on the real pictures; the tests run it
 ones.
 """
 
-import importlib.util
 import pathlib
 
 import ml_collections
 
+from imagen_jax import config_io
+
+SHAPES = str(pathlib.Path(__file__).with_name("shapes.py"))
+
 
 def get_config(name: str = "base") -> ml_collections.ConfigDict:
     """`base` or `sr`."""
-    c = _shapes().get_config(name)
+    c = config_io.from_file(SHAPES, name)
     c.data.kind = "tfds"
     c.data.name = "coco_captions/2014"
     c.data.path = "runs/coco/data"
@@ -31,12 +34,3 @@ def get_config(name: str = "base") -> ml_collections.ConfigDict:
     c.pretrain_text.corpus = ""
     c.sampling.guidance_weight = 1.35
     return c
-
-
-def _shapes():
-    spec = importlib.util.spec_from_file_location(
-        "shapes_config", pathlib.Path(__file__).with_name("shapes.py")
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

@@ -6,15 +6,18 @@ The networks are those of the shapes world, trained longer per picture; a handfu
 memorised. For more pictures or an accelerator raise channels and steps.
 """
 
-import importlib.util
 import pathlib
 
 import ml_collections
 
+from imagen_jax import config_io
+
+SHAPES = str(pathlib.Path(__file__).with_name("shapes.py"))
+
 
 def get_config(name: str = "base") -> ml_collections.ConfigDict:
     """`base` or `sr`."""
-    c = _shapes().get_config(name)
+    c = config_io.from_file(SHAPES, name)
     c.data.kind = "folder"
     c.data.path = ""
     c.data.embeddings = ""
@@ -27,12 +30,3 @@ def get_config(name: str = "base") -> ml_collections.ConfigDict:
     c.train.steps = 1500
     c.sampling.guidance_weight = 1.0
     return c
-
-
-def _shapes():
-    spec = importlib.util.spec_from_file_location(
-        "shapes_config", pathlib.Path(__file__).with_name("shapes.py")
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

@@ -21,7 +21,8 @@ class SourceConfig:
     path: str = doc(
         "",
         "tfds: the data_dir that holds the builder's files; folder: the folder; tfrecord, "
-        "webdataset, parquet: a file, a folder of them or a pattern with *.",
+        "webdataset, parquet: a file, a folder of them or a pattern with *; a mixture's source: "
+        "empty for config.data.path.",
     )
     name: str = doc("shapes_world", "tfds: BUILDER, BUILDER/CONFIG, either with :VERSION.")
     split: str = doc("train", "tfds: split to read.")
@@ -132,6 +133,13 @@ class DataConfig(SourceConfig):
             raise ConfigError(f"config.data.batch_size={self.batch_size} must be at least 1")
         if self.mixture:
             block_of({name: source.rate for name, source in self.mixture.items()})
+
+    def sources(self) -> dict[str, ComponentConfig]:
+        """The sources of the mixture; one without a path lies where `path` says."""
+        return {
+            name: dataclasses.replace(source, path=source.path or self.path)
+            for name, source in self.mixture.items()
+        }
 
     def whole(self) -> DataConfig:
         """The same with whole pictures in place of crops: what a stage draws."""

@@ -189,17 +189,17 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def load(spec: str, assignments: Sequence[str] = ()) -> Config:
-    """Loads `FILE[:NAME]`, applies the overrides and checks the result.
+def from_file(file: str, name: str = "") -> ml_collections.ConfigDict:
+    """The values of a configuration as its file gives them, for a file that builds on another, too.
 
     Args:
-      spec: a Python file with `get_config(name) -> ConfigDict`, optionally `:NAME`.
-      assignments: `a.b=value` strings.
+      file: a Python file with `get_config(name) -> ConfigDict`.
+      name: of the configuration; "": the file's own choice.
 
     Raises:
-      ConfigError: the file or name does not exist, or a field or value is wrong.
+      ConfigError: the file or name does not exist, or the file raises an error.
     """
-    file, _, name = spec.partition(":")
+    spec = f"{file}:{name}" if name else file
     path = pathlib.Path(file)
     if not path.is_file():
         raise ConfigError(f"--config={spec}: no file {file!r}; try configs/shapes.py:base")
@@ -211,9 +211,23 @@ def load(spec: str, assignments: Sequence[str] = ()) -> Config:
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
-        values = module.get_config(name) if name else module.get_config()
+        return module.get_config(name) if name else module.get_config()
     except Exception as error:  # The file is the user's: whatever it raises is about their input.
         raise ConfigError(f"--config={spec}: {type(error).__name__}: {error}") from error
+
+
+def load(spec: str, assignments: Sequence[str] = ()) -> Config:
+    """Loads `FILE[:NAME]`, applies the overrides and checks the result.
+
+    Args:
+      spec: a Python file with `get_config(name) -> ConfigDict`, optionally `:NAME`.
+      assignments: `a.b=value` strings.
+
+    Raises:
+      ConfigError: the file or name does not exist, or a field or value is wrong.
+    """
+    file, _, name = spec.partition(":")
+    values = from_file(file, name)
     _complete(values)
     override(values, assignments)
     return from_config_dict(values)

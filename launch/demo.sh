@@ -13,7 +13,7 @@ where=(--config.data.path="$run/data" --config.data.embeddings="$run/embeddings"
 source "${BASH_SOURCE[0]%/*}/steps.sh"
 
 started=$SECONDS
-step "Draw the shapes world: 20,000 captioned pictures, as a TFDS data set." \
+step "Draw the shapes world: captioned pictures (20,000 of them, or more), as TFDS data sets." \
   prepare --config="$config":base "${where[@]}"
 step "Train a vocabulary and a small T5 text encoder on captions and paraphrases, text alone." \
   pretrain_text --config="$config":base "${where[@]}" --out="$run/text"

@@ -253,6 +253,14 @@ def test_sources_of_a_mixture_are_overridden_by_name(mixture):
     assert hash(config) == hash(config_io.from_json(config_io.to_json(config)))
 
 
+def test_a_source_without_a_path_lies_where_the_data_are(mixture):
+    config = config_io.load(mixture, ["data.path=/shared", "data.mixture.coco.path="])
+    assert {name: s.path for name, s in config.data.sources().items()} == {
+        "coco": "/shared",
+        "own": "/own",
+    }
+
+
 @pytest.mark.parametrize(
     ("override", "says"),
     [

@@ -2,10 +2,13 @@
 
 import pathlib
 import sys
+import types
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
 import learning
 from ablations import ROLES, Ablation, tabulate
+
+from imagen_jax.config import Config
 
 
 def cell(step, seed, exact):
@@ -13,10 +16,28 @@ def cell(step, seed, exact):
     return {"arm": step, "seed": seed, "values": {}, "numbers": {"alignment": kinds}}
 
 
-def test_checkpoints_in_the_order_of_training(tmp_path):
+def test_every_kept_checkpoint_is_drawn_in_the_order_of_training(tmp_path, monkeypatch):
+    run = tmp_path / "demo"
     for name in ("2500", "10000", "5000", "9.tmp"):
-        (tmp_path / "base" / "checkpoints" / name).mkdir(parents=True)
-    assert learning.steps_of(tmp_path) == [2500, 5000, 10_000]
+        (run / "base" / "checkpoints" / name).mkdir(parents=True)
+    (run / "data").mkdir()
+    (run / "data" / "prompts_held_out.jsonl").write_text('{"prompt": "a red circle"}\n')
+    monkeypatch.setattr(learning, "exported", lambda run, step, out: f"{out}/{run.name}_{step}")
+    stage = types.SimpleNamespace(config=Config(seed=7))
+    monkeypatch.setattr(learning, "load_stage", lambda folder: stage)
+    drawn = []
+
+    def draw(asked, out):
+        drawn.append(asked.stage_sets)
+        return [{"values": {}}]
+
+    monkeypatch.setattr(learning.sweep, "run", draw)
+    cells = list(learning.measure([run], tmp_path, 3))
+    assert [(cell["arm"], cell["seed"]) for cell in cells] == [(2500, 7), (5000, 7), (10_000, 7)]
+    sr = str(run / "stages" / "sr")
+    assert [sets[0].folders for sets in drawn] == [
+        (f"{tmp_path}/demo_{step}", sr) for step in (2500, 5000, 10_000)
+    ]
 
 
 def test_the_picture_has_a_point_for_every_step_and_no_impossible_interval():

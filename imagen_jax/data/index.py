@@ -128,7 +128,7 @@ def open_source(data: DataConfig, log: Log = print) -> Source | Mixture:
         return _open(data, "config.data", log)
     parts = {
         name: _open(source, f"config.data.mixture.{name}", log)
-        for name, source in data.mixture.items()
+        for name, source in data.sources().items()
     }
     return Mixture(parts, {name: source.rate for name, source in data.mixture.items()})
 

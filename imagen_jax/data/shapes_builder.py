@@ -21,7 +21,7 @@ from imagen_jax.data import shapes
 
 PROMPT_SPLITS = ("seen_test", "held_out")
 CORPUS = 20_000  # Lines of paraphrases.jsonl.
-RELATIONS = 12_000
+RELATION_PICTURES = 12_000
 
 
 class ShapesWorld(tfds.core.GeneratorBasedBuilder):
@@ -89,7 +89,7 @@ class ShapesRelations(ShapesWorld):
 
     def _count(self, split: str) -> int:
         del split
-        return RELATIONS
+        return RELATION_PICTURES
 
 
 def prepare(data_dir: str, name: str) -> None:

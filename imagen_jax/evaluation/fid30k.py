@@ -201,5 +201,5 @@ def about_run(
 
 def learned_from_coco(config: Config) -> bool:
     """Whether a stage's own configuration says that it was trained on COCO."""
-    sources = [config.data, *config.data.mixture.values()]
+    sources = [config.data, *config.data.sources().values()]
     return any("coco" in f"{s.name if s.kind == 'tfds' else s.path}".lower() for s in sources)
