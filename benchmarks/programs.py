@@ -8,14 +8,15 @@ at the configuration's full size, with fresh parameters and random batches, over
 each: seconds of a run (median, lowest, highest of `repeats`), images/s, TFLOP/s, MFU where the
 chip's datasheet is known; FLOPs as counted from the trace (loops as often as they run, what the
 backward pass computes again left out) and as the compiler counts them; bytes at the worst moment
-and seconds of compiling. With `--trace` also the ten operations that take longest. Prints tables
-and one JSON line.
+and seconds of compiling. With `--trace` also the ten operations and the ten kinds of operation that
+take longest. Prints how far it is, tables and one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable
 from typing import Any
@@ -127,8 +128,11 @@ STAGES = {"forward": forward, "train": train, "sample": sample}
 def measure(name: str, config: Config, *, repeats: int, trace: bool) -> dict[str, Any]:
     """One program's row."""
     where = topology.this_machine()
+    print(f"# {name}: tracing and making parameters", flush=True)
     program, start = STAGES[name](config, where)
+    print(f"# {name}: compiling", flush=True)
     planned = plan.compile_program(program, where)
+    print(f"# {name}: compiled in {planned.compile_seconds:.0f} s", flush=True)
     if planned.compiled is None:
         raise SystemExit(
             f"{name}: {planned.peak / 2**30:.1f} GiB do not fit; try a smaller --batch"
@@ -152,6 +156,8 @@ def measure(name: str, config: Config, *, repeats: int, trace: bool) -> dict[str
         spent = operations.seconds_by_operation(call, times=3)
         row["top"] = dict(sorted(spent.items(), key=lambda item: -item[1])[:TOP])
         row["top_share"] = round(sum(row["top"].values()) / max(sum(spent.values()), 1e-12), 3)
+        kinds = operations.seconds_by_kind(spent, planned.compiled.as_text() or "")
+        row["kinds"] = dict(itertools.islice(kinds.items(), TOP))
     return row
 
 
@@ -188,8 +194,9 @@ def main() -> None:
         )
     )
     for row in rows:
-        for name, seconds in row.get("top", {}).items():
-            print(f"{row['program']}: {seconds * 1e3:9.3f} ms  {name}")
+        for part in ("top", "kinds"):
+            for name, seconds in row.get(part, {}).items():
+                print(f"{row['program']}: {seconds * 1e3:9.3f} ms  {name}")
     print(
         json.dumps(
             {"benchmark": "programs", "config": flags.config, **reporting.machine(), "rows": rows}

@@ -38,7 +38,8 @@ VERSION = 1
 SPLITS = {"train": 20_000, "seen_test": 1_000, "held_out": 1_000}
 MIXTURE = {"single": 0.45, "count": 0.35, "relation": 0.20}
 KINDS = tuple(MIXTURE)
-MORE_RELATIONS = "relations"  # Scenes beside those of SPLITS: more to train on, relations alone.
+# Scenes beside those of SPLITS: more to train on, relations alone, all sizes named.
+MORE_RELATIONS = "relations"
 
 PICTURE = 64
 MARGIN = 2.0
@@ -120,6 +121,7 @@ def scene(split: str, index: int) -> Scene:
     # Without its size a prompt about a held-out object would read like one of the training set.
     novel_by_size = novel and not (relation and _is_held_statement(objects, relation))
     sizes_named = bool(rng.random() < SIZE_NAMED_SHARE[kind]) or novel_by_size
+    sizes_named |= split == MORE_RELATIONS
     caption = sentence(kind, objects, relation, sizes_named, rng)
     return Scene(kind, _place(objects, relation, rng), relation, caption, sizes_named)
 

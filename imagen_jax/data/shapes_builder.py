@@ -80,7 +80,7 @@ class ShapesRelations(ShapesWorld):
     """More scenes to train on, all of two objects in a relation: `shapes_relations`.
 
     Two different objects and who is where take more pictures to learn than what is alone; a mixture
-    with `shapes_world` has the share of them that its rates say.
+    with `shapes_world` has the share of them that its rates say. Captions name both sizes.
     """
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:

@@ -87,6 +87,7 @@ def test_more_relations_are_other_scenes_of_seen_combinations(tmp_path, monkeypa
     scenes = [shapes.scene("relations", index) for index in range(30)]
     assert captions == [scene.caption for scene in scenes]
     assert {scene.kind for scene in scenes} == {"relation"}
+    assert all(scene.sizes_named for scene in scenes)
     assert not any(map(shapes.is_held_out, scenes))
     trained_on = {shapes.scene("train", index).caption for index in range(30)}
     assert len(set(captions) - trained_on) > 25
