@@ -1,4 +1,4 @@
-"""The shapes world with about twice the training and more pictures of who is where.
+"""The shapes world with twice the training and more pictures of who is where.
 
     make demo_long    # launch/demo.sh with this configuration
 
@@ -15,7 +15,7 @@ from imagen_jax import config_io
 
 SHAPES = str(pathlib.Path(__file__).with_name("shapes.py"))
 
-STEPS = {"base": 14_500, "sr": 5_000}
+STEPS = {"base": 14_500, "sr": 10_000}
 RATES = {"shapes_world": 7, "shapes_relations": 3}
 
 
@@ -26,4 +26,6 @@ def get_config(name: str = "base") -> ml_collections.ConfigDict:
     c.train.steps = STEPS[name]
     if name == "base":
         c.sampling.guidance_weight = 1.75
+    else:
+        c.sampling.steps = 16
     return c
