@@ -33,6 +33,7 @@ def world(tmp_path_factory) -> list[str]:
         "data.path": folder / "data",
         "data.embeddings": folder / "embeddings",
         "text.path": folder / "text",
+        "pretrain_text.corpus": folder / "data" / "paraphrases.jsonl",
         "pretrain_text.steps": 20,
         "train.steps": STEPS,
         "train.log_every": 1,
