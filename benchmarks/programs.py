@@ -131,7 +131,8 @@ def measure(name: str, config: Config, *, repeats: int, trace: bool) -> dict[str
     print(f"# {name}: tracing and making parameters", flush=True)
     program, start = STAGES[name](config, where)
     print(f"# {name}: compiling", flush=True)
-    planned = plan.compile_program(program, where)
+    options = None if name == "train" else partitioning.forward_options()
+    planned = plan.compile_program(program, where, options)
     print(f"# {name}: compiled in {planned.compile_seconds:.0f} s", flush=True)
     if planned.compiled is None:
         raise SystemExit(

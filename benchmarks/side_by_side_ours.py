@@ -88,7 +88,7 @@ class Runner:
                 kept = jax.tree.map(lambda p: jnp.asarray(p, self._dtype), self._model[1])
                 kept = jax.device_put(kept, everywhere)
                 traced = jax.jit(self._forward).trace(kept, batch)
-                compiled = traced.lower().compile()
+                compiled = traced.lower().compile(partitioning.forward_options())
                 call = lambda: jax.block_until_ready(compiled(kept, batch))  # noqa: E731
             else:
                 call, traced, compiled = self._train(batch, everywhere)

@@ -43,24 +43,19 @@ class Asked(NamedTuple):
         return some._replace(edit=self.edit and self.edit.rows(rows))
 
 
-# Eigen's threads split sums in ways that differ between CPU devices by rounding; where there are
-# several of these, they take the threads' place.
-_ONE_THREAD = {"xla_cpu_multi_thread_eigen": False}
-_begin_on_cpus, _advance_on_cpus = (
-    jax.jit(
-        program.__wrapped__,  # pyright: ignore[reportAttributeAccessIssue]
-        static_argnames=names,
-        compiler_options=_ONE_THREAD,
-    )
-    for program, names in ((drawing.begin, "config"), (drawing.advance, ("config", "guide_config")))
-)
-
-
-def _programs() -> tuple[Callable[..., Any], Callable[..., Denoising]]:
-    """`begin` and `advance` for the devices of this process."""
+@functools.cache
+def programs() -> tuple[Callable[..., Any], Callable[..., Denoising]]:
+    """`begin` and `advance` as they are compiled for the devices of this process."""
+    options = partitioning.forward_options()
     if jax.default_backend() == "cpu" and jax.local_device_count() > 1:
-        return _begin_on_cpus, _advance_on_cpus
-    return drawing.begin, drawing.advance
+        # Eigen's threads split sums in ways that differ between CPU devices by rounding; where
+        # there are several of these, they take the threads' place.
+        options["xla_cpu_multi_thread_eigen"] = False
+    begin = jax.jit(drawing.begin, static_argnames="config", compiler_options=options)
+    advance = jax.jit(
+        drawing.advance, static_argnames=("config", "guide_config"), compiler_options=options
+    )
+    return begin, advance
 
 
 def draw(
@@ -120,7 +115,7 @@ def _draw_batch(
         known, mask = editing.sized(edit, config.data.image_size)
         edited = known, np.full(len(known), plan.logsnr_t[0], np.float32)
     guide_params, guide_config = guide or (None, None)
-    start, run = _programs()
+    start, run = programs()
     weight = np.full(len(asked.keys), settings.guidance_weight, np.float32)
     given = (*asked[:4], aug_level, weight, asked.negative, edited, mask)
     told, at = start(drawing.shared(config), *partitioning.spread(given))

@@ -2,8 +2,9 @@
 
 Twice, by the same pieces. `sample_stage` is the whole of it as one program, for what is compiled,
 counted or exported whole. `begin` and `advance` are the same denoising that can be looked at on
-the way: `advance` takes any number of steps with one compilation, so that `cascade` can report
-progress and show the estimates of x0. Each picture's noise follows from its own key.
+the way, compiled by `batches`: `advance` takes any number of steps with one compilation, so that
+`cascade` can report progress and show the estimates of x0. Each picture's noise follows from its
+own key.
 """
 
 from __future__ import annotations
@@ -208,7 +209,6 @@ def shared(config: Config) -> Config:
     return dataclasses.replace(config, sampling=sampling)
 
 
-@functools.partial(jax.jit, static_argnames="config")
 def begin(
     config: Config,
     text_emb: Float[Array, "b l d"],
@@ -244,7 +244,6 @@ def begin(
     return told, Denoising(start, _sampler(config, told).init(start), jnp.zeros_like(start))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "guide_config"))
 def advance(
     params: Any,
     config: Config,

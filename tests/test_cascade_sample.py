@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from imagen_jax import cascade, drawing
+from imagen_jax import batches, cascade, drawing
 from imagen_jax.cascade import Cascade, RequestError, Stage, StageError
 from imagen_jax.config import ConfigError
 from imagen_jax.editing import Edit
@@ -113,15 +113,16 @@ def test_any_order_is_drawn_in_the_same_batches(chain, texts):
 
 def test_one_program_serves_steps_weights_and_aug_levels(chain, texts, drawn):
     chain.sample(seed=3, **texts)
-    before = drawing.advance._cache_size()
+    _, advance = batches.programs()
+    before = advance._cache_size()
     for steps, aug_level in ((1, 0.0), (3, 0.3), (7, 0.9)):
         base = {"steps": steps, "guidance_weight": 1.5 * steps}
         settings = {"base": base, "sr": {"steps": steps, "aug_level": aug_level}}
         other = chain.sample(seed=3, stage_settings=settings, **texts)
         assert levels_apart(other, drawn[-1]) > 1
-    assert drawing.advance._cache_size() == before
+    assert advance._cache_size() == before
     chain.sample(seed=3, stage_settings={"base": {"sampler": "ddpm"}}, **texts)
-    assert drawing.advance._cache_size() == before + 1
+    assert advance._cache_size() == before + 1
     assert chain.configs[0].sampling.sampler == "ddim"
 
 

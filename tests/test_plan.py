@@ -177,11 +177,12 @@ def test_a_train_step_on_real_devices_and_the_search_for_one(on_devices):
 def test_a_program_is_made_for_the_mesh_in_force():
     """A plan made on a CPU must trace and compile what the TPU would run."""
     abstract = partitioning.make_mesh(MeshConfig()).abstract_mesh
-    assert partitioning.platform() == "cpu" and partitioning.train_step_options()
+    assert partitioning.platform() == "cpu"
+    assert partitioning.train_step_options() and partitioning.forward_options()
     device = dataclasses.replace(abstract.abstract_device, platform="tpu")
     with jax.sharding.use_abstract_mesh(abstract.update(abstract_device=device)):
         assert partitioning.platform() == "tpu"
-        assert partitioning.train_step_options() == {}
+        assert partitioning.train_step_options() == partitioning.forward_options() == {}
 
 
 @pytest.mark.parametrize(

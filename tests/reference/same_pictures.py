@@ -11,7 +11,7 @@ import sys
 
 import numpy as np
 
-from imagen_jax import drawing, partitioning
+from imagen_jax import batches, drawing, partitioning
 from imagen_jax.cascade import Cascade, picture_keys
 
 BATCHES, SEED = (1, 7, 64), 5
@@ -30,7 +30,8 @@ def noise_of(config, texts, order, batch):
         rows = np.arange(first, min(first + batch, len(order)))
         inputs = [texts[name][order[rows]] for name in ("text_emb", "text_mask")]
         inputs = partitioning.spread((*inputs, keys[rows]))
-        noise[order[rows]] = drawing.begin(drawing.shared(config), *inputs)[1].z
+        begin, _ = batches.programs()
+        noise[order[rows]] = begin(drawing.shared(config), *inputs)[1].z
     return noise
 
 
