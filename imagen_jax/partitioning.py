@@ -51,15 +51,27 @@ _PRODUCTS, _REDUCTIONS = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT", "LIBRARY_FUSION_T
 
 
 def train_step_options() -> dict[str, Any]:
-    """XLA's options for a train step: on CPUs less compiling, and Eigen's convolutions."""
+    """XLA's options for a train step: on CPUs less compiling; on one, Eigen's convolutions."""
     if platform() != "cpu":
         return {}
-    return {"xla_backend_optimization_level": 1, _LIBRARY: f"{_PRODUCTS},{_REDUCTIONS}"}
+    library = {_LIBRARY: f"{_PRODUCTS},{_REDUCTIONS}"} if _eigen_is_sound() else {}
+    return {"xla_backend_optimization_level": 1, **library}
 
 
 def forward_options() -> dict[str, Any]:
-    """XLA's options for a program that only runs networks, such as a sampler."""
-    return {_LIBRARY: _PRODUCTS} if platform() == "cpu" else {}
+    """XLA's options for a program that only runs networks: on one CPU, Eigen's convolutions."""
+    return {_LIBRARY: _PRODUCTS} if platform() == "cpu" and _eigen_is_sound() else {}
+
+
+def _eigen_is_sound() -> bool:
+    """Whether a program is made for one device alone.
+
+    Where several CPU devices of a process draw at once, a sampler with Eigen's convolutions left
+    noise in the first pictures of each (jaxlib 0.10.2, the shapes world's SR stage, 16 pictures a
+    device); on one device its pictures are those of YNNPACK's.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return (jax.local_device_count() if mesh.empty else mesh.size) == 1
 
 
 def platform() -> str:

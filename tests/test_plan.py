@@ -177,12 +177,20 @@ def test_a_train_step_on_real_devices_and_the_search_for_one(on_devices):
 def test_a_program_is_made_for_the_mesh_in_force():
     """A plan made on a CPU must trace and compile what the TPU would run."""
     abstract = partitioning.make_mesh(MeshConfig()).abstract_mesh
-    assert partitioning.platform() == "cpu"
-    assert partitioning.train_step_options() and partitioning.forward_options()
+    assert partitioning.platform() == "cpu" and partitioning.train_step_options()
     device = dataclasses.replace(abstract.abstract_device, platform="tpu")
     with jax.sharding.use_abstract_mesh(abstract.update(abstract_device=device)):
         assert partitioning.platform() == "tpu"
         assert partitioning.train_step_options() == partitioning.forward_options() == {}
+
+
+def test_only_one_cpu_alone_has_other_convolutions():
+    library = "xla_cpu_experimental_ynn_fusion_type"
+    one = partitioning.make_mesh(MeshConfig(), jax.devices()[:1]).abstract_mesh
+    for devices in (1, 2):
+        with jax.sharding.use_abstract_mesh(one.update(axis_sizes=(devices, 1, 1))):
+            assert (library in partitioning.train_step_options()) == (devices == 1)
+            assert (library in partitioning.forward_options()) == (devices == 1)
 
 
 @pytest.mark.parametrize(
