@@ -23,10 +23,12 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import operations
 import reporting
 import side_by_side_ours as ours
 import side_by_side_torch as theirs
@@ -118,6 +120,15 @@ def rows_of(
     return rows
 
 
+def print_profile(call: Callable[[], Any], program: str) -> None:
+    """Prints the kinds of operation on which a call spends most, seconds over all threads."""
+    call()
+    spent = operations.seconds_by_kind(operations.seconds_by_operation(call, 3), program)
+    whole = sum(spent.values())
+    rows = [(kind, s, f"{s / whole:.1%}") for kind, s in list(spent.items())[:12]]
+    print(reporting.table(("operation", "s", "share"), [*rows, ("all", whole, "100%")]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="small", choices=SIZES)
@@ -127,6 +138,7 @@ def main() -> None:
     parser.add_argument("--without", default="", help="of: compiled,lucidrains")
     parser.add_argument("--what", default="forward,train")
     parser.add_argument("--threads", default="", help="torch's on CPUs; empty: 1 and all cores")
+    parser.add_argument("--profile", action="store_true", help="where our time on one device goes")
     flags = parser.parse_args()
     size, without = SIZES[flags.size], flags.without.split(",")
     cores = len(os.sched_getaffinity(0))
@@ -148,6 +160,8 @@ def main() -> None:
         for what in flags.what.split(","):
             run = ours.Runner(what, model, given, flags.dtype)
             contenders = {"ours": run.ways()}
+            if flags.profile:
+                print_profile(contenders["ours"]["one device"], run.program)
             contenders["eager"] = theirs.ways(what, network, given, flags.dtype, threads, "eager")
             if "compiled" not in without:
                 ways = theirs.ways(what, network, given, flags.dtype, threads, "compiled")

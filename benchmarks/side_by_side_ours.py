@@ -63,6 +63,7 @@ class Runner:
 
     Attributes:
       cost: FLOPs of a call counted from the trace, and what the compiler says of one device's.
+      program: HLO of the call on one device.
     """
 
     def __init__(self, what: str, model: Model, given: Mapping[str, np.ndarray], dtype: str):
@@ -70,6 +71,7 @@ class Runner:
         self._forward = _network(model[0], dtype)
         self._dtype, self._batch = dtype, _arrays(given)
         self.cost: dict[str, float] = {}
+        self.program = ""
 
     def ways(self) -> dict[str, Callable[[], Any]]:
         """The call over one device, and over all of them where these divide the batch."""
@@ -94,6 +96,7 @@ class Runner:
                 call, traced, compiled = self._train(batch, everywhere)
         if not self.cost:
             self.cost = {"flops": flops.count(traced.jaxpr), **reporting.compiler_says(compiled)}
+            self.program = compiled.as_text()
         return call
 
     def _train(self, batch: Any, everywhere: Any) -> tuple[Callable[[], Any], Any, Any]:
