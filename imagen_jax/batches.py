@@ -46,11 +46,12 @@ class Asked(NamedTuple):
 @functools.cache
 def programs() -> tuple[Callable[..., Any], Callable[..., Denoising]]:
     """`begin` and `advance` as they are compiled for the devices of this process."""
-    options = partitioning.forward_options()
     if jax.default_backend() == "cpu" and jax.local_device_count() > 1:
         # Eigen's threads split sums in ways that differ between CPU devices by rounding; where
-        # there are several of these, they take the threads' place.
-        options["xla_cpu_multi_thread_eigen"] = False
+        # there are several of these, they take the threads' place, whatever mesh is in force now.
+        options = {"xla_cpu_multi_thread_eigen": False}
+    else:
+        options = partitioning.forward_options()
     begin = jax.jit(drawing.begin, static_argnames="config", compiler_options=options)
     advance = jax.jit(
         drawing.advance, static_argnames=("config", "guide_config"), compiler_options=options
