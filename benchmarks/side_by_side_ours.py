@@ -59,11 +59,11 @@ def output_and_loss(
 
 
 class Runner:
-    """One thing to time: `ways()` gives calls that do it once each and wait for the end.
+    """One thing to time: `call()` gives what does it once and waits for the end.
 
     Attributes:
-      cost: FLOPs of a call counted from the trace, and what the compiler says of one device's.
-      program: HLO of the call on one device.
+      cost: FLOPs of a call counted from the trace, and what the compiler says of it.
+      program: HLO of the call.
     """
 
     def __init__(self, what: str, model: Model, given: Mapping[str, np.ndarray], dtype: str):
@@ -73,16 +73,9 @@ class Runner:
         self.cost: dict[str, float] = {}
         self.program = ""
 
-    def ways(self) -> dict[str, Callable[[], Any]]:
-        """The call over one device, and over all of them where these divide the batch."""
-        devices = jax.devices()
-        ways = {"one device": self._call(devices[:1])}
-        if len(devices) > 1 and len(self._batch["z"]) % len(devices) == 0:
-            ways[f"{len(devices)} devices"] = self._call(devices)
-        return ways
-
-    def _call(self, devices: list[jax.Device]) -> Callable[[], Any]:  # pyright: ignore[reportInvalidTypeForm]
-        mesh = partitioning.make_mesh(MeshConfig(), devices)
+    def call(self) -> Callable[[], Any]:
+        """The call on the first device."""
+        mesh = partitioning.make_mesh(MeshConfig(), jax.devices()[:1])
         everywhere = partitioning.everywhere(mesh)
         with jax.set_mesh(mesh):
             batch = jax.device_put(self._batch, partitioning.batch_sharding(mesh))
@@ -94,9 +87,8 @@ class Runner:
                 call = lambda: jax.block_until_ready(compiled(kept, batch))  # noqa: E731
             else:
                 call, traced, compiled = self._train(batch, everywhere)
-        if not self.cost:
-            self.cost = {"flops": flops.count(traced.jaxpr), **reporting.compiler_says(compiled)}
-            self.program = compiled.as_text()
+        self.cost = {"flops": flops.count(traced.jaxpr), **reporting.compiler_says(compiled)}
+        self.program = compiled.as_text()
         return call
 
     def _train(self, batch: Any, everywhere: Any) -> tuple[Callable[[], Any], Any, Any]:
@@ -109,11 +101,12 @@ class Runner:
             updates, slots = optimizer.update(gradient, slots, params)
             return (optax.apply_updates(params, updates), slots), value
 
-        # A copy: the old state's memory is given away.
+        # A copy: the old state's memory may be given away.
         params = jax.device_put(jax.tree.map(jnp.array, self._model[1]), everywhere)
         state = (params, jax.device_put(optimizer.init(params), everywhere))
         lies = (jax.tree.map(lambda leaf: leaf.sharding, state), everywhere)
-        traced = jax.jit(step, donate_argnums=0, out_shardings=lies).trace(state, batch)
+        donated = partitioning.donated(0)
+        traced = jax.jit(step, donate_argnums=donated, out_shardings=lies).trace(state, batch)
         compiled = traced.lower().compile(partitioning.train_step_options())
 
         def call() -> Any:

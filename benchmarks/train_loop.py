@@ -23,7 +23,7 @@ from imagen_jax import config_io, partitioning
 from imagen_jax.cli.wiring import set_up_devices
 from imagen_jax.optimizer import make_optimizer
 from imagen_jax.train import abstract_state, train
-from imagen_jax.train_step import make_train_step
+from imagen_jax.train_step import jit_train_step
 
 TEXT_DIM = 128
 SAVES = 4  # In a run of `steps` steps.
@@ -51,14 +51,10 @@ def bare_seconds(config, batches, steps):
     mesh = partitioning.make_mesh(config.mesh)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     with jax.set_mesh(mesh):
-        create, _ = abstract_state(config, optimizer, mesh)
+        create, abstract = abstract_state(config, optimizer, mesh)
         state = create()
         placed = [partitioning.place_batch(b, mesh) for b in itertools.islice(batches(0), 16)]
-        step_fn = jax.jit(
-            make_train_step(config, optimizer),
-            donate_argnums=0,
-            compiler_options=partitioning.train_step_options(),
-        )
+        step_fn = jit_train_step(config, optimizer, abstract, mesh)
         state, report = step_fn(state, placed[0])
         jax.block_until_ready(report)
         begin = time.perf_counter()

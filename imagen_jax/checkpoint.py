@@ -105,7 +105,7 @@ class Checkpoints:
           CheckpointError: this save or the one before it failed, or the disk has no room for it.
         """
         self._check_room(state)
-        # On CPU Orbax writes from the very buffers that the next step donates.
+        # On CPU Orbax writes from the very buffers, which a step may be given to overwrite.
         if jax.default_backend() == "cpu":
             state = _copy(state)
         try:

@@ -46,21 +46,32 @@ RUN_ONCE = {"xla_backend_optimization_level": 0}
 
 # On CPUs XLA gives convolutions, products and reductions to a library, YNNPACK. Without it Eigen
 # takes the convolutions, and is faster (docs/performance.md); so only these are given to it.
-_LIBRARY = "xla_cpu_experimental_ynn_fusion_type"
-_PRODUCTS, _REDUCTIONS = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT", "LIBRARY_FUSION_TYPE_REDUCE"
+_LIBRARY = {
+    "xla_cpu_experimental_ynn_fusion_type": (
+        "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"
+    )
+}
+
+
+def forward_options() -> dict[str, Any]:
+    """XLA's options for a program that only runs networks: on one CPU, Eigen's convolutions."""
+    return dict(_LIBRARY) if platform() == "cpu" and _eigen_is_sound() else {}
 
 
 def train_step_options() -> dict[str, Any]:
     """XLA's options for a train step: on CPUs less compiling; on one, Eigen's convolutions."""
     if platform() != "cpu":
         return {}
-    library = {_LIBRARY: f"{_PRODUCTS},{_REDUCTIONS}"} if _eigen_is_sound() else {}
-    return {"xla_backend_optimization_level": 1, **library}
+    return {"xla_backend_optimization_level": 1, **forward_options()}
 
 
-def forward_options() -> dict[str, Any]:
-    """XLA's options for a program that only runs networks: on one CPU, Eigen's convolutions."""
-    return {_LIBRARY: _PRODUCTS} if platform() == "cpu" and _eigen_is_sound() else {}
+def donated(*arguments: int) -> tuple[int, ...]:
+    """Those arguments of a program whose memory its outputs may take.
+
+    None on CPUs: XLA copies there what it may overwrite and has yet to read, which costs more time
+    than new memory does.
+    """
+    return () if platform() == "cpu" else arguments
 
 
 def _eigen_is_sound() -> bool:

@@ -19,7 +19,7 @@ from imagen_jax.checkpoint import CheckpointError, Checkpoints
 from imagen_jax.config import Config
 from imagen_jax.optimizer import make_optimizer
 from imagen_jax.train import Batches, Encode, abstract_state
-from imagen_jax.train_step import block_norms, gradient_of_batch, make_train_step, step_key
+from imagen_jax.train_step import block_norms, gradient_of_batch, jit_train_step, step_key
 
 
 def replay(
@@ -59,7 +59,7 @@ def replay(
         state = checkpoints.restore(start, abstract) if known else create()
         checkpoints.close()
         log(f"from step {start} on to step {step}")
-        train_step = jax.jit(make_train_step(config, optimizer), donate_argnums=0)
+        train_step = jit_train_step(config, optimizer, abstract, mesh)
         for between, other in zip(range(start, step), batches(start), strict=False):
             del between
             state, _ = train_step(state, encode(partitioning.place_batch(other, mesh)))

@@ -73,7 +73,7 @@ def make_train_step(config: Config, optimizer: optax.GradientTransformation) -> 
 def jit_train_step(
     config: Config, optimizer: optax.GradientTransformation, state: TrainState, mesh: Mesh
 ) -> Any:
-    """The update as it runs: compiled for the mesh, the old state's memory given to the new one.
+    """The update as it runs: compiled for the mesh; the new state may take the old one's memory.
 
     Args:
       config: the stage.
@@ -85,7 +85,7 @@ def jit_train_step(
     lies = jax.tree.map(lambda leaf: leaf.sharding, state)
     return jax.jit(
         make_train_step(config, optimizer),
-        donate_argnums=0,
+        donate_argnums=partitioning.donated(0),
         out_shardings=(lies, partitioning.everywhere(mesh)),
         compiler_options=partitioning.train_step_options(),
     )

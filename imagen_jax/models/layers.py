@@ -6,6 +6,7 @@ rules. Parameters are float32; activations have the dtype of the input; norms co
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -56,12 +57,20 @@ def remat_level(level: Callable[..., Any], policy: str) -> Callable[..., Any]:
     return nn.remat(level) if policy == "full" else level
 
 
+def _product(x: Array, kernel: Array, *dimensions: Any, **options: Any) -> Array:
+    """The product of `nn.Dense`, over rows: of batch and tokens XLA would transpose more for it."""
+    del dimensions
+    rows = x.reshape(-1, x.shape[-1])
+    return jnp.matmul(rows, kernel, **options).reshape(*x.shape[:-1], -1)
+
+
 def dense(features: int, name: str, *, zero_init: bool = False) -> nn.Dense:
     """Linear layer over the last axis."""
     init = nn.initializers.zeros if zero_init else _FAN_IN
     return nn.Dense(
         features,
         kernel_init=nn.with_logical_partitioning(init, ("embed", "mlp")),
+        dot_general=_product,
         promote_dtype=_input_dtype,
         name=name,
     )
@@ -83,9 +92,52 @@ def conv(
     )
 
 
-def group_norm(num_groups: int, name: str) -> nn.GroupNorm:
+class GroupNorm(nn.Module):
+    """GroupNorm (Wu & He 2018, Eq. 1), in float32, and the modulation of what it gives.
+
+    Sums over pixels are taken per channel and only then per group; all that follows from them
+    becomes a factor and an offset per example and channel. So the loops over the pixels, forward
+    and backward, run along whole channels.
+    """
+
+    num_groups: int
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b *pixels c"],
+        scale: Float[Array, "b c"] | float = 0.0,
+        shift: Float[Array, "b c"] | float = 0.0,
+    ) -> Float[Array, "b *pixels c"]:
+        """norm(x) * (1 + scale) + shift; float32."""
+        channels, pixels = x.shape[-1], tuple(range(1, x.ndim - 1))
+        learned_scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        x = x.astype(jnp.float32)
+        moments = jnp.concatenate([x.mean(pixels), jnp.square(x).mean(pixels)])
+        mean, square = jnp.split(self._over_groups(moments), 2)
+        variance = jnp.maximum(square - jnp.square(mean), 0.0)
+        factor = jax.lax.rsqrt(variance + self.epsilon) * learned_scale
+        offset = bias - mean * factor
+        factor, offset = factor * (1.0 + scale), offset * (1.0 + scale) + shift
+        return x * jnp.expand_dims(factor, pixels) + jnp.expand_dims(offset, pixels)
+
+    def _over_groups(self, means: Float[Array, "n c"]) -> Float[Array, "n c"]:
+        """Each channel's mean replaced by its group's.
+
+        As products: a product is computed once, where XLA's CPU backend would look a group up for
+        every pixel again.
+        """
+        size = means.shape[-1] // self.num_groups
+        member = jnp.repeat(jnp.eye(self.num_groups), size, axis=0)
+        groups = jnp.matmul(means, member / size, precision="highest")
+        return jnp.matmul(groups, member.T, precision="highest")
+
+
+def group_norm(num_groups: int, name: str) -> GroupNorm:
     """GroupNorm with float32 statistics."""
-    return nn.GroupNorm(num_groups, epsilon=1e-5, dtype=jnp.float32, name=name)
+    return GroupNorm(num_groups, name=name)
 
 
 def space_to_depth(x: Float[Array, "b h w c"], factor: int) -> Float[Array, "b h2 w2 c2"]:
@@ -127,13 +179,34 @@ def attend(
         return partitioning.constrain(x, ("batch", None, "heads", None))
 
     query, key, value = split(query), split(key), split(value)
-    implementation = attention_implementation(query, key, jax.default_backend())
-    if mask is not None:
-        mask = mask[:, None, None, :]
-        if implementation == "cudnn":  # Its mask has a row for every query.
-            mask = jnp.broadcast_to(mask, (*mask.shape[:2], query.shape[1], mask.shape[3]))
-    out = jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=implementation)
+    if attention_implementation(query, key, jax.default_backend()) == "xla":
+        out = softmax_attention(query, key, value, mask)
+    else:
+        if mask is not None:  # A row for every query.
+            mask = jnp.repeat(mask[:, None, None], query.shape[1], axis=2)
+        out = jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="cudnn")
     return out.reshape(*out.shape[:2], -1)
+
+
+def softmax_attention(
+    query: Float[Array, "b q n d"],
+    key: Float[Array, "b k n d"],
+    value: Float[Array, "b k n d"],
+    mask: Bool[Array, "b k"] | None,
+) -> Float[Array, "b q n d"]:
+    """softmax(q k / sqrt(d)) v for each of n heads, the softmax in float32.
+
+    Divides by the softmax's sum after the product with the values (Dao et al. 2022, Sec. 3.1):
+    fewer passes over [q, k], above all in the gradient. Where all keys are masked, all count alike.
+    """
+    query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
+    product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+    logits = product(query * query.shape[-1] ** -0.5, key.swapaxes(2, 3))
+    if mask is not None:
+        logits += jnp.where(mask, 0.0, 0.7 * jnp.finfo(jnp.float32).min)[:, None, None]
+    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+    out = product(weights.astype(value.dtype), value) / weights.sum(-1, keepdims=True)
+    return out.swapaxes(1, 2).astype(query.dtype)
 
 
 def attention_implementation(
@@ -178,8 +251,8 @@ class ResBlock(nn.Module):
         h = activation(group_norm(cfg.num_groups, "norm_in")(x)).astype(x.dtype)
         h = conv(self.features, "conv_in")(resample(h))
         modulation = dense(2 * self.features, "modulation")(activation(embedding))
-        scale, shift = jnp.split(modulation[:, None, None, :], 2, axis=-1)
-        h = group_norm(cfg.num_groups, "norm_out")(h) * (1.0 + scale) + shift
+        scale, shift = jnp.split(modulation, 2, axis=-1)
+        h = group_norm(cfg.num_groups, "norm_out")(h, scale, shift)
         h = activation(h).astype(x.dtype)
         h = nn.Dropout(cfg.dropout)(h, deterministic=not train)
         h = conv(self.features, "conv_out", zero_init=True)(h)
