@@ -178,10 +178,12 @@ def test_a_program_is_made_for_the_mesh_in_force():
     """A plan made on a CPU must trace and compile what the TPU would run."""
     abstract = partitioning.make_mesh(MeshConfig()).abstract_mesh
     assert partitioning.platform() == "cpu" and partitioning.train_step_options()
+    assert partitioning.donated(0) == ()
     device = dataclasses.replace(abstract.abstract_device, platform="tpu")
     with jax.sharding.use_abstract_mesh(abstract.update(abstract_device=device)):
         assert partitioning.platform() == "tpu"
         assert partitioning.train_step_options() == partitioning.forward_options() == {}
+        assert partitioning.donated(0) == (0,)
 
 
 def test_only_one_cpu_alone_has_other_convolutions():
