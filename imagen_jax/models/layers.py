@@ -115,15 +115,15 @@ class GroupNorm(nn.Module):
         learned_scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
         x = x.astype(jnp.float32)
-        moments = jnp.concatenate([x.mean(pixels), jnp.square(x).mean(pixels)])
-        mean, square = jnp.split(self._over_groups(moments), 2)
+        moments = jnp.stack([x.mean(pixels), jnp.square(x).mean(pixels)], axis=1)
+        mean, square = self._over_groups(moments).swapaxes(0, 1)
         variance = jnp.maximum(square - jnp.square(mean), 0.0)
         factor = jax.lax.rsqrt(variance + self.epsilon) * learned_scale
         offset = bias - mean * factor
         factor, offset = factor * (1.0 + scale), offset * (1.0 + scale) + shift
         return x * jnp.expand_dims(factor, pixels) + jnp.expand_dims(offset, pixels)
 
-    def _over_groups(self, means: Float[Array, "n c"]) -> Float[Array, "n c"]:
+    def _over_groups(self, means: Float[Array, "b 2 c"]) -> Float[Array, "b 2 c"]:
         """Each channel's mean replaced by its group's.
 
         As products: a product is computed once, where XLA's CPU backend would look a group up for
