@@ -154,6 +154,8 @@ def test_samplers_and_collectives_on_real_devices(on_devices):
     assert by_kind["all-reduce"] == {"kind": "all-reduce", "count": 5, "bytes": 5 * 16 * 16 * 4}
     assert by_kind["all-gather"] == {"kind": "all-gather", "count": 1, "bytes": 32 * 16 * 4}
     assert found["sample"]["fits"] and found["sample"]["chips"] == 4
+    # Devices that have the whole network and pictures of their own have nothing to send.
+    assert found["data_parallel"]["fits"] and found["data_parallel"]["collectives"] == []
     # The room was for one more picture per device, not for three more.
     assert found["largest_batch"] == 8 and found["largest"]["fits"]
     assert any("does not fit" in line for line in found["lines"]) or len(found["lines"]) == 3

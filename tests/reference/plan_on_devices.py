@@ -67,7 +67,11 @@ def main() -> None:
     per_picture = drawn.peak - drawn.program.params * 4
     room = here._replace(hbm=drawn.peak + 2 * per_picture)
     largest = search_batch(lambda n: plan.sample_program(config, room, n), room, {}, lines.append)
+    unguided = dataclasses.replace(config.sampling, guidance_weight=1.0)
+    alone = dataclasses.replace(config, mesh=MeshConfig(data=4), sampling=unguided)
+    data_parallel = plan.compile_program(plan.sample_program(alone, here, 4), here)
     result = {
+        "data_parallel": data_parallel.as_json(),
         "loop": [c._asdict() for c in collectives_of_a_loop()],
         "sample": drawn.as_json(),
         "largest": largest.as_json(),
