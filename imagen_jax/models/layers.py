@@ -58,7 +58,7 @@ def remat_level(level: Callable[..., Any], policy: str) -> Callable[..., Any]:
 
 
 def _product(x: Array, kernel: Array, *dimensions: Any, **options: Any) -> Array:
-    """The product of `nn.Dense`, over rows: of batch and tokens XLA would transpose more for it."""
+    """The product of `nn.Dense`, its batch and tokens as rows: XLA then transposes less."""
     del dimensions
     rows = x.reshape(-1, x.shape[-1])
     return jnp.matmul(rows, kernel, **options).reshape(*x.shape[:-1], -1)

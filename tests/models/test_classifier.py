@@ -62,7 +62,7 @@ def test_guidance_by_it_raises_the_asked_probability_of_each_picture_alone(param
 
         zero = lambda z, logsnr: jnp.zeros_like(z)  # noqa: E731
         added = guidance.classifier(zero, log_prob, 1.0)(z, logsnr)
-        return added, log_prob(z, logsnr), log_prob(z + added, logsnr)
+        return added, log_prob(z, logsnr), log_prob(z + 0.1 * added, logsnr)
 
     added, before, after = change(z, logsnr)
     assert (after > before).all()
