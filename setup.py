@@ -17,7 +17,11 @@ setuptools.setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
     packages=setuptools.find_packages(include=["imagen_jax", "imagen_jax.*"]),
-    package_data={"imagen_jax.evaluation": ["page/*"], "imagen_jax.serving": ["page/*"]},
+    package_data={
+        "imagen_jax.data": ["fonts/*"],
+        "imagen_jax.evaluation": ["page/*"],
+        "imagen_jax.serving": ["page/*"],
+    },
     entry_points={"console_scripts": ["imagen = imagen_jax.cli.run:main"]},
     install_requires=[
         "jax>=0.10,<0.12",

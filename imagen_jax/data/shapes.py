@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from imagen_jax.data import letters
 from imagen_jax.data.shapes_captions import (
     AXIS,
     NUMBERS,
@@ -63,8 +64,11 @@ SQUARE_HALF = math.sqrt(math.pi) / 2
 TRIANGLE_HALF = 1.15
 CROSS_ARM = 1.15
 CROSS_HALF_WIDTH = 0.4
+SHAPES = ("circle", "square", "triangle", "cross")
 EXTENT = {"circle": 1.0, "square": SQUARE_HALF, "triangle": TRIANGLE_HALF, "cross": CROSS_ARM}
-SHAPES = tuple(EXTENT)
+EXTENT |= dict.fromkeys(letters.LETTERS, letters.EXTENT)
+# From letter to letter of a word, in radii: wider than the font's cells, so that none touch.
+LETTER_PITCH = 1.75
 
 # In a relation the offset across the axis is at most this share of the distance along it.
 MAX_SLANT = 0.5
@@ -182,6 +186,22 @@ def draw(scene: Scene, size: int = PICTURE) -> UInt8[np.ndarray, "size size 3"]:
     return np.rint(picture).astype(np.uint8)
 
 
+def place_word(objects: Sequence[Object], rng: np.random.Generator) -> tuple[Object, ...]:
+    """Letters, all large, in a line from left to right, somewhere in the picture.
+
+    Raises:
+      ShapesError: they do not fit into the picture.
+    """
+    radius = SIZES["large"]
+    width = radius * (letters.CELL + LETTER_PITCH * (len(objects) - 1))
+    room = PICTURE - 2 * MARGIN - np.array([width, 2 * radius * letters.EXTENT])
+    if room.min() < 0:
+        raise ShapesError(f"{len(objects)} letters do not fit into the picture; at most 3 do")
+    x, y = MARGIN + radius * np.array([letters.CELL / 2, letters.EXTENT]) + room * rng.random(2)
+    centres = np.array([(x + radius * LETTER_PITCH * i, y) for i in range(len(objects))])
+    return _at([dataclasses.replace(thing, size="large") for thing in objects], centres)
+
+
 def prompt_row(scene: Scene) -> dict[str, Any]:
     """The scene as a row of `prompts.jsonl`; `size` is None where the caption does not name it."""
     hidden = {} if scene.sizes_named else {"size": None}
@@ -209,6 +229,8 @@ def scene_from_row(row: Mapping[str, Any], rng: np.random.Generator) -> Scene:
         objects.append(Object(thing["shape"], thing["color"], size, *position))
     said = row.get("relation")
     relation = Relation(said["word"], said["first"], said["second"]) if said else None
+    if row["kind"] == "word":
+        return Scene("word", place_word(objects, rng), None, row["prompt"], False)
     placed = tuple(objects) if named and _fits(objects) else _place(objects, relation, rng)
     return Scene(row["kind"], placed, relation, row["prompt"], named)
 
@@ -222,7 +244,7 @@ def coverage(
     """Share of a pixel that a shape covers, 0..1, from the signed distance to its outline.
 
     Args:
-      shape: one of SHAPES.
+      shape: one of SHAPES or of `letters.LETTERS`.
       radius: size in pixels, see SIZES; broadcast against `dx` and `dy`.
       dx: pixel centre minus object centre, rightwards, pixels.
       dy: the same downwards.
@@ -249,7 +271,7 @@ _DISTANCES: dict[str, Callable[..., np.ndarray]] = {
     "square": lambda dx, dy, radius: np.maximum(abs(dx), abs(dy)) - SQUARE_HALF * radius,
     "triangle": _triangle,
     "cross": _cross,
-}
+} | {letter: functools.partial(letters.distance, letter) for letter in letters.LETTERS}
 
 
 def _compose(kind: str, rng: np.random.Generator) -> tuple[tuple[Object, ...], Relation | None]:
@@ -310,6 +332,10 @@ def _place(
         centres = _related_centres(extents, relation, rng)
     else:
         centres = _scattered_centres(extents, rng)
+    return _at(objects, centres)
+
+
+def _at(objects: Sequence[Object], centres: np.ndarray) -> tuple[Object, ...]:
     # Two decimals are what a prompt row shows; rounding here makes the row the whole truth.
     return tuple(
         dataclasses.replace(thing, x=round(float(x), 2), y=round(float(y), 2))

@@ -10,14 +10,14 @@ from __future__ import annotations
 import itertools
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import tensorflow_datasets as tfds
 
 from imagen_jax import images, outputs
 from imagen_jax.config import ConfigError
-from imagen_jax.data import shapes
+from imagen_jax.data import shapes, shapes_words
 
 PROMPT_SPLITS = ("seen_test", "held_out")
 CORPUS = 20_000  # Lines of paraphrases.jsonl.
@@ -55,9 +55,12 @@ class ShapesWorld(tfds.core.GeneratorBasedBuilder):
     def _count(self, split: str) -> int:
         return shapes.SPLITS[split]
 
+    def _scene(self, split: str, index: int) -> shapes.Scene:
+        return shapes.scene(split, index)
+
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
         for index in range(self._count(split)):
-            scene = shapes.scene(split, index)
+            scene = self._scene(split, index)
             png = images.encode_png(shapes.draw(scene, self.SIZE))
             row = json.dumps(shapes.prompt_row(scene))
             yield index, {"image": png, "caption": scene.caption, "row": row}
@@ -92,13 +95,28 @@ class ShapesRelations(ShapesWorld):
         return RELATION_PICTURES
 
 
+class ShapesWords(ShapesWorld):
+    """Pictures of words of three letters: `shapes_words`."""
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
+        del dl_manager
+        return {split: self._generate_examples(split) for split in shapes_words.SPLITS}
+
+    def _count(self, split: str) -> int:
+        return shapes_words.SPLITS[split]
+
+    def _scene(self, split: str, index: int) -> shapes.Scene:
+        return shapes_words.scene(split, index)
+
+
 def prepare(data_dir: str, name: str) -> None:
     """Writes a TFDS data set to disk; what is there already is kept.
 
     Args:
       data_dir: folder for the files; for the shapes world also `prompts_seen_test.jsonl` and
         `prompts_held_out.jsonl`, whose first N rows hold the kinds of prompt in equal parts, and
-        `paraphrases.jsonl`, text for `pretrain_text`.
+        `paraphrases.jsonl`, text for `pretrain_text`; for its words `prompts_words.jsonl`, held-out
+        ones, and `paraphrases_words.jsonl`, whose lines are of words and of the world by turns.
       name: registered name of a builder, e.g. shapes_world.
 
     Raises:
@@ -119,23 +137,34 @@ def prepare(data_dir: str, name: str) -> None:
     if name == ShapesWorld.name:
         for split in PROMPT_SPLITS:
             _write_prompts(split, pathlib.Path(data_dir) / f"prompts_{split}.jsonl")
-        _write_corpus(pathlib.Path(data_dir) / "paraphrases.jsonl")
+        _write_lines(pathlib.Path(data_dir) / "paraphrases.jsonl", _world_groups())
+    elif name == ShapesWords.name:
+        held_out = range(shapes_words.SPLITS["held_out"])
+        scenes = (shapes_words.scene("held_out", index) for index in held_out)
+        rows = map(shapes.prompt_row, scenes)
+        _write_lines(pathlib.Path(data_dir) / "prompts_words.jsonl", rows)
+        numbers = range(shapes_words.SPLITS["train"])
+        words = (shapes_words.paraphrases("train", index) for index in numbers)
+        by_turns = itertools.chain.from_iterable(zip(words, _world_groups(), strict=False))
+        _write_lines(pathlib.Path(data_dir) / "paraphrases_words.jsonl", by_turns)
 
 
 def _write_prompts(split: str, path: pathlib.Path) -> None:
     scenes = [shapes.scene(split, index) for index in range(shapes.SPLITS[split])]
     by_kind = [[scene for scene in scenes if scene.kind == kind] for kind in shapes.KINDS]
     taken_in_turns = itertools.chain(*itertools.zip_longest(*by_kind))
-    lines = [json.dumps(shapes.prompt_row(scene)) + "\n" for scene in taken_in_turns if scene]
-    outputs.write_text(path, "".join(lines))
+    _write_lines(path, (shapes.prompt_row(scene) for scene in taken_in_turns if scene))
 
 
-def _write_corpus(path: pathlib.Path) -> None:
+def _world_groups() -> Iterator[tuple[str, ...]]:
     """Text about the first training scenes, for `pretrain_text`."""
-    groups = (
+    return (
         shapes.paraphrases("train", index, turn)
         for index in range(shapes.SPLITS["train"])
         for turn in range(shapes.TURNS[shapes.scene("train", index).kind])
     )
-    lines = (json.dumps(group) + "\n" for group in itertools.islice(groups, CORPUS))
+
+
+def _write_lines(path: pathlib.Path, values: Iterable[Any]) -> None:
+    lines = (json.dumps(value) + "\n" for value in itertools.islice(values, CORPUS))
     outputs.write_text(path, "".join(lines))

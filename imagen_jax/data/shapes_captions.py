@@ -15,7 +15,8 @@ NUMBERS = {2: "two", 3: "three", 4: "four"}
 DIGIT_SHARE = 0.2
 PERIOD_SHARE = 0.25
 SIZE_NAMED_SHARE = {"single": 0.7, "count": 0.7, "relation": 0.5}
-# {a}, {b}: with article; {x}, {y}: without; {xs}: plural; {word}: left of; {to}: to the left of.
+# {a}, {b}: with article; {x}, {y}: without; {xs}: plural; {word}: left of; {to}: to the left of;
+# {w}: letters as one word, {l[0]}: the first of them; {c}: their colour.
 TEMPLATES = {
     "single": (
         "{a}",
@@ -51,6 +52,16 @@ TEMPLATES = {
         "{b} has {a} {to} it",
         "there is {b} and {to} it is {a}",
     ),
+    "word": (
+        'the word "{w}" in {c}',
+        'the {c} word "{w}"',
+        '"{w}" in {c}',
+        '"{w}" in {c} letters',
+        '{c} letters that spell "{w}"',
+        'the word "{w}" written in {c}',
+        'a picture of the {c} word "{w}"',
+        'this picture says "{w}" in {c}',
+    ),
 }
 # Said in text alone, never of a picture: what a plural is a plural of.
 SINGULARS = ("{n} things, each {a}", "{a}, {n} times", "each of {n} things is {a}")
@@ -61,6 +72,12 @@ PLACES = (
     "{y} {q} and then {x} {p}",
     "{p} {x} and then {q} {y}",
     "{q} {y} and then {p} {x}",
+)
+# The same for a word: which letters, where.
+SPELLED = (
+    'first "{l[0]}", second "{l[1]}", third "{l[2]}", all {c}',
+    'third "{l[2]}", second "{l[1]}", first "{l[0]}", all {c}',
+    'a {c} first "{l[0]}", a {c} second "{l[1]}", a {c} third "{l[2]}"',
 )
 SIDE = {"left of": "left", "right of": "right", "above": "above", "below": "below"}
 
@@ -96,8 +113,8 @@ def sentence(
     """One of the kind's templates, filled in.
 
     Args:
-      kind: single, count or relation.
-      objects: what is shown; of a count, all alike.
+      kind: single, count, relation or word.
+      objects: what is shown; of a count, all alike; of a word, its letters.
       relation: `objects[first]` is `word` `objects[second]`.
       sizes_named: whether sizes are said.
       rng: draws the template, digits or words, and the full stop.
@@ -108,7 +125,7 @@ def sentence(
     things = [objects[relation.first], objects[relation.second]] if relation else objects
     x, y = (_named(thing, sizes_named) for thing in (things[0], things[-1]))
     a, b = (f"an {name}" if name[0] in "aeiou" else f"a {name}" for name in (x, y))
-    words = {"a": a, "b": b, "x": x, "y": y}
+    words: dict[str, str | list[str]] = {"a": a, "b": b, "x": x, "y": y}
     if relation:
         words["word"] = relation.word
         words["p"], words["q"] = SIDE[relation.word], SIDE[OPPOSITE[relation.word]]
@@ -116,6 +133,9 @@ def sentence(
     elif kind == "count":
         words["n"] = str(len(objects)) if rng.random() < DIGIT_SHARE else NUMBERS[len(objects)]
         words["xs"] = x + ("es" if x.endswith("s") else "s")
+    elif kind == "word":
+        spelled = [thing.shape.lower() for thing in objects]
+        words |= {"w": "".join(spelled), "l": spelled, "c": objects[0].color}
     return template.format(**words) + "." * int(rng.random() < PERIOD_SHARE)
 
 

@@ -21,11 +21,24 @@ from jaxtyping import UInt8
 
 from imagen_jax.config import unknown_name
 from imagen_jax.data import shapes
+from imagen_jax.data.letters import LETTERS
 from imagen_jax.evaluation import intervals, samples
 from imagen_jax.evaluation.reading import Found, Reading, read
 from imagen_jax.evaluation.samples import EvaluationError
 
-ATTRIBUTES = ("exact", "colour", "shape", "size", "count", "binding", "relation", "order")
+ATTRIBUTES = (
+    "exact",
+    "colour",
+    "shape",
+    "size",
+    "count",
+    "binding",
+    "relation",
+    "order",
+    "spelling",
+)
+# A word is level if the middles of its letters lie within this of each other, pixels of 64.
+MAX_UNEVENNESS = 3.0
 SEED = 0
 Score = dict[str, bool | None]
 _PARTS = ("scores", "ceiling", "chance")
@@ -37,16 +50,22 @@ def score(image: UInt8[np.ndarray, "size size 3"], row: Mapping[str, Any]) -> Sc
 
     Args:
       image: RGB, 0..255.
-      row: `objects` (shape, color, and size unless the prompt does not name it) and `relation`.
+      row: `objects` (shape, color, and size unless the prompt does not name it) and `relation`; of
+        the kind "word", the objects are its letters from left to right.
 
     Returns:
       A truth value for each of ATTRIBUTES: colour, shape and size say that the kinds present are
       the ones asked for; binding that every asked object is there as one; relation that it holds
-      beyond doubt; order that it holds rather than its mirror image; exact that all is right and
-      nothing else is in the picture. None where the row does not ask (size, relation), and for
-      order where the colours are wrong or the two objects cannot be told apart.
+      beyond doubt; order that it holds rather than its mirror image; spelling that the letters read
+      from left to right, and level, are the word; exact that all is right and nothing else is in
+      the picture. None where the row does not ask (size, relation, spelling), and for order where
+      the colours are wrong or the two objects cannot be told apart.
     """
-    return compare(read(image), row)
+    return compare(_read_for(row, image), row)
+
+
+def _read_for(row: Mapping[str, Any], image: UInt8[np.ndarray, "size size 3"]) -> Reading:
+    return read(image, LETTERS if row.get("kind") == "word" else shapes.SHAPES)
 
 
 def compare(reading: Reading, row: Mapping[str, Any]) -> Score:
@@ -60,6 +79,7 @@ def compare(reading: Reading, row: Mapping[str, Any]) -> Score:
         "binding": _all_bound(found, asked),
         "relation": None,
         "order": None,
+        "spelling": _spells(found, asked) if row.get("kind") == "word" else None,
     }
     if row.get("relation"):
         along, across = _distance(found, asked, row["relation"])
@@ -91,6 +111,13 @@ def _all_bound(found: Sequence[Found], asked: Sequence[Mapping[str, Any]]) -> bo
             return False
         free.remove(fitting[0])
     return True
+
+
+def _spells(found: Sequence[Found], asked: Sequence[Mapping[str, Any]]) -> bool:
+    heights = [thing.y for thing in found]
+    level = bool(found) and max(heights) - min(heights) <= MAX_UNEVENNESS
+    letters = [thing.shape for thing in sorted(found, key=lambda thing: thing.x)]
+    return level and letters == [thing["shape"] for thing in asked]
 
 
 def _distance(
@@ -134,7 +161,7 @@ def evaluate(samples_dir: str | os.PathLike[str], by: str = "kind") -> dict[str,
     for index, row in enumerate(rows):
         drawn, rng = _load(folder, row["file"]), np.random.default_rng((SEED, index))
         real = shapes.draw(shapes.scene_from_row(row, rng), len(drawn))
-        sample = _Sample(row, read(drawn), read(real))
+        sample = _Sample(row, _read_for(row, drawn), _read_for(row, real))
         by_kind.setdefault(row[by], []).append(sample)
     report = {kind: _marks_of(by_kind[kind]) for kind in sorted(by_kind)}
     if len(report) > 1:
@@ -242,7 +269,8 @@ def _check_row(row: Mapping[str, Any], by: str) -> None:
     for field in (by, "objects"):
         if not row.get(field):
             raise ValueError(f"no {field!r}")
-    known = {"shape": shapes.SHAPES, "color": shapes.COLORS, "size": (None, *shapes.SIZES)}
+    forms = LETTERS if row.get("kind") == "word" else shapes.SHAPES
+    known = {"shape": forms, "color": shapes.COLORS, "size": (None, *shapes.SIZES)}
     for thing in row["objects"]:
         for field, names in known.items():
             if thing.get(field) not in names:

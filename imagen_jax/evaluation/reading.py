@@ -8,13 +8,16 @@ what a prompt asks for.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, UInt8
 from PIL import Image
 
 from imagen_jax.data import shapes
+from imagen_jax.data.letters import LETTERS
 
 # Distance in RGB from which a pixel is not background; grain of 6/255 stays below a quarter of it.
 PRESENCE = 48.0
@@ -26,28 +29,37 @@ MIN_PURITY = 0.9
 # Mean distance of the outline from the template's, pixels, the same for all shapes and sizes: an
 # IoU would forgive a large ragged shape, and ask more of a cross, all outline, than of a circle.
 MAX_ROUGHNESS = 0.28
-MIN_IOU_LEAD = 0.03
+# Letters are thin, and an O is nearly a D.
+MIN_IOU_LEAD = {shapes.SHAPES: 0.03, LETTERS: 0.01}
 # Equivalent radii beyond the range of sizes by more than this factor have no size.
 MAX_SIZE_RATIO = 1.25
 
 _BACKGROUND = np.array(shapes.BACKGROUND, np.float32)
 _PALETTE = np.array(list(shapes.COLORS.values()), np.float32)
-# Area of a shape in squared radii.
-_UNIT_AREA = {
-    "circle": math.pi,
-    "square": 4 * shapes.SQUARE_HALF**2,
-    "triangle": 2 * shapes.TRIANGLE_HALF**2,
-    "cross": 8 * shapes.CROSS_ARM * shapes.CROSS_HALF_WIDTH - 4 * shapes.CROSS_HALF_WIDTH**2,
+
+
+class _Form(NamedTuple):
+    """Area in squared radii, length of the outline and place of the centroid in radii."""
+
+    area: float
+    outline: float
+    right: float = 0.0
+    below: float = 0.0
+
+
+_FORMS = {
+    "circle": _Form(math.pi, 2 * math.pi),
+    "square": _Form(4 * shapes.SQUARE_HALF**2, 8 * shapes.SQUARE_HALF),
+    "triangle": _Form(
+        2 * shapes.TRIANGLE_HALF**2,
+        2 * shapes.TRIANGLE_HALF * (1 + math.sqrt(5)),
+        below=shapes.TRIANGLE_HALF / 3,
+    ),
+    "cross": _Form(
+        8 * shapes.CROSS_ARM * shapes.CROSS_HALF_WIDTH - 4 * shapes.CROSS_HALF_WIDTH**2,
+        8 * shapes.CROSS_ARM,
+    ),
 }
-# Length of the outline in radii.
-_UNIT_OUTLINE = {
-    "circle": 2 * math.pi,
-    "square": 8 * shapes.SQUARE_HALF,
-    "triangle": 2 * shapes.TRIANGLE_HALF * (1 + math.sqrt(5)),
-    "cross": 8 * shapes.CROSS_ARM,
-}
-# How far a centroid lies below the centre, in radii.
-_CENTROID_BELOW = {"circle": 0.0, "square": 0.0, "triangle": shapes.TRIANGLE_HALF / 3, "cross": 0.0}
 # Templates are tried off by so much: right and down in pixels, radius as a factor.
 _NUDGES = ((-0.5, 0.0, 0.5), (-0.5, 0.0, 0.5), (0.94, 0.96, 0.98, 1.0, 1.02, 1.04, 1.06))
 
@@ -73,8 +85,14 @@ class Reading:
     strays: int
 
 
-def read(image: UInt8[np.ndarray, "size size 3"]) -> Reading:
+def read(
+    image: UInt8[np.ndarray, "size size 3"], names: tuple[str, ...] = shapes.SHAPES
+) -> Reading:
     """Reads the objects of a picture.
+
+    Args:
+      image: RGB, 0..255.
+      names: of the shapes that are looked for: `shapes.SHAPES` or `letters.LETTERS`.
 
     All thresholds are in pixels of 64. Pictures of another size are resized to that (box filter),
     so that one instrument reads all stages of a cascade; what is finer is `edges`' to see.
@@ -88,7 +106,7 @@ def read(image: UInt8[np.ndarray, "size size 3"]) -> Reading:
     for component in components(present):
         area = np.count_nonzero(component)
         if area >= MIN_OBJECT_AREA:
-            objects.append(_read_object(pixels, component))
+            objects.append(_read_object(pixels, component, names))
         elif area >= MIN_STRAY_AREA:
             strays += 1
     return Reading(tuple(objects), strays)
@@ -109,11 +127,11 @@ def components(mask: Bool[np.ndarray, "height width"]) -> list[Bool[np.ndarray, 
         labels = spread
 
 
-def _read_object(pixels: np.ndarray, component: np.ndarray) -> Found:
+def _read_object(pixels: np.ndarray, component: np.ndarray, names: tuple[str, ...]) -> Found:
     # The outline lies half-way between the background and the object's own colour.
     away = np.median(pixels[_interior(component)], axis=0) - _BACKGROUND
     mask = component & ((pixels - _BACKGROUND) @ away > 0.5 * (away @ away))
-    shape, radius, iou = _fit(mask)
+    shape, radius, iou = _fit(mask, names)
     color, purity = _vote(pixels[_interior(mask)])
     rows, columns = np.nonzero(mask)
     x, y = (float(axis.min() + axis.max() + 1) / 2 for axis in (columns, rows))
@@ -137,7 +155,7 @@ def _vote(pixels: np.ndarray) -> tuple[str | None, float]:
     return (tuple(shapes.COLORS)[winner] if purity >= MIN_PURITY else None), purity
 
 
-def _fit(mask: np.ndarray) -> tuple[str | None, float, float]:
+def _fit(mask: np.ndarray, names: tuple[str, ...]) -> tuple[str | None, float, float]:
     """Shape (None if no template fits clearly), radius in pixels, overlap with the best template.
 
     Templates get the area and centroid of the mask, give or take half a pixel and 6%.
@@ -147,10 +165,11 @@ def _fit(mask: np.ndarray) -> tuple[str | None, float, float]:
     window = np.pad(mask, 2)[top + 2 : rows.max() + 4, left + 2 : columns.max() + 4]
     shift_x, shift_y, scale = (n.reshape(-1, 1, 1) for n in np.meshgrid(*_NUDGES))
     overlap, radii = {}, {}
-    for shape, area in _UNIT_AREA.items():
-        radius = scale * math.sqrt(len(rows) / area)
-        x = columns.mean() - left + shift_x
-        y = rows.mean() - top + shift_y - _CENTROID_BELOW[shape] * radius
+    forms = {shape: _form(shape) for shape in names}
+    for shape, form in forms.items():
+        radius = scale * math.sqrt(len(rows) / form.area)
+        x = columns.mean() - left + shift_x - form.right * radius
+        y = rows.mean() - top + shift_y - form.below * radius
         dx, dy = np.arange(window.shape[1]) - x, np.arange(window.shape[0])[:, None] - y
         # Single precision: this line is most of the time a picture takes.
         template = (
@@ -160,9 +179,24 @@ def _fit(mask: np.ndarray) -> tuple[str | None, float, float]:
         overlap[shape], radii[shape] = float(iou.max()), float(radius.ravel()[iou.argmax()])
     second, best = sorted(overlap, key=lambda shape: overlap[shape])[-2:]
     # What the two do not share is a strip along the outline.
-    roughness = (1 - overlap[best]) * radii[best] * _UNIT_AREA[best] / _UNIT_OUTLINE[best]
-    clear = roughness <= MAX_ROUGHNESS and overlap[best] - overlap[second] >= MIN_IOU_LEAD
+    roughness = (1 - overlap[best]) * radii[best] * forms[best].area / forms[best].outline
+    clear = roughness <= MAX_ROUGHNESS and overlap[best] - overlap[second] >= MIN_IOU_LEAD[names]
     return (best if clear else None), radii[best], overlap[best]
+
+
+@functools.cache
+def _form(shape: str) -> _Form:
+    """A letter's is measured on a large drawing of it."""
+    if shape in _FORMS:
+        return _FORMS[shape]
+    radius = 100.0
+    across = np.arange(-1.5 * radius, 1.5 * radius) + 0.5
+    alpha = shapes.coverage(shape, radius, across[None, :], across[:, None])
+    area = alpha.sum()
+    # Along the outline coverage goes from 0 to 1, whichever way that faces.
+    outline = np.hypot(*np.gradient(alpha)).sum()
+    right, below = ((alpha.sum(axis) * across).sum() / area / radius for axis in (0, 1))
+    return _Form(area / radius**2, outline / radius, right, below)
 
 
 def _size(radius: float) -> str | None:

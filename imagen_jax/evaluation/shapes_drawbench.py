@@ -1,9 +1,9 @@
 """DrawBench in the shapes world: prompts in the paper's categories, each with what it asks for.
 
-Eight of the paper's eleven categories (section 4.3, Table A.1) have a counterpart here. The rows
+Nine of the paper's eleven categories (section 4.3, Table A.1) have a counterpart here. The rows
 carry `objects` and `relation`, so that `alignment` reads whether a picture shows them. The prompts
-are what the network is given, wrong letters and unknown words included. Not carried: Text, since
-the world has no letters, and DALL-E and Reddit, which collect prompts of other people.
+are what the network is given, wrong letters and unknown words included. Not carried: DALL-E and
+Reddit, which collect prompts of other people.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from imagen_jax.data import shapes
+from imagen_jax.data import shapes, shapes_words
 from imagen_jax.data.shapes_captions import RELATIONS, Object, Relation, sentence
 
 PROMPTS = 32  # per category
@@ -157,6 +157,15 @@ def _compositional(rng: np.random.Generator) -> Rows:
             )
 
 
+def _text(rng: np.random.Generator) -> Rows:
+    """Words that no training picture shows."""
+    index = FIRST_SCENE
+    while True:
+        scene = shapes_words.scene("held_out", index)
+        yield _row("word", scene.objects, None, rng, sizes_named=False)
+        index += 1
+
+
 def _misspellings(rng: np.random.Generator) -> Rows:
     """A slip of a finger in colour, shape and size."""
     return _reworded(rng, lambda word: _misspelt(word, rng))
@@ -191,4 +200,5 @@ CATEGORIES: Mapping[str, Callable[[np.random.Generator], Rows]] = {
     "Misspellings": _misspellings,
     "Positional": _of_scenes("relation"),
     "Rare Words": _rare_words,
+    "Text": _text,
 }

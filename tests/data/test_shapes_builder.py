@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from imagen_jax.config import ConfigError
-from imagen_jax.data import shapes
+from imagen_jax.data import shapes, shapes_words
 
 tfds = pytest.importorskip("tensorflow_datasets")
 shapes_builder = pytest.importorskip("imagen_jax.data.shapes_builder")
@@ -91,6 +91,25 @@ def test_more_relations_are_other_scenes_of_seen_combinations(tmp_path, monkeypa
     assert not any(map(shapes.is_held_out, scenes))
     trained_on = {shapes.scene("train", index).caption for index in range(30)}
     assert len(set(captions) - trained_on) > 25
+
+
+def test_words_are_held_out_of_pictures_and_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(shapes_words, "SPLITS", {"train": 30, "held_out": 6})
+    shapes_builder.prepare(str(tmp_path), "shapes_words")
+    builder = tfds.builder("shapes_words", data_dir=str(tmp_path))
+    captions = {
+        split: [e["caption"].decode() for e in tfds.as_numpy(builder.as_dataset(split=split))]
+        for split in builder.info.splits
+    }
+    for split, number in shapes_words.SPLITS.items():
+        scenes = [shapes_words.scene(split, index) for index in range(number)]
+        assert captions[split] == [scene.caption for scene in scenes]
+    lines = (tmp_path / "prompts_words.jsonl").read_text().splitlines()
+    assert [json.loads(line)["prompt"] for line in lines] == captions["held_out"]
+    corpus = (tmp_path / "paraphrases_words.jsonl").read_text().splitlines()
+    firsts = [json.loads(line)[0] for line in corpus]
+    assert firsts[::2] == captions["train"] and firsts[1] == shapes.scene("train", 0).caption
+    assert len(firsts) == 60
 
 
 def test_unknown_names_are_refused(tmp_path):

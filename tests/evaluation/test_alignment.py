@@ -257,7 +257,9 @@ def _red_and_blue(red, blue, shape="circle"):
 def test_each_mark_speaks_for_itself():
     row = _relation_row()
     good = alignment.score(_red_and_blue((30.0, 45.0), (34.0, 15.0)), row)
-    assert good["size"] is None and all(v for k, v in good.items() if k != "size")
+    not_asked = {"size", "spelling"}
+    assert {k for k, v in good.items() if v is None} == not_asked
+    assert all(v for k, v in good.items() if k not in not_asked)
     swapped = alignment.score(_red_and_blue((30.0, 15.0), (34.0, 45.0)), row)
     assert swapped["binding"] and swapped["count"]
     assert not (swapped["relation"] or swapped["order"] or swapped["exact"])

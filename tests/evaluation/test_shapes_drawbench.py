@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from imagen_jax import prompts
-from imagen_jax.data import shapes
+from imagen_jax.data import shapes, shapes_words
 from imagen_jax.evaluation import alignment, drawbench, shapes_drawbench
 
 FILE = pathlib.Path(__file__).parents[2] / "configs" / "drawbench_shapes.jsonl"
@@ -33,7 +33,7 @@ def test_the_file_is_what_the_function_writes(rows, tmp_path):
 
 def test_categories_are_of_one_size(rows):
     categories = {category: len(_of(rows, category)) for category in shapes_drawbench.CATEGORIES}
-    assert set(categories.values()) == {shapes_drawbench.PROMPTS} and len(categories) == 8
+    assert set(categories.values()) == {shapes_drawbench.PROMPTS} and len(categories) == 9
     assert len(rows) == sum(categories.values())
 
 
@@ -78,6 +78,14 @@ def test_words_are_strange_where_they_should_be(rows):
             assert not words & plain and len(words - known) >= 3, row["prompt"]
     for row in _of(rows, "Descriptions"):
         assert len(_words(row["prompt"])) >= 14
+
+
+def test_text_asks_for_words_that_no_picture_shows(rows):
+    asked = {"".join(t["shape"] for t in row["objects"]) for row in _of(rows, "Text")}
+    assert all(map(shapes_words.is_held_out, asked)) and len(asked) > 20
+    for row in _of(rows, "Text"):
+        word = "".join(thing["shape"] for thing in row["objects"]).lower()
+        assert f'"{word}"' in row["prompt"] and row["objects"][0]["color"] in row["prompt"]
 
 
 def _words(text):

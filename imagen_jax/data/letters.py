@@ -1,0 +1,70 @@
+"""Capital letters as shapes: the distance to their outlines, from a bundled font.
+
+The font is DejaVu Sans Mono Bold 2.37 with its 26 capitals alone (fonts/LICENSE). Every one of them
+is a single connected shape and has a cell of the same width. Lengths are in radii, as those of the
+other shapes: a radius is half the height of a capital, and the origin the middle of the cell.
+"""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+import string
+
+import numpy as np
+from jaxtyping import Float
+from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
+
+LETTERS = tuple(string.ascii_uppercase.replace("Q", ""))  # Whose tail hangs below the line.
+FONT = pathlib.Path(__file__).with_name("fonts") / "DejaVuSansMono-Bold.ttf"
+
+_CAPITAL, _ADVANCE = (
+    1493,
+    1233,
+)  # Height and cell of a capital in the font's units, 2,048 to the em.
+CELL = 2 * _ADVANCE / _CAPITAL  # 1.65
+EXTENT = 1.05  # How far a letter reaches from the origin; round ones stand out a little.
+
+# Pixels to a radius of the fields, and how far these go beyond a cell and a capital.
+_FINE, _RIM = 128, 0.5
+
+
+def distance(
+    letter: str,
+    dx: Float[np.ndarray, "..."],
+    dy: Float[np.ndarray, "..."],
+    radius: float | Float[np.ndarray, "..."],
+) -> Float[np.ndarray, "..."]:
+    """Signed distance to a letter's outline, pixels, negative inside; far away a lower bound.
+
+    Args:
+      letter: one of LETTERS.
+      dx: pixel centre minus the middle of the cell, rightwards, pixels.
+      dy: the same downwards; 0 is half the height of a capital.
+      radius: half the height of a capital, pixels; broadcast against `dx` and `dy`.
+    """
+    field = _field(letter)
+    scale = _FINE / radius
+    middle = [(side - 1) / 2 for side in field.shape]
+    places = np.broadcast_arrays(dy * scale + middle[0], dx * scale + middle[1])
+    found = ndimage.map_coordinates(field, places, order=1, mode="nearest", output=np.float32)
+    return found * radius
+
+
+@functools.cache
+def _field(letter: str) -> Float[np.ndarray, "height width"]:
+    """Signed distances to the outline in radii, on a fine grid around the middle of the cell."""
+    mask = glyph(letter)
+    outside, inside = (ndimage.distance_transform_edt(side) for side in (~mask, mask))
+    return ((outside - inside) / _FINE).astype(np.float32)
+
+
+def glyph(letter: str) -> np.ndarray:
+    """A large letter as a mask around the middle of its cell, `_FINE` pixels to a radius."""
+    height, width = (2 * round(_FINE * (side / 2 + _RIM)) for side in (2, CELL))
+    sheet = Image.new("L", (width, height))
+    font = ImageFont.truetype(str(FONT), round(2 * _FINE * 2048 / _CAPITAL))
+    foot = (width / 2, height / 2 + _FINE)
+    ImageDraw.Draw(sheet).text(foot, letter, fill=255, font=font, anchor="ms")
+    return np.asarray(sheet) > 127

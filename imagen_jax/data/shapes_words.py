@@ -1,0 +1,68 @@
+"""Words in the shapes world: three large letters of one colour, for DrawBench's category Text.
+
+A word is consonant, vowel, consonant: CAT and SUN, and many that mean nothing. Every sixth is held
+out, so that whoever draws it has to spell. A scene is one of `shapes`, its objects the letters from
+left to right; as there, a pure function of (split, index).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from imagen_jax.data import shapes
+from imagen_jax.data.shapes_captions import SPELLED, Object, sentence
+
+# Letters that stand clear of the next one at 64 pixels.
+CONSONANTS = "BCDFGHLMNPST"
+VOWELS = "AEIOU"
+SPLITS = {"train": 12_000, "held_out": 300}
+SPELLED_SHARE = 0.7
+_STREAM, _PARAPHRASE_STREAM = 7, 77
+
+
+def scene(split: str, index: int) -> shapes.Scene:
+    """The word with number `index` of a split, always the same one.
+
+    Args:
+      split: train or held_out (words that training never shows).
+      index: 0 or more.
+
+    Raises:
+      ShapesError: unknown split or negative index.
+    """
+    if split not in SPLITS or index < 0:
+        raise shapes.ShapesError(
+            f"split={split!r}, index={index}: must be one of {', '.join(SPLITS)} and 0 or more"
+        )
+    rng = np.random.default_rng((shapes.VERSION, _STREAM, list(SPLITS).index(split), index))
+    while True:
+        word = "".join(str(rng.choice(list(some))) for some in (CONSONANTS, VOWELS, CONSONANTS))
+        if is_held_out(word) == (split == "held_out"):
+            break
+    color = str(rng.choice(list(shapes.COLORS)))
+    objects = shapes.place_word([Object(letter, color, "large") for letter in word], rng)
+    return shapes.Scene("word", objects, None, sentence("word", objects, None, False, rng), False)
+
+
+def paraphrases(split: str, index: int) -> tuple[str, ...]:
+    """`shapes.PARAPHRASES` captions that say the same of a word; its own is the first.
+
+    Most of the others spell it: 'first "s", second "u", third "n", all red'.
+    """
+    shown = scene(split, index)
+    stream = (shapes.VERSION, _PARAPHRASE_STREAM, list(SPLITS).index(split), index)
+    rng = np.random.default_rng(stream)
+    captions = [shown.caption]
+    while len(captions) < shapes.PARAPHRASES:
+        templates = SPELLED if rng.random() < SPELLED_SHARE else ()
+        captions.append(sentence("word", shown.objects, None, False, rng, templates))
+    return tuple(captions)
+
+
+def is_held_out(word: str) -> bool:
+    """Whether training never shows a word of three letters: one sixth of them."""
+    first, middle, last = (
+        letters.index(letter)
+        for letters, letter in zip((CONSONANTS, VOWELS, CONSONANTS), word, strict=True)
+    )
+    return (first + 2 * middle + 3 * last) % 6 == 0
