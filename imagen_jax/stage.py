@@ -225,10 +225,13 @@ def estimates(
     """
     params, config = network
 
+    # The K of a picture are neighbours: on whichever device the picture lies, there it stays.
     def repeat(v: Array) -> Array:
-        return jnp.concatenate([v] * len(texts))
+        return jnp.repeat(v, len(texts), axis=0)
 
-    text_emb, text_mask = (jnp.concatenate(part) for part in zip(*texts, strict=True))
+    text_emb, text_mask = (
+        jnp.stack(part, axis=1).reshape(-1, *part[0].shape[1:]) for part in zip(*texts, strict=True)
+    )
     z, logsnr = repeat(z), repeat(logsnr)
     inputs = z if lowres is None else jnp.concatenate([z, repeat(lowres)], axis=-1)
     if lowres_logsnr is not None:
@@ -238,7 +241,8 @@ def estimates(
     )
     output = _prediction(output.astype(jnp.float32))
     x0 = diffusion.to_x0(config.diffusion.prediction, output, z=z, logsnr=logsnr)
-    return jnp.split(x0, len(texts))
+    x0 = x0.reshape(-1, len(texts), *x0.shape[1:])
+    return [x0[:, text] for text in range(len(texts))]
 
 
 def denoiser(

@@ -67,8 +67,7 @@ def main() -> None:
     per_picture = drawn.peak - drawn.program.params * 4
     room = here._replace(hbm=drawn.peak + 2 * per_picture)
     largest = search_batch(lambda n: plan.sample_program(config, room, n), room, {}, lines.append)
-    unguided = dataclasses.replace(config.sampling, guidance_weight=1.0)
-    alone = dataclasses.replace(config, mesh=MeshConfig(data=4), sampling=unguided)
+    alone = dataclasses.replace(config, mesh=MeshConfig(data=4))
     data_parallel = plan.compile_program(plan.sample_program(alone, here, 4), here)
     result = {
         "data_parallel": data_parallel.as_json(),
