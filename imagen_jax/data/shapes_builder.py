@@ -116,7 +116,7 @@ def prepare(data_dir: str, name: str) -> None:
       data_dir: folder for the files; for the shapes world also `prompts_seen_test.jsonl` and
         `prompts_held_out.jsonl`, whose first N rows hold the kinds of prompt in equal parts, and
         `paraphrases.jsonl`, text for `pretrain_text`; for its words `prompts_words.jsonl`, held-out
-        ones, and `paraphrases_words.jsonl`, whose lines are of words and of the world by turns.
+        ones, and `paraphrases_words.jsonl`, every fourth line of words, the others of the world.
       name: registered name of a builder, e.g. shapes_world.
 
     Raises:
@@ -145,8 +145,9 @@ def prepare(data_dir: str, name: str) -> None:
         _write_lines(pathlib.Path(data_dir) / "prompts_words.jsonl", rows)
         numbers = range(shapes_words.SPLITS["train"])
         words = (shapes_words.paraphrases("train", index) for index in numbers)
-        by_turns = itertools.chain.from_iterable(zip(words, _world_groups(), strict=False))
-        _write_lines(pathlib.Path(data_dir) / "paraphrases_words.jsonl", by_turns)
+        world = _world_groups()
+        mixed = itertools.chain.from_iterable(zip(world, world, world, words, strict=False))
+        _write_lines(pathlib.Path(data_dir) / "paraphrases_words.jsonl", mixed)
 
 
 def _write_prompts(split: str, path: pathlib.Path) -> None:

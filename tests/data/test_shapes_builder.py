@@ -108,8 +108,8 @@ def test_words_are_held_out_of_pictures_and_text(tmp_path, monkeypatch):
     assert [json.loads(line)["prompt"] for line in lines] == captions["held_out"]
     corpus = (tmp_path / "paraphrases_words.jsonl").read_text().splitlines()
     firsts = [json.loads(line)[0] for line in corpus]
-    assert firsts[::2] == captions["train"] and firsts[1] == shapes.scene("train", 0).caption
-    assert len(firsts) == 60
+    assert firsts[3::4] == captions["train"] and firsts[0] == shapes.scene("train", 0).caption
+    assert len(firsts) == 120
 
 
 def test_unknown_names_are_refused(tmp_path):
