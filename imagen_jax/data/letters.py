@@ -19,10 +19,8 @@ from scipy import ndimage
 LETTERS = tuple(string.ascii_uppercase.replace("Q", ""))  # Whose tail hangs below the line.
 FONT = pathlib.Path(__file__).with_name("fonts") / "DejaVuSansMono-Bold.ttf"
 
-_CAPITAL, _ADVANCE = (
-    1493,
-    1233,
-)  # Height and cell of a capital in the font's units, 2,048 to the em.
+# The font's em, height of a capital and width of a cell, in its units.
+_EM, _CAPITAL, _ADVANCE = 2048, 1493, 1233
 CELL = 2 * _ADVANCE / _CAPITAL  # 1.65
 EXTENT = 1.05  # How far a letter reaches from the origin; round ones stand out a little.
 
@@ -55,16 +53,16 @@ def distance(
 @functools.cache
 def _field(letter: str) -> Float[np.ndarray, "height width"]:
     """Signed distances to the outline in radii, on a fine grid around the middle of the cell."""
-    mask = glyph(letter)
-    outside, inside = (ndimage.distance_transform_edt(side) for side in (~mask, mask))
+    mask = _glyph(letter)
+    outside, inside = (np.asarray(ndimage.distance_transform_edt(m)) for m in (~mask, mask))
     return ((outside - inside) / _FINE).astype(np.float32)
 
 
-def glyph(letter: str) -> np.ndarray:
+def _glyph(letter: str) -> np.ndarray:
     """A large letter as a mask around the middle of its cell, `_FINE` pixels to a radius."""
     height, width = (2 * round(_FINE * (side / 2 + _RIM)) for side in (2, CELL))
     sheet = Image.new("L", (width, height))
-    font = ImageFont.truetype(str(FONT), round(2 * _FINE * 2048 / _CAPITAL))
+    font = ImageFont.truetype(str(FONT), round(2 * _FINE * _EM / _CAPITAL))
     foot = (width / 2, height / 2 + _FINE)
     ImageDraw.Draw(sheet).text(foot, letter, fill=255, font=font, anchor="ms")
     return np.asarray(sheet) > 127
