@@ -160,7 +160,7 @@ def paraphrases(split: str, index: int, turn: int = 0) -> tuple[str, ...]:
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether a scene shows an object, a number or a statement that training never shows."""
+    """Whether a scene, no word, has an object, number or statement that training never shows."""
     return _is_novel(scene.objects, scene.relation)
 
 

@@ -4,7 +4,7 @@ import collections
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from imagen_jax.data import letters, shapes, shapes_words
 
@@ -80,10 +80,8 @@ def test_letters_stand_apart_inside_the_picture_and_in_one_colour(scenes):
         assert (np.abs(centre - color).sum(-1) < 3).mean() > 0.4
 
 
-def test_letters_are_the_font_s(scenes):
+def test_letters_are_the_font_s():
     """The distance field, drawn large, is the glyph that Pillow draws."""
-    from PIL import ImageDraw, ImageFont
-
     radius, side = 60.0, 200
     finer = 4  # Pillow fits outlines to whole pixels.
     font = ImageFont.truetype(str(letters.FONT), round(finer * 2 * radius * 2048 / 1493))
