@@ -53,9 +53,10 @@ SAMPLE_STEPS = 8
 def parts_of(tiny: bool) -> list[Part]:
     """The commands, the most important first."""
     if tiny:
-        small = ("--repeats=1", "--config.mesh.cpu_devices=1", "--config.model.channels=(16,32)")
-        base = ("programs.py", "--config=configs/shapes.py:base", "--batch=2", *small)
-        sr = ("programs.py", "--config=configs/shapes.py:sr", "--batch=2", *small)
+        small = ("--batch=2", "--repeats=1", "--config.mesh.cpu_devices=1")
+        base = ("programs.py", "--config=configs/shapes.py:base", *small)
+        base = (*base, "--config.model.channels=(16,32)")
+        sr = ("programs.py", "--config=configs/shapes.py:sr", *small)
         steps = ("--stages=sample", "--config.sampling.steps=2")
         peers = ("--size=tiny", "--batches=1", "--repeats=1", "--without=compiled,lucidrains")
         return [

@@ -15,7 +15,7 @@ from imagen_jax import config_io
 
 SHAPES = str(pathlib.Path(__file__).with_name("shapes.py"))
 
-STEPS = {"base": 16_500, "sr": 10_000}
+STEPS = {"base": 16_500, "sr": 6_500}
 RATES = {"shapes_world": 7, "shapes_relations": 3}
 
 

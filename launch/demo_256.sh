@@ -19,7 +19,7 @@ started=$SECONDS
 step "Draw a quarter of the shapes world again, 256x256. Its captions have embeddings." \
   prepare --config=configs/shapes.py:sr2 "${where[@]}"
 step "Train the third stage on crops: 16x16 of the small picture and text -> 64x64 of the large." \
-  train --config=configs/shapes.py:sr2 "${where[@]}" --config.mesh.cpu_devices=1 --workdir="$run/sr2"
+  train --config=configs/shapes.py:sr2 "${where[@]}" --workdir="$run/sr2"
 step "Export a wide average of it; from here on it draws whole pictures, 64x64 -> 256x256." \
   ema --workdir="$run/sr2" --sigma_rel=0.2 --out="$run/stages/sr2"
 step "Draw the prompts of before through all three stages." \

@@ -134,27 +134,37 @@ def prepare(data_dir: str, name: str) -> None:
         download_config=tfds.download.DownloadConfig(try_download_gcs=False),
         file_format=tfds.core.FileFormat.TFRECORD,
     )
-    if name == ShapesWorld.name:
-        for split in PROMPT_SPLITS:
-            _write_prompts(split, pathlib.Path(data_dir) / f"prompts_{split}.jsonl")
-        _write_lines(pathlib.Path(data_dir) / "paraphrases.jsonl", _world_groups())
-    elif name == ShapesWords.name:
-        held_out = range(shapes_words.SPLITS["held_out"])
-        scenes = (shapes_words.scene("held_out", index) for index in held_out)
-        rows = map(shapes.prompt_row, scenes)
-        _write_lines(pathlib.Path(data_dir) / "prompts_words.jsonl", rows)
-        numbers = range(shapes_words.SPLITS["train"])
-        words = (shapes_words.paraphrases("train", index) for index in numbers)
-        world = _world_groups()
-        mixed = itertools.chain.from_iterable(zip(world, world, world, words, strict=False))
-        _write_lines(pathlib.Path(data_dir) / "paraphrases_words.jsonl", mixed)
+    for file, values in _TEXTS.get(name, dict)().items():
+        lines = (json.dumps(value) + "\n" for value in itertools.islice(values, CORPUS))
+        outputs.write_text(pathlib.Path(data_dir) / file, "".join(lines))
 
 
-def _write_prompts(split: str, path: pathlib.Path) -> None:
+def _world_texts() -> dict[str, Iterable[Any]]:
+    """Files of prompts and of text for `pretrain_text`, by name, a value for every line."""
+    prompts = {f"prompts_{split}.jsonl": _prompt_rows(split) for split in PROMPT_SPLITS}
+    return {**prompts, "paraphrases.jsonl": _world_groups()}
+
+
+def _words_texts() -> dict[str, Iterable[Any]]:
+    """The same of `shapes_words`."""
+    held_out = range(shapes_words.SPLITS["held_out"])
+    scenes = (shapes_words.scene("held_out", index) for index in held_out)
+    numbers, world = range(shapes_words.SPLITS["train"]), _world_groups()
+    words = (shapes_words.paraphrases("train", index) for index in numbers)
+    mixed = itertools.chain.from_iterable(zip(world, world, world, words, strict=False))
+    rows = map(shapes.prompt_row, scenes)
+    return {"prompts_words.jsonl": rows, "paraphrases_words.jsonl": mixed}
+
+
+_TEXTS = {ShapesWorld.name: _world_texts, ShapesWords.name: _words_texts}
+
+
+def _prompt_rows(split: str) -> Iterator[dict[str, Any]]:
+    """Of all scenes of a split, the kinds in turns."""
     scenes = [shapes.scene(split, index) for index in range(shapes.SPLITS[split])]
     by_kind = [[scene for scene in scenes if scene.kind == kind] for kind in shapes.KINDS]
     taken_in_turns = itertools.chain(*itertools.zip_longest(*by_kind))
-    _write_lines(path, (shapes.prompt_row(scene) for scene in taken_in_turns if scene))
+    return (shapes.prompt_row(scene) for scene in taken_in_turns if scene)
 
 
 def _world_groups() -> Iterator[tuple[str, ...]]:
@@ -164,8 +174,3 @@ def _world_groups() -> Iterator[tuple[str, ...]]:
         for index in range(shapes.SPLITS["train"])
         for turn in range(shapes.TURNS[shapes.scene("train", index).kind])
     )
-
-
-def _write_lines(path: pathlib.Path, values: Iterable[Any]) -> None:
-    lines = (json.dumps(value) + "\n" for value in itertools.islice(values, CORPUS))
-    outputs.write_text(path, "".join(lines))

@@ -1,0 +1,76 @@
+"""Seams and edges of a super-resolution stage alone: real small pictures of the shapes world.
+
+    .venv/bin/python benchmarks/seams.py --stage=runs/demo/stages/sr2 \
+        --prompts=runs/demo/data/prompts_held_out.jsonl --out=runs/demo/seams
+
+Behind a cascade, edges lie where the stages before put them, which is not everywhere alike: an
+outline that is not quite sharp at 64 pixels lies inside a pixel rather than between two. Real
+small pictures have theirs anywhere. Draws those of the first --limit prompts, enlarges them with
+the stage, writes both as folders of pictures to --out, and measures them as `imagen evaluate edges`
+does: OUT/edges.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from imagen_jax import images, prompts
+from imagen_jax.cascade import Cascade
+from imagen_jax.cli.wiring import add_cpu_devices, set_up_devices
+from imagen_jax.data import shapes
+from imagen_jax.evaluation import edges
+
+SEED = 0
+
+
+def real(rows: Sequence[Mapping[str, Any]], size: int) -> list[UInt8[np.ndarray, "size size 3"]]:
+    """A picture of `size` pixels of each prompt row."""
+    scenes = (
+        shapes.scene_from_row(row, np.random.default_rng((SEED, index)))
+        for index, row in enumerate(rows)
+    )
+    return [shapes.draw(scene, size) for scene in scenes]
+
+
+def write(
+    folder: pathlib.Path, rows: Sequence[Mapping[str, Any]], pictures: Iterable[np.ndarray]
+) -> None:
+    """A folder of pictures as `imagen evaluate` reads it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    named = [{"file": f"{index:05}_00.png", **row} for index, row in enumerate(rows)]
+    for row, picture in zip(named, pictures, strict=True):
+        images.save_png(folder / row["file"], picture, {})
+    lines = "".join(json.dumps(row) + "\n" for row in named)
+    (folder / "samples.jsonl").write_text(lines, encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--stage", required=True, help="stage folder of a super-resolution stage")
+    parser.add_argument("--prompts", required=True, help="prompts.jsonl of the shapes world")
+    parser.add_argument("--limit", type=int, default=360, help="prompts")
+    parser.add_argument("--crop", type=int, default=64, help="side of the crops it learned from")
+    parser.add_argument("--out", required=True, help="folder to write")
+    add_cpu_devices(parser)
+    flags = parser.parse_args()
+    set_up_devices(flags.cpu_devices)
+    stage, rows = Cascade.load([flags.stage]), prompts.read(flags.prompts)[: flags.limit]
+    small = real(rows, stage.configs[0].data.lowres_size)
+    large = stage.sample([row["prompt"] for row in rows], lowres=np.stack(small))
+    out = pathlib.Path(flags.out)
+    write(out / "small", rows, small)
+    write(out / "large", rows, large)
+    card = edges.evaluate(out / "large", out / "small", flags.crop)
+    (out / "edges.json").write_text(json.dumps(card, indent=1) + "\n")
+    print(edges.format_table(card))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""benchmarks/seams.py: the third stage's edges and seams, from real small pictures."""
+
+import json
+import pathlib
+import sys
+import types
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
+import seams
+
+from imagen_jax.data import shapes
+
+
+class Perfect:
+    """A stage that draws what is there, or with every other patch of 4 pixels a little brighter."""
+
+    configs = (types.SimpleNamespace(data=types.SimpleNamespace(lowres_size=64)),)
+
+    def __init__(self, rows, step):
+        self.rows, self.step = rows, step
+
+    def sample(self, prompts, lowres):
+        assert prompts == [row["prompt"] for row in self.rows]
+        np.testing.assert_array_equal(lowres, seams.real(self.rows, 64))
+        checks = np.indices((64, 64)).sum(0) % 2 * self.step
+        patches = checks.repeat(4, axis=0).repeat(4, axis=1)[..., None]
+        return [
+            (picture + patches).clip(0, 255).astype(np.uint8)
+            for picture in seams.real(self.rows, 256)
+        ]
+
+
+@pytest.mark.parametrize(("step", "least", "most"), [(0, 0.99, 1.01), (2, 1.1, 10.0)])
+def test_patches_of_a_stage_are_seen_and_nothing_else(tmp_path, monkeypatch, step, least, most):
+    rows = [shapes.prompt_row(shapes.scene("held_out", index)) for index in range(6)]
+    asked = tmp_path / "prompts.jsonl"
+    asked.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]))
+    monkeypatch.setattr(seams, "set_up_devices", lambda count: None)
+    monkeypatch.setattr(seams.Cascade, "load", lambda stages: Perfect(rows, step))
+    flags = ["--stage=sr2", f"--prompts={asked}", "--limit=6", f"--out={tmp_path / 'out'}"]
+    monkeypatch.setattr(sys, "argv", ["seams.py", *flags])
+    seams.main()
+
+    card = json.loads((tmp_path / "out" / "edges.json").read_text())
+    assert card["pictures"] == 6
+    assert least <= card["seams"]["4"]["drawn"]["flat"]["mean"] <= most
+    assert card["seams"]["4"]["real"]["flat"]["mean"] == pytest.approx(1, abs=0.01)
+    if step == 0:  # It is the picture that the measure takes for real.
+        assert card["seams"]["4"]["drawn"] == card["seams"]["4"]["real"]
