@@ -145,14 +145,16 @@ def runs(tmp_path):
     return dry
 
 
+TRAININGS = {
+    training
+    for ablation in ablations.ABLATIONS.values()
+    for arm in ablation.arms.values()
+    for training in arm.stages
+}
+
+
 def test_trainings_are_shared_and_named_by_all_that_they_differ_in(runs):
-    every = {
-        training._replace(seed=seed)
-        for ablation in ablations.ABLATIONS.values()
-        for arm in ablation.arms.values()
-        for training in arm.stages
-        for seed in (0, 1)
-    }
+    every = {training._replace(seed=seed) for training in TRAININGS for seed in (0, 1)}
     folders = {runs.stage(training) for training in every}
     assert len(folders) == len(every)
     verbs = [verb for verb, _, _ in runs.commands]
@@ -167,19 +169,22 @@ def test_trainings_are_shared_and_named_by_all_that_they_differ_in(runs):
     assert len(runs.commands) == before
 
 
-@pytest.mark.parametrize("variant", list(ablation_runs.VARIANTS))
-def test_every_variant_is_a_stage_that_can_be_made(runs, variant):
-    for stage in ("base", "sr"):
-        flags = runs._flags(Training(stage, variant=variant, seed=3))
-        overrides = [flag.removeprefix("--config.") for flag in flags[1:]]
-        config = config_io.load(
-            flags[0].removeprefix("--config="), [*overrides, "model.text_dim=8"]
-        )
-        assert config.seed == 3 and config.train.steps == runs.steps[stage]
-        assert jax.eval_shape(functools.partial(stage_lib.init_params, config), jax.random.key(0))
-        for field, value in ablation_runs.VARIANTS[variant].items():
-            section, name = field.split(".")
-            assert getattr(getattr(config, section), name) == value
+def test_every_variant_is_of_use():
+    assert {training.variant for training in TRAININGS} == set(ablation_runs.VARIANTS)
+
+
+@pytest.mark.parametrize(
+    ("stage", "variant"), sorted({(training.stage, training.variant) for training in TRAININGS})
+)
+def test_every_variant_is_a_stage_that_can_be_made(runs, stage, variant):
+    flags = runs._flags(Training(stage, variant=variant, seed=3))
+    overrides = [flag.removeprefix("--config.") for flag in flags[1:]]
+    config = config_io.load(flags[0].removeprefix("--config="), [*overrides, "model.text_dim=8"])
+    assert config.seed == 3 and config.train.steps == runs.steps[stage]
+    assert jax.eval_shape(functools.partial(stage_lib.init_params, config), jax.random.key(0))
+    for field, value in ablation_runs.VARIANTS[variant].items():
+        section, name = field.split(".")
+        assert getattr(getattr(config, section), name) == value
 
 
 def test_another_corpus_is_another_folder(runs, tmp_path):
