@@ -18,7 +18,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from imagen_jax import config_io
+from imagen_jax.config import overrides
 from imagen_jax.stage_folder import load_stage
 
 STEPS = {"text": 1_200, "base": 3_000, "sr": 600}
@@ -75,7 +75,7 @@ class Runs:
         self.data, self.steps = pathlib.Path(data), dict(steps)
         recipe = hashlib.sha256((self.data / "paraphrases.jsonl").read_bytes())
         for stage in ("base", "sr"):
-            recipe.update(config_io.to_json(config_io.load(f"configs/shapes.py:{stage}")).encode())
+            recipe.update(overrides.to_json(overrides.load(f"configs/shapes.py:{stage}")).encode())
         self.folder = pathlib.Path(out) / recipe.hexdigest()[:8]
         self.compiled = self.folder / "compiled"  # The seeds of an arm are one program.
 

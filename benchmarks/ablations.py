@@ -29,7 +29,7 @@ from ablation_runs import STEPS, Runs, Training
 from scipy import stats
 
 from imagen_jax import prompts
-from imagen_jax.config import unknown_name
+from imagen_jax.config.fields import unknown_name
 from imagen_jax.evaluation import sweep
 from imagen_jax.evaluation.intervals import CONFIDENCE
 from imagen_jax.evaluation.sweep import StageSet, Sweep

@@ -19,9 +19,10 @@ import jax
 import reporting
 import train_loop
 
-from imagen_jax import config_io, partitioning
+from imagen_jax import partitioning
 from imagen_jax.checkpoint import Checkpoints
 from imagen_jax.cli.wiring import set_up_devices
+from imagen_jax.config import overrides as config_io
 from imagen_jax.optimizer import make_optimizer
 from imagen_jax.train import abstract_state
 

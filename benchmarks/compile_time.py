@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from imagen_jax import partitioning, stage, train_state, train_step
-from imagen_jax.config import Config, DataConfig, ModelConfig
+from imagen_jax.config.data import DataConfig
+from imagen_jax.config.schema import Config, ModelConfig
 from imagen_jax.optimizer import make_optimizer
 
 

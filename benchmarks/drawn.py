@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imagen_jax import cascade, config_io, diffusion, drawing, images, prompts, sampling
+from imagen_jax import cascade, diffusion, drawing, images, prompts, sampling
+from imagen_jax.config import overrides
 from imagen_jax.evaluation import alignment
 from imagen_jax.text import embed_prompts, load_text_encoder
 
@@ -130,4 +131,4 @@ def exact(pictures: np.ndarray, asked: Asked) -> tuple[float, float, float]:
 
 def fingerprint(stages: Sequence[cascade.Stage]) -> str:
     """Which stages were drawn with, for the record."""
-    return ",".join(f"{s.config.name}:{config_io.fingerprint(s.config)}" for s in stages)
+    return ",".join(f"{s.config.name}:{overrides.fingerprint(s.config)}" for s in stages)

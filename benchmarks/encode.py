@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from imagen_jax import partitioning
-from imagen_jax.config import MeshConfig
+from imagen_jax.config.schema import MeshConfig
 from imagen_jax.frozen_encoder import encode_tokens
 from imagen_jax.models import t5
 

@@ -24,7 +24,7 @@ import ml_dtypes
 import numpy as np
 from PIL import Image
 
-from imagen_jax.config import DataConfig
+from imagen_jax.config.data import DataConfig
 from imagen_jax.data import embeddings
 from imagen_jax.data.index import open_source
 from imagen_jax.data.pipeline import Pipeline

@@ -24,7 +24,7 @@ from reporting import write_between
 
 from imagen_jax import prompts
 from imagen_jax.checkpoint import Checkpoints
-from imagen_jax.config import CheckpointConfig
+from imagen_jax.config.schema import CheckpointConfig
 from imagen_jax.evaluation import line_chart, sweep
 from imagen_jax.evaluation.line_chart import Point
 from imagen_jax.evaluation.sweep import StageSet, Sweep

@@ -13,7 +13,8 @@ import sys
 
 import jax
 
-from imagen_jax import config_io, partitioning, stage
+from imagen_jax import partitioning, stage
+from imagen_jax.config import overrides
 from imagen_jax.interop import weights
 
 PARTS = ("all", "residual blocks", "pixels' attention", "text's attention", "conditioning", "ends")
@@ -32,7 +33,7 @@ def part(path: str) -> str:
 
 def count(spec: str) -> dict[str, int]:
     """Parameters of FILE:NAME by part."""
-    config = config_io.load(spec)
+    config = overrides.load(spec)
     boxed = jax.eval_shape(lambda: stage.init_params(config, jax.random.key(0)))
     counts: dict[str, int] = collections.Counter()
     for path, leaf in weights.flatten(partitioning.unbox(boxed)).items():

@@ -27,9 +27,10 @@ import numpy as np
 import operations
 import reporting
 
-from imagen_jax import config_io, partitioning, plan, stage, topology
+from imagen_jax import partitioning, plan, stage, topology
 from imagen_jax.cli.wiring import set_up_devices
-from imagen_jax.config import Config, MeshConfig
+from imagen_jax.config import overrides as config_io
+from imagen_jax.config.schema import Config, MeshConfig
 from imagen_jax.optimizer import make_optimizer
 from imagen_jax.train import abstract_state
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float, Int
 
-from imagen_jax.config import TextConfig
+from imagen_jax.config.schema import TextConfig
 from imagen_jax.data import shapes
 from imagen_jax.data.shapes import Scene
 from imagen_jax.text import TextEncoder, embed_prompts, load_text_encoder

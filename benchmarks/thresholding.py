@@ -22,7 +22,7 @@ import numpy as np
 import reporting
 
 from imagen_jax import guidance, images, stage, thresholding
-from imagen_jax.config import SamplingConfig
+from imagen_jax.config.sampling import SamplingConfig
 from imagen_jax.evaluation import line_chart
 from imagen_jax.evaluation.line_chart import Point
 

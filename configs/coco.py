@@ -13,14 +13,14 @@ import pathlib
 
 import ml_collections
 
-from imagen_jax import config_io
+from imagen_jax.config import overrides
 
 SHAPES = str(pathlib.Path(__file__).with_name("shapes.py"))
 
 
 def get_config(name: str = "base") -> ml_collections.ConfigDict:
     """`base` or `sr`."""
-    c = config_io.from_file(SHAPES, name)
+    c = overrides.from_file(SHAPES, name)
     c.data.kind = "tfds"
     c.data.name = "coco_captions/2014"
     c.data.path = "runs/coco/data"

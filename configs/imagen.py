@@ -12,8 +12,8 @@ sampling, and the number of blocks in the SR models' unstrided level.
 
 import ml_collections
 
-from imagen_jax import config_io
-from imagen_jax.config import Config
+from imagen_jax.config import overrides
+from imagen_jax.config.schema import Config
 
 # Width of the first level; the paper gives only the last.
 BASE_WIDTHS = {"base_64_300m": 160, "base_64_500m": 224, "base_64_1b": 320, "base_64": 512}
@@ -21,7 +21,7 @@ BASE_WIDTHS = {"base_64_300m": 160, "base_64_500m": 224, "base_64_1b": 320, "bas
 
 def get_config(name: str = "base_64") -> ml_collections.ConfigDict:
     """`base_64` (or a narrower one), `sr_256` or `sr_1024`."""
-    c = config_io.to_config_dict(Config())
+    c = overrides.to_config_dict(Config())
     c.name = name
     c.data.kind = "folder"
     c.data.batch_size = 2048

@@ -9,13 +9,13 @@ same fields at other values are the paper's models.
 
 import ml_collections
 
-from imagen_jax import config_io
-from imagen_jax.config import Config
+from imagen_jax.config import overrides
+from imagen_jax.config.schema import Config
 
 
 def get_config(name: str = "base") -> ml_collections.ConfigDict:
     """`base`, `sr` or `sr2`."""
-    c = config_io.to_config_dict(Config())
+    c = overrides.to_config_dict(Config())
     c.data.path = "runs/demo/data"
     c.data.embeddings = "runs/demo/embeddings"
     c.text.path = "runs/demo/text"

@@ -11,7 +11,7 @@ import pathlib
 
 import ml_collections
 
-from imagen_jax import config_io
+from imagen_jax.config import overrides
 
 SHAPES = str(pathlib.Path(__file__).with_name("shapes.py"))
 
@@ -21,7 +21,7 @@ RATES = {"shapes_world": 7, "shapes_relations": 3}
 
 def get_config(name: str = "base") -> ml_collections.ConfigDict:
     """`base` or `sr`."""
-    c = config_io.from_file(SHAPES, name)
+    c = overrides.from_file(SHAPES, name)
     c.data.mixture = {source: {"name": source, "rate": rate} for source, rate in RATES.items()}
     c.train.steps = STEPS[name]
     if name == "base":

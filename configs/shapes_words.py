@@ -12,14 +12,14 @@ import pathlib
 
 import ml_collections
 
-from imagen_jax import config_io
+from imagen_jax.config import overrides
 
 LONG = str(pathlib.Path(__file__).with_name("shapes_long.py"))
 
 
 def get_config(name: str = "base") -> ml_collections.ConfigDict:
     """`base` or `sr`."""
-    c = config_io.from_file(LONG, name)
+    c = overrides.from_file(LONG, name)
     c.data.mixture.shapes_words = {"name": "shapes_words", "rate": 5}
     # Whole words of the world, but of its three-letter words the letters: few pieces.
     c.pretrain_text.vocab_size = 460

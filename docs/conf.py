@@ -15,7 +15,8 @@ DOCS = pathlib.Path(__file__).parent
 ROOT = DOCS.parent
 sys.path.insert(0, str(ROOT))
 
-from imagen_jax import __version__, config  # noqa: E402
+from imagen_jax import __version__
+from imagen_jax.config import schema  # noqa: E402
 
 project = "imagen_jax"
 author = project
@@ -160,11 +161,15 @@ def _in_code(text: list[str]) -> bool:
 
 def _fields() -> str:
     """The table of all fields of the configuration, Markdown."""
-    sections = {"config": config.Config}
-    for field in dataclasses.fields(config.Config):
+    sections = {"config": schema.Config}
+    for field in dataclasses.fields(schema.Config):
         if dataclasses.is_dataclass(field.default_factory):
             sections[f"config.{field.name}"] = field.default_factory
-    text = ["# Configuration", "", "Every field of `imagen_jax/config.py` and the files beside it."]
+    text = [
+        "# Configuration",
+        "",
+        "Every field of `imagen_jax/config/schema.py` and the files beside it.",
+    ]
     text += ["`--config.section.field=value` overrides one."]
     for name, section in sections.items():
         text += ["", f"## `{name}`", "", section.__doc__.strip(), ""]

@@ -18,15 +18,15 @@ import numpy as np
 
 from imagen_jax import export, images
 from imagen_jax.cascade import Cascade
-from imagen_jax.config import (
+from imagen_jax.config.data import DataConfig
+from imagen_jax.config.sampling import SamplingConfig
+from imagen_jax.config.schema import (
     CheckpointConfig,
     Config,
-    DataConfig,
     DiffusionConfig,
     EmaConfig,
     ModelConfig,
     OptimizerConfig,
-    SamplingConfig,
     TrainConfig,
 )
 from imagen_jax.stage_folder import load_stage

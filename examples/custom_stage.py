@@ -4,20 +4,20 @@
       --config.data.path=PICTURES --config.data.embeddings=EMBEDDINGS
 
 A configuration is a file with `get_config(name)`; values only. Everything that is not said here
-has the default of `imagen_jax/config.py`. Its stage folder comes between a base stage of 16 pixels
+has the default of `imagen_jax/config/schema.py`. Its stage folder comes between a base stage of 16 pixels
 and one that takes 32 to something larger: `--stages=base,middle,...`. Hardware: two CPU cores; time
 and result: not yet run on real pictures.
 """
 
 import ml_collections
 
-from imagen_jax import config_io
-from imagen_jax.config import Config
+from imagen_jax.config import overrides
+from imagen_jax.config.schema import Config
 
 
 def get_config(name: str = "middle") -> ml_collections.ConfigDict:
     """`middle`, or `wide` with twice the channels."""
-    c = config_io.to_config_dict(Config())
+    c = overrides.to_config_dict(Config())
     c.name = name
 
     # What it is given and what it draws.

@@ -15,8 +15,9 @@ import argparse
 import dataclasses
 import pathlib
 
-from imagen_jax import config_io, convert
-from imagen_jax.config import CheckpointConfig, Config, OptimizerConfig, TrainConfig
+from imagen_jax import convert
+from imagen_jax.config import overrides
+from imagen_jax.config.schema import CheckpointConfig, Config, OptimizerConfig, TrainConfig
 from imagen_jax.data.embeddings import EmbeddingStore
 from imagen_jax.data.index import open_source
 from imagen_jax.data.pipeline import Pipeline
@@ -82,7 +83,7 @@ def main() -> None:
 
     trained = export(run, f"{flags.workdir}/stage")
     convert.export_diffusers(f"{flags.workdir}/stage", f"{flags.workdir}/unet")
-    print(f"trained {config_io.fingerprint(trained)}: draw with {flags.workdir}/stage")
+    print(f"trained {overrides.fingerprint(trained)}: draw with {flags.workdir}/stage")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from imagen_jax import drawing, editing, partitioning
-from imagen_jax.config import Config
+from imagen_jax.config.schema import Config
 from imagen_jax.editing import Edit
 from imagen_jax.sampling import Denoising
 

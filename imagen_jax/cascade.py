@@ -19,18 +19,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from imagen_jax import (
-    batches,
-    config_io,
-    drawing,
-    editing,
-    images,
-    partitioning,
-    request,
-    stage_folder,
-)
+from imagen_jax import batches, drawing, editing, images, partitioning, request, stage_folder
 from imagen_jax.batches import Asked
-from imagen_jax.config import Config, ConfigError, unknown_name
+from imagen_jax.config import overrides
+from imagen_jax.config.fields import ConfigError, unknown_name
+from imagen_jax.config.schema import Config
 from imagen_jax.drawing import picture_keys, sample_stage
 from imagen_jax.editing import Edit
 from imagen_jax.request import RequestError, with_settings
@@ -294,7 +287,7 @@ def _report(
 
 def _check_encoder(configs: Sequence[Config], encoder: TextEncoder, path: str) -> None:
     """Raises ConfigError when a stage learned from the embeddings of another encoder."""
-    given = config_io.fingerprint(encoder.fingerprint())
+    given = overrides.fingerprint(encoder.fingerprint())
     for config in configs:
         learned = config.text.fingerprint
         if learned and learned != given:

@@ -20,8 +20,9 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
-from imagen_jax import config_io, distributed
-from imagen_jax.config import CheckpointConfig, Config
+from imagen_jax import distributed
+from imagen_jax.config import overrides
+from imagen_jax.config.schema import CheckpointConfig, Config
 from imagen_jax.train_state import TrainState
 
 # Bytes that the files of a checkpoint take beside its numbers, and 5% of those.
@@ -220,7 +221,7 @@ class Checkpoints:
         """The configuration that the run of checkpoint `step` had. Raises CheckpointError."""
         path = self.path / str(step) / "config" / "metadata"
         try:
-            return config_io.from_json(path.read_text())
+            return overrides.from_json(path.read_text())
         except (OSError, ValueError) as error:
             raise CheckpointError(f"configuration of {path} cannot be read: {error}") from error
 

@@ -19,8 +19,8 @@ from typing import Any
 import jax
 from jax.experimental import serialize_executable
 
-from imagen_jax import config_io
-from imagen_jax.config import Config
+from imagen_jax.config import overrides
+from imagen_jax.config.schema import Config
 
 FORMAT = 1
 # Sections and fields that are not part of the step.
@@ -77,11 +77,11 @@ def identity(config: Config, devices: list[jax.Device]) -> dict[str, Any]:  # py
         "topology.processes": len({d.process_index for d in devices}),
         "topology.shape": _shape(devices),
     }
-    fields = config_io.flat(dataclasses.asdict(config))
+    fields = overrides.flat(dataclasses.asdict(config))
     return described | {
         f"config.{path}": value
         for path, value in fields.items()
-        if not config_io.named_in(path, OUTSIDE)
+        if not overrides.named_in(path, OUTSIDE)
     }
 
 

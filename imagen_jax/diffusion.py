@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from imagen_jax.config import DiffusionConfig
+from imagen_jax.config.schema import DiffusionConfig
 
 LogsnrSchedule = Callable[[Float[Array, "*t"]], Float[Array, "*t"]]
 

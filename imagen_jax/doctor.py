@@ -18,9 +18,11 @@ from typing import Literal, NamedTuple
 import jax
 import numpy as np
 
-from imagen_jax import config_io, images, partitioning
+from imagen_jax import images, partitioning
 from imagen_jax.checkpoint import CheckpointError, Checkpoints
-from imagen_jax.config import Config, ConfigError
+from imagen_jax.config import overrides
+from imagen_jax.config.fields import ConfigError
+from imagen_jax.config.schema import Config
 from imagen_jax.data.embeddings import EmbeddingStore
 from imagen_jax.data.index import open_source
 from imagen_jax.data.on_the_fly import TokenSource
@@ -347,7 +349,7 @@ def check_checkpoint(patient: Patient) -> Lines:
         yield "ok", "none yet"
         return
     saved = checkpoints.restore_config(step)
-    changes = config_io.changes(saved, config)
+    changes = overrides.changes(saved, config)
     for field, (old, new) in changes.items():
         yield (
             "failed",

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from imagen_jax import diffusion, editing, sampling
-from imagen_jax.config import Config
+from imagen_jax.config.schema import Config
 from imagen_jax.sampling import Denoising, Sampler
 from imagen_jax.stage import aug_noise_side, denoiser, noised_lowres
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from imagen_jax.config import EmaConfig, check_sigma_rel
+from imagen_jax.config.schema import EmaConfig, check_sigma_rel
 
 
 class Profile(NamedTuple):

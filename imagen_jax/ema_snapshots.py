@@ -16,8 +16,9 @@ from typing import Any
 
 import jax
 
-from imagen_jax import config_io, distributed, ema, partitioning
-from imagen_jax.config import Config
+from imagen_jax import distributed, ema, partitioning
+from imagen_jax.config import overrides
+from imagen_jax.config.schema import Config
 from imagen_jax.interop import weights
 
 
@@ -43,7 +44,7 @@ def save(workdir: str, step: int, averages: Mapping[str, Any], config: Config) -
     if writes:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        (temporary / "config.json").write_text(config_io.to_json(config))
+        (temporary / "config.json").write_text(overrides.to_json(config))
     for name in map(ema.power_name, config.ema.profiles):
         arrays = jax.tree.map(partitioning.fetch, averages[name])
         if writes:
@@ -92,7 +93,7 @@ def _file(name: str) -> str:
 
 def _read_config(folder: pathlib.Path) -> Config:
     try:
-        return config_io.from_json((folder / "config.json").read_text())
+        return overrides.from_json((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise SnapshotError(f"snapshot {folder} cannot be read ({error}); move it away") from error
 

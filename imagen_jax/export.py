@@ -17,9 +17,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from imagen_jax import config_io, ema, ema_snapshots, model_card, outputs, partitioning, stage
+from imagen_jax import ema, ema_snapshots, model_card, outputs, partitioning, stage
 from imagen_jax.checkpoint import CheckpointError, Checkpoints
-from imagen_jax.config import CheckpointConfig, Config, TextConfig, check_sigma_rel
+from imagen_jax.config import overrides
+from imagen_jax.config.schema import CheckpointConfig, Config, TextConfig, check_sigma_rel
 from imagen_jax.export_check import check
 from imagen_jax.interop import weights
 from imagen_jax.stage_folder import ENCODER_FOLDER, Stage, load_stage
@@ -206,7 +207,7 @@ def write_stage(
 def _fill(folder: pathlib.Path, params: Any, config: Config, texts: Mapping[str, str]) -> None:
     flat = weights.flatten(jax.tree.map(np.asarray, params))
     weights.write_safetensors(folder / "params.safetensors", flat)
-    (folder / "config.json").write_text(config_io.to_json(config))
+    (folder / "config.json").write_text(overrides.to_json(config))
     for name, text in texts.items():
         (folder / name).write_text(text)
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from imagen_jax import drawing, images
-from imagen_jax.config import Config
+from imagen_jax.config.schema import Config
 from imagen_jax.stage_folder import Stage
 
 PICTURES = 2

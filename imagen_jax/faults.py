@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from imagen_jax.config import TrainConfig
+from imagen_jax.config.schema import TrainConfig
 
 # What else is known of a step's batch, for the record: its records, its captions.
 AboutStep = Callable[[int], Mapping[str, Any]]

@@ -20,8 +20,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jaxtyping import Array, Bool, Float, Int
 
-from imagen_jax import config_io, partitioning
-from imagen_jax.config import ConfigError, T5Config, TextConfig
+from imagen_jax import partitioning
+from imagen_jax.config import overrides
+from imagen_jax.config.fields import ConfigError
+from imagen_jax.config.schema import T5Config, TextConfig
 from imagen_jax.interop import weights
 from imagen_jax.interop.t5x_network import T5xConfig
 from imagen_jax.interop.t5x_network import make_encoder as make_t5x_encoder
@@ -154,7 +156,7 @@ class FrozenEncoder:
 
         The hash is of values rather than files: a safetensors and a torch copy are one encoder.
         """
-        digest = hashlib.sha256(config_io.fingerprint(self.shape).encode())
+        digest = hashlib.sha256(overrides.fingerprint(self.shape).encode())
         shardings, placed = self._shardings(), {}
         for path in sorted(self._tensors):
             array = np.ascontiguousarray(self._tensors[path].read())

@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from imagen_jax.config import Config, DataConfig
+from imagen_jax.config.data import DataConfig
+from imagen_jax.config.schema import Config
 
 # Of a run's last report: what it says about the model rather than the machine.
 METRICS = ("loss", "x0_mse", "skipped")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import optax
 
-from imagen_jax.config import OptimizerConfig
+from imagen_jax.config.schema import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:

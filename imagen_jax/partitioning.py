@@ -17,7 +17,8 @@ import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from imagen_jax.config import ConfigError, MeshConfig, ModelConfig
+from imagen_jax.config.fields import ConfigError
+from imagen_jax.config.schema import MeshConfig, ModelConfig
 
 # Shardings can be planned for devices that are not here.
 AnyMesh = Mesh | AbstractMesh

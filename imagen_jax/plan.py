@@ -21,7 +21,8 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding
 
 from imagen_jax import drawing, flops, frozen_encoder, hlo, partitioning, stage
-from imagen_jax.config import Config, ConfigError, MeshConfig, unknown_name
+from imagen_jax.config.fields import ConfigError, unknown_name
+from imagen_jax.config.schema import Config, MeshConfig
 from imagen_jax.models import t5
 from imagen_jax.optimizer import make_optimizer
 from imagen_jax.topology import Slice

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from imagen_jax import partitioning
-from imagen_jax.config import Config
+from imagen_jax.config.schema import Config
 from imagen_jax.plan import Plan, Program, compile_program, train_program
 from imagen_jax.topology import GIB, Slice
 

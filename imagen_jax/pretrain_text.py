@@ -31,7 +31,8 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from imagen_jax import outputs, partitioning
-from imagen_jax.config import ConfigError, OptimizerConfig, PretrainTextConfig, T5Config
+from imagen_jax.config.fields import ConfigError
+from imagen_jax.config.schema import OptimizerConfig, PretrainTextConfig, T5Config
 from imagen_jax.interop import hf_t5
 from imagen_jax.models import t5
 from imagen_jax.optimizer import make_optimizer

@@ -16,7 +16,7 @@ import numpy as np
 
 from imagen_jax import diffusion, faults, partitioning, stage
 from imagen_jax.checkpoint import CheckpointError, Checkpoints
-from imagen_jax.config import Config
+from imagen_jax.config.schema import Config
 from imagen_jax.optimizer import make_optimizer
 from imagen_jax.train import Batches, Encode, abstract_state
 from imagen_jax.train_step import block_norms, gradient_of_batch, jit_train_step, step_key

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
-from imagen_jax import config_io
-from imagen_jax.config import Config, ConfigError, SamplingConfig, unknown_name
+from imagen_jax.config import overrides
+from imagen_jax.config.fields import ConfigError, unknown_name
+from imagen_jax.config.sampling import SamplingConfig
+from imagen_jax.config.schema import Config
 from imagen_jax.editing import Edit
 from imagen_jax.stage import check_guide
 from imagen_jax.stage_folder import StageError
@@ -47,7 +49,7 @@ def with_settings(
     changed = []
     for config in configs:
         values = dataclasses.asdict(config.sampling) | dict(settings.get(config.name, {}))
-        sampling = config_io.from_dict(SamplingConfig, values, f"{where}: {config.name}")
+        sampling = overrides.from_dict(SamplingConfig, values, f"{where}: {config.name}")
         highest = config.diffusion.aug_level_max
         if not 0.0 <= sampling.aug_level <= highest:
             raise ConfigError(

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from imagen_jax import config_io, distributed, images, sample_folder
+from imagen_jax import distributed, images, sample_folder
 from imagen_jax.cascade import Cascade, Progress
+from imagen_jax.config import overrides
 from imagen_jax.editing import Edit
 from imagen_jax.request import with_settings
 from imagen_jax.sample_folder import GRID_PICTURES, Sample
@@ -104,7 +105,7 @@ def _about(cascade: Cascade, job: Job) -> dict[str, str]:
     ):
         settings[config.name] = {"weights": weights, **dataclasses.asdict(config.sampling)}
     if cascade.encoder is not None:
-        settings["text_encoder"] = config_io.fingerprint(cascade.encoder.fingerprint())
+        settings["text_encoder"] = overrides.fingerprint(cascade.encoder.fingerprint())
     if job.negative_prompt:
         settings["negative_prompt"] = job.negative_prompt
     if cascade.guides:
@@ -116,7 +117,7 @@ def _about(cascade: Cascade, job: Job) -> dict[str, str]:
         settings["edit"] = {name: getattr(job.edit, name) for name in names}
         settings["edit"]["pictures"] = _digest(job.edit.pictures)
         settings["edit"]["masks"] = "" if job.edit.masks is None else _digest(job.edit.masks)
-    trained = {config.name: config_io.fingerprint(config) for config in cascade.configs}
+    trained = {config.name: overrides.fingerprint(config) for config in cascade.configs}
     return {
         "seed": str(job.seed),
         "config": json.dumps(trained, sort_keys=True),

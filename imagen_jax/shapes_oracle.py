@@ -17,7 +17,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from imagen_jax.config import ConfigError, TextConfig
+from imagen_jax.config.fields import ConfigError
+from imagen_jax.config.schema import TextConfig
 from imagen_jax.frozen_encoder import TokenBatch
 
 GROUPS: dict[str, tuple[str, ...]] = {

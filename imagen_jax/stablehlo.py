@@ -27,7 +27,7 @@ from imagen_jax import (
     sampling,
     stablehlo_loader,
 )
-from imagen_jax.config import Config
+from imagen_jax.config.schema import Config
 from imagen_jax.interop import weights
 from imagen_jax.stage_folder import Stage
 

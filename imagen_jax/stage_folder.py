@@ -12,8 +12,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from imagen_jax import config_io
-from imagen_jax.config import Config
+from imagen_jax.config import overrides
+from imagen_jax.config.schema import Config
 from imagen_jax.interop import weights
 
 ENCODER_FOLDER = "text"  # the text encoder, if it came along
@@ -49,7 +49,7 @@ def load_stage(path: str) -> Stage:
                 "`imagen export --workdir=WORKDIR --out=DIR`"
             )
     try:
-        config = config_io.from_json((folder / "config.json").read_text())
+        config = overrides.from_json((folder / "config.json").read_text())
     except ValueError as error:
         raise StageError(f"{folder / 'config.json'}: {error}") from error
     encoder = folder / ENCODER_FOLDER

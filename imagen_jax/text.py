@@ -19,8 +19,10 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from imagen_jax import config_io, shapes_oracle
-from imagen_jax.config import ConfigError, T5Config, TextConfig, unknown_name
+from imagen_jax import shapes_oracle
+from imagen_jax.config import overrides
+from imagen_jax.config.fields import ConfigError, unknown_name
+from imagen_jax.config.schema import T5Config, TextConfig
 from imagen_jax.frozen_encoder import FrozenEncoder, TokenBatch
 from imagen_jax.interop import hf_clip, hf_t5, t5x, t5x_network, weights
 from imagen_jax.models import t5
@@ -200,7 +202,7 @@ def _recorded_shape(config: TextConfig) -> T5Config:
         )
     where = f"t5_config.json of {config.path}"
     try:
-        return config_io.from_dict(T5Config, dict(json.loads(content)), where)
+        return overrides.from_dict(T5Config, dict(json.loads(content)), where)
     except (ValueError, TypeError) as error:
         if isinstance(error, ConfigError):
             raise

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int
 
-from imagen_jax.config import ConfigError
+from imagen_jax.config.fields import ConfigError
 
 EOS_ID = 1
 _BYTE_PIECES = 256 + 3  # every byte, padding, end mark and unknown

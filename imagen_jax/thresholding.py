@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from imagen_jax.config_sampling import SamplingConfig
+from imagen_jax.config.sampling import SamplingConfig
 from imagen_jax.guidance import Denoise
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 from jax.experimental import topologies
 
-from imagen_jax.config import ConfigError
+from imagen_jax.config.fields import ConfigError
 
 GIB = 2**30
 

@@ -25,7 +25,6 @@ from jaxtyping import Array, UInt8
 
 from imagen_jax import (
     compiled,
-    config_io,
     distributed,
     drawing,
     ema,
@@ -38,7 +37,9 @@ from imagen_jax import (
     train_state,
 )
 from imagen_jax.checkpoint import Checkpoints
-from imagen_jax.config import Config, ConfigError
+from imagen_jax.config import overrides
+from imagen_jax.config.fields import ConfigError
+from imagen_jax.config.schema import Config
 from imagen_jax.faults import AboutStep, Faults
 from imagen_jax.interop import weights
 from imagen_jax.optimizer import learning_rate, make_optimizer
@@ -333,8 +334,8 @@ def _check_writable(workdir: str) -> None:
 
 def _check_changes(saved: Config, given: Config, workdir: str, allowed: Collection[str]) -> None:
     """Raises ConfigError where `given` would learn something else than the run so far."""
-    for path, (old, new) in config_io.changes(saved, given).items():
-        if not config_io.named_in(path, allowed):
+    for path, (old, new) in overrides.changes(saved, given).items():
+        if not overrides.named_in(path, allowed):
             raise ConfigError(
                 f"config.{path}={new!r}, but {workdir} was trained with {old!r}; set it back, "
                 f"start a new --workdir, or mean it: --allow_changes={path}"
@@ -378,8 +379,8 @@ def with_data(
       encoder: fingerprint of the encoder that made them.
       stream: fingerprint of the records and their order.
     """
-    text = dataclasses.replace(config.text, fingerprint=config_io.fingerprint(dict(encoder)))
-    data = dataclasses.replace(config.data, fingerprint=config_io.fingerprint(dict(stream)))
+    text = dataclasses.replace(config.text, fingerprint=overrides.fingerprint(dict(encoder)))
+    data = dataclasses.replace(config.data, fingerprint=overrides.fingerprint(dict(stream)))
     model = dataclasses.replace(config.model, text_dim=dim)
     return dataclasses.replace(config, model=model, text=text, data=data)
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Any, Protocol, runtime_checkable
 
-from imagen_jax.config import ConfigError
+from imagen_jax.config.fields import ConfigError
 
 EOS_ID = 1  # T5's end mark.
 

@@ -22,14 +22,14 @@ import pytest
 from PIL import Image
 
 from imagen_jax import partitioning, stage
-from imagen_jax.config import (
+from imagen_jax.config.data import DataConfig
+from imagen_jax.config.sampling import SamplingConfig
+from imagen_jax.config.schema import (
     CheckpointConfig,
     Config,
-    DataConfig,
     DiffusionConfig,
     ModelConfig,
     OptimizerConfig,
-    SamplingConfig,
     TrainConfig,
 )
 from imagen_jax.data import embeddings
@@ -128,7 +128,7 @@ def random_params():
 
 
 CONFIG_FILE = """
-from imagen_jax import config_io
+from imagen_jax.config import overrides
 
 def get_config(name=""):
     return config_io.to_config_dict(config_io.from_json('''{json}'''))

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax import cascade, config_io, sampling
+from imagen_jax import cascade, sampling
 from imagen_jax.cascade import Cascade, StageError
 from imagen_jax.checkpoint import CheckpointError
-from imagen_jax.config import CheckpointConfig, TrainConfig
+from imagen_jax.config import overrides
+from imagen_jax.config.schema import CheckpointConfig, TrainConfig
 from imagen_jax.export import export
 from imagen_jax.train import train
 
@@ -138,7 +139,7 @@ def test_exporting_again_replaces_a_stage_and_nothing_else(exported, tmp_path):
     (out / "card.md").write_text("old")
     export(work, str(out), log=lambda line: None)
     assert (out / "card.md").read_text() != "old"
-    config = config_io.from_json((out / "config.json").read_text())
+    config = overrides.from_json((out / "config.json").read_text())
     assert config.train.steps == 2 and json.loads((out / "config.json").read_text())
 
     (tmp_path / "photos").mkdir()

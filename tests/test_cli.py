@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from imagen_jax import config_io
 from imagen_jax.cli import prepare, run
+from imagen_jax.config import overrides
 from imagen_jax.interop import weights
 
 CONFIG = """
-from imagen_jax import config_io
-from imagen_jax.config import Config
+from imagen_jax.config import overrides
+from imagen_jax.config.schema import Config
 
 def get_config(name=""):
     c = config_io.to_config_dict(Config())
@@ -148,7 +148,7 @@ def test_sample_refuses_what_it_cannot_draw(refused, tmp_path):
 )
 def test_stage_settings_that_are_refused(refused, tmp_path, base_config, settings, says):
     weights.write_safetensors(tmp_path / "params.safetensors", {"a": np.zeros(1, np.float32)})
-    (tmp_path / "config.json").write_text(config_io.to_json(base_config))
+    (tmp_path / "config.json").write_text(overrides.to_json(base_config))
     line = refused(
         "sample",
         f"--stages={tmp_path}",

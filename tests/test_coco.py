@@ -14,8 +14,8 @@ import pytest
 
 from imagen_jax import images
 from imagen_jax.cli import run
-from imagen_jax.config import ConfigError
-from imagen_jax.config_io import load
+from imagen_jax.config.fields import ConfigError
+from imagen_jax.config.overrides import load
 from imagen_jax.data.index import open_source
 
 tfds = pytest.importorskip("tensorflow_datasets")

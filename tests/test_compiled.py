@@ -6,9 +6,10 @@ import os
 import jax
 import pytest
 
-from imagen_jax import compiled, config_io
+from imagen_jax import compiled
 from imagen_jax.cli import run
 from imagen_jax.compiled import CompiledError
+from imagen_jax.config import overrides
 
 
 def losses(workdir) -> list[float]:
@@ -52,7 +53,7 @@ def load(saved):
     traced = jax.jit(lambda: 0).trace()
 
     def load(path, **changes) -> str:
-        config = config_io.load(str(saved[1]))
+        config = overrides.load(str(saved[1]))
         made_for = compiled.identity(config, jax.devices()) | changes
         with pytest.raises(CompiledError) as error:
             compiled.load(str(path), traced, made_for)
@@ -85,8 +86,8 @@ def test_what_is_not_ones_own_file_is_never_unpickled(saved, load, tmp_path):
 
 
 def test_what_does_not_shape_the_step_is_not_part_of_it(base_config):
-    elsewhere = config_io.from_json(
-        config_io.to_json(base_config).replace('"path": ""', '"path": "elsewhere"')
+    elsewhere = overrides.from_json(
+        overrides.to_json(base_config).replace('"path": ""', '"path": "elsewhere"')
     )
     assert elsewhere != base_config
     devices = jax.devices()

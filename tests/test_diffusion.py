@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from imagen_jax import diffusion
-from imagen_jax.config import DiffusionConfig
+from imagen_jax.config.schema import DiffusionConfig
 from tests.reference import diffusion as reference
 
 LOGSNR = np.array([-20.0, -9.0, -3.0, -0.5, 0.0, 1.0, 4.0, 10.0, 20.0])

@@ -9,7 +9,7 @@ import pytest
 
 from imagen_jax import diffusion, editing, sampling
 from imagen_jax.cascade import Cascade, Stage
-from imagen_jax.config import DiffusionConfig
+from imagen_jax.config.schema import DiffusionConfig
 from imagen_jax.editing import Edit, EditError
 
 COUNT = 3

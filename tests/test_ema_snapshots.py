@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from imagen_jax import ema, ema_snapshots
-from imagen_jax.config import CheckpointConfig, EmaConfig, TrainConfig
+from imagen_jax.config.schema import CheckpointConfig, EmaConfig, TrainConfig
 from imagen_jax.ema_snapshots import SnapshotError
 from imagen_jax.train import train
 

@@ -12,7 +12,7 @@ import pytest
 
 from imagen_jax import embed
 from imagen_jax.cli import run
-from imagen_jax.config import T5Config
+from imagen_jax.config.schema import T5Config
 from imagen_jax.data import embeddings, unit_file
 from imagen_jax.data.embeddings import EmbeddingError, EmbeddingStore
 from imagen_jax.interop import hf_t5

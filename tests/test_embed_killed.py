@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax.config import T5Config
+from imagen_jax.config.schema import T5Config
 from imagen_jax.data.embeddings import EmbeddingStore
 from imagen_jax.interop import hf_t5
 from imagen_jax.models import t5
@@ -26,8 +26,8 @@ TINY = T5Config(vocab_size=384, emb_dim=32, num_layers=2, num_heads=2, head_dim=
 CAPTIONS, KILLS, UNIT = 2000, 10, 16
 
 CONFIG = """
-from imagen_jax import config_io
-from imagen_jax.config import Config
+from imagen_jax.config import overrides
+from imagen_jax.config.schema import Config
 
 def get_config(name=""):
     c = config_io.to_config_dict(Config())

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from imagen_jax import config_io, flops, partitioning, stage
+from imagen_jax import flops, partitioning, stage
+from imagen_jax.config import overrides
 from imagen_jax.models.unet import UNet
 
 
@@ -57,7 +58,7 @@ def test_recomputation_is_work():
 
 @pytest.mark.slow
 def test_the_base_model_takes_what_the_paper_s_figures_say():
-    config = config_io.load("configs/imagen.py:base_64")
+    config = overrides.load("configs/imagen.py:base_64")
     params = jax.eval_shape(lambda: stage.init_params(config, jax.random.key(0)))
     size, length = config.data.image_size, config.data.max_text_len
     traced = jax.make_jaxpr(UNet(config.model).apply)(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from imagen_jax import partitioning
-from imagen_jax.config import ModelConfig
+from imagen_jax.config.schema import ModelConfig
 from imagen_jax.models import layers
 from imagen_jax.models.unet import UNet
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from imagen_jax import diffusion, guidance
-from imagen_jax.config import ConfigError, SamplingConfig
+from imagen_jax.config.fields import ConfigError
+from imagen_jax.config.sampling import SamplingConfig
 from tests.reference import diffusion as reference
 
 SHAPE = (3, 4, 4, 3)

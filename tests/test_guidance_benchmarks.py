@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from imagen_jax.config import PretrainTextConfig, TextConfig
+from imagen_jax.config.schema import PretrainTextConfig, TextConfig
 from imagen_jax.data import shapes
 from imagen_jax.export import write_stage
 

@@ -8,7 +8,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
 import learning
 from ablations import ROLES, Ablation, tabulate
 
-from imagen_jax.config import Config
+from imagen_jax.config.schema import Config
 
 
 def cell(step, seed, exact):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from imagen_jax.cli.wiring import open_pipeline
-from imagen_jax.config_io import load
+from imagen_jax.config.overrides import load
 from imagen_jax.distributed import DistributedError, _arguments
 from imagen_jax.preemption import RESTART
 from imagen_jax.train import train

@@ -13,9 +13,11 @@ import jax
 import numpy as np
 import pytest
 
-from imagen_jax import config_io, embed, partitioning
+from imagen_jax import embed, partitioning
 from imagen_jax.cli import wiring
-from imagen_jax.config import ConfigError, T5Config, TextConfig
+from imagen_jax.config import overrides as config_io
+from imagen_jax.config.fields import ConfigError
+from imagen_jax.config.schema import T5Config, TextConfig
 from imagen_jax.data.index import open_source
 from imagen_jax.interop import hf_t5
 from imagen_jax.models import t5

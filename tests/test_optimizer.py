@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from imagen_jax import ema
-from imagen_jax.config import EmaConfig, OptimizerConfig
+from imagen_jax.config.schema import EmaConfig, OptimizerConfig
 from imagen_jax.optimizer import learning_rate, make_optimizer
 
 

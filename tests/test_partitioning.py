@@ -10,9 +10,11 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from imagen_jax import config as config_lib
-from imagen_jax import config_io, partitioning
-from imagen_jax.config import ConfigError, MeshConfig
+from imagen_jax import partitioning
+from imagen_jax.config import overrides
+from imagen_jax.config import schema as config_lib
+from imagen_jax.config.fields import ConfigError
+from imagen_jax.config.schema import MeshConfig
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -45,7 +47,7 @@ def run(config, optimizer: str):
     """What tests/reference/sharded_step.py found."""
     program = [sys.executable, "-m", "tests.reference.sharded_step"]
     result = subprocess.run(
-        [*program, config_io.to_json(config), optimizer],
+        [*program, overrides.to_json(config), optimizer],
         cwd=ROOT,
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
         capture_output=True,

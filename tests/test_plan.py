@@ -11,10 +11,11 @@ import sys
 import jax
 import pytest
 
-from imagen_jax import config_io, partitioning, topology
+from imagen_jax import partitioning, topology
 from imagen_jax.cli import plan as plan_verb
 from imagen_jax.cli import run
-from imagen_jax.config import MeshConfig
+from imagen_jax.config import overrides
+from imagen_jax.config.schema import MeshConfig
 from imagen_jax.plan import Plan, Program
 from imagen_jax.plan_report import estimate, report
 from imagen_jax.plan_search import largest_part
@@ -134,7 +135,7 @@ def on_devices(base_config):
                 sys.executable,
                 "-m",
                 "tests.reference.plan_on_devices",
-                config_io.to_json(base_config),
+                overrides.to_json(base_config),
                 *arguments,
             ],
             cwd=ROOT,

@@ -12,7 +12,8 @@ import pytest
 
 from imagen_jax import pretrain_text as pretrain
 from imagen_jax import text, text_corpus
-from imagen_jax.config import ConfigError, PretrainTextConfig, TextConfig
+from imagen_jax.config.fields import ConfigError
+from imagen_jax.config.schema import PretrainTextConfig, TextConfig
 from imagen_jax.interop import weights
 from imagen_jax.outputs import OutputError
 

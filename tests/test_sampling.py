@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from imagen_jax import diffusion, sampling
-from imagen_jax.config import DiffusionConfig
+from imagen_jax.config.schema import DiffusionConfig
 from tests.reference import diffusion as reference
 
 M, C = 0.3, 0.5

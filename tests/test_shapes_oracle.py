@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from imagen_jax import shapes_oracle, text
-from imagen_jax.config import ConfigError, TextConfig
+from imagen_jax.config.fields import ConfigError
+from imagen_jax.config.schema import TextConfig
 from imagen_jax.data import shapes
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from imagen_jax import partitioning
 from imagen_jax.checkpoint import Checkpoints
-from imagen_jax.config import CheckpointConfig
+from imagen_jax.config.schema import CheckpointConfig
 from imagen_jax.optimizer import make_optimizer
 from imagen_jax.preemption import RESTART
 from imagen_jax.train import abstract_state

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from imagen_jax import diffusion, stage
-from imagen_jax.config import Config, ConfigError
+from imagen_jax.config.fields import ConfigError
+from imagen_jax.config.schema import Config
 
 
 def changed(config: Config, section: str, **values) -> Config:

@@ -14,9 +14,11 @@ import jax
 import numpy as np
 import pytest
 
-from imagen_jax import config_io, faults, partitioning, stage, train_state
+from imagen_jax import faults, partitioning, stage, train_state
 from imagen_jax.checkpoint import CheckpointError, Checkpoints
-from imagen_jax.config import CheckpointConfig, Config, ConfigError, TrainConfig
+from imagen_jax.config import overrides
+from imagen_jax.config.fields import ConfigError
+from imagen_jax.config.schema import CheckpointConfig, Config, TrainConfig
 from imagen_jax.faults import DivergedError
 from imagen_jax.optimizer import make_optimizer
 from imagen_jax.preemption import Preempted
@@ -224,21 +226,21 @@ def test_changes_that_matter_must_be_meant(section, change, refused, base_config
         base_config,
         **{section: dataclasses.replace(getattr(base_config, section), **change)},
     )
-    changed = config_io.changes(base_config, other)
+    changed = overrides.changes(base_config, other)
     if refused is None:
         assert changed == {}
     else:
         ((path, (old, new)),) = changed.items()
         assert f"{path}={new}" == refused and old != new
-        assert config_io.named_in(path, [section]) and config_io.named_in(path, [path])
-        assert not config_io.named_in(path, ["name"])
+        assert overrides.named_in(path, [section]) and overrides.named_in(path, [path])
+        assert not overrides.named_in(path, ["name"])
 
 
 def test_steps_matter_where_the_learning_rate_follows_from_them(base_config):
     cosine = dataclasses.replace(
         base_config, optimizer=dataclasses.replace(base_config.optimizer, schedule="cosine")
     )
-    assert "train.steps" in config_io.changes(cosine, with_train(cosine, steps=7))
+    assert "train.steps" in overrides.changes(cosine, with_train(cosine, steps=7))
 
 
 def test_a_run_refuses_another_learning_rate(base_config, stream, tmp_path):

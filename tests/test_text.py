@@ -14,9 +14,10 @@ import msgpack
 import numpy as np
 import pytest
 
-from imagen_jax import config as config_lib
 from imagen_jax import partitioning, pretrain_text, text, vocabulary
-from imagen_jax.config import ConfigError, T5Config, TextConfig
+from imagen_jax.config import schema as config_lib
+from imagen_jax.config.fields import ConfigError
+from imagen_jax.config.schema import T5Config, TextConfig
 from imagen_jax.interop import hf_t5
 from imagen_jax.models import t5
 

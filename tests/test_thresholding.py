@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from imagen_jax import thresholding
-from imagen_jax.config import SamplingConfig
+from imagen_jax.config.sampling import SamplingConfig
 from tests.reference import diffusion as reference
 
 SHAPE = (3, 4, 4, 3)

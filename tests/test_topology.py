@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from imagen_jax import topology
-from imagen_jax.config import ConfigError
+from imagen_jax.config.fields import ConfigError
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 from imagen_jax.checkpoint import CheckpointError
-from imagen_jax.config import CheckpointConfig, Config, ConfigError, TrainConfig
-from imagen_jax.config_io import load
+from imagen_jax.config.fields import ConfigError
+from imagen_jax.config.overrides import load
+from imagen_jax.config.schema import CheckpointConfig, Config, TrainConfig
 from imagen_jax.train import train
 
 SOURCE = pathlib.Path(__file__).parents[1]

@@ -17,7 +17,8 @@ from jaxtyping import UInt8
 
 from imagen_jax import images
 from imagen_jax.cli import sample as sample_verb
-from imagen_jax.config import Config, ConfigError
+from imagen_jax.config.fields import ConfigError
+from imagen_jax.config.schema import Config
 from imagen_jax.editing import Edit, EditError
 
 

@@ -12,7 +12,7 @@ import argparse
 from imagen_jax import convert, stablehlo
 from imagen_jax import export as export_lib
 from imagen_jax.cli import wiring
-from imagen_jax.config import ConfigError
+from imagen_jax.config.fields import ConfigError
 from imagen_jax.evaluation import report
 
 

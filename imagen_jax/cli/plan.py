@@ -14,9 +14,11 @@ from typing import Any
 
 import jax
 
-from imagen_jax import compiled, config_io, outputs, partitioning, plan, topology
+from imagen_jax import compiled, outputs, partitioning, plan, topology
 from imagen_jax.cli import wiring
-from imagen_jax.config import Config, ConfigError
+from imagen_jax.config import overrides
+from imagen_jax.config.fields import ConfigError
+from imagen_jax.config.schema import Config
 from imagen_jax.data.embeddings import EmbeddingStore
 from imagen_jax.data.unit_file import EmbeddingError
 from imagen_jax.plan import Plan
@@ -80,7 +82,7 @@ def _open(flags: argparse.Namespace) -> tuple[topology.Slice, Config]:
     if flags.topology == "here":
         config = wiring.load_config(flags)
         return topology.this_machine(), config
-    config = config_io.load(flags.config, flags.overrides)
+    config = overrides.load(flags.config, flags.overrides)
     jax.config.update("jax_platforms", "cpu")
     return topology.open_slice(flags.topology), config
 

@@ -6,7 +6,7 @@ import argparse
 
 from imagen_jax.checkpoint import Checkpoints
 from imagen_jax.cli import wiring
-from imagen_jax.config import CheckpointConfig
+from imagen_jax.config.schema import CheckpointConfig
 from imagen_jax.replay import replay
 
 

@@ -8,8 +8,10 @@ import os
 
 import jax
 
-from imagen_jax import config_io, partitioning
-from imagen_jax.config import Config, ConfigError
+from imagen_jax import partitioning
+from imagen_jax.config import overrides
+from imagen_jax.config.fields import ConfigError
+from imagen_jax.config.schema import Config
 from imagen_jax.data.embeddings import EmbeddingStore
 from imagen_jax.data.index import open_source
 from imagen_jax.data.on_the_fly import TokenSource
@@ -49,7 +51,7 @@ def check_least(flags: argparse.Namespace, least: int, *names: str) -> None:
 
 def load_config(flags: argparse.Namespace) -> Config:
     """The checked configuration of the flags; also sets up the host's devices for it."""
-    config = config_io.load(flags.config, flags.overrides)
+    config = overrides.load(flags.config, flags.overrides)
     set_up_devices(config.mesh.cpu_devices)
     return config
 

@@ -9,7 +9,7 @@ import re
 import threading
 from collections.abc import Sequence
 
-from imagen_jax.config import ConfigError
+from imagen_jax.config.fields import ConfigError
 from imagen_jax.images import PictureError
 
 CACHE = ".imagen_index"  # Folder of an index, beside the data.

@@ -13,7 +13,8 @@ import pathlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from imagen_jax.config import ConfigError, SourceConfig
+from imagen_jax.config.data import SourceConfig
+from imagen_jax.config.fields import ConfigError
 from imagen_jax.data.files import CACHE
 from imagen_jax.data.records import Item, lines_of, texts_of
 from imagen_jax.data.table import Place

@@ -15,7 +15,8 @@ import numpy as np
 from jaxtyping import Int
 
 from imagen_jax import images
-from imagen_jax.config import ConfigError, DataConfig, SourceConfig
+from imagen_jax.config.data import DataConfig, SourceConfig
+from imagen_jax.config.fields import ConfigError
 from imagen_jax.data import scan
 from imagen_jax.data.folder import Folder
 from imagen_jax.data.mixture import Mixture

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int
 
 from imagen_jax import images
-from imagen_jax.config_data import block_of
+from imagen_jax.config.data import block_of
 from imagen_jax.data.order import permute
 from imagen_jax.data.records import AnySource, Decode, Quarantine, Record
 

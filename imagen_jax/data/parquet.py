@@ -16,7 +16,8 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from imagen_jax.config import ConfigError, SourceConfig, unknown_name
+from imagen_jax.config.data import SourceConfig
+from imagen_jax.config.fields import ConfigError, unknown_name
 from imagen_jax.data import files
 from imagen_jax.data.records import Item, texts_of
 from imagen_jax.data.table import Place

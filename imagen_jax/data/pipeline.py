@@ -22,7 +22,8 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from imagen_jax import images
-from imagen_jax.config import ConfigError, DataConfig
+from imagen_jax.config.data import DataConfig
+from imagen_jax.config.fields import ConfigError
 from imagen_jax.data import view
 from imagen_jax.data.embeddings import EmbeddingStore
 from imagen_jax.data.on_the_fly import TokenSource

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from imagen_jax import images
-from imagen_jax.config import ConfigError
+from imagen_jax.config.fields import ConfigError
 from imagen_jax.data.table import Place
 
 SMALLEST_SIDE = 8  # Pixels; smaller pictures are placeholders and tracking pixels, not content.

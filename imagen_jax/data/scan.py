@@ -23,7 +23,7 @@ from typing import NamedTuple, TypeVar
 from PIL import Image
 
 from imagen_jax import images, outputs
-from imagen_jax.config import SourceConfig
+from imagen_jax.config.data import SourceConfig
 from imagen_jax.data.records import (
     Item,
     Quarantine,

@@ -16,7 +16,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from imagen_jax import images, outputs
-from imagen_jax.config import ConfigError
+from imagen_jax.config.fields import ConfigError
 from imagen_jax.data import shapes, shapes_words
 
 PROMPT_SPLITS = ("seen_test", "held_out")

@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from imagen_jax import config_io, images
+from imagen_jax import images
+from imagen_jax.config import overrides
 from imagen_jax.data.pipeline import Batch, Pipeline
 
 # Start-up messages of TensorFlow are of no use here; its errors reach Python as exceptions.
@@ -144,7 +145,7 @@ def drop_padding(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 def register(pipeline: Pipeline) -> str:
     """Registers the pipeline's task with seqio and returns its name."""
-    name = f"imagen_{config_io.fingerprint([pipeline.fingerprint(), vars(pipeline.data)])}"
+    name = f"imagen_{overrides.fingerprint([pipeline.fingerprint(), vars(pipeline.data)])}"
     if name in seqio.TaskRegistry.names():
         seqio.TaskRegistry.remove(name)
     pictures = ("image", "lowres") if pipeline.data.lowres_size else ("image",)

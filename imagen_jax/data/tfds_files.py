@@ -13,7 +13,8 @@ import re
 import threading
 from collections.abc import Iterator, Mapping
 
-from imagen_jax.config import ConfigError, SourceConfig, unknown_name
+from imagen_jax.config.data import SourceConfig
+from imagen_jax.config.fields import ConfigError, unknown_name
 from imagen_jax.data import files
 from imagen_jax.data.records import Item, Reader
 from imagen_jax.data.table import Place

@@ -12,7 +12,7 @@ import pathlib
 import tarfile
 from collections.abc import Iterator
 
-from imagen_jax.config import SourceConfig
+from imagen_jax.config.data import SourceConfig
 from imagen_jax.data import files
 from imagen_jax.data.folder import COMPANIONS, PICTURES
 from imagen_jax.data.records import Item, lines_of, texts_of

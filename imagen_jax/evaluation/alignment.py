@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from imagen_jax.config import unknown_name
+from imagen_jax.config.fields import unknown_name
 from imagen_jax.data import shapes
 from imagen_jax.data.letters import LETTERS
 from imagen_jax.evaluation import intervals, samples

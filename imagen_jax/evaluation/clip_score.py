@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, UInt8
 from PIL import Image
 from scipy import stats
 
-from imagen_jax.config import TextConfig
+from imagen_jax.config.schema import TextConfig
 from imagen_jax.evaluation import features, samples
 from imagen_jax.evaluation.features import Network, Pictures
 from imagen_jax.evaluation.intervals import CONFIDENCE

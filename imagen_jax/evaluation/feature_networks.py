@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from imagen_jax import images
-from imagen_jax.config import unknown_name
+from imagen_jax.config.fields import unknown_name
 from imagen_jax.evaluation import clip_score, fid
 from imagen_jax.evaluation.features import Network
 from imagen_jax.evaluation.samples import EvaluationError

@@ -20,8 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from imagen_jax import __version__, config_io, outputs
-from imagen_jax.config import Config, DataConfig
+from imagen_jax import __version__, outputs
+from imagen_jax.config import overrides
+from imagen_jax.config.data import DataConfig
+from imagen_jax.config.schema import Config
 from imagen_jax.data.index import Source, open_source
 from imagen_jax.evaluation import clip_score, fid, samples
 from imagen_jax.evaluation.features import Pictures
@@ -183,7 +185,7 @@ def about_run(
     stages = [
         {
             "name": config.name,
-            "config": config_io.fingerprint(config),
+            "config": overrides.fingerprint(config),
             **dataclasses.asdict(config.sampling),
         }
         for config in configs

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float
 
 from imagen_jax import outputs
-from imagen_jax.config import unknown_name
+from imagen_jax.config.fields import unknown_name
 from imagen_jax.evaluation import bar_chart
 from imagen_jax.evaluation.intervals import crossed_mean
 from imagen_jax.evaluation.samples import EvaluationError

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from imagen_jax import images, outputs
-from imagen_jax.config import unknown_name
+from imagen_jax.config.fields import unknown_name
 from imagen_jax.evaluation import cards as cards_lib
 from imagen_jax.evaluation import drawbench, fid30k, leaderboard, rate_score, samples
 from imagen_jax.evaluation.samples import EvaluationError

@@ -23,9 +23,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from imagen_jax import config_io, distributed, images, outputs
+from imagen_jax import distributed, images, outputs
 from imagen_jax.cascade import Cascade
-from imagen_jax.config import Config, unknown_name
+from imagen_jax.config import overrides
+from imagen_jax.config.fields import unknown_name
+from imagen_jax.config.schema import Config
 from imagen_jax.data import shapes
 from imagen_jax.evaluation import alignment, enlarge, feature_networks, fid, fid30k
 from imagen_jax.evaluation.features import Pictures
@@ -268,7 +270,7 @@ def _asked(
     stages = {
         config.name: {
             "weights": weights_hash(path),
-            "config": config_io.fingerprint(config),
+            "config": overrides.fingerprint(config),
             **dataclasses.asdict(config.sampling),
         }
         for config, path in zip(
@@ -296,7 +298,7 @@ def _finished(folder: pathlib.Path, cell: Cell, asked: Mapping[str, Any]) -> dic
     if not file.is_file():
         return None
     found = json.loads(file.read_text(encoding="utf-8"))
-    was, now = config_io.flat(found["asked"]), config_io.flat(asked)
+    was, now = overrides.flat(found["asked"]), overrides.flat(asked)
     for field in [*now, *was]:
         if was.get(field) != now.get(field):
             raise EvaluationError(

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from imagen_jax import partitioning
-from imagen_jax.config import T5Config
+from imagen_jax.config.schema import T5Config
 from imagen_jax.interop import weights
 from imagen_jax.models import t5
 

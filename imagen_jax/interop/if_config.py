@@ -10,7 +10,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from imagen_jax.config import ConfigError, ModelConfig
+from imagen_jax.config.fields import ConfigError
+from imagen_jax.config.schema import ModelConfig
 from imagen_jax.interop import weights
 
 DIFFUSERS_VERSION = "0.42.1"  # the one whose fields are written

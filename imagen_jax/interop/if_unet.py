@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from imagen_jax import partitioning
-from imagen_jax.config import ModelConfig
+from imagen_jax.config.schema import ModelConfig
 from imagen_jax.interop import weights
 from imagen_jax.interop.if_config import model_config, read_config, their_config
 from imagen_jax.models.unet import UNet

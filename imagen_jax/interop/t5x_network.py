@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from imagen_jax.config import ConfigError, T5Config
+from imagen_jax.config.fields import ConfigError
+from imagen_jax.config.schema import T5Config
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from imagen_jax import diffusion
-from imagen_jax.config import DiffusionConfig, ModelConfig
+from imagen_jax.config.schema import DiffusionConfig, ModelConfig
 from imagen_jax.models import layers
 from imagen_jax.models.conditioning import NoiseEmbedding, TextPooling
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from imagen_jax.config import ModelConfig
+from imagen_jax.config.schema import ModelConfig
 from imagen_jax.models import layers
 
 

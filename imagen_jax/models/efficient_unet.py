@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from imagen_jax.config import ModelConfig
+from imagen_jax.config.schema import ModelConfig
 from imagen_jax.models import layers
 from imagen_jax.models.conditioning import Conditioning
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from imagen_jax import partitioning
-from imagen_jax.config import ModelConfig
+from imagen_jax.config.schema import ModelConfig
 
 
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from imagen_jax.config import T5Config, unknown_name
+from imagen_jax.config.fields import unknown_name
+from imagen_jax.config.schema import T5Config
 
 ACTIVATIONS = {
     "gelu": lambda x: nn.gelu(x, approximate=True),

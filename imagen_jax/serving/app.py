@@ -21,7 +21,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from imagen_jax.config import Config
+from imagen_jax.config.schema import Config
 from imagen_jax.serving.gallery import Gallery
 from imagen_jax.serving.orders import SETTINGS, Limits, OrderError, parse
 from imagen_jax.serving.worker import QueueFull, Worker, preview

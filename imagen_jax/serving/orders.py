@@ -13,7 +13,8 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from imagen_jax.config import Config, unknown_name
+from imagen_jax.config.fields import unknown_name
+from imagen_jax.config.schema import Config
 from imagen_jax.request import MAX_SEED
 
 FIELDS = ("prompt", "negative_prompt", "seed", "samples", "stages")

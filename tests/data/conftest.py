@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax.config import DataConfig
+from imagen_jax.config.data import DataConfig
 from imagen_jax.data import embeddings
 from imagen_jax.data.index import open_source
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax.config import ConfigError, DataConfig
+from imagen_jax.config.data import DataConfig
+from imagen_jax.config.fields import ConfigError
 from imagen_jax.data import index, shapes, tfds_files, tfrecord
 
 

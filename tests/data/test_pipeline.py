@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from imagen_jax import images
-from imagen_jax.config import ConfigError
+from imagen_jax.config.fields import ConfigError
 from imagen_jax.data import embeddings
 from imagen_jax.data import pipeline as pipeline_lib
 from imagen_jax.data.embeddings import EmbeddingError, EmbeddingStore

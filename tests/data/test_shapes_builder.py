@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from imagen_jax.config import ConfigError
+from imagen_jax.config.fields import ConfigError
 from imagen_jax.data import shapes, shapes_words
 
 tfds = pytest.importorskip("tensorflow_datasets")

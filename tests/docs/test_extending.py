@@ -5,15 +5,10 @@ import re
 import subprocess
 import sys
 
-from imagen_jax import (
-    config,
-    config_data,
-    config_sampling,
-    diffusion,
-    sampling,
-    stage,
-    thresholding,
-)
+from imagen_jax import diffusion, stage, thresholding
+from imagen_jax import sampling as config_sampling
+from imagen_jax.config import data, schema
+from imagen_jax.config import sampling as config_sampling
 from imagen_jax.data import index
 from tests.reference.pages import ALL, ROOT
 
@@ -38,11 +33,11 @@ def choices(section: type, field: str) -> set[str]:
 
 
 def test_the_schema_accepts_the_rows_that_there_are():
-    process, drawing = config.DiffusionConfig, config_sampling.SamplingConfig
+    process, drawing = schema.DiffusionConfig, config_sampling.SamplingConfig
     assert choices(process, "schedule") == set(diffusion.SCHEDULES)
     assert choices(process, "aug_schedule") == set(diffusion.SCHEDULES)
     assert choices(process, "loss_weight") == set(diffusion.LOSS_WEIGHTS)
     assert choices(drawing, "sampler") == set(sampling.SAMPLERS)
     assert choices(drawing, "thresholding") == set(thresholding.THRESHOLDS)
-    assert choices(config.ModelConfig, "name") == set(stage.MODELS)
-    assert set(config_data.KINDS) == set(index.SOURCES)
+    assert choices(schema.ModelConfig, "name") == set(stage.MODELS)
+    assert set(data.KINDS) == set(index.SOURCES)

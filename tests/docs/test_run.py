@@ -25,8 +25,8 @@ FIRST = "docs/quickstart.md"
 RUN = [b for b in ALL if b.kind == "run"]
 # Python that is a part of a configuration file; `c` is what `get_config` begins with.
 PRELUDE = """
-from imagen_jax import config_io
-from imagen_jax.config import Config
+from imagen_jax.config import overrides
+from imagen_jax.config.schema import Config
 c = config_io.to_config_dict(Config())
 """
 TINY = """

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from imagen_jax import cascade, config_io
+from imagen_jax import cascade
 from imagen_jax.cli import run
+from imagen_jax.config import overrides
 from imagen_jax.interop import weights
 from tests.reference.fake_encoder import FakeEncoder
 
@@ -16,7 +17,7 @@ def stage_folder(base_config, random_params, tmp_path, monkeypatch):
     folder.mkdir()
     flat = weights.flatten(random_params(base_config))
     weights.write_safetensors(folder / "params.safetensors", flat)
-    (folder / "config.json").write_text(config_io.to_json(base_config))
+    (folder / "config.json").write_text(overrides.to_json(base_config))
     monkeypatch.setattr(cascade, "load_text_encoder", lambda config: FakeEncoder())
     return folder
 

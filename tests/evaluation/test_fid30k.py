@@ -18,9 +18,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax import config_io, images
+from imagen_jax import images
 from imagen_jax.cli import run
-from imagen_jax.config import Config, DataConfig
+from imagen_jax.config import overrides
+from imagen_jax.config.data import DataConfig
+from imagen_jax.config.schema import Config
 from imagen_jax.evaluation import fid, fid30k, frechet
 from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.interop import weights
@@ -178,7 +180,7 @@ def world(base_config, random_params, tmp_path_factory, inception_file):
         ),
     )
     (folder / "stage").mkdir()
-    (folder / "stage" / "config.json").write_text(config_io.to_json(config))
+    (folder / "stage" / "config.json").write_text(overrides.to_json(config))
     weights.write_safetensors(
         folder / "stage" / "params.safetensors", weights.flatten(random_params(config))
     )

@@ -11,7 +11,7 @@ import pytest
 from imagen_jax import images
 from imagen_jax.cascade import Cascade
 from imagen_jax.cli import run
-from imagen_jax.config import TextConfig
+from imagen_jax.config.schema import TextConfig
 from imagen_jax.data import shapes
 from imagen_jax.evaluation import sweep, sweep_report
 from imagen_jax.evaluation.samples import EvaluationError

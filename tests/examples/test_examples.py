@@ -15,7 +15,7 @@ from PIL import Image
 
 from imagen_jax import export, stage_folder
 from imagen_jax.cli import run
-from imagen_jax.config import T5Config, TextConfig
+from imagen_jax.config.schema import T5Config, TextConfig
 from imagen_jax.interop import hf_t5
 from imagen_jax.models import t5
 from tests.interop.test_if_unet import write as write_if

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from imagen_jax import text
-from imagen_jax.config import ConfigError, TextConfig
+from imagen_jax.config.fields import ConfigError
+from imagen_jax.config.schema import TextConfig
 from imagen_jax.frozen_encoder import encode_tokens
 from imagen_jax.interop import hf_clip, weights
 

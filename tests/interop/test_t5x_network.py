@@ -10,7 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from imagen_jax.config import ConfigError, T5Config, TextConfig
+from imagen_jax.config.fields import ConfigError
+from imagen_jax.config.schema import T5Config, TextConfig
 from imagen_jax.frozen_encoder import encode_tokens
 from imagen_jax.interop import t5x, t5x_network
 from imagen_jax.text import load_text_encoder

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from imagen_jax import guidance, partitioning
-from imagen_jax.config import DiffusionConfig, ModelConfig
+from imagen_jax.config.schema import DiffusionConfig, ModelConfig
 from imagen_jax.models import classifier
 
 CLASSES = (3, 2)

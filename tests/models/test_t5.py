@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from imagen_jax import partitioning
-from imagen_jax.config import T5Config
+from imagen_jax.config.schema import T5Config
 from imagen_jax.models import t5
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "t5_t5x" / "encoder_golden.npz"

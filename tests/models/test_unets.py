@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from imagen_jax import partitioning, stage
-from imagen_jax.config import ModelConfig
+from imagen_jax.config.schema import ModelConfig
 from imagen_jax.models import layers
 
 BATCH, SIZE, LENGTH, DIM = 2, 8, 4, 8

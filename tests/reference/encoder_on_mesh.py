@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from imagen_jax import partitioning
-from imagen_jax.config import MeshConfig, TextConfig
+from imagen_jax.config.schema import MeshConfig, TextConfig
 from imagen_jax.text import load_text_encoder
 
 

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from imagen_jax import config_io, hlo, partitioning, plan, topology, train
-from imagen_jax.config import Config, MeshConfig
+from imagen_jax import hlo, partitioning, plan, topology, train
+from imagen_jax.config import overrides
+from imagen_jax.config.schema import Config, MeshConfig
 from imagen_jax.optimizer import make_optimizer
 from imagen_jax.plan_search import search_batch, search_train
 
@@ -58,7 +59,7 @@ def with_batch(config: Config, size: int) -> Config:
 def main() -> None:
     jax.config.update("jax_num_cpu_devices", 4)
     jax.config.update("jax_disable_most_optimizations", True)
-    config = config_io.from_json(sys.argv[1])
+    config = overrides.from_json(sys.argv[1])
     config = dataclasses.replace(with_batch(config, 16), mesh=MeshConfig(fsdp=2))
     here = topology.this_machine()
     lines: list[str] = []

@@ -15,8 +15,9 @@ import jax
 import numpy as np
 import optax
 
-from imagen_jax import config_io, partitioning, stage, train, train_state, train_step
-from imagen_jax.config import Config, MeshConfig
+from imagen_jax import partitioning, stage, train, train_state, train_step
+from imagen_jax.config import overrides
+from imagen_jax.config.schema import Config, MeshConfig
 from imagen_jax.optimizer import make_optimizer
 
 MESHES = {
@@ -160,7 +161,7 @@ def compare(config: Config, meshes, smallest: int = 1) -> dict:
 def main() -> None:
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_disable_most_optimizations", True)
-    config = config_io.from_json(sys.argv[1])
+    config = overrides.from_json(sys.argv[1])
     data = dataclasses.replace(config.data, batch_size=8)
     # A large epsilon: Adam's update is then a smooth function of the gradient, and not the sign of
     # what may be rounding noise.

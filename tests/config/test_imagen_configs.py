@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from imagen_jax import cascade, config_io, partitioning, stage, train_state
-from imagen_jax.config import Config
+from imagen_jax import cascade, partitioning, stage, train_state
+from imagen_jax.config import overrides
+from imagen_jax.config.schema import Config
 from imagen_jax.optimizer import make_optimizer
 
-FILE = pathlib.Path(__file__).parents[1] / "configs" / "imagen.py"
+FILE = pathlib.Path(__file__).parents[2] / "configs" / "imagen.py"
 COUNTS = {
     "base_64": 2_407_520_259,
     "base_64_1b": 1_012_510_467,
@@ -33,7 +34,7 @@ STAGES = ["base_64", "sr_256", "sr_1024"]
 
 @functools.cache
 def load(name: str) -> Config:
-    return config_io.load(f"{FILE}:{name}")
+    return overrides.load(f"{FILE}:{name}")
 
 
 @functools.cache

@@ -6,7 +6,7 @@ import dataclasses
 import fractions
 import math
 
-from imagen_jax.config_fields import ConfigError, check_choice, doc
+from imagen_jax.config.fields import ConfigError, check_choice, doc
 
 KINDS = ("tfds", "folder", "tfrecord", "webdataset", "parquet")
 FITS = ("center_crop", "random_crop", "pad")

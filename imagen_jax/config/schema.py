@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from imagen_jax.config_data import ComponentConfig, DataConfig, SourceConfig
-from imagen_jax.config_fields import ConfigError, doc, section, unknown_name
-from imagen_jax.config_fields import check_choice as _check_choice
-from imagen_jax.config_sampling import SamplingConfig
+from imagen_jax.config.data import ComponentConfig, DataConfig, SourceConfig
+from imagen_jax.config.fields import ConfigError, doc, section, unknown_name
+from imagen_jax.config.fields import check_choice as _check_choice
+from imagen_jax.config.sampling import SamplingConfig
 
 __all__ = [
     "ComponentConfig",

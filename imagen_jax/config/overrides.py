@@ -21,7 +21,9 @@ from typing import Any
 
 import ml_collections
 
-from imagen_jax.config import ComponentConfig, Config, ConfigError
+from imagen_jax.config.data import ComponentConfig
+from imagen_jax.config.fields import ConfigError
+from imagen_jax.config.schema import Config
 
 
 def to_config_dict(config: Config) -> ml_collections.ConfigDict:

@@ -11,10 +11,13 @@ import jax
 import numpy as np
 import pytest
 
-from imagen_jax import config_io, optimizer, partitioning, stage, train, train_state, train_step
-from imagen_jax.config import Config, ConfigError, DataConfig
+from imagen_jax import optimizer, partitioning, stage, train, train_state, train_step
+from imagen_jax.config import overrides
+from imagen_jax.config.data import DataConfig
+from imagen_jax.config.fields import ConfigError
+from imagen_jax.config.schema import Config
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def names_of(path: pathlib.Path) -> list[str]:
@@ -40,22 +43,22 @@ def sections(cls=Config, path="config"):
 
 
 def overridden(*assignments: str) -> Config:
-    values = config_io.to_config_dict(Config())
-    config_io.override(values, assignments)
-    return config_io.from_config_dict(values)
+    values = overrides.to_config_dict(Config())
+    overrides.override(values, assignments)
+    return overrides.from_config_dict(values)
 
 
 def test_round_trips(sr_config):
-    assert config_io.from_config_dict(config_io.to_config_dict(sr_config)) == sr_config
-    assert config_io.from_json(config_io.to_json(sr_config)) == sr_config
-    assert hash(sr_config) == hash(config_io.from_json(config_io.to_json(sr_config)))
+    assert overrides.from_config_dict(overrides.to_config_dict(sr_config)) == sr_config
+    assert overrides.from_json(overrides.to_json(sr_config)) == sr_config
+    assert hash(sr_config) == hash(overrides.from_json(overrides.to_json(sr_config)))
 
 
 def test_fingerprint_tells_configurations_apart(base_config):
-    again = config_io.from_json(config_io.to_json(base_config))
-    assert config_io.fingerprint(again) == config_io.fingerprint(base_config)
+    again = overrides.from_json(overrides.to_json(base_config))
+    assert overrides.fingerprint(again) == overrides.fingerprint(base_config)
     other = dataclasses.replace(base_config, seed=1)
-    assert config_io.fingerprint(other) != config_io.fingerprint(base_config)
+    assert overrides.fingerprint(other) != overrides.fingerprint(base_config)
 
 
 def test_every_field_is_documented():
@@ -123,16 +126,16 @@ def test_what_is_refused(assignment, says):
 
 
 def test_json_saved_before_a_field_existed_is_read_with_its_default():
-    values = json.loads(config_io.to_json(Config(seed=7)))
+    values = json.loads(overrides.to_json(Config(seed=7)))
     del values["train"]["steps"]
-    assert config_io.from_json(json.dumps(values)) == Config(seed=7)
+    assert overrides.from_json(json.dumps(values)) == Config(seed=7)
 
 
 def test_json_with_an_unknown_field_is_refused():
-    values = json.loads(config_io.to_json(Config()))
+    values = json.loads(overrides.to_json(Config()))
     values["train"]["stepps"] = 3
     with pytest.raises(ConfigError, match="config.train.stepps.*config.train.steps"):
-        config_io.from_json(json.dumps(values))
+        overrides.from_json(json.dumps(values))
 
 
 @pytest.mark.parametrize(
@@ -152,15 +155,15 @@ def test_a_config_file_with_a_slip(tmp_path, body, says):
         f"    c = config_io.to_config_dict(config.Config())\n{body}\n"
     )
     if says is None:
-        assert config_io.load(f"{path}:nope") == Config()
+        assert overrides.load(f"{path}:nope") == Config()
         return
     with pytest.raises(ConfigError, match="mine.py.*" + says):
-        config_io.load(f"{path}:nope")
+        overrides.load(f"{path}:nope")
 
 
 def test_no_such_config_file():
     with pytest.raises(ConfigError, match="no file 'configs/nothing.py'"):
-        config_io.load("configs/nothing.py:base")
+        overrides.load("configs/nothing.py:base")
 
 
 def shrunk(config: Config) -> Config:
@@ -208,7 +211,7 @@ def stepped(config: Config, make_batch) -> tuple[train_state.TrainState, dict]:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_configuration_at_full_size_and_shrunk(name, make_batch):
-    config = config_io.load(str(ROOT / "configs" / name))
+    config = overrides.load(str(ROOT / "configs" / name))
     wide = train.with_data(config, 4096, {}, {})
     shapes = jax.eval_shape(lambda: stage.init_params(wide, jax.random.key(0)))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) > 1e5
@@ -220,12 +223,12 @@ def test_configuration_at_full_size_and_shrunk(name, make_batch):
 
 def test_unknown_name_in_a_projects_file():
     with pytest.raises(ConfigError, match="nope"):
-        config_io.load(f"{ROOT / 'configs' / 'shapes.py'}:nope")
+        overrides.load(f"{ROOT / 'configs' / 'shapes.py'}:nope")
 
 
 MIXTURE = """
-from imagen_jax import config_io
-from imagen_jax.config import Config
+from imagen_jax.config import overrides
+from imagen_jax.config.schema import Config
 
 def get_config(name=""):
     c = config_io.to_config_dict(Config())
@@ -245,16 +248,16 @@ def mixture(tmp_path) -> str:
 
 
 def test_sources_of_a_mixture_are_overridden_by_name(mixture):
-    config = config_io.load(mixture, ["data.mixture.own.rate=0.5", "data.mixture.coco.split=val"])
+    config = overrides.load(mixture, ["data.mixture.own.rate=0.5", "data.mixture.coco.split=val"])
     coco, own = config.data.mixture["coco"], config.data.mixture["own"]
     assert (coco.rate, coco.split, coco.path) == (3.0, "val", "/data")
     assert (own.rate, own.kind, own.split) == (0.5, "folder", "train")
-    assert config_io.from_json(config_io.to_json(config)) == config
-    assert hash(config) == hash(config_io.from_json(config_io.to_json(config)))
+    assert overrides.from_json(overrides.to_json(config)) == config
+    assert hash(config) == hash(overrides.from_json(overrides.to_json(config)))
 
 
 def test_a_source_without_a_path_lies_where_the_data_are(mixture):
-    config = config_io.load(mixture, ["data.path=/shared", "data.mixture.coco.path="])
+    config = overrides.load(mixture, ["data.path=/shared", "data.mixture.coco.path="])
     assert {name: s.path for name, s in config.data.sources().items()} == {
         "coco": "/shared",
         "own": "/own",
@@ -273,18 +276,18 @@ def test_a_source_without_a_path_lies_where_the_data_are(mixture):
 )
 def test_mistakes_in_a_mixture(mixture, override, says):
     with pytest.raises(ConfigError, match=re.escape(says)):
-        config_io.load(mixture, [override])
+        overrides.load(mixture, [override])
 
 
 def test_what_a_run_may_change_in_a_mixture(mixture):
-    config = config_io.load(mixture)
-    moved = config_io.load(mixture, ["data.mixture.own.path=/elsewhere"])
-    assert config_io.changes(config, moved) == {}
-    rated = config_io.load(mixture, ["data.mixture.own.rate=2"])
-    assert config_io.changes(config, rated) == {"data.mixture.own.rate": (1.0, 2.0)}
+    config = overrides.load(mixture)
+    moved = overrides.load(mixture, ["data.mixture.own.path=/elsewhere"])
+    assert overrides.changes(config, moved) == {}
+    rated = overrides.load(mixture, ["data.mixture.own.rate=2"])
+    assert overrides.changes(config, rated) == {"data.mixture.own.rate": (1.0, 2.0)}
     alone = dataclasses.replace(config, data=dataclasses.replace(config.data, mixture={}))
-    assert config_io.changes(alone, config)["data.mixture.coco.rate"] == (None, 3.0)
-    assert config_io.changes(config, alone)["data.mixture.coco.rate"] == (3.0, None)
+    assert overrides.changes(alone, config)["data.mixture.coco.rate"] == (None, 3.0)
+    assert overrides.changes(config, alone)["data.mixture.coco.rate"] == (3.0, None)
 
 
 def test_a_stage_that_learned_from_crops_draws_whole_pictures():
@@ -293,7 +296,7 @@ def test_a_stage_that_learned_from_crops_draws_whole_pictures():
     assert (whole.image_size, whole.lowres_size, whole.crop_from) == (1024, 256, 0)
     assert whole.whole() is whole
     for name in ("imagen.py:sr_1024", "shapes.py:sr2"):
-        config = config_io.load(str(ROOT / "configs" / name))
+        config = overrides.load(str(ROOT / "configs" / name))
         whole = config.data.whole()
         assert whole.image_size == 4 * config.data.image_size == 4 * whole.lowres_size
         assert not any(config.model.self_attention) and any(config.model.cross_attention)
@@ -301,10 +304,10 @@ def test_a_stage_that_learned_from_crops_draws_whole_pictures():
     with pytest.raises(ConfigError, match="crop_from=1000 must be a multiple of.*image_size=256"):
         DataConfig(image_size=256, crop_from=1000)
     with pytest.raises(ConfigError, match="position_embedding=True does not go with .*crop_from"):
-        config_io.load(str(ROOT / "configs/shapes.py:sr2"), ["model.position_embedding=True"])
+        overrides.load(str(ROOT / "configs/shapes.py:sr2"), ["model.position_embedding=True"])
 
 
 @pytest.mark.parametrize("name", ["folder.py:base", "folder.py:sr", "coco.py:base", "coco.py:sr"])
 def test_other_data_need_nothing_of_the_demo(name):
-    config = config_io.load(str(ROOT / "configs" / name))
-    assert "runs/demo" not in config_io.to_json(config)
+    config = overrides.load(str(ROOT / "configs" / name))
+    assert "runs/demo" not in overrides.to_json(config)

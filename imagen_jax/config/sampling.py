@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
-from imagen_jax.config_fields import ConfigError, check_choice, doc
+from imagen_jax.config.fields import ConfigError, check_choice, doc
 
 
 @dataclasses.dataclass(frozen=True)
