@@ -27,11 +27,12 @@ import numpy as np
 import optax
 import reporting
 
-from imagen_jax import diffusion, guidance, images, partitioning, stage, thresholding
+from imagen_jax import diffusion, guidance, partitioning, stage, thresholding
 from imagen_jax.data import shapes
 from imagen_jax.evaluation import line_chart
 from imagen_jax.evaluation.line_chart import Point
 from imagen_jax.interop import weights
+from imagen_jax.io import images
 from imagen_jax.models import classifier
 from imagen_jax.optimizer import make_optimizer
 

@@ -23,10 +23,11 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from imagen_jax import images, partitioning, pretrain_text, text_corpus
+from imagen_jax import partitioning, pretrain_text, text_corpus
 from imagen_jax.config import overrides as config_io
 from imagen_jax.config.schema import T5Config
 from imagen_jax.data import shapes
+from imagen_jax.io import images
 from imagen_jax.models import clip, t5
 
 PICTURES = 20_000  # Those of the data set.

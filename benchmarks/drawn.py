@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imagen_jax import cascade, diffusion, drawing, images, prompts, sampling
+from imagen_jax import cascade, diffusion, drawing, prompts, sampling
 from imagen_jax.config import overrides
 from imagen_jax.evaluation import alignment
+from imagen_jax.io import images
 from imagen_jax.text import embed_prompts, load_text_encoder
 
 BATCH = 32

@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imagen_jax import cascade, diffusion, images, sampling, stage
+from imagen_jax import cascade, diffusion, sampling, stage
 from imagen_jax.diffusion import alpha_sigma, expand, to_eps
+from imagen_jax.io import images
 from imagen_jax.sampling import Sampler
 
 

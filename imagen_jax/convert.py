@@ -13,7 +13,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from imagen_jax import export, outputs
+from imagen_jax import export
 from imagen_jax.config.data import DataConfig
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.sampling import SamplingConfig
@@ -21,6 +21,7 @@ from imagen_jax.config.schema import Config, DiffusionConfig, TextConfig
 from imagen_jax.export_check import check
 from imagen_jax.interop import if_unet, weights
 from imagen_jax.interop.if_config import read_config
+from imagen_jax.io import atomic
 from imagen_jax.models.conditioning import cosine_steps
 from imagen_jax.stage_folder import Stage
 
@@ -115,12 +116,12 @@ def export_diffusers(source: str, out: str, log: Callable[[str], None] = print) 
       StageError, CheckpointError: nothing can be read. OutputError: `out` holds something else.
       ExportError: what was written draws something else.
     """
-    folder = outputs.free_folder(out, "config.json", "model folder")
+    folder = atomic.free_folder(out, "config.json", "model folder")
     stage = export.read_source(source)
     config = stage.config
     _check_process(config)
     imported = pathlib.Path(source) / SOURCE
-    with outputs.folder(folder) as temporary:
+    with atomic.folder(folder) as temporary:
         if_unet.save(
             temporary,
             config.model,

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from imagen_jax import drawing, images
+from imagen_jax import drawing
 from imagen_jax.cascade import Cascade
+from imagen_jax.io import images
 from imagen_jax.stage_folder import Stage
 
 

@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8
 
-from imagen_jax import images
 from imagen_jax.diffusion import alpha_sigma, expand, q_sample
 from imagen_jax.guidance import Denoise
+from imagen_jax.io import images
 from imagen_jax.sampling import Sampler, fold, normal
 
 # Randomness of a step besides the sampler's own: folded into its keys.

@@ -17,12 +17,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from imagen_jax import ema, ema_snapshots, model_card, outputs, partitioning, stage
+from imagen_jax import ema, ema_snapshots, model_card, partitioning, stage
 from imagen_jax.checkpoint import CheckpointError, Checkpoints
 from imagen_jax.config import overrides
 from imagen_jax.config.schema import CheckpointConfig, Config, TextConfig, check_sigma_rel
 from imagen_jax.export_check import check
 from imagen_jax.interop import weights
+from imagen_jax.io import atomic
 from imagen_jax.stage_folder import ENCODER_FOLDER, Stage, load_stage
 
 # A larger text encoder stays where it is; its vocabulary and fingerprint come along.
@@ -159,7 +160,7 @@ def export_average(
 
 def stage_folder(out: str) -> pathlib.Path:
     """The path of `out`. Raises OutputError when something else than a stage is there."""
-    return outputs.free_folder(out, "params.safetensors", "stage folder")
+    return atomic.free_folder(out, "params.safetensors", "stage folder")
 
 
 def _write(
@@ -181,7 +182,7 @@ def _write(
     text_path = config.text.path and str(pathlib.Path(config.text.path).absolute())
     text = dataclasses.replace(config.text, path=text_path)
     config = dataclasses.replace(config, text=text, data=config.data.whole())
-    with outputs.folder(folder) as temporary:
+    with atomic.folder(folder) as temporary:
         carried = dataclasses.replace(config, text=copy_encoder(text, temporary))
         card = model_card.of_run(carried, params=params, **about)
         _fill(temporary, params, config, {"card.md": card})
@@ -200,7 +201,7 @@ def write_stage(
       config: the stage.
       texts: further files, name to content.
     """
-    with outputs.folder(folder) as temporary:
+    with atomic.folder(folder) as temporary:
         _fill(temporary, params, config, texts)
 
 

@@ -13,8 +13,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from imagen_jax import drawing, images
+from imagen_jax import drawing
 from imagen_jax.config.schema import Config
+from imagen_jax.io import images
 from imagen_jax.stage_folder import Stage
 
 PICTURES = 2

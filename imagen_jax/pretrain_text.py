@@ -30,10 +30,11 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from imagen_jax import outputs, partitioning
+from imagen_jax import partitioning
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import OptimizerConfig, PretrainTextConfig, T5Config
 from imagen_jax.interop import hf_t5
+from imagen_jax.io import atomic
 from imagen_jax.models import t5
 from imagen_jax.optimizer import make_optimizer
 from imagen_jax.text_corpus import EOS_ID, by_group, tokenize, train_vocabulary
@@ -82,7 +83,7 @@ def pretrain_text(
       ConfigError: no caption holds text, or vocab_size is too small.
       OutputError: `out` holds something else.
     """
-    folder = outputs.free_folder(out, "pretrain.json", "earlier pretrain_text")
+    folder = atomic.free_folder(out, "pretrain.json", "earlier pretrain_text")
     groups = [kept for group in groups if (kept := [c.strip() for c in group if c.strip()])]
     captions = [caption for group in groups for caption in group]
     if not captions:
@@ -319,7 +320,7 @@ def write_encoder(
       model: content of `spiece.model`.
       metrics: content of `pretrain.json`.
     """
-    with outputs.folder(folder) as temporary:
+    with atomic.folder(folder) as temporary:
         hf_t5.save(temporary, t5_config, params)
         (temporary / "spiece.model").write_bytes(model)
         (temporary / "pretrain.json").write_text(json.dumps(metrics, indent=2) + "\n")

@@ -18,8 +18,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from imagen_jax import images, outputs
 from imagen_jax.config import overrides
+from imagen_jax.io import atomic, images
 
 GRID_PICTURES = 32
 # Chunks of PNG text that tell what a picture is. The others (`checkpoint`) are for people.
@@ -109,7 +109,7 @@ def write_rows(
     for sample in samples:
         own = {"file": sample.file, **sample._asdict(), "seed": seed}
         lines.append(json.dumps({**rows[sample.prompt_index], **own}, ensure_ascii=False))
-    outputs.write_text(folder / "samples.jsonl", "\n".join(lines) + "\n")
+    atomic.write_text(folder / "samples.jsonl", "\n".join(lines) + "\n")
 
 
 def read_pictures(

@@ -18,17 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imagen_jax import (
-    drawing,
-    export,
-    export_check,
-    model_card,
-    outputs,
-    sampling,
-    stablehlo_loader,
-)
+from imagen_jax import drawing, export, export_check, model_card, sampling, stablehlo_loader
 from imagen_jax.config.schema import Config
 from imagen_jax.interop import weights
+from imagen_jax.io import atomic
 from imagen_jax.stage_folder import Stage
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -61,10 +54,10 @@ def export_stablehlo(source: str, out: str, log: Callable[[str], None] = print) 
       StageError, CheckpointError: nothing can be read. OutputError: `out` holds something else.
       ExportError: what was written draws something else.
     """
-    folder = outputs.free_folder(out, "signature.json", "folder of an exported sampler")
+    folder = atomic.free_folder(out, "signature.json", "folder of an exported sampler")
     stage = export.read_source(source)
     program = make_program(stage)
-    with outputs.folder(folder) as temporary:
+    with atomic.folder(folder) as temporary:
         (temporary / "sampler.jaxexport").write_bytes(program.serialize())
         flat = weights.flatten(jax.tree.map(np.asarray, stage.params))
         weights.write_safetensors(temporary / "params.safetensors", flat)

@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from imagen_jax import images, outputs
 from imagen_jax.cascade import Progress
+from imagen_jax.io import atomic, images
 from imagen_jax.sample_folder import Sample
 
 KINDS = ("png", "gif")
@@ -74,7 +74,7 @@ def _enlarged(
 def _save_gif(path: pathlib.Path, frames: UInt8[np.ndarray, "n h w 3"], comment: str) -> None:
     first, *others = (Image.fromarray(frame) for frame in frames)
     durations = [FRAME] * len(others) + [LAST_FRAME]
-    with outputs.file(path) as temporary:
+    with atomic.file(path) as temporary:
         first.save(
             temporary,
             format="gif",

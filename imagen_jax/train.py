@@ -29,7 +29,6 @@ from imagen_jax import (
     drawing,
     ema,
     ema_snapshots,
-    images,
     metrics,
     partitioning,
     stage,
@@ -42,6 +41,7 @@ from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import Config
 from imagen_jax.faults import AboutStep, Faults
 from imagen_jax.interop import weights
+from imagen_jax.io import images
 from imagen_jax.optimizer import learning_rate, make_optimizer
 from imagen_jax.preemption import Preempted, Preemption
 from imagen_jax.profiling import Profiler

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax import images
+from imagen_jax.io import images
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 CAPTIONS = {

@@ -15,7 +15,7 @@ from imagen_jax import text, text_corpus
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import PretrainTextConfig, TextConfig
 from imagen_jax.interop import weights
-from imagen_jax.outputs import OutputError
+from imagen_jax.io.atomic import OutputError
 
 SMALL = PretrainTextConfig(
     emb_dim=16, num_layers=1, num_heads=2, mlp_dim=16, steps=2, batch_size=4, context=2

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax import images
 from imagen_jax.cascade import Cascade, Stage
 from imagen_jax.cli import run
 from imagen_jax.config.schema import T5Config, TextConfig
 from imagen_jax.editing import Edit
 from imagen_jax.export import write_stage
 from imagen_jax.interop import hf_t5
+from imagen_jax.io import images
 from imagen_jax.models import t5
 from imagen_jax.sample import Job, sample
 from imagen_jax.sample_folder import SampleError

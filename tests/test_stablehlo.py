@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax import drawing, export, images, stablehlo
+from imagen_jax import drawing, export, stablehlo
 from imagen_jax.checkpoint import CheckpointError
 from imagen_jax.export_check import ExportError, compare
-from imagen_jax.outputs import OutputError
+from imagen_jax.io import images
+from imagen_jax.io.atomic import OutputError
 from imagen_jax.stage_folder import Stage, load_stage
 
 WHICH = {"seed": 7, "prompt_index": [1, 5], "sample_index": [0, 2]}

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from imagen_jax import images
 from imagen_jax.cli import sample as sample_verb
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import Config
 from imagen_jax.editing import Edit, EditError
+from imagen_jax.io import images
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import pathlib
 
-from imagen_jax import distributed, outputs
+from imagen_jax import distributed
 from imagen_jax.cli import evaluate_features, evaluate_sweep
 from imagen_jax.cli import sample as sample_verb
 from imagen_jax.evaluation import (
@@ -18,6 +18,7 @@ from imagen_jax.evaluation import (
     samples,
 )
 from imagen_jax.evaluation.studies import STUDIES
+from imagen_jax.io import atomic
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +63,7 @@ def _add_alignment(parser: argparse.ArgumentParser) -> None:
 
 def _alignment(flags: argparse.Namespace) -> None:
     card = alignment.evaluate(flags.samples)
-    outputs.write_json(flags.out, card)
+    atomic.write_json(flags.out, card)
     print(alignment.format_table(card))
 
 
@@ -77,7 +78,7 @@ def _add_edges(parser: argparse.ArgumentParser) -> None:
 
 def _edges(flags: argparse.Namespace) -> None:
     card = edges.evaluate(flags.samples, flags.lowres, flags.crop)
-    outputs.write_json(flags.out, card)
+    atomic.write_json(flags.out, card)
     print(edges.format_table(card))
 
 
@@ -100,7 +101,7 @@ def _drawbench(flags: argparse.Namespace) -> None:
             print(path)
         if all(row.get("objects") for row in rows):
             card = alignment.evaluate(flags.out, by="category")
-            outputs.write_json(pathlib.Path(flags.out) / "alignment.json", card)
+            atomic.write_json(pathlib.Path(flags.out) / "alignment.json", card)
             print(alignment.format_table(card))
 
 

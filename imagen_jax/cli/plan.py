@@ -14,13 +14,14 @@ from typing import Any
 
 import jax
 
-from imagen_jax import compiled, outputs, partitioning, plan, topology
+from imagen_jax import compiled, partitioning, plan, topology
 from imagen_jax.cli import wiring
 from imagen_jax.config import overrides
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import Config
 from imagen_jax.data.embeddings import EmbeddingStore
 from imagen_jax.data.unit_file import EmbeddingError
+from imagen_jax.io import atomic
 from imagen_jax.plan import Plan
 from imagen_jax.plan_report import report
 from imagen_jax.plan_search import search_batch, search_train
@@ -74,7 +75,7 @@ def run(flags: argparse.Namespace) -> None:
     if flags.save:
         _save(made, flags.save)
     if flags.json:
-        outputs.write_json(flags.json, made.as_json())
+        atomic.write_json(flags.json, made.as_json())
 
 
 def _open(flags: argparse.Namespace) -> tuple[topology.Slice, Config]:

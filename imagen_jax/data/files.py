@@ -10,7 +10,7 @@ import threading
 from collections.abc import Sequence
 
 from imagen_jax.config.fields import ConfigError
-from imagen_jax.images import PictureError
+from imagen_jax.io.images import PictureError
 
 CACHE = ".imagen_index"  # Folder of an index, beside the data.
 KEPT_OPEN = 512  # Files; common limits on open files begin at 1024.

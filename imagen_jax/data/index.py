@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from imagen_jax import images
 from imagen_jax.config.data import DataConfig, SourceConfig
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.data import scan
@@ -27,6 +26,7 @@ from imagen_jax.data.table import Table
 from imagen_jax.data.tfds_files import open_tfds
 from imagen_jax.data.tfrecord import TFRecords
 from imagen_jax.data.webdataset import Shards
+from imagen_jax.io import images
 
 Log = Callable[[str], None]
 

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from imagen_jax import images
 from imagen_jax.config.data import block_of
 from imagen_jax.data.order import permute
 from imagen_jax.data.records import AnySource, Decode, Quarantine, Record
+from imagen_jax.io import images
 
 # Added to the seed, so that sources of one size and the blocks are shuffled differently.
 SOURCE_STREAM, BLOCK_STREAM = 1 << 32, 1 << 48

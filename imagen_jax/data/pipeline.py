@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Int
 
-from imagen_jax import images
 from imagen_jax.config.data import DataConfig
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.data import view
@@ -30,6 +29,7 @@ from imagen_jax.data.on_the_fly import TokenSource
 from imagen_jax.data.order import draw_bits
 from imagen_jax.data.records import AnySource
 from imagen_jax.data.unit_file import EmbeddingError
+from imagen_jax.io import images
 
 Batch = dict[str, np.ndarray]
 

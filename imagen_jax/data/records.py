@@ -15,9 +15,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from imagen_jax import images
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.data.table import Place
+from imagen_jax.io import images
 
 SMALLEST_SIDE = 8  # Pixels; smaller pictures are placeholders and tracking pixels, not content.
 LONG_CAPTION = 256  # Words; T5 learned from 512 tokens, Imagen from fewer.

@@ -22,7 +22,6 @@ from typing import NamedTuple, TypeVar
 
 from PIL import Image
 
-from imagen_jax import images, outputs
 from imagen_jax.config.data import SourceConfig
 from imagen_jax.data.records import (
     Item,
@@ -34,6 +33,7 @@ from imagen_jax.data.records import (
     size_fault,
 )
 from imagen_jax.data.table import Table, TableWriter
+from imagen_jax.io import atomic, images
 
 LAYOUT = 2  # Raised when the meaning of a cached index changes.
 CHUNK = 32  # Records that a thread examines at a time.
@@ -74,7 +74,7 @@ def cached_index(reader: Reader, source: SourceConfig) -> tuple[Table, Quarantin
     report_file = cache / "quarantine.json"
     with contextlib.suppress(OSError):  # An index that was made for all may be read-only here.
         text = json.dumps(report.as_json(), indent=1, ensure_ascii=False)
-        outputs.write_text(report_file, text, errors="backslashreplace")
+        atomic.write_text(report_file, text, errors="backslashreplace")
     return Table.load(cache / name), report, report_file
 
 
@@ -147,7 +147,7 @@ def _keep(table: Table, report: Quarantine, folder: pathlib.Path) -> None:
         "notes": report.notes,
         "noted": report.noted,
     }
-    outputs.write_text(temporary / "report.json", json.dumps(written))
+    atomic.write_text(temporary / "report.json", json.dumps(written))
     temporary.chmod(0o755)  # mkdtemp's folders are the user's alone; the data may be a team's.
     try:
         temporary.rename(folder)

@@ -15,9 +15,9 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from imagen_jax import images, outputs
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.data import shapes, shapes_words
+from imagen_jax.io import atomic, images
 
 PROMPT_SPLITS = ("seen_test", "held_out")
 CORPUS = 20_000  # Lines of paraphrases.jsonl.
@@ -136,7 +136,7 @@ def prepare(data_dir: str, name: str) -> None:
     )
     for file, values in _TEXTS.get(name, dict)().items():
         lines = (json.dumps(value) + "\n" for value in itertools.islice(values, CORPUS))
-        outputs.write_text(pathlib.Path(data_dir) / file, "".join(lines))
+        atomic.write_text(pathlib.Path(data_dir) / file, "".join(lines))
 
 
 def _world_texts() -> dict[str, Iterable[Any]]:

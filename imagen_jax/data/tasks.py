@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from imagen_jax import images
 from imagen_jax.config import overrides
 from imagen_jax.data.pipeline import Batch, Pipeline
+from imagen_jax.io import images
 
 # Start-up messages of TensorFlow are of no use here; its errors reach Python as exceptions.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from imagen_jax import images
 from imagen_jax.config.data import DataConfig
 from imagen_jax.data import order
+from imagen_jax.io import images
 
 # Words that a mirrored picture would make untrue, whole words in English: left, right, leftmost,
 # right-hand, leftwards, right-handed, clockwise and their like; not bright, upright or leftover.

@@ -7,14 +7,14 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from imagen_jax import outputs
+from imagen_jax.io import atomic
 
 
 def write(card: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Writes FILE.json, and FILE.md."""
     file = pathlib.Path(path)
-    outputs.write_json(file, card)
-    outputs.write_text(file.with_suffix(".md"), format_card(card))
+    atomic.write_json(file, card)
+    atomic.write_text(file.with_suffix(".md"), format_card(card))
 
 
 def format_card(card: Mapping[str, Any]) -> str:

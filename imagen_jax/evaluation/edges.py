@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
-from imagen_jax import images
 from imagen_jax.data import shapes
 from imagen_jax.evaluation import samples
 from imagen_jax.evaluation.samples import EvaluationError
+from imagen_jax.io import images
 
 # A place is flat where the small picture varies by no more than this around it, levels; a jump
 # that is no larger is grain.

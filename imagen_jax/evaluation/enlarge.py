@@ -14,9 +14,10 @@ import pathlib
 import jax.numpy as jnp
 import numpy as np
 
-from imagen_jax import distributed, images, outputs
+from imagen_jax import distributed
 from imagen_jax.cascade import Cascade
 from imagen_jax.evaluation import samples
+from imagen_jax.io import atomic, images
 from imagen_jax.stage import drop_text
 
 
@@ -67,4 +68,4 @@ def enlarge(
     distributed.gather(np.zeros(()))  # Waits for the pictures of all processes.
     if distributed.is_first():
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        outputs.write_text(pathlib.Path(out) / "samples.jsonl", "".join(lines))
+        atomic.write_text(pathlib.Path(out) / "samples.jsonl", "".join(lines))

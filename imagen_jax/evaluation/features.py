@@ -22,10 +22,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, UInt8
 
-from imagen_jax import outputs
 from imagen_jax.evaluation import frechet
 from imagen_jax.evaluation.frechet import Statistics
 from imagen_jax.evaluation.samples import EvaluationError
+from imagen_jax.io import atomic
 
 PARTS_AT_ONCE = 128  # In memory for their sums; a merge costs as much as some hundred pictures.
 THREADS = 8  # That decode and resize; Pillow and NumPy let go of the interpreter meanwhile.
@@ -161,7 +161,7 @@ def _apply(
 
 
 def _write(file: pathlib.Path, features: np.ndarray, hashes: np.ndarray, network: str) -> None:
-    with outputs.file(file) as partial, partial.open("wb") as stream:
+    with atomic.file(file) as partial, partial.open("wb") as stream:
         np.savez(stream, features=features, hashes=hashes, network=network)
 
 

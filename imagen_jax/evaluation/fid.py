@@ -16,7 +16,6 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from imagen_jax import images
 from imagen_jax.config.fields import unknown_name
 from imagen_jax.data.folder import PICTURES, walk
 from imagen_jax.evaluation import clip_score, feature_distances, features, frechet, samples
@@ -25,6 +24,7 @@ from imagen_jax.evaluation.frechet import Gaussian
 from imagen_jax.evaluation.resizing import FILTERS
 from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.interop import hf_clip, inception
+from imagen_jax.io import images
 from imagen_jax.models.inception import Inception
 
 SQUARE_FILTER = "bicubic"

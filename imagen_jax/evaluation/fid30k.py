@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from imagen_jax import __version__, outputs
+from imagen_jax import __version__
 from imagen_jax.config import overrides
 from imagen_jax.config.data import DataConfig
 from imagen_jax.config.schema import Config
@@ -30,6 +30,7 @@ from imagen_jax.evaluation.features import Pictures
 from imagen_jax.evaluation.fid import Eyes, Settings
 from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.interop import hf_clip
+from imagen_jax.io import atomic
 
 COUNT = 30_000
 BUILDER = "coco_captions/2014"
@@ -104,7 +105,7 @@ def write_captions(rows: Sequence[dict[str, Any]], out: str | pathlib.Path) -> N
             f"{path} holds other captions than --data, --count and --caption_seed give; choose "
             "another --out"
         )
-    outputs.write_text(path, text)
+    atomic.write_text(path, text)
 
 
 def pictures_of(sources: Sequence[Source], size: int) -> Pictures:

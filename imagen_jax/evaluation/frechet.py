@@ -19,9 +19,9 @@ import numpy as np
 from jaxtyping import Float
 from scipy import linalg, stats
 
-from imagen_jax import outputs
 from imagen_jax.evaluation.intervals import CONFIDENCE
 from imagen_jax.evaluation.samples import EvaluationError
+from imagen_jax.io import atomic
 
 
 class Gaussian(NamedTuple):
@@ -182,7 +182,7 @@ def save(path: str | os.PathLike[str], gaussian: Gaussian, about: Mapping[str, A
       gaussian: what is saved.
       about: JSON values, such as the network and the filter behind it.
     """
-    with outputs.file(path) as partial, partial.open("wb") as file:
+    with atomic.file(path) as partial, partial.open("wb") as file:
         np.savez(
             file,
             mu=gaussian.mean,

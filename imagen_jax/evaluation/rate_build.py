@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from imagen_jax import images, outputs
 from imagen_jax.evaluation import samples
 from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.evaluation.studies import STUDIES, Study
+from imagen_jax.io import atomic, images
 
 PLAIN_COLORS = {"red": (215, 30, 30), "green": (30, 150, 50), "blue": (30, 60, 215)}
 CONTROL_SIZE = 256
@@ -76,8 +76,8 @@ def build(
     }
     shown = [_shown(item, study) for item in items]
     key["id"] = hashlib.sha256(json.dumps([key, shown], sort_keys=True).encode()).hexdigest()[:16]
-    outputs.write_json(pathlib.Path(out) / "key.json", key)
-    outputs.write_text(page / "index.html", _page(key, asked, shown))
+    atomic.write_json(pathlib.Path(out) / "key.json", key)
+    atomic.write_text(page / "index.html", _page(key, asked, shown))
     return key
 
 

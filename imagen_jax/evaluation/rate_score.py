@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from imagen_jax import outputs
 from imagen_jax.config.fields import unknown_name
 from imagen_jax.evaluation import bar_chart
 from imagen_jax.evaluation.intervals import crossed_mean
 from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.evaluation.studies import STUDIES, VALUE, Study, names_people
+from imagen_jax.io import atomic
 
 MIN_CONTROLS = 0.8
 EVERYTHING, NO_PEOPLE = "all", "no people"
@@ -252,8 +252,8 @@ def write(card: Mapping[str, Any], out: str) -> None:
     """Writes OUT/ratings.json, OUT/ratings.md and a bar chart OUT/QUESTION.svg per question."""
     folder = pathlib.Path(out)
     text = json.dumps(card, indent=1, ensure_ascii=False) + "\n"
-    outputs.write_text(folder / "ratings.json", text)
-    outputs.write_text(folder / "ratings.md", format_card(card))
+    atomic.write_text(folder / "ratings.json", text)
+    atomic.write_text(folder / "ratings.md", format_card(card))
     for question, scores in card["questions"].items():
         bars = {
             group: {
@@ -264,7 +264,7 @@ def write(card: Mapping[str, Any], out: str) -> None:
             for group, entry in scores["groups"].items()
         }
         title = f"{question}: {card['names'][0]} and {card['names'][1]}, 95% intervals"
-        outputs.write_text(folder / f"{question}.svg", bar_chart.draw(bars, title))
+        atomic.write_text(folder / f"{question}.svg", bar_chart.draw(bars, title))
 
 
 def format_card(card: Mapping[str, Any]) -> str:

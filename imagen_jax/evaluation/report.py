@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from imagen_jax import images, outputs
 from imagen_jax.config.fields import unknown_name
 from imagen_jax.evaluation import cards as cards_lib
 from imagen_jax.evaluation import drawbench, fid30k, leaderboard, rate_score, samples
 from imagen_jax.evaluation.samples import EvaluationError
+from imagen_jax.io import atomic, images
 
 PICTURES = 24
 Table = tuple[str, list[str], list[list[str]]]
@@ -51,8 +51,8 @@ def write(cards: Sequence[str], out: str, *, name: str, samples_dir: str = "") -
         picture = "pictures.png"
         images.save_png(folder / picture, _pictures(samples_dir), {"samples": samples_dir})
     markdown = _markdown(tables, name, picture)
-    outputs.write_text(folder / "report.md", markdown)
-    outputs.write_text(folder / "report.html", _html(tables, name, picture))
+    atomic.write_text(folder / "report.md", markdown)
+    atomic.write_text(folder / "report.html", _html(tables, name, picture))
     return markdown
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from imagen_jax import images
+from imagen_jax.io import images
 
 
 class EvaluationError(ValueError):

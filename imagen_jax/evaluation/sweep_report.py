@@ -10,11 +10,11 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from imagen_jax import images, outputs
 from imagen_jax.evaluation import line_chart
 from imagen_jax.evaluation.canvas import Canvas
 from imagen_jax.evaluation.line_chart import Point
 from imagen_jax.evaluation.sweep import format_value
+from imagen_jax.io import atomic, images
 
 
 class Mark(NamedTuple):
@@ -39,10 +39,10 @@ def write(cells: Sequence[dict[str, Any]], out: str, title: str = "") -> str:
     folder = pathlib.Path(out)
     card = {"card": "sweep", "score": score_name(cells), "cells": with_front(cells)}
     table = format_table(card["cells"])
-    outputs.write_json(folder / "sweep.json", card)
-    outputs.write_text(folder / "sweep.md", table)
+    atomic.write_json(folder / "sweep.json", card)
+    atomic.write_text(folder / "sweep.md", table)
     chart = plot(cells, title)
-    outputs.write_text(folder / "pareto.svg", chart.svg())
+    atomic.write_text(folder / "pareto.svg", chart.svg())
     images.save_png(folder / "pareto.png", chart.pixels(), {})
     return table
 

@@ -20,9 +20,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from imagen_jax import outputs
 from imagen_jax.interop import torch_pickle
 from imagen_jax.interop.torch_pickle import Tensor
+from imagen_jax.io import atomic
 
 _DTYPES = {
     "F64": np.dtype("<f8"),
@@ -135,7 +135,7 @@ def write_safetensors(path: str | pathlib.Path, arrays: Mapping[str, np.ndarray]
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     # Under another name first: the arrays may be mapped from the very file that is written.
-    with outputs.file(path) as temporary, temporary.open("wb") as file:
+    with atomic.file(path) as temporary, temporary.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for blob in blobs:
             file.write(blob.tobytes())

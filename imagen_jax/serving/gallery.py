@@ -20,7 +20,7 @@ from typing import Any
 from jaxtyping import UInt8
 from numpy import ndarray
 
-from imagen_jax import images, outputs
+from imagen_jax.io import atomic, images
 
 _FILE = re.compile(r"([0-9a-f]{32})\.json")
 
@@ -52,7 +52,7 @@ class Gallery:
         text = json.dumps(about, ensure_ascii=False)
         chunks = {k: v if isinstance(v, str) else json.dumps(v) for k, v in about.items()}
         images.save_png(self._folder / f"{identifier}.png", picture, chunks)
-        outputs.write_text(self._folder / f"{identifier}.json", text)
+        atomic.write_text(self._folder / f"{identifier}.json", text)
         with self._lock:
             self._about[identifier] = about
             self._forget()

@@ -7,13 +7,13 @@ import threading
 import numpy as np
 import pytest
 
-from imagen_jax import images
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.data import embeddings
 from imagen_jax.data import pipeline as pipeline_lib
 from imagen_jax.data.embeddings import EmbeddingError, EmbeddingStore
 from imagen_jax.data.order import permute
 from imagen_jax.data.pipeline import Pipeline
+from imagen_jax.io import images
 
 
 def equal(a: dict, b: dict) -> None:

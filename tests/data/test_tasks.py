@@ -45,8 +45,8 @@ def test_hosts_read_their_own_part(stream):
 
 
 def test_every_level_becomes_the_same_float(stream):
-    from imagen_jax import images
     from imagen_jax.data import feature_converter
+    from imagen_jax.io import images
 
     levels = np.arange(256, dtype=np.uint8).reshape(1, 1, 256, 1).repeat(3, -1)
     dataset = tf.data.Dataset.from_tensor_slices(levels).map(feature_converter._to_float)

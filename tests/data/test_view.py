@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax import images
 from imagen_jax.config.data import ComponentConfig, DataConfig
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.data import index, order, view
 from imagen_jax.data.mixture import Mixture
 from imagen_jax.data.pipeline import Pipeline
+from imagen_jax.io import images
 from tests.data.conftest import write_store
 
 

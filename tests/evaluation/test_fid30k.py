@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax import images
 from imagen_jax.cli import run
 from imagen_jax.config import overrides
 from imagen_jax.config.data import DataConfig
@@ -26,6 +25,7 @@ from imagen_jax.config.schema import Config
 from imagen_jax.evaluation import fid, fid30k, frechet
 from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.interop import weights
+from imagen_jax.io import images
 from tests.reference import fid_inception
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import pytest
 
-from imagen_jax import images
 from imagen_jax.cascade import Cascade
 from imagen_jax.cli import run
 from imagen_jax.config.schema import TextConfig
@@ -17,6 +16,7 @@ from imagen_jax.evaluation import sweep, sweep_report
 from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.export import write_stage
 from imagen_jax.interop import hf_t5
+from imagen_jax.io import images
 from imagen_jax.models import t5
 from tests.test_embed_killed import TINY
 

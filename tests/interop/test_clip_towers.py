@@ -14,10 +14,10 @@ import jax
 import numpy as np
 import pytest
 
-from imagen_jax import images
 from imagen_jax.evaluation import clip_score, features
 from imagen_jax.evaluation.features import Pictures
 from imagen_jax.interop import hf_clip, weights
+from imagen_jax.io import images
 
 BATCH = 3  # In all tests, so that it is compiled once.
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "clip"

@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-from imagen_jax import images
+from imagen_jax.io import images
 
 pytestmark = pytest.mark.slow
 

@@ -29,7 +29,7 @@ from PIL import (
     UnidentifiedImageError,
 )
 
-from imagen_jax import outputs
+from imagen_jax.io import atomic
 
 AnyArray = TypeVar("AnyArray", Array, np.ndarray)
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, the latter two exclusive
@@ -310,5 +310,5 @@ def save_png(
     chunks = PngImagePlugin.PngInfo()
     for keyword, value in text.items():
         chunks.add_itxt(keyword, value)
-    with outputs.file(path) as temporary:
+    with atomic.file(path) as temporary:
         Image.fromarray(image).save(temporary, format="png", pnginfo=chunks)

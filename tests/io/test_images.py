@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax import images
+from imagen_jax.io import images
 
 
 def encode(picture: Image.Image, kind: str, **options) -> bytes:
