@@ -27,7 +27,7 @@ import numpy as np
 import optax
 import reporting
 
-from imagen_jax import diffusion, guidance, partitioning, stage, thresholding
+from imagen_jax import diffusion, guidance, stage, thresholding
 from imagen_jax.data import shapes
 from imagen_jax.evaluation import line_chart
 from imagen_jax.evaluation.line_chart import Point
@@ -35,6 +35,7 @@ from imagen_jax.interop import weights
 from imagen_jax.io import images
 from imagen_jax.models import classifier
 from imagen_jax.optimizer import make_optimizer
+from imagen_jax.parallel import partitioning
 
 COLORS, SHAPES, SIZES = (list(names) for names in (shapes.COLORS, shapes.SHAPES, shapes.SIZES))
 MIXED = 4  # the number of a picture whose objects differ; else the number of objects minus one

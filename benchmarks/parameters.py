@@ -13,9 +13,10 @@ import sys
 
 import jax
 
-from imagen_jax import partitioning, stage
+from imagen_jax import stage
 from imagen_jax.config import overrides
 from imagen_jax.interop import weights
+from imagen_jax.parallel import partitioning
 
 PARTS = ("all", "residual blocks", "pixels' attention", "text's attention", "conditioning", "ends")
 

@@ -12,10 +12,10 @@ import numpy as np
 import optax
 import reporting
 
-from imagen_jax import flops, partitioning
 from imagen_jax.config.schema import MeshConfig, ModelConfig
 from imagen_jax.models.conditioning import cosine_steps
 from imagen_jax.models.unet import UNet
+from imagen_jax.parallel import flops, partitioning
 
 Model = tuple[ModelConfig, Any]
 

@@ -19,10 +19,10 @@ import jax
 import numpy as np
 import reporting
 
-from imagen_jax import partitioning
 from imagen_jax.cli.wiring import set_up_devices
 from imagen_jax.config import overrides as config_io
 from imagen_jax.optimizer import make_optimizer
+from imagen_jax.parallel import partitioning
 from imagen_jax.train import abstract_state, train
 from imagen_jax.train_step import jit_train_step
 

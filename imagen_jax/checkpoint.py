@@ -20,9 +20,9 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
-from imagen_jax import distributed
 from imagen_jax.config import overrides
 from imagen_jax.config.schema import CheckpointConfig, Config
+from imagen_jax.parallel import distributed
 from imagen_jax.train_state import TrainState
 
 # Bytes that the files of a checkpoint take beside its numbers, and 5% of those.

@@ -18,7 +18,6 @@ from typing import Literal, NamedTuple
 import jax
 import numpy as np
 
-from imagen_jax import partitioning
 from imagen_jax.checkpoint import CheckpointError, Checkpoints
 from imagen_jax.config import overrides
 from imagen_jax.config.fields import ConfigError
@@ -33,6 +32,7 @@ from imagen_jax.data.view import sided
 from imagen_jax.interop.weights import WeightsError
 from imagen_jax.io import images
 from imagen_jax.optimizer import make_optimizer
+from imagen_jax.parallel import partitioning
 from imagen_jax.text import TextEncoder, load_text_encoder
 from imagen_jax.train import abstract_state, with_data
 

@@ -20,7 +20,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jaxtyping import Array, Bool, Float, Int
 
-from imagen_jax import partitioning
 from imagen_jax.config import overrides
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import T5Config, TextConfig
@@ -29,6 +28,7 @@ from imagen_jax.interop.t5x_network import T5xConfig
 from imagen_jax.interop.t5x_network import make_encoder as make_t5x_encoder
 from imagen_jax.models import clip, t5
 from imagen_jax.models.clip import ClipTextConfig
+from imagen_jax.parallel import partitioning
 from imagen_jax.vocabulary import Vocabulary
 
 

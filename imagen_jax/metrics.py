@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 from etils import epath
 
-from imagen_jax import distributed
+from imagen_jax.parallel import distributed
 
 try:
     from tensorboardX import SummaryWriter

@@ -11,10 +11,10 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from imagen_jax import partitioning
 from imagen_jax.config.schema import Config
+from imagen_jax.parallel import partitioning
+from imagen_jax.parallel.topology import GIB, Slice
 from imagen_jax.plan import Plan, Program, compile_program, train_program
-from imagen_jax.topology import GIB, Slice
 
 REMATS = ("none", "blocks", "full")
 MOST = 1024  # pictures per device: where the search ends

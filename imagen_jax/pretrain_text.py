@@ -30,13 +30,13 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from imagen_jax import partitioning
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import OptimizerConfig, PretrainTextConfig, T5Config
 from imagen_jax.interop import hf_t5
 from imagen_jax.io import atomic
 from imagen_jax.models import t5
 from imagen_jax.optimizer import make_optimizer
+from imagen_jax.parallel import partitioning
 from imagen_jax.text_corpus import EOS_ID, by_group, tokenize, train_vocabulary
 
 LOG_EVERY = 100

@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imagen_jax import diffusion, faults, partitioning, stage
+from imagen_jax import diffusion, faults, stage
 from imagen_jax.checkpoint import CheckpointError, Checkpoints
 from imagen_jax.config.schema import Config
 from imagen_jax.optimizer import make_optimizer
+from imagen_jax.parallel import partitioning
 from imagen_jax.train import Batches, Encode, abstract_state
 from imagen_jax.train_step import block_norms, gradient_of_batch, jit_train_step, step_key
 

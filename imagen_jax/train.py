@@ -23,18 +23,7 @@ import optax
 from etils import epath
 from jaxtyping import Array, UInt8
 
-from imagen_jax import (
-    compiled,
-    distributed,
-    drawing,
-    ema,
-    ema_snapshots,
-    metrics,
-    partitioning,
-    stage,
-    stage_folder,
-    train_state,
-)
+from imagen_jax import drawing, ema, ema_snapshots, metrics, stage, stage_folder, train_state
 from imagen_jax.checkpoint import Checkpoints
 from imagen_jax.config import overrides
 from imagen_jax.config.fields import ConfigError
@@ -43,8 +32,9 @@ from imagen_jax.faults import AboutStep, Faults
 from imagen_jax.interop import weights
 from imagen_jax.io import images
 from imagen_jax.optimizer import learning_rate, make_optimizer
-from imagen_jax.preemption import Preempted, Preemption
-from imagen_jax.profiling import Profiler
+from imagen_jax.parallel import compiled, distributed, partitioning
+from imagen_jax.parallel.preemption import Preempted, Preemption
+from imagen_jax.parallel.profiling import Profiler
 from imagen_jax.train_state import TrainState
 from imagen_jax.train_step import INIT_STREAM, StepFn, jit_train_step, times_of, useful_flops
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from imagen_jax import partitioning
+from imagen_jax.parallel import partitioning
 
 
 @jax.tree_util.register_dataclass

@@ -17,7 +17,7 @@ metadata() {
     "http://metadata.google.internal/computeMetadata/v1/instance/attributes/$1"
 }
 
-# The processes of a slice find each other through the variables that imagen_jax/distributed.py
+# The processes of a slice find each other through the variables that imagen_jax/parallel/distributed.py
 # reads. An endpoint is three fields, the last its address; worker 0 comes first.
 export_who_takes_part() {
   local endpoints first

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax import partitioning
 from imagen_jax.config.schema import ModelConfig
 from imagen_jax.models import layers
 from imagen_jax.models.unet import UNet
+from imagen_jax.parallel import partitioning
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
 

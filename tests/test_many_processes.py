@@ -14,8 +14,8 @@ import pytest
 
 from imagen_jax.cli.wiring import open_pipeline
 from imagen_jax.config.overrides import load
-from imagen_jax.distributed import DistributedError, _arguments
-from imagen_jax.preemption import RESTART
+from imagen_jax.parallel.distributed import DistributedError, _arguments
+from imagen_jax.parallel.preemption import RESTART
 from imagen_jax.train import train
 
 SOURCE = pathlib.Path(__file__).parents[1]

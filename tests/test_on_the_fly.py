@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from imagen_jax import embed, partitioning
+from imagen_jax import embed
 from imagen_jax.cli import wiring
 from imagen_jax.config import overrides as config_io
 from imagen_jax.config.fields import ConfigError
@@ -21,6 +21,7 @@ from imagen_jax.config.schema import T5Config, TextConfig
 from imagen_jax.data.index import open_source
 from imagen_jax.interop import hf_t5
 from imagen_jax.models import t5
+from imagen_jax.parallel import partitioning
 from imagen_jax.text import load_text_encoder
 from imagen_jax.train import train, with_data
 

@@ -11,15 +11,15 @@ import sys
 import jax
 import pytest
 
-from imagen_jax import partitioning, topology
 from imagen_jax.cli import plan as plan_verb
 from imagen_jax.cli import run
 from imagen_jax.config import overrides
 from imagen_jax.config.schema import MeshConfig
+from imagen_jax.parallel import partitioning, topology
+from imagen_jax.parallel.topology import GIB
 from imagen_jax.plan import Plan, Program
 from imagen_jax.plan_report import estimate, report
 from imagen_jax.plan_search import largest_part
-from imagen_jax.topology import GIB
 from tests.data.conftest import DIM, write_store
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -13,11 +13,11 @@ import jax
 import numpy as np
 import pytest
 
-from imagen_jax import partitioning
 from imagen_jax.checkpoint import Checkpoints
 from imagen_jax.config.schema import CheckpointConfig
 from imagen_jax.optimizer import make_optimizer
-from imagen_jax.preemption import RESTART
+from imagen_jax.parallel import partitioning
+from imagen_jax.parallel.preemption import RESTART
 from imagen_jax.train import abstract_state
 from imagen_jax.train_state import TrainState
 

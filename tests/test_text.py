@@ -14,12 +14,13 @@ import msgpack
 import numpy as np
 import pytest
 
-from imagen_jax import partitioning, pretrain_text, text, vocabulary
+from imagen_jax import pretrain_text, text, vocabulary
 from imagen_jax.config import schema as config_lib
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import T5Config, TextConfig
 from imagen_jax.interop import hf_t5
 from imagen_jax.models import t5
+from imagen_jax.parallel import partitioning
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "t5_t5x"
 CAPTIONS = ["a red circle above a blue square", "two small green crosses", "a white triangle"] * 4

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import pathlib
 
-from imagen_jax import distributed
 from imagen_jax.cli import evaluate_features, evaluate_sweep
 from imagen_jax.cli import sample as sample_verb
 from imagen_jax.evaluation import (
@@ -19,6 +18,7 @@ from imagen_jax.evaluation import (
 )
 from imagen_jax.evaluation.studies import STUDIES
 from imagen_jax.io import atomic
+from imagen_jax.parallel import distributed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import pathlib
 
-from imagen_jax import distributed
 from imagen_jax.cli import sample as sample_verb
 from imagen_jax.cli import wiring
 from imagen_jax.evaluation import cards, clip_score, fid, fid30k, frechet
@@ -13,6 +12,7 @@ from imagen_jax.evaluation.resizing import FILTERS
 from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.interop import hf_clip
 from imagen_jax.interop.inception import PUBLIC_FILE
+from imagen_jax.parallel import distributed
 from imagen_jax.request import with_settings
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from imagen_jax import compiled, partitioning, plan, topology
+from imagen_jax import plan
 from imagen_jax.cli import wiring
 from imagen_jax.config import overrides
 from imagen_jax.config.fields import ConfigError
@@ -22,6 +22,7 @@ from imagen_jax.config.schema import Config
 from imagen_jax.data.embeddings import EmbeddingStore
 from imagen_jax.data.unit_file import EmbeddingError
 from imagen_jax.io import atomic
+from imagen_jax.parallel import compiled, partitioning, topology
 from imagen_jax.plan import Plan
 from imagen_jax.plan_report import report
 from imagen_jax.plan_search import search_batch, search_train

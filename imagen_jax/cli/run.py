@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
-from imagen_jax.preemption import RESTART, Preempted
+from imagen_jax.parallel.preemption import RESTART, Preempted
 
 VERBS = {
     "prepare": "make a data set ready: build it, index it, report what cannot be used",

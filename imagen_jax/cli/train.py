@@ -11,9 +11,9 @@ import os
 
 import jax
 
-from imagen_jax import distributed
 from imagen_jax.cli import wiring
-from imagen_jax.preemption import Preemption
+from imagen_jax.parallel import distributed
+from imagen_jax.parallel.preemption import Preemption
 from imagen_jax.train import train, with_data
 
 

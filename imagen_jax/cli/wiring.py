@@ -8,7 +8,6 @@ import os
 
 import jax
 
-from imagen_jax import partitioning
 from imagen_jax.config import overrides
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import Config
@@ -16,6 +15,7 @@ from imagen_jax.data.embeddings import EmbeddingStore
 from imagen_jax.data.index import open_source
 from imagen_jax.data.on_the_fly import TokenSource
 from imagen_jax.data.pipeline import Pipeline
+from imagen_jax.parallel import partitioning
 from imagen_jax.text import load_text_encoder
 
 

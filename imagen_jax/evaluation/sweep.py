@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from imagen_jax import distributed
 from imagen_jax.cascade import Cascade
 from imagen_jax.config import overrides
 from imagen_jax.config.fields import unknown_name
@@ -35,6 +34,7 @@ from imagen_jax.evaluation.fid import Eyes, Reference
 from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.interop import hf_clip
 from imagen_jax.io import atomic, images
+from imagen_jax.parallel import distributed
 from imagen_jax.request import with_settings
 from imagen_jax.sample import Job, sample
 from imagen_jax.stage_folder import check_chain, load_stage, weights_hash

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from imagen_jax import partitioning
 from imagen_jax.interop import weights
 from imagen_jax.models import clip
 from imagen_jax.models.clip import ClipTextConfig, ClipVisionConfig
+from imagen_jax.parallel import partitioning
 
 # Our field -> theirs, and what a configuration without it means.
 _FIELDS = {

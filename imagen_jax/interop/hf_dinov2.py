@@ -16,10 +16,10 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from imagen_jax import partitioning
 from imagen_jax.interop import weights
 from imagen_jax.models.clip import ACTIVATIONS, ClipVisionConfig
 from imagen_jax.models.dinov2 import PictureFeatures
+from imagen_jax.parallel import partitioning
 
 SIZE = 224
 

@@ -15,10 +15,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from imagen_jax import partitioning
 from imagen_jax.config.schema import T5Config
 from imagen_jax.interop import weights
 from imagen_jax.models import t5
+from imagen_jax.parallel import partitioning
 
 # Their name of the activation -> ours. "gelu_new" is the tanh form, as "gated-gelu" implies.
 _FEED_FORWARD = {

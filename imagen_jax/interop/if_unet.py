@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imagen_jax import partitioning
 from imagen_jax.config.schema import ModelConfig
 from imagen_jax.interop import weights
 from imagen_jax.interop.if_config import model_config, read_config, their_config
 from imagen_jax.models.unet import UNet
+from imagen_jax.parallel import partitioning
 
 WEIGHT_FILES = (
     "diffusion_pytorch_model.safetensors",

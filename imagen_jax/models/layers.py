@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from imagen_jax import partitioning
 from imagen_jax.config.schema import ModelConfig
+from imagen_jax.parallel import partitioning
 
 
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:

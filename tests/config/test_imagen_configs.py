@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from imagen_jax import cascade, partitioning, stage, train_state
+from imagen_jax import cascade, stage, train_state
 from imagen_jax.config import overrides
 from imagen_jax.config.schema import Config
 from imagen_jax.optimizer import make_optimizer
+from imagen_jax.parallel import partitioning
 
 FILE = pathlib.Path(__file__).parents[2] / "configs" / "imagen.py"
 COUNTS = {

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax import guidance, partitioning
+from imagen_jax import guidance
 from imagen_jax.config.schema import DiffusionConfig, ModelConfig
 from imagen_jax.models import classifier
+from imagen_jax.parallel import partitioning
 
 CLASSES = (3, 2)
 NETWORK = classifier.Classifier(

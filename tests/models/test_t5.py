@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from imagen_jax import partitioning
 from imagen_jax.config.schema import T5Config
 from imagen_jax.models import t5
+from imagen_jax.parallel import partitioning
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "t5_t5x" / "encoder_golden.npz"
 TINY = T5Config(vocab_size=40, emb_dim=16, num_layers=2, num_heads=2, head_dim=8, mlp_dim=24)

@@ -11,8 +11,8 @@ import sys
 import jax
 import numpy as np
 
-from imagen_jax import partitioning
 from imagen_jax.config.schema import MeshConfig, TextConfig
+from imagen_jax.parallel import partitioning
 from imagen_jax.text import load_text_encoder
 
 

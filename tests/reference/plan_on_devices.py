@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from imagen_jax import hlo, partitioning, plan, topology, train
+from imagen_jax import plan, train
 from imagen_jax.config import overrides
 from imagen_jax.config.schema import Config, MeshConfig
 from imagen_jax.optimizer import make_optimizer
+from imagen_jax.parallel import hlo, partitioning, topology
 from imagen_jax.plan_search import search_batch, search_train
 
 

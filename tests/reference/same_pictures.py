@@ -11,8 +11,9 @@ import sys
 
 import numpy as np
 
-from imagen_jax import batches, drawing, partitioning
+from imagen_jax import batches, drawing
 from imagen_jax.cascade import Cascade, picture_keys
+from imagen_jax.parallel import partitioning
 
 BATCHES, SEED = (1, 7, 64), 5
 

@@ -15,10 +15,11 @@ import jax
 import numpy as np
 import optax
 
-from imagen_jax import partitioning, stage, train, train_state, train_step
+from imagen_jax import stage, train, train_state, train_step
 from imagen_jax.config import overrides
 from imagen_jax.config.schema import Config, MeshConfig
 from imagen_jax.optimizer import make_optimizer
+from imagen_jax.parallel import partitioning
 
 MESHES = {
     "data2_fsdp4": MeshConfig(data=2, fsdp=4),

@@ -37,8 +37,8 @@ def random_pictures(count: int, size: int = 16) -> Pictures:
 
 
 def main() -> None:
-    from imagen_jax import distributed
     from imagen_jax.evaluation import features
+    from imagen_jax.parallel import distributed
 
     folder, count, batch = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     features.PARTS_AT_ONCE = 1  # Every batch is merged by itself.

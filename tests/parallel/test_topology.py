@@ -5,8 +5,8 @@ import sys
 import jax
 import pytest
 
-from imagen_jax import topology
 from imagen_jax.config.fields import ConfigError
+from imagen_jax.parallel import topology
 
 
 @pytest.mark.parametrize(

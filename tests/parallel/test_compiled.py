@@ -6,10 +6,10 @@ import os
 import jax
 import pytest
 
-from imagen_jax import compiled
 from imagen_jax.cli import run
-from imagen_jax.compiled import CompiledError
 from imagen_jax.config import overrides
+from imagen_jax.parallel import compiled
+from imagen_jax.parallel.compiled import CompiledError
 
 
 def losses(workdir) -> list[float]:

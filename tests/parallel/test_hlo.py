@@ -2,8 +2,8 @@
 
 import pytest
 
-from imagen_jax import hlo
-from imagen_jax.hlo import Collective
+from imagen_jax.parallel import hlo
+from imagen_jax.parallel.hlo import Collective
 
 # As libtpu writes them: a reduce-scatter as a fusion, a loop without a stated trip count.
 TPU = """

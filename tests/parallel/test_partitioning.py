@@ -10,13 +10,13 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from imagen_jax import partitioning
 from imagen_jax.config import overrides
 from imagen_jax.config import schema as config_lib
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import MeshConfig
+from imagen_jax.parallel import partitioning
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def mesh_of(data: int, fsdp: int, tensor: int) -> AbstractMesh:
