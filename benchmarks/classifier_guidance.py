@@ -27,8 +27,9 @@ import numpy as np
 import optax
 import reporting
 
-from imagen_jax import diffusion, guidance, stage, thresholding
+from imagen_jax import stage
 from imagen_jax.data import shapes
+from imagen_jax.diffusion import guidance, process, thresholding
 from imagen_jax.evaluation import line_chart
 from imagen_jax.evaluation.line_chart import Point
 from imagen_jax.interop import weights
@@ -99,7 +100,7 @@ def report_accuracy(network, params, config):
     for level in (-4.0, -2.0, 0.0, 2.0, 6.0):
         logsnr = jnp.full(TEST_SCENES, level)
         eps = jax.random.normal(jax.random.key(2), pictures.shape)
-        logits = apply(diffusion.q_sample(jnp.asarray(pictures), logsnr, eps), logsnr)
+        logits = apply(process.q_sample(jnp.asarray(pictures), logsnr, eps), logsnr)
         guesses = np.stack([np.argmax(one, axis=1) for one in logits], axis=1)
         right = [np.mean((guesses == labels)[labels[:, k] >= 0, k]) for k in range(len(NAMES))]
         print(f"{level:6g}  " + "  ".join(f"{share:.2f}".rjust(6) for share in right), flush=True)

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imagen_jax import cascade, diffusion, drawing, prompts, sampling
+from imagen_jax import cascade, drawing, prompts
 from imagen_jax.config import overrides
+from imagen_jax.diffusion import process, samplers
 from imagen_jax.evaluation import alignment
 from imagen_jax.io import images
 from imagen_jax.text import embed_prompts, load_text_encoder
@@ -111,11 +112,11 @@ def _draw_base(denoise_of, params, config, text, keys, numbers):
     settings, size = config.sampling, config.data.image_size
     start_keys, step_keys = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 2))(keys), 1, 0)
     times = jnp.linspace(1.0, 0.0, settings.steps + 1)
-    x0 = sampling.sample_loop(
+    x0 = samplers.sample_loop(
         drawing.make_sampler(config),
         denoise_of(params, config, text, *numbers),
-        sampling.normal(start_keys, (size, size, 3)),
-        diffusion.logsnr_at(times, config.diffusion),
+        samplers.normal(start_keys, (size, size, 3)),
+        process.logsnr_at(times, config.diffusion),
         step_keys,
     )
     return jnp.clip(x0, -1.0, 1.0)

@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imagen_jax import cascade, diffusion, sampling, stage
-from imagen_jax.diffusion import alpha_sigma, expand, to_eps
+from imagen_jax import cascade, stage
+from imagen_jax.diffusion import process, samplers
+from imagen_jax.diffusion.process import alpha_sigma, expand, to_eps
+from imagen_jax.diffusion.samplers import Sampler
 from imagen_jax.io import images
-from imagen_jax.sampling import Sampler
 
 
 def averaged_ddim(share: float = 0.5) -> Sampler:
@@ -38,14 +39,14 @@ def averaged_ddim(share: float = 0.5) -> Sampler:
         eps = to_eps(denoise(z, logsnr_t), z=z, logsnr=logsnr_t)
         kept = expand(jnp.where(has_mean, share, 0.0), z)
         mean = kept * mean + (1.0 - kept) * eps
-        x0 = diffusion.to_x0("eps", mean, z=z, logsnr=logsnr_t)
+        x0 = process.to_x0("eps", mean, z=z, logsnr=logsnr_t)
         alpha_s, sigma_s = (expand(v, z) for v in alpha_sigma(logsnr_s))
         return alpha_s * x0 + sigma_s * mean, (mean, jnp.ones_like(has_mean))
 
     return Sampler(init, step)
 
 
-sampling.SAMPLERS["averaged_ddim"] = averaged_ddim
+samplers.SAMPLERS["averaged_ddim"] = averaged_ddim
 
 
 def main() -> None:
@@ -67,16 +68,16 @@ def main() -> None:
     keys = cascade.picture_keys(0, range(count), [0] * count)
     size = config.data.image_size
     times = jnp.linspace(1.0, 0.0, flags.steps + 1)
-    logsnrs = diffusion.logsnr_at(times, config.diffusion)
+    logsnrs = process.logsnr_at(times, config.diffusion)
 
-    noise = sampling.normal(keys, (size, size, 3))
+    noise = samplers.normal(keys, (size, size, 3))
     rows = []
-    for name, make in sampling.SAMPLERS.items():
-        draw = functools.partial(sampling.sample_loop, make(), denoise, logsnrs=logsnrs, keys=keys)
+    for name, make in samplers.SAMPLERS.items():
+        draw = functools.partial(samplers.sample_loop, make(), denoise, logsnrs=logsnrs, keys=keys)
         rows.append(images.to_uint8(np.asarray(jax.jit(draw)(z=noise))))
         print(f"{name}: mean {rows[-1].mean():.1f}, deviation {rows[-1].std():.1f} of 255")
     sheet = images.grid(np.concatenate(rows), columns=count, scale=max(64 // size, 1))
-    images.save_png(flags.out, sheet, {"rows": ", ".join(sampling.SAMPLERS)})
+    images.save_png(flags.out, sheet, {"rows": ", ".join(samplers.SAMPLERS)})
 
 
 if __name__ == "__main__":

@@ -10,11 +10,12 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from imagen_jax import drawing, editing
+from imagen_jax import drawing
 from imagen_jax.config.schema import Config
-from imagen_jax.editing import Edit
+from imagen_jax.diffusion import editing
+from imagen_jax.diffusion.editing import Edit
+from imagen_jax.diffusion.samplers import Denoising
 from imagen_jax.parallel import partitioning
-from imagen_jax.sampling import Denoising
 
 Report = Callable[[tuple[int, int], int, int, Array], None]
 

@@ -19,13 +19,14 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from imagen_jax import batches, drawing, editing, request, stage_folder
+from imagen_jax import batches, drawing, request, stage_folder
 from imagen_jax.batches import Asked
 from imagen_jax.config import overrides
 from imagen_jax.config.fields import ConfigError, unknown_name
 from imagen_jax.config.schema import Config
+from imagen_jax.diffusion import editing
+from imagen_jax.diffusion.editing import Edit
 from imagen_jax.drawing import picture_keys, sample_stage
-from imagen_jax.editing import Edit
 from imagen_jax.io import images
 from imagen_jax.parallel import partitioning
 from imagen_jax.request import RequestError, with_settings

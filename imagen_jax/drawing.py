@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from imagen_jax import diffusion, editing, sampling
 from imagen_jax.config.schema import Config
-from imagen_jax.sampling import Denoising, Sampler
+from imagen_jax.diffusion import editing, process, samplers
+from imagen_jax.diffusion.samplers import Denoising, Sampler
 from imagen_jax.stage import aug_noise_side, denoiser, noised_lowres
 
 SAMPLE_STREAM = 2  # beside the streams of train_step.py
@@ -94,14 +94,14 @@ def stage_keys(keys: Key[Array, " b"], index: int) -> Key[Array, " b"]:
     return _fold(keys, index)
 
 
-_fold = jax.jit(sampling.fold)
+_fold = jax.jit(samplers.fold)
 
 
 def make_sampler(config: Config) -> Sampler:
     """The sampler that `config.sampling` names, with its options."""
     settings = config.sampling
     options = {"gamma": settings.gamma} if settings.sampler == "ddpm" else {}
-    return sampling.SAMPLERS[settings.sampler](**options)
+    return samplers.SAMPLERS[settings.sampler](**options)
 
 
 @functools.lru_cache(maxsize=256)
@@ -111,7 +111,7 @@ def levels(config: Config, strength: float = 1.0, resamplings: int = 1, jump: in
     count = len(walk[0])
     padding = np.zeros(-count % PADDED_STEPS, np.float32)
     logsnr_t, logsnr_s = (
-        np.asarray(diffusion.logsnr_at(jnp.asarray([*times, *padding]), config.diffusion))
+        np.asarray(process.logsnr_at(jnp.asarray([*times, *padding]), config.diffusion))
         for times in walk
     )
     return Levels(logsnr_t, logsnr_s, count)
@@ -130,11 +130,11 @@ def tell(
         jax.vmap(lambda key: jax.random.split(key, 3))(keys), 1, 0
     )
     size = config.data.image_size
-    start = sampling.normal(start_keys, (size, size, 3))
+    start = samplers.normal(start_keys, (size, size, 3))
     if lowres is None or aug_level is None:
         return Told(text_emb, text_mask, step_keys), start
     side = aug_noise_side(config)
-    noise = sampling.normal(lowres_keys, (side, side, 3))
+    noise = samplers.normal(lowres_keys, (side, side, 3))
     lowres = noised_lowres(lowres, aug_level, noise, config)
     return Told(text_emb, text_mask, step_keys, lowres, aug_level), start
 
@@ -186,11 +186,11 @@ def sample_stage(
     aug_level = None if lowres is None else jnp.full(keys.shape, settings.aug_level)
     told, start = tell(config, text_emb, text_mask, keys, lowres, aug_level)
     times = np.linspace(1.0, 0.0, settings.steps + 1, dtype=np.float32)
-    x0 = sampling.sample_loop(
+    x0 = samplers.sample_loop(
         make_sampler(config),
         _denoiser(params, config, told),
         start,
-        diffusion.logsnr_at(jnp.asarray(times), config.diffusion),
+        process.logsnr_at(jnp.asarray(times), config.diffusion),
         told.keys,
     )
     return jnp.clip(x0, -1.0, 1.0)
@@ -238,7 +238,7 @@ def begin(
     told, start = tell(config, text_emb, text_mask, keys, lowres, aug_level)
     told = told._replace(guidance_weight=guidance_weight, negative=negative)
     if edited:
-        start = diffusion.q_sample(*edited, start)
+        start = process.q_sample(*edited, start)
         if mask is not None:
             told = told._replace(known=edited[0], mask=mask)
     return told, Denoising(start, _sampler(config, told).init(start), jnp.zeros_like(start))
@@ -272,7 +272,7 @@ def advance(
       guide_config: its stage.
     """
     guide = None if guide_config is None else (guide_params, guide_config)
-    return sampling.denoise_steps(
+    return samplers.denoise_steps(
         _sampler(config, told),
         _denoiser(params, config, told, guide),
         at,

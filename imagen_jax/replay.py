@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imagen_jax import diffusion, faults, stage
+from imagen_jax import faults, stage
 from imagen_jax.checkpoint import CheckpointError, Checkpoints
 from imagen_jax.config.schema import Config
+from imagen_jax.diffusion import process
 from imagen_jax.optimizer import make_optimizer
 from imagen_jax.parallel import partitioning
 from imagen_jax.train import Batches, Encode, abstract_state
@@ -84,7 +85,7 @@ def _examine(
     dropout_key = jax.random.fold_in(key, stage.DROPOUT_STREAM)
     single = jax.jit(lambda part: stage.drawn_loss(params, part, dropout_key, config)[0])
     records = values.get("records", range(len(batch["image"])))
-    logsnr = diffusion.logsnr_at(drawn["time"], config.diffusion)
+    logsnr = process.logsnr_at(drawn["time"], config.diffusion)
     bad = False
     for index, record in enumerate(records):
         loss = float(single({name: value[index : index + 1] for name, value in drawn.items()}))

@@ -16,7 +16,7 @@ from imagen_jax.config import overrides
 from imagen_jax.config.fields import ConfigError, unknown_name
 from imagen_jax.config.sampling import SamplingConfig
 from imagen_jax.config.schema import Config
-from imagen_jax.editing import Edit
+from imagen_jax.diffusion.editing import Edit
 from imagen_jax.stage import check_guide
 from imagen_jax.stage_folder import StageError
 

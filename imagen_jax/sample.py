@@ -20,7 +20,7 @@ from jaxtyping import UInt8
 from imagen_jax import sample_folder
 from imagen_jax.cascade import Cascade, Progress
 from imagen_jax.config import overrides
-from imagen_jax.editing import Edit
+from imagen_jax.diffusion.editing import Edit
 from imagen_jax.io import images
 from imagen_jax.parallel import distributed
 from imagen_jax.request import with_settings

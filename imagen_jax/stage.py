@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 
-from imagen_jax import diffusion, guidance, thresholding
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import Config
+from imagen_jax.diffusion import guidance, thresholding
+from imagen_jax.diffusion import process as diffusion
 from imagen_jax.io import images
 from imagen_jax.models.efficient_unet import EfficientUNet
 from imagen_jax.models.unet import UNet

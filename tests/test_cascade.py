@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax import cascade, sampling
+from imagen_jax import cascade
 from imagen_jax.cascade import Cascade, StageError
 from imagen_jax.checkpoint import CheckpointError
 from imagen_jax.config import overrides
 from imagen_jax.config.schema import CheckpointConfig, TrainConfig
+from imagen_jax.diffusion import samplers
 from imagen_jax.export import export
 from imagen_jax.train import train
 
@@ -79,7 +80,7 @@ def test_pictures(drawn):
 
 def test_keys_differ_in_seed_prompt_and_sample():
     noise = {
-        np.asarray(sampling.normal(cascade.picture_keys(seed, [p], [k]), (2,))).tobytes()
+        np.asarray(samplers.normal(cascade.picture_keys(seed, [p], [k]), (2,))).tobytes()
         for seed in range(2)
         for p in range(3)
         for k in range(3)

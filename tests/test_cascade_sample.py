@@ -8,7 +8,7 @@ import pytest
 from imagen_jax import batches, cascade, drawing
 from imagen_jax.cascade import Cascade, RequestError, Stage, StageError
 from imagen_jax.config.fields import ConfigError
-from imagen_jax.editing import Edit
+from imagen_jax.diffusion.editing import Edit
 from imagen_jax.export import write_stage
 from tests.reference.fake_encoder import FakeEncoder
 

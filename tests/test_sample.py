@@ -18,7 +18,7 @@ from PIL import Image
 from imagen_jax.cascade import Cascade, Stage
 from imagen_jax.cli import run
 from imagen_jax.config.schema import T5Config, TextConfig
-from imagen_jax.editing import Edit
+from imagen_jax.diffusion.editing import Edit
 from imagen_jax.export import write_stage
 from imagen_jax.interop import hf_t5
 from imagen_jax.io import images

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax import diffusion, stage
+from imagen_jax import stage
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import Config
+from imagen_jax.diffusion import process
 
 
 def changed(config: Config, section: str, **values) -> Config:
@@ -115,7 +116,7 @@ def test_aug_level_is_drawn_and_told_to_the_network(answer, sr_config, make_batc
     batch["lowres"] = jnp.ones_like(batch["lowres"])
     stage.loss_fn({}, batch, jax.random.key(0), config)
     lowres, told = np.asarray(answer.seen["z"])[..., 3:], np.asarray(answer.seen["lowres_logsnr"])
-    lowest = float(diffusion.aug_logsnr(jnp.float32(0.4), config.diffusion))
+    lowest = float(process.aug_logsnr(jnp.float32(0.4), config.diffusion))
     assert lowest <= told.min() < lowest + 0.3 and told.max() > 5
     # Each picture carries the very noise that the network is told of: its mean is alpha.
     alpha = 1 / np.sqrt(1 + np.exp(-told.astype(np.float64)))

@@ -18,7 +18,7 @@ from jaxtyping import UInt8
 from imagen_jax.cli import sample as sample_verb
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import Config
-from imagen_jax.editing import Edit, EditError
+from imagen_jax.diffusion.editing import Edit, EditError
 from imagen_jax.io import images
 
 

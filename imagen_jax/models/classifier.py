@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from imagen_jax import diffusion
 from imagen_jax.config.schema import DiffusionConfig, ModelConfig
+from imagen_jax.diffusion import process as diffusion
 from imagen_jax.models import layers
 from imagen_jax.models.conditioning import NoiseEmbedding, TextPooling
 

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax import cascade, convert, diffusion, sampling, stage
+from imagen_jax import cascade, convert, stage
+from imagen_jax.diffusion import process, samplers
 from imagen_jax.models.conditioning import cosine_steps
 from tests.interop.test_if_unet import CASES, folders  # noqa: F401
 from tests.reference.if_unet import make_weights
@@ -100,7 +101,7 @@ def ours(trained: cascade.Stage, timesteps, z, text, mask, lowres=None):
         denoise = stage.denoiser(params, config, **given)
         levels = jnp.append(table[timesteps], table[0] + 1.0)
         keys = cascade.picture_keys(0, [0] * len(z), range(len(z)))
-        return sampling.sample_loop(sampling.ddim(), denoise, jnp.asarray(z), levels, keys)
+        return samplers.sample_loop(samplers.ddim(), denoise, jnp.asarray(z), levels, keys)
 
     with jax.default_matmul_precision("highest"):
         return np.asarray(draw(trained.params))
@@ -109,7 +110,7 @@ def ours(trained: cascade.Stage, timesteps, z, text, mask, lowres=None):
 def level_of(logsnr: float, config, count: int) -> jax.Array:
     """The aug_level in [0, 1] whose noise is `logsnr`."""
     levels = jnp.linspace(0.0, 1.0, 100_001)
-    nearest = jnp.argmin(jnp.abs(diffusion.aug_logsnr(levels, config) - logsnr))
+    nearest = jnp.argmin(jnp.abs(process.aug_logsnr(levels, config) - logsnr))
     return jnp.full((count,), levels[nearest])
 
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax import guidance
 from imagen_jax.config.schema import DiffusionConfig, ModelConfig
+from imagen_jax.diffusion import guidance
 from imagen_jax.models import classifier
 from imagen_jax.parallel import partitioning
 

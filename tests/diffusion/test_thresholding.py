@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax import thresholding
 from imagen_jax.config.sampling import SamplingConfig
+from imagen_jax.diffusion import thresholding
 from tests.reference import diffusion as reference
 
 SHAPE = (3, 4, 4, 3)

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax import diffusion, editing, sampling
 from imagen_jax.cascade import Cascade, Stage
 from imagen_jax.config.schema import DiffusionConfig
-from imagen_jax.editing import Edit, EditError
+from imagen_jax.diffusion import editing, process, samplers
+from imagen_jax.diffusion.editing import Edit, EditError
 
 COUNT = 3
 
@@ -52,10 +52,10 @@ def test_noising_again_is_noising_once():
     """q(z_t | z_s) after q(z_s | x0) has the moments of q(z_t | x0)."""
     x0, many = jnp.full((200_000, 1), 0.7), jnp.ones(200_000)
     keys = jax.random.split(jax.random.key(0), 2)
-    z_s = diffusion.q_sample(x0, 2.0 * many, jax.random.normal(keys[0], x0.shape))
+    z_s = process.q_sample(x0, 2.0 * many, jax.random.normal(keys[0], x0.shape))
     eps = jax.random.normal(keys[1], x0.shape)
     z_t = editing.noise_again(z_s, 2.0 * many, -1.0 * many, eps)
-    alpha, sigma = diffusion.alpha_sigma(jnp.float32(-1.0))
+    alpha, sigma = process.alpha_sigma(jnp.float32(-1.0))
     np.testing.assert_allclose(float(z_t.mean()), 0.7 * alpha, atol=6e-3)
     np.testing.assert_allclose(float(z_t.std()), sigma, atol=6e-3)
     # Noise between equal levels is none.
@@ -72,20 +72,20 @@ def correlated(resamplings: int) -> float:
     covariance = jnp.array([[1.0, 0.9], [0.9, 1.0]])
 
     def denoise(z, logsnr):
-        alpha, sigma = diffusion.alpha_sigma(logsnr[0])
+        alpha, sigma = process.alpha_sigma(logsnr[0])
         gain = alpha * covariance @ jnp.linalg.inv(alpha**2 * covariance + sigma**2 * jnp.eye(2))
         return (z.reshape(-1, 2) @ gain.T).reshape(z.shape)
 
     known = jnp.ones((pictures, 1, 2, 1))
     mask = jnp.broadcast_to(jnp.array([True, False]).reshape(1, 1, 2, 1), known.shape)
-    sampler = editing.keep_known(sampling.ddpm(), known, mask)
+    sampler = editing.keep_known(samplers.ddpm(), known, mask)
     keys = jax.random.split(jax.random.key(0), pictures)
-    z = sampling.normal(keys, known.shape[1:])
+    z = samplers.normal(keys, known.shape[1:])
     walk = editing.walk(40, resamplings=resamplings, jump=2)
-    levels = [diffusion.logsnr_at(jnp.asarray(times), DiffusionConfig()) for times in walk]
-    at = sampling.Denoising(z, sampler.init(z), jnp.zeros_like(z))
+    levels = [process.logsnr_at(jnp.asarray(times), DiffusionConfig()) for times in walk]
+    at = samplers.Denoising(z, sampler.init(z), jnp.zeros_like(z))
     # Not jitted: the loop itself compiles.
-    at = sampling.denoise_steps(sampler, denoise, at, *levels, keys, 0, len(levels[0]))
+    at = samplers.denoise_steps(sampler, denoise, at, *levels, keys, 0, len(levels[0]))
     return float(at.x0[:, 0, 0, 0].mean())
 
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax import diffusion, sampling
 from imagen_jax.config.schema import DiffusionConfig
+from imagen_jax.diffusion import process, samplers
 from tests.reference import diffusion as reference
 
 M, C = 0.3, 0.5
@@ -21,14 +21,14 @@ def keys(count: int) -> jax.Array:
 
 
 def denoise(z, logsnr):
-    alpha, sigma = (diffusion.expand(s, z) for s in diffusion.alpha_sigma(logsnr))
+    alpha, sigma = (process.expand(s, z) for s in process.alpha_sigma(logsnr))
     return M + alpha * C**2 / (alpha**2 * C**2 + sigma**2) * (z - alpha * M)
 
 
 def draw(name, logsnrs, z, **options):
     run = jax.jit(
-        lambda z: sampling.sample_loop(
-            sampling.SAMPLERS[name](**options),
+        lambda z: samplers.sample_loop(
+            samplers.SAMPLERS[name](**options),
             denoise,
             z,
             jnp.asarray(logsnrs, jnp.float32),
@@ -44,12 +44,12 @@ def test_the_denoiser_of_these_tests_is_exact():
     np.testing.assert_allclose(got, reference.gaussian_mean(z, 0.7, M, C), atol=1e-6)
 
 
-@pytest.mark.parametrize("name", list(sampling.SAMPLERS))
-@pytest.mark.parametrize("schedule", list(diffusion.SCHEDULES))
+@pytest.mark.parametrize("name", list(samplers.SAMPLERS))
+@pytest.mark.parametrize("schedule", list(process.SCHEDULES))
 def test_whole_schedules_give_the_datas_distribution(name, schedule):
     times = jnp.linspace(1.0, 0.0, 301)
-    logsnrs = diffusion.logsnr_at(times, DiffusionConfig(schedule=schedule))
-    x0 = draw(name, logsnrs, sampling.normal(keys(512), SHAPE))
+    logsnrs = process.logsnr_at(times, DiffusionConfig(schedule=schedule))
+    x0 = draw(name, logsnrs, samplers.normal(keys(512), SHAPE))
     # 24,576 independent pixels: standard errors .0032 of the mean and .0023 of the deviation; the
     # rest is the error of 300 steps.
     assert x0.mean() == pytest.approx(M, abs=0.01)
@@ -59,8 +59,8 @@ def test_whole_schedules_give_the_datas_distribution(name, schedule):
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0])
 def test_ancestral_sampling_at_either_variance(gamma):
     times = jnp.linspace(1.0, 0.0, 301)
-    logsnrs = diffusion.logsnr_at(times, DiffusionConfig())
-    x0 = draw("ddpm", logsnrs, sampling.normal(keys(512), SHAPE), gamma=gamma)
+    logsnrs = process.logsnr_at(times, DiffusionConfig())
+    x0 = draw("ddpm", logsnrs, samplers.normal(keys(512), SHAPE), gamma=gamma)
     assert x0.mean() == pytest.approx(M, abs=0.01)
     assert x0.std() == pytest.approx(C, rel=0.02)
     standard = np.sort((x0.ravel() - M) / C)
@@ -79,9 +79,9 @@ def test_ancestral_sampling_draws_anew_at_every_step_and_picture():
 
 
 def test_noise_of_a_picture_does_not_depend_on_its_batch():
-    many = sampling.normal(keys(5), SHAPE)
+    many = samplers.normal(keys(5), SHAPE)
     for i in range(5):
-        np.testing.assert_array_equal(sampling.normal(keys(5)[i : i + 1], SHAPE)[0], many[i])
+        np.testing.assert_array_equal(samplers.normal(keys(5)[i : i + 1], SHAPE)[0], many[i])
     assert len(np.unique(np.asarray(many))) > 0.99 * many.size
 
 
@@ -100,7 +100,7 @@ def test_evaluations_of_the_network(name, evaluations, steps):
 
     logsnrs = jnp.linspace(-5.0, 5.0, steps + 1)
     z = jnp.ones((1, 2, 2, 3))
-    sampling.sample_loop(sampling.SAMPLERS[name](), counted, z, logsnrs, keys(1))
+    samplers.sample_loop(samplers.SAMPLERS[name](), counted, z, logsnrs, keys(1))
     jax.effects_barrier()
     assert len(levels) == evaluations(steps)
     # None at the clean end, where alpha and sigma leave float32's reach.

@@ -22,10 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8
 
-from imagen_jax.diffusion import alpha_sigma, expand, q_sample
-from imagen_jax.guidance import Denoise
+from imagen_jax.diffusion.guidance import Denoise
+from imagen_jax.diffusion.process import alpha_sigma, expand, q_sample
+from imagen_jax.diffusion.samplers import Sampler, fold, normal
 from imagen_jax.io import images
-from imagen_jax.sampling import Sampler, fold, normal
 
 # Randomness of a step besides the sampler's own: folded into its keys.
 BACK_STREAM, KNOWN_STREAM = 1, 2

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from imagen_jax.config.sampling import SamplingConfig
-from imagen_jax.guidance import Denoise
+from imagen_jax.diffusion.guidance import Denoise
 
 
 def static(x0: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:

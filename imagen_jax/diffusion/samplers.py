@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Integer, Key
 
-from imagen_jax.diffusion import alpha_sigma, expand
-from imagen_jax.guidance import Denoise
+from imagen_jax.diffusion.guidance import Denoise
+from imagen_jax.diffusion.process import alpha_sigma, expand
 
 
 class Sampler(NamedTuple):

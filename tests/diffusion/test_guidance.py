@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax import diffusion, guidance
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.sampling import SamplingConfig
+from imagen_jax.diffusion import guidance, process
 from tests.reference import diffusion as reference
 
 SHAPE = (3, 4, 4, 3)
@@ -143,7 +143,7 @@ def test_classifier_guidance_at_scale_one_is_bayes_rule():
 
     def log_density(z, logsnr, sign):
         """log p(z | class) of each picture, up to a constant that both classes share."""
-        alpha, sigma = (diffusion.expand(s, z) for s in diffusion.alpha_sigma(logsnr))
+        alpha, sigma = (process.expand(s, z) for s in process.alpha_sigma(logsnr))
         variance = alpha**2 * deviation**2 + sigma**2
         return -0.5 * jnp.sum((z - sign * alpha * mean) ** 2 / variance, axis=(1, 2, 3))
 
@@ -159,7 +159,7 @@ def test_classifier_guidance_at_scale_one_is_bayes_rule():
         for sign in (+1, -1)
     )
     z = jnp.asarray(z)
-    share = diffusion.expand(jnp.exp(log_prob(z, logsnr)), z)
+    share = process.expand(jnp.exp(log_prob(z, logsnr)), z)
     mixture = share * plus + (1.0 - share) * minus
     assert float(jnp.abs(mixture - plus).max()) > 0.05
     guided = jax.jit(guidance.classifier(lambda z, logsnr: mixture, log_prob, 1.0))

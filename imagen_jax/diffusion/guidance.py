@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from imagen_jax.config.sampling import SamplingConfig
-from imagen_jax.diffusion import alpha_sigma, expand
+from imagen_jax.diffusion.process import alpha_sigma, expand
 
 Denoise = Callable[[Float[Array, "b h w c"], Float[Array, " b"]], Float[Array, "b h w c"]]
 DenoisePair = Callable[

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax import diffusion, sampling
+from imagen_jax.diffusion import process, samplers
 from tests.reference import diffusion as reference
 
 torch = pytest.importorskip("torch")
@@ -52,7 +52,7 @@ def ours(sampler, logsnrs, z, prediction):
             answer = x0 if prediction == "sample" else (z - alpha * x0) / sigma
             name = {"sample": "x0", "epsilon": "eps"}[prediction]
             answer = jnp.asarray(answer, jnp.float32)
-            return diffusion.to_x0(name, answer, z=z, logsnr=logsnr)
+            return process.to_x0(name, answer, z=z, logsnr=logsnr)
 
         level = jnp.full(COUNT, logsnr, jnp.float32)
         if index == STEPS - 1:
@@ -75,7 +75,7 @@ def same_noise(monkeypatch):
     step = iter(range(STEPS))
     module = diffusers.schedulers.scheduling_ddpm
     draw = lambda *args, **options: torch.from_numpy(  # noqa: E731
-        np.array(sampling.normal(keys(next(step)), SHAPE))
+        np.array(samplers.normal(keys(next(step)), SHAPE))
     )
     monkeypatch.setattr(module, "randn_tensor", draw)
 
@@ -107,7 +107,7 @@ def test_every_step_agrees(name, options, schedule, prediction, same_noise):
     logsnrs = np.log(signal) - np.log1p(-signal)
     z = np.random.default_rng(1).normal(size=(COUNT, *SHAPE)).astype(np.float32)
     expected = theirs(scheduler, logsnrs, z, prediction)
-    got = ours(sampling.SAMPLERS[name](**options), logsnrs, z, prediction)
+    got = ours(samplers.SAMPLERS[name](**options), logsnrs, z, prediction)
     differences = np.abs(got - expected).max(axis=(1, 2, 3, 4))
     print(f"{name} {options} {schedule} {prediction}: {differences.max():.1e}")
     assert differences.max() <= 1e-4

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax import diffusion, sampling
 from imagen_jax.config.schema import DiffusionConfig
+from imagen_jax.diffusion import process, samplers
 from tests.reference import diffusion as reference
 
 SHAPE = (2, 2, 3)
@@ -25,7 +25,7 @@ def mixture_denoiser(shares, means, deviation):
     """E[x0 | z] of pictures, for JAX; `test_the_denoiser_is_exact` holds it to the reference."""
 
     def denoise(z, logsnr):
-        alpha, sigma = diffusion.alpha_sigma(logsnr)
+        alpha, sigma = process.alpha_sigma(logsnr)
         alpha, variance = alpha[:, None], (alpha**2 * deviation**2 + sigma**2)[:, None]
         offset = z.reshape(len(z), 1, -1) - alpha[..., None] * means
         log_odds = jnp.log(shares) - 0.5 * jnp.sum(offset**2, axis=-1) / variance
@@ -69,8 +69,8 @@ def test_order_of_convergence(starts, name, order, grid):
     z, exact = starts
     counts, errors = np.array([32, 64, 128]), []
     run = jax.jit(
-        lambda z, logsnrs: sampling.sample_loop(
-            sampling.SAMPLERS[name](), DENOISE, z, logsnrs, jax.random.split(jax.random.key(0), 8)
+        lambda z, logsnrs: samplers.sample_loop(
+            samplers.SAMPLERS[name](), DENOISE, z, logsnrs, jax.random.split(jax.random.key(0), 8)
         )
     )
     for count in counts:
@@ -96,12 +96,12 @@ def test_ancestral_sampling_converges_to_the_moments(gamma):
     @jax.jit
     def run(z, logsnrs):
         keys = jax.random.split(jax.random.key(3), 1)
-        return sampling.sample_loop(sampling.ddpm(gamma), denoise, z, logsnrs, keys)
+        return samplers.sample_loop(samplers.ddpm(gamma), denoise, z, logsnrs, keys)
 
-    z = sampling.normal(jax.random.split(jax.random.key(4), 1), (side, side, 1))
+    z = samplers.normal(jax.random.split(jax.random.key(4), 1), (side, side, 1))
     exact, errors = exact_moments(shares, means[:, 0], deviation), []
     for steps in (8, 32):
-        logsnrs = diffusion.logsnr_at(jnp.linspace(1.0, 0.0, steps + 1), DiffusionConfig())
+        logsnrs = process.logsnr_at(jnp.linspace(1.0, 0.0, steps + 1), DiffusionConfig())
         x0 = np.asarray(run(z, logsnrs), np.float64).ravel()
         errors.append(np.linalg.norm(moments(x0) - exact))
     # 65,536 pixels give each moment a standard error of about .002; the errors are .09 and .02 at
