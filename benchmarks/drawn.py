@@ -20,7 +20,7 @@ from imagen_jax.config import overrides
 from imagen_jax.diffusion import process, samplers
 from imagen_jax.evaluation import alignment
 from imagen_jax.io import images
-from imagen_jax.text import embed_prompts, load_text_encoder
+from imagen_jax.text.encoders import embed_prompts, load_text_encoder
 
 BATCH = 32
 

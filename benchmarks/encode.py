@@ -16,9 +16,9 @@ import jax
 import numpy as np
 
 from imagen_jax.config.schema import MeshConfig
-from imagen_jax.frozen_encoder import encode_tokens
 from imagen_jax.models import t5
 from imagen_jax.parallel import partitioning
+from imagen_jax.text.frozen_encoder import encode_tokens
 
 LENGTHS = (8, 16, 32, 64, 128)
 SECONDS = 3.0  # Per length, at least, after the first call.

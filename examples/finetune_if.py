@@ -23,7 +23,7 @@ from imagen_jax.data.index import open_source
 from imagen_jax.data.pipeline import Pipeline
 from imagen_jax.embed import embed
 from imagen_jax.export import export
-from imagen_jax.text import load_text_encoder
+from imagen_jax.text.encoders import load_text_encoder
 from imagen_jax.train import train, with_data
 
 

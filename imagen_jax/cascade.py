@@ -31,7 +31,7 @@ from imagen_jax.io import images
 from imagen_jax.parallel import partitioning
 from imagen_jax.request import RequestError, with_settings
 from imagen_jax.stage_folder import Stage, StageError, check_chain, load_stage
-from imagen_jax.text import TextEncoder, embed_prompts, load_text_encoder
+from imagen_jax.text.encoders import TextEncoder, embed_prompts, load_text_encoder
 
 __all__ = [
     "Cascade",

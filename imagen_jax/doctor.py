@@ -33,7 +33,7 @@ from imagen_jax.interop.weights import WeightsError
 from imagen_jax.io import images
 from imagen_jax.optimizer import make_optimizer
 from imagen_jax.parallel import partitioning
-from imagen_jax.text import TextEncoder, load_text_encoder
+from imagen_jax.text.encoders import TextEncoder, load_text_encoder
 from imagen_jax.train import abstract_state, with_data
 
 SAMPLE = 100  # Pictures that are decoded.

@@ -21,7 +21,7 @@ import numpy as np
 
 from imagen_jax.data import embeddings, unit_file
 from imagen_jax.data.claims import Claims
-from imagen_jax.text import TextEncoder
+from imagen_jax.text.encoders import TextEncoder
 
 BUCKET = 8  # Tokens: the step between the lengths that are compiled.
 CHUNK = 4096  # Captions tokenized at a time, to bound the memory.

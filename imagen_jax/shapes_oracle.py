@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import TextConfig
-from imagen_jax.frozen_encoder import TokenBatch
+from imagen_jax.text.frozen_encoder import TokenBatch
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "color": ("red", "green", "blue", "yellow", "purple", "orange", "cyan", "white"),

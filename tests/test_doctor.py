@@ -18,7 +18,7 @@ from imagen_jax.config.overrides import load
 from imagen_jax.config.schema import Config, MeshConfig
 from imagen_jax.data import embeddings
 from imagen_jax.doctor import doctor
-from imagen_jax.text import TokenBatch
+from imagen_jax.text.encoders import TokenBatch
 
 FINGERPRINT = {"encoder": "fake", "max_len": 4}
 

@@ -17,7 +17,7 @@ from imagen_jax.data import embeddings, unit_file
 from imagen_jax.data.embeddings import EmbeddingError, EmbeddingStore
 from imagen_jax.interop import hf_t5
 from imagen_jax.models import t5
-from imagen_jax.text import TokenBatch
+from imagen_jax.text.encoders import TokenBatch
 
 
 class LetterEncoder:

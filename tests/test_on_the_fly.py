@@ -22,7 +22,7 @@ from imagen_jax.data.index import open_source
 from imagen_jax.interop import hf_t5
 from imagen_jax.models import t5
 from imagen_jax.parallel import partitioning
-from imagen_jax.text import load_text_encoder
+from imagen_jax.text.encoders import load_text_encoder
 from imagen_jax.train import train, with_data
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from imagen_jax import pretrain_text as pretrain
-from imagen_jax import text, text_corpus
+from imagen_jax import text_corpus
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import PretrainTextConfig, TextConfig
 from imagen_jax.interop import weights
 from imagen_jax.io.atomic import OutputError
+from imagen_jax.text import encoders
 
 SMALL = PretrainTextConfig(
     emb_dim=16, num_layers=1, num_heads=2, mlp_dim=16, steps=2, batch_size=4, context=2
@@ -44,7 +45,7 @@ def small(tmp_path_factory):
 
 def test_eight_captions_in_four_scripts_make_an_encoder(small):
     out, metrics, lines = small
-    encoder = text.load_text_encoder(TextConfig(path=str(out), max_len=32))
+    encoder = encoders.load_text_encoder(TextConfig(path=str(out), max_len=32))
     unseen = ["größer", "四角い猫", "☃ snow", "TWO CATS"]
     batch = encoder.tokenize([*unseen, "two cats"])
     assert not (batch.ids == 2).any(), "an unknown token"
@@ -88,7 +89,7 @@ def test_what_paraphrases_share_outweighs_how_they_put_it(tmp_path):
     config = dataclasses.replace(SMALL, emb_dim=32, mlp_dim=32, steps=150, batch_size=32)
     out = tmp_path / "encoder"
     pretrain.pretrain_text(groups, config, str(out), seed=0, max_len=16, log=lambda line: None)
-    encoder = text.load_text_encoder(TextConfig(path=str(out), max_len=16))
+    encoder = encoders.load_text_encoder(TextConfig(path=str(out), max_len=16))
     places = (2, 0, 2)  # of the thing in each way
     vectors = []
     for way, place in zip(ways, places, strict=True):

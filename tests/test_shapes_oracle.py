@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from imagen_jax import shapes_oracle, text
+from imagen_jax import shapes_oracle
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import TextConfig
 from imagen_jax.data import shapes
+from imagen_jax.text import encoders
 
 
 def said(scene):
@@ -59,7 +60,7 @@ def test_names_are_those_of_the_world():
 
 
 def test_vectors_are_one_per_object_and_all_different():
-    encoder = text.load_text_encoder(TextConfig(encoder="shapes_oracle", max_len=8))
+    encoder = encoders.load_text_encoder(TextConfig(encoder="shapes_oracle", max_len=8))
     captions = ["a red cross", "a blue cross", "two red crosses", "a red cross above a blue cross"]
     batch = encoder.tokenize([*captions, ""])
     assert batch.mask.sum(1).tolist() == [2, 2, 2, 3, 1] and not batch.truncated
@@ -73,4 +74,4 @@ def test_vectors_are_one_per_object_and_all_different():
 
 def test_too_short_a_length_is_refused():
     with pytest.raises(ConfigError, match=r"config.text.max_len=2 must be at least 3"):
-        text.load_text_encoder(TextConfig(encoder="shapes_oracle", max_len=2))
+        encoders.load_text_encoder(TextConfig(encoder="shapes_oracle", max_len=2))

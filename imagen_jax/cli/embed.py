@@ -13,7 +13,7 @@ from imagen_jax.cli import wiring
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.data.index import open_source
 from imagen_jax.parallel import partitioning
-from imagen_jax.text import load_text_encoder
+from imagen_jax.text.encoders import load_text_encoder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -16,7 +16,7 @@ from imagen_jax.data.index import open_source
 from imagen_jax.data.on_the_fly import TokenSource
 from imagen_jax.data.pipeline import Pipeline
 from imagen_jax.parallel import partitioning
-from imagen_jax.text import load_text_encoder
+from imagen_jax.text.encoders import load_text_encoder
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from imagen_jax.text import TextEncoder
+from imagen_jax.text.encoders import TextEncoder
 
 
 class TokenSource:

@@ -25,7 +25,7 @@ from imagen_jax.evaluation.intervals import CONFIDENCE
 from imagen_jax.interop import hf_clip
 from imagen_jax.interop.hf_clip import Towers
 from imagen_jax.models import clip
-from imagen_jax.text import load_text_encoder
+from imagen_jax.text.encoders import load_text_encoder
 
 # Of the pictures that OpenAI's CLIPs learned from, by channel, 0..1.
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)

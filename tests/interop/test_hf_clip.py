@@ -11,11 +11,11 @@ import jax
 import numpy as np
 import pytest
 
-from imagen_jax import text
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import TextConfig
-from imagen_jax.frozen_encoder import encode_tokens
 from imagen_jax.interop import hf_clip, weights
+from imagen_jax.text import encoders
+from imagen_jax.text.frozen_encoder import encode_tokens
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "clip_text"
 CONFIG = TextConfig(encoder="clip", path=str(GOLDEN), max_len=32)
@@ -29,7 +29,7 @@ def golden():
 @pytest.fixture(scope="module")
 def encoder():
     pytest.importorskip("tokenizers")
-    return text.load_text_encoder(CONFIG)
+    return encoders.load_text_encoder(CONFIG)
 
 
 @pytest.fixture
@@ -72,14 +72,14 @@ def test_tokenizer_json_is_read_as_well(encoder, copy):
     tokenizer = encoder._vocabulary._tokenizer
     (copy / "vocab.json").unlink()
     with pytest.raises(ConfigError, match="neither vocab.json with merges.txt nor tokenizer.json"):
-        text.load_text_encoder(dataclasses.replace(CONFIG, path=str(copy)))
+        encoders.load_text_encoder(dataclasses.replace(CONFIG, path=str(copy)))
     tokenizer.save(str(copy / "tokenizer.json"))
-    other = text.load_text_encoder(dataclasses.replace(CONFIG, path=str(copy)))
+    other = encoders.load_text_encoder(dataclasses.replace(CONFIG, path=str(copy)))
     captions = ["A red circle's", "café 12"]
     np.testing.assert_array_equal(other.tokenize(captions).ids, encoder.tokenize(captions).ids)
     (copy / "tokenizer.json").write_text("{")
     with pytest.raises(ConfigError, match="holds no CLIP vocabulary"):
-        text.load_text_encoder(dataclasses.replace(CONFIG, path=str(copy)))
+        encoders.load_text_encoder(dataclasses.replace(CONFIG, path=str(copy)))
 
 
 def test_whole_models_and_bare_towers_are_read(copy):
@@ -135,7 +135,7 @@ def test_other_models_are_refused(copy, change, message):
 
 def test_more_tokens_than_places_are_refused():
     with pytest.raises(ConfigError, match="config.text.max_len=33 must be at most 32"):
-        text.load_text_encoder(dataclasses.replace(CONFIG, max_len=33))
+        encoders.load_text_encoder(dataclasses.replace(CONFIG, max_len=33))
 
 
 @pytest.mark.slow

@@ -12,9 +12,9 @@ import pytest
 
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import T5Config, TextConfig
-from imagen_jax.frozen_encoder import encode_tokens
 from imagen_jax.interop import t5x, t5x_network
-from imagen_jax.text import load_text_encoder
+from imagen_jax.text.encoders import load_text_encoder
+from imagen_jax.text.frozen_encoder import encode_tokens
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "t5_t5x"
 HF = pathlib.Path(__file__).parents[1] / "golden" / "t5_hf" / "v1_1_gated_gelu_encoder"

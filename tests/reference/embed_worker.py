@@ -13,7 +13,7 @@ import time
 import numpy as np
 
 from imagen_jax.cli import run
-from imagen_jax.frozen_encoder import FrozenEncoder
+from imagen_jax.text.frozen_encoder import FrozenEncoder
 
 encode = FrozenEncoder.encode
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from imagen_jax.config.schema import MeshConfig, TextConfig
 from imagen_jax.parallel import partitioning
-from imagen_jax.text import load_text_encoder
+from imagen_jax.text.encoders import load_text_encoder
 
 
 def peak() -> int:

@@ -14,13 +14,14 @@ import msgpack
 import numpy as np
 import pytest
 
-from imagen_jax import pretrain_text, text, vocabulary
+from imagen_jax import pretrain_text
 from imagen_jax.config import schema as config_lib
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import T5Config, TextConfig
 from imagen_jax.interop import hf_t5
 from imagen_jax.models import t5
 from imagen_jax.parallel import partitioning
+from imagen_jax.text import encoders, vocabulary
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "t5_t5x"
 CAPTIONS = ["a red circle above a blue square", "two small green crosses", "a white triangle"] * 4
@@ -42,7 +43,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def encoder(folder):
-    return text.load_text_encoder(TextConfig(path=str(folder), max_len=8))
+    return encoders.load_text_encoder(TextConfig(path=str(folder), max_len=8))
 
 
 def test_tokens_end_with_the_end_mark_cut_or_not(encoder):
@@ -76,8 +77,8 @@ def test_every_vector_depends_on_its_own_caption_only(encoder):
 
 def test_prompts_do_not_depend_on_the_batch_size(encoder):
     prompts = ["a red circle", "", "a white triangle", "a blue square", "two crosses"]
-    small = text.embed_prompts(encoder, prompts, batch_size=2, max_len=6)
-    large = text.embed_prompts(encoder, prompts, batch_size=8, max_len=6)
+    small = encoders.embed_prompts(encoder, prompts, batch_size=2, max_len=6)
+    large = encoders.embed_prompts(encoder, prompts, batch_size=8, max_len=6)
     np.testing.assert_array_equal(small[1], large[1])
     np.testing.assert_allclose(small[0], large[0], atol=1e-6)
     assert small[0].shape == (5, 6, 16)
@@ -86,7 +87,7 @@ def test_prompts_do_not_depend_on_the_batch_size(encoder):
 
 
 def test_prompts_are_padded_beyond_the_encoders_length(encoder):
-    emb, mask = text.embed_prompts(encoder, ["a red circle"], batch_size=1, max_len=12)
+    emb, mask = encoders.embed_prompts(encoder, ["a red circle"], batch_size=1, max_len=12)
     assert emb.shape == (1, 12, 16) and mask.sum() == 4 and not emb[:, 8:].any()
 
 
@@ -98,19 +99,21 @@ def test_a_cut_prompt_is_named_once(encoder, max_len):
     with pytest.warns(
         UserWarning, match=f"{prompts[0]}.* {count} tokens, max_len={min(max_len, 8)}"
     ):
-        text.embed_prompts(encoder, [*prompts, ""], batch_size=2, max_len=max_len)
+        encoders.embed_prompts(encoder, [*prompts, ""], batch_size=2, max_len=max_len)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        text.embed_prompts(encoder, ["red", ""], batch_size=2, max_len=max_len)
+        encoders.embed_prompts(encoder, ["red", ""], batch_size=2, max_len=max_len)
 
 
 def test_each_difference_shows_in_its_own_field_of_the_fingerprint(folder, encoder, tmp_path):
     base = encoder.fingerprint()
-    assert base == text.load_text_encoder(TextConfig(path=str(folder), max_len=8)).fingerprint()
+    assert base == encoders.load_text_encoder(TextConfig(path=str(folder), max_len=8)).fingerprint()
     json.dumps(base)
 
     def changed(name, path, max_len=8):
-        other = text.load_text_encoder(TextConfig(encoder=name, path=str(path), max_len=max_len))
+        other = encoders.load_text_encoder(
+            TextConfig(encoder=name, path=str(path), max_len=max_len)
+        )
         return {field for field, value in other.fingerprint().items() if value != base[field]}
 
     assert changed("t5", folder, max_len=9) == {"max_len"}
@@ -127,7 +130,7 @@ def test_each_difference_shows_in_its_own_field_of_the_fingerprint(folder, encod
 
 
 def test_bytes_need_no_vocabulary_file(folder):
-    encoder = text.load_text_encoder(TextConfig(encoder="bytes", path=str(folder), max_len=16))
+    encoder = encoders.load_text_encoder(TextConfig(encoder="bytes", path=str(folder), max_len=16))
     batch = encoder.tokenize(["aé", "x" * 16])
     assert batch.ids[0, :4].tolist() == [ord("a") + 3, 0xC3 + 3, 0xA9 + 3, 1]
     assert batch.truncated == (1,)
@@ -136,7 +139,7 @@ def test_bytes_need_no_vocabulary_file(folder):
 def test_bytes_are_tokens_of_byt5(folder):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.ByT5Tokenizer()
-    encoder = text.load_text_encoder(TextConfig(encoder="bytes", path=str(folder), max_len=64))
+    encoder = encoders.load_text_encoder(TextConfig(encoder="bytes", path=str(folder), max_len=64))
     captions = ["a red circle", "", "naïve café, 日本語 🎉", "  two  spaces\n"]
     batch = encoder.tokenize(captions)
     for caption, ids, mask in zip(captions, batch.ids, batch.mask, strict=True):
@@ -150,11 +153,11 @@ def test_a_t5x_folder_is_an_encoder_too(tmp_path):
     shutil.copytree(GOLDEN / "checkpoint_1000", tmp_path / "checkpoint_1000")
     config = TextConfig(path=str(tmp_path / "checkpoint_1000"), max_len=8)
     with pytest.raises(ConfigError, match="has no spiece.model"):
-        text.load_text_encoder(config)
+        encoders.load_text_encoder(config)
     (tmp_path / "spiece.model").write_bytes(pretrain_text.train_vocabulary(CAPTIONS, 1000))
     # The weights load; only the golden table is too small for any vocabulary with byte pieces.
     with pytest.raises(ConfigError, match=r"vocabulary has \d+ pieces.*table 128 rows"):
-        text.load_text_encoder(config)
+        encoders.load_text_encoder(config)
 
 
 def write_t5x(folder, params):
@@ -180,12 +183,12 @@ def test_a_t5x_checkpoint_at_an_address_with_preset_and_vocabulary(
     address = f"file://{tmp_path}/checkpoint_7"
     vocabulary = f"file://{folder}/spiece.model"
     config = TextConfig(path=address, preset="tiny", vocabulary=vocabulary, max_len=8)
-    assert text.load_text_encoder(config).fingerprint() == encoder.fingerprint()
+    assert encoders.load_text_encoder(config).fingerprint() == encoder.fingerprint()
     # Beside the checkpoint both are found without being named.
     (tmp_path / "t5_config.json").write_text(json.dumps(dataclasses.asdict(TINY)))
     shutil.copy(folder / "spiece.model", tmp_path)
     for path in (address, f"{tmp_path}/checkpoint_7"):
-        found = text.load_text_encoder(TextConfig(path=path, max_len=8))
+        found = encoders.load_text_encoder(TextConfig(path=path, max_len=8))
         assert found.fingerprint() == encoder.fingerprint()
 
 
@@ -204,7 +207,7 @@ def test_a_t5x_checkpoint_at_an_address_with_preset_and_vocabulary(
 )
 def test_what_an_address_lacks_is_said(folder, change, message):
     with pytest.raises(ValueError, match=message):
-        text.load_text_encoder(dataclasses.replace(TextConfig(path=str(folder)), **change))
+        encoders.load_text_encoder(dataclasses.replace(TextConfig(path=str(folder)), **change))
 
 
 @pytest.mark.parametrize(
@@ -217,16 +220,16 @@ def test_what_an_address_lacks_is_said(folder, change, message):
 )
 def test_errors_name_field_and_fix(config, message):
     with pytest.raises(ConfigError, match=message):
-        text.load_text_encoder(config)
+        encoders.load_text_encoder(config)
 
 
 def test_a_damaged_vocabulary_is_named(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "t5")
     (tmp_path / "t5" / "spiece.model").write_bytes(b"not a model")
     with pytest.raises(ConfigError, match="spiece.model is not a SentencePiece model"):
-        text.load_text_encoder(TextConfig(path=str(tmp_path / "t5")))
+        encoders.load_text_encoder(TextConfig(path=str(tmp_path / "t5")))
 
 
 def test_max_len_must_hold_a_token_and_the_end_mark(folder):
     with pytest.raises(config_lib.ConfigError, match="config.text.max_len=1 must be at least 2"):
-        text.load_text_encoder(TextConfig(path=str(folder), max_len=1))
+        encoders.load_text_encoder(TextConfig(path=str(folder), max_len=1))

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from imagen_jax.config.schema import T5Config, TextConfig
-from imagen_jax.frozen_encoder import FrozenEncoder
 from imagen_jax.interop import hf_t5
 from imagen_jax.models import t5
+from imagen_jax.text.frozen_encoder import FrozenEncoder
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "t5_hf" / "v1_1_gated_gelu_encoder"
 # 51 million parameters: 203 MB as stored, 102 MB in bfloat16, the largest 17 MB as stored.
 LARGE = T5Config(

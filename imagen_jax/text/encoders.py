@@ -23,10 +23,10 @@ from imagen_jax import shapes_oracle
 from imagen_jax.config import overrides
 from imagen_jax.config.fields import ConfigError, unknown_name
 from imagen_jax.config.schema import T5Config, TextConfig
-from imagen_jax.frozen_encoder import FrozenEncoder, TokenBatch
 from imagen_jax.interop import hf_clip, hf_t5, t5x, t5x_network, weights
 from imagen_jax.models import t5
-from imagen_jax.vocabulary import ByteVocabulary, ClipVocabulary, SentencePieceVocabulary
+from imagen_jax.text.frozen_encoder import FrozenEncoder, TokenBatch
+from imagen_jax.text.vocabulary import ByteVocabulary, ClipVocabulary, SentencePieceVocabulary
 
 
 @runtime_checkable

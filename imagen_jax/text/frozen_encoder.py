@@ -29,7 +29,7 @@ from imagen_jax.interop.t5x_network import make_encoder as make_t5x_encoder
 from imagen_jax.models import clip, t5
 from imagen_jax.models.clip import ClipTextConfig
 from imagen_jax.parallel import partitioning
-from imagen_jax.vocabulary import Vocabulary
+from imagen_jax.text.vocabulary import Vocabulary
 
 
 class TokenBatch(NamedTuple):
