@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from imagen_jax.config import overrides
-from imagen_jax.stage_folder import load_stage
+from imagen_jax.stages.folder import load_stage
 
 STEPS = {"text": 1_200, "base": 3_000, "sr": 600}
 # What a T5 learns from the paraphrases is the demo's; here are its sizes. Without a layer it is a

@@ -28,7 +28,7 @@ from imagen_jax.config.schema import CheckpointConfig
 from imagen_jax.evaluation import line_chart, sweep
 from imagen_jax.evaluation.line_chart import Point
 from imagen_jax.evaluation.sweep import StageSet, Sweep
-from imagen_jax.stage_folder import load_stage
+from imagen_jax.stages.folder import load_stage
 
 MEASURES = {title: path for title, path in UNDERSTOOD.items() if title != "distance"}
 

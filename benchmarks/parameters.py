@@ -13,10 +13,10 @@ import sys
 
 import jax
 
-from imagen_jax import stage
 from imagen_jax.config import overrides
 from imagen_jax.interop import weights
 from imagen_jax.parallel import partitioning
+from imagen_jax.stages import stage
 
 PARTS = ("all", "residual blocks", "pixels' attention", "text's attention", "conditioning", "ends")
 

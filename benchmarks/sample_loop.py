@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 import reporting
 
-from imagen_jax import stage as stage_lib
 from imagen_jax.cascade import Cascade
 from imagen_jax.cli.wiring import set_up_devices
-from imagen_jax.stage_folder import load_stage
+from imagen_jax.stages import stage as stage_lib
+from imagen_jax.stages.folder import load_stage
 
 # Evaluations per step; Heun's second one included.
 EVALUATIONS = {"heun": 2}

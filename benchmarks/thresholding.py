@@ -21,12 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 import reporting
 
-from imagen_jax import stage
 from imagen_jax.config.sampling import SamplingConfig
 from imagen_jax.diffusion import guidance, thresholding
 from imagen_jax.evaluation import line_chart
 from imagen_jax.evaluation.line_chart import Point
 from imagen_jax.io import images
+from imagen_jax.stages import stage
 
 MODES = ("none", "static", "dynamic")
 LIMIT = 2  # levels of 255

@@ -30,7 +30,7 @@ from imagen_jax.config.schema import (
     TrainConfig,
 )
 from imagen_jax.io import images
-from imagen_jax.stage_folder import load_stage
+from imagen_jax.stages.folder import load_stage
 from imagen_jax.train import train
 
 SIZE, WIDTH = 8, 8

@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from imagen_jax import batches, drawing, request, stage_folder
+from imagen_jax import batches, drawing, request
 from imagen_jax.batches import Asked
 from imagen_jax.config import overrides
 from imagen_jax.config.fields import ConfigError, unknown_name
@@ -30,7 +30,8 @@ from imagen_jax.drawing import picture_keys, sample_stage
 from imagen_jax.io import images
 from imagen_jax.parallel import partitioning
 from imagen_jax.request import RequestError, with_settings
-from imagen_jax.stage_folder import Stage, StageError, check_chain, load_stage
+from imagen_jax.stages import folder
+from imagen_jax.stages.folder import Stage, StageError, check_chain, load_stage
 from imagen_jax.text.encoders import TextEncoder, embed_prompts, load_text_encoder
 
 __all__ = [
@@ -153,8 +154,8 @@ class Cascade:
             stages, weaker = ([s._replace(params={}) for s in part] for part in (stages, weaker))
         cascade = cls(stages, encoder, weaker)
         cascade.keep = keep
-        cascade.weights = [stage_folder.weights_hash(path) for path in dirs]
-        cascade.guides = [stage_folder.weights_hash(path) for path in guides]
+        cascade.weights = [folder.weights_hash(path) for path in dirs]
+        cascade.guides = [folder.weights_hash(path) for path in guides]
         if keep == "one":
             cascade._params = [functools.partial(_read, path) for path in dirs]
             for path, guide in zip(guides, weaker, strict=True):

@@ -23,7 +23,7 @@ from imagen_jax.interop import if_unet, weights
 from imagen_jax.interop.if_config import read_config
 from imagen_jax.io import atomic
 from imagen_jax.models.conditioning import cosine_steps
-from imagen_jax.stage_folder import Stage
+from imagen_jax.stages.folder import Stage
 
 TEXT_LEN = 77  # tokens to which IF's captions were padded
 SOURCE = "diffusers_config.json"  # beside a stage that was imported

@@ -19,7 +19,7 @@ from jaxtyping import Float, UInt8
 from imagen_jax import drawing
 from imagen_jax.cascade import Cascade
 from imagen_jax.io import images
-from imagen_jax.stage_folder import Stage
+from imagen_jax.stages.folder import Stage
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from imagen_jax.config.schema import Config
 from imagen_jax.diffusion import editing, process, samplers
 from imagen_jax.diffusion.samplers import Denoising, Sampler
-from imagen_jax.stage import aug_noise_side, denoiser, noised_lowres
+from imagen_jax.stages.stage import aug_noise_side, denoiser, noised_lowres
 
 SAMPLE_STREAM = 2  # beside the streams of train_step.py
 # Lists of steps are padded to a multiple of this, so that programs are shared by their lengths.

@@ -16,7 +16,7 @@ import numpy as np
 from imagen_jax import drawing
 from imagen_jax.config.schema import Config
 from imagen_jax.io import images
-from imagen_jax.stage_folder import Stage
+from imagen_jax.stages.folder import Stage
 
 PICTURES = 2
 SEED = 0

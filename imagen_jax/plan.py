@@ -20,13 +20,14 @@ import jax.numpy as jnp
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding
 
-from imagen_jax import drawing, stage
+from imagen_jax import drawing
 from imagen_jax.config.fields import ConfigError, unknown_name
 from imagen_jax.config.schema import Config, MeshConfig
 from imagen_jax.models import t5
 from imagen_jax.optimizer import make_optimizer
 from imagen_jax.parallel import flops, hlo, partitioning
 from imagen_jax.parallel.topology import Slice
+from imagen_jax.stages import stage
 from imagen_jax.text import frozen_encoder
 from imagen_jax.train import abstract_state
 from imagen_jax.train_step import jit_train_step, useful_flops

@@ -17,8 +17,8 @@ from imagen_jax.config.fields import ConfigError, unknown_name
 from imagen_jax.config.sampling import SamplingConfig
 from imagen_jax.config.schema import Config
 from imagen_jax.diffusion.editing import Edit
-from imagen_jax.stage import check_guide
-from imagen_jax.stage_folder import StageError
+from imagen_jax.stages.folder import StageError
+from imagen_jax.stages.stage import check_guide
 
 MAX_SEED = 2**32 - 1
 

@@ -18,12 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imagen_jax import drawing, export, export_check, model_card, stablehlo_loader
+from imagen_jax import drawing, export, export_check, stablehlo_loader
 from imagen_jax.config.schema import Config
 from imagen_jax.diffusion import samplers
 from imagen_jax.interop import weights
 from imagen_jax.io import atomic
-from imagen_jax.stage_folder import Stage
+from imagen_jax.stages import model_card
+from imagen_jax.stages.folder import Stage
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 BATCH = "b"  # the symbolic size, as signature.json writes it

@@ -23,7 +23,7 @@ import optax
 from etils import epath
 from jaxtyping import Array, UInt8
 
-from imagen_jax import drawing, ema, ema_snapshots, metrics, stage, stage_folder, train_state
+from imagen_jax import drawing, ema, ema_snapshots, metrics, train_state
 from imagen_jax.checkpoint import Checkpoints
 from imagen_jax.config import overrides
 from imagen_jax.config.fields import ConfigError
@@ -35,6 +35,7 @@ from imagen_jax.optimizer import learning_rate, make_optimizer
 from imagen_jax.parallel import compiled, distributed, partitioning
 from imagen_jax.parallel.preemption import Preempted, Preemption
 from imagen_jax.parallel.profiling import Profiler
+from imagen_jax.stages import folder, stage
 from imagen_jax.train_state import TrainState
 from imagen_jax.train_step import INIT_STREAM, StepFn, jit_train_step, times_of, useful_flops
 
@@ -140,7 +141,7 @@ def start_from(state: TrainState, path: str) -> TrainState:
     Raises:
       StageError: it is no stage folder. WeightsError: it is of another network.
     """
-    params = stage_folder.load_stage(path).params
+    params = folder.load_stage(path).params
     found, expected = (
         {name: leaf.shape for name, leaf in weights.flatten(tree).items()}
         for tree in (params, state.params)

@@ -12,9 +12,10 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
-from imagen_jax import ema, stage
+from imagen_jax import ema
 from imagen_jax.config.schema import Config
 from imagen_jax.parallel import flops, partitioning
+from imagen_jax.stages import stage
 from imagen_jax.train_state import TrainState
 
 # Streams of randomness; a key is fold_in(fold_in(key(seed), STREAM), step).

@@ -21,7 +21,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax import stage
 from imagen_jax.config.data import DataConfig
 from imagen_jax.config.sampling import SamplingConfig
 from imagen_jax.config.schema import (
@@ -34,6 +33,7 @@ from imagen_jax.config.schema import (
 )
 from imagen_jax.data import embeddings
 from imagen_jax.parallel import partitioning
+from imagen_jax.stages import stage
 
 SIZE, LENGTH, DIM = 8, 4, 8
 

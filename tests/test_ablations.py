@@ -15,8 +15,8 @@ import ablations
 import contrastive_text
 from ablation_runs import Training
 
-from imagen_jax import stage as stage_lib
 from imagen_jax.config import overrides as config_io
+from imagen_jax.stages import stage as stage_lib
 
 ABLATION = ablations.Ablation(
     {"off": ablations.Arm(()), "on": ablations.Arm(())},

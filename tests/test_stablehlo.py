@@ -19,7 +19,7 @@ from imagen_jax.checkpoint import CheckpointError
 from imagen_jax.export_check import ExportError, compare
 from imagen_jax.io import images
 from imagen_jax.io.atomic import OutputError
-from imagen_jax.stage_folder import Stage, load_stage
+from imagen_jax.stages.folder import Stage, load_stage
 
 WHICH = {"seed": 7, "prompt_index": [1, 5], "sample_index": [0, 2]}
 

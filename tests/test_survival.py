@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from imagen_jax import faults, stage, train_state
+from imagen_jax import faults, train_state
 from imagen_jax.checkpoint import CheckpointError, Checkpoints
 from imagen_jax.config import overrides
 from imagen_jax.config.fields import ConfigError
@@ -24,6 +24,7 @@ from imagen_jax.optimizer import make_optimizer
 from imagen_jax.parallel import partitioning
 from imagen_jax.parallel.preemption import Preempted
 from imagen_jax.replay import replay
+from imagen_jax.stages import stage
 from imagen_jax.train import train
 from imagen_jax.train_step import gradient_of_batch, make_train_step, step_key
 

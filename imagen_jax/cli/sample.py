@@ -15,7 +15,7 @@ from imagen_jax.config.schema import Config
 from imagen_jax.parallel import distributed
 from imagen_jax.request import with_settings
 from imagen_jax.sample import Job, sample
-from imagen_jax.stage_folder import check_chain, load_stage
+from imagen_jax.stages.folder import check_chain, load_stage
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

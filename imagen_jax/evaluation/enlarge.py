@@ -18,7 +18,7 @@ from imagen_jax.cascade import Cascade
 from imagen_jax.evaluation import samples
 from imagen_jax.io import atomic, images
 from imagen_jax.parallel import distributed
-from imagen_jax.stage import drop_text
+from imagen_jax.stages.stage import drop_text
 
 
 def load(folder: str) -> Cascade:

@@ -37,7 +37,7 @@ from imagen_jax.io import atomic, images
 from imagen_jax.parallel import distributed
 from imagen_jax.request import with_settings
 from imagen_jax.sample import Job, sample
-from imagen_jax.stage_folder import check_chain, load_stage, weights_hash
+from imagen_jax.stages.folder import check_chain, load_stage, weights_hash
 
 # Lists of a grid by name: the guidance weights of the curves of CLIP score against FID-10K.
 PRESETS: dict[str, tuple[float, ...]] = {

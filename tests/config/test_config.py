@@ -11,12 +11,13 @@ import jax
 import numpy as np
 import pytest
 
-from imagen_jax import optimizer, stage, train, train_state, train_step
+from imagen_jax import optimizer, train, train_state, train_step
 from imagen_jax.config import overrides
 from imagen_jax.config.data import DataConfig
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import Config
 from imagen_jax.parallel import partitioning
+from imagen_jax.stages import stage
 
 ROOT = pathlib.Path(__file__).parents[2]
 

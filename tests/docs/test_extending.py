@@ -5,13 +5,13 @@ import re
 import subprocess
 import sys
 
-from imagen_jax import stage
 from imagen_jax.config import data, schema
 from imagen_jax.config import sampling as config_sampling
 from imagen_jax.data import index
 from imagen_jax.diffusion import process as diffusion
 from imagen_jax.diffusion import samplers as config_sampling
 from imagen_jax.diffusion import thresholding
+from imagen_jax.stages import stage
 from tests.reference.pages import ALL, ROOT
 
 

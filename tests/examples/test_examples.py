@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax import export, stage_folder
+from imagen_jax import export
 from imagen_jax.cli import run
 from imagen_jax.config.schema import T5Config, TextConfig
 from imagen_jax.interop import hf_t5
 from imagen_jax.models import t5
+from imagen_jax.stages import folder as stage_folder
 from tests.interop.test_if_unet import write as write_if
 from tests.reference.pages import ROOT
 

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax import cascade, stage
+from imagen_jax import cascade
 from imagen_jax.cli import run
 from imagen_jax.interop import if_config, if_unet, weights
 from imagen_jax.models.conditioning import cosine_steps
 from imagen_jax.models.unet import UNet
+from imagen_jax.stages import stage
 from tests.reference.if_unet import make_weights
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "if_unet"

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax import stage
 from imagen_jax.config.schema import ModelConfig
 from imagen_jax.models import layers
 from imagen_jax.parallel import partitioning
+from imagen_jax.stages import stage
 
 BATCH, SIZE, LENGTH, DIM = 2, 8, 4, 8
 

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from imagen_jax import stage
 from imagen_jax.config import overrides
 from imagen_jax.models.unet import UNet
 from imagen_jax.parallel import flops, partitioning
+from imagen_jax.stages import stage
 
 
 def count(fn, *shapes) -> float:

@@ -15,11 +15,12 @@ import jax
 import numpy as np
 import optax
 
-from imagen_jax import stage, train, train_state, train_step
+from imagen_jax import train, train_state, train_step
 from imagen_jax.config import overrides
 from imagen_jax.config.schema import Config, MeshConfig
 from imagen_jax.optimizer import make_optimizer
 from imagen_jax.parallel import partitioning
+from imagen_jax.stages import stage
 
 MESHES = {
     "data2_fsdp4": MeshConfig(data=2, fsdp=4),

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax import stage
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import Config
 from imagen_jax.diffusion import process
+from imagen_jax.stages import stage
 
 
 def changed(config: Config, section: str, **values) -> Config:

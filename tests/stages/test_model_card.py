@@ -5,11 +5,12 @@ import json
 
 import pytest
 
-from imagen_jax import export, model_card
+from imagen_jax import export
 from imagen_jax.config.schema import TextConfig
 from imagen_jax.evaluation import report
 from imagen_jax.evaluation.samples import EvaluationError
-from imagen_jax.stage_folder import load_stage
+from imagen_jax.stages import model_card
+from imagen_jax.stages.folder import load_stage
 
 ALIGNMENT = {
     "kinds": {
