@@ -25,9 +25,9 @@ import numpy as np
 from PIL import Image
 
 from imagen_jax.config.data import DataConfig
-from imagen_jax.data import embeddings
-from imagen_jax.data.index import open_source
-from imagen_jax.data.pipeline import Pipeline
+from imagen_jax.data.batches.pipeline import Pipeline
+from imagen_jax.data.embeddings import store as embeddings
+from imagen_jax.data.sources.registry import open_source
 
 WIDTH, LENGTH = 4096, 32
 H200S, PER_CHIP = 8, 83  # Pictures/s of a base stage at 40% of an H200's peak.

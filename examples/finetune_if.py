@@ -18,10 +18,10 @@ import pathlib
 from imagen_jax import convert
 from imagen_jax.config import overrides
 from imagen_jax.config.schema import CheckpointConfig, Config, OptimizerConfig, TrainConfig
-from imagen_jax.data.embeddings import EmbeddingStore
-from imagen_jax.data.index import open_source
-from imagen_jax.data.pipeline import Pipeline
-from imagen_jax.embed import embed
+from imagen_jax.data.batches.pipeline import Pipeline
+from imagen_jax.data.embeddings.embed import embed
+from imagen_jax.data.embeddings.store import EmbeddingStore
+from imagen_jax.data.sources.registry import open_source
 from imagen_jax.export import export
 from imagen_jax.text.encoders import load_text_encoder
 from imagen_jax.train import train, with_data

@@ -31,7 +31,7 @@ from imagen_jax.config.schema import (
     OptimizerConfig,
     TrainConfig,
 )
-from imagen_jax.data import embeddings
+from imagen_jax.data.embeddings import store as embeddings
 from imagen_jax.parallel import partitioning
 from imagen_jax.stages import stage
 

@@ -15,7 +15,7 @@ import pytest
 from imagen_jax.cli import run
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.overrides import load
-from imagen_jax.data.index import open_source
+from imagen_jax.data.sources.registry import open_source
 from imagen_jax.io import images
 
 tfds = pytest.importorskip("tensorflow_datasets")

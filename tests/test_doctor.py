@@ -15,7 +15,7 @@ from imagen_jax import doctor as doctor_lib
 from imagen_jax.cli import run
 from imagen_jax.config.overrides import load
 from imagen_jax.config.schema import Config, MeshConfig
-from imagen_jax.data import embeddings
+from imagen_jax.data.embeddings import store
 from imagen_jax.doctor import doctor
 from imagen_jax.stages import stage
 from imagen_jax.text.encoders import TokenBatch
@@ -56,9 +56,9 @@ def write_store(config: Config, change=lambda rows: rows, fingerprint=FINGERPRIN
     captions = [f"picture {i}" for i in range(12)]
     rng = np.random.default_rng(0)
     rows = change([rng.normal(size=(3, 8)).astype(ml_dtypes.bfloat16) for _ in captions])
-    unit = folder / embeddings.unit_name(captions)
-    embeddings.write_unit(unit, captions, rows)
-    embeddings.write_manifest(folder, [embeddings.describe_unit(unit)], fingerprint)
+    unit = folder / store.unit_name(captions)
+    store.write_unit(unit, captions, rows)
+    store.write_manifest(folder, [store.describe_unit(unit)], fingerprint)
 
 
 def repaint(config: Config, paint) -> None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import argparse
 
-from imagen_jax import embed as embed_lib
 from imagen_jax.cli import wiring
 from imagen_jax.config.fields import ConfigError
-from imagen_jax.data.index import open_source
+from imagen_jax.data.embeddings import embed as embed_lib
+from imagen_jax.data.sources.registry import open_source
 from imagen_jax.parallel import partitioning
 from imagen_jax.text.encoders import load_text_encoder
 

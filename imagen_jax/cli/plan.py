@@ -19,8 +19,8 @@ from imagen_jax.cli import wiring
 from imagen_jax.config import overrides
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import Config
-from imagen_jax.data.embeddings import EmbeddingStore
-from imagen_jax.data.unit_file import EmbeddingError
+from imagen_jax.data.embeddings.store import EmbeddingStore
+from imagen_jax.data.embeddings.unit_file import EmbeddingError
 from imagen_jax.io import atomic
 from imagen_jax.parallel import compiled, partitioning, topology
 from imagen_jax.plan import Plan

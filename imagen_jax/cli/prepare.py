@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from imagen_jax.cli import wiring
-from imagen_jax.data.index import open_source
+from imagen_jax.data.sources.registry import open_source
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

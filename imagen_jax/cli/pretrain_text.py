@@ -7,7 +7,7 @@ import argparse
 from imagen_jax import pretrain_text as pretrain_text_lib
 from imagen_jax import text_corpus
 from imagen_jax.cli import wiring
-from imagen_jax.data.index import open_source
+from imagen_jax.data.sources.registry import open_source
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,10 +11,10 @@ import jax
 from imagen_jax.config import overrides
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import Config
-from imagen_jax.data.embeddings import EmbeddingStore
-from imagen_jax.data.index import open_source
-from imagen_jax.data.on_the_fly import TokenSource
-from imagen_jax.data.pipeline import Pipeline
+from imagen_jax.data.batches.pipeline import Pipeline
+from imagen_jax.data.embeddings.on_the_fly import TokenSource
+from imagen_jax.data.embeddings.store import EmbeddingStore
+from imagen_jax.data.sources.registry import open_source
 from imagen_jax.parallel import partitioning
 from imagen_jax.text.encoders import load_text_encoder
 

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from imagen_jax.config.fields import unknown_name
-from imagen_jax.data.folder import PICTURES, walk
+from imagen_jax.data.sources.folder import PICTURES, walk
 from imagen_jax.evaluation import clip_score, feature_distances, features, frechet, samples
 from imagen_jax.evaluation.features import Network, Parts, Pictures
 from imagen_jax.evaluation.frechet import Gaussian

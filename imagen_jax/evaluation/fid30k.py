@@ -24,7 +24,7 @@ from imagen_jax import __version__
 from imagen_jax.config import overrides
 from imagen_jax.config.data import DataConfig
 from imagen_jax.config.schema import Config
-from imagen_jax.data.index import Source, open_source
+from imagen_jax.data.sources.registry import Source, open_source
 from imagen_jax.evaluation import clip_score, fid, samples
 from imagen_jax.evaluation.features import Pictures
 from imagen_jax.evaluation.fid import Eyes, Settings

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from imagen_jax.config.data import DataConfig
-from imagen_jax.data import embeddings
-from imagen_jax.data.index import open_source
+from imagen_jax.data.embeddings import store
+from imagen_jax.data.sources.registry import open_source
 
 DIM = 6
 
@@ -27,7 +27,7 @@ def draw_pictures(folder: pathlib.Path, count: int, size: int = 64) -> None:
     (folder / "metadata.jsonl").write_text("\n".join(rows))
 
 
-def write_store(folder: pathlib.Path, captions: list[str]) -> embeddings.EmbeddingStore:
+def write_store(folder: pathlib.Path, captions: list[str]) -> store.EmbeddingStore:
     """A store in two units; the caption at i has 1 + i mod 5 tokens."""
     folder.mkdir()
     rng = np.random.default_rng(1)
@@ -36,11 +36,11 @@ def write_store(folder: pathlib.Path, captions: list[str]) -> embeddings.Embeddi
     ]
     units = []
     for part in (slice(0, len(rows) // 2), slice(len(rows) // 2, None)):
-        path = folder / embeddings.unit_name(captions[part], encoder="fake")
-        embeddings.write_unit(path, captions[part], rows[part])
-        units.append(embeddings.describe_unit(path))
-    embeddings.write_manifest(folder, units, {"encoder": "fake", "max_len": 4})
-    return embeddings.EmbeddingStore.open(str(folder))
+        path = folder / store.unit_name(captions[part], encoder="fake")
+        store.write_unit(path, captions[part], rows[part])
+        units.append(store.describe_unit(path))
+    store.write_manifest(folder, units, {"encoder": "fake", "max_len": 4})
+    return store.EmbeddingStore.open(str(folder))
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from imagen_jax.data.claims import Claims
+from imagen_jax.data.embeddings.claims import Claims
 
 PATIENCE = 0.3
 

@@ -8,8 +8,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from imagen_jax.data import embeddings, unit_file
-from imagen_jax.data.embeddings import EmbeddingError, EmbeddingStore
+from imagen_jax.data.embeddings import store as embeddings
+from imagen_jax.data.embeddings import unit_file
+from imagen_jax.data.embeddings.store import EmbeddingError, EmbeddingStore
 
 FINGERPRINT = {"encoder": "t5", "vocabulary": "ab12", "max_len": 8}
 TEXTS = ["a", "красный круг", "c" * 500, "", "e", "f", "g"]

@@ -12,7 +12,8 @@ from PIL import Image
 
 from imagen_jax.config.data import DataConfig
 from imagen_jax.config.fields import ConfigError
-from imagen_jax.data import index, shapes, tfds_files, tfrecord
+from imagen_jax.data import shapes
+from imagen_jax.data.sources import registry, tfds_files, tfrecord
 
 
 def picture(path: pathlib.Path, size: int = 16, caption: str | None = "a caption", **options):
@@ -61,7 +62,7 @@ def zoo(tmp_path):
 
 def test_the_zoo_keeps_the_good_and_names_every_bad_one(zoo):
     lines = []
-    source = index.open_source(folder_config(zoo, min_size=14), log=lines.append)
+    source = registry.open_source(folder_config(zoo, min_size=14), log=lines.append)
     records = {r.key: r for r in map(source.record, range(len(source)))}
     names = "cmyk.jpg deep/good.webp deep16.png good.png moving.gif png_inside.jpg кошка.png"
     assert list(records) == names.split()
@@ -96,14 +97,14 @@ def test_the_zoo_keeps_the_good_and_names_every_bad_one(zoo):
 
 
 def test_a_pixel_is_caught_without_a_limit_and_small_pictures_pass(zoo):
-    source = index.open_source(folder_config(zoo), log=lambda line: None)
+    source = registry.open_source(folder_config(zoo), log=lambda line: None)
     assert "small.png" not in dict(source.report.rejected)
     assert "dot.png" in dict(source.report.rejected)
 
 
 def test_too_many_bad_files_stop_the_run_with_share_names_and_fix(zoo):
     with pytest.raises(ConfigError) as error:
-        index.open_source(folder_config(zoo, max_quarantined=0.05), log=lambda line: None)
+        registry.open_source(folder_config(zoo, max_quarantined=0.05), log=lambda line: None)
     message = str(error.value)
     assert "max_quarantined=0.05" in message and "60.0%" in message and "12 of 20" in message
     assert "cut.jpg" in message or "blank.png" in message
@@ -113,12 +114,12 @@ def test_too_many_bad_files_stop_the_run_with_share_names_and_fix(zoo):
 @pytest.mark.parametrize("path", ["", "/no/such/folder"])
 def test_a_wrong_folder_is_named(path):
     with pytest.raises(ConfigError, match="config.data.path"):
-        index.open_source(DataConfig(kind="folder", path=path))
+        registry.open_source(DataConfig(kind="folder", path=path))
 
 
 def test_an_empty_folder_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="no pictures"):
-        index.open_source(folder_config(tmp_path))
+        registry.open_source(folder_config(tmp_path))
 
 
 def test_metadata_of_the_imagefolder_layout(tmp_path):
@@ -133,7 +134,7 @@ def test_metadata_of_the_imagefolder_layout(tmp_path):
     ]
     lines = "\n".join(map(json.dumps, rows))
     (tmp_path / "train" / "metadata.jsonl").write_text(lines)
-    source = index.open_source(folder_config(tmp_path))
+    source = registry.open_source(folder_config(tmp_path))
     captions = [source.captions(i) for i in range(3)]
     assert captions == [("one",), ("two", "three"), ("four", "five")]
 
@@ -141,20 +142,20 @@ def test_metadata_of_the_imagefolder_layout(tmp_path):
 def test_the_index_is_cached_until_a_file_or_a_limit_changes(tmp_path, monkeypatch):
     picture(tmp_path / "a.png")
     picture(tmp_path / "b.png")
-    first = index.open_source(folder_config(tmp_path))
+    first = registry.open_source(folder_config(tmp_path))
     with monkeypatch.context() as blocked:
-        blocked.setattr(index.scan, "build", None)
-        again = index.open_source(folder_config(tmp_path))
+        blocked.setattr(registry.scan, "build", None)
+        again = registry.open_source(folder_config(tmp_path))
     assert again.fingerprint == first.fingerprint
     assert again.record(1).captions == first.record(1).captions
 
     os.utime(tmp_path / "a.txt", (1, 1))
     (tmp_path / "a.txt").write_text("another caption")
-    changed = index.open_source(folder_config(tmp_path))
+    changed = registry.open_source(folder_config(tmp_path))
     assert changed.captions(0) == ("another caption",)
     assert changed.fingerprint != first.fingerprint
     with pytest.raises(ConfigError, match="too small"):
-        index.open_source(folder_config(tmp_path, min_size=17))
+        registry.open_source(folder_config(tmp_path, min_size=17))
 
 
 def test_data_that_cannot_be_written_beside_is_indexed_elsewhere(tmp_path, monkeypatch):
@@ -163,14 +164,14 @@ def test_data_that_cannot_be_written_beside_is_indexed_elsewhere(tmp_path, monke
     data.mkdir()
     picture(data / "a.png")
     (data / ".imagen_index").write_text("a file where the folder would be")
-    assert len(index.open_source(folder_config(data))) == 1
+    assert len(registry.open_source(folder_config(data))) == 1
     assert len(list((tmp_path / "cache").rglob("index_*"))) == 1
 
 
 def test_a_record_damaged_later_is_replaced_by_the_next_and_named(tmp_path):
     for name in "abc":
         picture(tmp_path / f"{name}.png", caption=f"caption {name}")
-    source = index.open_source(folder_config(tmp_path))
+    source = registry.open_source(folder_config(tmp_path))
     (tmp_path / "b.png").write_bytes(b"")
     (tmp_path / "c.png").unlink()
     assert [source.record(i).key for i in range(3)] == ["a.png"] * 3
@@ -223,18 +224,18 @@ def tfds_config(root: pathlib.Path, **options) -> DataConfig:
 
 def test_tfrecords_read_as_tfds_reads_them(prepared):
     root, truth = prepared
-    source = index.open_source(tfds_config(root))
+    source = registry.open_source(tfds_config(root))
     assert len(source) == len(truth) == 7
     for record, row in zip(map(source.record, range(7)), truth, strict=True):
         np.testing.assert_array_equal(record.image, row["image"])
         assert record.captions == (row["caption"].decode(),)
-    again = index.open_source(tfds_config(root, name="tiny_world:1.2.0"))
+    again = registry.open_source(tfds_config(root, name="tiny_world:1.2.0"))
     assert again.fingerprint == source.fingerprint
 
 
 def test_all_captions_of_a_record_are_kept(prepared):
     root, truth = prepared
-    source = index.open_source(tfds_config(root, caption_key="texts"))
+    source = registry.open_source(tfds_config(root, caption_key="texts"))
     for i, row in enumerate(truth):
         assert source.captions(i) == tuple(text.decode() for text in row["texts"])
 
@@ -252,24 +253,24 @@ def test_the_usual_file_names_are_found_and_the_newest_version_is_taken(prepared
             path.rename(f"{path}-of-00003")
     config = tfds_config(tmp_path)
     assert tfds_files.find(config).name == "1.10.0"
-    np.testing.assert_array_equal(index.open_source(config).record(6).image, truth[6]["image"])
+    np.testing.assert_array_equal(registry.open_source(config).record(6).image, truth[6]["image"])
     (tmp_path / "tiny_world" / "1.10.0" / "tiny_world-train.tfrecord-00001-of-00003").unlink()
     with pytest.raises(ConfigError, match="00001-of-00003 is missing"):
-        index.open_source(config)
+        registry.open_source(config)
 
 
 def test_tfds_mistakes_are_named(prepared):
     root, _ = prepared
     with pytest.raises(ConfigError, match="config.data.split='tran'.*did you mean 'train'"):
-        index.open_source(tfds_config(root, split="tran"))
+        registry.open_source(tfds_config(root, split="tran"))
     with pytest.raises(ConfigError, match="config.data.caption_key='captio'.*did you mean 'captio"):
-        index.open_source(tfds_config(root, caption_key="captio"))
+        registry.open_source(tfds_config(root, caption_key="captio"))
 
 
 def test_tfds_pictures_are_quarantined_by_their_header(prepared):
     root, _ = prepared
     with pytest.raises(ConfigError, match="tiny_world-train.tfrecord-00000__0: too small"):
-        index.open_source(tfds_config(root, min_size=20), log=lambda line: None)
+        registry.open_source(tfds_config(root, min_size=20), log=lambda line: None)
 
 
 def test_a_truncated_tfrecord_is_refused(prepared, tmp_path):
@@ -290,7 +291,7 @@ def test_a_data_set_that_is_not_there_is_built(tmp_path, monkeypatch):
     pytest.importorskip("tensorflow_datasets")
     monkeypatch.setattr(shapes, "SPLITS", dict.fromkeys(shapes.SPLITS, 5))
     config = tfds_config(tmp_path, name="shapes_world", split="held_out")
-    source = index.open_source(config)
+    source = registry.open_source(config)
     scenes = [shapes.scene("held_out", i) for i in range(5)]
     assert [source.captions(i) for i in range(5)] == [(scene.caption,) for scene in scenes]
     for i, scene in enumerate(scenes):
@@ -303,4 +304,4 @@ def test_without_tensorflow_the_way_out_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tfds_files.importlib, "import_module", absent)
     with pytest.raises(ConfigError, match="tensorflow_datasets.*install tensorflow"):
-        index.open_source(tfds_config(tmp_path))
+        registry.open_source(tfds_config(tmp_path))

@@ -14,9 +14,9 @@ from PIL import Image
 
 from imagen_jax.config.data import DataConfig
 from imagen_jax.config.fields import ConfigError
-from imagen_jax.data import index
-from imagen_jax.data.embeddings import EmbeddingStore
-from imagen_jax.data.pipeline import Pipeline
+from imagen_jax.data.batches.pipeline import Pipeline
+from imagen_jax.data.embeddings.store import EmbeddingStore
+from imagen_jax.data.sources import registry
 from tests.data.conftest import write_store
 
 KEYS = {"image_key": "jpg", "caption_key": "words"}
@@ -143,7 +143,7 @@ def packed(pictures, tmp_path_factory) -> dict[str, DataConfig]:
 
 @pytest.fixture(scope="module")
 def store(packed, tmp_path_factory) -> EmbeddingStore:
-    source = index.open_source(packed["folder"], log=lambda line: None)
+    source = registry.open_source(packed["folder"], log=lambda line: None)
     texts = sorted({text for i in range(len(source)) for text in source.captions(i)})
     return write_store(tmp_path_factory.mktemp("embedded") / "store", texts)
 
@@ -161,7 +161,7 @@ def test_the_same_pictures_give_the_same_batches(packed, store, name, options):
     streams = []
     for package in ("folder", name):
         data = dataclasses.replace(packed[package], **options)
-        source = index.open_source(data, log=lambda line: None)
+        source = registry.open_source(data, log=lambda line: None)
         streams.append(Pipeline(source, store, data, seed=3))
     assert len(streams[0].source) == 15
     for step in range(4):
@@ -190,7 +190,7 @@ REJECTED = {
 
 def test_the_report_names_everything_that_is_odd(packed, pictures):
     lines = []
-    source = index.open_source(packed["folder"], log=lines.append)
+    source = registry.open_source(packed["folder"], log=lines.append)
     path = pathlib.Path(packed["folder"].path) / ".imagen_index" / "quarantine.json"
     written = json.loads(path.read_text("utf-8"))
     found = {row["name"]: row["reason"] for row in written["records"]}
@@ -208,7 +208,7 @@ def test_the_report_names_everything_that_is_odd(packed, pictures):
 def test_every_kind_judges_alike(packed, name):
     reasons = []
     for package in ("folder", name):
-        report = index.open_source(packed[package], log=lambda line: None).report
+        report = registry.open_source(packed[package], log=lambda line: None).report
         reasons.append([why for _, why in report.rejected])
         notes = [note for pairs in report.notes.values() for _, note in pairs]
         notes = [n for n in notes if not n.startswith(("name beyond", "wrong extension"))]
@@ -217,19 +217,19 @@ def test_every_kind_judges_alike(packed, name):
 
 
 def test_uncompressed_parquet_is_read_in_place(packed, monkeypatch):
-    source = index.open_source(packed["plain"], log=lambda line: None)
+    source = registry.open_source(packed["plain"], log=lambda line: None)
     monkeypatch.setattr(type(source._reader), "_group", None)
     assert len([source.record(i) for i in range(len(source))]) == 15
     assert all(source._table.place(i)[1] >= 0 for i in range(len(source)))
-    packed_source = index.open_source(packed["struct"], log=lambda line: None)
+    packed_source = registry.open_source(packed["struct"], log=lambda line: None)
     assert all(packed_source._table.place(i)[1] < 0 for i in range(len(packed_source)))
 
 
 def test_large_compressed_row_groups_are_reported(packed, monkeypatch, tmp_path, pictures):
-    monkeypatch.setattr("imagen_jax.data.parquet.LARGE_GROUP", 1000)
+    monkeypatch.setattr("imagen_jax.data.sources.parquet.LARGE_GROUP", 1000)
     write_parquet(tmp_path / "snappy.parquet", pictures)
     data = dataclasses.replace(packed["struct"], path=str(tmp_path / "snappy.parquet"))
-    report = index.open_source(data, log=lambda line: None).report
+    report = registry.open_source(data, log=lambda line: None).report
     assert report.noted["compressed row group"] == 15
 
 
@@ -242,9 +242,9 @@ def test_a_shard_that_is_cut_is_named_and_the_rest_is_used(packed, kind, tmp_pat
     (tmp_path / f"0{suffix}").write_bytes(whole.read_bytes())
     (tmp_path / f"1{suffix}").write_bytes(whole.read_bytes()[: whole.stat().st_size * 2 // 3])
     data = dataclasses.replace(packed[package], path=str(tmp_path))
-    source = index.open_source(data, log=lambda line: None)
+    source = registry.open_source(data, log=lambda line: None)
     alone = dataclasses.replace(data, path=str(tmp_path / f"0{suffix}"))
-    whole_count = len(index.open_source(alone, log=lambda line: None))
+    whole_count = len(registry.open_source(alone, log=lambda line: None))
     reasons = dict(source.report.rejected)
     expected = "unreadable" if kind == "parquet" else "truncated"
     assert reasons[f"1{suffix}"].startswith(expected)
@@ -256,14 +256,14 @@ def test_a_shard_that_is_cut_is_named_and_the_rest_is_used(packed, kind, tmp_pat
 def test_a_wrong_column_names_the_nearest(packed, name):
     data = dataclasses.replace(packed[name], caption_key="wrds")
     with pytest.raises(ConfigError, match="config.data.caption_key='wrds'.*did you mean 'words'"):
-        index.open_source(data)
+        registry.open_source(data)
 
 
 @pytest.mark.parametrize("kind", ["tfrecord", "webdataset", "parquet"])
 def test_files_that_are_not_there(kind, tmp_path):
     for path in (tmp_path, tmp_path / "nothing"):
         with pytest.raises(ConfigError, match="config.data.path=.*pattern such as"):
-            index.open_source(DataConfig(kind=kind, path=str(path)))
+            registry.open_source(DataConfig(kind=kind, path=str(path)))
 
 
 def test_captions_by_the_first_dot_and_any_order_in_a_tar(tmp_path):
@@ -279,7 +279,7 @@ def test_captions_by_the_first_dot_and_any_order_in_a_tar(tmp_path):
         link.type, link.linkname = tarfile.SYMTYPE, "d.png"
         shard.addfile(link)
     data = DataConfig(kind="webdataset", path=str(tmp_path / "x.tar"), max_quarantined=0.9)
-    source = index.open_source(data, log=lambda line: None)
+    source = registry.open_source(data, log=lambda line: None)
     captions = [source.captions(i) for i in range(len(source))]
     assert captions == [("first",), ("second",), ("third", "more")]
     reasons = dict(source.report.rejected)
@@ -307,17 +307,17 @@ def test_pictures_too_large_to_be_true_are_refused(tmp_path):
         },
     )
     data = DataConfig(kind="folder", path=str(tmp_path / "f"), max_quarantined=0.9)
-    report = index.open_source(data, log=lambda line: None).report
+    report = registry.open_source(data, log=lambda line: None).report
     assert all(why.startswith("too large") for _, why in report.rejected)
     assert [name for name, _ in report.rejected] == ["bomb.png", "large.png"]
 
 
 def test_more_files_than_may_be_open(packed, monkeypatch):
-    monkeypatch.setattr("imagen_jax.data.files.KEPT_OPEN", 1)
-    source = index.open_source(packed["tar"], log=lambda line: None)
+    monkeypatch.setattr("imagen_jax.data.sources.files.KEPT_OPEN", 1)
+    source = registry.open_source(packed["tar"], log=lambda line: None)
     first = [source.record(i).image for i in range(len(source))]
     monkeypatch.undo()
-    again = index.open_source(packed["tar"], log=lambda line: None)
+    again = registry.open_source(packed["tar"], log=lambda line: None)
     for i, image in enumerate(first):
         np.testing.assert_array_equal(again.record(i).image, image)
 
@@ -325,7 +325,7 @@ def test_more_files_than_may_be_open(packed, monkeypatch):
 def test_the_fingerprint_is_the_one_of_earlier_versions(packed):
     import hashlib
 
-    source = index.open_source(packed["folder"], log=lambda line: None)
+    source = registry.open_source(packed["folder"], log=lambda line: None)
     records = [source.record(i) for i in range(len(source))]
     root = pathlib.Path(packed["folder"].path)
     rows = [[r.key, (root / r.key).stat().st_size, *r.captions] for r in records]

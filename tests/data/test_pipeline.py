@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from imagen_jax.config.fields import ConfigError
-from imagen_jax.data import embeddings
-from imagen_jax.data import pipeline as pipeline_lib
-from imagen_jax.data.embeddings import EmbeddingError, EmbeddingStore
-from imagen_jax.data.order import permute
-from imagen_jax.data.pipeline import Pipeline
+from imagen_jax.data.batches import pipeline as pipeline_lib
+from imagen_jax.data.batches.order import permute
+from imagen_jax.data.batches.pipeline import Pipeline
+from imagen_jax.data.embeddings import store as embeddings
+from imagen_jax.data.embeddings.store import EmbeddingError, EmbeddingStore
 from imagen_jax.io import images
 
 

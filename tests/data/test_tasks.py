@@ -6,11 +6,11 @@ import itertools
 import numpy as np
 import pytest
 
-from imagen_jax.data.pipeline import Pipeline
+from imagen_jax.data.batches.pipeline import Pipeline
 
 seqio = pytest.importorskip("seqio")
 tf = pytest.importorskip("tensorflow")
-tasks = pytest.importorskip("imagen_jax.data.tasks")
+tasks = pytest.importorskip("imagen_jax.data.batches.tasks")
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_hosts_read_their_own_part(stream):
 
 
 def test_every_level_becomes_the_same_float(stream):
-    from imagen_jax.data import feature_converter
+    from imagen_jax.data.batches import feature_converter
     from imagen_jax.io import images
 
     levels = np.arange(256, dtype=np.uint8).reshape(1, 1, 256, 1).repeat(3, -1)

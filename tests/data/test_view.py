@@ -10,9 +10,10 @@ from PIL import Image
 
 from imagen_jax.config.data import ComponentConfig, DataConfig
 from imagen_jax.config.fields import ConfigError
-from imagen_jax.data import index, order, view
-from imagen_jax.data.mixture import Mixture
-from imagen_jax.data.pipeline import Pipeline
+from imagen_jax.data.batches import order, view
+from imagen_jax.data.batches.pipeline import Pipeline
+from imagen_jax.data.sources import registry
+from imagen_jax.data.sources.mixture import Mixture
 from imagen_jax.io import images
 from tests.data.conftest import write_store
 
@@ -134,7 +135,7 @@ def test_padding_shows_the_whole_picture_between_white_bars():
     ids=str,
 )
 def test_tensorflow_decodes_a_rectangle_to_the_same_pixels(options):
-    tasks = pytest.importorskip("imagen_jax.data.tasks")
+    tasks = pytest.importorskip("imagen_jax.data.batches.tasks")
     data = DataConfig(image_size=32, crop_from=64, lowres_size=8)
     turned = Image.Exif()
     turned[0x0112] = 8
@@ -185,7 +186,7 @@ def two(tmp_path_factory):
 
 def test_rates_are_exact_and_every_source_has_its_own_epochs(two):
     data, store = two
-    source = index.open_source(data)
+    source = registry.open_source(data)
     records = source.order(np.arange(4 * 35), seed=1)
     red, blue = records[records < 5], records[records >= 5]
     assert (len(red), len(blue)) == (105, 35)
@@ -204,7 +205,7 @@ def test_rates_are_exact_and_every_source_has_its_own_epochs(two):
 
 def test_records_of_a_mixture_are_those_of_its_sources(two):
     data, _ = two
-    source = index.open_source(data)
+    source = registry.open_source(data)
     assert len(source) == 12
     for i in range(12):
         name, number = ("red", i) if i < 5 else ("blue", i - 5)
@@ -217,20 +218,20 @@ def test_records_of_a_mixture_are_those_of_its_sources(two):
 
 def test_batches_of_a_mixture_and_their_fingerprint(two):
     data, store = two
-    stream = Pipeline(index.open_source(data), store, data, seed=2)
+    stream = Pipeline(registry.open_source(data), store, data, seed=2)
     for step in range(3):
         batch = stream.batch_at(step)
         assert (images.to_uint8(batch["image"])[:, 0, 7, 0] == 255).sum() == 3
     rates = {n: dataclasses.replace(c, rate=1.0) for n, c in data.mixture.items()}
     even = dataclasses.replace(data, mixture=rates)
-    other = Pipeline(index.open_source(even), store, even, seed=2)
+    other = Pipeline(registry.open_source(even), store, even, seed=2)
     assert other.fingerprint() != stream.fingerprint()
 
 
 def test_half_of_the_pictures_are_mirrored_but_none_that_says_left(two):
     data, store = two
     data = dataclasses.replace(data, flip=True)
-    source = index.open_source(data)
+    source = registry.open_source(data)
     stream, plain = (
         Pipeline(source, store, d, seed=2) for d in (data, dataclasses.replace(data, flip=False))
     )
@@ -261,14 +262,14 @@ def test_a_fault_in_a_mixture_names_the_source(two, tmp_path):
     data, _ = two
     wrong = {**data.mixture, "blue": dataclasses.replace(data.mixture["blue"], path="nowhere")}
     with pytest.raises(ConfigError, match="config.data.mixture.blue.path='nowhere'"):
-        index.open_source(dataclasses.replace(data, mixture=wrong))
+        registry.open_source(dataclasses.replace(data, mixture=wrong))
 
 
 def test_a_mixture_of_one_is_that_source(two):
     data, _ = two
     alone = dataclasses.replace(data, mixture={"red": data.mixture["red"]})
     plain = DataConfig(kind="folder", path=data.mixture["red"].path)
-    mixed, source = index.open_source(alone), index.open_source(plain)
+    mixed, source = registry.open_source(alone), registry.open_source(plain)
     assert isinstance(mixed, Mixture)
     g = np.arange(40)
     np.testing.assert_array_equal(mixed.order(g, 5), source.order(g, 5))

@@ -7,7 +7,7 @@ import sys
 
 from imagen_jax.config import data, schema
 from imagen_jax.config import sampling as config_sampling
-from imagen_jax.data import index
+from imagen_jax.data.sources import registry
 from imagen_jax.diffusion import process as diffusion
 from imagen_jax.diffusion import samplers as config_sampling
 from imagen_jax.diffusion import thresholding
@@ -42,4 +42,4 @@ def test_the_schema_accepts_the_rows_that_there_are():
     assert choices(drawing, "sampler") == set(sampling.SAMPLERS)
     assert choices(drawing, "thresholding") == set(thresholding.THRESHOLDS)
     assert choices(schema.ModelConfig, "name") == set(stage.MODELS)
-    assert set(data.KINDS) == set(index.SOURCES)
+    assert set(data.KINDS) == set(registry.SOURCES)

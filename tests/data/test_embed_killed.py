@@ -17,11 +17,11 @@ import pytest
 from PIL import Image
 
 from imagen_jax.config.schema import T5Config
-from imagen_jax.data.embeddings import EmbeddingStore
+from imagen_jax.data.embeddings.store import EmbeddingStore
 from imagen_jax.interop import hf_t5
 from imagen_jax.models import t5
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 TINY = T5Config(vocab_size=384, emb_dim=32, num_layers=2, num_heads=2, head_dim=16, mlp_dim=64)
 CAPTIONS, KILLS, UNIT = 2000, 10, 16
 

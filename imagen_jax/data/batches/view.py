@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from imagen_jax.config.data import DataConfig
-from imagen_jax.data import order
+from imagen_jax.data.batches import order
 from imagen_jax.io import images
 
 # Words that a mirrored picture would make untrue, whole words in English: left, right, leftmost,

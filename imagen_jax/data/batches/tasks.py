@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from imagen_jax.config import overrides
-from imagen_jax.data.pipeline import Batch, Pipeline
+from imagen_jax.data.batches.pipeline import Batch, Pipeline
 from imagen_jax.io import images
 
 # Start-up messages of TensorFlow are of no use here; its errors reach Python as exceptions.
@@ -38,7 +38,7 @@ with _silent_stderr():
     import seqio
     import tensorflow as tf
 
-    from imagen_jax.data.feature_converter import ImagenFeatureConverter
+    from imagen_jax.data.batches.feature_converter import ImagenFeatureConverter
 
 SPLIT = "train"
 

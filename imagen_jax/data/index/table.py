@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from imagen_jax.data.unit_file import HASH_BYTES, caption_hash
+from imagen_jax.data.embeddings.unit_file import HASH_BYTES, caption_hash
 
 Place = tuple[int, int, int]
 

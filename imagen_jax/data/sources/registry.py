@@ -16,16 +16,16 @@ from jaxtyping import Int
 
 from imagen_jax.config.data import DataConfig, SourceConfig
 from imagen_jax.config.fields import ConfigError
-from imagen_jax.data import scan
-from imagen_jax.data.folder import Folder
-from imagen_jax.data.mixture import Mixture
-from imagen_jax.data.order import permute
-from imagen_jax.data.parquet import Tables
-from imagen_jax.data.records import Decode, Quarantine, Reader, Record
-from imagen_jax.data.table import Table
-from imagen_jax.data.tfds_files import open_tfds
-from imagen_jax.data.tfrecord import TFRecords
-from imagen_jax.data.webdataset import Shards
+from imagen_jax.data.batches.order import permute
+from imagen_jax.data.index import scan
+from imagen_jax.data.index.table import Table
+from imagen_jax.data.sources.folder import Folder
+from imagen_jax.data.sources.mixture import Mixture
+from imagen_jax.data.sources.parquet import Tables
+from imagen_jax.data.sources.records import Decode, Quarantine, Reader, Record
+from imagen_jax.data.sources.tfds_files import open_tfds
+from imagen_jax.data.sources.tfrecord import TFRecords
+from imagen_jax.data.sources.webdataset import Shards
 from imagen_jax.io import images
 
 Log = Callable[[str], None]

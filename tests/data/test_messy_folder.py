@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from imagen_jax.cli import run
-from imagen_jax.data import embeddings
+from imagen_jax.data.embeddings import store as embeddings
 
 COUNT, DIM = 400, 8
 

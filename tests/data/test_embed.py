@@ -10,11 +10,11 @@ import jax
 import numpy as np
 import pytest
 
-from imagen_jax import embed
 from imagen_jax.cli import run
 from imagen_jax.config.schema import T5Config
-from imagen_jax.data import embeddings, unit_file
-from imagen_jax.data.embeddings import EmbeddingError, EmbeddingStore
+from imagen_jax.data.embeddings import embed, unit_file
+from imagen_jax.data.embeddings import store as embeddings
+from imagen_jax.data.embeddings.store import EmbeddingError, EmbeddingStore
 from imagen_jax.interop import hf_t5
 from imagen_jax.models import t5
 from imagen_jax.text.encoders import TokenBatch

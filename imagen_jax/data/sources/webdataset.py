@@ -13,10 +13,10 @@ import tarfile
 from collections.abc import Iterator
 
 from imagen_jax.config.data import SourceConfig
-from imagen_jax.data import files
-from imagen_jax.data.folder import COMPANIONS, PICTURES
-from imagen_jax.data.records import Item, lines_of, texts_of
-from imagen_jax.data.table import Place
+from imagen_jax.data.index.table import Place
+from imagen_jax.data.sources import files
+from imagen_jax.data.sources.folder import COMPANIONS, PICTURES
+from imagen_jax.data.sources.records import Item, lines_of, texts_of
 
 OTHERS = COMPANIONS | {".cls", ".npy", ".pyd", ".id"}  # What else lies in such shards.
 

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from imagen_jax.config.fields import ConfigError
-from imagen_jax.data.table import Place
+from imagen_jax.data.index.table import Place
 from imagen_jax.io import images
 
 SMALLEST_SIDE = 8  # Pixels; smaller pictures are placeholders and tracking pixels, not content.

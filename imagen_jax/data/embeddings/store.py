@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import BFloat16, Bool
 
-from imagen_jax.data.unit_file import (
+from imagen_jax.data.embeddings.unit_file import (
     HASH_BYTES,
     EmbeddingError,
     Rows,

@@ -13,19 +13,19 @@ import jax
 import numpy as np
 import pytest
 
-from imagen_jax import embed
 from imagen_jax.cli import wiring
 from imagen_jax.config import overrides as config_io
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import T5Config, TextConfig
-from imagen_jax.data.index import open_source
+from imagen_jax.data.embeddings import embed
+from imagen_jax.data.sources.registry import open_source
 from imagen_jax.interop import hf_t5
 from imagen_jax.models import t5
 from imagen_jax.parallel import partitioning
 from imagen_jax.text.encoders import load_text_encoder
 from imagen_jax.train import train, with_data
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 SHAPE = T5Config(vocab_size=384, emb_dim=8, num_layers=1, num_heads=2, head_dim=4, mlp_dim=16)
 
 
@@ -130,7 +130,7 @@ def test_two_processes_are_one_run(stored, tmp_path):
 
 
 def test_seqio_gives_the_same_tokens(on_the_fly):
-    pytest.importorskip("imagen_jax.data.tasks")
+    pytest.importorskip("imagen_jax.data.batches.tasks")
     data = dataclasses.replace(on_the_fly.data, loader="seqio")
     pipeline = wiring.open_pipeline(dataclasses.replace(on_the_fly, data=data))
     for step, batch in itertools.islice(enumerate(pipeline.batches(5), 5), 2):

@@ -15,10 +15,10 @@ from collections.abc import Iterator, Mapping
 
 from imagen_jax.config.data import SourceConfig
 from imagen_jax.config.fields import ConfigError, unknown_name
-from imagen_jax.data import files
-from imagen_jax.data.records import Item, Reader
-from imagen_jax.data.table import Place
-from imagen_jax.data.tfrecord import FeatureNames, TFRecords
+from imagen_jax.data.index.table import Place
+from imagen_jax.data.sources import files
+from imagen_jax.data.sources.records import Item, Reader
+from imagen_jax.data.sources.tfrecord import FeatureNames, TFRecords
 
 TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"  # TFDS's usual file names.
 

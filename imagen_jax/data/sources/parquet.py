@@ -18,9 +18,9 @@ from typing import Any
 
 from imagen_jax.config.data import SourceConfig
 from imagen_jax.config.fields import ConfigError, unknown_name
-from imagen_jax.data import files
-from imagen_jax.data.records import Item, texts_of
-from imagen_jax.data.table import Place
+from imagen_jax.data.index.table import Place
+from imagen_jax.data.sources import files
+from imagen_jax.data.sources.records import Item, texts_of
 
 KEPT_BYTES = 512 << 20  # Of unpacked row groups; the one that was read last is always kept.
 LARGE_GROUP = 4 << 20  # Bytes; unpacking a larger one takes longer than decoding the picture.

@@ -23,12 +23,12 @@ from jaxtyping import Array, Int
 
 from imagen_jax.config.data import DataConfig
 from imagen_jax.config.fields import ConfigError
-from imagen_jax.data import view
-from imagen_jax.data.embeddings import EmbeddingStore
-from imagen_jax.data.on_the_fly import TokenSource
-from imagen_jax.data.order import draw_bits
-from imagen_jax.data.records import AnySource
-from imagen_jax.data.unit_file import EmbeddingError
+from imagen_jax.data.batches import view
+from imagen_jax.data.batches.order import draw_bits
+from imagen_jax.data.embeddings.on_the_fly import TokenSource
+from imagen_jax.data.embeddings.store import EmbeddingStore
+from imagen_jax.data.embeddings.unit_file import EmbeddingError
+from imagen_jax.data.sources.records import AnySource
 from imagen_jax.io import images
 
 Batch = dict[str, np.ndarray]
@@ -183,7 +183,7 @@ class Pipeline:
         if self.data.loader == "numpy":
             return self._prefetched(start_step)
         try:
-            tasks = importlib.import_module("imagen_jax.data.tasks")
+            tasks = importlib.import_module("imagen_jax.data.batches.tasks")
         except ImportError as error:
             raise ConfigError(
                 f"config.data.loader='seqio' needs the module {error.name!r}; install it or set "

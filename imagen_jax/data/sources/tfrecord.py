@@ -13,9 +13,9 @@ from collections.abc import Iterator, Mapping
 
 from imagen_jax.config.data import SourceConfig
 from imagen_jax.config.fields import ConfigError, unknown_name
-from imagen_jax.data import files
-from imagen_jax.data.records import Item
-from imagen_jax.data.table import Place
+from imagen_jax.data.index.table import Place
+from imagen_jax.data.sources import files
+from imagen_jax.data.sources.records import Item
 
 
 class TFRecords:

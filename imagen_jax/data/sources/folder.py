@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 from imagen_jax.config.data import SourceConfig
 from imagen_jax.config.fields import ConfigError
-from imagen_jax.data.files import CACHE
-from imagen_jax.data.records import Item, lines_of, texts_of
-from imagen_jax.data.table import Place
+from imagen_jax.data.index.table import Place
+from imagen_jax.data.sources.files import CACHE
+from imagen_jax.data.sources.records import Item, lines_of, texts_of
 
 PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 # Files that commonly lie beside pictures and are no records: captions, tables, notes.

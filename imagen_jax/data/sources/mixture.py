@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Int
 
 from imagen_jax.config.data import block_of
-from imagen_jax.data.order import permute
-from imagen_jax.data.records import AnySource, Decode, Quarantine, Record
+from imagen_jax.data.batches.order import permute
+from imagen_jax.data.sources.records import AnySource, Decode, Quarantine, Record
 from imagen_jax.io import images
 
 # Added to the seed, so that sources of one size and the blocks are shuffled differently.

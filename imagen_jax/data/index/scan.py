@@ -23,7 +23,8 @@ from typing import NamedTuple, TypeVar
 from PIL import Image
 
 from imagen_jax.config.data import SourceConfig
-from imagen_jax.data.records import (
+from imagen_jax.data.index.table import Table, TableWriter
+from imagen_jax.data.sources.records import (
     Item,
     Quarantine,
     Reader,
@@ -32,7 +33,6 @@ from imagen_jax.data.records import (
     clean,
     size_fault,
 )
-from imagen_jax.data.table import Table, TableWriter
 from imagen_jax.io import atomic, images
 
 LAYOUT = 2  # Raised when the meaning of a cached index changes.

@@ -19,8 +19,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from imagen_jax.data import embeddings, unit_file
-from imagen_jax.data.claims import Claims
+from imagen_jax.data.embeddings import store, unit_file
+from imagen_jax.data.embeddings.claims import Claims
 from imagen_jax.text.encoders import TextEncoder
 
 BUCKET = 8  # Tokens: the step between the lengths that are compiled.
@@ -48,7 +48,7 @@ class Plan(NamedTuple):
 
 def plan_units(captions: Sequence[str], encoder: TextEncoder, unit_size: int) -> Plan:
     """Splits the distinct captions into units; the same ones whatever the order of `captions`."""
-    unique = sorted(set(captions), key=embeddings.caption_hash)
+    unique = sorted(set(captions), key=store.caption_hash)
     groups: dict[int, list[tuple[str, int]]] = collections.defaultdict(list)
     truncated = 0
     for start in range(0, len(unique), CHUNK):
@@ -120,7 +120,7 @@ def embed(
       EmbeddingError: no captions, or the encoder gives NaN or infinite values.
     """
     if not captions:
-        raise embeddings.EmbeddingError("there are no captions to embed; check config.data")
+        raise store.EmbeddingError("there are no captions to embed; check config.data")
     folder = pathlib.Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     plan = plan_units(captions, encoder, unit_size)
@@ -130,22 +130,20 @@ def embed(
     settings = {"unit_size": unit_size, "encoder": fingerprint}
     if dtype != "bfloat16":
         settings["dtype"] = dtype
-    names = [
-        embeddings.unit_name(unit.captions, length=unit.length, **settings) for unit in plan.units
-    ]
+    names = [store.unit_name(unit.captions, length=unit.length, **settings) for unit in plan.units]
     work = dict(zip(names, plan.units, strict=True))
     progress = _Progress(folder, work, log)
 
     def do(name: str) -> None:
         unit = work[name]
         rows = _encode_unit(encoder, unit.captions, unit.length, unit_size)
-        embeddings.write_unit(folder / name, unit.captions, rows, dtype)
+        store.write_unit(folder / name, unit.captions, rows, dtype)
         progress.add(unit)
 
     with Claims(folder, patience) as claims:
         _share(names, folder, claims, do, progress.wait)
-    rows = [embeddings.describe_unit(folder / name) for name in names]
-    embeddings.write_manifest(folder, rows, fingerprint)
+    rows = [store.describe_unit(folder / name) for name in names]
+    store.write_manifest(folder, rows, fingerprint)
     _clean_up(folder, names)
     report = _describe(captions, plan, encoder, unit_size, dtype)
     log(
@@ -236,7 +234,7 @@ def _clean_up(folder: pathlib.Path, names: Sequence[str]) -> None:
     for path in folder.glob(".unit_*.bin.*"):
         if path.name[1:].partition(".bin.")[0] + ".bin" in done:
             path.unlink(missing_ok=True)
-    for path in folder.glob(f".{embeddings.MANIFEST}.*.tmp"):
+    for path in folder.glob(f".{store.MANIFEST}.*.tmp"):
         path.unlink(missing_ok=True)
 
 
@@ -252,5 +250,5 @@ def _encode_unit(
     encoded = np.asarray(jax.device_get(encoder.encode(ids, mask)))
     rows = [row[m] for row, m in zip(encoded[: len(captions)], mask, strict=False)]
     if not all(np.isfinite(row).all() for row in rows):
-        raise embeddings.EmbeddingError("the text encoder gives NaN or infinite values")
+        raise store.EmbeddingError("the text encoder gives NaN or infinite values")
     return rows
