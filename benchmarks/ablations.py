@@ -28,11 +28,11 @@ import reporting
 from ablation_runs import STEPS, Runs, Training
 from scipy import stats
 
-from imagen_jax import prompts
 from imagen_jax.config.fields import unknown_name
 from imagen_jax.evaluation import sweep
 from imagen_jax.evaluation.intervals import CONFIDENCE
 from imagen_jax.evaluation.sweep import StageSet, Sweep
+from imagen_jax.inference import prompts
 
 BASE, SR = Training("base"), Training("sr")
 

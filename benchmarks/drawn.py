@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imagen_jax import cascade, drawing, prompts
 from imagen_jax.config import overrides
 from imagen_jax.diffusion import process, samplers
 from imagen_jax.evaluation import alignment
+from imagen_jax.inference import cascade, prompts, stage_sampler
 from imagen_jax.io import images
 from imagen_jax.text.encoders import embed_prompts, load_text_encoder
 
@@ -101,7 +101,7 @@ def draw(
         pictures = _draw_base(denoise_of, base.params, base.config, text, keys, cut)
         drawn[0].append(images.to_uint8(np.asarray(pictures)))
         for index, stage in enumerate(others, 1):
-            stage_keys = drawing.stage_keys(keys, index)
+            stage_keys = stage_sampler.stage_keys(keys, index)
             pictures = cascade.sample_stage(stage.params, stage.config, *text, stage_keys, pictures)
             drawn[index].append(images.to_uint8(np.asarray(pictures)))
     return [np.concatenate(parts)[:count] for parts in drawn]
@@ -113,7 +113,7 @@ def _draw_base(denoise_of, params, config, text, keys, numbers):
     start_keys, step_keys = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 2))(keys), 1, 0)
     times = jnp.linspace(1.0, 0.0, settings.steps + 1)
     x0 = samplers.sample_loop(
-        drawing.make_sampler(config),
+        stage_sampler.make_sampler(config),
         denoise_of(params, config, text, *numbers),
         samplers.normal(start_keys, (size, size, 3)),
         process.logsnr_at(times, config.diffusion),

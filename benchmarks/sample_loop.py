@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 import reporting
 
-from imagen_jax.cascade import Cascade
 from imagen_jax.cli.wiring import set_up_devices
+from imagen_jax.inference.cascade import Cascade
 from imagen_jax.stages import stage as stage_lib
 from imagen_jax.stages.folder import load_stage
 

@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from imagen_jax import prompts
-from imagen_jax.cascade import Cascade
 from imagen_jax.cli.wiring import add_cpu_devices, set_up_devices
 from imagen_jax.data import shapes
 from imagen_jax.evaluation import edges
+from imagen_jax.inference import prompts
+from imagen_jax.inference.cascade import Cascade
 from imagen_jax.io import images
 
 SEED = 0

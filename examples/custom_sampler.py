@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imagen_jax import cascade
 from imagen_jax.diffusion import process, samplers
 from imagen_jax.diffusion.process import alpha_sigma, expand, to_eps
 from imagen_jax.diffusion.samplers import Sampler
+from imagen_jax.inference import cascade
 from imagen_jax.io import images
 from imagen_jax.stages import stage
 

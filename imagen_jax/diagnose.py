@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from imagen_jax import drawing
-from imagen_jax.cascade import Cascade
+from imagen_jax.inference import stage_sampler
+from imagen_jax.inference.cascade import Cascade
 from imagen_jax.io import images
 from imagen_jax.stages.folder import Stage
 
@@ -71,7 +71,7 @@ def diagnose(
       By SR stage, the shift from "true" and from "drawn" low-resolution pictures.
     """
     folder, count = pathlib.Path(out), len(captions)
-    keys = drawing.picture_keys(seed, range(count), [0] * count)
+    keys = stage_sampler.picture_keys(seed, range(count), [0] * count)
     text = (examples[0]["text_emb"], examples[0]["text_mask"])
     words: dict[str, Any] = {"text_emb": text[0], "text_mask": text[1]}
     chain = Cascade(stages).sample_stages(seed=seed, batch_size=count, **words)
@@ -81,8 +81,10 @@ def diagnose(
         rows = [images.to_uint8(example["image"]), chain[index]]
         if index:
             true_lowres = images.to_uint8(example["lowres"])
-            own = drawing.stage_keys(keys, index)
-            drawn = drawing.sample_stage(stage.params, stage.config, *text, own, example["lowres"])
+            own = stage_sampler.stage_keys(keys, index)
+            drawn = stage_sampler.sample_stage(
+                stage.params, stage.config, *text, own, example["lowres"]
+            )
             rows.insert(1, images.to_uint8(np.asarray(drawn)))
             shifts[name] = {
                 "true": colour_shift(rows[1], true_lowres),

@@ -13,8 +13,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from imagen_jax import drawing
 from imagen_jax.config.schema import Config
+from imagen_jax.inference import stage_sampler
 from imagen_jax.io import images
 from imagen_jax.stages.folder import Stage
 
@@ -65,11 +65,13 @@ def random_inputs(config: Config) -> dict[str, Any]:
 
 def draw(stage: Stage, inputs: dict[str, Any]) -> np.ndarray:
     """The live sampler's pictures in [-1, 1]."""
-    keys = drawing.picture_keys(inputs["seed"], inputs["prompt_index"], inputs["sample_index"])
-    keys = drawing.stage_keys(keys, inputs["stage_index"])
+    keys = stage_sampler.picture_keys(
+        inputs["seed"], inputs["prompt_index"], inputs["sample_index"]
+    )
+    keys = stage_sampler.stage_keys(keys, inputs["stage_index"])
     lowres = jnp.asarray(inputs["lowres"]) if "lowres" in inputs else None
     text = jnp.asarray(inputs["text_emb"]), jnp.asarray(inputs["text_mask"])
-    return np.asarray(drawing.sample_stage(stage.params, stage.config, *text, keys, lowres))
+    return np.asarray(stage_sampler.sample_stage(stage.params, stage.config, *text, keys, lowres))
 
 
 def compare(live: np.ndarray, exported: np.ndarray, form: str, log: Callable[[str], None]) -> None:

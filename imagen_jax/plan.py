@@ -20,9 +20,9 @@ import jax.numpy as jnp
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding
 
-from imagen_jax import drawing
 from imagen_jax.config.fields import ConfigError, unknown_name
 from imagen_jax.config.schema import Config, MeshConfig
+from imagen_jax.inference import stage_sampler
 from imagen_jax.models import t5
 from imagen_jax.optimizer import make_optimizer
 from imagen_jax.parallel import flops, hlo, partitioning
@@ -174,7 +174,7 @@ def sample_program(config: Config, where: Slice, batch: int) -> Program:
     params = jax.eval_shape(lambda: stage.init_params(config, jax.random.key(config.seed)))
     params = _laid(partitioning.unbox(params), whole)
     low = given.get("lowres")
-    traced = drawing.sample_stage.trace(params, config, *words, given["keys"], low)
+    traced = stage_sampler.sample_stage.trace(params, config, *words, given["keys"], low)
     inputs = (params, *words, given["keys"], low)
     return program("sample", config, batch, traced, params, inputs)
 

@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imagen_jax import drawing, export, export_check, stablehlo_loader
+from imagen_jax import export, export_check, stablehlo_loader
 from imagen_jax.config.schema import Config
 from imagen_jax.diffusion import samplers
+from imagen_jax.inference import stage_sampler
 from imagen_jax.interop import weights
 from imagen_jax.io import atomic
 from imagen_jax.stages import model_card
@@ -84,9 +85,9 @@ def make_program(stage: Stage) -> jax.export.Exported:
 
     def draw(params: dict[str, Any], inputs: dict[str, Any]) -> Any:
         seeds = jnp.broadcast_to(inputs["seed"], inputs["prompt_index"].shape)
-        keys = drawing.keys_of(seeds, inputs["prompt_index"], inputs["sample_index"])
+        keys = stage_sampler.keys_of(seeds, inputs["prompt_index"], inputs["sample_index"])
         keys = samplers.fold(keys, inputs["stage_index"])
-        return drawing.sample_stage(
+        return stage_sampler.sample_stage(
             weights.unflatten(params),
             config,
             inputs["text_emb"],

@@ -23,12 +23,13 @@ import optax
 from etils import epath
 from jaxtyping import Array, UInt8
 
-from imagen_jax import drawing, ema, ema_snapshots, metrics, train_state
+from imagen_jax import ema, ema_snapshots, metrics, train_state
 from imagen_jax.checkpoint import Checkpoints
 from imagen_jax.config import overrides
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import Config
 from imagen_jax.faults import AboutStep, Faults
+from imagen_jax.inference import stage_sampler
 from imagen_jax.interop import weights
 from imagen_jax.io import images
 from imagen_jax.optimizer import learning_rate, make_optimizer
@@ -349,10 +350,10 @@ def preview(
     """
     count = min(8, len(batch["image"]))
     part = {name: partitioning.fetch(value[:count]) for name, value in batch.items()}
-    keys = drawing.picture_keys(config.seed, range(count), [0] * count)
+    keys = stage_sampler.picture_keys(config.seed, range(count), [0] * count)
     rows = [images.to_uint8(part["image"])]
     for params in (state.ema["ema"], state.params):
-        drawn = drawing.sample_stage(
+        drawn = stage_sampler.sample_stage(
             params, config, part["text_emb"], part["text_mask"], keys, part.get("lowres")
         )
         rows.append(images.to_uint8(partitioning.fetch(drawn)))

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from imagen_jax import diagnose
-from imagen_jax.cascade import Cascade, Stage
+from imagen_jax.inference.cascade import Cascade, Stage
 
 
 def test_a_cast_is_measured_and_detail_is_not():

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax import drawing, export, stablehlo
+from imagen_jax import export, stablehlo
 from imagen_jax.checkpoint import CheckpointError
 from imagen_jax.export_check import ExportError, compare
+from imagen_jax.inference import stage_sampler
 from imagen_jax.io import images
 from imagen_jax.io.atomic import OutputError
 from imagen_jax.stages.folder import Stage, load_stage
@@ -105,12 +106,12 @@ def check_alone(exported: Exported, only_jax, folder, lowres=None) -> None:
     }
     given = text if lowres is None else text | {"lowres": lowres}
     np.savez(folder / "given.npz", **given)
-    keys, live = drawing.picture_keys(*WHICH.values()), []
+    keys, live = stage_sampler.picture_keys(*WHICH.values()), []
     lowres = None if lowres is None else jnp.asarray(lowres)
     for index, stage in enumerate(exported.stages, start=int(lowres is not None)):
         stage_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index)
         told = *map(jnp.asarray, text.values()), stage_keys, lowres
-        lowres = drawing.sample_stage(stage.params, stage.config, *told)
+        lowres = stage_sampler.sample_stage(stage.params, stage.config, *told)
         live.append(images.to_uint8(np.asarray(lowres)))
 
     files = folder / "drawn.npz", folder / "given.npz"

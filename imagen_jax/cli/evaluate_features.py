@@ -10,10 +10,10 @@ from imagen_jax.cli import wiring
 from imagen_jax.evaluation import cards, clip_score, fid, fid30k, frechet
 from imagen_jax.evaluation.resizing import FILTERS
 from imagen_jax.evaluation.samples import EvaluationError
+from imagen_jax.inference.request import with_settings
 from imagen_jax.interop import hf_clip
 from imagen_jax.interop.inception import PUBLIC_FILE
 from imagen_jax.parallel import distributed
-from imagen_jax.request import with_settings
 
 
 def add_fid(parser: argparse.ArgumentParser) -> None:

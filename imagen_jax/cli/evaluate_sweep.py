@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from imagen_jax import prompts
 from imagen_jax.cli import evaluate_features
 from imagen_jax.evaluation import feature_networks, fid, sweep, sweep_report
 from imagen_jax.evaluation.resizing import FILTERS
 from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.evaluation.sweep import StageSet, Sweep
+from imagen_jax.inference import prompts
 from imagen_jax.parallel import distributed
 
 

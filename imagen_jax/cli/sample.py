@@ -7,14 +7,14 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from imagen_jax import prompts, trace
-from imagen_jax.cascade import Cascade
 from imagen_jax.cli import wiring
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import Config
+from imagen_jax.inference import prompts, trace
+from imagen_jax.inference.cascade import Cascade
+from imagen_jax.inference.request import with_settings
+from imagen_jax.inference.sample import Job, sample
 from imagen_jax.parallel import distributed
-from imagen_jax.request import with_settings
-from imagen_jax.sample import Job, sample
 from imagen_jax.stages.folder import check_chain, load_stage
 
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import argparse
 
-from imagen_jax.cascade import Cascade
 from imagen_jax.cli import wiring
 from imagen_jax.config.fields import ConfigError
+from imagen_jax.inference.cascade import Cascade
 from imagen_jax.serving.orders import Limits
 
 # flag -> (field of Limits, help)

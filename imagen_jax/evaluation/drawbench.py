@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from imagen_jax import prompts
 from imagen_jax.evaluation import samples
 from imagen_jax.evaluation.samples import EvaluationError
+from imagen_jax.inference import prompts
 from imagen_jax.io import images
 
 # Side of a picture on a sheet, pixels: eight of them fill a screen's width.

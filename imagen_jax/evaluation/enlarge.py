@@ -14,8 +14,8 @@ import pathlib
 import jax.numpy as jnp
 import numpy as np
 
-from imagen_jax.cascade import Cascade
 from imagen_jax.evaluation import samples
+from imagen_jax.inference.cascade import Cascade
 from imagen_jax.io import atomic, images
 from imagen_jax.parallel import distributed
 from imagen_jax.stages.stage import drop_text

@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from imagen_jax.cascade import Cascade
 from imagen_jax.config import overrides
 from imagen_jax.config.fields import unknown_name
 from imagen_jax.config.schema import Config
@@ -32,11 +31,12 @@ from imagen_jax.evaluation import alignment, enlarge, feature_networks, fid, fid
 from imagen_jax.evaluation.features import Pictures
 from imagen_jax.evaluation.fid import Eyes, Reference
 from imagen_jax.evaluation.samples import EvaluationError
+from imagen_jax.inference.cascade import Cascade
+from imagen_jax.inference.request import with_settings
+from imagen_jax.inference.sample import Job, sample
 from imagen_jax.interop import hf_clip
 from imagen_jax.io import atomic, images
 from imagen_jax.parallel import distributed
-from imagen_jax.request import with_settings
-from imagen_jax.sample import Job, sample
 from imagen_jax.stages.folder import check_chain, load_stage, weights_hash
 
 # Lists of a grid by name: the guidance weights of the curves of CLIP score against FID-10K.

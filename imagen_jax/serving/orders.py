@@ -15,7 +15,7 @@ from typing import Any
 
 from imagen_jax.config.fields import unknown_name
 from imagen_jax.config.schema import Config
-from imagen_jax.request import MAX_SEED
+from imagen_jax.inference.request import MAX_SEED
 
 FIELDS = ("prompt", "negative_prompt", "seed", "samples", "stages")
 SETTINGS = ("steps", "guidance_weight")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import uvicorn
 
-from imagen_jax.cascade import Cascade
+from imagen_jax.inference.cascade import Cascade
 from imagen_jax.serving.app import Guard, make_app
 from imagen_jax.serving.gallery import Gallery
 from imagen_jax.serving.orders import Limits

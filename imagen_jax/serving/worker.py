@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from imagen_jax.cascade import Cascade, Progress
+from imagen_jax.inference.cascade import Cascade, Progress
 from imagen_jax.io import images
 from imagen_jax.serving.gallery import Gallery
 from imagen_jax.serving.orders import Limits, Order

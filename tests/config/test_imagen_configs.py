@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from imagen_jax import cascade, train_state
+from imagen_jax import train_state
 from imagen_jax.config import overrides
 from imagen_jax.config.schema import Config
+from imagen_jax.inference import cascade
 from imagen_jax.optimizer import make_optimizer
 from imagen_jax.parallel import partitioning
 from imagen_jax.stages import stage

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax.cascade import Cascade, Stage
 from imagen_jax.config.schema import DiffusionConfig
 from imagen_jax.diffusion import editing, process, samplers
 from imagen_jax.diffusion.editing import Edit, EditError
+from imagen_jax.inference.cascade import Cascade, Stage
 
 COUNT = 3
 

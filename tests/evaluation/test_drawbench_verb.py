@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from imagen_jax import cascade
 from imagen_jax.cli import run
 from imagen_jax.config import overrides
+from imagen_jax.inference import cascade
 from imagen_jax.interop import weights
 from tests.reference.fake_encoder import FakeEncoder
 

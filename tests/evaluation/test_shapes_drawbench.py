@@ -5,9 +5,9 @@ import pathlib
 import numpy as np
 import pytest
 
-from imagen_jax import prompts
 from imagen_jax.data import shapes, shapes_words
 from imagen_jax.evaluation import alignment, drawbench, shapes_drawbench
+from imagen_jax.inference import prompts
 
 FILE = pathlib.Path(__file__).parents[2] / "configs" / "drawbench_shapes.jsonl"
 

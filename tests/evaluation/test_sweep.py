@@ -7,18 +7,18 @@ import json
 import jax
 import numpy as np
 import pytest
+from tests.test_embed_killed import TINY
 
-from imagen_jax.cascade import Cascade
 from imagen_jax.cli import run
 from imagen_jax.config.schema import TextConfig
 from imagen_jax.data import shapes
 from imagen_jax.evaluation import sweep, sweep_report
 from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.export import write_stage
+from imagen_jax.inference.cascade import Cascade
 from imagen_jax.interop import hf_t5
 from imagen_jax.io import images
 from imagen_jax.models import t5
-from tests.test_embed_killed import TINY
 
 PROMPTS = 3
 

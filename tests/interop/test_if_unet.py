@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax import cascade
 from imagen_jax.cli import run
+from imagen_jax.inference import cascade
 from imagen_jax.interop import if_config, if_unet, weights
 from imagen_jax.models.conditioning import cosine_steps
 from imagen_jax.models.unet import UNet

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax.cascade import Cascade, Progress
 from imagen_jax.cli import run
+from imagen_jax.inference.cascade import Cascade, Progress
 from imagen_jax.io import images
 from imagen_jax.serving.app import make_app
 from imagen_jax.serving.gallery import Gallery

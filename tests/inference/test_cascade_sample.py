@@ -5,11 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from imagen_jax import batches, cascade, drawing
-from imagen_jax.cascade import Cascade, RequestError, Stage, StageError
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.diffusion.editing import Edit
 from imagen_jax.export import write_stage
+from imagen_jax.inference import batches, cascade, stage_sampler
+from imagen_jax.inference.cascade import Cascade, RequestError, Stage, StageError
 from tests.reference.fake_encoder import FakeEncoder
 
 COUNT = 5
@@ -63,7 +63,7 @@ def test_one_call_is_what_whole_stages_draw(stages, texts, drawn):
     """The program that can be looked at on the way is the one that is compiled whole."""
     keys, low = cascade.picture_keys(3, range(COUNT), [0] * COUNT), None
     for index, (stage, expected) in enumerate(zip(stages, drawn, strict=True)):
-        stage_keys = drawing.stage_keys(keys, index)
+        stage_keys = stage_sampler.stage_keys(keys, index)
         low = cascade.sample_stage(stage.params, stage.config, *texts.values(), stage_keys, low)
         assert levels_apart(cascade.images.to_uint8(np.asarray(low)), expected) <= 1
 
@@ -149,8 +149,8 @@ def test_guidance_in_a_shared_program_is_that_of_a_whole_one(stages, texts):
     base, changed = stages[0], {"guidance_weight": 6.5}
     sampling = dataclasses.replace(base.config.sampling, **changed)
     config = dataclasses.replace(base.config, sampling=sampling)
-    keys = drawing.stage_keys(cascade.picture_keys(3, range(COUNT), [0] * COUNT), 0)
-    whole = drawing.sample_stage(base.params, config, *texts.values(), keys)
+    keys = stage_sampler.stage_keys(cascade.picture_keys(3, range(COUNT), [0] * COUNT), 0)
+    whole = stage_sampler.sample_stage(base.params, config, *texts.values(), keys)
     parts = Cascade([base]).sample(seed=3, stage_settings={"base": changed}, **texts)
     assert levels_apart(parts, cascade.images.to_uint8(np.asarray(whole))) <= 1
 
@@ -166,7 +166,7 @@ def folders(stages, tmp_path_factory):
 def test_guidance_that_goes_by_the_step_knows_how_many_there_are(base_config):
     def shared(**settings):
         sampling = dataclasses.replace(base_config.sampling, **settings)
-        return drawing.shared(dataclasses.replace(base_config, sampling=sampling))
+        return stage_sampler.shared(dataclasses.replace(base_config, sampling=sampling))
 
     assert shared(steps=5) == shared(steps=9)
     assert shared(steps=5, guidance_oscillate_after=2).sampling.steps == 5

@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from imagen_jax import sample_folder
-from imagen_jax.cascade import Cascade, Progress
 from imagen_jax.config import overrides
 from imagen_jax.diffusion.editing import Edit
+from imagen_jax.inference import sample_folder
+from imagen_jax.inference.cascade import Cascade, Progress
+from imagen_jax.inference.request import with_settings
+from imagen_jax.inference.sample_folder import GRID_PICTURES, Sample
+from imagen_jax.inference.trace import Trace
 from imagen_jax.io import images
 from imagen_jax.parallel import distributed
-from imagen_jax.request import with_settings
-from imagen_jax.sample_folder import GRID_PICTURES, Sample
-from imagen_jax.trace import Trace
 
 # Batches that each stage draws before the next one is read, where one is in memory at a time.
 BATCHES_PER_STAGE = 16

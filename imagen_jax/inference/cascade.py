@@ -19,17 +19,17 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from imagen_jax import batches, drawing, request
-from imagen_jax.batches import Asked
 from imagen_jax.config import overrides
 from imagen_jax.config.fields import ConfigError, unknown_name
 from imagen_jax.config.schema import Config
 from imagen_jax.diffusion import editing
 from imagen_jax.diffusion.editing import Edit
-from imagen_jax.drawing import picture_keys, sample_stage
+from imagen_jax.inference import batches, request, stage_sampler
+from imagen_jax.inference.batches import Asked
+from imagen_jax.inference.request import RequestError, with_settings
+from imagen_jax.inference.stage_sampler import picture_keys, sample_stage
 from imagen_jax.io import images
 from imagen_jax.parallel import partitioning
-from imagen_jax.request import RequestError, with_settings
 from imagen_jax.stages import folder
 from imagen_jax.stages.folder import Stage, StageError, check_chain, load_stage
 from imagen_jax.text.encoders import TextEncoder, embed_prompts, load_text_encoder
@@ -249,7 +249,7 @@ class Cascade:
         asked, drawn = asked.rows(order), []
         keys = asked.keys
         for index, config in enumerate(configs):
-            own = asked._replace(keys=drawing.stage_keys(keys, index))
+            own = asked._replace(keys=stage_sampler.stage_keys(keys, index))
             guide = self._guides[index]
             report = on_progress and functools.partial(_report, on_progress, configs, index, order)
             pictures = batches.draw(

@@ -11,7 +11,7 @@ import pytest
 
 from imagen_jax.export import write_stage
 
-SOURCE = pathlib.Path(__file__).parents[1]
+SOURCE = pathlib.Path(__file__).parents[2]
 COUNT, BATCHES, ORDERS = 40, (1, 7, 64), ("given", "reversed", "shuffled")
 
 

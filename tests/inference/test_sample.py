@@ -15,19 +15,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax.cascade import Cascade, Stage
 from imagen_jax.cli import run
 from imagen_jax.config.schema import T5Config, TextConfig
 from imagen_jax.diffusion.editing import Edit
 from imagen_jax.export import write_stage
+from imagen_jax.inference.cascade import Cascade, Stage
+from imagen_jax.inference.sample import Job, sample
+from imagen_jax.inference.sample_folder import SampleError
 from imagen_jax.interop import hf_t5
 from imagen_jax.io import images
 from imagen_jax.models import t5
-from imagen_jax.sample import Job, sample
-from imagen_jax.sample_folder import SampleError
 from tests.reference.fake_encoder import FakeEncoder
 
-SOURCE = pathlib.Path(__file__).parents[1]
+SOURCE = pathlib.Path(__file__).parents[2]
 ROWS = [{"prompt": f"prompt {i}", "category": "odd" if i % 2 else "even"} for i in range(5)]
 
 

@@ -9,9 +9,9 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from imagen_jax.cascade import Progress
+from imagen_jax.inference.cascade import Progress
+from imagen_jax.inference.sample_folder import Sample
 from imagen_jax.io import atomic, images
-from imagen_jax.sample_folder import Sample
 
 KINDS = ("png", "gif")
 COLUMNS = 8

@@ -2,7 +2,7 @@
 
 import pytest
 
-from imagen_jax import prompts
+from imagen_jax.inference import prompts
 
 
 def write(tmp_path, name, text, encoding="utf-8"):

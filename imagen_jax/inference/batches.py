@@ -10,11 +10,11 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from imagen_jax import drawing
 from imagen_jax.config.schema import Config
 from imagen_jax.diffusion import editing
 from imagen_jax.diffusion.editing import Edit
 from imagen_jax.diffusion.samplers import Denoising
+from imagen_jax.inference import stage_sampler
 from imagen_jax.parallel import partitioning
 
 Report = Callable[[tuple[int, int], int, int, Array], None]
@@ -54,9 +54,9 @@ def programs() -> tuple[Callable[..., Any], Callable[..., Denoising]]:
         options = {"xla_cpu_multi_thread_eigen": False}
     else:
         options = partitioning.forward_options()
-    begin = jax.jit(drawing.begin, static_argnames="config", compiler_options=options)
+    begin = jax.jit(stage_sampler.begin, static_argnames="config", compiler_options=options)
     advance = jax.jit(
-        drawing.advance, static_argnames=("config", "guide_config"), compiler_options=options
+        stage_sampler.advance, static_argnames=("config", "guide_config"), compiler_options=options
     )
     return begin, advance
 
@@ -112,21 +112,23 @@ def _draw_batch(
     if asked.lowres is not None:
         aug_level = np.full(len(asked.lowres), settings.aug_level, np.float32)
     if edit is None:
-        plan = drawing.levels(config)
+        plan = stage_sampler.levels(config)
     else:
-        plan = drawing.levels(config, edit.strength, edit.resamplings, edit.jump)
+        plan = stage_sampler.levels(config, edit.strength, edit.resamplings, edit.jump)
         known, mask = editing.sized(edit, config.data.image_size)
         edited = known, np.full(len(known), plan.logsnr_t[0], np.float32)
     guide_params, guide_config = guide or (None, None)
     start, run = programs()
     weight = np.full(len(asked.keys), settings.guidance_weight, np.float32)
     given = (*asked[:4], aug_level, weight, asked.negative, edited, mask)
-    told, at = start(drawing.shared(config), *partitioning.spread(given))
+    told, at = start(stage_sampler.shared(config), *partitioning.spread(given))
     stride, waiting = report_every if report else plan.count, None
     for first in range(0, plan.count, stride):
         last = min(first + stride, plan.count)
         bounds = (plan[:2], first, last)
-        at = run(params, drawing.shared(config), told, at, *bounds, guide_params, guide_config)
+        at = run(
+            params, stage_sampler.shared(config), told, at, *bounds, guide_params, guide_config
+        )
         # Waited for only when the next steps are under way.
         if report and waiting:
             report(waiting[0], plan.count, jax.block_until_ready(waiting[1]))
