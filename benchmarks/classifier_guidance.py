@@ -34,9 +34,9 @@ from imagen_jax.evaluation.line_chart import Point
 from imagen_jax.interop import weights
 from imagen_jax.io import images
 from imagen_jax.models import classifier
-from imagen_jax.optimizer import make_optimizer
 from imagen_jax.parallel import partitioning
 from imagen_jax.stages import stage
+from imagen_jax.training.optimizer import make_optimizer
 
 COLORS, SHAPES, SIZES = (list(names) for names in (shapes.COLORS, shapes.SHAPES, shapes.SIZES))
 MIXED = 4  # the number of a picture whose objects differ; else the number of objects minus one

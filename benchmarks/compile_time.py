@@ -16,12 +16,13 @@ import time
 import jax
 import jax.numpy as jnp
 
-from imagen_jax import train_state, train_step
 from imagen_jax.config.data import DataConfig
 from imagen_jax.config.schema import Config, ModelConfig
-from imagen_jax.optimizer import make_optimizer
 from imagen_jax.parallel import partitioning
 from imagen_jax.stages import stage
+from imagen_jax.training import state as train_state
+from imagen_jax.training import step as train_step
+from imagen_jax.training.optimizer import make_optimizer
 
 
 def config_of(blocks: int, channels: int) -> Config:

@@ -23,13 +23,13 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from imagen_jax import pretrain_text, text_corpus
 from imagen_jax.config import overrides as config_io
 from imagen_jax.config.schema import T5Config
 from imagen_jax.data import shapes
 from imagen_jax.io import images
 from imagen_jax.models import clip, t5
 from imagen_jax.parallel import partitioning
+from imagen_jax.training import pretrain_text, text_corpus
 
 PICTURES = 20_000  # Those of the data set.
 SIDE = 16

@@ -22,13 +22,13 @@ from typing import Any
 from ablations import ROLES, UNDERSTOOD, Ablation, format_table, tabulate
 from reporting import write_between
 
-from imagen_jax.checkpoint import Checkpoints
 from imagen_jax.config.schema import CheckpointConfig
 from imagen_jax.evaluation import line_chart, sweep
 from imagen_jax.evaluation.line_chart import Point
 from imagen_jax.evaluation.sweep import StageSet, Sweep
 from imagen_jax.inference import prompts
 from imagen_jax.stages.folder import load_stage
+from imagen_jax.training.checkpoint import Checkpoints
 
 MEASURES = {title: path for title, path in UNDERSTOOD.items() if title != "distance"}
 

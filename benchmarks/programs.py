@@ -31,10 +31,10 @@ from imagen_jax import plan
 from imagen_jax.cli.wiring import set_up_devices
 from imagen_jax.config import overrides as config_io
 from imagen_jax.config.schema import Config, MeshConfig
-from imagen_jax.optimizer import make_optimizer
 from imagen_jax.parallel import partitioning, topology
 from imagen_jax.stages import stage
-from imagen_jax.train import abstract_state
+from imagen_jax.training.optimizer import make_optimizer
+from imagen_jax.training.train import abstract_state
 
 TEXT_DIM = 128  # Where the configuration leaves it to the embeddings.
 TOP = 10

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from imagen_jax import metrics
+from imagen_jax.training import metrics
 
 
 def spread(names: Sequence[str], rows: Sequence[Sequence[float]]) -> dict[str, dict[str, float]]:

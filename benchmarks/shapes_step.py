@@ -38,11 +38,11 @@ from imagen_jax import plan
 from imagen_jax.cli.wiring import set_up_devices
 from imagen_jax.config import overrides as config_io
 from imagen_jax.config.schema import Config
-from imagen_jax.optimizer import make_optimizer
 from imagen_jax.parallel import flops, partitioning
 from imagen_jax.stages import stage
-from imagen_jax.train import abstract_state
-from imagen_jax.train_step import jit_train_step
+from imagen_jax.training.optimizer import make_optimizer
+from imagen_jax.training.step import jit_train_step
+from imagen_jax.training.train import abstract_state
 
 STRETCH = 3.0  # Seconds of steps in a row that make one repeat.
 

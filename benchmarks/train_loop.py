@@ -21,10 +21,10 @@ import reporting
 
 from imagen_jax.cli.wiring import set_up_devices
 from imagen_jax.config import overrides as config_io
-from imagen_jax.optimizer import make_optimizer
 from imagen_jax.parallel import partitioning
-from imagen_jax.train import abstract_state, train
-from imagen_jax.train_step import jit_train_step
+from imagen_jax.training.optimizer import make_optimizer
+from imagen_jax.training.step import jit_train_step
+from imagen_jax.training.train import abstract_state, train
 
 TEXT_DIM = 128
 SAVES = 4  # In a run of `steps` steps.

@@ -31,7 +31,7 @@ from imagen_jax.config.schema import (
 from imagen_jax.inference.cascade import Cascade
 from imagen_jax.io import images
 from imagen_jax.stages.folder import load_stage
-from imagen_jax.train import train
+from imagen_jax.training.train import train
 
 SIZE, WIDTH = 8, 8
 COLORS = {"red": (225, 35, 35), "green": (35, 170, 60), "blue": (45, 75, 235)}

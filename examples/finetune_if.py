@@ -24,7 +24,7 @@ from imagen_jax.data.embeddings.store import EmbeddingStore
 from imagen_jax.data.sources.registry import open_source
 from imagen_jax.export import export
 from imagen_jax.text.encoders import load_text_encoder
-from imagen_jax.train import train, with_data
+from imagen_jax.training.train import train, with_data
 
 
 def configuration(imported: Config, flags: argparse.Namespace) -> Config:

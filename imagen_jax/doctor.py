@@ -18,7 +18,6 @@ from typing import Literal, NamedTuple
 import jax
 import numpy as np
 
-from imagen_jax.checkpoint import CheckpointError, Checkpoints
 from imagen_jax.config import overrides
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import Config
@@ -31,10 +30,11 @@ from imagen_jax.data.sources.records import AnySource
 from imagen_jax.data.sources.registry import open_source
 from imagen_jax.interop.weights import WeightsError
 from imagen_jax.io import images
-from imagen_jax.optimizer import make_optimizer
 from imagen_jax.parallel import partitioning
 from imagen_jax.text.encoders import TextEncoder, load_text_encoder
-from imagen_jax.train import abstract_state, with_data
+from imagen_jax.training.checkpoint import CheckpointError, Checkpoints
+from imagen_jax.training.optimizer import make_optimizer
+from imagen_jax.training.train import abstract_state, with_data
 
 SAMPLE = 100  # Pictures that are decoded.
 CAPTIONS = 5_000  # Captions that are read and counted in tokens.

@@ -17,8 +17,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from imagen_jax import ema, ema_snapshots
-from imagen_jax.checkpoint import CheckpointError, Checkpoints
 from imagen_jax.config import overrides
 from imagen_jax.config.schema import CheckpointConfig, Config, TextConfig, check_sigma_rel
 from imagen_jax.export_check import check
@@ -27,6 +25,8 @@ from imagen_jax.io import atomic
 from imagen_jax.parallel import partitioning
 from imagen_jax.stages import model_card, stage
 from imagen_jax.stages.folder import ENCODER_FOLDER, Stage, load_stage
+from imagen_jax.training import ema, ema_snapshots
+from imagen_jax.training.checkpoint import CheckpointError, Checkpoints
 
 # A larger text encoder stays where it is; its vocabulary and fingerprint come along.
 COPIED_ENCODER_BYTES = 64 * 2**20

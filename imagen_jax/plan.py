@@ -24,13 +24,13 @@ from imagen_jax.config.fields import ConfigError, unknown_name
 from imagen_jax.config.schema import Config, MeshConfig
 from imagen_jax.inference import stage_sampler
 from imagen_jax.models import t5
-from imagen_jax.optimizer import make_optimizer
 from imagen_jax.parallel import flops, hlo, partitioning
 from imagen_jax.parallel.topology import Slice
 from imagen_jax.stages import stage
 from imagen_jax.text import frozen_encoder
-from imagen_jax.train import abstract_state
-from imagen_jax.train_step import jit_train_step, useful_flops
+from imagen_jax.training.optimizer import make_optimizer
+from imagen_jax.training.step import jit_train_step, useful_flops
+from imagen_jax.training.train import abstract_state
 
 # XLA's effort level O0, by its number, which is the form that JAX 0.10 and 0.11 both take. The
 # program is there five to twenty times sooner, and takes rather more memory than it will.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from imagen_jax import metrics
 from imagen_jax.parallel.topology import GIB
 from imagen_jax.plan import Plan
+from imagen_jax.training import metrics
 
 UNITS = {"train": "picture", "sample": "picture", "embed": "caption"}
 WHAT = {"train": "train step", "sample": "sampler", "embed": "text encoder"}

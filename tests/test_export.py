@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax import export, train_state
+from imagen_jax import export
 from imagen_jax.cli import run
 from imagen_jax.config.schema import CheckpointConfig, EmaConfig, TrainConfig
 from imagen_jax.inference import cascade
 from imagen_jax.interop import weights
-from imagen_jax.optimizer import make_optimizer
-from imagen_jax.train import start_from, train
+from imagen_jax.training import state as train_state
+from imagen_jax.training.optimizer import make_optimizer
+from imagen_jax.training.train import start_from, train
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 
 from imagen_jax import export, stablehlo
-from imagen_jax.checkpoint import CheckpointError
 from imagen_jax.export_check import ExportError, compare
 from imagen_jax.inference import stage_sampler
 from imagen_jax.io import images
 from imagen_jax.io.atomic import OutputError
 from imagen_jax.stages.folder import Stage, load_stage
+from imagen_jax.training.checkpoint import CheckpointError
 
 WHICH = {"seed": 7, "prompt_index": [1, 5], "sample_index": [0, 2]}
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from imagen_jax import pretrain_text as pretrain_text_lib
-from imagen_jax import text_corpus
 from imagen_jax.cli import wiring
 from imagen_jax.data.sources.registry import open_source
+from imagen_jax.training import pretrain_text as pretrain_text_lib
+from imagen_jax.training import text_corpus
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

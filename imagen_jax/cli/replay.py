@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from imagen_jax.checkpoint import Checkpoints
 from imagen_jax.cli import wiring
 from imagen_jax.config.schema import CheckpointConfig
-from imagen_jax.replay import replay
+from imagen_jax.training.checkpoint import Checkpoints
+from imagen_jax.training.replay import replay
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

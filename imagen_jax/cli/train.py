@@ -14,7 +14,7 @@ import jax
 from imagen_jax.cli import wiring
 from imagen_jax.parallel import distributed
 from imagen_jax.parallel.preemption import Preemption
-from imagen_jax.train import train, with_data
+from imagen_jax.training.train import train, with_data
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

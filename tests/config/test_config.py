@@ -11,13 +11,14 @@ import jax
 import numpy as np
 import pytest
 
-from imagen_jax import optimizer, train, train_state, train_step
 from imagen_jax.config import overrides
 from imagen_jax.config.data import DataConfig
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import Config
 from imagen_jax.parallel import partitioning
 from imagen_jax.stages import stage
+from imagen_jax.training import optimizer, step, train
+from imagen_jax.training import state as train_state
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -208,7 +209,7 @@ def stepped(config: Config, make_batch) -> tuple[train_state.TrainState, dict]:
         ),
         rule,
     )
-    return jax.jit(train_step.make_train_step(config, rule))(state, make_batch(config))
+    return jax.jit(step.make_train_step(config, rule))(state, make_batch(config))
 
 
 @pytest.mark.parametrize("name", CONFIGS)

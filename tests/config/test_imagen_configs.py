@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from imagen_jax import train_state
 from imagen_jax.config import overrides
 from imagen_jax.config.schema import Config
 from imagen_jax.inference import cascade
-from imagen_jax.optimizer import make_optimizer
 from imagen_jax.parallel import partitioning
 from imagen_jax.stages import stage
+from imagen_jax.training import state
+from imagen_jax.training.optimizer import make_optimizer
 
 FILE = pathlib.Path(__file__).parents[2] / "configs" / "imagen.py"
 COUNTS = {
@@ -63,9 +63,9 @@ def test_nothing_large_stays_whole_under_fsdp(name, mesh_shape):
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     boxed = boxed_params(name)
     abstract = jax.eval_shape(
-        lambda params: train_state.create(params, optimizer), partitioning.unbox(boxed)
+        lambda params: state.create(params, optimizer), partitioning.unbox(boxed)
     )
-    shardings = train_state.shardings(abstract, boxed, optimizer, mesh)
+    shardings = state.shardings(abstract, boxed, optimizer, mesh)
     leaves = jax.tree_util.tree_leaves_with_path(abstract)
     # Adafactor keeps less than a twentieth of what Adam does.
     slots = sum(leaf.size for leaf in jax.tree.leaves(abstract.opt_state)) / COUNTS[name]

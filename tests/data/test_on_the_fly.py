@@ -23,7 +23,7 @@ from imagen_jax.interop import hf_t5
 from imagen_jax.models import t5
 from imagen_jax.parallel import partitioning
 from imagen_jax.text.encoders import load_text_encoder
-from imagen_jax.train import train, with_data
+from imagen_jax.training.train import train, with_data
 
 ROOT = pathlib.Path(__file__).parents[2]
 SHAPE = T5Config(vocab_size=384, emb_dim=8, num_layers=1, num_heads=2, head_dim=4, mlp_dim=16)

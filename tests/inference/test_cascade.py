@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax.checkpoint import CheckpointError
 from imagen_jax.config import overrides
 from imagen_jax.config.schema import CheckpointConfig, TrainConfig
 from imagen_jax.diffusion import samplers
 from imagen_jax.export import export
 from imagen_jax.inference import cascade
 from imagen_jax.inference.cascade import Cascade, StageError
-from imagen_jax.train import train
+from imagen_jax.training.checkpoint import CheckpointError
+from imagen_jax.training.train import train
 
 
 @pytest.fixture(scope="module")

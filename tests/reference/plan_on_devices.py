@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from imagen_jax import plan, train
+from imagen_jax import plan
 from imagen_jax.config import overrides
 from imagen_jax.config.schema import Config, MeshConfig
-from imagen_jax.optimizer import make_optimizer
 from imagen_jax.parallel import hlo, partitioning, topology
 from imagen_jax.plan_search import search_batch, search_train
+from imagen_jax.training import train
+from imagen_jax.training.optimizer import make_optimizer
 
 
 def collectives_of_a_loop() -> list[hlo.Collective]:

@@ -15,12 +15,14 @@ import jax
 import numpy as np
 import optax
 
-from imagen_jax import train, train_state, train_step
 from imagen_jax.config import overrides
 from imagen_jax.config.schema import Config, MeshConfig
-from imagen_jax.optimizer import make_optimizer
 from imagen_jax.parallel import partitioning
 from imagen_jax.stages import stage
+from imagen_jax.training import state as train_state
+from imagen_jax.training import step as train_step
+from imagen_jax.training import train
+from imagen_jax.training.optimizer import make_optimizer
 
 MESHES = {
     "data2_fsdp4": MeshConfig(data=2, fsdp=4),

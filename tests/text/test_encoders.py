@@ -14,7 +14,6 @@ import msgpack
 import numpy as np
 import pytest
 
-from imagen_jax import pretrain_text
 from imagen_jax.config import schema as config_lib
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import T5Config, TextConfig
@@ -22,6 +21,7 @@ from imagen_jax.interop import hf_t5
 from imagen_jax.models import t5
 from imagen_jax.parallel import partitioning
 from imagen_jax.text import encoders, vocabulary
+from imagen_jax.training import pretrain_text
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "t5_t5x"
 CAPTIONS = ["a red circle above a blue square", "two small green crosses", "a white triangle"] * 4

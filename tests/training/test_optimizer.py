@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax import ema
 from imagen_jax.config.schema import EmaConfig, OptimizerConfig
-from imagen_jax.optimizer import learning_rate, make_optimizer
+from imagen_jax.training import ema
+from imagen_jax.training.optimizer import learning_rate, make_optimizer
 
 
 def rates(schedule: str, warmup: int = 10, total: int = 100) -> np.ndarray:

@@ -16,11 +16,11 @@ from typing import Any
 
 import jax
 
-from imagen_jax import ema
 from imagen_jax.config import overrides
 from imagen_jax.config.schema import Config
 from imagen_jax.interop import weights
 from imagen_jax.parallel import distributed, partitioning
+from imagen_jax.training import ema
 
 
 class SnapshotError(ValueError):

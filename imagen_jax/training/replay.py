@@ -14,15 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imagen_jax import faults
-from imagen_jax.checkpoint import CheckpointError, Checkpoints
 from imagen_jax.config.schema import Config
 from imagen_jax.diffusion import process
-from imagen_jax.optimizer import make_optimizer
 from imagen_jax.parallel import partitioning
 from imagen_jax.stages import stage
-from imagen_jax.train import Batches, Encode, abstract_state
-from imagen_jax.train_step import block_norms, gradient_of_batch, jit_train_step, step_key
+from imagen_jax.training import faults
+from imagen_jax.training.checkpoint import CheckpointError, Checkpoints
+from imagen_jax.training.optimizer import make_optimizer
+from imagen_jax.training.step import block_norms, gradient_of_batch, jit_train_step, step_key
+from imagen_jax.training.train import Batches, Encode, abstract_state
 
 
 def replay(

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from imagen_jax import metrics
+from imagen_jax.training import metrics
 
 
 def rows(folder):

@@ -23,7 +23,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 from imagen_jax.config import overrides
 from imagen_jax.config.schema import CheckpointConfig, Config
 from imagen_jax.parallel import distributed
-from imagen_jax.train_state import TrainState
+from imagen_jax.training.state import TrainState
 
 # Bytes that the files of a checkpoint take beside its numbers, and 5% of those.
 BOOKKEEPING = 2_000_000

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax import ema
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import EmaConfig
-from imagen_jax.ema import Profile, Snapshot
+from imagen_jax.training import ema
+from imagen_jax.training.ema import Profile, Snapshot
 
 WIDTHS = (0.02, 0.05, 0.1, 0.2, 0.27)
 

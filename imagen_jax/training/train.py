@@ -23,22 +23,23 @@ import optax
 from etils import epath
 from jaxtyping import Array, UInt8
 
-from imagen_jax import ema, ema_snapshots, metrics, train_state
-from imagen_jax.checkpoint import Checkpoints
 from imagen_jax.config import overrides
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import Config
-from imagen_jax.faults import AboutStep, Faults
 from imagen_jax.inference import stage_sampler
 from imagen_jax.interop import weights
 from imagen_jax.io import images
-from imagen_jax.optimizer import learning_rate, make_optimizer
 from imagen_jax.parallel import compiled, distributed, partitioning
 from imagen_jax.parallel.preemption import Preempted, Preemption
 from imagen_jax.parallel.profiling import Profiler
 from imagen_jax.stages import folder, stage
-from imagen_jax.train_state import TrainState
-from imagen_jax.train_step import INIT_STREAM, StepFn, jit_train_step, times_of, useful_flops
+from imagen_jax.training import ema, ema_snapshots, metrics
+from imagen_jax.training import state as train_state
+from imagen_jax.training.checkpoint import Checkpoints
+from imagen_jax.training.faults import AboutStep, Faults
+from imagen_jax.training.optimizer import learning_rate, make_optimizer
+from imagen_jax.training.state import TrainState
+from imagen_jax.training.step import INIT_STREAM, StepFn, jit_train_step, times_of, useful_flops
 
 # A source of batches: first step wanted -> that step's batch and all that follow.
 Batches = Callable[[int], Iterable[Mapping[str, np.ndarray]]]

@@ -15,13 +15,13 @@ import jax
 import numpy as np
 import pytest
 
-from imagen_jax.checkpoint import CheckpointError
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.overrides import load
 from imagen_jax.config.schema import CheckpointConfig, Config, TrainConfig
-from imagen_jax.train import train
+from imagen_jax.training.checkpoint import CheckpointError
+from imagen_jax.training.train import train
 
-SOURCE = pathlib.Path(__file__).parents[1]
+SOURCE = pathlib.Path(__file__).parents[2]
 
 
 class Killed(Exception):

@@ -14,21 +14,22 @@ import jax
 import numpy as np
 import pytest
 
-from imagen_jax import faults, train_state
-from imagen_jax.checkpoint import CheckpointError, Checkpoints
 from imagen_jax.config import overrides
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import CheckpointConfig, Config, TrainConfig
-from imagen_jax.faults import DivergedError
-from imagen_jax.optimizer import make_optimizer
 from imagen_jax.parallel import partitioning
 from imagen_jax.parallel.preemption import Preempted
-from imagen_jax.replay import replay
 from imagen_jax.stages import stage
-from imagen_jax.train import train
-from imagen_jax.train_step import gradient_of_batch, make_train_step, step_key
+from imagen_jax.training import faults
+from imagen_jax.training import state as train_state
+from imagen_jax.training.checkpoint import CheckpointError, Checkpoints
+from imagen_jax.training.faults import DivergedError
+from imagen_jax.training.optimizer import make_optimizer
+from imagen_jax.training.replay import replay
+from imagen_jax.training.step import gradient_of_batch, make_train_step, step_key
+from imagen_jax.training.train import train
 
-SOURCE = pathlib.Path(__file__).parents[1]
+SOURCE = pathlib.Path(__file__).parents[2]
 
 
 def with_train(config: Config, **changes) -> Config:

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax import pretrain_text as pretrain
-from imagen_jax import text_corpus
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import PretrainTextConfig, TextConfig
 from imagen_jax.interop import weights
 from imagen_jax.io.atomic import OutputError
 from imagen_jax.text import encoders
+from imagen_jax.training import pretrain_text as pretrain
+from imagen_jax.training import text_corpus
 
 SMALL = PretrainTextConfig(
     emb_dim=16, num_layers=1, num_heads=2, mlp_dim=16, steps=2, batch_size=4, context=2

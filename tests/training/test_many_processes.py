@@ -16,9 +16,9 @@ from imagen_jax.cli.wiring import open_pipeline
 from imagen_jax.config.overrides import load
 from imagen_jax.parallel.distributed import DistributedError, _arguments
 from imagen_jax.parallel.preemption import RESTART
-from imagen_jax.train import train
+from imagen_jax.training.train import train
 
-SOURCE = pathlib.Path(__file__).parents[1]
+SOURCE = pathlib.Path(__file__).parents[2]
 # Losses of the same step under other ways to sum: float32, a mean of 4 pictures and 64 numbers.
 LOSS_TOLERANCE = 2e-5
 

@@ -12,11 +12,11 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
-from imagen_jax import ema
 from imagen_jax.config.schema import Config
 from imagen_jax.parallel import flops, partitioning
 from imagen_jax.stages import stage
-from imagen_jax.train_state import TrainState
+from imagen_jax.training import ema
+from imagen_jax.training.state import TrainState
 
 # Streams of randomness; a key is fold_in(fold_in(key(seed), STREAM), step).
 INIT_STREAM, STEP_STREAM = 0, 1

@@ -35,9 +35,9 @@ from imagen_jax.config.schema import OptimizerConfig, PretrainTextConfig, T5Conf
 from imagen_jax.interop import hf_t5
 from imagen_jax.io import atomic
 from imagen_jax.models import t5
-from imagen_jax.optimizer import make_optimizer
 from imagen_jax.parallel import partitioning
-from imagen_jax.text_corpus import EOS_ID, by_group, tokenize, train_vocabulary
+from imagen_jax.training.optimizer import make_optimizer
+from imagen_jax.training.text_corpus import EOS_ID, by_group, tokenize, train_vocabulary
 
 LOG_EVERY = 100
 

@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from imagen_jax import ema, ema_snapshots
 from imagen_jax.config.schema import CheckpointConfig, EmaConfig, TrainConfig
-from imagen_jax.ema_snapshots import SnapshotError
-from imagen_jax.train import train
+from imagen_jax.training import ema, ema_snapshots
+from imagen_jax.training.ema_snapshots import SnapshotError
+from imagen_jax.training.train import train
 
 # The narrowest average is no more than the parameters of its step for the first hundred.
 WIDTHS = (0.001, 0.05, 0.1)
