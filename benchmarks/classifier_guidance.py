@@ -27,7 +27,6 @@ import numpy as np
 import optax
 import reporting
 
-from imagen_jax.data import shapes
 from imagen_jax.diffusion import guidance, process, thresholding
 from imagen_jax.evaluation import line_chart
 from imagen_jax.evaluation.line_chart import Point
@@ -37,6 +36,7 @@ from imagen_jax.models import classifier
 from imagen_jax.parallel import partitioning
 from imagen_jax.stages import stage
 from imagen_jax.training.optimizer import make_optimizer
+from imagen_jax.worlds.shapes import scenes as shapes
 
 COLORS, SHAPES, SIZES = (list(names) for names in (shapes.COLORS, shapes.SHAPES, shapes.SIZES))
 MIXED = 4  # the number of a picture whose objects differ; else the number of objects minus one

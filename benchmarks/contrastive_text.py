@@ -25,11 +25,11 @@ from jaxtyping import Array, Float, Int
 
 from imagen_jax.config import overrides as config_io
 from imagen_jax.config.schema import T5Config
-from imagen_jax.data import shapes
 from imagen_jax.io import images
 from imagen_jax.models import clip, t5
 from imagen_jax.parallel import partitioning
 from imagen_jax.training import pretrain_text, text_corpus
+from imagen_jax.worlds.shapes import scenes
 
 PICTURES = 20_000  # Those of the data set.
 SIDE = 16
@@ -114,11 +114,11 @@ def main() -> None:
     model = text_corpus.train_vocabulary(
         [c for group in corpus for c in group], settings.vocab_size
     )
-    groups = [shapes.paraphrases("train", i) for i in range(PICTURES)]
+    groups = [scenes.paraphrases("train", i) for i in range(PICTURES)]
     captions = [caption for group in groups for caption in group]
     ids, pieces = text_corpus.tokenize(captions, model, config.text.max_len)
     ids = text_corpus.by_group(ids, groups)
-    pixels = np.stack([shapes.draw(shapes.scene("train", i), SIDE) for i in range(PICTURES)])
+    pixels = np.stack([scenes.draw(scenes.scene("train", i), SIDE) for i in range(PICTURES)])
 
     t5_config = pretrain_text.encoder_config(settings, pieces)
     params = init_params(jax.random.key(config.seed), t5_config)

@@ -17,10 +17,10 @@ import numpy as np
 
 from imagen_jax.config import overrides
 from imagen_jax.diffusion import process, samplers
-from imagen_jax.evaluation import alignment
 from imagen_jax.inference import cascade, prompts, stage_sampler
 from imagen_jax.io import images
 from imagen_jax.text.encoders import embed_prompts, load_text_encoder
+from imagen_jax.worlds.shapes import alignment
 
 BATCH = 32
 

@@ -22,11 +22,11 @@ import numpy as np
 from jaxtyping import UInt8
 
 from imagen_jax.cli.wiring import add_cpu_devices, set_up_devices
-from imagen_jax.data import shapes
 from imagen_jax.evaluation import edges
 from imagen_jax.inference import prompts
 from imagen_jax.inference.cascade import Cascade
 from imagen_jax.io import images
+from imagen_jax.worlds.shapes import scenes as shapes
 
 SEED = 0
 

@@ -19,9 +19,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from imagen_jax.config.schema import TextConfig
-from imagen_jax.data import shapes
-from imagen_jax.data.shapes import Scene
 from imagen_jax.text.encoders import TextEncoder, embed_prompts, load_text_encoder
+from imagen_jax.worlds.shapes import scenes as shapes
+from imagen_jax.worlds.shapes.scenes import Scene
 
 Examples = tuple[Float[np.ndarray, "n d"], Int[np.ndarray, " n"]]
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from imagen_jax.data import shapes
+from imagen_jax.worlds.shapes import scenes
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
@@ -31,7 +31,7 @@ def test_demo_draws_what_held_out_prompts_ask_for(run: pathlib.Path):
     samples = [json.loads(line) for line in (run / "samples" / "samples.jsonl").open()]
     assert len(samples) > 300
     assert all((run / "samples" / row["file"]).is_file() for row in samples)
-    trained = {shapes.scene("train", i).caption for i in range(shapes.SPLITS["train"])}
+    trained = {scenes.scene("train", i).caption for i in range(scenes.SPLITS["train"])}
     assert not trained & {row["prompt"] for row in samples}
 
     kinds = json.loads((run / "alignment.json").read_text())["kinds"]

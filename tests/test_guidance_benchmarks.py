@@ -10,8 +10,8 @@ import sys
 import pytest
 
 from imagen_jax.config.schema import PretrainTextConfig, TextConfig
-from imagen_jax.data import shapes
 from imagen_jax.export import write_stage
+from imagen_jax.worlds.shapes import scenes
 
 SOURCE = pathlib.Path(__file__).parents[1]
 PROMPTS = 6
@@ -47,7 +47,7 @@ def given(base_config, sr_config, random_params, write_world, tmp_path_factory):
             world = write_world(folder, config, steps=1, every=1)
             flags = [f"--config={world}", f"--out={folder / 'text'}"]
             command("-m", "imagen_jax", "pretrain_text", *flags)
-    rows = [shapes.prompt_row(shapes.scene("held_out", index)) for index in range(4 * PROMPTS)]
+    rows = [scenes.prompt_row(scenes.scene("held_out", index)) for index in range(4 * PROMPTS)]
     prompts = folder / "prompts.jsonl"
     prompts.write_text("\n".join(map(json.dumps, rows)))
     return [f"--stages={folder / 'base'},{folder / 'sr'}", f"--prompts={prompts}", "--count=6"]

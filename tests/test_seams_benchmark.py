@@ -11,7 +11,7 @@ import pytest
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
 import seams
 
-from imagen_jax.data import shapes
+from imagen_jax.worlds.shapes import scenes
 
 
 class Perfect:
@@ -35,7 +35,7 @@ class Perfect:
 
 @pytest.mark.parametrize(("step", "least", "most"), [(0, 0.99, 1.01), (2, 1.1, 10.0)])
 def test_patches_of_a_stage_are_seen_and_nothing_else(tmp_path, monkeypatch, step, least, most):
-    rows = [shapes.prompt_row(shapes.scene("held_out", index)) for index in range(6)]
+    rows = [scenes.prompt_row(scenes.scene("held_out", index)) for index in range(6)]
     asked = tmp_path / "prompts.jsonl"
     asked.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]))
     monkeypatch.setattr(seams, "set_up_devices", lambda count: None)

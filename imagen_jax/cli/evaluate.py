@@ -7,18 +7,11 @@ import pathlib
 
 from imagen_jax.cli import evaluate_features, evaluate_sweep
 from imagen_jax.cli import sample as sample_verb
-from imagen_jax.evaluation import (
-    alignment,
-    drawbench,
-    edges,
-    rate_build,
-    rate_score,
-    report,
-    samples,
-)
+from imagen_jax.evaluation import drawbench, edges, rate_build, rate_score, report, samples
 from imagen_jax.evaluation.studies import STUDIES
 from imagen_jax.io import atomic
 from imagen_jax.parallel import distributed
+from imagen_jax.worlds.shapes import alignment
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

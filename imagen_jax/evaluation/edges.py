@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
-from imagen_jax.data import shapes
 from imagen_jax.evaluation import samples
 from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.io import images
+from imagen_jax.worlds.shapes import scenes
 
 # A place is flat where the small picture varies by no more than this around it, levels; a jump
 # that is no larger is grain.
@@ -145,8 +145,8 @@ def evaluate(
         scale = _scale(large, small, crop, row["file"])
         pairs = {"drawn": (large, small)}
         if row.get("objects"):
-            scene = shapes.scene_from_row(row, np.random.default_rng((SEED, index)))
-            pairs["real"] = shapes.draw(scene, len(large)), shapes.draw(scene, len(small))
+            scene = scenes.scene_from_row(row, np.random.default_rng((SEED, index)))
+            pairs["real"] = scenes.draw(scene, len(large)), scenes.draw(scene, len(small))
         bicubic = images.resize_host(small, len(large), "bicubic")
         sharp.setdefault("bicubic", []).append(sharpness(bicubic))
         for name, (picture, below) in pairs.items():

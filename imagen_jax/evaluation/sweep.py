@@ -26,8 +26,7 @@ import numpy as np
 from imagen_jax.config import overrides
 from imagen_jax.config.fields import unknown_name
 from imagen_jax.config.schema import Config
-from imagen_jax.data import shapes
-from imagen_jax.evaluation import alignment, enlarge, feature_networks, fid, fid30k
+from imagen_jax.evaluation import enlarge, feature_networks, fid, fid30k
 from imagen_jax.evaluation.features import Pictures
 from imagen_jax.evaluation.fid import Eyes, Reference
 from imagen_jax.evaluation.samples import EvaluationError
@@ -38,6 +37,7 @@ from imagen_jax.interop import hf_clip
 from imagen_jax.io import atomic, images
 from imagen_jax.parallel import distributed
 from imagen_jax.stages.folder import check_chain, load_stage, weights_hash
+from imagen_jax.worlds.shapes import alignment, scenes
 
 # Lists of a grid by name: the guidance weights of the curves of CLIP score against FID-10K.
 PRESETS: dict[str, tuple[float, ...]] = {
@@ -257,8 +257,8 @@ def _real_pictures(sweep: Sweep, last: Config) -> Pictures:
 
     def load(number: int) -> np.ndarray:
         rng = np.random.default_rng((alignment.SEED, number))
-        scene = shapes.scene_from_row(sweep.rows[number], rng)
-        return images.center_crop_resize(shapes.draw(scene), size, filter)
+        scene = scenes.scene_from_row(sweep.rows[number], rng)
+        return images.center_crop_resize(scenes.draw(scene), size, filter)
 
     return Pictures(len(sweep.rows), load)
 

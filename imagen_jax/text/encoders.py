@@ -19,7 +19,6 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from imagen_jax import shapes_oracle
 from imagen_jax.config import overrides
 from imagen_jax.config.fields import ConfigError, unknown_name
 from imagen_jax.config.schema import T5Config, TextConfig
@@ -27,6 +26,7 @@ from imagen_jax.interop import hf_clip, hf_t5, t5x, t5x_network, weights
 from imagen_jax.models import t5
 from imagen_jax.text.frozen_encoder import FrozenEncoder, TokenBatch
 from imagen_jax.text.vocabulary import ByteVocabulary, ClipVocabulary, SentencePieceVocabulary
+from imagen_jax.worlds.shapes import oracle_encoder
 
 
 @runtime_checkable
@@ -125,7 +125,7 @@ TEXT_ENCODERS: dict[str, Callable[[TextConfig, Mesh | None], TextEncoder]] = {
     "bytes": load_bytes,
     "t5x": load_t5x,
     "clip": load_clip,
-    "shapes_oracle": shapes_oracle.load,
+    "shapes_oracle": oracle_encoder.load,
 }
 
 

@@ -12,8 +12,8 @@ from PIL import Image
 
 from imagen_jax.config.data import DataConfig
 from imagen_jax.config.fields import ConfigError
-from imagen_jax.data import shapes
 from imagen_jax.data.sources import registry, tfds_files, tfrecord
+from imagen_jax.worlds.shapes import scenes as shapes
 
 
 def picture(path: pathlib.Path, size: int = 16, caption: str | None = "a caption", **options):

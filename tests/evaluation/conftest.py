@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from imagen_jax.data import shapes
 from imagen_jax.io import images
+from imagen_jax.worlds.shapes import scenes as shapes
 
 
 @pytest.fixture

@@ -7,12 +7,12 @@ import pytest
 from PIL import Image, ImageFilter
 
 from imagen_jax.cli import run
-from imagen_jax.data import shapes
 from imagen_jax.evaluation import edges
+from imagen_jax.worlds.shapes import scenes
 
-SCENES = [shapes.scene("held_out", i) for i in range(24)]
-LARGE = [shapes.draw(scene, 256) for scene in SCENES]
-SMALL = [shapes.draw(scene) for scene in SCENES]
+SCENES = [scenes.scene("held_out", i) for i in range(24)]
+LARGE = [scenes.draw(scene, 256) for scene in SCENES]
+SMALL = [scenes.draw(scene) for scene in SCENES]
 
 
 def _bicubic(picture):

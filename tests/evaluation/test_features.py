@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from imagen_jax.data import shapes
 from imagen_jax.evaluation import feature_networks, features, frechet
 from imagen_jax.evaluation.features import Pictures
 from imagen_jax.evaluation.frechet import Statistics
+from imagen_jax.worlds.shapes import scenes
 from tests.reference import small_features
 
 
@@ -117,11 +117,11 @@ def singles():
     found = {"circle": [], "cross": []}
     index = 0
     while min(map(len, found.values())) < 60:
-        scene = shapes.scene("train", index)
+        scene = scenes.scene("train", index)
         index += 1
         shape = scene.objects[0].shape
         if len(scene.objects) == 1 and shape in found and len(found[shape]) < 60:
-            found[shape].append(shapes.draw(scene))
+            found[shape].append(scenes.draw(scene))
     return found
 
 

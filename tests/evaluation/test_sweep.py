@@ -11,7 +11,6 @@ from tests.test_embed_killed import TINY
 
 from imagen_jax.cli import run
 from imagen_jax.config.schema import TextConfig
-from imagen_jax.data import shapes
 from imagen_jax.evaluation import sweep, sweep_report
 from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.export import write_stage
@@ -19,6 +18,7 @@ from imagen_jax.inference.cascade import Cascade
 from imagen_jax.interop import hf_t5
 from imagen_jax.io import images
 from imagen_jax.models import t5
+from imagen_jax.worlds.shapes import scenes
 
 PROMPTS = 3
 
@@ -42,7 +42,7 @@ def world(base_config, sr_config, random_params, tmp_path_factory):
     larger = dataclasses.replace(sr_config, sampling=larger)
     for seed, name in enumerate(("sr", "sr_late")):
         write_stage(folder / name, random_params(larger, seed), larger, {})
-    rows = [shapes.prompt_row(shapes.scene("held_out", index)) for index in range(PROMPTS + 2)]
+    rows = [scenes.prompt_row(scenes.scene("held_out", index)) for index in range(PROMPTS + 2)]
     (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
 

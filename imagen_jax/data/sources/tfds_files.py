@@ -49,7 +49,7 @@ def find(source: SourceConfig) -> pathlib.Path:
     folder = _newest(pathlib.Path(source.path) / name, version)
     if folder is None:
         try:
-            builder = importlib.import_module("imagen_jax.data.shapes_builder")
+            builder = importlib.import_module("imagen_jax.worlds.shapes.builder")
         except ImportError as error:
             raise ConfigError(
                 f"config.data.path={source.path!r} holds no {source.name!r}, and building it needs "

@@ -16,8 +16,9 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from imagen_jax.config.fields import ConfigError
-from imagen_jax.data import shapes, shapes_words
 from imagen_jax.io import atomic, images
+from imagen_jax.worlds.shapes import scenes as shapes
+from imagen_jax.worlds.shapes import words as shapes_words
 
 PROMPT_SPLITS = ("seen_test", "held_out")
 CORPUS = 20_000  # Lines of paraphrases.jsonl.

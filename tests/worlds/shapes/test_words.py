@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from imagen_jax.data import letters, shapes, shapes_words
+from imagen_jax.worlds.shapes import letters
+from imagen_jax.worlds.shapes import scenes as shapes
+from imagen_jax.worlds.shapes import words as shapes_words
 
 
 def _word(scene):

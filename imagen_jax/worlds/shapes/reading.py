@@ -16,8 +16,8 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 from PIL import Image
 
-from imagen_jax.data import shapes
-from imagen_jax.data.letters import LETTERS
+from imagen_jax.worlds.shapes import scenes
+from imagen_jax.worlds.shapes.letters import LETTERS
 
 # Distance in RGB from which a pixel is not background; grain of 6/255 stays below a quarter of it.
 PRESENCE = 48.0
@@ -30,12 +30,12 @@ MIN_PURITY = 0.9
 # IoU would forgive a large ragged shape, and ask more of a cross, all outline, than of a circle.
 MAX_ROUGHNESS = 0.28
 # Letters are thin, and an O is nearly a D.
-MIN_IOU_LEAD = {shapes.SHAPES: 0.03, LETTERS: 0.01}
+MIN_IOU_LEAD = {scenes.SHAPES: 0.03, LETTERS: 0.01}
 # Equivalent radii beyond the range of sizes by more than this factor have no size.
 MAX_SIZE_RATIO = 1.25
 
-_BACKGROUND = np.array(shapes.BACKGROUND, np.float32)
-_PALETTE = np.array(list(shapes.COLORS.values()), np.float32)
+_BACKGROUND = np.array(scenes.BACKGROUND, np.float32)
+_PALETTE = np.array(list(scenes.COLORS.values()), np.float32)
 
 
 class _Form(NamedTuple):
@@ -49,15 +49,15 @@ class _Form(NamedTuple):
 
 _FORMS = {
     "circle": _Form(math.pi, 2 * math.pi),
-    "square": _Form(4 * shapes.SQUARE_HALF**2, 8 * shapes.SQUARE_HALF),
+    "square": _Form(4 * scenes.SQUARE_HALF**2, 8 * scenes.SQUARE_HALF),
     "triangle": _Form(
-        2 * shapes.TRIANGLE_HALF**2,
-        2 * shapes.TRIANGLE_HALF * (1 + math.sqrt(5)),
-        below=shapes.TRIANGLE_HALF / 3,
+        2 * scenes.TRIANGLE_HALF**2,
+        2 * scenes.TRIANGLE_HALF * (1 + math.sqrt(5)),
+        below=scenes.TRIANGLE_HALF / 3,
     ),
     "cross": _Form(
-        8 * shapes.CROSS_ARM * shapes.CROSS_HALF_WIDTH - 4 * shapes.CROSS_HALF_WIDTH**2,
-        8 * shapes.CROSS_ARM,
+        8 * scenes.CROSS_ARM * scenes.CROSS_HALF_WIDTH - 4 * scenes.CROSS_HALF_WIDTH**2,
+        8 * scenes.CROSS_ARM,
     ),
 }
 # Templates are tried off by so much: right and down in pixels, radius as a factor.
@@ -86,7 +86,7 @@ class Reading:
 
 
 def read(
-    image: UInt8[np.ndarray, "size size 3"], names: tuple[str, ...] = shapes.SHAPES
+    image: UInt8[np.ndarray, "size size 3"], names: tuple[str, ...] = scenes.SHAPES
 ) -> Reading:
     """Reads the objects of a picture.
 
@@ -97,7 +97,7 @@ def read(
     All thresholds are in pixels of 64. Pictures of another size are resized to that (box filter),
     so that one instrument reads all stages of a cascade; what is finer is `edges`' to see.
     """
-    side = shapes.PICTURE
+    side = scenes.PICTURE
     if image.shape[:2] != (side, side):
         image = np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BOX))
     pixels = image.astype(np.float32)
@@ -152,7 +152,7 @@ def _vote(pixels: np.ndarray) -> tuple[str | None, float]:
     counts = np.bincount(nearest, minlength=len(_PALETTE) + 1)
     winner = int(counts[:-1].argmax())
     purity = float(counts[winner] / len(pixels))
-    return (tuple(shapes.COLORS)[winner] if purity >= MIN_PURITY else None), purity
+    return (tuple(scenes.COLORS)[winner] if purity >= MIN_PURITY else None), purity
 
 
 def _fit(mask: np.ndarray, names: tuple[str, ...]) -> tuple[str | None, float, float]:
@@ -173,7 +173,7 @@ def _fit(mask: np.ndarray, names: tuple[str, ...]) -> tuple[str | None, float, f
         dx, dy = np.arange(window.shape[1]) - x, np.arange(window.shape[0])[:, None] - y
         # Single precision: this line is most of the time a picture takes.
         template = (
-            shapes.coverage(shape, *(np.asarray(v, np.float32) for v in (radius, dx, dy))) > 0.5
+            scenes.coverage(shape, *(np.asarray(v, np.float32) for v in (radius, dx, dy))) > 0.5
         )
         iou = (template & window).sum((1, 2)) / (template | window).sum((1, 2))
         overlap[shape], radii[shape] = float(iou.max()), float(radius.ravel()[iou.argmax()])
@@ -191,7 +191,7 @@ def _form(shape: str) -> _Form:
         return _FORMS[shape]
     radius = 100.0
     across = np.arange(-1.5 * radius, 1.5 * radius) + 0.5
-    alpha = shapes.coverage(shape, radius, across[None, :], across[:, None])
+    alpha = scenes.coverage(shape, radius, across[None, :], across[:, None])
     area = alpha.sum()
     # Along the outline coverage goes from 0 to 1, whichever way that faces.
     outline = np.hypot(*np.gradient(alpha)).sum()
@@ -200,6 +200,6 @@ def _form(shape: str) -> _Form:
 
 
 def _size(radius: float) -> str | None:
-    off = {name: abs(math.log(radius / usual)) for name, usual in shapes.SIZES.items()}
+    off = {name: abs(math.log(radius / usual)) for name, usual in scenes.SIZES.items()}
     name = min(off, key=lambda size: off[size])
     return name if off[name] <= math.log(MAX_SIZE_RATIO) else None

@@ -20,11 +20,11 @@ import numpy as np
 from jaxtyping import UInt8
 
 from imagen_jax.config.fields import unknown_name
-from imagen_jax.data import shapes
-from imagen_jax.data.letters import LETTERS
 from imagen_jax.evaluation import intervals, samples
-from imagen_jax.evaluation.reading import Found, Reading, read
 from imagen_jax.evaluation.samples import EvaluationError
+from imagen_jax.worlds.shapes import scenes
+from imagen_jax.worlds.shapes.letters import LETTERS
+from imagen_jax.worlds.shapes.reading import Found, Reading, read
 
 ATTRIBUTES = (
     "exact",
@@ -65,7 +65,7 @@ def score(image: UInt8[np.ndarray, "size size 3"], row: Mapping[str, Any]) -> Sc
 
 
 def _read_for(row: Mapping[str, Any], image: UInt8[np.ndarray, "size size 3"]) -> Reading:
-    return read(image, LETTERS if row.get("kind") == "word" else shapes.SHAPES)
+    return read(image, LETTERS if row.get("kind") == "word" else scenes.SHAPES)
 
 
 def compare(reading: Reading, row: Mapping[str, Any]) -> Score:
@@ -134,7 +134,7 @@ def _distance(
     if len(firsts) != 1 or len(seconds) != 1:
         return math.nan, math.nan
     offset = (seconds[0].x - firsts[0].x, seconds[0].y - firsts[0].y)
-    axis = shapes.AXIS[relation["word"]]
+    axis = scenes.AXIS[relation["word"]]
     sign = 1 if relation["word"] in ("left of", "above") else -1
     return sign * offset[axis], abs(offset[1 - axis])
 
@@ -160,7 +160,7 @@ def evaluate(samples_dir: str | os.PathLike[str], by: str = "kind") -> dict[str,
     by_kind: dict[str, list[_Sample]] = {}
     for index, row in enumerate(rows):
         drawn, rng = _load(folder, row["file"]), np.random.default_rng((SEED, index))
-        real = shapes.draw(shapes.scene_from_row(row, rng), len(drawn))
+        real = scenes.draw(scenes.scene_from_row(row, rng), len(drawn))
         sample = _Sample(row, _read_for(row, drawn), _read_for(row, real))
         by_kind.setdefault(row[by], []).append(sample)
     report = {kind: _marks_of(by_kind[kind]) for kind in sorted(by_kind)}
@@ -269,15 +269,15 @@ def _check_row(row: Mapping[str, Any], by: str) -> None:
     for field in (by, "objects"):
         if not row.get(field):
             raise ValueError(f"no {field!r}")
-    forms = LETTERS if row.get("kind") == "word" else shapes.SHAPES
-    known = {"shape": forms, "color": shapes.COLORS, "size": (None, *shapes.SIZES)}
+    forms = LETTERS if row.get("kind") == "word" else scenes.SHAPES
+    known = {"shape": forms, "color": scenes.COLORS, "size": (None, *scenes.SIZES)}
     for thing in row["objects"]:
         for field, names in known.items():
             if thing.get(field) not in names:
                 raise ValueError(unknown_name(field, thing.get(field), names))
     if relation := row.get("relation"):
-        if relation["word"] not in shapes.AXIS:
-            raise ValueError(unknown_name("relation.word", relation["word"], shapes.RELATIONS))
+        if relation["word"] not in scenes.AXIS:
+            raise ValueError(unknown_name("relation.word", relation["word"], scenes.RELATIONS))
         if {relation["first"], relation["second"]} - set(range(len(row["objects"]))):
             raise ValueError(f"relation {relation} names an object that is not there")
 

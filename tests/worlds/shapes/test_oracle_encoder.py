@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from imagen_jax import shapes_oracle
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import TextConfig
-from imagen_jax.data import shapes
 from imagen_jax.text import encoders
+from imagen_jax.worlds.shapes import oracle_encoder, scenes
 
 
 def said(scene):
@@ -18,7 +17,7 @@ def said(scene):
     if scene.relation:
         word = scene.relation.word
         pair = scene.objects[scene.relation.first], scene.objects[scene.relation.second]
-        places = (word, shapes.OPPOSITE[word])
+        places = (word, scenes.OPPOSITE[word])
         things = [(o, "1", place) for o, place in zip(pair, places, strict=True)]
     else:
         things = [(scene.objects[0], str(len(scene.objects)), "")]
@@ -27,12 +26,12 @@ def said(scene):
 
 def read(caption):
     order = ("color", "shape", "size", "number", "place")
-    return {tuple(thing[group] for group in order) for thing in shapes_oracle.read(caption)}
+    return {tuple(thing[group] for group in order) for thing in oracle_encoder.read(caption)}
 
 
 def placed(text):
     """What a text says that only `pretrain_text` reads: "left red cross and then right ..."."""
-    words = {word.split()[0]: word for word in shapes.RELATIONS}
+    words = {word.split()[0]: word for word in scenes.RELATIONS}
     things = set()
     for half in text.rstrip(".").split(" and then "):
         half = half.split()
@@ -42,21 +41,21 @@ def placed(text):
     return things
 
 
-@pytest.mark.parametrize("split", shapes.SPLITS)
+@pytest.mark.parametrize("split", scenes.SPLITS)
 def test_captions_and_their_paraphrases_are_read_for_what_they_say(split):
     for index in range(300):
-        scene = shapes.scene(split, index)
-        captions = shapes.paraphrases(split, index)
-        assert captions[0] == scene.caption and len(captions) == shapes.PARAPHRASES
+        scene = scenes.scene(split, index)
+        captions = scenes.paraphrases(split, index)
+        assert captions[0] == scene.caption and len(captions) == scenes.PARAPHRASES
         for caption in captions:
             understood = placed(caption) if " and then " in caption else read(caption)
             assert understood == said(scene), caption
 
 
 def test_names_are_those_of_the_world():
-    groups = shapes_oracle.GROUPS
-    assert groups["color"] == tuple(shapes.COLORS) and groups["shape"] == shapes.SHAPES
-    assert groups["size"][1:] == tuple(shapes.SIZES) and groups["place"][1:] == shapes.RELATIONS
+    groups = oracle_encoder.GROUPS
+    assert groups["color"] == tuple(scenes.COLORS) and groups["shape"] == scenes.SHAPES
+    assert groups["size"][1:] == tuple(scenes.SIZES) and groups["place"][1:] == scenes.RELATIONS
 
 
 def test_vectors_are_one_per_object_and_all_different():

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from imagen_jax.config.fields import ConfigError
-from imagen_jax.data import shapes, shapes_words
+from imagen_jax.worlds.shapes import scenes as shapes
+from imagen_jax.worlds.shapes import words
 
 tfds = pytest.importorskip("tensorflow_datasets")
-shapes_builder = pytest.importorskip("imagen_jax.data.shapes_builder")
+shapes_builder = pytest.importorskip("imagen_jax.worlds.shapes.builder")
 
 
 @pytest.fixture(scope="module")
@@ -94,15 +95,15 @@ def test_more_relations_are_other_scenes_of_seen_combinations(tmp_path, monkeypa
 
 
 def test_words_are_held_out_of_pictures_and_text(tmp_path, monkeypatch):
-    monkeypatch.setattr(shapes_words, "SPLITS", {"train": 30, "held_out": 6})
+    monkeypatch.setattr(words, "SPLITS", {"train": 30, "held_out": 6})
     shapes_builder.prepare(str(tmp_path), "shapes_words")
     builder = tfds.builder("shapes_words", data_dir=str(tmp_path))
     captions = {
         split: [e["caption"].decode() for e in tfds.as_numpy(builder.as_dataset(split=split))]
         for split in builder.info.splits
     }
-    for split, number in shapes_words.SPLITS.items():
-        scenes = [shapes_words.scene(split, index) for index in range(number)]
+    for split, number in words.SPLITS.items():
+        scenes = [words.scene(split, index) for index in range(number)]
         assert captions[split] == [scene.caption for scene in scenes]
     lines = (tmp_path / "prompts_words.jsonl").read_text().splitlines()
     assert [json.loads(line)["prompt"] for line in lines] == captions["held_out"]

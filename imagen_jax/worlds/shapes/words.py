@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from imagen_jax.data import shapes
-from imagen_jax.data.shapes_captions import SPELLED, Object, sentence
+from imagen_jax.worlds.shapes import scenes
+from imagen_jax.worlds.shapes.captions import SPELLED, Object, sentence
 
 # Letters that stand clear of the next one at 64 pixels.
 CONSONANTS = "BCDFGHLMNPST"
@@ -20,7 +20,7 @@ SPELLED_SHARE = 0.7
 _STREAM, _PARAPHRASE_STREAM = 7, 77
 
 
-def scene(split: str, index: int) -> shapes.Scene:
+def scene(split: str, index: int) -> scenes.Scene:
     """The word with number `index` of a split, always the same one.
 
     Args:
@@ -31,17 +31,17 @@ def scene(split: str, index: int) -> shapes.Scene:
       ShapesError: unknown split or negative index.
     """
     if split not in SPLITS or index < 0:
-        raise shapes.ShapesError(
+        raise scenes.ShapesError(
             f"split={split!r}, index={index}: must be one of {', '.join(SPLITS)} and 0 or more"
         )
-    rng = np.random.default_rng((shapes.VERSION, _STREAM, list(SPLITS).index(split), index))
+    rng = np.random.default_rng((scenes.VERSION, _STREAM, list(SPLITS).index(split), index))
     while True:
         word = "".join(str(rng.choice(list(some))) for some in (CONSONANTS, VOWELS, CONSONANTS))
         if is_held_out(word) == (split == "held_out"):
             break
-    color = str(rng.choice(list(shapes.COLORS)))
-    objects = shapes.place_word([Object(letter, color, "large") for letter in word], rng)
-    return shapes.Scene("word", objects, None, sentence("word", objects, None, False, rng), False)
+    color = str(rng.choice(list(scenes.COLORS)))
+    objects = scenes.place_word([Object(letter, color, "large") for letter in word], rng)
+    return scenes.Scene("word", objects, None, sentence("word", objects, None, False, rng), False)
 
 
 def paraphrases(split: str, index: int) -> tuple[str, ...]:
@@ -50,10 +50,10 @@ def paraphrases(split: str, index: int) -> tuple[str, ...]:
     Most of the others spell it: 'first "s", second "u", third "n", all red'.
     """
     shown = scene(split, index)
-    stream = (shapes.VERSION, _PARAPHRASE_STREAM, list(SPLITS).index(split), index)
+    stream = (scenes.VERSION, _PARAPHRASE_STREAM, list(SPLITS).index(split), index)
     rng = np.random.default_rng(stream)
     captions = [shown.caption]
-    while len(captions) < shapes.PARAPHRASES:
+    while len(captions) < scenes.PARAPHRASES:
         templates = SPELLED if rng.random() < SPELLED_SHARE else ()
         captions.append(sentence("word", shown.objects, None, False, rng, templates))
     return tuple(captions)

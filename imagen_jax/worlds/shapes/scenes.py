@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from imagen_jax.data import letters
-from imagen_jax.data.shapes_captions import (
+from imagen_jax.worlds.shapes import letters
+from imagen_jax.worlds.shapes.captions import (
     AXIS,
     NUMBERS,
     OPPOSITE,

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from imagen_jax.data import shapes, shapes_words
-from imagen_jax.data.shapes_captions import RELATIONS, Object, Relation, sentence
+from imagen_jax.worlds.shapes import scenes, words
+from imagen_jax.worlds.shapes.captions import RELATIONS, Object, Relation, sentence
 
 PROMPTS = 32  # per category
 SEED = 0
@@ -98,7 +98,7 @@ def _row(
 ) -> dict[str, Any]:
     """A prompt row; `said` are the objects in the words of the prompt, none: in the world's."""
     prompt = sentence(kind, said or objects, relation, sizes_named, rng, templates)
-    row = shapes.prompt_row(shapes.Scene(kind, tuple(objects), relation, prompt, sizes_named))
+    row = scenes.prompt_row(scenes.Scene(kind, tuple(objects), relation, prompt, sizes_named))
     for thing in row["objects"]:
         del thing["x"], thing["y"]  # The prompt does not say where.
     return row
@@ -106,8 +106,8 @@ def _row(
 
 def _colors(rng: np.random.Generator) -> Rows:
     """Every colour on every shape, no size."""
-    for color in shapes.COLORS:
-        for shape in shapes.SHAPES:
+    for color in scenes.COLORS:
+        for shape in scenes.SHAPES:
             thing = Object(shape, color, "medium")
             yield _row("single", [thing], None, rng, sizes_named=False)
 
@@ -119,10 +119,10 @@ def _conflicting(rng: np.random.Generator) -> Rows:
             yield _row("single", scene.objects, None, rng)
 
 
-def _scenes(split: str, *kinds: str) -> Iterator[shapes.Scene]:
+def _scenes(split: str, *kinds: str) -> Iterator[scenes.Scene]:
     index = FIRST_SCENE
     while True:
-        scene = shapes.scene(split, index)
+        scene = scenes.scene(split, index)
         index += 1
         if scene.kind in kinds:
             yield scene
@@ -140,7 +140,7 @@ def _of_scenes(kind: str) -> Callable[[np.random.Generator], Rows]:
 
 def _descriptions(rng: np.random.Generator) -> Rows:
     """Long sentences about scenes like those of training."""
-    for scene in _scenes("seen_test", *shapes.KINDS):
+    for scene in _scenes("seen_test", *scenes.KINDS):
         templates = DESCRIPTIONS[scene.kind]
         yield _row(scene.kind, scene.objects, scene.relation, rng, templates=templates)
 
@@ -161,7 +161,7 @@ def _text(rng: np.random.Generator) -> Rows:
     """Words that no training picture shows."""
     index = FIRST_SCENE
     while True:
-        scene = shapes_words.scene("held_out", index)
+        scene = words.scene("held_out", index)
         yield _row("word", scene.objects, None, rng, sizes_named=False)
         index += 1
 

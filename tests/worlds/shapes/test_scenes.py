@@ -5,35 +5,35 @@ import re
 import numpy as np
 import pytest
 
-from imagen_jax.data import shapes
+from imagen_jax.worlds.shapes import scenes
 
 SOME = 400
 
 
 @pytest.fixture(scope="module")
 def train():
-    return [shapes.scene("train", i) for i in range(4000)]
+    return [scenes.scene("train", i) for i in range(4000)]
 
 
 @pytest.fixture(scope="module")
 def held_out():
-    return [shapes.scene("held_out", i) for i in range(shapes.SPLITS["held_out"])]
+    return [scenes.scene("held_out", i) for i in range(scenes.SPLITS["held_out"])]
 
 
 def test_a_scene_depends_on_its_split_and_index_alone():
     order = np.random.default_rng(0).permutation(20)
-    again = {int(i): shapes.scene("train", int(i)) for i in order}
-    assert [shapes.scene("train", i) for i in range(20)] == [again[i] for i in range(20)]
-    assert len({shapes.scene(split, 3) for split in shapes.SPLITS}) == 3
+    again = {int(i): scenes.scene("train", int(i)) for i in order}
+    assert [scenes.scene("train", i) for i in range(20)] == [again[i] for i in range(20)]
+    assert len({scenes.scene(split, 3) for split in scenes.SPLITS}) == 3
     # Data sets on disk are made once: a changed world needs a new VERSION.
-    assert shapes.scene("train", 1).caption == "a group of two large yellow triangles."
+    assert scenes.scene("train", 1).caption == "a group of two large yellow triangles."
 
 
 def test_unknown_splits_and_indices_are_refused():
-    with pytest.raises(shapes.ShapesError, match="train, seen_test, held_out"):
-        shapes.scene("test", 0)
-    with pytest.raises(shapes.ShapesError, match="index=-1"):
-        shapes.scene("train", -1)
+    with pytest.raises(scenes.ShapesError, match="train, seen_test, held_out"):
+        scenes.scene("test", 0)
+    with pytest.raises(scenes.ShapesError, match="index=-1"):
+        scenes.scene("train", -1)
 
 
 def _statement(scene):
@@ -57,9 +57,9 @@ def _facts(scene):
 def test_held_out_combinations_never_occur_in_training(train, held_out):
     seen = set().union(*map(_facts, train))
     for i in range(SOME):
-        assert not shapes.is_held_out(shapes.scene("seen_test", i))
-    assert not any(map(shapes.is_held_out, train))
-    assert all(map(shapes.is_held_out, held_out))
+        assert not scenes.is_held_out(scenes.scene("seen_test", i))
+    assert not any(map(scenes.is_held_out, train))
+    assert all(map(scenes.is_held_out, held_out))
     assert all(_facts(scene) - seen for scene in held_out)
     words = {scene.caption.rstrip(".") for scene in train}
     assert not words & {scene.caption.rstrip(".") for scene in held_out}
@@ -69,18 +69,18 @@ def test_enough_is_held_out_and_everything_is_learnable(train):
     triples = set().union(*({(o.color, o.shape, o.size) for o in s.objects} for s in train))
     assert 0.15 * 96 <= 96 - len(triples) <= 0.2 * 96
     for part in range(3):
-        names = (shapes.COLORS, shapes.SHAPES, shapes.SIZES)[part]
+        names = (scenes.COLORS, scenes.SHAPES, scenes.SIZES)[part]
         assert {triple[part] for triple in triples} == set(names)
     statements = [
-        shapes.Scene(
-            "relation", (shapes.Object(*a, "medium"), shapes.Object(*b, "medium")), r, "", True
+        scenes.Scene(
+            "relation", (scenes.Object(*a, "medium"), scenes.Object(*b, "medium")), r, "", True
         )
         for a in (("circle", "red"), ("cross", "green"), ("square", "orange"), ("square", "blue"))
-        for b in ((s, c) for s in shapes.SHAPES for c in shapes.COLORS)
-        for r in (shapes.Relation(word, 0, 1) for word in shapes.RELATIONS)
+        for b in ((s, c) for s in scenes.SHAPES for c in scenes.COLORS)
+        for r in (scenes.Relation(word, 0, 1) for word in scenes.RELATIONS)
         if a != b
     ]
-    assert np.mean([shapes.is_held_out(s) for s in statements]) > 0.15
+    assert np.mean([scenes.is_held_out(s) for s in statements]) > 0.15
 
 
 def test_mirrored_statements_are_held_out_together():
@@ -88,18 +88,18 @@ def test_mirrored_statements_are_held_out_together():
     rng, seen = np.random.default_rng(0), set()
     for _ in range(300):
         a, b = (
-            shapes.Object(
-                str(rng.choice(shapes.SHAPES)), str(rng.choice([*shapes.COLORS])), "medium"
+            scenes.Object(
+                str(rng.choice(scenes.SHAPES)), str(rng.choice([*scenes.COLORS])), "medium"
             )
             for _ in range(2)
         )
-        word = str(rng.choice(shapes.RELATIONS))
+        word = str(rng.choice(scenes.RELATIONS))
         held = [
-            shapes.is_held_out(shapes.Scene("relation", objects, relation, "", False))
+            scenes.is_held_out(scenes.Scene("relation", objects, relation, "", False))
             for objects, relation in (
-                ((a, b), shapes.Relation(word, 0, 1)),
-                ((b, a), shapes.Relation(mirror[word], 0, 1)),
-                ((a, b), shapes.Relation(mirror[word], 1, 0)),
+                ((a, b), scenes.Relation(word, 0, 1)),
+                ((b, a), scenes.Relation(mirror[word], 0, 1)),
+                ((a, b), scenes.Relation(mirror[word], 1, 0)),
             )
         ]
         assert len(set(held)) == 1
@@ -108,8 +108,8 @@ def test_mirrored_statements_are_held_out_together():
 
 
 def test_kinds_are_mixed_as_stated(held_out):
-    kinds = [shapes.scene("train", i).kind for i in range(shapes.SPLITS["train"])]
-    for kind, share in shapes.MIXTURE.items():
+    kinds = [scenes.scene("train", i).kind for i in range(scenes.SPLITS["train"])]
+    for kind, share in scenes.MIXTURE.items():
         assert abs(np.mean([k == kind for k in kinds]) - share) < 0.01
         assert abs(np.mean([scene.kind == kind for scene in held_out]) - 1 / 3) < 0.01
 
@@ -119,8 +119,8 @@ def test_pictures_keep_gaps_and_margins(train):
     for scene in train[:SOME]:
         masks = []
         for thing in scene.objects:
-            alone = shapes.Scene(scene.kind, (thing,), None, "", True)
-            masks.append((shapes.draw(alone) != shapes.BACKGROUND).any(-1))
+            alone = scenes.Scene(scene.kind, (thing,), None, "", True)
+            masks.append((scenes.draw(alone) != scenes.BACKGROUND).any(-1))
         for i, mask in enumerate(masks):
             assert mask.any() and not mask[:1].any() and not mask[-1:].any()
             assert not mask[:, :1].any() and not mask[:, -1:].any()
@@ -162,10 +162,10 @@ def test_captions_say_what_is_drawn_in_many_ways(train):
             assert (f"{thing.size} {thing.color}" in caption) == scene.sizes_named
         if scene.kind == "count":
             number = len(scene.objects)
-            assert str(number) in caption or shapes.NUMBERS[number] in caption
+            assert str(number) in caption or scenes.NUMBERS[number] in caption
         if scene.relation:
             assert scene.relation.word in caption
-        names = "|".join([*shapes.COLORS, *shapes.SIZES])
+        names = "|".join([*scenes.COLORS, *scenes.SIZES])
         bare = re.sub(rf"\b({names}) ", "", caption.rstrip("."))
         bare = re.sub(r"\b(circle|square|triangle|cross)(e?s)?\b", "thing", bare)
         bare = re.sub(r"\b(two|three|four|[234])\b", "n", bare)
@@ -187,35 +187,35 @@ def test_both_orders_of_mention_occur(train):
 
 def test_areas_grow_with_size_and_are_alike_among_shapes():
     area = {}
-    for shape in shapes.SHAPES:
-        for size in shapes.SIZES:
-            thing = shapes.Object(shape, "white", size, 32.3, 31.6)
-            picture = shapes.draw(shapes.Scene("single", (thing,), None, "", True))
+    for shape in scenes.SHAPES:
+        for size in scenes.SIZES:
+            thing = scenes.Object(shape, "white", size, 32.3, 31.6)
+            picture = scenes.draw(scenes.Scene("single", (thing,), None, "", True))
             area[shape, size] = float((picture[..., 0] - 22.0).sum() / (245 - 22))
-    for size in shapes.SIZES:
-        sizes = [area[shape, size] for shape in shapes.SHAPES]
+    for size in scenes.SIZES:
+        sizes = [area[shape, size] for shape in scenes.SHAPES]
         assert max(sizes) < 1.25 * min(sizes)
-    for shape in shapes.SHAPES:
+    for shape in scenes.SHAPES:
         assert area[shape, "small"] * 1.5 < area[shape, "medium"] < area[shape, "large"] / 1.5
 
 
 def test_larger_pictures_show_the_same_with_edges_as_thin(train):
     for scene in train[:20]:
-        small, large = shapes.draw(scene), shapes.draw(scene, 256)
+        small, large = scenes.draw(scene), scenes.draw(scene, 256)
         reduced = large.reshape(64, 4, 64, 4, 3).mean((1, 3))
         # Only the antialiasing of outlines is another one.
         assert np.abs(reduced - small).mean() < 0.5
-    thing = shapes.Object("square", "white", "large", 32.1, 32.1)
-    row = shapes.draw(shapes.Scene("single", (thing,), None, "", True), 256)[128, :, 0]
+    thing = scenes.Object("square", "white", "large", 32.1, 32.1)
+    row = scenes.draw(scenes.Scene("single", (thing,), None, "", True), 256)[128, :, 0]
     assert set(np.unique(row)) >= {22, 245} and np.count_nonzero((row > 22) & (row < 245)) <= 2
 
 
 def test_prompt_rows_restore_their_scene(train):
     rng = np.random.default_rng(0)
     for scene in train[:SOME]:
-        row = shapes.prompt_row(scene)
+        row = scenes.prompt_row(scene)
         assert {thing["size"] is None for thing in row["objects"]} == {not scene.sizes_named}
-        restored = shapes.scene_from_row(row, rng)
+        restored = scenes.scene_from_row(row, rng)
         if scene.sizes_named:
             assert restored == scene
         assert [(o.shape, o.color) for o in restored.objects] == [
@@ -226,5 +226,5 @@ def test_prompt_rows_restore_their_scene(train):
 def test_too_many_objects_are_refused():
     thing = {"shape": "square", "color": "red", "size": "large"}
     row = {"prompt": "", "kind": "count", "objects": [thing] * 9, "relation": None}
-    with pytest.raises(shapes.ShapesError, match="9 objects do not fit"):
-        shapes.scene_from_row(row, np.random.default_rng(0))
+    with pytest.raises(scenes.ShapesError, match="9 objects do not fit"):
+        scenes.scene_from_row(row, np.random.default_rng(0))

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from imagen_jax.data import shapes
-from imagen_jax.evaluation import alignment
-from imagen_jax.evaluation.reading import components, read
 from imagen_jax.evaluation.samples import EvaluationError
+from imagen_jax.worlds.shapes import alignment
+from imagen_jax.worlds.shapes import scenes as shapes
+from imagen_jax.worlds.shapes.reading import components, read
 
 PER_SPLIT = 150
 BACKGROUND = np.array(shapes.BACKGROUND, np.uint8)

@@ -5,11 +5,13 @@ import pathlib
 import numpy as np
 import pytest
 
-from imagen_jax.data import shapes, shapes_words
-from imagen_jax.evaluation import alignment, drawbench, shapes_drawbench
+from imagen_jax.evaluation import drawbench as shapes_drawbench
 from imagen_jax.inference import prompts
+from imagen_jax.worlds.shapes import alignment, scenes
+from imagen_jax.worlds.shapes import drawbench as shapes_drawbench
+from imagen_jax.worlds.shapes import words as shapes_words
 
-FILE = pathlib.Path(__file__).parents[2] / "configs" / "drawbench_shapes.jsonl"
+FILE = pathlib.Path(__file__).parents[3] / "configs" / "drawbench_shapes.jsonl"
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +24,7 @@ def _of(rows, category):
 
 
 def _scene(row):
-    return shapes.scene_from_row(row, np.random.default_rng(0))
+    return scenes.scene_from_row(row, np.random.default_rng(0))
 
 
 def test_the_file_is_what_the_function_writes(rows, tmp_path):
@@ -40,11 +42,11 @@ def test_categories_are_of_one_size(rows):
 def test_real_pictures_pass_and_those_of_other_prompts_do_not(rows):
     rng = np.random.default_rng(0)
     some = rows[::4]
-    right = [alignment.score(shapes.draw(_scene(row)), row)["exact"] for row in some]
+    right = [alignment.score(scenes.draw(_scene(row)), row)["exact"] for row in some]
     assert np.mean(right) >= 0.98
     order = rng.permutation(len(some))
     wrong = [
-        alignment.score(shapes.draw(_scene(some[i])), r)["exact"]
+        alignment.score(scenes.draw(_scene(some[i])), r)["exact"]
         for i, r in zip(order, some, strict=True)
     ]
     assert np.mean(wrong) <= 0.1
@@ -52,11 +54,11 @@ def test_real_pictures_pass_and_those_of_other_prompts_do_not(rows):
 
 def test_what_conflicts_or_is_counted_or_placed_was_held_out(rows):
     for category in ("Conflicting", "Counting", "Positional"):
-        assert all(shapes.is_held_out(_scene(row)) for row in _of(rows, category)), category
+        assert all(scenes.is_held_out(_scene(row)) for row in _of(rows, category)), category
     assert {len(row["objects"]) for row in _of(rows, "Counting")} == {2, 3, 4}
-    assert {row["relation"]["word"] for row in _of(rows, "Positional")} == set(shapes.RELATIONS)
+    assert {row["relation"]["word"] for row in _of(rows, "Positional")} == set(scenes.RELATIONS)
     named = {(t["shape"], t["color"]) for row in _of(rows, "Colors") for t in row["objects"]}
-    assert len(named) == len(shapes.SHAPES) * len(shapes.COLORS)
+    assert len(named) == len(scenes.SHAPES) * len(scenes.COLORS)
 
 
 def test_pairs_exchange_the_roles_and_nothing_else(rows):
@@ -70,8 +72,8 @@ def test_pairs_exchange_the_roles_and_nothing_else(rows):
 
 
 def test_words_are_strange_where_they_should_be(rows):
-    known = {word for i in range(400) for word in _words(shapes.scene("train", i).caption)}
-    plain = {*shapes.COLORS, *shapes.SHAPES, *shapes.SIZES}
+    known = {word for i in range(400) for word in _words(scenes.scene("train", i).caption)}
+    plain = {*scenes.COLORS, *scenes.SHAPES, *scenes.SIZES}
     for category in ("Misspellings", "Rare Words"):
         for row in _of(rows, category):
             words = set(_words(row["prompt"]))
