@@ -7,8 +7,9 @@ import pathlib
 
 from imagen_jax.cli import evaluate_features, evaluate_sweep
 from imagen_jax.cli import sample as sample_verb
-from imagen_jax.evaluation import drawbench, edges, rate_build, rate_score, report, samples
-from imagen_jax.evaluation.studies import STUDIES
+from imagen_jax.evaluation import drawbench, edges, report, samples
+from imagen_jax.evaluation.raters import build, score
+from imagen_jax.evaluation.raters.studies import STUDIES
 from imagen_jax.io import atomic
 from imagen_jax.parallel import distributed
 from imagen_jax.worlds.shapes import alignment
@@ -116,7 +117,7 @@ def _rate_build(flags: argparse.Namespace) -> None:
     names = flags.names.split(",")
     if len(names) != 2 or names[0] == names[1]:
         raise samples.EvaluationError(f"--names={flags.names} must be two names, as in mine,theirs")
-    key = rate_build.build(
+    key = build.build(
         flags.samples_a,
         flags.samples_b,
         flags.out,
@@ -140,9 +141,9 @@ def _add_rate_score(parser: argparse.ArgumentParser) -> None:
 
 
 def _rate_score(flags: argparse.Namespace) -> None:
-    card = rate_score.score(flags.key, flags.results.split(","))
-    rate_score.write(card, flags.out)
-    print(rate_score.format_card(card), end="")
+    card = score.score(flags.key, flags.results.split(","))
+    score.write(card, flags.out)
+    print(score.format_card(card), end="")
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:

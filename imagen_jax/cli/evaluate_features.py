@@ -7,8 +7,9 @@ import pathlib
 
 from imagen_jax.cli import sample as sample_verb
 from imagen_jax.cli import wiring
-from imagen_jax.evaluation import cards, clip_score, fid, fid30k, frechet
-from imagen_jax.evaluation.resizing import FILTERS
+from imagen_jax.evaluation import cards
+from imagen_jax.evaluation.features import clip_score, fid, fid30k, frechet
+from imagen_jax.evaluation.features.resizing import FILTERS
 from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.inference.request import with_settings
 from imagen_jax.interop import hf_clip

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 
 from imagen_jax.cli import evaluate_features
-from imagen_jax.evaluation import feature_networks, fid, sweep, sweep_report
-from imagen_jax.evaluation.resizing import FILTERS
+from imagen_jax.evaluation import sweep, sweep_report
+from imagen_jax.evaluation.features import fid, networks
+from imagen_jax.evaluation.features.resizing import FILTERS
 from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.evaluation.sweep import StageSet, Sweep
 from imagen_jax.inference import prompts
@@ -56,7 +57,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--features",
         default="random_convolutions",
-        choices=list(feature_networks.FEATURE_NETWORKS),
+        choices=list(networks.FEATURE_NETWORKS),
         help="whose distance is measured; random_convolutions needs no weights and is no FID",
     )
     parser.add_argument("--features_from", default="", metavar="PATH", help="weights of --features")

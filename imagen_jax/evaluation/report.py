@@ -18,7 +18,9 @@ import numpy as np
 
 from imagen_jax.config.fields import unknown_name
 from imagen_jax.evaluation import cards as cards_lib
-from imagen_jax.evaluation import drawbench, fid30k, leaderboard, rate_score, samples
+from imagen_jax.evaluation import drawbench, leaderboard, samples
+from imagen_jax.evaluation.features import fid30k
+from imagen_jax.evaluation.raters import score
 from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.io import atomic, images
 
@@ -111,7 +113,7 @@ def _human_table(cards: Sequence[Mapping[str, Any]], name: str) -> Table:
         [row.model, row.subset, plus_minus(row.photorealism), plus_minus(row.alignment)]
         for row in leaderboard.HUMAN
     ]
-    for subset in (rate_score.EVERYTHING, rate_score.NO_PEOPLE):
+    for subset in (score.EVERYTHING, score.NO_PEOPLE):
         cells = {
             question: _rate_of(cards, question, subset)
             for question in ("photorealism", "description")
@@ -127,7 +129,7 @@ def _rate_of(cards: Sequence[Mapping[str, Any]], question: str, subset: str) -> 
     for card in cards:
         if card["card"] == "ratings" and question in card["questions"]:
             entry = card["questions"][question]["groups"].get(subset)
-            return rate_score.format_rate(entry["rates"].get("A")) if entry else ""
+            return score.format_rate(entry["rates"].get("A")) if entry else ""
     return ""
 
 
@@ -135,10 +137,10 @@ def _ratings_tables(card: Mapping[str, Any]) -> list[Table]:
     """Preference rates by category, for the studies that the paper has no table of."""
     tables = []
     for question, scores in card["questions"].items():
-        columns = list(scores["groups"][rate_score.EVERYTHING]["rates"])
+        columns = list(scores["groups"][score.EVERYTHING]["rates"])
         names = dict(zip("AB", card["names"], strict=True))
         lines = [
-            [group, *(rate_score.format_rate(entry["rates"].get(c)) for c in columns)]
+            [group, *(score.format_rate(entry["rates"].get(c)) for c in columns)]
             + [str(entry["raters"]), str(entry["prompts"])]
             for group, entry in scores["groups"].items()
         ]

@@ -26,9 +26,10 @@ import numpy as np
 from imagen_jax.config import overrides
 from imagen_jax.config.fields import unknown_name
 from imagen_jax.config.schema import Config
-from imagen_jax.evaluation import enlarge, feature_networks, fid, fid30k
-from imagen_jax.evaluation.features import Pictures
-from imagen_jax.evaluation.fid import Eyes, Reference
+from imagen_jax.evaluation import super_resolution
+from imagen_jax.evaluation.features import fid, fid30k, networks
+from imagen_jax.evaluation.features.extract import Pictures
+from imagen_jax.evaluation.features.fid import Eyes, Reference
 from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.inference.cascade import Cascade
 from imagen_jax.inference.request import with_settings
@@ -83,7 +84,7 @@ class Sweep:
     seed: int = 0
     samples_per_prompt: int = 1
     batch_size: int = 32
-    enlarge: str = ""
+    super_resolution: str = ""
     reference: str = ""
     features: str = "random_convolutions"
     features_from: str = ""
@@ -215,7 +216,7 @@ def run(sweep: Sweep, out: str, log: Callable[[str], None] = print) -> list[dict
             "--prompts are not rows of the shapes world, so there is nothing to score by; give "
             "--clip=DIR and --reference=DIR"
         )
-    network, about = feature_networks.load(sweep.features, sweep.features_from, sweep.filter)
+    network, about = networks.load(sweep.features, sweep.features_from, sweep.filter)
     towers = hf_clip.read_towers(sweep.clip) if sweep.clip else None
     look = Eyes(network, towers, folder / "features", sweep.batch_size, log)
     reference = fid.look_at_reference(look, _real_pictures(sweep, last), about)
@@ -228,7 +229,7 @@ def run(sweep: Sweep, out: str, log: Callable[[str], None] = print) -> list[dict
     # All that can be refused is refused before anything is drawn.
     found = [_finished(folder, *pair) for pair in zip(cells, asked, strict=True)]
     log(f"{folder}: {sum(cell is not None for cell in found)} of {len(cells)} cells are there")
-    enlarger = enlarge.load(sweep.enlarge) if sweep.enlarge and None in found else None
+    enlarger = super_resolution.load(sweep.enlarge) if sweep.enlarge and None in found else None
     for stages in sweep.stage_sets:
         wanted = [i for i, cell in enumerate(cells) if cell.stages == stages and found[i] is None]
         if not wanted:
@@ -334,7 +335,9 @@ def _draw(
     if enlarger is not None:
         small, drawn_in = drawn_in, str(where / "enlarged")
         size = enlarger.configs[-1].data.image_size
-        enlarge.enlarge(enlarger, small, drawn_in, seed=sweep.seed, batch_size=sweep.batch_size)
+        super_resolution.enlarge(
+            enlarger, small, drawn_in, seed=sweep.seed, batch_size=sweep.batch_size
+        )
     look = look._replace(store=where / "features")
     drawn, _ = fid.pictures_of(drawn_in, size)
     numbers = fid.score(look, drawn, reference, sweep.resamples)

@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from imagen_jax.evaluation import feature_distances
-from imagen_jax.evaluation.feature_distances import cmmd, kid, precision_recall
+from imagen_jax.evaluation.features import distances
+from imagen_jax.evaluation.features.distances import cmmd, kid, precision_recall
 from imagen_jax.evaluation.samples import EvaluationError
 
 RNG = np.random.default_rng(0)
@@ -66,7 +66,7 @@ def test_cmmd_is_its_definition():
 def test_blocks_change_nothing(monkeypatch):
     a, b = RNG.normal(size=(40, 3)), RNG.normal(size=(30, 3)) + 0.3
     whole = precision_recall(a, b), cmmd(a, b)
-    monkeypatch.setattr(feature_distances, "_ROWS", 7)
+    monkeypatch.setattr(distances, "_ROWS", 7)
     assert precision_recall(a, b) == whole[0]
     assert cmmd(a, b) == pytest.approx(whole[1], rel=1e-9)
 

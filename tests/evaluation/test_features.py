@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from imagen_jax.evaluation import feature_networks, features, frechet
-from imagen_jax.evaluation.features import Pictures
-from imagen_jax.evaluation.frechet import Statistics
+from imagen_jax.evaluation.features import extract, frechet, networks
+from imagen_jax.evaluation.features.extract import Pictures
+from imagen_jax.evaluation.features.frechet import Statistics
 from imagen_jax.worlds.shapes import scenes
 from tests.reference import small_features
 
@@ -32,7 +32,7 @@ def test_parts_go_on_where_they_were(tmp_path):
 
     def run(pictures, network=network):
         lines.clear()
-        return features.extract(pictures, network, tmp_path, batch_size=6, log=lines.append)
+        return extract.extract(pictures, network, tmp_path, batch_size=6, log=lines.append)
 
     def interrupted(number):
         seen.append(number)
@@ -60,7 +60,7 @@ def test_parts_go_on_where_they_were(tmp_path):
     (tmp_path / "0000012_6.npz").write_bytes(b"PK")
     assert run(pictures) == parts
     np.testing.assert_array_equal(run(pictures).features(), expected)
-    other = run(pictures, feature_networks.random_convolutions())
+    other = run(pictures, networks.random_convolutions())
     assert other.features().shape == (20, 56) and lines
 
 
@@ -127,8 +127,8 @@ def singles():
 
 def cloud(pictures, folder):
     shown = Pictures(len(pictures), pictures.__getitem__)
-    network = feature_networks.random_convolutions()
-    return features.extract(shown, network, folder, batch_size=20, log=quiet).statistics()
+    network = networks.random_convolutions()
+    return extract.extract(shown, network, folder, batch_size=20, log=quiet).statistics()
 
 
 def noisy(picture, level):

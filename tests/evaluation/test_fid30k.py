@@ -22,7 +22,7 @@ from imagen_jax.cli import run
 from imagen_jax.config import overrides
 from imagen_jax.config.data import DataConfig
 from imagen_jax.config.schema import Config
-from imagen_jax.evaluation import fid, fid30k, frechet
+from imagen_jax.evaluation.features import fid, fid30k, frechet
 from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.interop import weights
 from imagen_jax.io import images
@@ -158,11 +158,11 @@ def world(base_config, random_params, tmp_path_factory, inception_file):
     import dataclasses
 
     import jax
+    from tests.test_coco import write_mocked
+    from tests.test_embed_killed import TINY
 
     from imagen_jax.interop import hf_t5
     from imagen_jax.models import t5
-    from tests.test_coco import write_mocked
-    from tests.test_embed_killed import TINY
 
     folder = tmp_path_factory.mktemp("world")
     splits = {"val": slice(0, 2), "test": slice(2, 4), "restval": slice(4, 6)}

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import linalg, stats
 
-from imagen_jax.evaluation import frechet
-from imagen_jax.evaluation.frechet import Gaussian, Statistics
+from imagen_jax.evaluation.features import frechet
+from imagen_jax.evaluation.features.frechet import Gaussian, Statistics
 from imagen_jax.evaluation.samples import EvaluationError
 
 RNG = np.random.default_rng(0)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from imagen_jax.evaluation import fid, resizing
+from imagen_jax.evaluation.features import fid, resizing
 from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.interop import inception, weights
 from tests.reference import fid_inception

@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from imagen_jax.evaluation import rate_build, rate_score, samples
+from imagen_jax.evaluation import samples
+from imagen_jax.evaluation.raters import build, score
 
 pytestmark = pytest.mark.slow
 
@@ -29,7 +30,7 @@ def study(write_samples, tmp_path):
     """A study of four prompts, eight pictures each: A dark, B light."""
     a = write_samples("a", PROMPTS, level=DARK, count=8)
     b = write_samples("b", PROMPTS, level=LIGHT, count=8)
-    key = rate_build.build(a, b, str(tmp_path / "study"), study="drawbench", names=("mine", "b"))
+    key = build.build(a, b, str(tmp_path / "study"), study="drawbench", names=("mine", "b"))
     return tmp_path / "study", key
 
 
@@ -106,7 +107,7 @@ def test_a_rater_answers(browser, study, tmp_path):
     assert browser.problems == []
     assert {url.split(":")[0] for url in browser.requests} <= {"file", "blob"}
 
-    card = rate_score.score(str(folder / "key.json"), [file])
+    card = score.score(str(folder / "key.json"), [file])
     groups = {q: scores["groups"] for q, scores in card["questions"].items()}
     assert groups["fidelity"]["all"]["rates"]["A"]["mean"] == 1.0
     assert groups["alignment"]["all"]["rates"]["A"]["mean"] == 0.25
@@ -137,7 +138,7 @@ def test_one_category_by_mouse(browser, study):
 def test_an_item_with_one_picture(browser, write_samples, tmp_path):
     rows = [{"prompt": f"caption {i}"} for i in range(4)]
     a, b = write_samples("a", rows, level=DARK), write_samples("b", rows, level=LIGHT)
-    key = rate_build.build(a, b, str(tmp_path / "s"), study="alignment", controls=0.5)
+    key = build.build(a, b, str(tmp_path / "s"), study="alignment", controls=0.5)
     browser.open(tmp_path / "s" / "page" / "index.html")
     assert browser.value("document.getElementById('choice').hidden")
     browser.click("#rater")

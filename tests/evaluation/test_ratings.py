@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from imagen_jax.cli import run
-from imagen_jax.evaluation import rate_build, rate_score
+from imagen_jax.evaluation.raters import build, score
+from imagen_jax.evaluation.raters.studies import names_people
 from imagen_jax.evaluation.samples import EvaluationError
-from imagen_jax.evaluation.studies import names_people
 
 ROWS = [
     {"prompt": f"{who} number {i}", "category": category}
@@ -26,7 +26,7 @@ def study(write_samples, tmp_path):
     a = write_samples("a", ROWS, level=DARK, count=2)
     b = write_samples("b", ROWS, level=LIGHT, count=2)
     out = tmp_path / "study"
-    key = rate_build.build(a, b, str(out), study="drawbench", names=("mine", "theirs"), seed=1)
+    key = build.build(a, b, str(out), study="drawbench", names=("mine", "theirs"), seed=1)
     return key, out
 
 
@@ -85,7 +85,7 @@ def test_the_key_is_right(study):
 def test_the_seed_is_all_that_order_depends_on(write_samples, tmp_path):
     a, b = write_samples("a", ROWS), write_samples("b", ROWS)
     keys = [
-        rate_build.build(a, b, str(tmp_path / f"s{i}"), study="drawbench", seed=seed)
+        build.build(a, b, str(tmp_path / f"s{i}"), study="drawbench", seed=seed)
         for i, seed in enumerate((5, 5, 6))
     ]
     assert keys[0] == keys[1] and keys[0]["items"] != keys[2]["items"]
@@ -133,7 +133,7 @@ def test_the_file_saved_last_holds(study, tmp_path):
     later = answer(key, "r", lambda item: "A", tmp_path, saved="2026-02-01T10:00:00+02:00")
     earlier = answer(key, "r", lambda item: "B", tmp_path, saved="2026-01-31T10:00:00Z")
     for order in ([later, earlier], [earlier, later]):
-        card = rate_score.score(str(out / "key.json"), order)
+        card = score.score(str(out / "key.json"), order)
         assert card["questions"]["fidelity"]["groups"]["all"]["rates"]["A"]["mean"] == 1
         assert card["raters"] == 1
 
@@ -145,7 +145,7 @@ def test_who_answers_no_control_question_does_not_count(study, tmp_path):
     result["answers"] = [a for a in result["answers"] if not key["items"][a["item"]]["control"]]
     path.write_text(json.dumps(result))
     with pytest.raises(EvaluationError, match="no rater counts.*no control question answered"):
-        rate_score.score(str(out / "key.json"), [path])
+        score.score(str(out / "key.json"), [path])
 
 
 @pytest.mark.parametrize(
@@ -174,18 +174,18 @@ def test_result_files_that_do_not_fit(study, tmp_path, capsys, change, says):
 def test_yes_somewhat_no(write_samples, tmp_path):
     a, b = write_samples("a", ROWS), write_samples("b", ROWS)
     out = tmp_path / "s"
-    key = rate_build.build(a, b, str(out), study="alignment", names=("mine", "original"))
+    key = build.build(a, b, str(out), study="alignment", names=("mine", "original"))
     words = {"A": "somewhat", "B": "yes"}
     for rater in ("r1", "r2"):
         answer(key, rater, lambda item: words[item["of"][0]], tmp_path)
-    card = rate_score.score(str(out / "key.json"), sorted(tmp_path.glob("r*.json")))
+    card = score.score(str(out / "key.json"), sorted(tmp_path.glob("r*.json")))
     rates = card["questions"]["description"]["groups"]["all"]["rates"]
     assert (rates["A"]["mean"], rates["B"]["mean"]) == (0.5, 1.0)
     controls = [item for item in key["items"] if item["control"]]
     for item in controls:
         pixels = np.asarray(Image.open(out / "page" / "pictures" / item["pictures"][0][0]))
         said = item["prompt"].split()[2]
-        same = tuple(pixels[0, 0]) == rate_build.PLAIN_COLORS[said]
+        same = tuple(pixels[0, 0]) == build.PLAIN_COLORS[said]
         assert item["control"]["description"] == ("yes" if same else "no")
 
 
@@ -200,9 +200,9 @@ def test_agreement_as_published():
             [1, 2, 3, 3, 2, 4, 4, 1, 2, 5, 1, nan],
         ]
     )
-    assert rate_score.agreement(data)["alpha"] == pytest.approx(0.743, abs=5e-4)
-    assert rate_score.agreement(data[:1]) == {"pairs": None, "alpha": None}
-    assert rate_score.agreement(np.ones((3, 3)))["pairs"] == 1
+    assert score.agreement(data)["alpha"] == pytest.approx(0.743, abs=5e-4)
+    assert score.agreement(data[:1]) == {"pairs": None, "alpha": None}
+    assert score.agreement(np.ones((3, 3)))["pairs"] == 1
 
 
 def test_people():
@@ -214,9 +214,9 @@ def test_folders_that_do_not_fit(write_samples, tmp_path):
     a = write_samples("a", ROWS)
     b = write_samples("b", [{"prompt": "another"}])
     with pytest.raises(EvaluationError, match="no prompt .* in common"):
-        rate_build.build(a, b, str(tmp_path / "s"), study="drawbench")
+        build.build(a, b, str(tmp_path / "s"), study="drawbench")
     with pytest.raises(EvaluationError, match="no file"):
-        rate_build.build(a, str(tmp_path), str(tmp_path / "s"), study="drawbench")
-    rate_build.build(a, a, str(tmp_path / "s"), study="drawbench")
+        build.build(a, str(tmp_path), str(tmp_path / "s"), study="drawbench")
+    build.build(a, a, str(tmp_path / "s"), study="drawbench")
     with pytest.raises(EvaluationError, match="holds a study already"):
-        rate_build.build(a, a, str(tmp_path / "s"), study="drawbench")
+        build.build(a, a, str(tmp_path / "s"), study="drawbench")

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 import pytest
 
-from imagen_jax.evaluation import clip_score, features
-from imagen_jax.evaluation.features import Pictures
+from imagen_jax.evaluation.features import clip_score, extract
+from imagen_jax.evaluation.features.extract import Pictures
 from imagen_jax.interop import hf_clip, weights
 from imagen_jax.io import images
 
@@ -49,7 +49,7 @@ def test_embeddings_and_cosines_equal_transformers(golden, towers, tmp_path):
     pytest.importorskip("tokenizers")
     shown = Pictures(3, lambda i: golden[f"picture_{i}"])
     network = clip_score.picture_network(towers)
-    pictures = features.extract(shown, network, tmp_path, batch_size=BATCH).features()
+    pictures = extract.extract(shown, network, tmp_path, batch_size=BATCH).features()
     captions = clip_score.embed_captions(
         str(GOLDEN), towers, golden["captions"].tolist(), batch_size=BATCH
     )

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import special
 
-from imagen_jax.evaluation import feature_networks
+from imagen_jax.evaluation.features import networks
 from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.interop import hf_dinov2, weights
 
@@ -126,7 +126,7 @@ def test_equals_the_plain_form_on_a_smaller_grid(folder):
         for name, value in weights.read_safetensors(folder / "model.safetensors").items()
     }
     with jax.default_matmul_precision("highest"):
-        ours = feature_networks.dinov2_features(params, pictures.astype(np.float32), config=config)
+        ours = networks.dinov2_features(params, pictures.astype(np.float32), config=config)
     expected = by_numpy(tensors, pictures.astype(np.float32))
     assert np.abs(expected).max() > 1
     np.testing.assert_allclose(ours, expected, atol=1e-5)
@@ -143,13 +143,13 @@ def test_interpolation_keeps_what_it_must():
 
 def test_a_row_of_the_feature_networks(folder, monkeypatch):
     monkeypatch.setattr(hf_dinov2, "SIZE", NEW * PATCH)
-    network, about = feature_networks.load("dinov2", str(folder))
+    network, about = networks.load("dinov2", str(folder))
     assert about["features"] == "dinov2" and about["features_sha256"] in network.fingerprint
     inputs = network.prepare(np.full((NEW * PATCH, NEW * PATCH, 3), 255, np.uint8))
     np.testing.assert_allclose(inputs[0, 0], [2.2489, 2.4286, 2.64], atol=1e-4)
     assert network.apply(network.params, inputs[None]).shape == (1, WIDTH)
     with pytest.raises(EvaluationError, match="dinov2"):
-        feature_networks.load("dino")
+        networks.load("dino")
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_equals_transformers(tmp_path):
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     model.save_pretrained(tmp_path)
-    network, _ = feature_networks.load("dinov2", str(tmp_path))
+    network, _ = networks.load("dinov2", str(tmp_path))
     pictures = np.random.default_rng(0).normal(size=(2, 224, 224, 3)).astype(np.float32)
     with torch.no_grad():
         theirs = model(pixel_values=torch.tensor(pictures.transpose(0, 3, 1, 2))).pooler_output

@@ -12,7 +12,7 @@ import sys
 import jax
 import numpy as np
 
-from imagen_jax.evaluation.features import Network, Pictures
+from imagen_jax.evaluation.features.extract import Network, Pictures
 
 
 @jax.jit
@@ -37,13 +37,13 @@ def random_pictures(count: int, size: int = 16) -> Pictures:
 
 
 def main() -> None:
-    from imagen_jax.evaluation import features
+    from imagen_jax.evaluation.features import extract
     from imagen_jax.parallel import distributed
 
     folder, count, batch = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    features.PARTS_AT_ONCE = 1  # Every batch is merged by itself.
+    extract.PARTS_AT_ONCE = 1  # Every batch is merged by itself.
     distributed.initialize(log=lambda line: None)
-    parts = features.extract(
+    parts = extract.extract(
         random_pictures(count), patch_means(), folder, batch_size=batch, log=lambda line: None
     )
     total = parts.statistics()

@@ -18,8 +18,8 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from imagen_jax.config.fields import unknown_name
-from imagen_jax.evaluation import clip_score, fid
-from imagen_jax.evaluation.features import Network
+from imagen_jax.evaluation.features import clip_score, fid
+from imagen_jax.evaluation.features.extract import Network
 from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.interop import hf_clip, hf_dinov2
 from imagen_jax.io import images

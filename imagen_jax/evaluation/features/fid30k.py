@@ -25,9 +25,10 @@ from imagen_jax.config import overrides
 from imagen_jax.config.data import DataConfig
 from imagen_jax.config.schema import Config
 from imagen_jax.data.sources.registry import Source, open_source
-from imagen_jax.evaluation import clip_score, fid, samples
-from imagen_jax.evaluation.features import Pictures
-from imagen_jax.evaluation.fid import Eyes, Settings
+from imagen_jax.evaluation import samples
+from imagen_jax.evaluation.features import clip_score, fid
+from imagen_jax.evaluation.features.extract import Pictures
+from imagen_jax.evaluation.features.fid import Eyes, Settings
 from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.interop import hf_clip
 from imagen_jax.io import atomic

@@ -18,10 +18,11 @@ from jaxtyping import Array, Float, UInt8
 
 from imagen_jax.config.fields import unknown_name
 from imagen_jax.data.sources.folder import PICTURES, walk
-from imagen_jax.evaluation import clip_score, feature_distances, features, frechet, samples
-from imagen_jax.evaluation.features import Network, Parts, Pictures
-from imagen_jax.evaluation.frechet import Gaussian
-from imagen_jax.evaluation.resizing import FILTERS
+from imagen_jax.evaluation import samples
+from imagen_jax.evaluation.features import clip_score, distances, extract, frechet
+from imagen_jax.evaluation.features.extract import Network, Parts, Pictures
+from imagen_jax.evaluation.features.frechet import Gaussian
+from imagen_jax.evaluation.features.resizing import FILTERS
 from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.interop import hf_clip, inception
 from imagen_jax.io import images
@@ -186,7 +187,7 @@ class Eyes(NamedTuple):
     def _look(self, network: Network, pictures: Pictures, name: str) -> Parts:
         say = lambda line: self.log(f"{name}: {line}")  # noqa: E731
         folder = self.store / name
-        return features.extract(pictures, network, folder, batch_size=self.batch_size, log=say)
+        return extract.extract(pictures, network, folder, batch_size=self.batch_size, log=say)
 
 
 def look_at_reference(look: Eyes, pictures: Pictures, about: dict[str, Any]) -> Reference:
@@ -248,18 +249,16 @@ def score(look: Eyes, drawn: Pictures, reference: Reference, resamples: int) -> 
     }
     if reference.parts is not None:
         real = reference.parts.features()
-        kid = feature_distances.kid(own, real)
+        kid = distances.kid(own, real)
         numbers |= {"kid": kid.value, "kid_error": _number(kid.error)}
         least = min(len(own), len(real), NEIGHBOURHOOD)
-        if least > feature_distances.NEIGHBOURS:
+        if least > distances.NEIGHBOURS:
             own, real = _some(own, least), _some(real, least)
-            numbers |= feature_distances.precision_recall(own, real)._asdict()
+            numbers |= distances.precision_recall(own, real)._asdict()
             numbers["precision_recall_images"] = least
     embedded = look.embeddings(drawn, "samples") if reference.clip_parts else None
     if embedded is not None and reference.clip_parts is not None:
-        numbers["cmmd"] = feature_distances.cmmd(
-            embedded.features(), reference.clip_parts.features()
-        )
+        numbers["cmmd"] = distances.cmmd(embedded.features(), reference.clip_parts.features())
         numbers["clip_sha256"] = look.towers.sha256 if look.towers else None
     return numbers
 

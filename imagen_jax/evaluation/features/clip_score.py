@@ -19,8 +19,9 @@ from PIL import Image
 from scipy import stats
 
 from imagen_jax.config.schema import TextConfig
-from imagen_jax.evaluation import features, samples
-from imagen_jax.evaluation.features import Network, Pictures
+from imagen_jax.evaluation import samples
+from imagen_jax.evaluation.features import extract
+from imagen_jax.evaluation.features.extract import Network, Pictures
 from imagen_jax.evaluation.intervals import CONFIDENCE
 from imagen_jax.interop import hf_clip
 from imagen_jax.interop.hf_clip import Towers
@@ -125,7 +126,7 @@ def evaluate(
     rows = samples.read_rows(samples_dir)
     towers = hf_clip.read_towers(clip_dir)
     pictures = Pictures(len(rows), lambda i: samples.load(samples_dir, rows[i]["file"]))
-    parts = features.extract(
+    parts = extract.extract(
         pictures, picture_network(towers), store, batch_size=batch_size, log=log
     )
     captions = [row["prompt"] for row in rows]

@@ -22,8 +22,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, UInt8
 
-from imagen_jax.evaluation import frechet
-from imagen_jax.evaluation.frechet import Statistics
+from imagen_jax.evaluation.features import frechet
+from imagen_jax.evaluation.features.frechet import Statistics
 from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.io import atomic
 

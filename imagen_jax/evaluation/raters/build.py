@@ -19,8 +19,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from imagen_jax.evaluation import samples
+from imagen_jax.evaluation.raters.studies import STUDIES, Study
 from imagen_jax.evaluation.samples import EvaluationError
-from imagen_jax.evaluation.studies import STUDIES, Study
 from imagen_jax.io import atomic, images
 
 PLAIN_COLORS = {"red": (215, 30, 30), "green": (30, 150, 50), "blue": (30, 60, 215)}

@@ -20,8 +20,8 @@ from jaxtyping import Float
 from imagen_jax.config.fields import unknown_name
 from imagen_jax.evaluation import bar_chart
 from imagen_jax.evaluation.intervals import crossed_mean
+from imagen_jax.evaluation.raters.studies import STUDIES, VALUE, Study, names_people
 from imagen_jax.evaluation.samples import EvaluationError
-from imagen_jax.evaluation.studies import STUDIES, VALUE, Study, names_people
 from imagen_jax.io import atomic
 
 MIN_CONTROLS = 0.8
