@@ -10,7 +10,7 @@ import argparse
 from imagen_jax.cli import wiring
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.inference.cascade import Cascade
-from imagen_jax.serving.orders import Limits
+from imagen_jax.serving.http_request import Limits
 
 # flag -> (field of Limits, help)
 LIMITS = {

@@ -23,7 +23,7 @@ from starlette.routing import Route
 
 from imagen_jax.config.schema import Config
 from imagen_jax.serving.gallery import Gallery
-from imagen_jax.serving.orders import SETTINGS, Limits, OrderError, parse
+from imagen_jax.serving.http_request import SETTINGS, Limits, OrderError, parse
 from imagen_jax.serving.worker import QueueFull, Worker, preview
 
 SHOWN_PICTURES = 60

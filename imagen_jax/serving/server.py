@@ -12,7 +12,7 @@ import uvicorn
 from imagen_jax.inference.cascade import Cascade
 from imagen_jax.serving.app import Guard, make_app
 from imagen_jax.serving.gallery import Gallery
-from imagen_jax.serving.orders import Limits
+from imagen_jax.serving.http_request import Limits
 from imagen_jax.serving.protocol import LingeringProtocol
 from imagen_jax.serving.worker import Worker
 

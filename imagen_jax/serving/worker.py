@@ -22,7 +22,7 @@ import numpy as np
 from imagen_jax.inference.cascade import Cascade, Progress
 from imagen_jax.io import images
 from imagen_jax.serving.gallery import Gallery
-from imagen_jax.serving.orders import Limits, Order
+from imagen_jax.serving.http_request import Limits, Order
 
 REPORTS = 20  # looks at a stage while it draws
 PATIENCE = 30.0  # seconds; a compilation cannot be interrupted

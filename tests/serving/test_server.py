@@ -20,7 +20,7 @@ from imagen_jax.inference.cascade import Cascade, Progress
 from imagen_jax.io import images
 from imagen_jax.serving.app import make_app
 from imagen_jax.serving.gallery import Gallery
-from imagen_jax.serving.orders import Limits
+from imagen_jax.serving.http_request import Limits
 from imagen_jax.serving.server import LOOPBACK, http_server
 from imagen_jax.serving.worker import Worker
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from imagen_jax.serving.orders import Limits, OrderError, parse
+from imagen_jax.serving.http_request import Limits, OrderError, parse
 
 LIMITS = Limits()
 
