@@ -27,11 +27,11 @@ import numpy as np
 import operations
 import reporting
 
-from imagen_jax import plan
 from imagen_jax.cli.wiring import set_up_devices
 from imagen_jax.config import overrides as config_io
 from imagen_jax.config.schema import Config, MeshConfig
 from imagen_jax.parallel import partitioning, topology
+from imagen_jax.planning import plan
 from imagen_jax.stages import stage
 from imagen_jax.training.optimizer import make_optimizer
 from imagen_jax.training.train import abstract_state

@@ -34,11 +34,11 @@ import reporting
 import train_loop
 from jax.extend import core
 
-from imagen_jax import plan
 from imagen_jax.cli.wiring import set_up_devices
 from imagen_jax.config import overrides as config_io
 from imagen_jax.config.schema import Config
 from imagen_jax.parallel import flops, partitioning
+from imagen_jax.planning import plan
 from imagen_jax.stages import stage
 from imagen_jax.training.optimizer import make_optimizer
 from imagen_jax.training.step import jit_train_step

@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 
-from imagen_jax import plan
 from imagen_jax.cli import wiring
 from imagen_jax.config import overrides
 from imagen_jax.config.fields import ConfigError
@@ -23,9 +22,10 @@ from imagen_jax.data.embeddings.store import EmbeddingStore
 from imagen_jax.data.embeddings.unit_file import EmbeddingError
 from imagen_jax.io import atomic
 from imagen_jax.parallel import compiled, partitioning, topology
-from imagen_jax.plan import Plan
-from imagen_jax.plan_report import report
-from imagen_jax.plan_search import search_batch, search_train
+from imagen_jax.planning import plan
+from imagen_jax.planning.plan import Plan
+from imagen_jax.planning.report import report
+from imagen_jax.planning.search import search_batch, search_train
 
 STAGES = ("train", "sample", "embed")
 

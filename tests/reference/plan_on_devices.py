@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from imagen_jax import plan
 from imagen_jax.config import overrides
 from imagen_jax.config.schema import Config, MeshConfig
 from imagen_jax.parallel import hlo, partitioning, topology
-from imagen_jax.plan_search import search_batch, search_train
+from imagen_jax.planning import plan
+from imagen_jax.planning.search import search_batch, search_train
 from imagen_jax.training import train
 from imagen_jax.training.optimizer import make_optimizer
 

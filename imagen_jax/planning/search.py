@@ -14,7 +14,7 @@ from typing import Any
 from imagen_jax.config.schema import Config
 from imagen_jax.parallel import partitioning
 from imagen_jax.parallel.topology import GIB, Slice
-from imagen_jax.plan import Plan, Program, compile_program, train_program
+from imagen_jax.planning.plan import Plan, Program, compile_program, train_program
 
 REMATS = ("none", "blocks", "full")
 MOST = 1024  # pictures per device: where the search ends

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from imagen_jax.parallel.topology import GIB
-from imagen_jax.plan import Plan
+from imagen_jax.planning.plan import Plan
 from imagen_jax.training import metrics
 
 UNITS = {"train": "picture", "sample": "picture", "embed": "caption"}

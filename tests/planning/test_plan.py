@@ -17,12 +17,12 @@ from imagen_jax.config import overrides
 from imagen_jax.config.schema import MeshConfig
 from imagen_jax.parallel import partitioning, topology
 from imagen_jax.parallel.topology import GIB
-from imagen_jax.plan import Plan, Program
-from imagen_jax.plan_report import estimate, report
-from imagen_jax.plan_search import largest_part
+from imagen_jax.planning.plan import Plan, Program
+from imagen_jax.planning.report import estimate, report
+from imagen_jax.planning.search import largest_part
 from tests.data.conftest import DIM, write_store
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 TINY = ["--topology=here", "--config.mesh.cpu_devices=1"]
 KEYS = {"topology", "chips", "params", "hbm_per_chip", "flops_per_chip_step", "collectives", "fits"}
 
