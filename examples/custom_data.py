@@ -16,7 +16,6 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from imagen_jax import export
 from imagen_jax.config.data import DataConfig
 from imagen_jax.config.sampling import SamplingConfig
 from imagen_jax.config.schema import (
@@ -28,6 +27,7 @@ from imagen_jax.config.schema import (
     OptimizerConfig,
     TrainConfig,
 )
+from imagen_jax.export import export
 from imagen_jax.inference.cascade import Cascade
 from imagen_jax.io import images
 from imagen_jax.stages.folder import load_stage

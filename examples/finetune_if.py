@@ -15,14 +15,14 @@ import argparse
 import dataclasses
 import pathlib
 
-from imagen_jax import convert
 from imagen_jax.config import overrides
 from imagen_jax.config.schema import CheckpointConfig, Config, OptimizerConfig, TrainConfig
 from imagen_jax.data.batches.pipeline import Pipeline
 from imagen_jax.data.embeddings.embed import embed
 from imagen_jax.data.embeddings.store import EmbeddingStore
 from imagen_jax.data.sources.registry import open_source
-from imagen_jax.export import export
+from imagen_jax.export import convert
+from imagen_jax.export.export import export
 from imagen_jax.text.encoders import load_text_encoder
 from imagen_jax.training.train import train, with_data
 

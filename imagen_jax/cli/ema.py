@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import argparse
 
-from imagen_jax import export
 from imagen_jax.cli import wiring
+from imagen_jax.export import export
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

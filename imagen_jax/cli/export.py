@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import argparse
 
-from imagen_jax import convert, stablehlo
-from imagen_jax import export as export_lib
 from imagen_jax.cli import wiring
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.evaluation import report
+from imagen_jax.export import convert, stablehlo
+from imagen_jax.export import export as export_lib
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

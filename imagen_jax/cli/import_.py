@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import argparse
 
-from imagen_jax import convert
 from imagen_jax.cli import wiring
+from imagen_jax.export import convert
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax import export
 from imagen_jax.cli import run
 from imagen_jax.config.schema import T5Config, TextConfig
+from imagen_jax.export import export
 from imagen_jax.interop import hf_t5
 from imagen_jax.models import t5
 from imagen_jax.stages import folder as stage_folder

@@ -11,7 +11,7 @@ import pytest
 from imagen_jax.config import overrides
 from imagen_jax.config.schema import CheckpointConfig, TrainConfig
 from imagen_jax.diffusion import samplers
-from imagen_jax.export import export
+from imagen_jax.export.export import export
 from imagen_jax.inference import cascade
 from imagen_jax.inference.cascade import Cascade, StageError
 from imagen_jax.training.checkpoint import CheckpointError

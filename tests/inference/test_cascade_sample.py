@@ -7,7 +7,7 @@ import pytest
 
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.diffusion.editing import Edit
-from imagen_jax.export import write_stage
+from imagen_jax.export.export import write_stage
 from imagen_jax.inference import batches, cascade, stage_sampler
 from imagen_jax.inference.cascade import Cascade, RequestError, Stage, StageError
 from tests.reference.fake_encoder import FakeEncoder

@@ -18,7 +18,7 @@ from PIL import Image
 from imagen_jax.cli import run
 from imagen_jax.config.schema import T5Config, TextConfig
 from imagen_jax.diffusion.editing import Edit
-from imagen_jax.export import write_stage
+from imagen_jax.export.export import write_stage
 from imagen_jax.inference.cascade import Cascade, Stage
 from imagen_jax.inference.sample import Job, sample
 from imagen_jax.inference.sample_folder import SampleError

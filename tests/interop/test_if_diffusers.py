@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax import convert
 from imagen_jax.diffusion import process, samplers
+from imagen_jax.export import convert
 from imagen_jax.inference import cascade
 from imagen_jax.models.conditioning import cosine_steps
 from imagen_jax.stages import stage

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from imagen_jax.config.schema import T5Config, TextConfig
-from imagen_jax.export import write_stage
+from imagen_jax.export.export import write_stage
 from imagen_jax.interop import hf_t5
 from imagen_jax.models import t5
 

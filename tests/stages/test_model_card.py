@@ -5,10 +5,10 @@ import json
 
 import pytest
 
-from imagen_jax import export
 from imagen_jax.config.schema import TextConfig
 from imagen_jax.evaluation import report
 from imagen_jax.evaluation.samples import EvaluationError
+from imagen_jax.export import export
 from imagen_jax.stages import model_card
 from imagen_jax.stages.folder import load_stage
 

@@ -13,12 +13,12 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from imagen_jax import export
 from imagen_jax.config.data import DataConfig
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.sampling import SamplingConfig
 from imagen_jax.config.schema import Config, DiffusionConfig, TextConfig
-from imagen_jax.export_check import check
+from imagen_jax.export import export
+from imagen_jax.export.check import check
 from imagen_jax.interop import if_unet, weights
 from imagen_jax.interop.if_config import read_config
 from imagen_jax.io import atomic

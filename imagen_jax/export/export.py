@@ -19,7 +19,7 @@ import numpy as np
 
 from imagen_jax.config import overrides
 from imagen_jax.config.schema import CheckpointConfig, Config, TextConfig, check_sigma_rel
-from imagen_jax.export_check import check
+from imagen_jax.export.check import check
 from imagen_jax.interop import weights
 from imagen_jax.io import atomic
 from imagen_jax.parallel import partitioning

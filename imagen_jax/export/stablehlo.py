@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imagen_jax import export, export_check, stablehlo_loader
 from imagen_jax.config.schema import Config
 from imagen_jax.diffusion import samplers
+from imagen_jax.export import check, export, stablehlo_loader
 from imagen_jax.inference import stage_sampler
 from imagen_jax.interop import weights
 from imagen_jax.io import atomic
@@ -72,9 +72,9 @@ def export_stablehlo(source: str, out: str, log: Callable[[str], None] = print) 
         (temporary / "load.py").write_text(loader)
         (temporary / "card.md").write_text(_card(config, flat, folder.name, signature))
 
-        inputs = export_check.random_inputs(stage.config)
+        inputs = check.random_inputs(stage.config)
         drawn = stablehlo_loader.Stage(temporary)(**inputs)
-        export_check.compare(export_check.draw(stage, inputs), np.asarray(drawn), "StableHLO", log)
+        check.compare(check.draw(stage, inputs), np.asarray(drawn), "StableHLO", log)
     log(f"{folder}: the sampler of {source}, {len(program.mlir_module_serialized):,} bytes")
     return stage.config
 

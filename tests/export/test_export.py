@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax import export
 from imagen_jax.cli import run
 from imagen_jax.config.schema import CheckpointConfig, EmaConfig, TrainConfig
+from imagen_jax.export import export
 from imagen_jax.inference import cascade
 from imagen_jax.interop import weights
 from imagen_jax.training import state as train_state

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax import export, stablehlo
-from imagen_jax.export_check import ExportError, compare
+from imagen_jax.export import export, stablehlo
+from imagen_jax.export.check import ExportError, compare
 from imagen_jax.inference import stage_sampler
 from imagen_jax.io import images
 from imagen_jax.io.atomic import OutputError
