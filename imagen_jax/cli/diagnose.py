@@ -7,10 +7,10 @@ import dataclasses
 
 import numpy as np
 
+from imagen_jax.checks.diagnose import diagnose
 from imagen_jax.cli import wiring
 from imagen_jax.config.schema import Config
 from imagen_jax.data.sources.registry import open_source
-from imagen_jax.diagnose import diagnose
 from imagen_jax.io import images
 from imagen_jax.stages.folder import Stage, check_chain, load_stage
 from imagen_jax.text.encoders import embed_prompts, load_text_encoder

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import argparse
 
+from imagen_jax.checks.doctor import DoctorError, doctor
 from imagen_jax.cli import wiring
-from imagen_jax.doctor import DoctorError, doctor
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax import diagnose
+from imagen_jax.checks import diagnose
 from imagen_jax.inference.cascade import Cascade, Stage
 
 

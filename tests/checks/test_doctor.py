@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax import doctor as doctor_lib
+from imagen_jax.checks import doctor as doctor_lib
+from imagen_jax.checks.doctor import doctor
 from imagen_jax.cli import run
 from imagen_jax.config.overrides import load
 from imagen_jax.config.schema import Config, MeshConfig
 from imagen_jax.data.embeddings import store
-from imagen_jax.doctor import doctor
 from imagen_jax.stages import stage
 from imagen_jax.text.encoders import TokenBatch
 
