@@ -13,7 +13,7 @@ from PIL import Image
 
 from imagen_jax.checks import doctor as doctor_lib
 from imagen_jax.checks.doctor import doctor
-from imagen_jax.cli import run
+from imagen_jax.cli import main
 from imagen_jax.config.overrides import load
 from imagen_jax.config.schema import Config, MeshConfig
 from imagen_jax.data.embeddings import store
@@ -72,13 +72,13 @@ def trained(write_world, base_config, tmp_path_factory) -> pathlib.Path:
     """Folder of a world with `tiny.py` and a run of two steps in `run`; not to be changed."""
     root = tmp_path_factory.mktemp("trained")
     write_world(root, base_config, steps=2, every=1)
-    assert run.main(["train", f"--config={root}/tiny.py", f"--workdir={root}/run"]) == 0
+    assert main.main(["train", f"--config={root}/tiny.py", f"--workdir={root}/run"]) == 0
     return root
 
 
 def test_a_healthy_run(trained, capsys):
     before = sorted((trained / "run").rglob("*"))
-    assert run.main(["doctor", f"--config={trained}/tiny.py", f"--workdir={trained}/run"]) == 0
+    assert main.main(["doctor", f"--config={trained}/tiny.py", f"--workdir={trained}/run"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert sorted((trained / "run").rglob("*")) == before, "a look changes nothing"
     assert {line.split()[0] for line in lines} == {"ok", "warning"}
@@ -92,7 +92,7 @@ def test_a_healthy_run(trained, capsys):
 
 def test_failures_are_counted_and_give_status_one(healthy, tmp_path, capsys):
     flags = [f"--config={tmp_path}/tiny.py", f"--config.data.path={tmp_path}/nothing"]
-    assert run.main(["doctor", *flags]) == 1
+    assert main.main(["doctor", *flags]) == 1
     captured = capsys.readouterr()
     assert "failed   pictures     config.data.path=" in captured.out
     assert "failed   captions     not checked, since the pictures" in captured.out

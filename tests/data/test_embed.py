@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from imagen_jax.cli import run
+from imagen_jax.cli import main
 from imagen_jax.config.schema import T5Config
 from imagen_jax.data.embeddings import embed, unit_file
 from imagen_jax.data.embeddings import store as embeddings
@@ -250,7 +250,7 @@ def test_the_command_estimates_then_embeds(tmp_path, base_config, write_world, c
     store = tmp_path / "new"
     command = ["embed", f"--config={path}", f"--config.data.embeddings={store}"]
     command += ["--config.text.encoder=bytes", f"--config.text.path={tmp_path}/text"]
-    assert run.main([*command, "--estimate", "--flop_rate=1e6"]) == 0
+    assert main.main([*command, "--estimate", "--flop_rate=1e6"]) == 0
     said = dict(line.split(":") for line in capsys.readouterr().out.splitlines() if ":" in line)
     said = {name.strip(): value.strip() for name, value in said.items()}
     # "picture 0" to "picture 11": 9 or 10 bytes and the end mark, 8 numbers of 2 bytes each.
@@ -258,8 +258,8 @@ def test_the_command_estimates_then_embeds(tmp_path, base_config, write_world, c
     assert said["bytes"] == f"{122 * 8 * 2:,}" and not store.exists()
     hours = float(said["flops"]) / 1e6 / 3600
     assert said["chip_hours"] == f"{hours:.3g} at 1e+06 FLOP/s per chip"
-    assert run.main(command) == 0
+    assert main.main(command) == 0
     assert "12 distinct captions of 12, 122 tokens" in capsys.readouterr().out
     assert EmbeddingStore.open(str(store)).captions == 12
-    assert run.main([*command, "--estimate", "--flop_rate=0"]) == 1
+    assert main.main([*command, "--estimate", "--flop_rate=0"]) == 1
     assert "--flop_rate=0 must be above 0" in capsys.readouterr().err

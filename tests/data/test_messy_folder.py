@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax.cli import run
+from imagen_jax.cli import main
 from imagen_jax.data.embeddings import store as embeddings
 
 COUNT, DIM = 400, 8
@@ -79,10 +79,10 @@ def test_a_folder_with_three_percent_of_broken_files_trains(messy, tmp_path, cap
     config, expected = messy
     flags = [f"--config={config}", f"--config.data.path={tmp_path}/messy"]
     flags += [f"--config.data.embeddings={tmp_path}/store", "--config.data.max_quarantined=0.05"]
-    assert run.main(["prepare", *flags]) == 0
+    assert main.main(["prepare", *flags]) == 0
     out = capsys.readouterr().out
     assert "5 of 400 records quarantined" in out and "395 usable pictures" in out
-    assert run.main(["train", *flags, f"--workdir={tmp_path}/run"]) == 0
+    assert main.main(["train", *flags, f"--workdir={tmp_path}/run"]) == 0
     rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert all(np.isfinite(json.loads(row)["loss"]) for row in rows) and len(rows) == 2
 

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from imagen_jax.cli import run
+from imagen_jax.cli import main
 from tests.reference import pages
 from tests.reference.pages import ALL, PAGES, ROOT, TYPED
 
@@ -79,7 +79,7 @@ def test_flags_are_those_of_the_verb(arguments):
     # Placeholders of numbers, as in --seed=SEED.
     arguments = [re.sub(r"(?<==)[A-Z]+$", "1", argument) for argument in arguments]
     try:
-        run.parse(arguments)
+        main.parse(arguments)
     except SystemExit as ended:
         assert ended.code == 0 and "--help" in arguments, arguments
 
@@ -91,7 +91,7 @@ def test_verbs_and_flags_in_the_text_are_known(page, code):
     verb, *rest = words[words.index("imagen_jax") + 1 :] if "imagen_jax" in words else words[1:]
     if verb in ("VERB", "WHAT"):
         return
-    assert verb in run.VERBS, f"{page}: {code}"
+    assert verb in main.VERBS, f"{page}: {code}"
     source = (ROOT / "imagen_jax" / "cli" / f"{'import_' if verb == 'import' else verb}.py").parent
     texts = "".join(path.read_text() for path in source.glob("*.py"))
     for flag in re.findall(r"--[a-z_]+", " ".join(rest)):

@@ -12,7 +12,7 @@ import shutil
 import numpy as np
 import pytest
 
-from imagen_jax.cli import run
+from imagen_jax.cli import main
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.overrides import load
 from imagen_jax.data.sources.registry import open_source
@@ -122,14 +122,14 @@ def test_pictures_are_those_that_tfds_reads(mocked, tmp_path):
 def test_from_mocked_coco_to_a_trained_stage(mocked, tmp_path, capsys):
     fields = overrides(mocked[0], tmp_path)
     flags = ["--config=configs/coco.py:base", *(f"--config.{field}" for field in fields)]
-    assert run.main(["prepare", *flags]) == 0
-    assert run.main(["pretrain_text", *flags, f"--out={tmp_path}/text"]) == 0
-    assert run.main(["embed", *flags]) == 0
-    assert run.main(["train", *flags, f"--workdir={tmp_path}/run"]) == 0
+    assert main.main(["prepare", *flags]) == 0
+    assert main.main(["pretrain_text", *flags, f"--out={tmp_path}/text"]) == 0
+    assert main.main(["embed", *flags]) == 0
+    assert main.main(["train", *flags, f"--workdir={tmp_path}/run"]) == 0
     rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows] == [1, 2, 3]
     assert all(np.isfinite(json.loads(row)["loss"]) for row in rows)
-    assert run.main(["doctor", *flags, f"--workdir={tmp_path}/run"]) == 0
+    assert main.main(["doctor", *flags, f"--workdir={tmp_path}/run"]) == 0
     out = capsys.readouterr().out
     assert "step 3 can be read" in out
 

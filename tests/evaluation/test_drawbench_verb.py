@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from imagen_jax.cli import run
+from imagen_jax.cli import main
 from imagen_jax.config import overrides
 from imagen_jax.inference import cascade
 from imagen_jax.interop import weights
@@ -27,7 +27,7 @@ def test_from_a_csv_to_a_page(stage_folder, tmp_path, capsys):
     csv.write_text('Prompts,Category\n"A red, wet dog.",Colors\nTwo cats.,Counting \n')
     for seed in (0, 1):
         flags = [f"--prompts={csv}", f"--stages={stage_folder}", f"--out={tmp_path / str(seed)}"]
-        assert run.main(["evaluate", "drawbench", *flags, f"--seed={seed}"]) == 0
+        assert main.main(["evaluate", "drawbench", *flags, f"--seed={seed}"]) == 0
     rows = [json.loads(line) for line in (tmp_path / "0" / "samples.jsonl").open()]
     assert [row["sample_index"] for row in rows] == [*range(8), *range(8)]
     assert {row["category"] for row in rows} == {"Colors", "Counting"}
@@ -36,10 +36,10 @@ def test_from_a_csv_to_a_page(stage_folder, tmp_path, capsys):
     folders = [f"--samples_a={tmp_path / '0'}", f"--samples_b={tmp_path / '1'}"]
     out = tmp_path / "study"
     flags = ["--study=drawbench", *folders, f"--out={out}", "--names=before,after"]
-    assert run.main(["evaluate", "rate_build", *flags]) == 0
+    assert main.main(["evaluate", "rate_build", *flags]) == 0
     assert "4 items, 2 of them controls" in capsys.readouterr().out
     assert len(list((out / "page" / "pictures").iterdir())) == 4 * 16
-    assert run.main(["evaluate", "rate_build", *flags[:-1], "--names=a"]) == 1
+    assert main.main(["evaluate", "rate_build", *flags[:-1], "--names=a"]) == 1
     assert "must be two names" in capsys.readouterr().err
 
 
@@ -50,7 +50,7 @@ def test_prompts_that_say_what_they_ask_for_are_scored(stage_folder, tmp_path, c
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
     flags = [f"--prompts={tmp_path / 'prompts.jsonl'}", f"--stages={stage_folder}"]
     out = tmp_path / "drawn"
-    assert run.main(["evaluate", "drawbench", *flags, f"--out={out}"]) == 0
+    assert main.main(["evaluate", "drawbench", *flags, f"--out={out}"]) == 0
     card = json.loads((out / "alignment.json").read_text())
     assert card["pictures"] == 16 and [*card["kinds"]] == ["Colors", "Rare Words", "all"]
     assert card["kinds"]["Colors"]["scores"]["exact"]["mean"] == 0  # Random weights draw noise.

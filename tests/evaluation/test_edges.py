@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from imagen_jax.cli import run
+from imagen_jax.cli import main
 from imagen_jax.evaluation import edges
 from imagen_jax.worlds.shapes import scenes
 
@@ -87,7 +87,7 @@ def folders(tmp_path, write_drawn):
 
 def _run(folders, *flags):
     given = [f"--samples={folders / 'large'}", f"--lowres={folders / 'small'}"]
-    return run.main(["evaluate", "edges", *given, f"--out={folders / 'edges.json'}", *flags])
+    return main.main(["evaluate", "edges", *given, f"--out={folders / 'edges.json'}", *flags])
 
 
 def test_the_command_measures_what_a_stage_drew(folders, capsys):

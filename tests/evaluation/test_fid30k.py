@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax.cli import run
+from imagen_jax.cli import main
 from imagen_jax.config import overrides
 from imagen_jax.config.data import DataConfig
 from imagen_jax.config.schema import Config
@@ -118,7 +118,7 @@ def test_statistics_made_otherwise_are_refused(tmp_path):
 )
 def test_refusals_are_one_line(flags, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert run.main(["evaluate", *flags, "--inception=none.pth"]) == 1
+    assert main.main(["evaluate", *flags, "--inception=none.pth"]) == 1
     said = capsys.readouterr().err
     assert says in said and said.count("\n") == 1
     assert not list(tmp_path.iterdir())
@@ -137,18 +137,18 @@ def test_fid_of_a_folder_with_itself_and_with_saved_statistics(captioned, incept
     flags += ["--resamples=3", f"--out={tmp_path}/card.json"]
     saved = f"{tmp_path}/reference.npz"
     more = [f"--reference={captioned}", f"--save_reference={saved}"]
-    assert run.main(["evaluate", "fid", *flags, *more]) == 0
+    assert main.main(["evaluate", "fid", *flags, *more]) == 0
     card = json.loads((tmp_path / "card.json").read_text())
     assert card["fid"] < 1e-3 and card["low"] <= card["fid"] <= card["high"]
     assert (card["images"], card["reference_images"], card["size"]) == (9, 9, 20)
     assert card["pictures_sha256"] == card["reference_sha256"]
     assert card["precision"] == card["recall"] == 1.0
-    assert run.main(["evaluate", "fid", *flags, f"--reference={saved}"]) == 0
+    assert main.main(["evaluate", "fid", *flags, f"--reference={saved}"]) == 0
     again = json.loads((tmp_path / "card.json").read_text())
     assert again["fid"] == card["fid"] and "kid" not in again
     assert again["reference_sha256"] == card["reference_sha256"]
     assert "| filter | clean |" in (tmp_path / "card.md").read_text()
-    assert run.main(["evaluate", "fid", *flags, f"--reference={saved}", "--filter=tf"]) == 1
+    assert main.main(["evaluate", "fid", *flags, f"--reference={saved}", "--filter=tf"]) == 1
 
 
 @pytest.fixture(scope="module")

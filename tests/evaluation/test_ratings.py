@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax.cli import run
+from imagen_jax.cli import main
 from imagen_jax.evaluation.raters import build, score
 from imagen_jax.evaluation.raters.studies import names_people
 from imagen_jax.evaluation.samples import EvaluationError
@@ -102,7 +102,7 @@ def test_rates_exclusions_and_files(study, tmp_path):
 
         answer(key, f"r{number}", likes, results)
     answer(key, "careless", lambda item: "B", results, attentive=False)
-    code = run.main(
+    code = main.main(
         ["evaluate", "rate_score", f"--key={out / 'key.json'}", f"--results={results}"]
         + [f"--out={tmp_path / 'scores'}"]
     )
@@ -166,7 +166,7 @@ def test_result_files_that_do_not_fit(study, tmp_path, capsys, change, says):
     path = answer(key, "r", lambda item: "A", tmp_path)
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     flags = [f"--key={out / 'key.json'}", f"--results={path}", f"--out={tmp_path / 'x'}"]
-    assert run.main(["evaluate", "rate_score", *flags]) == 1
+    assert main.main(["evaluate", "rate_score", *flags]) == 1
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1
 

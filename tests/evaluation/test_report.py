@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax.cli import run
+from imagen_jax.cli import main
 from imagen_jax.evaluation import drawbench, report
 from imagen_jax.evaluation.samples import EvaluationError
 
@@ -31,7 +31,7 @@ def test_a_run_stands_at_its_place(write_samples, tmp_path, capsys):
     ratings.write_text(json.dumps(RATINGS))
     folder = write_samples("a", [{"prompt": f"p{i}"} for i in range(3)])
     flags = [f"--cards={fid},{ratings}", "--name=<mine>", f"--samples={folder}"]
-    assert run.main(["evaluate", "report", *flags, f"--out={tmp_path / 'out'}"]) == 0
+    assert main.main(["evaluate", "report", *flags, f"--out={tmp_path / 'out'}"]) == 0
     markdown = capsys.readouterr().out
     models = [line.split("|")[1].strip() for line in markdown.splitlines() if "zero-shot |" in line]
     assert models[:3] == ["Imagen", "**<mine>**", "DALL-E 2"]

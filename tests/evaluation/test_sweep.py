@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tests.test_embed_killed import TINY
 
-from imagen_jax.cli import run
+from imagen_jax.cli import main
 from imagen_jax.config.schema import TextConfig
 from imagen_jax.evaluation import sweep, sweep_report
 from imagen_jax.evaluation.samples import EvaluationError
@@ -62,7 +62,7 @@ CHOICE = "base.guidance_weight=3.5,base.thresholding=dynamic"
 @pytest.fixture(scope="module")
 def done(world, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
-    assert run.main(flags(world, out)) == 0
+    assert main.main(flags(world, out)) == 0
     return out
 
 
@@ -112,7 +112,7 @@ def test_a_finished_cell_is_not_drawn_again_and_a_half_written_one_goes_on(
     picture.write_bytes(pixels[: len(pixels) // 2])
     (cell / ".cell.json.1.tmp").write_text("{")
     (cell / "features" / "samples" / "0000000_4.npz").write_bytes(b"PK")
-    assert run.main(flags(world, done)) == 0
+    assert main.main(flags(world, done)) == 0
     assert (done / "sweep.json").read_text() == whole and picture.read_bytes() == pixels
     (cell / ".cell.json.1.tmp").unlink()
     after = times(done)
@@ -125,7 +125,7 @@ def test_a_finished_cell_is_not_drawn_again_and_a_half_written_one_goes_on(
     }
     # With nothing left to draw no stage is read onto the devices.
     monkeypatch.setattr(Cascade, "load", None)
-    assert run.main(flags(world, done)) == 0
+    assert main.main(flags(world, done)) == 0
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_a_finished_cell_is_not_drawn_again_and_a_half_written_one_goes_on(
 )
 def test_refusals_are_one_line_and_nothing_is_drawn(world, done, more, says, capsys):
     before = times(done)
-    assert run.main(flags(world, done, more)) == 1
+    assert main.main(flags(world, done, more)) == 1
     said = capsys.readouterr().err
     assert says in said and said.count("\n") == 1
     assert times(done) == before
@@ -159,7 +159,7 @@ def test_refusals_are_one_line_and_nothing_is_drawn(world, done, more, says, cap
 def test_one_stage_enlarges_what_all_sets_drew_and_hears_no_text(world, tmp_path, capsys):
     """Its own encoder is not even there, and neither its guidance nor a prompt changes a pixel."""
     grid = ["--grid={}", f"--enlarge={world}/sr"]
-    assert run.main(flags(world, tmp_path, *grid)) == 0
+    assert main.main(flags(world, tmp_path, *grid)) == 0
     cells = json.loads((tmp_path / "sweep.json").read_text())["cells"]
     assert len({cell["numbers"]["pictures_sha256"] for cell in cells}) == 2
     folder = tmp_path / "late" / "as_exported"
@@ -186,9 +186,9 @@ def test_one_stage_enlarges_what_all_sets_drew_and_hears_no_text(world, tmp_path
     rows = (folder / "enlarged" / "samples.jsonl").read_text()
     assert rows == (folder / "samples" / "samples.jsonl").read_text()
     # A cell knows what enlarged it; a stage of another side is refused.
-    assert run.main(flags(world, tmp_path, "--grid={}", f"--enlarge={world}/sr_late")) == 1
+    assert main.main(flags(world, tmp_path, "--grid={}", f"--enlarge={world}/sr_late")) == 1
     assert "enlarge.weights=" in capsys.readouterr().err
-    assert run.main(flags(world, tmp_path, "--grid={}", f"--enlarge={world}/early")) == 1
+    assert main.main(flags(world, tmp_path, "--grid={}", f"--enlarge={world}/early")) == 1
     assert "wants" in capsys.readouterr().err
 
 
@@ -230,7 +230,7 @@ def test_lines_lead_along_the_first_field():
 def test_prompts_of_nothing_known_need_clip_and_real_pictures(world, tmp_path, capsys):
     (tmp_path / "p.txt").write_text("a dog\na cat\n")
     flags = [f"--stages={world}/early", f"--prompts={tmp_path}/p.txt", f"--out={tmp_path}/out"]
-    assert run.main(["evaluate", "sweep", *flags]) == 1
+    assert main.main(["evaluate", "sweep", *flags]) == 1
     assert "give --clip=DIR and --reference=DIR" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 

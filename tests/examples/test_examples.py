@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax.cli import run
+from imagen_jax.cli import main
 from imagen_jax.config.schema import T5Config, TextConfig
 from imagen_jax.export import export
 from imagen_jax.interop import hf_t5
@@ -107,8 +107,8 @@ def test_a_custom_stage_is_trained_and_exported(pictures, tmp_path):
         ["embed", *where],
         ["train", *where, f"--workdir={workdir}"],
     ):
-        assert run.main(verb) == 0
-    assert run.main(["export", f"--workdir={workdir}", f"--out={out}"]) == 0
+        assert main.main(verb) == 0
+    assert main.main(["export", f"--workdir={workdir}", f"--out={out}"]) == 0
     config = stage_folder.load_stage(str(out)).config
     assert (config.name, config.data.lowres_size, config.data.image_size) == ("middle", 16, 32)
     stage_folder.check_chain([config], given=16)

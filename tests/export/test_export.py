@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax.cli import run
+from imagen_jax.cli import main
 from imagen_jax.config.schema import CheckpointConfig, EmaConfig, TrainConfig
 from imagen_jax.export import export
 from imagen_jax.inference import cascade
@@ -28,7 +28,7 @@ def trained(base_config, make_batch, tmp_path_factory):
 
 
 def ema_verb(workdir, out, *flags: str) -> int:
-    return run.main(["ema", f"--workdir={workdir}", f"--out={out}", *flags])
+    return main.main(["ema", f"--workdir={workdir}", f"--out={out}", *flags])
 
 
 def test_a_tracked_average_is_exported_as_it_is(trained, tmp_path, capsys):
@@ -96,7 +96,7 @@ def test_an_older_checkpoint_is_exported(base_config, make_batch, tmp_path, caps
         np.testing.assert_array_equal(got, wanted)
 
     flags = [f"--workdir={tmp_path / 'run_4'}", f"--out={tmp_path / 'none'}"]
-    assert run.main(["export", *flags, "--step=3"]) == 1
+    assert main.main(["export", *flags, "--step=3"]) == 1
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1 and "--step=3 is no checkpoint of" in error
     assert "which has 2, 4" in error and not (tmp_path / "none").exists()

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax.cli import run
+from imagen_jax.cli import main
 from imagen_jax.config.schema import T5Config, TextConfig
 from imagen_jax.diffusion.editing import Edit
 from imagen_jax.export.export import write_stage
@@ -189,7 +189,7 @@ def test_editing_from_the_command_line(folders, picture, tmp_path):
         "upscale": [f"--stages={folders.split(',')[1]}", "--aug_level=0.4"],
     }
     for what, flags in edits.items():
-        assert run.main(["edit", what, *flags, *given, f"--out={tmp_path}/{what}"]) == 0
+        assert main.main(["edit", what, *flags, *given, f"--out={tmp_path}/{what}"]) == 0
         rows = (tmp_path / what / "samples.jsonl").read_text().splitlines()
         assert json.loads(rows[0])["prompt"] == "a"
     square = pixels(picture)[:, 4:20]
@@ -216,7 +216,7 @@ def test_edits_that_are_refused(folders, picture, tmp_path, capsys):
         ("upscale", sr, [own, "--aug_level=1.5"], "aug_level=1.5 must be within 0..1"),
     ]:
         flags = [f"--stages={stages}", "--prompt=a", f"--out={tmp_path}/out", *flags]
-        assert run.main(["edit", what, *flags]) == 1
+        assert main.main(["edit", what, *flags]) == 1
         line = capsys.readouterr().err
         assert says in line and line.count("\n") == 1, line
     assert not (tmp_path / "out").exists()

@@ -63,7 +63,7 @@ def test_embeddings_and_cosines_equal_transformers(golden, towers, tmp_path):
 
 def test_a_folder_of_samples_has_a_score_and_goes_on_where_it_was(golden, tmp_path, capsys):
     pytest.importorskip("tokenizers")
-    from imagen_jax.cli import run
+    from imagen_jax.cli import main
 
     captions, rows = golden["captions"].tolist(), []
     for i, caption in enumerate((captions[0], captions[1], captions[0])):
@@ -72,14 +72,14 @@ def test_a_folder_of_samples_has_a_score_and_goes_on_where_it_was(golden, tmp_pa
     (tmp_path / "samples" / "samples.jsonl").write_text("\n".join(rows))
     flags = [f"--samples={tmp_path}/samples", f"--clip={GOLDEN}", f"--out={tmp_path}/clip.json"]
     flags.append(f"--batch_size={BATCH}")
-    assert run.main(["evaluate", "clip_score", *flags]) == 0
+    assert main.main(["evaluate", "clip_score", *flags]) == 0
     first = json.loads((tmp_path / "clip.json").read_text())
     chosen = [golden["cosines"][0, 0], golden["cosines"][1, 1], golden["cosines"][2, 0]]
     assert first["clip_score"] == pytest.approx(np.mean(chosen), abs=1e-5)
     assert first["low"] < first["clip_score"] < first["high"]
     assert (first["images"], first["prompts"]) == (3, 2)
     capsys.readouterr()
-    assert run.main(["evaluate", "clip_score", *flags]) == 0
+    assert main.main(["evaluate", "clip_score", *flags]) == 0
     assert json.loads((tmp_path / "clip.json").read_text()) == first
     assert "features of" not in capsys.readouterr().out
 

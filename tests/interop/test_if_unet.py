@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax.cli import run
+from imagen_jax.cli import main
 from imagen_jax.inference import cascade
 from imagen_jax.interop import if_config, if_unet, weights
 from imagen_jax.models.conditioning import cosine_steps
@@ -82,15 +82,15 @@ def test_steps_of_the_table():
 @pytest.mark.parametrize("case", CASES)
 def test_import_then_export_gives_the_same_bytes(folders, case, tmp_path, capsys):
     stage, back = tmp_path / "stage", tmp_path / "back"
-    assert run.main(["import", "if", f"--src={folders[case]}", f"--out={stage}"]) == 0
+    assert main.main(["import", "if", f"--src={folders[case]}", f"--out={stage}"]) == 0
     export = ["export", f"--workdir={stage}", "--format=diffusers"]
-    assert run.main([*export, f"--out={back}"]) == 0
+    assert main.main([*export, f"--out={back}"]) == 0
     for name in ("config.json", WEIGHTS):
         assert (back / name).read_bytes() == (folders[case] / name).read_bytes(), name
 
     # Without the configuration it came with, ours is translated back.
     (stage / "diffusers_config.json").unlink()
-    assert run.main([*export, f"--out={back}"]) == 0
+    assert main.main([*export, f"--out={back}"]) == 0
     theirs = json.loads((folders[case] / "config.json").read_text())
     assert json.loads((back / "config.json").read_text()) == theirs
     assert "parameters" in capsys.readouterr().out
@@ -113,7 +113,7 @@ def imported(folders, tmp_path) -> list[cascade.Stage]:
     for case in CASES:
         flags = [f"--src={folders[case]}", f"--out={tmp_path / case}"]
         flags += ["--image_size=32"] if case == "sr" else []
-        assert run.main(["import", "if", *flags]) == 0
+        assert main.main(["import", "if", *flags]) == 0
         stages.append(cascade.load_stage(str(tmp_path / case)))
     cascade.check_chain([stage.config for stage in stages])
     return stages
@@ -194,7 +194,7 @@ def test_torch_files_and_missing_parameters(folders, tmp_path):
 )
 def test_what_cannot_be_represented_is_named(tmp_path, capsys, field, value):
     folder = write("base", tmp_path / "if", **{field: value})
-    assert run.main(["import", "if", f"--src={folder}", f"--out={tmp_path / 'stage'}"]) == 1
+    assert main.main(["import", "if", f"--src={folder}", f"--out={tmp_path / 'stage'}"]) == 1
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1 and f"{field}={value!r}" in error, error
     assert not (tmp_path / "stage").exists()
@@ -226,6 +226,6 @@ def test_bad_flags(folders, tmp_path, capsys):
         ([f"--src={tmp_path / 'nowhere'}"], "config.json is missing"),
         ([f"--src={folders['sr']}", "--image_size=24"], "must be a multiple of 16"),
     ]:
-        assert run.main(["import", "if", *flags, f"--out={tmp_path / 'stage'}"]) == 1
+        assert main.main(["import", "if", *flags, f"--out={tmp_path / 'stage'}"]) == 1
         error = capsys.readouterr().err
         assert len(error.splitlines()) == 1 and says in error

@@ -6,7 +6,7 @@ import os
 import jax
 import pytest
 
-from imagen_jax.cli import run
+from imagen_jax.cli import main
 from imagen_jax.config import overrides
 from imagen_jax.parallel import compiled
 from imagen_jax.parallel.compiled import CompiledError
@@ -23,16 +23,16 @@ def saved(tmp_path_factory, base_config, write_world):
     folder = tmp_path_factory.mktemp("compiled")
     config = write_world(folder, base_config, steps=3, every=3)
     path = folder / "step"
-    assert run.main(["plan", f"--config={config}", "--topology=here", f"--save={path}"]) == 0
+    assert main.main(["plan", f"--config={config}", "--topology=here", f"--save={path}"]) == 0
     return folder, config, path
 
 
 def test_training_with_a_saved_step_is_training(saved, capsys):
     folder, config, path = saved
     train = ["train", f"--config={config}"]
-    assert run.main([*train, f"--workdir={folder / 'with'}", f"--compiled={path}"]) == 0
+    assert main.main([*train, f"--workdir={folder / 'with'}", f"--compiled={path}"]) == 0
     assert f"the compiled step is that of {path}" in capsys.readouterr().out
-    assert run.main([*train, f"--workdir={folder / 'without'}"]) == 0
+    assert main.main([*train, f"--workdir={folder / 'without'}"]) == 0
     assert losses(folder / "with") == losses(folder / "without")
     assert len(losses(folder / "with")) == 3
 
@@ -40,7 +40,7 @@ def test_training_with_a_saved_step_is_training(saved, capsys):
 def test_a_step_of_another_configuration_is_refused(saved, capsys):
     folder, config, path = saved
     arguments = [f"--config={config}", f"--workdir={folder / 'other'}", f"--compiled={path}"]
-    assert run.main(["train", *arguments, "--config.optimizer.learning_rate=0.5"]) == 1
+    assert main.main(["train", *arguments, "--config.optimizer.learning_rate=0.5"]) == 1
     error = capsys.readouterr().err
     assert "config.optimizer.learning_rate=0.003, here it is 0.5" in error
     assert len(error.splitlines()) == 1

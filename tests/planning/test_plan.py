@@ -11,8 +11,8 @@ import sys
 import jax
 import pytest
 
+from imagen_jax.cli import main
 from imagen_jax.cli import plan as plan_verb
-from imagen_jax.cli import run
 from imagen_jax.config import overrides
 from imagen_jax.config.schema import MeshConfig
 from imagen_jax.parallel import partitioning, topology
@@ -210,7 +210,7 @@ def test_only_one_cpu_alone_has_other_convolutions():
     ],
 )
 def test_what_cannot_be_planned_is_said_in_one_line(capsys, arguments, message):
-    assert run.main(["plan", "--config=configs/shapes.py:base", *arguments]) == 1
+    assert main.main(["plan", "--config=configs/shapes.py:base", *arguments]) == 1
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1, error
 

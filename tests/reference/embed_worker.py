@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 
-from imagen_jax.cli import run
+from imagen_jax.cli import main as run
 from imagen_jax.text.frozen_encoder import FrozenEncoder
 
 encode = FrozenEncoder.encode

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax.cli import run
+from imagen_jax.cli import main
 from imagen_jax.inference.cascade import Cascade, Progress
 from imagen_jax.io import images
 from imagen_jax.serving.app import make_app
@@ -274,7 +274,7 @@ def test_two_hundred_requests_from_twenty_clients(start_server, stage_folders, t
     # A picture is what `sample` draws with the same seed.
     job = order(client, {"prompt": "a cat", "samples": 3, "seed": 11})
     flags = [f"--stages={stage_folders}", "--prompt=a cat", "--seed=11", "--samples_per_prompt=3"]
-    assert run.main(["sample", *flags, f"--out={tmp_path / 'sampled'}"]) == 0
+    assert main.main(["sample", *flags, f"--out={tmp_path / 'sampled'}"]) == 0
     for k, identifier in enumerate(job["pictures"]):
         both = [
             images.decode(file.read_bytes()).astype(int)
@@ -297,6 +297,6 @@ def test_two_hundred_requests_from_twenty_clients(start_server, stage_folders, t
 )
 def test_flags_that_are_refused(flags, says, tmp_path, capsys):
     given = [f"--stages={tmp_path}", f"--out={tmp_path / 'out'}", *flags]
-    assert run.main(["serve", *given]) == 1
+    assert main.main(["serve", *given]) == 1
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1 and says in error and not (tmp_path / "out").exists()

@@ -13,7 +13,7 @@ from imagen_jax.config.schema import PretrainTextConfig, TextConfig
 from imagen_jax.export.export import write_stage
 from imagen_jax.worlds.shapes import scenes
 
-SOURCE = pathlib.Path(__file__).parents[1]
+SOURCE = pathlib.Path(__file__).parents[2]
 PROMPTS = 6
 
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-SOURCE = pathlib.Path(__file__).parents[1]
+SOURCE = pathlib.Path(__file__).parents[2]
 NETWORK = ("--config.model.channels=(16,16)", "--config.mesh.cpu_devices=1")
 BATCH = "--config.data.batch_size=2"
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from imagen_jax.io import images
 
-REPOSITORY = pathlib.Path(__file__).parents[1]
+REPOSITORY = pathlib.Path(__file__).parents[2]
 CAPTIONS = {
     "astronaut.png": "an astronaut in an orange space suit smiles in front of a flag",
     "chelsea.png": "a close portrait of a tabby cat",

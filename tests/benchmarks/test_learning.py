@@ -4,7 +4,7 @@ import pathlib
 import sys
 import types
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "benchmarks"))
 import learning
 from ablations import ROLES, Ablation, tabulate
 

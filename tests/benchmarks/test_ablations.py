@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "benchmarks"))
 import ablation_runs
 import ablations
 import contrastive_text

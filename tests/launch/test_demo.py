@@ -10,7 +10,7 @@ import pytest
 
 from imagen_jax.worlds.shapes import scenes
 
-REPOSITORY = pathlib.Path(__file__).parents[1]
+REPOSITORY = pathlib.Path(__file__).parents[2]
 
 
 def _launch(script: str, run: pathlib.Path) -> None:

@@ -8,7 +8,7 @@ import types
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "benchmarks"))
 import seams
 
 from imagen_jax.worlds.shapes import scenes

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from imagen_jax.cli import prepare, run
+from imagen_jax.cli import main, prepare
 from imagen_jax.config import overrides
 from imagen_jax.interop import weights
 
@@ -33,7 +33,7 @@ def refused(capsys):
     """argv -> the one line on stderr of a command that was refused."""
 
     def call(*argv: str) -> str:
-        assert run.main(argv) == 1
+        assert main.main(argv) == 1
         captured = capsys.readouterr()
         lines = captured.err.splitlines()
         assert len(lines) == 1 and lines[0].startswith(f"imagen {argv[0]}: "), captured.err
@@ -48,17 +48,17 @@ def misused(capsys):
 
     def call(*argv: str) -> str:
         with pytest.raises(SystemExit) as exit:
-            run.main(argv)
+            main.main(argv)
         assert exit.value.code == 2
         return capsys.readouterr().err
 
     return call
 
 
-@pytest.mark.parametrize("verb", run.VERBS)
+@pytest.mark.parametrize("verb", main.VERBS)
 def test_help_of_every_verb(verb, capsys):
     with pytest.raises(SystemExit) as exit:
-        run.main([verb, "--help"])
+        main.main([verb, "--help"])
     assert exit.value.code == 0
     text = capsys.readouterr().out
     assert f"usage: imagen {verb}" in text and "--" in text.split("options:")[1]
@@ -66,10 +66,10 @@ def test_help_of_every_verb(verb, capsys):
 
 def test_help_lists_every_verb(capsys):
     with pytest.raises(SystemExit) as exit:
-        run.main(["--help"])
+        main.main(["--help"])
     assert exit.value.code == 0
     text = capsys.readouterr().out
-    assert all(verb in text for verb in run.VERBS)
+    assert all(verb in text for verb in main.VERBS)
 
 
 def test_wrong_usage(misused, config):
@@ -163,4 +163,4 @@ def test_a_failure_of_ours_keeps_its_traceback(monkeypatch, config):
     """What no message was written for is a fault of the program, and is not hidden."""
     monkeypatch.setattr(prepare, "open_source", lambda data: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        run.main(["prepare", f"--config={config}"])
+        main.main(["prepare", f"--config={config}"])

@@ -9,7 +9,7 @@ import sys
 import pytest
 from PIL import Image
 
-SOURCE = pathlib.Path(__file__).parents[1]
+SOURCE = pathlib.Path(__file__).parents[2]
 
 
 def imagen(*arguments: str) -> subprocess.CompletedProcess:
