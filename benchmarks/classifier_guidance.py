@@ -57,7 +57,7 @@ def labels_of(objects):
     return (COLORS.index(color), SHAPES.index(shape), named, len(objects) - 1)
 
 
-def pictures_of(split, count, size):
+def load_images(split, count, size):
     """Pictures [count, size, size, 3] in [-1, 1] of the world's scenes, and their classes."""
     scenes = [shapes.scene(split, index) for index in range(count)]
     pictures = [images.resize_host(shapes.draw(scene), size) for scene in scenes]
@@ -68,7 +68,7 @@ def pictures_of(split, count, size):
 def train(network, config, steps):
     """Parameters of the classifier after `steps` steps on the training scenes."""
     size = config.data.image_size
-    pictures, labels = pictures_of("train", SCENES, size)
+    pictures, labels = load_images("train", SCENES, size)
     example = jnp.zeros((1, size, size, 3)), jnp.zeros(1)
     params = partitioning.unbox(network.init(jax.random.key(0), *example)["params"])
     optimizer = make_optimizer(config.optimizer, steps)
@@ -94,7 +94,7 @@ def train(network, config, steps):
 
 def report_accuracy(network, params, config):
     """Prints how often the classifier is right about test scenes, by noise."""
-    pictures, labels = pictures_of("seen_test", TEST_SCENES, config.data.image_size)
+    pictures, labels = load_images("seen_test", TEST_SCENES, config.data.image_size)
     apply = jax.jit(lambda z, logsnr: network.apply({"params": params}, z, logsnr))
     print("logsnr  " + "  ".join(NAMES))
     for level in (-4.0, -2.0, 0.0, 2.0, 6.0):

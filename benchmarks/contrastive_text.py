@@ -52,7 +52,7 @@ def init_params(key: jax.Array, t5_config: T5Config) -> dict[str, Any]:
     text_key, head_key, picture_key = jax.random.split(key, 3)
     # Starts as the other encoder starts.
     encoder = pretrain_text.init_params(text_key, t5_config, WIDTH)
-    tower = clip.PictureEmbedding(TOWER, WIDTH)
+    tower = clip.ImageEmbedding(TOWER, WIDTH)
     pictures = tower.init(picture_key, jnp.zeros((1, SIDE, SIDE, 3)))["params"]
     projection = jax.random.normal(head_key, (t5_config.emb_dim, WIDTH)) * t5_config.emb_dim**-0.5
     return {
@@ -77,7 +77,7 @@ def train_step(
     def loss_fn(params: dict[str, Any]) -> Float[Array, ""]:
         x: Any = t5.T5Encoder(t5_config).apply({"params": params["encoder"]}, ids, ids != 0)
         end = x[jnp.arange(len(ids)), (ids != 0).sum(1) - 1]
-        tower = clip.PictureEmbedding(TOWER, WIDTH)
+        tower = clip.ImageEmbedding(TOWER, WIDTH)
         seen: Any = tower.apply({"params": params["pictures"]}, pictures)
         return contrast(end @ params["projection"], seen, params["scale"])
 

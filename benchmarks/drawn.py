@@ -96,9 +96,9 @@ def draw(
     for start in range(0, count, size):
         rows = np.minimum(np.arange(start, start + size), count - 1)
         text = (asked.text_emb[rows], asked.text_mask[rows])
-        keys = cascade.picture_keys(seed, rows.tolist(), [0] * size)
+        keys = cascade.image_keys(seed, rows.tolist(), [0] * size)
         cut = [v[rows] if np.ndim(v) and len(v) == count else v for v in numbers]
-        pictures = _draw_base(denoise_of, base.params, base.config, text, keys, cut)
+        pictures = _sample_base(denoise_of, base.params, base.config, text, keys, cut)
         drawn[0].append(images.to_uint8(np.asarray(pictures)))
         for index, stage in enumerate(others, 1):
             stage_keys = stage_sampler.stage_keys(keys, index)
@@ -108,7 +108,7 @@ def draw(
 
 
 @functools.partial(jax.jit, static_argnames=("denoise_of", "config"))
-def _draw_base(denoise_of, params, config, text, keys, numbers):
+def _sample_base(denoise_of, params, config, text, keys, numbers):
     settings, size = config.sampling, config.data.image_size
     start_keys, step_keys = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 2))(keys), 1, 0)
     times = jnp.linspace(1.0, 0.0, settings.steps + 1)

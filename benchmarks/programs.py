@@ -63,7 +63,9 @@ def with_sharding(shapes: Any, sharding: Any) -> Any:
 def fresh_params(config: Config, sharding: Any) -> Any:
     """Parameters as a run begins with them."""
     init = lambda: partitioning.unbox(stage.init_params(config, jax.random.key(0)))  # noqa: E731
-    return jax.jit(init, out_shardings=sharding, compiler_options=partitioning.RUN_ONCE)()
+    return jax.jit(
+        init, out_shardings=sharding, compiler_options=partitioning.FAST_COMPILE_OPTIONS
+    )()
 
 
 def forward(config: Config, where: topology.Slice) -> tuple[plan.Program, Callable[..., Any]]:
@@ -145,13 +147,13 @@ def measure(name: str, config: Config, *, repeats: int, trace: bool) -> dict[str
     seconds = reporting.interleaved({name: call}, repeats)[name]
     devices = len(where.devices)
     row: dict[str, Any] = {"program": name, "batch": program.batch, "dtype": config.model.dtype}
-    row |= {"params": program.params, "flops": program.useful_flops}
+    row |= {"params": program.params, "flops": program.model_flops}
     row |= reporting.compiler_says(planned.compiled)
     row |= {"compile_s": round(planned.compile_seconds, 1)}
     if name == "sample":
         row["steps"] = config.sampling.steps
     row |= reporting.speed(
-        seconds, images=program.batch, flops=program.useful_flops, devices=devices
+        seconds, images=program.batch, flops=program.model_flops, devices=devices
     )
     stats = where.devices[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:

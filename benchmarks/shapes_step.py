@@ -97,7 +97,7 @@ def convolution_rows(config: Config, devices: int) -> list[dict[str, Any]]:
 
     def loss(params: Any, batch: Any) -> Any:
         drawn = {**batch, **stage.draw(jax.random.key(0), rows, config)}
-        return stage.drawn_loss(params, drawn, jax.random.key(1), config)
+        return stage.loss_given_randomness(params, drawn, jax.random.key(1), config)
 
     params = jax.eval_shape(
         lambda: partitioning.unbox(stage.init_params(config, jax.random.key(0)))

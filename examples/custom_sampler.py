@@ -66,7 +66,7 @@ def main() -> None:
     denoise = stage.denoiser(
         cascade.load_stage(flags.stage).params, config, text_emb=text_emb, text_mask=text_mask
     )
-    keys = cascade.picture_keys(0, range(count), [0] * count)
+    keys = cascade.image_keys(0, range(count), [0] * count)
     size = config.data.image_size
     times = jnp.linspace(1.0, 0.0, flags.steps + 1)
     logsnrs = process.logsnr_at(times, config.diffusion)

@@ -79,7 +79,7 @@ def main() -> None:
     pipeline = Pipeline(open_source(config.data), store, config.data, config.seed)
     config = with_data(config, store.dim, store.fingerprint, pipeline.fingerprint())
     run = f"{flags.workdir}/run"
-    train(config, run, pipeline.batches, about_step=pipeline.about)
+    train(config, run, pipeline.batches, step_info=pipeline.about)
 
     trained = export(run, f"{flags.workdir}/stage")
     convert.export_diffusers(f"{flags.workdir}/stage", f"{flags.workdir}/unet")

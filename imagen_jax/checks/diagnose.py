@@ -71,7 +71,7 @@ def diagnose(
       By SR stage, the shift from "true" and from "drawn" low-resolution pictures.
     """
     folder, count = pathlib.Path(out), len(captions)
-    keys = stage_sampler.picture_keys(seed, range(count), [0] * count)
+    keys = stage_sampler.image_keys(seed, range(count), [0] * count)
     text = (examples[0]["text_emb"], examples[0]["text_mask"])
     words: dict[str, Any] = {"text_emb": text[0], "text_mask": text[1]}
     chain = Cascade(stages).sample_stages(seed=seed, batch_size=count, **words)

@@ -22,7 +22,7 @@ from imagen_jax.config import overrides
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import Config
 from imagen_jax.data.batches.pipeline import Pipeline
-from imagen_jax.data.batches.view import sided
+from imagen_jax.data.batches.view import mentions_side
 from imagen_jax.data.embeddings.on_the_fly import TokenSource
 from imagen_jax.data.embeddings.store import EmbeddingStore
 from imagen_jax.data.embeddings.unit_file import EmbeddingError
@@ -40,7 +40,7 @@ SAMPLE = 100  # Pictures that are decoded.
 CAPTIONS = 5_000  # Captions that are read and counted in tokens.
 LEVELS = 255
 # What a check may run into and says in one line; anything else is a fault of this program.
-FAULTS = (ConfigError, EmbeddingError, CheckpointError, WeightsError, OSError)
+EXPECTED_ERRORS = (ConfigError, EmbeddingError, CheckpointError, WeightsError, OSError)
 
 
 class DoctorError(ValueError):
@@ -60,7 +60,7 @@ class Finding(NamedTuple):
 
 
 @dataclasses.dataclass
-class Patient:
+class CheckContext:
     """What the checks have opened so far; None where that failed."""
 
     config: Config
@@ -85,12 +85,12 @@ def doctor(
     Returns:
       All findings in the order of the checks.
     """
-    patient = Patient(config, workdir, np.random.default_rng(0))
+    context = CheckContext(config, workdir, np.random.default_rng(0))
     findings = []
     for name, check in CHECKS.items():
         try:
-            found: list[tuple[Status, str]] = list(check(patient))
-        except FAULTS as error:
+            found: list[tuple[Status, str]] = list(check(context))
+        except EXPECTED_ERRORS as error:
             found = [("failed", " ".join(str(error).split()))]
         for status, text in found:
             findings.append(Finding(status, name, text))
@@ -98,9 +98,9 @@ def doctor(
     return findings
 
 
-def check_devices(patient: Patient) -> Lines:
+def check_devices(context: CheckContext) -> Lines:
     """Devices, mesh, and whether the batch divides over them."""
-    config = patient.config
+    config = context.config
     devices = jax.devices()
     kinds = {device.device_kind for device in devices}
     yield "ok", f"{len(devices)} x {', '.join(sorted(kinds))}, {jax.process_count()} process(es)"
@@ -111,10 +111,10 @@ def check_devices(patient: Patient) -> Lines:
     yield "ok", f"mesh {axes}; {per_device} pictures of a batch per device"
 
 
-def check_pictures(patient: Patient) -> Lines:
+def check_images(context: CheckContext) -> Lines:
     """The source opens; a random sample decodes and uses its range of values."""
-    data = patient.config.data
-    patient.source = source = open_source(data, log=lambda line: None)
+    data = context.config.data
+    context.source = source = open_source(data, log=lambda line: None)
     report = source.report
     # Above the limit it would not have opened; half-way there it is worth a look.
     limit = max([data.max_quarantined, *(s.max_quarantined for s in data.mixture.values())])
@@ -123,7 +123,7 @@ def check_pictures(patient: Patient) -> Lines:
     yield status, f"{len(source):,} usable, {len(report.rejected)} of {report.total} not{hint}"
 
     before = len(report.rejected)
-    chosen = patient.rng.integers(0, len(source), SAMPLE)
+    chosen = context.rng.integers(0, len(source), SAMPLE)
     begin = time.perf_counter()
     pictures = [source.record(int(i)).image for i in chosen]
     each = (time.perf_counter() - begin) / SAMPLE * 1e3
@@ -168,9 +168,9 @@ def _value_range(pictures: list[np.ndarray]) -> Lines:
         yield "ok", span
 
 
-def check_captions(patient: Patient) -> Lines:
+def check_captions(context: CheckContext) -> Lines:
     """How many captions, how many distinct ones, how long."""
-    config, source = patient.config, _opened(patient.source, "the pictures")
+    config, source = context.config, _opened(context.source, "the pictures")
     hashes = source.hashes()
     unique = len(np.unique(hashes))
     text = f"{len(hashes):,} captions of {len(source):,} pictures, {unique:,} distinct"
@@ -179,7 +179,7 @@ def check_captions(patient: Patient) -> Lines:
     else:
         yield ("warning" if unique < len(source) / 100 else "ok"), text
 
-    chosen = patient.rng.integers(0, len(source), min(CAPTIONS, 4 * len(source)))
+    chosen = context.rng.integers(0, len(source), min(CAPTIONS, 4 * len(source)))
     texts = list(dict.fromkeys(t for i in chosen for t in source.captions(int(i))))
     missing = source.report.counts()
     empty = missing.get("no caption", 0) + missing.get("empty caption", 0)
@@ -190,59 +190,59 @@ def check_captions(patient: Patient) -> Lines:
         f"{words[3]}; {empty} pictures have none",
     )
     if config.data.flip:
-        share = np.mean([sided(t) for t in texts])
+        share = np.mean([mentions_side(t) for t in texts])
         yield "ok", f"{share:.1%} speak of left or right and are never mirrored"
 
 
-def check_text(patient: Patient) -> Lines:
+def check_text(context: CheckContext) -> Lines:
     """The encoder loads; how many captions it cuts."""
-    config = patient.config
+    config = context.config
     if not config.text.path:
         yield "warning", "no encoder named, any embeddings are taken; set --config.text.path"
         return
     # As `train` does: only an encoder that works while training lies on the mesh.
     mesh = partitioning.make_mesh(config.mesh) if config.text.on_the_fly else None
-    patient.encoder = encoder = load_text_encoder(config.text, mesh)
+    context.encoder = encoder = load_text_encoder(config.text, mesh)
     yield "ok", f"{config.text.path}: width {encoder.dim}, up to {encoder.max_len} tokens"
     length = min(encoder.max_len, config.data.max_text_len)
-    if patient.source is None:
+    if context.source is None:
         return
-    texts = _some_captions(patient, CAPTIONS)
+    texts = _some_captions(context, CAPTIONS)
     over = float(np.mean([encoder.token_count(text) > length for text in texts]))
     line = f"{over:.1%} of {len(texts):,} captions have more than {length} tokens and are cut"
     fix = "; raise --config.text.max_len and --config.data.max_text_len together"
     yield ("warning", line + fix) if over > 0.05 else ("ok", line)
 
 
-def check_embeddings(patient: Patient) -> Lines:
+def check_embeddings(context: CheckContext) -> Lines:
     """The store is whole, of this encoder and width, and has every caption."""
-    config = patient.config
+    config = context.config
     if config.text.on_the_fly:
-        patient.store = store = TokenSource(_opened(patient.encoder, "the text encoder"))
+        context.store = store = TokenSource(_opened(context.encoder, "the text encoder"))
     else:
-        expected = patient.encoder.fingerprint() if patient.encoder else None
-        patient.store = store = EmbeddingStore.open(config.data.embeddings, expected)
+        expected = context.encoder.fingerprint() if context.encoder else None
+        context.store = store = EmbeddingStore.open(config.data.embeddings, expected)
     if config.model.text_dim and config.model.text_dim != store.dim:
         yield (
             "failed",
             f"width {store.dim}, but config.model.text_dim={config.model.text_dim}; set it to 0 "
             "(that of the store) or embed with the encoder meant",
         )
-    source = _opened(patient.source, "the pictures")
-    patient.pipeline = Pipeline(source, store, config.data, config.seed)
+    source = _opened(context.source, "the pictures")
+    context.pipeline = Pipeline(source, store, config.data, config.seed)
     if isinstance(store, TokenSource):
         yield "ok", f"none stored, captions are encoded while training, width {store.dim}"
         return
-    whose = "of the encoder named" if patient.encoder else "of an encoder that is not named"
+    whose = "of the encoder named" if context.encoder else "of an encoder that is not named"
     yield "ok", f"{store.captions:,} captions, width {store.dim}, {whose}"
     yield "ok", "every caption of the pictures is there"
-    yield from _check_mask(patient, store)
+    yield from _check_mask(context, store)
 
 
-def _check_mask(patient: Patient, store: EmbeddingStore) -> Lines:
+def _check_mask(context: CheckContext, store: EmbeddingStore) -> Lines:
     """Mask against length: real tokens have vectors, the rest is zero."""
-    length = patient.config.data.max_text_len
-    texts = _some_captions(patient, 256)
+    length = context.config.data.max_text_len
+    texts = _some_captions(context, 256)
     text_emb, mask = store.lookup(texts, length)
     text_emb = text_emb.astype(np.float32)
     counts = mask.sum(axis=1)
@@ -250,8 +250,8 @@ def _check_mask(patient: Patient, store: EmbeddingStore) -> Lines:
         yield "failed", "some tokens have zero or infinite vectors; delete the store, embed again"
     elif text_emb[~mask].any() or (counts == 0).any():
         yield "failed", "the mask does not say which tokens are real; delete the store, embed again"
-    elif patient.encoder and any(
-        count != min(patient.encoder.token_count(text), patient.encoder.max_len, length)
+    elif context.encoder and any(
+        count != min(context.encoder.token_count(text), context.encoder.max_len, length)
         for count, text in zip(counts, texts, strict=True)
     ):
         yield "failed", "token counts are not the encoder's; delete the store and embed again"
@@ -269,9 +269,9 @@ def _check_mask(patient: Patient, store: EmbeddingStore) -> Lines:
             )
 
 
-def check_batch(patient: Patient) -> Lines:
+def check_batch(context: CheckContext) -> Lines:
     """A batch is made, and how fast one thread makes it."""
-    pipeline = _opened(patient.pipeline, "the embeddings")
+    pipeline = _opened(context.pipeline, "the embeddings")
     pipeline.batch_at(0)
     begin = time.perf_counter()
     batch = pipeline.batch_at(1)
@@ -283,15 +283,15 @@ def check_batch(patient: Patient) -> Lines:
     yield "ok", f"{shapes}; {rate:.0f} pictures/s by one thread"
 
 
-def check_workdir(patient: Patient) -> Lines:
+def check_workdir(context: CheckContext) -> Lines:
     """The workdir can be written and has room for the run."""
-    if patient.workdir is None:
+    if context.workdir is None:
         yield "warning", "not checked; give --workdir"
         return
-    if "://" in patient.workdir:
+    if "://" in context.workdir:
         yield "warning", "a bucket: neither rights nor room are checked"
         return
-    folder = pathlib.Path(patient.workdir)
+    folder = pathlib.Path(context.workdir)
     probe = folder / f".doctor_{uuid.uuid4().hex}"
     existed = folder.exists()
     try:
@@ -307,11 +307,11 @@ def check_workdir(patient: Patient) -> Lines:
         if not existed and folder.is_dir():
             folder.rmdir()
     yield "ok", f"{folder} can be written"
-    state = _state_bytes(patient)
+    state = _state_bytes(context)
     if state is None:
         yield "warning", "room is not checked; set config.model.text_dim or mend the embeddings"
         return
-    needed = state * _saves(patient.config)
+    needed = state * _saves(context.config)
     line = f"{free / 1e9:.1f} GB free, checkpoints take up to {needed / 1e9:.3g} GB"
     fix = "; make room, or lower --config.checkpoint.keep, keep_best or raise keep_every"
     if free < needed:
@@ -327,9 +327,9 @@ def _saves(config: Config) -> int:
     return settings.keep + 1 + settings.keep_best + for_good
 
 
-def _state_bytes(patient: Patient) -> int | None:
+def _state_bytes(context: CheckContext) -> int | None:
     """Bytes of the state of the run; None where the width of the text is not known."""
-    config = _with_width(patient)
+    config = _with_width(context)
     if not config.model.text_dim:
         return None
     mesh = partitioning.make_mesh(config.mesh)
@@ -338,13 +338,13 @@ def _state_bytes(patient: Patient) -> int | None:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
 
 
-def check_checkpoint(patient: Patient) -> Lines:
+def check_checkpoint(context: CheckContext) -> Lines:
     """The newest checkpoint of the workdir is whole and the configuration goes on from it."""
-    if patient.workdir is None or not (pathlib.Path(patient.workdir) / "checkpoints").is_dir():
+    if context.workdir is None or not (pathlib.Path(context.workdir) / "checkpoints").is_dir():
         yield "ok", "none yet"
         return
-    config = _with_width(patient)
-    checkpoints = Checkpoints(patient.workdir, config.checkpoint, access="read")
+    config = _with_width(context)
+    checkpoints = Checkpoints(context.workdir, config.checkpoint, access="read")
     step = checkpoints.latest_step()
     if step is None:
         yield "ok", "none yet"
@@ -354,7 +354,7 @@ def check_checkpoint(patient: Patient) -> Lines:
     for field, (old, new) in changes.items():
         yield (
             "failed",
-            f"config.{field}={new!r}, but {patient.workdir} was trained with {old!r}; set it back "
+            f"config.{field}={new!r}, but {context.workdir} was trained with {old!r}; set it back "
             f"or mean it: --allow_changes={field}",
         )
     mesh = partitioning.make_mesh(saved.mesh if config.mesh != saved.mesh else config.mesh)
@@ -366,17 +366,17 @@ def check_checkpoint(patient: Patient) -> Lines:
     yield "ok", f"step {step} can be read"
 
 
-def _with_width(patient: Patient) -> Config:
+def _with_width(context: CheckContext) -> Config:
     """The configuration with what `train` would fill in."""
-    config, pipeline = patient.config, patient.pipeline
-    if pipeline is None or patient.store is None:
+    config, pipeline = context.config, context.pipeline
+    if pipeline is None or context.store is None:
         return config
-    return with_data(config, patient.store.dim, patient.store.fingerprint, pipeline.fingerprint())
+    return with_data(config, context.store.dim, context.store.fingerprint, pipeline.fingerprint())
 
 
-def _some_captions(patient: Patient, count: int) -> list[str]:
-    source = _opened(patient.source, "the pictures")
-    chosen = patient.rng.integers(0, len(source), count)
+def _some_captions(context: CheckContext, count: int) -> list[str]:
+    source = _opened(context.source, "the pictures")
+    chosen = context.rng.integers(0, len(source), count)
     return list(dict.fromkeys(source.captions(int(i))[0] for i in chosen))
 
 
@@ -386,9 +386,9 @@ def _opened(part, what: str):
     return part
 
 
-CHECKS: dict[str, Callable[[Patient], Lines]] = {
+CHECKS: dict[str, Callable[[CheckContext], Lines]] = {
     "devices": check_devices,
-    "pictures": check_pictures,
+    "pictures": check_images,
     "captions": check_captions,
     "text": check_text,
     "embeddings": check_embeddings,

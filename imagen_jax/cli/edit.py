@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         edit = edits.add_parser(name, help=text, description=text, allow_abbrev=False)
         edit.add_argument("--picture", required=True, metavar="FILE", help="what to start from")
         sample_verb.add_prompts(edit)
-        sample_verb.add_drawing(edit, samples_per_prompt=1)
+        sample_verb.add_sampling(edit, samples_per_prompt=1)
         return edit
 
     image = add("image", "draw the picture anew from a noised form of it (image-to-image)")
@@ -65,10 +65,12 @@ def run(flags: argparse.Namespace) -> None:
     """Carries the verb out."""
     if flags.what == "upscale" and flags.aug_level is not None:
         _set_aug_level(flags)
-    sample_verb.draw(flags, sample_verb.read_prompts(flags), lambda configs: _given(flags, configs))
+    sample_verb.draw(
+        flags, sample_verb.read_prompts(flags), lambda configs: _image_fields(flags, configs)
+    )
 
 
-def _given(flags: argparse.Namespace, configs: Sequence[Config]) -> dict[str, Any]:
+def _image_fields(flags: argparse.Namespace, configs: Sequence[Config]) -> dict[str, Any]:
     """The fields of `sample.Job` that hold the picture."""
     if flags.what == "upscale":
         side = configs[0].data.lowres_size
@@ -93,7 +95,7 @@ def _picture(path: str, size: int, flag: str) -> UInt8[np.ndarray, "1 size size 
         raise EditError(f"{flag}={path}: no such file")
     try:
         pixels = images.decode(pathlib.Path(path).read_bytes())
-    except images.PictureError as error:
+    except images.ImageError as error:
         raise EditError(f"{flag}={path}: {error}; give a PNG, JPEG or WebP file") from error
     return images.center_crop_resize(pixels, size)[None]
 

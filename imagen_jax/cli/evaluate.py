@@ -84,7 +84,7 @@ def _add_drawbench(parser: argparse.ArgumentParser) -> None:
         help=".csv with the columns Prompts and Category, or .jsonl with prompt and category; "
         "where it says which objects, as configs/drawbench_shapes.jsonl does, also scores",
     )
-    sample_verb.add_drawing(parser, samples_per_prompt=8)
+    sample_verb.add_sampling(parser, samples_per_prompt=8)
 
 
 def _drawbench(flags: argparse.Namespace) -> None:

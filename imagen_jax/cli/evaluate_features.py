@@ -24,7 +24,7 @@ def add_fid(parser: argparse.ArgumentParser) -> None:
         "--reference", required=True, metavar="DIR|FILE.npz", help="real pictures, or mu and sigma"
     )
     _add_networks(parser)
-    add_machine(parser)
+    add_batch_flags(parser)
     parser.add_argument("--out", required=True, metavar="FILE.json", help="card to write")
     parser.add_argument(
         "--save_reference", default="", metavar="FILE.npz", help="keep mu and sigma of --reference"
@@ -63,7 +63,7 @@ def add_fid30k(parser: argparse.ArgumentParser) -> None:
         "--trained_on_coco", action="store_true", help="not zero-shot, whatever the stages say"
     )
     _add_networks(parser)
-    sample_verb.add_drawing(parser, samples_per_prompt=1)
+    sample_verb.add_sampling(parser, samples_per_prompt=1)
 
 
 def run_fid30k(flags: argparse.Namespace) -> None:
@@ -79,7 +79,7 @@ def run_fid30k(flags: argparse.Namespace) -> None:
     if flags.clip:
         hf_clip.read_towers(flags.clip)
     sources = fid30k.open_data(flags.data, flags.splits.split(","), flags.max_quarantined)
-    rows = fid30k.draw_captions(sources, flags.count, flags.caption_seed)
+    rows = fid30k.select_captions(sources, flags.count, flags.caption_seed)
     fid30k.write_captions(rows, flags.out)
     folder = str(pathlib.Path(flags.out) / "samples")
     # The devices are set up already, and cannot be once more.
@@ -102,7 +102,7 @@ def add_clip_score(parser: argparse.ArgumentParser) -> None:
         "--samples", required=True, metavar="DIR", help="folder written by `imagen sample`"
     )
     parser.add_argument("--clip", required=True, metavar="DIR", help="Hugging Face CLIP folder")
-    add_machine(parser)
+    add_batch_flags(parser)
     parser.add_argument("--out", required=True, metavar="FILE.json", help="card to write")
 
 
@@ -138,7 +138,7 @@ def _add_networks(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_machine(parser: argparse.ArgumentParser) -> None:
+def add_batch_flags(parser: argparse.ArgumentParser) -> None:
     """Flags that say how much is done at a time."""
     parser.add_argument("--batch_size", type=int, default=32, help="pictures at a time")
     wiring.add_cpu_devices(parser)

@@ -71,7 +71,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--resamples", type=int, default=fid.RESAMPLES, help="of the distances' intervals"
     )
     parser.add_argument("--title", default="", help="of the figure")
-    evaluate_features.add_machine(parser)
+    evaluate_features.add_batch_flags(parser)
 
 
 def run(flags: argparse.Namespace) -> None:

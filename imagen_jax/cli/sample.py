@@ -21,7 +21,7 @@ from imagen_jax.stages.folder import check_chain, load_stage
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
     add_prompts(parser)
-    add_drawing(parser, samples_per_prompt=1)
+    add_sampling(parser, samples_per_prompt=1)
 
 
 def add_prompts(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +31,7 @@ def add_prompts(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--prompts", metavar="FILE", help="prompts: .txt, .csv or .jsonl")
 
 
-def add_drawing(parser: argparse.ArgumentParser, *, samples_per_prompt: int) -> None:
+def add_sampling(parser: argparse.ArgumentParser, *, samples_per_prompt: int) -> None:
     """Adds the flags of every verb that draws prompts; `samples_per_prompt` is a default."""
     wiring.add_stages(parser)
     parser.add_argument("--out", required=True, help="folder to write")
@@ -93,10 +93,10 @@ def draw(
     rows: Sequence[Mapping[str, Any]],
     given: Callable[[Sequence[Config]], dict[str, Any]] | None = None,
 ) -> None:
-    """Draws prompt rows as the flags of `add_drawing` say.
+    """Draws prompt rows as the flags of `add_sampling` say.
 
     Args:
-      flags: of `add_drawing`.
+      flags: of `add_sampling`.
       rows: prompts.
       given: from the stages to the fields of `Job` that hold a picture; None: drawn from noise.
     """

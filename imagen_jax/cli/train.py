@@ -49,7 +49,7 @@ def run(flags: argparse.Namespace) -> None:
             flags.workdir,
             pipeline.batches,
             allow_changes=[name for name in flags.allow_changes.split(",") if name],
-            about_step=pipeline.about,
+            step_info=pipeline.about,
             encode=pipeline.encode,
             preemption=preemption,
             compiled_step=flags.compiled,

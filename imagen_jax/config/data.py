@@ -55,7 +55,7 @@ class ComponentConfig(SourceConfig):
             raise ConfigError(f"config.data.mixture: rate={self.rate} must be above 0")
 
 
-def block_of(rates: dict[str, float]) -> dict[str, int]:
+def mixture_block(rates: dict[str, float]) -> dict[str, int]:
     """The smallest whole numbers of examples that have exactly these rates.
 
     Raises:
@@ -132,7 +132,7 @@ class DataConfig(SourceConfig):
         if self.batch_size < 1:
             raise ConfigError(f"config.data.batch_size={self.batch_size} must be at least 1")
         if self.mixture:
-            block_of({name: source.rate for name, source in self.mixture.items()})
+            mixture_block({name: source.rate for name, source in self.mixture.items()})
 
     def sources(self) -> dict[str, ComponentConfig]:
         """The sources of the mixture; one without a path lies where `path` says."""

@@ -121,7 +121,7 @@ def _parse(path: str, current: Any, text: str) -> Any:
 
 
 # Fields that do not change what is learned: where things lie, how fast, how often, how drawn.
-HARMLESS = (
+NOT_LEARNED_FIELDS = (
     "name",
     "data.path",
     "data.embeddings",
@@ -160,7 +160,7 @@ def changes(saved: Config, given: Config) -> dict[str, tuple[Any, Any]]:
     `train.steps` counts only where the learning rate follows from it; a fingerprint that is missing
     on one side cannot differ.
     """
-    harmless: set[str] = set(HARMLESS)
+    harmless: set[str] = set(NOT_LEARNED_FIELDS)
     if given.optimizer.schedule in ("constant", "rsqrt"):
         harmless.add("train.steps")
     olds, news = flat(dataclasses.asdict(saved)), flat(dataclasses.asdict(given))
@@ -170,12 +170,12 @@ def changes(saved: Config, given: Config) -> dict[str, tuple[Any, Any]]:
         path: (old, new)
         for path, (old, new) in pairs.items()
         if old != new
-        and not named_in(path, harmless)
+        and not matches_any_field(path, harmless)
         and not (path.endswith("fingerprint") and not (old and new))
     }
 
 
-def named_in(path: str, names: Collection[str]) -> bool:
+def matches_any_field(path: str, names: Collection[str]) -> bool:
     """Whether a field, or a section that it is in, is among `names`, in which * is any part."""
     parts = path.split(".")
     above = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]

@@ -7,7 +7,7 @@ is drawn comes to fit what is kept (RePaint, arXiv:2201.09865, Alg. 1). Both nee
 trained stage; every stage of a cascade edits the picture at its own size.
 
 A taken-back step is one of a list of steps like any other (`walk`), and keeping the known part is
-a sampler made of another one (`keep_known`): the loop and `drawing` know of neither.
+a sampler made of another one (`repaint_sampler`): the loop and `drawing` know of neither.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from imagen_jax.diffusion.samplers import Sampler, fold, normal
 from imagen_jax.io import images
 
 # Randomness of a step besides the sampler's own: folded into its keys.
-BACK_STREAM, KNOWN_STREAM = 1, 2
+RENOISE_STREAM, KNOWN_STREAM = 1, 2
 
 
 class EditError(ValueError):
@@ -118,7 +118,7 @@ def walk(
     return times[index], times[index + 1]
 
 
-def noise_again(
+def renoise(
     z: Float[Array, "b *d"],
     logsnr_s: Float[Array, " b"],
     logsnr_t: Float[Array, " b"],
@@ -135,7 +135,7 @@ def noise_again(
     return ratio * z + jnp.sqrt(variance) * eps
 
 
-def keep_known(
+def repaint_sampler(
     sampler: Sampler, known: Float[Array, "b h w c"], mask: Bool[Array, "b h w 1"]
 ) -> Sampler:
     """A sampler that draws under the mask and elsewhere keeps `known` (RePaint, Alg. 1).
@@ -157,7 +157,7 @@ def keep_known(
 
         back = logsnr_t < reached
         choose = jax.vmap(jnp.where)
-        z = choose(back, noise_again(z, reached, logsnr_t, draw(BACK_STREAM)), z)
+        z = choose(back, renoise(z, reached, logsnr_t, draw(RENOISE_STREAM)), z)
         inner = jax.tree.map(functools.partial(choose, back), sampler.init(z), inner)
         z, inner = sampler.step(denoise, z, logsnr_t, logsnr_s, keys, inner)
         z = jnp.where(mask, z, q_sample(known, logsnr_s, draw(KNOWN_STREAM)))

@@ -61,7 +61,7 @@ def aug_logsnr(aug_level: Float[Array, "*t"], config: DiffusionConfig) -> Float[
     return jnp.clip(logsnr, config.logsnr_min, config.logsnr_max)
 
 
-def spread_times(key: Key[Array, ""], count: int) -> Float[Array, " b"]:
+def stratified_timesteps(key: Key[Array, ""], count: int) -> Float[Array, " b"]:
     """Times of a batch's examples, one from each of B equal parts of [0, 1], all moved by one draw.
 
     Still t ~ U(0, 1) for every example, with less variance of the batch mean (arXiv:2107.00630,

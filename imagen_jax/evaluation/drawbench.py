@@ -19,7 +19,7 @@ from imagen_jax.inference import prompts
 from imagen_jax.io import images
 
 # Side of a picture on a sheet, pixels: eight of them fill a screen's width.
-SHEET_PICTURE = 160
+SHEET_IMAGE_SIZE = 160
 
 
 def read_prompts(path: str) -> list[dict[str, Any]]:
@@ -66,7 +66,7 @@ def _sheet(
     folder: str, of_prompts: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> UInt8[np.ndarray, "h w 3"]:
     columns = max(len(rows) for rows in of_prompts.values())
-    blank = np.full((SHEET_PICTURE, SHEET_PICTURE, 3), 255, np.uint8)
+    blank = np.full((SHEET_IMAGE_SIZE, SHEET_IMAGE_SIZE, 3), 255, np.uint8)
     pictures, captions = [], []
     for prompt, rows in of_prompts.items():
         drawn = [_picture(folder, row["file"]) for row in rows]
@@ -76,4 +76,4 @@ def _sheet(
 
 
 def _picture(folder: str, file: str) -> UInt8[np.ndarray, "h w 3"]:
-    return images.center_crop_resize(samples.load(folder, file), SHEET_PICTURE)
+    return images.center_crop_resize(samples.load(folder, file), SHEET_IMAGE_SIZE)

@@ -113,7 +113,7 @@ def _human_table(cards: Sequence[Mapping[str, Any]], name: str) -> Table:
         [row.model, row.subset, plus_minus(row.photorealism), plus_minus(row.alignment)]
         for row in leaderboard.HUMAN
     ]
-    for subset in (score.EVERYTHING, score.NO_PEOPLE):
+    for subset in (score.ALL_PROMPTS, score.NO_PEOPLE):
         cells = {
             question: _rate_of(cards, question, subset)
             for question in ("photorealism", "description")
@@ -137,7 +137,7 @@ def _ratings_tables(card: Mapping[str, Any]) -> list[Table]:
     """Preference rates by category, for the studies that the paper has no table of."""
     tables = []
     for question, scores in card["questions"].items():
-        columns = list(scores["groups"][score.EVERYTHING]["rates"])
+        columns = list(scores["groups"][score.ALL_PROMPTS]["rates"])
         names = dict(zip("AB", card["names"], strict=True))
         lines = [
             [group, *(score.format_rate(entry["rates"].get(c)) for c in columns)]
@@ -185,7 +185,7 @@ _FIELDS = {
 
 def _pictures(folder: str) -> np.ndarray:
     groups = list(samples.by_prompt(folder).items())[:PICTURES]
-    side = drawbench.SHEET_PICTURE
+    side = drawbench.SHEET_IMAGE_SIZE
     shown = [
         images.center_crop_resize(samples.load(folder, rows[0]["file"]), side) for _, rows in groups
     ]

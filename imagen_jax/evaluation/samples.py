@@ -71,5 +71,5 @@ def load(folder: str | os.PathLike[str], file: str) -> UInt8[np.ndarray, "h w 3"
     path = pathlib.Path(folder) / file
     try:
         return images.decode(path.read_bytes())
-    except (OSError, images.PictureError) as error:
+    except (OSError, images.ImageError) as error:
         raise EvaluationError(f"cannot read picture {path}: {error}; sample again") from error

@@ -29,7 +29,7 @@ from imagen_jax.config.schema import Config
 from imagen_jax.evaluation import super_resolution
 from imagen_jax.evaluation.features import fid, fid30k, networks
 from imagen_jax.evaluation.features.extract import Pictures
-from imagen_jax.evaluation.features.fid import Eyes, Reference
+from imagen_jax.evaluation.features.fid import FeatureExtractor, Reference
 from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.inference.cascade import Cascade
 from imagen_jax.inference.request import with_settings
@@ -84,7 +84,7 @@ class Sweep:
     seed: int = 0
     samples_per_prompt: int = 1
     batch_size: int = 32
-    super_resolution: str = ""
+    enlarge: str = ""
     reference: str = ""
     features: str = "random_convolutions"
     features_from: str = ""
@@ -98,7 +98,7 @@ class Sweep:
         return self.rows[: self.limit] if self.limit else self.rows
 
     @property
-    def of_shapes(self) -> bool:
+    def has_objects(self) -> bool:
         """Whether the rows say what the pictures should show."""
         return all("objects" in row and "kind" in row for row in self.rows)
 
@@ -211,15 +211,15 @@ def run(sweep: Sweep, out: str, log: Callable[[str], None] = print) -> list[dict
         check_chain([*chain, *larger])
     cells = cells_of(sweep, configs)
     last = [_last_stage(configs), *larger][-1]
-    if not sweep.of_shapes and not (sweep.clip and sweep.reference):
+    if not sweep.has_objects and not (sweep.clip and sweep.reference):
         raise EvaluationError(
             "--prompts are not rows of the shapes world, so there is nothing to score by; give "
             "--clip=DIR and --reference=DIR"
         )
     network, about = networks.load(sweep.features, sweep.features_from, sweep.filter)
     towers = hf_clip.read_towers(sweep.clip) if sweep.clip else None
-    look = Eyes(network, towers, folder / "features", sweep.batch_size, log)
-    reference = fid.look_at_reference(look, _real_pictures(sweep, last), about)
+    look = FeatureExtractor(network, towers, folder / "features", sweep.batch_size, log)
+    reference = fid.compute_reference(look, _real_images(sweep, last), about)
     measured = about | {
         "reference_sha256": reference.about["reference_sha256"],
         "clip_sha256": towers.sha256 if towers else "",
@@ -250,11 +250,11 @@ def _last_stage(configs: Mapping[str, Sequence[Config]]) -> Config:
     return next(iter(configs.values()))[-1]
 
 
-def _real_pictures(sweep: Sweep, last: Config) -> Pictures:
+def _real_images(sweep: Sweep, last: Config) -> Pictures:
     """Those of --reference, or of the shapes world as the stage saw such pictures in training."""
     size, filter = last.data.image_size, last.data.resize_filter
     if sweep.reference:
-        return fid.pictures_of(sweep.reference, size)[0]
+        return fid.load_images(sweep.reference, size)[0]
 
     def load(number: int) -> np.ndarray:
         rng = np.random.default_rng((alignment.SEED, number))
@@ -315,7 +315,7 @@ def _draw(
     cell: Cell,
     drawing: tuple[Cascade, Cascade | None],
     folder: pathlib.Path,
-    look: Eyes,
+    look: FeatureExtractor,
     reference: Reference,
     log: Callable[[str], None],
 ) -> dict[str, Any]:
@@ -339,13 +339,13 @@ def _draw(
             enlarger, small, drawn_in, seed=sweep.seed, batch_size=sweep.batch_size
         )
     look = look._replace(store=where / "features")
-    drawn, _ = fid.pictures_of(drawn_in, size)
+    drawn, _ = fid.load_images(drawn_in, size)
     numbers = fid.score(look, drawn, reference, sweep.resamples)
     names = {"fid": "distance", "low": "distance_low", "high": "distance_high"}
     numbers = {names.get(name, name): value for name, value in numbers.items()}
     if look.towers is not None:
         numbers |= fid30k.clip_score_of(look, drawn, drawn_in, sweep.clip, look.towers)
-    if sweep.of_shapes:
+    if sweep.has_objects:
         numbers["alignment"] = alignment.score_folder(drawn_in)
     return numbers
 

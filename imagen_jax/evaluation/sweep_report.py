@@ -17,7 +17,7 @@ from imagen_jax.evaluation.sweep import format_value
 from imagen_jax.io import atomic, images
 
 
-class Mark(NamedTuple):
+class Measurement(NamedTuple):
     """A measured number with its 95% interval; None: it has none."""
 
     value: float
@@ -52,19 +52,19 @@ def score_name(cells: Sequence[dict[str, Any]]) -> str:
     return "clip_score" if "clip_score" in cells[0]["numbers"] else "alignment"
 
 
-def score(cell: dict[str, Any]) -> Mark:
+def score(cell: dict[str, Any]) -> Measurement:
     """A cell's CLIP score, or the share of its pictures in which everything is right."""
     numbers = cell["numbers"]
     if "clip_score" in numbers:
-        return Mark(*(numbers[f"clip_score{end}"] for end in ("", "_low", "_high")))
+        return Measurement(*(numbers[f"clip_score{end}"] for end in ("", "_low", "_high")))
     kinds = numbers["alignment"]
     exact = kinds["all" if "all" in kinds else next(iter(kinds))]["exact"]
-    return Mark(exact["mean"], exact["low"], exact["high"])
+    return Measurement(exact["mean"], exact["low"], exact["high"])
 
 
-def distance(cell: dict[str, Any]) -> Mark:
+def distance(cell: dict[str, Any]) -> Measurement:
     """A cell's Frechet distance to the real pictures."""
-    return Mark(*(cell["numbers"][f"distance{end}"] for end in ("", "_low", "_high")))
+    return Measurement(*(cell["numbers"][f"distance{end}"] for end in ("", "_low", "_high")))
 
 
 def with_front(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -99,7 +99,7 @@ def format_table(cells: Sequence[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", said]) + "\n"
 
 
-def _interval(mark: Mark) -> str:
+def _interval(mark: Measurement) -> str:
     return "" if mark.low is None or mark.high is None else f"{mark.low:.3g}-{mark.high:.3g}"
 
 

@@ -65,9 +65,7 @@ def random_inputs(config: Config) -> dict[str, Any]:
 
 def draw(stage: Stage, inputs: dict[str, Any]) -> np.ndarray:
     """The live sampler's pictures in [-1, 1]."""
-    keys = stage_sampler.picture_keys(
-        inputs["seed"], inputs["prompt_index"], inputs["sample_index"]
-    )
+    keys = stage_sampler.image_keys(inputs["seed"], inputs["prompt_index"], inputs["sample_index"])
     keys = stage_sampler.stage_keys(keys, inputs["stage_index"])
     lowres = jnp.asarray(inputs["lowres"]) if "lowres" in inputs else None
     text = jnp.asarray(inputs["text_emb"]), jnp.asarray(inputs["text_mask"])

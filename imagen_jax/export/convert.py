@@ -116,7 +116,7 @@ def export_diffusers(source: str, out: str, log: Callable[[str], None] = print) 
       StageError, CheckpointError: nothing can be read. OutputError: `out` holds something else.
       ExportError: what was written draws something else.
     """
-    folder = atomic.free_folder(out, "config.json", "model folder")
+    folder = atomic.check_replaceable(out, "config.json", "model folder")
     stage = export.read_source(source)
     config = stage.config
     _check_process(config)

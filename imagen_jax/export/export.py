@@ -29,7 +29,7 @@ from imagen_jax.training import ema, ema_snapshots
 from imagen_jax.training.checkpoint import CheckpointError, Checkpoints
 
 # A larger text encoder stays where it is; its vocabulary and fingerprint come along.
-COPIED_ENCODER_BYTES = 64 * 2**20
+MAX_COPIED_ENCODER_BYTES = 64 * 2**20
 VOCABULARY_FILES = ("spiece.model", "vocab.json", "merges.txt", "tokenizer.json")
 ENCODER_FILES = ("config.json", "model.safetensors", "pytorch_model.bin", *VOCABULARY_FILES)
 
@@ -162,7 +162,7 @@ def export_average(
 
 def stage_folder(out: str) -> pathlib.Path:
     """The path of `out`. Raises OutputError when something else than a stage is there."""
-    return atomic.free_folder(out, "params.safetensors", "stage folder")
+    return atomic.check_replaceable(out, "params.safetensors", "stage folder")
 
 
 def _write(
@@ -178,7 +178,7 @@ def _write(
       folder: from `stage_folder`.
       params: plain parameters.
       config: of the run.
-      about: for `model_card.of_run`.
+      about: for `model_card.format_card`.
       log: receives a line.
     """
     text_path = config.text.path and str(pathlib.Path(config.text.path).absolute())
@@ -186,7 +186,7 @@ def _write(
     config = dataclasses.replace(config, text=text, data=config.data.whole())
     with atomic.folder(folder) as temporary:
         carried = dataclasses.replace(config, text=copy_encoder(text, temporary))
-        card = model_card.of_run(carried, params=params, **about)
+        card = model_card.format_card(carried, params=params, **about)
         _fill(temporary, params, config, {"card.md": card})
         check(Stage(config, params), load_stage(str(temporary)), "stage folder", log)
     return config
@@ -228,7 +228,7 @@ def encoder_files(text: TextConfig) -> dict[str, pathlib.Path]:
         files["spiece.model"] = pathlib.Path(text.vocabulary)
     complete = {"config.json"} < files.keys() - set(VOCABULARY_FILES)
     size = sum(file.stat().st_size for file in files.values())
-    if complete and size <= COPIED_ENCODER_BYTES:
+    if complete and size <= MAX_COPIED_ENCODER_BYTES:
         return files
     return {name: file for name, file in files.items() if name in VOCABULARY_FILES}
 

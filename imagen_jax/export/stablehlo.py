@@ -57,7 +57,7 @@ def export_stablehlo(source: str, out: str, log: Callable[[str], None] = print) 
       StageError, CheckpointError: nothing can be read. OutputError: `out` holds something else.
       ExportError: what was written draws something else.
     """
-    folder = atomic.free_folder(out, "signature.json", "folder of an exported sampler")
+    folder = atomic.check_replaceable(out, "signature.json", "folder of an exported sampler")
     stage = export.read_source(source)
     program = make_program(stage)
     with atomic.folder(folder) as temporary:
@@ -85,7 +85,7 @@ def make_program(stage: Stage) -> jax.export.Exported:
 
     def draw(params: dict[str, Any], inputs: dict[str, Any]) -> Any:
         seeds = jnp.broadcast_to(inputs["seed"], inputs["prompt_index"].shape)
-        keys = stage_sampler.keys_of(seeds, inputs["prompt_index"], inputs["sample_index"])
+        keys = stage_sampler.fold_image_keys(seeds, inputs["prompt_index"], inputs["sample_index"])
         keys = samplers.fold(keys, inputs["stage_index"])
         return stage_sampler.sample_stage(
             weights.unflatten(params),

@@ -93,13 +93,13 @@ def draw(
     for first in range(0, count, size):
         end = min(first + size, count)
         part = asked.rows(np.minimum(np.arange(first, first + size), count - 1))
-        tell_of = functools.partial(report, (first, end)) if report else None
-        pictures = _draw_batch(params, config, part, guide, tell_of, report_every)
+        on_steps = functools.partial(report, (first, end)) if report else None
+        pictures = _sample_batch(params, config, part, guide, on_steps, report_every)
         parts.append(pictures[: end - first])
     return np.concatenate(parts)
 
 
-def _draw_batch(
+def _sample_batch(
     params: Any,
     config: Config,
     asked: Asked,

@@ -27,7 +27,7 @@ from imagen_jax.diffusion.editing import Edit
 from imagen_jax.inference import batches, request, stage_sampler
 from imagen_jax.inference.batches import Asked
 from imagen_jax.inference.request import RequestError, with_settings
-from imagen_jax.inference.stage_sampler import picture_keys, sample_stage
+from imagen_jax.inference.stage_sampler import image_keys, sample_stage
 from imagen_jax.io import images
 from imagen_jax.parallel import partitioning
 from imagen_jax.stages import folder
@@ -42,7 +42,7 @@ __all__ = [
     "StageError",
     "check_chain",
     "load_stage",
-    "picture_keys",
+    "image_keys",
     "sample_stage",
     "with_settings",
 ]
@@ -230,13 +230,13 @@ class Cascade:
         request.check_sizes(batch_size=batch_size, report_every=report_every)
         request.check_text(prompts, count, text_emb, text_mask, configs[0])
         request.check_negative(negative_prompts, count, text_emb, configs[0])
-        request.check_pictures(count, lowres, edit, configs)
+        request.check_images(count, lowres, edit, configs)
         identities = request.identities(count, seed, prompt_indices, sample_indices)
         if text_emb is None or text_mask is None:
             text_emb, text_mask = self.embed(prompts)
 
         negative = None if negative_prompts is None else self.embed(negative_prompts)
-        keys = picture_keys(*identities.tolist())
+        keys = image_keys(*identities.tolist())
         asked = Asked(text_emb, text_mask, keys, negative=negative, edit=edit)
         if lowres is not None:
             asked = asked._replace(lowres=images.to_float(lowres))
@@ -267,12 +267,12 @@ class Cascade:
 
 
 def _held(params: Any) -> Callable[[], Any]:
-    placed = partitioning.copy_everywhere(params)
+    placed = partitioning.replicate(params)
     return lambda: placed
 
 
 def _read(path: str) -> Any:
-    return partitioning.copy_everywhere(load_stage(path).params)
+    return partitioning.replicate(load_stage(path).params)
 
 
 def _report(

@@ -67,7 +67,7 @@ def check_sizes(**sizes: int) -> None:
             raise RequestError(f"{name}={value} must be at least 1")
 
 
-def check_pictures(
+def check_images(
     count: int,
     lowres: UInt8[np.ndarray, "n h w 3"] | None,
     edit: Edit | None,

@@ -22,7 +22,7 @@ from imagen_jax.diffusion.editing import Edit
 from imagen_jax.inference import sample_folder
 from imagen_jax.inference.cascade import Cascade, Progress
 from imagen_jax.inference.request import with_settings
-from imagen_jax.inference.sample_folder import GRID_PICTURES, Sample
+from imagen_jax.inference.sample_folder import GRID_IMAGES, Sample
 from imagen_jax.inference.trace import Trace
 from imagen_jax.io import images
 from imagen_jax.parallel import distributed
@@ -30,7 +30,7 @@ from imagen_jax.parallel import distributed
 # Batches that each stage draws before the next one is read, where one is in memory at a time.
 BATCHES_PER_STAGE = 16
 # Steps between two looks at the clock, and seconds between two lines within a batch.
-REPORT_EVERY, QUIET = 8, 10.0
+REPORT_EVERY, LOG_INTERVAL = 8, 10.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -91,8 +91,8 @@ def sample(
     _draw(cascade, folder, [(samples[i], texts[i]) for i in np.flatnonzero(~done)], job, log)
 
     # Also waits for all hosts. Black is what a host has not.
-    shown, size = samples[:GRID_PICTURES], cascade.configs[-1].data.image_size
-    pictures = distributed.gather(sample_folder.read_pictures(folder, shown, size)).max(axis=0)
+    shown, size = samples[:GRID_IMAGES], cascade.configs[-1].data.image_size
+    pictures = distributed.gather(sample_folder.read_images(folder, shown, size)).max(axis=0)
     if distributed.is_first():
         sample_folder.write_rows(folder, samples, rows, job.seed)
         sheet = sample_folder.grid(pictures, [text["prompt"] for text in texts[: len(shown)]])
@@ -144,7 +144,7 @@ def _draw(
     part_size = size * (BATCHES_PER_STAGE if cascade.keep == "one" else 1)
     parts = [work[i : i + part_size] for i in range(0, len(work), part_size or 1)]
     parts = parts[distributed.index() :: distributed.count()]
-    line = _Line(sum(map(len, parts)), log)
+    line = _ProgressLine(sum(map(len, parts)), log)
     for part in parts:
         # The last batch is filled up, so that shapes stay fixed.
         samples = [sample for sample, _ in part]
@@ -179,7 +179,7 @@ def _draw(
         line.after(len(part))
 
 
-class _Line:
+class _ProgressLine:
     """The progress line: pictures, images/s and time left of this host's share."""
 
     def __init__(self, total: int, log: Callable[[str], None]):
@@ -202,7 +202,7 @@ class _Line:
 
     def within(self, progress: Progress) -> None:
         """A few steps are done."""
-        if time.monotonic() - self.said > QUIET:
+        if time.monotonic() - self.said > LOG_INTERVAL:
             self.said = time.monotonic()
             at = f"{progress.stage} step {progress.step}/{progress.steps}"
             self.log(f"{self.done}/{self.total} pictures  {at}")

@@ -21,9 +21,9 @@ from PIL import Image
 from imagen_jax.config import overrides
 from imagen_jax.io import atomic, images
 
-GRID_PICTURES = 32
+GRID_IMAGES = 32
 # Chunks of PNG text that tell what a picture is. The others (`checkpoint`) are for people.
-TELLING = ("prompt", "seed", "config", "settings")
+IDENTITY_CHUNKS = ("prompt", "seed", "config", "settings")
 
 
 class SampleError(ValueError):
@@ -81,7 +81,7 @@ def finished(
         found = read_text(folder / sample.file) if sample.file in there else None
         if found is None:
             continue
-        for key in TELLING:
+        for key in IDENTITY_CHUNKS:
             if found.get(key) != text[key]:
                 raise SampleError(
                     f"--out={folder}: {sample.file} was drawn with "
@@ -112,7 +112,7 @@ def write_rows(
     atomic.write_text(folder / "samples.jsonl", "\n".join(lines) + "\n")
 
 
-def read_pictures(
+def read_images(
     folder: pathlib.Path, samples: Sequence[Sample], size: int
 ) -> UInt8[np.ndarray, "n size size 3"]:
     """Those of the samples' pictures that are in the folder; black where one is not."""

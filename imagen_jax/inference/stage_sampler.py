@@ -22,14 +22,14 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from imagen_jax.config.schema import Config
 from imagen_jax.diffusion import editing, process, samplers
 from imagen_jax.diffusion.samplers import Denoising, Sampler
-from imagen_jax.stages.stage import aug_noise_side, denoiser, noised_lowres
+from imagen_jax.stages.stage import aug_noise_side, augment_lowres, denoiser
 
 SAMPLE_STREAM = 2  # beside the streams of train_step.py
 # Lists of steps are padded to a multiple of this, so that programs are shared by their lengths.
 PADDED_STEPS = 256
 
 
-class Told(NamedTuple):
+class Conditioning(NamedTuple):
     """What a stage is told of the B pictures it draws.
 
     Attributes:
@@ -63,7 +63,7 @@ class Levels(NamedTuple):
     count: int
 
 
-def picture_keys(
+def image_keys(
     seed: int | Sequence[int],
     prompt_indices: Sequence[int],
     sample_indices: Sequence[int],
@@ -76,15 +76,15 @@ def picture_keys(
       sample_indices: B of them.
     """
     seeds = np.broadcast_to(np.asarray(seed, np.uint32), (len(prompt_indices),))
-    return keys_of(
+    return fold_image_keys(
         seeds, np.asarray(prompt_indices, np.uint32), np.asarray(sample_indices, np.uint32)
     )
 
 
 @jax.jit
 @jax.vmap
-def keys_of(seed: Array, prompt: Array, sample: Array) -> Array:
-    """`picture_keys` of uint32 arrays [B], within other programs."""
+def fold_image_keys(seed: Array, prompt: Array, sample: Array) -> Array:
+    """`image_keys` of uint32 arrays [B], within other programs."""
     stream = jax.random.fold_in(jax.random.key(seed), SAMPLE_STREAM)
     return jax.random.fold_in(jax.random.fold_in(stream, prompt), sample)
 
@@ -124,7 +124,7 @@ def tell(
     keys: Key[Array, " b"],
     lowres: Float[Array, "b h w c"] | None,
     aug_level: Float[Array, " b"] | None,
-) -> tuple[Told, Float[Array, "b size size 3"]]:
+) -> tuple[Conditioning, Float[Array, "b size size 3"]]:
     """What a stage is told, with the noise it starts from: all that is drawn from `keys`."""
     start_keys, lowres_keys, step_keys = jnp.moveaxis(
         jax.vmap(lambda key: jax.random.split(key, 3))(keys), 1, 0
@@ -132,21 +132,23 @@ def tell(
     size = config.data.image_size
     start = samplers.normal(start_keys, (size, size, 3))
     if lowres is None or aug_level is None:
-        return Told(text_emb, text_mask, step_keys), start
+        return Conditioning(text_emb, text_mask, step_keys), start
     side = aug_noise_side(config)
     noise = samplers.normal(lowres_keys, (side, side, 3))
-    lowres = noised_lowres(lowres, aug_level, noise, config)
-    return Told(text_emb, text_mask, step_keys, lowres, aug_level), start
+    lowres = augment_lowres(lowres, aug_level, noise, config)
+    return Conditioning(text_emb, text_mask, step_keys, lowres, aug_level), start
 
 
-def _sampler(config: Config, told: Told) -> Sampler:
+def _sampler(config: Config, told: Conditioning) -> Sampler:
     sampler = make_sampler(config)
     if told.known is None or told.mask is None:
         return sampler
-    return editing.keep_known(sampler, told.known, told.mask)
+    return editing.repaint_sampler(sampler, told.known, told.mask)
 
 
-def _denoiser(params: Any, config: Config, told: Told, guide: tuple[Any, Config] | None = None):
+def _denoiser(
+    params: Any, config: Config, told: Conditioning, guide: tuple[Any, Config] | None = None
+):
     return denoiser(
         params,
         config,
@@ -220,7 +222,7 @@ def begin(
     negative: tuple[Float[Array, "b l d"], Bool[Array, "b l"]] | None = None,
     edited: tuple[Float[Array, "b size size 3"], Float[Array, " b"]] | None = None,
     mask: Bool[Array, "b size size 1"] | None = None,
-) -> tuple[Told, Denoising]:
+) -> tuple[Conditioning, Denoising]:
     """Noise, and what the stage is told; arguments as those of `sample_stage`.
 
     Args:
@@ -247,7 +249,7 @@ def begin(
 def advance(
     params: Any,
     config: Config,
-    told: Told,
+    told: Conditioning,
     at: Denoising,
     levels: tuple[Float[Array, " n"], Float[Array, " n"]],
     first: Int[Array, ""],

@@ -48,7 +48,7 @@ class Trace:
         ]
         side = max(SIDE, stages[-1].shape[2])
         for index, (sample, text) in enumerate(zip(samples, texts, strict=True)):
-            rows = [_enlarged(steps[index], side) for steps in stages]
+            rows = [_upsampled(steps[index], side) for steps in stages]
             path = folder / sample.file
             if self.kind == "png":
                 blank = np.full_like(rows[0][0], 255)
@@ -63,7 +63,7 @@ def _shown(steps: int) -> set[int]:
     return {int(step) for step in np.linspace(1, steps, min(steps, COLUMNS)).round()}
 
 
-def _enlarged(
+def _upsampled(
     pictures: UInt8[np.ndarray, "n h w 3"], side: int
 ) -> UInt8[np.ndarray, "n side side 3"]:
     """Pictures at `side` pixels, each pixel a block: nothing is drawn that was not there."""

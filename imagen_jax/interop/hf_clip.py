@@ -131,7 +131,7 @@ class Towers(NamedTuple):
       text, vision: shapes of its towers.
       projection_dim: numbers of an embedding.
       text_params: of `models.clip.TextEmbedding`, float32.
-      vision_params: of `models.clip.PictureEmbedding`, float32.
+      vision_params: of `models.clip.ImageEmbedding`, float32.
       sha256: of all values.
     """
 
@@ -175,7 +175,7 @@ def _expected_towers(
     picture = np.zeros((1, vision.image_size, vision.image_size, 3), np.float32)
     towers = {
         "text": (clip.TextEmbedding(text, dim), (ids, ids == 0), _TEXT_NAMES),
-        "vision": (clip.PictureEmbedding(vision, dim), (picture,), _VISION_NAMES),
+        "vision": (clip.ImageEmbedding(vision, dim), (picture,), _VISION_NAMES),
     }
     expected = {}
     for tower, (module, inputs, names) in towers.items():

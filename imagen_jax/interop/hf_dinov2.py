@@ -18,7 +18,7 @@ from jaxtyping import Float
 
 from imagen_jax.interop import weights
 from imagen_jax.models.clip import ACTIVATIONS, ClipVisionConfig
-from imagen_jax.models.dinov2 import PictureFeatures
+from imagen_jax.models.dinov2 import ImageFeatures
 from imagen_jax.parallel import partitioning
 
 SIZE = 224
@@ -51,7 +51,7 @@ def read(folder: str | pathlib.Path, size: int) -> tuple[ClipVisionConfig, dict[
       size: side of the pictures, pixels; a multiple of the patches'.
 
     Returns:
-      Its shape, the float32 parameters of `models.dinov2.PictureFeatures`, and the hash of all
+      Its shape, the float32 parameters of `models.dinov2.ImageFeatures`, and the hash of all
       values in the file that are used.
 
     Raises:
@@ -65,12 +65,14 @@ def read(folder: str | pathlib.Path, size: int) -> tuple[ClipVisionConfig, dict[
     # Models with a head have it before every name.
     found = {name.removeprefix("dinov2."): tensor for name, tensor in found.items()}
     flat, digest = weights.read_as(folder, found, _expected(theirs), _ours)
-    flat["places"] = resize_places(flat["places"], size // theirs.patch_size)
+    flat["places"] = resize_position_embedding(flat["places"], size // theirs.patch_size)
     config = dataclasses.replace(theirs, image_size=size)
     return config, weights.unflatten(flat), digest
 
 
-def resize_places(places: Float[np.ndarray, "n d"], side: int) -> Float[np.ndarray, "m d"]:
+def resize_position_embedding(
+    places: Float[np.ndarray, "n d"], side: int
+) -> Float[np.ndarray, "m d"]:
     """Vectors of the whole and of a square grid of patches, for a grid of `side` patches."""
     old = round((len(places) - 1) ** 0.5)
     if old == side:
@@ -128,7 +130,7 @@ def _read_config(path: pathlib.Path) -> ClipVisionConfig:
 def _expected(config: ClipVisionConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Our path -> their name and shape."""
     picture = np.zeros((1, config.image_size, config.image_size, 3), np.float32)
-    boxed = jax.eval_shape(PictureFeatures(config).init, jax.random.key(0), picture)["params"]
+    boxed = jax.eval_shape(ImageFeatures(config).init, jax.random.key(0), picture)["params"]
     leaves = weights.flatten(partitioning.unbox(boxed))
     return {
         path: (_foreign_name(path), _foreign_shape(path, leaf.shape))

@@ -194,7 +194,7 @@ def _translate(values: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-def their_config(config: ModelConfig, sample_size: int | None) -> dict[str, Any]:
+def diffusers_config(config: ModelConfig, sample_size: int | None) -> dict[str, Any]:
     """diffusers' fields of our network.
 
     Raises:

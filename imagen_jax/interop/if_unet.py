@@ -21,7 +21,7 @@ import numpy as np
 
 from imagen_jax.config.schema import ModelConfig
 from imagen_jax.interop import weights
-from imagen_jax.interop.if_config import model_config, read_config, their_config
+from imagen_jax.interop.if_config import diffusers_config, model_config, read_config
 from imagen_jax.models.unet import UNet
 from imagen_jax.parallel import partitioning
 
@@ -114,7 +114,7 @@ def save(
       WeightsError: diffusers has no such network (the field is named), or the parameters do not
         fit the configuration.
     """
-    values = their_config(config, sample_size)
+    values = diffusers_config(config, sample_size)
     network = dataclasses.replace(config, dtype="float32", remat="none")
     if source is not None and model_config(source, "the imported config.json") == network:
         values = dict(source)

@@ -62,7 +62,7 @@ def folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
     temporary.rename(path)
 
 
-def free_folder(out: str, mark: str, kind: str) -> pathlib.Path:
+def check_replaceable(out: str, mark: str, kind: str) -> pathlib.Path:
     """The path of `out`, which may be there already if it is an earlier one of its kind.
 
     Args:

@@ -33,7 +33,7 @@ from imagen_jax.io import atomic
 
 AnyArray = TypeVar("AnyArray", Array, np.ndarray)
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, the latter two exclusive
-# A JPEG's bytes and a rectangle -> its pixels; PictureError where that cannot be done.
+# A JPEG's bytes and a rectangle -> its pixels; ImageError where that cannot be done.
 DecodeJpegBox = Callable[[bytes, Box], np.ndarray]
 
 # Larger pictures are mistakes or attacks. Pillow would only warn of them.
@@ -48,7 +48,7 @@ RESIZE_FILTERS: dict[str, Image.Resampling] = {
 }
 
 
-class PictureError(ValueError):
+class ImageError(ValueError):
     """Bytes that are not a usable picture; the message says why in a few words."""
 
 
@@ -82,7 +82,7 @@ def decode(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
     file does not matter.
 
     Raises:
-      PictureError: empty, damaged or truncated data, data that is no picture, or one of more than
+      ImageError: empty, damaged or truncated data, data that is no picture, or one of more than
         MAX_PIXELS.
     """
     with _opened(data) as picture:
@@ -92,34 +92,34 @@ def decode(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
 
 @contextlib.contextmanager
 def _opened(data: bytes) -> Iterator[Image.Image]:
-    """The picture with its header read; whatever goes wrong inside becomes a PictureError."""
+    """The picture with its header read; whatever goes wrong inside becomes a ImageError."""
     if not data:
-        raise PictureError("unreadable (empty)")
+        raise ImageError("unreadable (empty)")
     try:
         with Image.open(io.BytesIO(data)) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 size = f"{picture.width} x {picture.height}"
-                raise PictureError(f"too large ({size} px, at most {MAX_PIXELS:,} in all)")
+                raise ImageError(f"too large ({size} px, at most {MAX_PIXELS:,} in all)")
             yield picture
-    except PictureError:
+    except ImageError:
         raise
     except UnidentifiedImageError:
-        raise PictureError("wrong type (not a picture)") from None
+        raise ImageError("wrong type (not a picture)") from None
     except Image.DecompressionBombError:
-        raise PictureError(f"too large (at most {MAX_PIXELS:,} pixels in all)") from None
+        raise ImageError(f"too large (at most {MAX_PIXELS:,} pixels in all)") from None
     # Pillow's format plug-ins raise whatever their parsers stumble over (SyntaxError included).
     except Exception as error:
-        raise PictureError(f"unreadable ({error})") from None
+        raise ImageError(f"unreadable ({error})") from None
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith("I"):
         levels = np.asarray(picture).astype(np.int64)
         if levels.min(initial=0) < 0 or levels.max(initial=0) > 65535:
-            raise PictureError("wrong type (more than 16 bits per channel)")
+            raise ImageError("wrong type (more than 16 bits per channel)")
         picture = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
     if picture.mode == "F":
-        raise PictureError("wrong type (floating-point pixels)")
+        raise ImageError("wrong type (floating-point pixels)")
     if picture.has_transparency_data:
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture.convert("RGBA"))
@@ -144,7 +144,7 @@ def look(data: bytes, through: str) -> Look:
     """Examines a picture file: all of it ("decode"), or its header alone ("header").
 
     Raises:
-      PictureError: it cannot be used; the header alone does not tell damage further in.
+      ImageError: it cannot be used; the header alone does not tell damage further in.
     """
     with _opened(data) as picture:
         turned = picture.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
@@ -182,7 +182,7 @@ def decode_box(
         None: all is decoded and the rectangle cut out. The pixels are the same.
 
     Raises:
-      PictureError: see `decode`.
+      ImageError: see `decode`.
     """
     if decode_jpeg_box is not None:
         with _opened(data) as picture:
@@ -194,7 +194,7 @@ def decode_box(
             # Colour is interpolated between neighbours: the rim of a rectangle needs one more.
             outer = (max(left - 1, 0), max(top - 1, 0), min(right + 1, width))
             outer = (*outer, min(bottom + 1, height))
-            with contextlib.suppress(PictureError):
+            with contextlib.suppress(ImageError):
                 pixels = decode_jpeg_box(data, outer)
                 y, x = top - outer[1], left - outer[0]
                 return pixels[y : y + bottom - top, x : x + right - left]

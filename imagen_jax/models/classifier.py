@@ -99,7 +99,7 @@ def loss_fn(
       process: what the guided stage learned from.
     """
     time_key, eps_key = jax.random.split(key)
-    logsnr = diffusion.logsnr_at(diffusion.spread_times(time_key, x0.shape[0]), process)
+    logsnr = diffusion.logsnr_at(diffusion.stratified_timesteps(time_key, x0.shape[0]), process)
     z = diffusion.q_sample(x0, logsnr, jax.random.normal(eps_key, x0.shape))
     logits: Any = network.apply({"params": params}, z, logsnr, train=True)
     return -log_prob(logits, labels).mean()

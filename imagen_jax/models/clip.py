@@ -5,7 +5,7 @@ tower, that is what the last layer but one puts out, before the last layer and t
 serve the contrastive loss. The paper does not say whether that norm applies; the picture model has
 a layer norm of its own on its text (Sec. 2.5).
 
-For the score (evaluation/clip_score.py) `TextEmbedding` and `PictureEmbedding` bring captions and
+For the score (evaluation/clip_score.py) `TextEmbedding` and `ImageEmbedding` bring captions and
 pictures into one space, in which the cosine tells how well they go together.
 
 Both towers are the same pre-norm Transformer (`Layer`); the text tower's attention is causal, so
@@ -194,7 +194,7 @@ class TextEmbedding(nn.Module):
         return _projection(self.projection_dim, self.config.dtype)(end).astype(jnp.float32)
 
 
-class PictureEmbedding(nn.Module):
+class ImageEmbedding(nn.Module):
     """A picture as one vector: patches, a token for the whole, whose last vector is projected."""
 
     config: ClipVisionConfig

@@ -17,7 +17,7 @@ from imagen_jax.models.clip import ClipVisionConfig, Layer, layer_norm
 _SMALL = nn.initializers.normal(0.02)
 
 
-class PictureFeatures(nn.Module):
+class ImageFeatures(nn.Module):
     """A picture as one vector: the normed last vector of the token for the whole."""
 
     config: ClipVisionConfig

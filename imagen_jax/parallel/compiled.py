@@ -81,7 +81,7 @@ def identity(config: Config, devices: list[jax.Device]) -> dict[str, Any]:  # py
     return described | {
         f"config.{path}": value
         for path, value in fields.items()
-        if not overrides.named_in(path, OUTSIDE)
+        if not overrides.matches_any_field(path, OUTSIDE)
     }
 
 
@@ -102,16 +102,16 @@ def _shape(devices: list[jax.Device]) -> str:  # pyright: ignore[reportInvalidTy
     return "x".join(str(max(side) - min(side) + 1) for side in zip(*places, strict=True))
 
 
-def save(path: str, compiled: jax.stages.Compiled, made_for: Mapping[str, Any]) -> int:
+def save(path: str, compiled: jax.stages.Compiled, step_identity: Mapping[str, Any]) -> int:
     """Writes a compiled step; returns the file's size in bytes.
 
     Args:
       path: file to write, readable and writable by its owner alone.
       compiled: the executable.
-      made_for: of `identity`.
+      step_identity: of `identity`.
     """
     payload, _, _ = serialize_executable.serialize(compiled)
-    head = {"format": FORMAT, "sha256": hashlib.sha256(payload).hexdigest(), **made_for}
+    head = {"format": FORMAT, "sha256": hashlib.sha256(payload).hexdigest(), **step_identity}
     temporary = f"{path}.tmp"
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with open(descriptor, "wb") as file:
@@ -120,13 +120,15 @@ def save(path: str, compiled: jax.stages.Compiled, made_for: Mapping[str, Any]) 
     return os.path.getsize(path)
 
 
-def load(path: str, traced: jax.stages.Traced, made_for: Mapping[str, Any]) -> jax.stages.Compiled:
+def load(
+    path: str, traced: jax.stages.Traced, step_identity: Mapping[str, Any]
+) -> jax.stages.Compiled:
     """Reads a compiled step.
 
     Args:
       path: file of `save`.
       traced: the step, traced here: what goes in and comes out.
-      made_for: `identity` of what is to run here.
+      step_identity: `identity` of what is to run here.
 
     Raises:
       CompiledError: the file is damaged, not the user's own, or of another step; names the field.
@@ -150,7 +152,7 @@ def load(path: str, traced: jax.stages.Traced, made_for: Mapping[str, Any]) -> j
         raise CompiledError(f"--compiled={path} has another format; make it again with `plan`")
     digest = found.pop("sha256", None)
     # As JSON has it: tuples are lists there.
-    wanted = json.loads(json.dumps(dict(made_for)))
+    wanted = json.loads(json.dumps(dict(step_identity)))
     for field in sorted(found.keys() | wanted.keys(), key=_order):
         if found.get(field) != wanted.get(field):
             raise CompiledError(

@@ -43,7 +43,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 
 
 # XLA's options. A program that runs once need not be fast, but it must be there soon.
-RUN_ONCE = {"xla_backend_optimization_level": 0}
+FAST_COMPILE_OPTIONS = {"xla_backend_optimization_level": 0}
 
 # On CPUs XLA gives convolutions, products and reductions to a library, YNNPACK. Without it Eigen
 # takes the convolutions, and is faster (docs/performance.md); so only these are given to it.
@@ -183,7 +183,7 @@ def spread(arrays: Any) -> Any:
     return jax.device_put(arrays, sharding) if divides else arrays
 
 
-def copy_everywhere(params: Any) -> Any:
+def replicate(params: Any) -> Any:
     """Copies parameters onto each of this process's devices."""
     return jax.device_put(params, everywhere(local_mesh()))
 

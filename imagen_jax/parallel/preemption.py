@@ -26,7 +26,7 @@ class Preemption:
     """A context in which SIGTERM does not end the process but is remembered."""
 
     def __init__(self) -> None:
-        self._asked, self._questions = False, 0
+        self._asked, self._sync_point = False, 0
         self._previous: Any = None
 
     def __enter__(self) -> Preemption:
@@ -48,9 +48,9 @@ class Preemption:
     def reached(self) -> bool:
         """Whether to stop now, asked before every step; all processes of a run stop at the same."""
         # JAX's service agrees on a number that only grows; steps go back when a run rolls back.
-        self._questions += 1
+        self._sync_point += 1
         if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(self._questions)
+            return multihost_utils.reached_preemption_sync_point(self._sync_point)
         return self._asked
 
     def _remember(self, number: int, frame: FrameType | None) -> None:

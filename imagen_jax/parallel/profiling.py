@@ -26,7 +26,7 @@ class Profiler:
         self._at = at
         self._stop_at: int | None = None
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGUSR1, self._ask)
+            signal.signal(signal.SIGUSR1, self._request)
 
     def before(self, step: int) -> None:
         """Starts or stops a trace; call before each step."""
@@ -42,5 +42,5 @@ class Profiler:
             jax.profiler.stop_trace()
             self._stop_at = None
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
+    def _request(self, number: int, frame: FrameType | None) -> None:
         self._wanted = True

@@ -29,7 +29,7 @@ from imagen_jax.parallel.topology import Slice
 from imagen_jax.stages import stage
 from imagen_jax.text import frozen_encoder
 from imagen_jax.training.optimizer import make_optimizer
-from imagen_jax.training.step import jit_train_step, useful_flops
+from imagen_jax.training.step import jit_train_step, model_flops
 from imagen_jax.training.train import abstract_state
 
 # XLA's effort level O0, by its number, which is the form that JAX 0.10 and 0.11 both take. The
@@ -53,7 +53,7 @@ class Program(NamedTuple):
       traced: ready to be lowered.
       arguments: bytes that go in, per device.
       flops: of one run over all devices, what is computed again in the backward pass included.
-      useful_flops: the same without that: what MFU counts.
+      model_flops: the same without that: what MFU counts.
     """
 
     stage: str
@@ -63,7 +63,7 @@ class Program(NamedTuple):
     traced: jax.stages.Traced
     arguments: int
     flops: float
-    useful_flops: float
+    model_flops: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,14 +129,14 @@ def train_program(config: Config, where: Slice) -> Program:
     optimizer = make_optimizer(config.optimizer, config.train.steps)
 
     _, state = abstract_state(config, optimizer, mesh)
-    batch = _laid(batch_shapes(config), partitioning.batch_sharding(mesh))
+    batch = _with_sharding(batch_shapes(config), partitioning.batch_sharding(mesh))
 
     with jax.set_mesh(mesh):
         traced = jit_train_step(config, optimizer, state, mesh).trace(state, batch)
-        useful = useful_flops(traced, config, optimizer, state, batch, mesh)
+        useful = model_flops(traced, config, optimizer, state, batch, mesh)
     size = config.data.batch_size
     return program("train", config, size, traced, state.params, (state, batch))._replace(
-        useful_flops=useful
+        model_flops=useful
     )
 
 
@@ -169,10 +169,10 @@ def sample_program(config: Config, where: Slice, batch: int) -> Program:
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
     shapes["keys"] = jax.ShapeDtypeStruct((batch,), key.dtype)
-    given = _laid(shapes, rows)
+    given = _with_sharding(shapes, rows)
     words = given["text_emb"], given["text_mask"]
     params = jax.eval_shape(lambda: stage.init_params(config, jax.random.key(config.seed)))
-    params = _laid(partitioning.unbox(params), whole)
+    params = _with_sharding(partitioning.unbox(params), whole)
     low = given.get("lowres")
     traced = stage_sampler.sample_stage.trace(params, config, *words, given["keys"], low)
     inputs = (params, *words, given["keys"], low)
@@ -240,7 +240,7 @@ def program(
     return Program(name, config, batch, size, traced, per_device, total, total)
 
 
-def _laid(shapes: Any, sharding: NamedSharding) -> Any:
+def _with_sharding(shapes: Any, sharding: NamedSharding) -> Any:
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes
     )

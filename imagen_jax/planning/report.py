@@ -43,7 +43,7 @@ def estimate(plan: Plan, mfu: float, price: float | None) -> Estimate | None:
     if peak is None:
         return None
     program = plan.program
-    seconds = program.useful_flops / (mfu * peak * len(plan.slice.devices))
+    seconds = program.model_flops / (mfu * peak * len(plan.slice.devices))
     if program.stage == "train":
         days = program.config.train.steps * seconds / 86_400
         chip_hours = days * 24 * plan.slice.chips
@@ -108,10 +108,10 @@ def _memory(plan: Plan) -> list[str]:
 def _work(plan: Plan, mfu: float, price: float | None) -> list[str]:
     program, chips = plan.program, plan.slice.chips
     unit = UNITS[program.stage]
-    again = program.flops / program.useful_flops - 1
+    again = program.flops / program.model_flops - 1
     lines = [
         f"{'TFLOP per chip':<22}{plan.flops_per_chip / 1e12:>10.4g}   "
-        f"{program.useful_flops / program.batch / 1e12:.3g} per {unit}"
+        f"{program.model_flops / program.batch / 1e12:.3g} per {unit}"
         + (f", and {again:.0%} more computed again" if again > 0.005 else "")
     ]
     if plan.collectives:

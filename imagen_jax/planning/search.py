@@ -22,7 +22,7 @@ MOST = 1024  # pictures per device: where the search ends
 Log = Callable[[str], None]
 
 
-def largest_part(plan_of: Callable[[int], Plan]) -> Plan:
+def largest_batch_per_device(plan_of: Callable[[int], Plan]) -> Plan:
     """The plan with the largest power of two of pictures per device that fits.
 
     Args:
@@ -66,7 +66,7 @@ def search_batch(
         log(f"{plan.program.batch:>8}{plan.peak / GIB:>10.2f}{_verdict(plan)}")
         return plan
 
-    return largest_part(plan_of)
+    return largest_batch_per_device(plan_of)
 
 
 def search_train(config: Config, where: Slice, options: Mapping[str, Any], log: Log) -> Plan:
@@ -109,7 +109,7 @@ def search_train(config: Config, where: Slice, options: Mapping[str, Any], log: 
 
     answers = []
     for remat in REMATS:
-        largest = largest_part(lambda part, remat=remat: plan_of(remat, 1, part * rows))
+        largest = largest_batch_per_device(lambda part, remat=remat: plan_of(remat, 1, part * rows))
         for accumulation in range(1, parts + 1):
             divides = parts % accumulation == 0
             if divides and wanted <= accumulation * largest.program.batch:

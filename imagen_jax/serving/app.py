@@ -23,12 +23,12 @@ from starlette.routing import Route
 
 from imagen_jax.config.schema import Config
 from imagen_jax.serving.gallery import Gallery
-from imagen_jax.serving.http_request import SETTINGS, Limits, OrderError, parse
+from imagen_jax.serving.http_request import SETTINGS, ClientRequestError, Limits, parse
 from imagen_jax.serving.worker import QueueFull, Worker, preview
 
-SHOWN_PICTURES = 60
+SHOWN_IMAGES = 60
 BODY_SECONDS = 10.0  # within which a body must have come
-DRAINED = 256  # times the largest body is read of one that is too large
+DRAIN_FACTOR = 256  # times the largest body is read of one that is too large
 RETRY_SECONDS = 2
 
 
@@ -65,7 +65,7 @@ def make_app(
             raise HTTPException(415, "the body must have the content type application/json")
         try:
             job = worker.submit(parse(await _body(request, limits.body), configs, limits))
-        except OrderError as error:
+        except ClientRequestError as error:
             raise HTTPException(400, str(error)) from None
         except QueueFull as error:
             raise HTTPException(429, str(error), {"retry-after": str(RETRY_SECONDS)}) from None
@@ -85,7 +85,7 @@ def make_app(
         return Response(png, media_type="image/png")
 
     async def pictures(request: HttpRequest) -> Response:
-        return JSONResponse({"pictures": gallery.newest(SHOWN_PICTURES)})
+        return JSONResponse({"pictures": gallery.newest(SHOWN_IMAGES)})
 
     async def picture(request: HttpRequest) -> Response:
         file = gallery.file(request.path_params["id"])
@@ -161,7 +161,7 @@ async def _body(request: HttpRequest, limit: int) -> bytes:
                 size += len(part)
                 # More is thrown away for a while, so that a client comes to read the answer.
                 body = body + part if size <= limit else b""
-                if size > DRAINED * limit:
+                if size > DRAIN_FACTOR * limit:
                     break
     except TimeoutError:
         raise HTTPException(408, "the body took too long", {"connection": "close"}) from None

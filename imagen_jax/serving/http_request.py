@@ -22,7 +22,7 @@ SETTINGS = ("steps", "guidance_weight")
 SHOWN = 60  # characters of a wrong value that a message repeats
 
 
-class OrderError(ValueError):
+class ClientRequestError(ValueError):
     """A request that is refused; the message says why, in one line."""
 
 
@@ -79,28 +79,30 @@ def parse(body: bytes, configs: Sequence[Config], limits: Limits) -> Order:
       limits: of one request.
 
     Raises:
-      OrderError: it is not JSON, a field is unknown, or a value cannot be.
+      ClientRequestError: it is not JSON, a field is unknown, or a value cannot be.
     """
     try:
         values = json.loads(body)
     except (ValueError, RecursionError):
-        raise OrderError("the body must be JSON, in UTF-8") from None
+        raise ClientRequestError("the body must be JSON, in UTF-8") from None
     if not isinstance(values, dict):
-        raise OrderError("the body must be a JSON object")
+        raise ClientRequestError("the body must be a JSON object")
     _check_names("", values, FIELDS)
     prompt = _text("prompt", values.get("prompt", ""), limits)
     if not prompt:
-        raise OrderError("prompt must be a text that is not empty")
+        raise ClientRequestError("prompt must be a text that is not empty")
     stages = values.get("stages", {})
     if not isinstance(stages, dict):
-        raise OrderError(f"stages={_shown(stages)} must be an object, settings by stage")
+        raise ClientRequestError(f"stages={_shown(stages)} must be an object, settings by stage")
     _check_names("stages.", stages, [config.name for config in configs])
     seed = values.get("seed")
     return Order(
         prompt=prompt,
         negative_prompt=_text("negative_prompt", values.get("negative_prompt", ""), limits),
-        seed=secrets.randbelow(MAX_SEED + 1) if seed is None else _whole("seed", seed, 0, MAX_SEED),
-        samples=_whole("samples", values.get("samples", 1), 1, limits.samples),
+        seed=secrets.randbelow(MAX_SEED + 1)
+        if seed is None
+        else _integer("seed", seed, 0, MAX_SEED),
+        samples=_integer("samples", values.get("samples", 1), 1, limits.samples),
         stages={c.name: _settings(c, stages.get(c.name, {}), limits) for c in configs},
     )
 
@@ -108,43 +110,49 @@ def parse(body: bytes, configs: Sequence[Config], limits: Limits) -> Order:
 def _settings(config: Config, values: Any, limits: Limits) -> dict[str, Any]:
     where = f"stages.{config.name}"
     if not isinstance(values, dict):
-        raise OrderError(f"{where}={_shown(values)} must be an object with {', '.join(SETTINGS)}")
+        raise ClientRequestError(
+            f"{where}={_shown(values)} must be an object with {', '.join(SETTINGS)}"
+        )
     _check_names(f"{where}.", values, SETTINGS)
     defaults = config.sampling
     steps = values.get("steps", min(defaults.steps, limits.steps))
     weight = values.get("guidance_weight", min(defaults.guidance_weight, limits.guidance_weight))
     number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
     if not number or not math.isfinite(weight) or not 0 <= weight <= limits.guidance_weight:
-        raise OrderError(
+        raise ClientRequestError(
             f"{where}.guidance_weight={_shown(weight)} must be a number from 0 to "
             f"{limits.guidance_weight:g}"
         )
-    steps = _whole(f"{where}.steps", steps, 1, limits.steps)
+    steps = _integer(f"{where}.steps", steps, 1, limits.steps)
     return {"steps": steps, "guidance_weight": float(weight)}
 
 
 def _check_names(where: str, values: Mapping[str, Any], names: Sequence[str]) -> None:
     for name in values:
         if name not in names:
-            raise OrderError(unknown_name(f"{where}field", _short(name), names))
+            raise ClientRequestError(unknown_name(f"{where}field", _short(name), names))
 
 
 def _text(field: str, value: Any, limits: Limits) -> str:
     """A text of one line, its white space collapsed."""
     if not isinstance(value, str):
-        raise OrderError(f"{field}={_shown(value)} must be a text")
+        raise ClientRequestError(f"{field}={_shown(value)} must be a text")
     if len(value) > limits.prompt:
-        raise OrderError(f"{field} has {len(value)} characters, at most {limits.prompt} are read")
+        raise ClientRequestError(
+            f"{field} has {len(value)} characters, at most {limits.prompt} are read"
+        )
     text = " ".join(value.split())
     # Control characters are nothing to draw, and half of a surrogate pair is no text.
     if any(unicodedata.category(character) in ("Cc", "Cs") for character in text):
-        raise OrderError(f"{field} has control characters, or half of a surrogate pair")
+        raise ClientRequestError(f"{field} has control characters, or half of a surrogate pair")
     return text
 
 
-def _whole(field: str, value: Any, low: int, high: int) -> int:
+def _integer(field: str, value: Any, low: int, high: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise OrderError(f"{field}={_shown(value)} must be a whole number from {low} to {high}")
+        raise ClientRequestError(
+            f"{field}={_shown(value)} must be a whole number from {low} to {high}"
+        )
     return value
 
 

@@ -24,9 +24,9 @@ from imagen_jax.io import images
 from imagen_jax.serving.gallery import Gallery
 from imagen_jax.serving.http_request import Limits, Order
 
-REPORTS = 20  # looks at a stage while it draws
+REPORTS_PER_STAGE = 20  # looks at a stage while it draws
 PATIENCE = 30.0  # seconds; a compilation cannot be interrupted
-FINISHED = 1000  # jobs whose answer is remembered
+MAX_FINISHED_JOBS = 1000  # jobs whose answer is remembered
 
 
 class QueueFull(RuntimeError):
@@ -220,7 +220,7 @@ class Worker:
             stage_settings=orders[0].stages,
             batch_size=size,
             on_progress=report,
-            report_every=max(steps // REPORTS, 1),
+            report_every=max(steps // REPORTS_PER_STAGE, 1),
         )
 
     def _about(self, job: Job, sample: int) -> dict[str, Any]:
@@ -236,7 +236,7 @@ class Worker:
                 job.state, job.preview, job.doing = state, None, ""
                 job.progress = 1.0 if state == "done" else job.progress
             finished = [job for job in self._jobs.values() if job.state in ("done", "failed")]
-            for job in finished[:-FINISHED]:
+            for job in finished[:-MAX_FINISHED_JOBS]:
                 del self._jobs[job.id]
 
 

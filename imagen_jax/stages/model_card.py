@@ -17,7 +17,7 @@ from imagen_jax.config.schema import Config
 METRICS = ("loss", "x0_mse", "skipped")
 
 
-def of_run(
+def format_card(
     config: Config,
     *,
     step: int,

@@ -82,7 +82,7 @@ def drop_text(
     )
 
 
-def noised_lowres(
+def augment_lowres(
     lowres: Float[Array, "b h w c"],
     aug_level: Float[Array, " b"],
     eps: Float[Array, "b n n c"],
@@ -107,7 +107,7 @@ def noised_lowres(
 
 
 def aug_noise_side(config: Config) -> int:
-    """Side of the noise that `noised_lowres` wants, pixels."""
+    """Side of the noise that `augment_lowres` wants, pixels."""
     at_lowres = config.diffusion.aug_noise_size == "lowres"
     return config.data.lowres_size if at_lowres else config.data.image_size
 
@@ -115,9 +115,11 @@ def aug_noise_side(config: Config) -> int:
 def loss_fn(
     params: Params, batch: Batch, key: Key[Array, ""], config: Config
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """`drawn_loss` of a batch with the randomness of `key`."""
+    """`loss_given_randomness` of a batch with the randomness of `key`."""
     draws = draw(key, batch["image"].shape[0], config)
-    return drawn_loss(params, {**batch, **draws}, jax.random.fold_in(key, DROPOUT_STREAM), config)
+    return loss_given_randomness(
+        params, {**batch, **draws}, jax.random.fold_in(key, DROPOUT_STREAM), config
+    )
 
 
 def draw(key: Key[Array, ""], size: int, config: Config) -> dict[str, Array]:
@@ -134,7 +136,7 @@ def draw(key: Key[Array, ""], size: int, config: Config) -> dict[str, Array]:
     key_t, key_eps, key_drop, key_level, key_lowres = jax.random.split(key, 5)
     side = config.data.image_size
     draws = {
-        "time": diffusion.spread_times(key_t, size),
+        "time": diffusion.stratified_timesteps(key_t, size),
         "eps": jax.random.normal(key_eps, (size, side, side, 3)),
         "drop": jax.random.bernoulli(key_drop, config.diffusion.cond_drop_prob, (size,)),
     }
@@ -145,7 +147,7 @@ def draw(key: Key[Array, ""], size: int, config: Config) -> dict[str, Array]:
     return draws
 
 
-def drawn_loss(
+def loss_given_randomness(
     params: Params, batch: Batch, dropout_key: Key[Array, ""], config: Config
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Weighted squared error of the network's output, mean over pictures, pixels and channels.
@@ -158,8 +160,8 @@ def drawn_loss(
       config: the stage.
 
     Returns:
-      The loss, and {"loss", "x0_mse", "noise_bins"}: x0_mse is the unweighted error of x0,
-      comparable over prediction types; noise_bins [2, bins] are, by noise level (LOGSNR_EDGES), the
+      The loss, and {"loss", "x0_mse", "loss_by_noise_level"}: x0_mse is the unweighted error of x0,
+      comparable over prediction types; loss_by_noise_level [2, bins] are, by noise level (LOGSNR_EDGES), the
       summed loss and the number of the examples.
     """
     process, x0 = config.diffusion, batch["image"]
@@ -170,7 +172,7 @@ def drawn_loss(
     network_input, lowres_logsnr = z, None
     if config.model.lowres:
         aug_level = batch["aug_level"]
-        lowres = noised_lowres(batch["lowres"], aug_level, batch["lowres_eps"], config)
+        lowres = augment_lowres(batch["lowres"], aug_level, batch["lowres_eps"], config)
         network_input = jnp.concatenate([z, lowres], axis=-1)
         lowres_logsnr = diffusion.aug_logsnr(aug_level, process)
 
@@ -198,8 +200,8 @@ def drawn_loss(
     x0_hat = diffusion.to_x0(process.prediction, output, z=z, logsnr=logsnr)
     x0_mse = jnp.mean(jnp.square(jnp.clip(x0_hat, -1.0, 1.0) - x0))
     bins = jax.nn.one_hot(jnp.searchsorted(LOGSNR_EDGES, logsnr), len(LOGSNR_EDGES) + 1)
-    noise_bins = jnp.stack([losses, jnp.ones_like(losses)]) @ bins
-    return loss, {"loss": loss, "x0_mse": x0_mse, "noise_bins": noise_bins}
+    loss_by_noise_level = jnp.stack([losses, jnp.ones_like(losses)]) @ bins
+    return loss, {"loss": loss, "x0_mse": x0_mse, "loss_by_noise_level": loss_by_noise_level}
 
 
 def _prediction(output: Float[Array, "b h w out"]) -> Float[Array, "b h w 3"]:
@@ -223,7 +225,7 @@ def estimates(
       z: noisy pictures.
       logsnr: their noise level, nats.
       texts: embeddings and mask, B of each; K texts are a batch of K B.
-      lowres: SR stages: from `noised_lowres`.
+      lowres: SR stages: from `augment_lowres`.
       lowres_logsnr: SR stages: its noise level, nats.
     """
     params, config = network
@@ -271,7 +273,7 @@ def denoiser(
       config: the stage; `sampling` gives guidance and thresholding.
       text_emb: embeddings of the prompts.
       text_mask: True at real tokens.
-      lowres: SR stages: from `noised_lowres`, drawn once per picture.
+      lowres: SR stages: from `augment_lowres`, drawn once per picture.
       aug_level: SR stages: the level it was noised to.
       negative: embeddings and mask of what to lead away from, shaped as those of the prompts.
       guide: parameters and stage of a weaker checkpoint that draws the same pictures.

@@ -26,14 +26,14 @@ from imagen_jax.parallel import distributed
 from imagen_jax.training.state import TrainState
 
 # Bytes that the files of a checkpoint take beside its numbers, and 5% of those.
-BOOKKEEPING = 2_000_000
+METADATA_BYTES = 2_000_000
 
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be used; the message names its folder and what to do."""
 
 
-class OtherModelError(CheckpointError):
+class ModelMismatchError(CheckpointError):
     """A checkpoint's parameters are not those of the configured model."""
 
 
@@ -105,7 +105,7 @@ class Checkpoints:
         Raises:
           CheckpointError: this save or the one before it failed, or the disk has no room for it.
         """
-        self._check_room(state)
+        self._check_disk_space(state)
         # On CPU Orbax writes from the very buffers, which a step may be given to overwrite.
         if jax.default_backend() == "cpu":
             state = _copy(state)
@@ -128,12 +128,12 @@ class Checkpoints:
         except Exception as error:
             raise self._not_saved(error) from error
 
-    def _check_room(self, state: TrainState) -> None:
+    def _check_disk_space(self, state: TrainState) -> None:
         """Raises CheckpointError rather than filling the disk: nothing half-written is left."""
         if "://" in str(self.path):
             return
         numbers = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-        needed = numbers + numbers // 20 + BOOKKEEPING
+        needed = numbers + numbers // 20 + METADATA_BYTES
         free = shutil.disk_usage(self.path).free
         if free < needed:
             raise CheckpointError(
@@ -176,19 +176,19 @@ class Checkpoints:
             try:
                 check(self.restore_config(step))
                 state = self.restore(step, abstract)
-            except OtherModelError:
+            except ModelMismatchError:
                 raise
             except CheckpointError as error:
                 log(str(error))
                 broken = broken or error
                 continue
-            self._set_aside(steps[:index])
+            self._rename_unreadable(steps[:index])
             return step, state
         if broken:
             raise broken
         return None
 
-    def _set_aside(self, steps: Sequence[int]) -> None:
+    def _rename_unreadable(self, steps: Sequence[int]) -> None:
         """Renames what cannot be read to STEP.broken: those steps will be saved anew."""
         if steps and distributed.is_first():
             for step in steps:
@@ -252,7 +252,7 @@ class Checkpoints:
         wanted = {jax.tree_util.keystr(k): tuple(v.shape) for k, v in _leaves(abstract.params)}
         new_averages = abstract.ema.keys() - saved.tree["ema"].keys()
         if new_averages:
-            raise OtherModelError(
+            raise ModelMismatchError(
                 f"checkpoint {self.path / str(step)} has no average {sorted(new_averages)[0]!r}; "
                 "config.ema.profiles must be set when a run begins"
             )
@@ -264,7 +264,7 @@ class Checkpoints:
             if found[k] != wanted[k]
         ]
         if problems:
-            raise OtherModelError(
+            raise ModelMismatchError(
                 f"checkpoint {self.path / str(step)} is of another model: "
                 + "; ".join(sorted(problems))
             )

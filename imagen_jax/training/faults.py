@@ -18,7 +18,7 @@ from etils import epath
 from imagen_jax.config.schema import TrainConfig
 
 # What else is known of a step's batch, for the record: its records, its captions.
-AboutStep = Callable[[int], Mapping[str, Any]]
+StepInfoFn = Callable[[int], Mapping[str, Any]]
 
 FOLDER = "faults"
 
@@ -33,7 +33,7 @@ class Faults:
     Args:
       workdir: folder of the run; evidence goes to WORKDIR/faults.
       config: patience and number of roll-backs.
-      about_step: what else to write down of a step: records, times.
+      step_info: what else to write down of a step: records, times.
       log: receives one line per fault.
     """
 
@@ -41,15 +41,15 @@ class Faults:
         self,
         workdir: str,
         config: TrainConfig,
-        about_step: AboutStep = lambda step: {},
+        step_info: StepInfoFn = lambda step: {},
         log: Callable[[str], None] = print,
     ):
         self._folder = epath.Path(workdir) / FOLDER
-        self._config, self._about_step, self._log = config, about_step, log
+        self._config, self._about_step, self._log = config, step_info, log
         self._in_a_row = 0
         self._rolled_back = 0
 
-    def roll_back_after(
+    def should_roll_back(
         self, step: int, report: Mapping[str, Any], batch: Mapping[str, np.ndarray]
     ) -> bool:
         """Looks at a finished step; True when the last good checkpoint should be restored.

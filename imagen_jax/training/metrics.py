@@ -96,7 +96,7 @@ class MetricWriter:
             for name in (name for name in values if np.isfinite(values[name])):
                 self._board.add_scalar(name, values[name], step)
 
-    def write_picture(self, step: int, name: str, picture: np.ndarray) -> None:
+    def write_image(self, step: int, name: str, picture: np.ndarray) -> None:
         """One uint8 picture [H, W, 3], into TensorBoard."""
         if self._writes and self._board:
             self._board.add_image(name, picture, step, dataformats="HWC")

@@ -45,7 +45,7 @@ LOG_EVERY = 100
 INIT_STREAM, STEP_STREAM = 0, 1
 
 # Spread of the relative bias at the start (nats of attention), and how much faster it learns.
-_PLACE_STD, _PLACE_RATE = 2.0, 10.0
+_POSITION_BIAS_STD, _POSITION_BIAS_RATE = 2.0, 10.0
 
 
 class State(NamedTuple):
@@ -83,7 +83,7 @@ def pretrain_text(
       ConfigError: no caption holds text, or vocab_size is too small.
       OutputError: `out` holds something else.
     """
-    folder = atomic.free_folder(out, "pretrain.json", "earlier pretrain_text")
+    folder = atomic.check_replaceable(out, "pretrain.json", "earlier pretrain_text")
     groups = [kept for group in groups if (kept := [c.strip() for c in group if c.strip()])]
     captions = [caption for group in groups for caption in group]
     if not captions:
@@ -180,7 +180,9 @@ def init_params(key: jax.Array, t5_config: T5Config, pieces: int) -> dict[str, A
     # In a few hundred steps T5's even start never learns to tell one neighbour from the next.
     # Heads that begin by looking at distinct places do, and bind colours to their shapes.
     table = encoder["relpos_bias"]["rel_embedding"]
-    encoder["relpos_bias"]["rel_embedding"] = _PLACE_STD * jax.random.normal(bias_key, table.shape)
+    encoder["relpos_bias"]["rel_embedding"] = _POSITION_BIAS_STD * jax.random.normal(
+        bias_key, table.shape
+    )
     shape = (t5_config.emb_dim, pieces)
     head = jax.random.normal(head_key, shape) * t5_config.emb_dim**-0.5
     return {"encoder": encoder, "head": head}
@@ -203,7 +205,7 @@ def pretraining_optimizer(config: PretrainTextConfig) -> optax.GradientTransform
             lambda path, _: "rel_embedding" in jax.tree_util.keystr(path), params
         )
 
-    return optax.chain(adam, optax.masked(optax.scale(_PLACE_RATE), is_bias))
+    return optax.chain(adam, optax.masked(optax.scale(_POSITION_BIAS_RATE), is_bias))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "t5_config"), donate_argnums=0)
@@ -225,13 +227,13 @@ def train_step(
     shown = jax.random.randint(caption_key, (config.batch_size,), 0, corpus[0].shape[1])
     ids, words = corpus[0][rows, shown], corpus[1][rows, shown]
     wanted = sum(
-        words_wanted(words, corpus[1][rows, other], is_word, config.context)
+        target_counts(words, corpus[1][rows, other], is_word, config.context)
         for other in range(corpus[0].shape[1])
     )
 
     def loss_fn(params: dict[str, Any]) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         x: Any = t5.T5Encoder(t5_config).apply({"params": params["encoder"]}, ids, ids != 0)
-        return predict(x, params["head"], wanted * (ids != 0)[..., None])
+        return word_loss(x, params["head"], wanted * (ids != 0)[..., None])
 
     grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params)
     updates, opt_state = pretraining_optimizer(config).update(grads, state.opt_state, state.params)
@@ -239,7 +241,7 @@ def train_step(
     return State(params, opt_state), metrics
 
 
-def words_wanted(
+def target_counts(
     words: Int[Array, "b l"], other: Int[Array, "b l"], is_word: Bool[Array, " v"], context: int
 ) -> Float[Array, "b l v"]:
     """What the vector of each place of a caption is to tell about a paraphrase, `other`; counts.
@@ -247,14 +249,14 @@ def words_wanted(
     The words near the same word; where there is none, as for "a" or the end mark, all words, so
     that such vectors too say what the caption means rather than anything.
     """
-    places = same_word(words, other, is_word)
-    near = words_near(other, is_word, context)
+    places = matching_positions(words, other, is_word)
+    near = nearby_word_counts(other, is_word, context)
     found = jnp.einsum("bij,bjv->biv", places.astype(jnp.float32), near)
-    everything = words_near(other, is_word, other.shape[1])[:, :1]
+    everything = nearby_word_counts(other, is_word, other.shape[1])[:, :1]
     return jnp.where(places.any(-1)[..., None], found, everything)
 
 
-def same_word(
+def matching_positions(
     words: Int[Array, "b l"], other: Int[Array, "b l"], is_word: Bool[Array, " v"]
 ) -> Bool[Array, "b l l"]:
     """[i, j]: word i of a caption is word j of its paraphrase, and in both there is one only."""
@@ -263,7 +265,7 @@ def same_word(
     return same & (same.sum(2) == 1)[:, :, None] & alone[:, :, None]
 
 
-def words_near(
+def nearby_word_counts(
     words: Int[Array, "b l"], is_word: Bool[Array, " v"], context: int
 ) -> Float[Array, "b l v"]:
     """Which words stand at most `context` places from place j, itself included; counts."""
@@ -273,7 +275,7 @@ def words_near(
     return jnp.einsum("jk,bkv->bjv", near.astype(jnp.float32), counted)
 
 
-def predict(
+def word_loss(
     x: Float[Array, "b l d"], head: Float[Array, "d v"], wanted: Float[Array, "b l v"]
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """How well each vector tells the words near its own.
@@ -314,7 +316,7 @@ def write_encoder(
     """Writes an encoder as a folder that `load_text_encoder` reads; whole or not at all.
 
     Args:
-      folder: takes its place; `outputs.free_folder` has said that it may.
+      folder: takes its place; `outputs.check_replaceable` has said that it may.
       t5_config: shape of the encoder.
       params: its parameters.
       model: content of `spiece.model`.

@@ -84,7 +84,7 @@ def _examine(
     key = step_key(config, step)
     drawn = {**batch, **stage.draw(key, len(batch["image"]), config)}
     dropout_key = jax.random.fold_in(key, stage.DROPOUT_STREAM)
-    single = jax.jit(lambda part: stage.drawn_loss(params, part, dropout_key, config)[0])
+    single = jax.jit(lambda part: stage.loss_given_randomness(params, part, dropout_key, config)[0])
     records = values.get("records", range(len(batch["image"])))
     logsnr = process.logsnr_at(drawn["time"], config.diffusion)
     bad = False

@@ -29,7 +29,7 @@ def step_key(config: Config, step: Array | int) -> Key[Array, ""]:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), STEP_STREAM), step)
 
 
-def times_of(config: Config, step: int) -> list[float]:
+def step_timesteps(config: Config, step: int) -> list[float]:
     """The diffusion times, 0..1, of all examples of a step."""
     draws = stage.draw(step_key(config, step), config.data.batch_size, config)
     return [float(time) for time in draws["time"]]
@@ -93,7 +93,7 @@ def jit_train_step(
     )
 
 
-def useful_flops(
+def model_flops(
     traced: jax.stages.Traced,
     config: Config,
     optimizer: optax.GradientTransformation,
@@ -130,7 +130,7 @@ def gradient_of_batch(
     parts = config.train.accumulation
     drawn = {**batch, **stage.draw(key, len(batch["image"]), config)}
     dropout_key = jax.random.fold_in(key, stage.DROPOUT_STREAM)
-    gradient_fn = jax.value_and_grad(stage.drawn_loss, has_aux=True)
+    gradient_fn = jax.value_and_grad(stage.loss_given_randomness, has_aux=True)
     if parts == 1:
         (_, report), gradient = gradient_fn(params, drawn, dropout_key, config)
         return gradient, report

@@ -36,10 +36,16 @@ from imagen_jax.stages import folder, stage
 from imagen_jax.training import ema, ema_snapshots, metrics
 from imagen_jax.training import state as train_state
 from imagen_jax.training.checkpoint import Checkpoints
-from imagen_jax.training.faults import AboutStep, Faults
+from imagen_jax.training.faults import Faults, StepInfoFn
 from imagen_jax.training.optimizer import learning_rate, make_optimizer
 from imagen_jax.training.state import TrainState
-from imagen_jax.training.step import INIT_STREAM, StepFn, jit_train_step, times_of, useful_flops
+from imagen_jax.training.step import (
+    INIT_STREAM,
+    StepFn,
+    jit_train_step,
+    model_flops,
+    step_timesteps,
+)
 
 # A source of batches: first step wanted -> that step's batch and all that follow.
 Batches = Callable[[int], Iterable[Mapping[str, np.ndarray]]]
@@ -65,7 +71,7 @@ def abstract_state(
         shapes,
         shardings,
     )
-    options = partitioning.RUN_ONCE
+    options = partitioning.FAST_COMPILE_OPTIONS
     return jax.jit(create, out_shardings=shardings, compiler_options=options), abstract
 
 
@@ -76,7 +82,7 @@ def train(
     log: Callable[[str], None] = print,
     *,
     allow_changes: Collection[str] = (),
-    about_step: AboutStep = lambda step: {},
+    step_info: StepInfoFn = lambda step: {},
     encode: Encode = lambda batch: batch,
     preemption: Preemption | None = None,
     compiled_step: str = "",
@@ -89,7 +95,7 @@ def train(
       batches: the stream; `batches(step)` starts at that step and gives this process's part.
       log: receives the progress lines, in the first process.
       allow_changes: fields (or sections) in which `config` may differ from the checkpoint's.
-      about_step: what is written down beside the batch of a step that was not finite.
+      step_info: what is written down beside the batch of a step that was not finite.
       encode: makes what the model reads of a batch that lies on its devices.
       preemption: listens for SIGTERM already; without it, `train` does so from here on.
       compiled_step: file of `plan --save` with the compiled step; "": compile it here.
@@ -119,7 +125,7 @@ def train(
         log(f"{config.name}: {count:,} parameters on {mesh.devices.size} {jax.default_backend()}")
         preemption = preemption or closing.enter_context(Preemption())
         run = Run(
-            *(config, workdir, batches, about_step, encode, mesh, optimizer, preemption, log),
+            *(config, workdir, batches, step_info, encode, mesh, optimizer, preemption, log),
             compiled_step=compiled_step,
         )
         closing.callback(run.close)
@@ -162,7 +168,7 @@ class Run:
         config: Config,
         workdir: str,
         batches: Batches,
-        about_step: AboutStep,
+        step_info: StepInfoFn,
         encode: Encode,
         mesh: jax.sharding.Mesh,
         optimizer: optax.GradientTransformation,
@@ -179,7 +185,7 @@ class Run:
             config.train.steps, config.data.batch_size, self.timer, log
         )
         self.checkpoints = Checkpoints(workdir, config.checkpoint)
-        about = lambda step: {**about_step(step), "time": times_of(config, step)}  # noqa: E731
+        about = lambda step: {**step_info(step), "time": step_timesteps(config, step)}  # noqa: E731
         self.faults = Faults(workdir, config.train, about, log)
         self.profiler = Profiler(workdir, config.train.profile_at)
         self.train_step: StepFn | None = None
@@ -211,7 +217,7 @@ class Run:
         """
         config = self.config.train
         seen: list[tuple[int, Mapping[str, Any], Mapping[str, np.ndarray]]] = []
-        noise_bins: list[Array] = []
+        loss_by_noise_level: list[Array] = []
         with contextlib.ExitStack() as closing:
             writer = closing.enter_context(
                 contextlib.closing(metrics.MetricWriter(self.workdir, step))
@@ -232,21 +238,21 @@ class Run:
                     with jax.transfer_guard("disallow"):
                         state, report = self.train_step(state, placed)
                 # The verdict on the step before, while this one runs: nobody waits for it.
-                if seen and self.faults.roll_back_after(*seen.pop()):
+                if seen and self.faults.should_roll_back(*seen.pop()):
                     return step, state, True
                 seen.append((step, report, batch))
-                noise_bins.append(report["noise_bins"])
+                loss_by_noise_level.append(report["loss_by_noise_level"])
                 step += 1
 
                 if step % config.log_every == 0 or step == config.steps:
-                    values = self.report(step, report, noise_bins)
-                    noise_bins.clear()
+                    values = self.report(step, report, loss_by_noise_level)
+                    loss_by_noise_level.clear()
                     writer.write(step, values)
                 if config.sample_every and step % config.sample_every == 0:
                     with self.timer.measure("draw"):
-                        writer.write_picture(step, "samples", preview(self.config, state, placed))
+                        writer.write_image(step, "samples", preview(self.config, state, placed))
                 self.keep(step, state, report)
-            roll_back = bool(seen) and self.faults.roll_back_after(*seen.pop())
+            roll_back = bool(seen) and self.faults.should_roll_back(*seen.pop())
             if config.overfit_batch:
                 path = pathlib.Path(self.workdir) / "overfit.png"
                 images.save_png(path, preview(self.config, state, placed), {})
@@ -262,26 +268,28 @@ class Run:
             step_fn = jit_train_step(self.config, self.optimizer, state, self.mesh)
             traced = step_fn.trace(state, batch)
             if self.compiled_step:
-                made_for = compiled.identity(self.config, list(devices.flat))
-                run_step = compiled.load(self.compiled_step, traced, made_for)
+                step_identity = compiled.identity(self.config, list(devices.flat))
+                run_step = compiled.load(self.compiled_step, traced, step_identity)
                 self.log(f"the compiled step is that of {self.compiled_step}")
             else:
                 run_step = traced.lower().compile()
             state, report = jax.block_until_ready(run_step(state, batch))
             self.train_step = run_step
-            flops = useful_flops(traced, self.config, self.optimizer, state, batch, self.mesh)
+            flops = model_flops(traced, self.config, self.optimizer, state, batch, self.mesh)
             flops /= devices.size
         self.progress.start(step + 1, flops, devices.size, devices.flat[0].device_kind)
         return state, report
 
     def report(
-        self, step: int, report: Mapping[str, Any], noise_bins: Iterable[Array]
+        self, step: int, report: Mapping[str, Any], loss_by_noise_level: Iterable[Array]
     ) -> dict[str, float]:
         """Prints the progress line and returns the row of metrics."""
         scalars = ("loss", "x0_mse", "grad_norm", "skipped")
         values = {name: float(report[name]) for name in scalars}
         values["learning_rate"] = float(np.asarray(self.rate(step - 1)))
-        values |= _loss_by_noise(np.sum(jax.device_get(list(noise_bins)), axis=0))
+        values |= _mean_loss_by_noise_level(
+            np.sum(jax.device_get(list(loss_by_noise_level)), axis=0)
+        )
         return self.progress.report(step, values)
 
     def keep(self, step: int, state: TrainState, report: Mapping[str, Any]) -> None:
@@ -328,14 +336,14 @@ def _check_writable(workdir: str) -> None:
 def _check_changes(saved: Config, given: Config, workdir: str, allowed: Collection[str]) -> None:
     """Raises ConfigError where `given` would learn something else than the run so far."""
     for path, (old, new) in overrides.changes(saved, given).items():
-        if not overrides.named_in(path, allowed):
+        if not overrides.matches_any_field(path, allowed):
             raise ConfigError(
                 f"config.{path}={new!r}, but {workdir} was trained with {old!r}; set it back, "
                 f"start a new --workdir, or mean it: --allow_changes={path}"
             )
 
 
-def _loss_by_noise(bins: np.ndarray) -> dict[str, float]:
+def _mean_loss_by_noise_level(bins: np.ndarray) -> dict[str, float]:
     """Mean loss by noise level, from summed loss and count [2, bins]; empty bins left out."""
     bounds = ["-inf", *(f"{edge:g}" for edge in stage.LOGSNR_EDGES), "inf"]
     names = [f"loss/logsnr_{low}_{high}" for low, high in itertools.pairwise(bounds)]
@@ -351,7 +359,7 @@ def preview(
     """
     count = min(8, len(batch["image"]))
     part = {name: partitioning.fetch(value[:count]) for name, value in batch.items()}
-    keys = stage_sampler.picture_keys(config.seed, range(count), [0] * count)
+    keys = stage_sampler.image_keys(config.seed, range(count), [0] * count)
     rows = [images.to_uint8(part["image"])]
     for params in (state.ema["ema"], state.params):
         drawn = stage_sampler.sample_stage(

@@ -273,12 +273,12 @@ def test_a_disk_that_is_too_small(healthy, tmp_path, monkeypatch):
 def test_the_room_needed_is_that_of_the_state(healthy):
     """Parameters, their average and Adam's two moments, in float32, for `keep` saves and one."""
     model = dataclasses.replace(healthy.model, text_dim=8)
-    patient = doctor_lib.Patient(
+    context = doctor_lib.CheckContext(
         dataclasses.replace(healthy, model=model), None, np.random.default_rng(0)
     )
-    shapes = jax.eval_shape(lambda: stage.init_params(patient.config, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: stage.init_params(context.config, jax.random.key(0)))
     count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-    assert 0 <= doctor_lib._state_bytes(patient) - 4 * 4 * count < 100
+    assert 0 <= doctor_lib._state_bytes(context) - 4 * 4 * count < 100
     assert doctor_lib._saves(healthy) == 4
     often = dataclasses.replace(healthy.checkpoint, keep_every=1, keep_best=3)
     assert doctor_lib._saves(dataclasses.replace(healthy, checkpoint=often)) == 4 + 3 + 2

@@ -94,7 +94,7 @@ def test_the_third_stage_learns_from_crops_and_draws_whole_pictures():
             whole,
             jnp.zeros((1, 8, 4096)),
             jnp.ones((1, 8), bool),
-            cascade.picture_keys(0, [0], [0]),
+            cascade.image_keys(0, [0], [0]),
             jnp.zeros((1, 256, 256, 3)),
         ),
         params,

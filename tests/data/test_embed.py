@@ -157,7 +157,7 @@ def test_killed_while_the_manifest_is_written(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(unit_file.os, "fsync", lambda file: None)
-        patch.setattr(embeddings, "appear", die)
+        patch.setattr(embeddings, "publish_file", die)
         with pytest.raises(KeyboardInterrupt):
             embed.embed(CAPTIONS, LetterEncoder(), str(killed), 4, silent)
     with pytest.raises(EmbeddingError, match="incomplete"):

@@ -124,7 +124,7 @@ def test_a_store_of_the_first_layout_is_still_read(tmp_path, rows):
 
 
 def test_more_units_than_may_be_mapped_at_a_time(folder, rows, monkeypatch):
-    monkeypatch.setattr(embeddings, "OPEN_UNITS", 1)
+    monkeypatch.setattr(embeddings, "MAX_OPEN_UNITS", 1)
     store = EmbeddingStore.open(str(folder))
     for text in TEXTS + TEXTS:
         text_emb, mask = store.lookup([text], 8)

@@ -226,7 +226,7 @@ def test_uncompressed_parquet_is_read_in_place(packed, monkeypatch):
 
 
 def test_large_compressed_row_groups_are_reported(packed, monkeypatch, tmp_path, pictures):
-    monkeypatch.setattr("imagen_jax.data.sources.parquet.LARGE_GROUP", 1000)
+    monkeypatch.setattr("imagen_jax.data.sources.parquet.LARGE_ROW_GROUP_BYTES", 1000)
     write_parquet(tmp_path / "snappy.parquet", pictures)
     data = dataclasses.replace(packed["struct"], path=str(tmp_path / "snappy.parquet"))
     report = registry.open_source(data, log=lambda line: None).report
@@ -313,7 +313,7 @@ def test_pictures_too_large_to_be_true_are_refused(tmp_path):
 
 
 def test_more_files_than_may_be_open(packed, monkeypatch):
-    monkeypatch.setattr("imagen_jax.data.sources.files.KEPT_OPEN", 1)
+    monkeypatch.setattr("imagen_jax.data.sources.files.MAX_OPEN_FILES", 1)
     source = registry.open_source(packed["tar"], log=lambda line: None)
     first = [source.record(i).image for i in range(len(source))]
     monkeypatch.undo()

@@ -30,7 +30,7 @@ def photo(width: int, height: int, kind: str = "jpeg", seed: int = 0, **options)
 
 
 def drawn(count: int, seed: int = 0) -> list[view.Draw]:
-    return view.draws(order.draw_bits(np.arange(count), seed))
+    return view.draws(order.random_bits(np.arange(count), seed))
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def drawn(count: int, seed: int = 0) -> list[view.Draw]:
     ],
 )
 def test_words_that_a_mirror_makes_untrue(caption, expected):
-    assert view.sided(caption) == expected
+    assert view.mentions_side(caption) == expected
 
 
 def test_numbers_of_an_example_are_uniform_and_independent():
@@ -155,7 +155,7 @@ def test_tensorflow_decodes_a_rectangle_to_the_same_pixels(options):
         for draw in drawn(2):
             try:
                 expected = view.show(encoded, data, draw)
-            except images.PictureError:
+            except images.ImageError:
                 continue
             np.testing.assert_array_equal(view.show(encoded, data, draw, counted), expected)
 

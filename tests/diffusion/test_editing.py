@@ -54,12 +54,12 @@ def test_noising_again_is_noising_once():
     keys = jax.random.split(jax.random.key(0), 2)
     z_s = process.q_sample(x0, 2.0 * many, jax.random.normal(keys[0], x0.shape))
     eps = jax.random.normal(keys[1], x0.shape)
-    z_t = editing.noise_again(z_s, 2.0 * many, -1.0 * many, eps)
+    z_t = editing.renoise(z_s, 2.0 * many, -1.0 * many, eps)
     alpha, sigma = process.alpha_sigma(jnp.float32(-1.0))
     np.testing.assert_allclose(float(z_t.mean()), 0.7 * alpha, atol=6e-3)
     np.testing.assert_allclose(float(z_t.std()), sigma, atol=6e-3)
     # Noise between equal levels is none.
-    np.testing.assert_array_equal(editing.noise_again(z_s, many, many, eps), z_s)
+    np.testing.assert_array_equal(editing.renoise(z_s, many, many, eps), z_s)
 
 
 def correlated(resamplings: int) -> float:
@@ -78,7 +78,7 @@ def correlated(resamplings: int) -> float:
 
     known = jnp.ones((pictures, 1, 2, 1))
     mask = jnp.broadcast_to(jnp.array([True, False]).reshape(1, 1, 2, 1), known.shape)
-    sampler = editing.keep_known(samplers.ddpm(), known, mask)
+    sampler = editing.repaint_sampler(samplers.ddpm(), known, mask)
     keys = jax.random.split(jax.random.key(0), pictures)
     z = samplers.normal(keys, known.shape[1:])
     walk = editing.walk(40, resamplings=resamplings, jump=2)

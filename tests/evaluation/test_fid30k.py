@@ -45,7 +45,7 @@ def captioned(tmp_path_factory):
 
 def test_captions_are_drawn_by_the_written_rule(captioned):
     (source,) = sources = fid30k.open_data(str(captioned))
-    rows = fid30k.draw_captions(sources, 6, seed=3)
+    rows = fid30k.select_captions(sources, 6, seed=3)
     digests = {i: hashlib.sha256(f"3/{i}".encode()).digest() for i in range(9)}
     assert [row["picture"] for row in rows] == sorted(digests, key=digests.get)[:6]
     for row in rows:
@@ -54,39 +54,39 @@ def test_captions_are_drawn_by_the_written_rule(captioned):
             i % 3 + 1
         )
     # A longer list begins with a shorter one; another seed gives another.
-    assert fid30k.draw_captions([source], 9, seed=3)[:6] == rows
-    assert fid30k.draw_captions(sources, 6, seed=4) != rows
+    assert fid30k.select_captions([source], 9, seed=3)[:6] == rows
+    assert fid30k.select_captions(sources, 6, seed=4) != rows
     joined = "".join(row["prompt"] + "\n" for row in rows)
     assert fid30k.captions_sha256(rows) == hashlib.sha256(joined.encode()).hexdigest()
     with pytest.raises(EvaluationError, match="9 usable pictures, --count=10"):
-        fid30k.draw_captions(sources, 10, seed=0)
+        fid30k.select_captions(sources, 10, seed=0)
 
 
 def test_a_folder_of_other_captions_is_refused(captioned, tmp_path):
     sources = fid30k.open_data(str(captioned))
-    fid30k.write_captions(fid30k.draw_captions(sources, 4, 0), tmp_path)
-    fid30k.write_captions(fid30k.draw_captions(sources, 4, 0), tmp_path)
+    fid30k.write_captions(fid30k.select_captions(sources, 4, 0), tmp_path)
+    fid30k.write_captions(fid30k.select_captions(sources, 4, 0), tmp_path)
     with pytest.raises(EvaluationError, match="other captions"):
-        fid30k.write_captions(fid30k.draw_captions(sources, 5, 0), tmp_path)
+        fid30k.write_captions(fid30k.select_captions(sources, 5, 0), tmp_path)
 
 
 def test_reference_pictures_are_centred_squares_of_the_drawn_size(captioned):
-    pictures = fid30k.pictures_of(fid30k.open_data(str(captioned)), 16)
+    pictures = fid30k.load_images(fid30k.open_data(str(captioned)), 16)
     assert pictures.count == 9
     whole = images.decode((captioned / "2.png").read_bytes())
     square = Image.fromarray(whole[:, 4:26]).resize((16, 16), Image.Resampling.BICUBIC)
     np.testing.assert_array_equal(pictures.load(2), np.asarray(square))
-    of_folder, size = fid.pictures_of(str(captioned), 16)
+    of_folder, size = fid.load_images(str(captioned), 16)
     assert (of_folder.count, size) == (9, 16)
     np.testing.assert_array_equal(of_folder.load(2), np.asarray(square))
-    assert fid.pictures_of(str(captioned))[1] == 20
+    assert fid.load_images(str(captioned))[1] == 20
 
 
 def test_stages_that_learned_from_coco_are_not_zero_shot():
     coco = DataConfig(kind="tfds", name="coco_captions/2014")
-    assert fid30k.learned_from_coco(Config(data=coco))
-    assert fid30k.learned_from_coco(Config(data=DataConfig(kind="folder", path="data/COCO_train")))
-    assert not fid30k.learned_from_coco(Config())
+    assert fid30k.trained_on_coco(Config(data=coco))
+    assert fid30k.trained_on_coco(Config(data=DataConfig(kind="folder", path="data/COCO_train")))
+    assert not fid30k.trained_on_coco(Config())
 
 
 def test_statistics_made_otherwise_are_refused(tmp_path):

@@ -107,7 +107,7 @@ def test_a_sheet_per_category(write_samples):
     paths = drawbench.write_sheets(folder)
     assert [path.name for path in paths] == ["x_y.png", "z.png"]
     pixels = np.asarray(Image.open(paths[0]))
-    side = drawbench.SHEET_PICTURE
+    side = drawbench.SHEET_IMAGE_SIZE
     assert pixels.shape[1] == 3 * (side + 4) + 4
     for k in range(3):
         left = 4 + k * (side + 4)

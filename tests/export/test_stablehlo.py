@@ -106,7 +106,7 @@ def check_alone(exported: Exported, only_jax, folder, lowres=None) -> None:
     }
     given = text if lowres is None else text | {"lowres": lowres}
     np.savez(folder / "given.npz", **given)
-    keys, live = stage_sampler.picture_keys(*WHICH.values()), []
+    keys, live = stage_sampler.image_keys(*WHICH.values()), []
     lowres = None if lowres is None else jnp.asarray(lowres)
     for index, stage in enumerate(exported.stages, start=int(lowres is not None)):
         stage_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index)

@@ -80,7 +80,7 @@ def test_pictures(drawn):
 
 def test_keys_differ_in_seed_prompt_and_sample():
     noise = {
-        np.asarray(samplers.normal(cascade.picture_keys(seed, [p], [k]), (2,))).tobytes()
+        np.asarray(samplers.normal(cascade.image_keys(seed, [p], [k]), (2,))).tobytes()
         for seed in range(2)
         for p in range(3)
         for k in range(3)
@@ -89,7 +89,7 @@ def test_keys_differ_in_seed_prompt_and_sample():
 
 
 def test_the_second_stage_follows_the_first(stages, texts):
-    keys = cascade.picture_keys(0, [0, 1, 2], [0, 0, 0])
+    keys = cascade.image_keys(0, [0, 1, 2], [0, 0, 0])
     sr = stages[1]
     black, white = (jnp.full((3, 8, 8, 3), value) for value in (-1.0, 1.0))
     drawn = [

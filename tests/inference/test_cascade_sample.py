@@ -61,7 +61,7 @@ def test_other_order_and_other_batches(chain, texts, drawn):
 @pytest.mark.slow
 def test_one_call_is_what_whole_stages_draw(stages, texts, drawn):
     """The program that can be looked at on the way is the one that is compiled whole."""
-    keys, low = cascade.picture_keys(3, range(COUNT), [0] * COUNT), None
+    keys, low = cascade.image_keys(3, range(COUNT), [0] * COUNT), None
     for index, (stage, expected) in enumerate(zip(stages, drawn, strict=True)):
         stage_keys = stage_sampler.stage_keys(keys, index)
         low = cascade.sample_stage(stage.params, stage.config, *texts.values(), stage_keys, low)
@@ -149,7 +149,7 @@ def test_guidance_in_a_shared_program_is_that_of_a_whole_one(stages, texts):
     base, changed = stages[0], {"guidance_weight": 6.5}
     sampling = dataclasses.replace(base.config.sampling, **changed)
     config = dataclasses.replace(base.config, sampling=sampling)
-    keys = stage_sampler.stage_keys(cascade.picture_keys(3, range(COUNT), [0] * COUNT), 0)
+    keys = stage_sampler.stage_keys(cascade.image_keys(3, range(COUNT), [0] * COUNT), 0)
     whole = stage_sampler.sample_stage(base.params, config, *texts.values(), keys)
     parts = Cascade([base]).sample(seed=3, stage_settings={"base": changed}, **texts)
     assert levels_apart(parts, cascade.images.to_uint8(np.asarray(whole))) <= 1

@@ -48,7 +48,7 @@ def test_preprocessing_equals_transformers(golden):
 def test_embeddings_and_cosines_equal_transformers(golden, towers, tmp_path):
     pytest.importorskip("tokenizers")
     shown = Pictures(3, lambda i: golden[f"picture_{i}"])
-    network = clip_score.picture_network(towers)
+    network = clip_score.image_network(towers)
     pictures = extract.extract(shown, network, tmp_path, batch_size=BATCH).features()
     captions = clip_score.embed_captions(
         str(GOLDEN), towers, golden["captions"].tolist(), batch_size=BATCH
@@ -144,7 +144,7 @@ def test_public_shapes_equal_transformers(form, tmp_path):
             pixel_values=torch.tensor(pictures.transpose(0, 3, 1, 2)),
         )
     with jax.default_matmul_precision("highest"):
-        network = clip_score.picture_network(towers)
+        network = clip_score.image_network(towers)
         seen = np.asarray(network.apply(network.params, pictures))
         read = np.asarray(
             clip_score._embed_text(

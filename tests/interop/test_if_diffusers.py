@@ -102,7 +102,7 @@ def ours(trained: cascade.Stage, timesteps, z, text, mask, lowres=None):
             given |= {"lowres": jnp.asarray(lowres), "aug_level": level}
         denoise = stage.denoiser(params, config, **given)
         levels = jnp.append(table[timesteps], table[0] + 1.0)
-        keys = cascade.picture_keys(0, [0] * len(z), range(len(z)))
+        keys = cascade.image_keys(0, [0] * len(z), range(len(z)))
         return samplers.sample_loop(samplers.ddim(), denoise, jnp.asarray(z), levels, keys)
 
     with jax.default_matmul_precision("highest"):

@@ -105,7 +105,7 @@ def test_every_place_may_attend_in_its_own_way():
     assert config.self_attention == (False, False, True) and config.num_res_blocks == (3, 3, 3)
     assert config.cross_attention == (False, True, True)
     assert config.middle_attention == (False, True) and config.embed_dim == 64
-    assert if_config.their_config(config, values["sample_size"]) == values
+    assert if_config.diffusers_config(config, values["sample_size"]) == values
 
 
 def imported(folders, tmp_path) -> list[cascade.Stage]:
@@ -131,7 +131,7 @@ def test_imported_stages_can_be_trained_and_sampled(folders, tmp_path, index):
     key = jax.random.key(0)
     loss, _ = jax.eval_shape(lambda: stage.loss_fn(params, batch | lowres, key, config))
     assert loss.shape == ()
-    keys = cascade.picture_keys(0, [0, 1], [0, 0])
+    keys = cascade.image_keys(0, [0, 1], [0, 0])
     drawn = jax.eval_shape(lambda: cascade.sample_stage(params, config, *text, keys, **lowres))
     assert drawn.shape == (n, size, size, 3)
 

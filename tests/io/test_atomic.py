@@ -34,7 +34,7 @@ def test_a_folder_is_whole_or_as_it_was(tmp_path):
 
 def test_only_an_earlier_one_of_its_kind_is_replaced(tmp_path):
     def free(name):
-        return atomic.free_folder(str(tmp_path / name), "params.safetensors", "stage folder")
+        return atomic.check_replaceable(str(tmp_path / name), "params.safetensors", "stage folder")
 
     for name in ("empty", "stage", "photos"):
         (tmp_path / name).mkdir()

@@ -54,9 +54,9 @@ def load(saved):
 
     def load(path, **changes) -> str:
         config = overrides.load(str(saved[1]))
-        made_for = compiled.identity(config, jax.devices()) | changes
+        step_identity = compiled.identity(config, jax.devices()) | changes
         with pytest.raises(CompiledError) as error:
-            compiled.load(str(path), traced, made_for)
+            compiled.load(str(path), traced, step_identity)
         return str(error.value)
 
     return load

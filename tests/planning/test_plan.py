@@ -19,7 +19,7 @@ from imagen_jax.parallel import partitioning, topology
 from imagen_jax.parallel.topology import GIB
 from imagen_jax.planning.plan import Plan, Program
 from imagen_jax.planning.report import estimate, report
-from imagen_jax.planning.search import largest_part
+from imagen_jax.planning.search import largest_batch_per_device
 from tests.data.conftest import DIM, write_store
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -119,7 +119,7 @@ def test_the_largest_power_of_two_that_fits(make_plan, room, bend):
 
     fitting = [2**i for i in range(11) if plan_of(2**i).fits]
     asked.clear()
-    found = largest_part(plan_of)
+    found = largest_batch_per_device(plan_of)
     assert found.fits == bool(fitting)
     assert found.peak == plan_of(max(fitting, default=1)).peak
     assert len(asked) <= 8

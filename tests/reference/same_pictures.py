@@ -12,7 +12,7 @@ import sys
 import numpy as np
 
 from imagen_jax.inference import batches, stage_sampler
-from imagen_jax.inference.cascade import Cascade, picture_keys
+from imagen_jax.inference.cascade import Cascade, image_keys
 from imagen_jax.parallel import partitioning
 
 BATCHES, SEED = (1, 7, 64), 5
@@ -25,7 +25,7 @@ def orders(count):
 
 def noise_of(config, texts, order, batch):
     """The noise of all pictures, drawn in batches as a cascade does it."""
-    keys = stage_sampler.stage_keys(picture_keys(SEED, order, np.zeros(len(order))), 0)
+    keys = stage_sampler.stage_keys(image_keys(SEED, order, np.zeros(len(order))), 0)
     noise = np.zeros((len(order), config.data.image_size, config.data.image_size, 3), np.float32)
     for first in range(0, len(order), batch):
         rows = np.arange(first, min(first + batch, len(order)))

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from imagen_jax.serving.http_request import Limits, OrderError, parse
+from imagen_jax.serving.http_request import ClientRequestError, Limits, parse
 
 LIMITS = Limits()
 
@@ -74,7 +74,7 @@ def test_any_language_and_any_mark_up_is_a_prompt(read):
     ],
 )
 def test_values_that_cannot_be(read, values, says):
-    with pytest.raises(OrderError) as error:
+    with pytest.raises(ClientRequestError) as error:
         ordered(read, **values)
     assert says in str(error.value) and len(str(error.value)) < 300
     assert str(error.value).isprintable()
@@ -84,5 +84,5 @@ def test_values_that_cannot_be(read, values, says):
     "body", [b"", b"{", b"[]", b"3", b"null", b"\xff\xfe{", b"[" * 16_000, b'{"seed": 1e99999}']
 )
 def test_bodies_that_are_no_order(read, body):
-    with pytest.raises(OrderError):
+    with pytest.raises(ClientRequestError):
         read(body)

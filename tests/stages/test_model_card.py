@@ -36,7 +36,7 @@ def test_the_card_says_what_is_known(base_config, tmp_path):
     (tmp_path / "fid.json").write_text('{"card": "fid30k", "fid": 12.25, "zero_shot": true}')
     cards = [str(tmp_path / name) for name in ("alignment.json", "fid.json")]
     text = TextConfig(path="text/", fingerprint="0123abcd")
-    card = model_card.of_run(
+    card = model_card.format_card(
         dataclasses.replace(base_config, text=text),
         step=25,
         average="moving average",
@@ -63,7 +63,7 @@ def test_the_card_says_what_is_known(base_config, tmp_path):
     (tmp_path / "other.json").write_text('{"card": "tarot"}')
     with pytest.raises(EvaluationError, match="tarot"):
         report.score_tables([str(tmp_path / "other.json")])
-    bare = model_card.of_run(base_config, step=1, average="average", params={})
+    bare = model_card.format_card(base_config, step=1, average="average", params={})
     assert "| licence | not stated |" in bare and "last report" not in bare and "##" not in bare
 
 
@@ -88,7 +88,7 @@ def test_a_small_encoder_comes_along(encoder, base_config, random_params, tmp_pa
 
 
 def test_of_a_large_encoder_the_vocabulary_comes_along(encoder, monkeypatch, tmp_path):
-    monkeypatch.setattr(export, "COPIED_ENCODER_BYTES", 20)
+    monkeypatch.setattr(export, "MAX_COPIED_ENCODER_BYTES", 20)
     text = TextConfig(path=str(encoder))
     stage = tmp_path / "stage"
     stage.mkdir()

@@ -107,14 +107,14 @@ def test_a_word_is_found_in_a_paraphrase_only_where_it_is_unmistakable():
     is_word = jnp.array([False, False, True, True, True, True])  # padding, end, four words
     caption = jnp.array([[2, 3, 4, 1, 0], [2, 2, 3, 1, 0]])
     other = jnp.array([[4, 5, 2, 1, 0], [3, 2, 1, 0, 0]])
-    places = np.argwhere(pretrain.same_word(caption, other, is_word))
+    places = np.argwhere(pretrain.matching_positions(caption, other, is_word))
     assert places.tolist() == [[0, 0, 2], [0, 2, 0], [1, 2, 0]]
 
 
 def test_words_near_a_place_are_counted_once_each_without_the_end_mark():
     is_word = jnp.array([False, False, True, True, True])
     words = jnp.array([[2, 3, 3, 4, 1, 0]])
-    near = np.asarray(pretrain.words_near(words, is_word, context=1))[0]
+    near = np.asarray(pretrain.nearby_word_counts(words, is_word, context=1))[0]
     assert near[0].tolist() == [0, 0, 1, 1, 0]
     assert near[1].tolist() == [0, 0, 1, 2, 0]
     assert near[3].tolist() == [0, 0, 0, 1, 1]
@@ -124,7 +124,7 @@ def test_words_near_a_place_are_counted_once_each_without_the_end_mark():
 def test_a_place_without_its_word_in_the_paraphrase_is_asked_for_all_of_it():
     is_word = jnp.array([False, False, True, True, True, True])
     caption, other = jnp.array([[2, 3, 1, 0, 0]]), jnp.array([[4, 5, 2, 4, 1]])
-    wanted = np.asarray(pretrain.words_wanted(caption, other, is_word, context=1))[0]
+    wanted = np.asarray(pretrain.target_counts(caption, other, is_word, context=1))[0]
     assert wanted[0].tolist() == [0, 0, 1, 0, 1, 1]
     assert wanted[1].tolist() == wanted[2].tolist() == [0, 0, 1, 0, 2, 1]
 
@@ -133,9 +133,9 @@ def test_vectors_without_a_wanted_word_are_not_asked():
     head = 50 * jnp.eye(4)
     x = jnp.eye(4)[jnp.array([[2, 3, 3]])]
     wanted = jnp.array([[[0, 0, 1, 0], [0, 0, 0, 1], [0, 0, 0, 0]]], jnp.float32)
-    loss, metrics = pretrain.predict(x, head, wanted)
+    loss, metrics = pretrain.word_loss(x, head, wanted)
     assert loss < 1e-6 and metrics["near_mass"] > 0.999
-    loss, metrics = pretrain.predict(x, head, wanted[:, ::-1])
+    loss, metrics = pretrain.word_loss(x, head, wanted[:, ::-1])
     assert loss > 10 and 0.4 < metrics["near_mass"] < 0.6
 
 

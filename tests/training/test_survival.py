@@ -106,7 +106,7 @@ def test_one_bad_batch_is_written_down_and_replays(base_config, stream, tmp_path
         str(tmp_path),
         stream(config, change),
         lines.append,
-        about_step=lambda step: {"records": [10 * step + i for i in range(4)]},
+        step_info=lambda step: {"records": [10 * step + i for i in range(4)]},
     )
     assert (int(state.step), int(state.skipped)) == (5, 1)
     assert sum("not finite" in line for line in lines) == 1
@@ -235,8 +235,10 @@ def test_changes_that_matter_must_be_meant(section, change, refused, base_config
     else:
         ((path, (old, new)),) = changed.items()
         assert f"{path}={new}" == refused and old != new
-        assert overrides.named_in(path, [section]) and overrides.named_in(path, [path])
-        assert not overrides.named_in(path, ["name"])
+        assert overrides.matches_any_field(path, [section]) and overrides.matches_any_field(
+            path, [path]
+        )
+        assert not overrides.matches_any_field(path, ["name"])
 
 
 def test_steps_matter_where_the_learning_rate_follows_from_them(base_config):
@@ -286,7 +288,9 @@ def test_accumulated_parts_are_one_batch(
 
     (whole, report), (summed, again) = gradient(1), gradient(parts)
     np.testing.assert_allclose(again["loss"], report["loss"], rtol=1e-5)
-    np.testing.assert_allclose(again["noise_bins"], report["noise_bins"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        again["loss_by_noise_level"], report["loss_by_noise_level"], rtol=1e-4, atol=1e-5
+    )
     for (path, x), (_, y) in zip(
         *(jax.tree_util.tree_leaves_with_path(tree) for tree in (whole, summed)), strict=True
     ):
@@ -305,7 +309,7 @@ def test_noise_bins_hold_every_example(base_config, make_batch, random_params):
     batch = on_device(make_batch(base_config))
     params = jax.tree.map(jax.numpy.asarray, random_params(base_config))
     loss, report = stage.loss_fn(params, batch, jax.random.key(0), base_config)
-    total, count = report["noise_bins"]
+    total, count = report["loss_by_noise_level"]
     assert float(count.sum()) == base_config.data.batch_size
     np.testing.assert_allclose(float(total.sum() / count.sum()), float(loss), rtol=1e-5)
 

@@ -49,7 +49,7 @@ def permute(
     return value.astype(np.int64)
 
 
-def draw_bits(g: Int[np.ndarray, " k"], seed: int) -> UInt64[np.ndarray, " k"]:
+def random_bits(g: Int[np.ndarray, " k"], seed: int) -> UInt64[np.ndarray, " k"]:
     """64 random bits for each example.
 
     Not the permutation's hash: what is drawn for an example must not follow from its position.

@@ -24,7 +24,7 @@ from jaxtyping import Array, Int
 from imagen_jax.config.data import DataConfig
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.data.batches import view
-from imagen_jax.data.batches.order import draw_bits
+from imagen_jax.data.batches.order import random_bits
 from imagen_jax.data.embeddings.on_the_fly import TokenSource
 from imagen_jax.data.embeddings.store import EmbeddingStore
 from imagen_jax.data.embeddings.unit_file import EmbeddingError
@@ -96,7 +96,7 @@ class Pipeline:
         self.host, self.hosts = host, hosts
         self.decode_jpeg_box: images.DecodeJpegBox | None = None
         stored = len(source) * (data.crop_from or data.image_size) ** 2 * 3
-        self._keep = view.is_fixed(data) and stored <= cache_bytes
+        self._keep = view.is_deterministic(data) and stored <= cache_bytes
         self._kept: dict[int, tuple[np.ndarray, tuple[str, ...]]] = {}
 
     @property
@@ -129,14 +129,16 @@ class Pipeline:
           text_ids int32[B, M] in the place of text_emb, and the mask of these M tokens.
         """
         g, records = self._records(step)
-        bits = draw_bits(g, self.seed)
+        bits = random_bits(g, self.seed)
         drawn = view.draws(bits)
         pictures, captions = zip(*map(self._picture, records.tolist(), drawn), strict=True)
         chosen = [texts[b % len(texts)] for texts, b in zip(captions, bits.tolist(), strict=True)]
         text, text_mask = self.store.lookup(chosen, self.data.max_text_len)
         image = np.stack(pictures)
         if self.data.flip:
-            wanted = [d.flip and not view.sided(c) for d, c in zip(drawn, chosen, strict=True)]
+            wanted = [
+                d.flip and not view.mentions_side(c) for d, c in zip(drawn, chosen, strict=True)
+            ]
             image = view.mirrored(image, np.flatnonzero(wanted))
         examples = {"image": image, self.store.feature: text, "text_mask": text_mask}
         if self.data.lowres_size:

@@ -60,7 +60,7 @@ def decode_jpeg_box(data: bytes, box: images.Box) -> np.ndarray:
     """Decodes a rectangle of a JPEG and not the rest; the pixels are Pillow's, rim left aside.
 
     Raises:
-      images.PictureError: TensorFlow cannot decode it.
+      images.ImageError: TensorFlow cannot decode it.
     """
     left, top, right, bottom = box
     window = [top, left, bottom - top, right - left]
@@ -69,7 +69,7 @@ def decode_jpeg_box(data: bytes, box: images.Box) -> np.ndarray:
             data, window, channels=3, dct_method="INTEGER_ACCURATE"
         ).numpy()
     except tf.errors.InvalidArgumentError as error:
-        raise images.PictureError(f"unreadable ({error.message})") from None
+        raise images.ImageError(f"unreadable ({error.message})") from None
 
 
 class StreamSource(seqio.DataSource):

@@ -19,7 +19,7 @@ from imagen_jax.io import images
 
 # Words that a mirrored picture would make untrue, whole words in English: left, right, leftmost,
 # right-hand, leftwards, right-handed, clockwise and their like; not bright, upright or leftover.
-SIDED = re.compile(
+SIDE_WORDS = re.compile(
     r"(?<![a-z])(?:"
     r"(?:left|right)(?:s|most|wards?|wing|wingers?|[ -]?(?:hand|side)(?:ed|er|ers|s)?|ies|y)?"
     r"|(?:anti|counter)?-?clockwise"
@@ -27,7 +27,7 @@ SIDED = re.compile(
     re.IGNORECASE,
 )
 # Pixels of the source, times the factor of the reduction, that a filter reaches to each side.
-REACH = {"box": 0.5, "bilinear": 1.0, "bicubic": 2.0, "lanczos": 3.0}
+FILTER_SUPPORT = {"box": 0.5, "bilinear": 1.0, "bicubic": 2.0, "lanczos": 3.0}
 SQUARE_STREAM, LEFT_STREAM, TOP_STREAM, FLIP_STREAM = range(1, 5)
 
 
@@ -47,20 +47,20 @@ class Draw(NamedTuple):
 
 
 def draws(bits: np.ndarray) -> list[Draw]:
-    """The random numbers of examples, from `order.draw_bits`."""
+    """The random numbers of examples, from `order.random_bits`."""
     streams = (SQUARE_STREAM, LEFT_STREAM, TOP_STREAM, FLIP_STREAM)
     columns = np.stack([order.uniform(bits, stream) for stream in streams], axis=1).tolist()
     return [Draw(square, left, top, flip < 0.5) for square, left, top, flip in columns]
 
 
-def is_fixed(data: DataConfig) -> bool:
+def is_deterministic(data: DataConfig) -> bool:
     """Whether a picture looks the same in every epoch, but for the mirror."""
     return data.fit != "random_crop" and not data.crop_from
 
 
-def sided(caption: str) -> bool:
+def mentions_side(caption: str) -> bool:
     """Whether a caption says where left and right are."""
-    return SIDED.search(caption) is not None
+    return SIDE_WORDS.search(caption) is not None
 
 
 def show(
@@ -78,7 +78,7 @@ def show(
       decode_jpeg_box: see `images.decode_box`.
 
     Raises:
-      images.PictureError: see `images.decode`.
+      images.ImageError: see `images.decode`.
     """
     if data.crop_from and data.fit != "pad":
         return _crop(encoded, data, draw, decode_jpeg_box)
@@ -129,7 +129,7 @@ def _crop(
         if data.fit == "center_crop":
             left, top = (width - side) // 2, (height - side) // 2
         scale = side / data.crop_from
-        reach = REACH[data.resize_filter] * max(scale, 1.0) if scale != 1.0 else 0.0
+        reach = FILTER_SUPPORT[data.resize_filter] * max(scale, 1.0) if scale != 1.0 else 0.0
         starts = [c * scale for c in corner]
         lows = [max(math.floor(start - reach), 0) for start in starts]
         highs = [min(math.ceil(start + size * scale + reach), side) for start in starts]

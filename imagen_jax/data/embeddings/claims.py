@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 
-_BEATS = 6  # Signs of life within the patience of others.
+_HEARTBEATS = 6  # Signs of life within the patience of others.
 
 
 class Claims:
@@ -44,7 +44,7 @@ class Claims:
         generation = 0
         while self._path(name, generation).exists():
             generation += 1
-        if generation and not self._silent(self._path(name, generation - 1)):
+        if generation and not self._is_stale(self._path(name, generation - 1)):
             return False
         path = self._path(name, generation)
         try:
@@ -67,7 +67,7 @@ class Claims:
     def _path(self, name: str, generation: int) -> pathlib.Path:
         return self._folder / f".{name}.claim{generation}"
 
-    def _silent(self, path: pathlib.Path) -> bool:
+    def _is_stale(self, path: pathlib.Path) -> bool:
         """Whether its owner has shown no sign of life for as long as this worker waits."""
         try:
             touched, now = path.stat().st_mtime_ns, time.monotonic()
@@ -80,7 +80,7 @@ class Claims:
         return now - since > self._patience
 
     def _beat(self) -> None:
-        while not self._stop.wait(self._patience / _BEATS):
+        while not self._stop.wait(self._patience / _HEARTBEATS):
             held = self._held
             if held is not None:
                 # Overtaken, or just released.

@@ -29,7 +29,7 @@ REPORT_EVERY = 20.0  # Seconds between progress lines.
 POLL_EVERY = 0.5  # Seconds between two looks at the units that others hold.
 
 
-class Work(NamedTuple):
+class UnitOfWork(NamedTuple):
     """A unit of work: padded length in tokens, captions and their real tokens."""
 
     length: int
@@ -40,7 +40,7 @@ class Work(NamedTuple):
 class Plan(NamedTuple):
     """Units of work, and what is known before encoding."""
 
-    units: list[Work]
+    units: list[UnitOfWork]
     unique: int
     tokens: int
     truncated: int
@@ -61,7 +61,7 @@ def plan_units(captions: Sequence[str], encoder: TextEncoder, unit_size: int) ->
     for length in sorted(groups):
         for start in range(0, len(groups[length]), unit_size):
             texts, counts = zip(*groups[length][start : start + unit_size], strict=True)
-            units.append(Work(length, list(texts), sum(counts)))
+            units.append(UnitOfWork(length, list(texts), sum(counts)))
     return Plan(units, len(unique), sum(unit.tokens for unit in units), truncated)
 
 
@@ -180,7 +180,9 @@ def _share(
 class _Progress:
     """What this worker did, how fast, and when all workers together will be done."""
 
-    def __init__(self, folder: pathlib.Path, work: dict[str, Work], log: Callable[[str], None]):
+    def __init__(
+        self, folder: pathlib.Path, work: dict[str, UnitOfWork], log: Callable[[str], None]
+    ):
         self._folder, self._work, self._log = folder, work, log
         self._started = self._reported = time.monotonic()
         self.units = self._captions = self._tokens = 0
@@ -192,7 +194,7 @@ class _Progress:
         missing = [unit for name, unit in self._work.items() if name not in there]
         return len(missing), sum(unit.tokens for unit in missing)
 
-    def add(self, unit: Work) -> None:
+    def add(self, unit: UnitOfWork) -> None:
         """Counts a unit; prints a line now and then."""
         self.units += 1
         self._captions += len(unit.captions)

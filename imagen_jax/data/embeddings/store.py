@@ -25,9 +25,9 @@ from imagen_jax.data.embeddings.unit_file import (
     EmbeddingError,
     Rows,
     Unit,
-    appear,
     caption_hash,
     describe_unit,
+    publish_file,
     read_header,
     read_keys,
     unit_name,
@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 MANIFEST = "manifest.json"
-OPEN_UNITS = 1024  # Unit files mapped at a time; a process may only have so many maps.
+MAX_OPEN_UNITS = 1024  # Unit files mapped at a time; a process may only have so many maps.
 
 
 def write_manifest(folder: pathlib.Path, units: Sequence[Unit], fingerprint: dict) -> None:
@@ -69,7 +69,7 @@ def write_manifest(folder: pathlib.Path, units: Sequence[Unit], fingerprint: dic
         file.write(json.dumps(manifest, indent=1))
         file.flush()
         os.fsync(file.fileno())
-    appear(temporary, folder / MANIFEST)
+    publish_file(temporary, folder / MANIFEST)
 
 
 class EmbeddingStore:
@@ -92,7 +92,7 @@ class EmbeddingStore:
         self.fingerprint: dict = manifest["fingerprint"]
         self.captions: int = manifest["captions"]
         # Mapped when first needed, the least used ones let go.
-        self._rows = functools.lru_cache(OPEN_UNITS)(
+        self._rows = functools.lru_cache(MAX_OPEN_UNITS)(
             lambda number: Rows(folder / manifest["units"][number]["file"])
         )
         hashes, counts, units, offsets = [], [], [], []

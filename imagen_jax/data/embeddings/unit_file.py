@@ -127,10 +127,10 @@ def write_unit(
         file.write(body + hashlib.sha256(body).digest())
         file.flush()
         os.fsync(file.fileno())
-    appear(temporary, path)
+    publish_file(temporary, path)
 
 
-def appear(temporary: pathlib.Path, path: pathlib.Path) -> None:
+def publish_file(temporary: pathlib.Path, path: pathlib.Path) -> None:
     """Gives a finished file its name."""
     try:
         os.replace(temporary, path)

@@ -41,7 +41,7 @@ A = TypeVar("A")
 B = TypeVar("B")
 
 
-class Verdict(NamedTuple):
+class RecordCheck(NamedTuple):
     """What was found of one record: the bytes of its picture; a fault, or odd things."""
 
     item: Item
@@ -84,7 +84,9 @@ def build(reader: Reader, source: SourceConfig) -> tuple[Table, Quarantine]:
     items = iter(reader.scan())
     chunks = iter(lambda: list(itertools.islice(items, CHUNK)), [])
     usable = 0
-    for verdicts in _in_parallel(lambda chunk: [_judge(reader, i, source) for i in chunk], chunks):
+    for verdicts in _in_parallel(
+        lambda chunk: [_check_record(reader, i, source) for i in chunk], chunks
+    ):
         for item, size, fault, notes in verdicts:
             if fault:
                 report.add(item.key, fault)
@@ -97,22 +99,22 @@ def build(reader: Reader, source: SourceConfig) -> tuple[Table, Quarantine]:
     return table.finish(), report
 
 
-def _judge(reader: Reader, item: Item, source: SourceConfig) -> Verdict:
+def _check_record(reader: Reader, item: Item, source: SourceConfig) -> RecordCheck:
     """Whether a record can be used."""
     if item.fault:
-        return Verdict(item, 0, item.fault, ())
+        return RecordCheck(item, 0, item.fault, ())
     try:
         data = reader.read(item.key, item.place)
         seen = images.look(data, source.check)
-    except images.PictureError as error:
-        return Verdict(item, 0, str(error), ())
+    except images.ImageError as error:
+        return RecordCheck(item, 0, str(error), ())
     except OSError as error:
-        return Verdict(item, 0, f"unreadable ({error.strerror})", ())
+        return RecordCheck(item, 0, f"unreadable ({error.strerror})", ())
     fault = size_fault(min(seen.size), source.min_size) or caption_fault(item.captions)
     if fault:
-        return Verdict(item, len(data), fault, ())
+        return RecordCheck(item, len(data), fault, ())
     notes = [*item.notes, *_name_notes(item.key, seen.format), *seen.notes]
-    return Verdict(item, len(data), "", (*notes, *caption_notes(item.captions)))
+    return RecordCheck(item, len(data), "", (*notes, *caption_notes(item.captions)))
 
 
 def _name_notes(key: str, format: str) -> list[str]:

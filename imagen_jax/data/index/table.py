@@ -16,7 +16,7 @@ import numpy as np
 
 from imagen_jax.data.embeddings.unit_file import HASH_BYTES, caption_hash
 
-Place = tuple[int, int, int]
+Location = tuple[int, int, int]
 
 
 class TableWriter:
@@ -27,7 +27,7 @@ class TableWriter:
         self._numbers = {name: array.array("q") for name in Table.NUMBERS}
         self._digest = hashlib.sha256(b"[")
 
-    def append(self, key: str, captions: Sequence[str], size: int, place: Place) -> None:
+    def append(self, key: str, captions: Sequence[str], size: int, place: Location) -> None:
         """Adds a record.
 
         Args:
@@ -92,7 +92,7 @@ class Table:
         """Bytes of the encoded picture of record i."""
         return int(self._columns["sizes"][i])
 
-    def place(self, i: int) -> Place:
+    def place(self, i: int) -> Location:
         """Where record i lies, as its reader understands it."""
         file, offset, size = self._columns["places"][3 * i : 3 * i + 3].tolist()
         return file, offset, size

@@ -10,10 +10,10 @@ import threading
 from collections.abc import Sequence
 
 from imagen_jax.config.fields import ConfigError
-from imagen_jax.io.images import PictureError
+from imagen_jax.io.images import ImageError
 
 CACHE = ".imagen_index"  # Folder of an index, beside the data.
-KEPT_OPEN = 512  # Files; common limits on open files begin at 1024.
+MAX_OPEN_FILES = 512  # Files; common limits on open files begin at 1024.
 
 
 def find(path: str, suffixes: Sequence[str]) -> list[pathlib.Path]:
@@ -72,8 +72,8 @@ class Files:
         self._lock = threading.Lock()
 
     def read(self, number: int, offset: int, size: int) -> bytes:
-        """`size` bytes of file `number` from `offset` on. Raises PictureError if there are less."""
-        if len(self.paths) <= KEPT_OPEN:
+        """`size` bytes of file `number` from `offset` on. Raises ImageError if there are less."""
+        if len(self.paths) <= MAX_OPEN_FILES:
             with self._lock:
                 if number not in self._open:
                     self._open[number] = os.open(self.paths[number], os.O_RDONLY)
@@ -82,5 +82,5 @@ class Files:
             with self.paths[number].open("rb", buffering=0) as file:
                 data = os.pread(file.fileno(), size, offset)
         if len(data) != size:
-            raise PictureError(f"unreadable ({self.paths[number].name} has become shorter)")
+            raise ImageError(f"unreadable ({self.paths[number].name} has become shorter)")
         return data

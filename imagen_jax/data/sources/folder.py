@@ -15,13 +15,15 @@ from typing import NamedTuple
 
 from imagen_jax.config.data import SourceConfig
 from imagen_jax.config.fields import ConfigError
-from imagen_jax.data.index.table import Place
+from imagen_jax.data.index.table import Location
 from imagen_jax.data.sources.files import CACHE
 from imagen_jax.data.sources.records import Item, lines_of, texts_of
 
 PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 # Files that commonly lie beside pictures and are no records: captions, tables, notes.
-COMPANIONS = frozenset({"", ".txt", ".json", ".jsonl", ".csv", ".tsv", ".md", ".html", ".parquet"})
+SIDECAR_SUFFIXES = frozenset(
+    {"", ".txt", ".json", ".jsonl", ".csv", ".tsv", ".md", ".html", ".parquet"}
+)
 METADATA = "metadata.jsonl"
 
 
@@ -91,10 +93,10 @@ class Folder:
                 yield Item(file.name, fault=file.fault)
             elif suffix in PICTURES:
                 yield Item(file.name, captions.get(file.name, ()))
-            elif suffix not in COMPANIONS:
+            elif suffix not in SIDECAR_SUFFIXES:
                 yield Item(file.name, fault=f"wrong type ({suffix})")
 
-    def read(self, key: str, place: Place) -> bytes:
+    def read(self, key: str, place: Location) -> bytes:
         """The bytes of a picture's file."""
         del place  # The name says it all.
         return (self.root / key).read_bytes()

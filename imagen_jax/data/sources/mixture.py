@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from imagen_jax.config.data import block_of
+from imagen_jax.config.data import mixture_block
 from imagen_jax.data.batches.order import permute
 from imagen_jax.data.sources.records import AnySource, Decode, Quarantine, Record
 from imagen_jax.io import images
@@ -33,7 +33,7 @@ class Mixture:
     def __init__(self, sources: Mapping[str, AnySource], rates: Mapping[str, float]) -> None:
         """Mixes `sources` at `rates`, both by name. Raises ConfigError for impossible rates."""
         self._sources = dict(sources)
-        self._block = block_of(dict(rates))
+        self._block = mixture_block(dict(rates))
         self._counts = np.array(list(self._block.values()), np.int64)
         # Where in a block, and where among all records, each source begins.
         self._slots = np.cumsum(self._counts) - self._counts

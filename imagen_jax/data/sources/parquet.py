@@ -18,12 +18,14 @@ from typing import Any
 
 from imagen_jax.config.data import SourceConfig
 from imagen_jax.config.fields import ConfigError, unknown_name
-from imagen_jax.data.index.table import Place
+from imagen_jax.data.index.table import Location
 from imagen_jax.data.sources import files
 from imagen_jax.data.sources.records import Item, texts_of
 
-KEPT_BYTES = 512 << 20  # Of unpacked row groups; the one that was read last is always kept.
-LARGE_GROUP = 4 << 20  # Bytes; unpacking a larger one takes longer than decoding the picture.
+MAX_CACHED_BYTES = 512 << 20  # Of unpacked row groups; the one that was read last is always kept.
+LARGE_ROW_GROUP_BYTES = (
+    4 << 20
+)  # Bytes; unpacking a larger one takes longer than decoding the picture.
 
 
 class Tables:
@@ -60,7 +62,7 @@ class Tables:
                     yield item._replace(key=f"{name}__{row}")
                     row += 1
 
-    def read(self, key: str, place: Place) -> bytes:
+    def read(self, key: str, place: Location) -> bytes:
         """The picture at `place`: file, offset, bytes; or file, -1 - row group, row."""
         del key
         number, where, row = place
@@ -80,7 +82,7 @@ class Tables:
         pictures = self._group(number, group)
         chunk = self._raw_chunk(table, number, group)
         notes = ()
-        if chunk is None and pictures.nbytes > LARGE_GROUP:
+        if chunk is None and pictures.nbytes > LARGE_ROW_GROUP_BYTES:
             size = f"{pictures.nbytes / 2**20:.0f} MB are unpacked for each picture"
             notes = (f"compressed row group ({size}; write it with compression='none')",)
         at = 0
@@ -132,7 +134,7 @@ class Tables:
                     )
                 pictures = self._compute.struct_field(pictures, "bytes")
             self._groups[number, group] = pictures
-            while len(self._groups) > 1 and _size(self._groups) > KEPT_BYTES:
+            while len(self._groups) > 1 and _size(self._groups) > MAX_CACHED_BYTES:
                 self._groups.popitem(last=False)
             return pictures
 

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from imagen_jax.config.fields import ConfigError
-from imagen_jax.data.index.table import Place
+from imagen_jax.data.index.table import Location
 from imagen_jax.io import images
 
 SMALLEST_SIDE = 8  # Pixels; smaller pictures are placeholders and tracking pixels, not content.
@@ -48,7 +48,7 @@ class Item(NamedTuple):
 
     key: str
     captions: tuple[str, ...] = ()
-    place: Place = (0, 0, 0)
+    place: Location = (0, 0, 0)
     fault: str = ""
     notes: tuple[str, ...] = ()
 
@@ -69,8 +69,8 @@ class Reader(Protocol):
         """All records in their order, without looking at pictures."""
         ...
 
-    def read(self, key: str, place: Place) -> bytes:
-        """The encoded picture of a record, from any thread. Raises PictureError or OSError."""
+    def read(self, key: str, place: Location) -> bytes:
+        """The encoded picture of a record, from any thread. Raises ImageError or OSError."""
         ...
 
 

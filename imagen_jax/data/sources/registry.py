@@ -25,7 +25,7 @@ from imagen_jax.data.sources.parquet import Tables
 from imagen_jax.data.sources.records import Decode, Quarantine, Reader, Record
 from imagen_jax.data.sources.tfds_files import open_tfds
 from imagen_jax.data.sources.tfrecord import TFRecords
-from imagen_jax.data.sources.webdataset import Shards
+from imagen_jax.data.sources.webdataset import WebDatasetReader
 from imagen_jax.io import images
 
 Log = Callable[[str], None]
@@ -35,7 +35,7 @@ SOURCES: dict[str, Callable[[SourceConfig], Reader]] = {
     "parquet": Tables,
     "tfds": open_tfds,
     "tfrecord": TFRecords,
-    "webdataset": Shards,
+    "webdataset": WebDatasetReader,
 }
 
 
@@ -105,9 +105,9 @@ class Source:
             try:
                 data = self._reader.read(key, self._table.place(at))
                 if len(data) != self._table.size(at):
-                    raise images.PictureError("changed since the index was made")
+                    raise images.ImageError("changed since the index was made")
                 return Record(key, decode(data), self._table.captions(at))
-            except (images.PictureError, OSError) as error:
+            except (images.ImageError, OSError) as error:
                 self._broken.add(at)
                 self.report.add(key, str(error))
                 self._log(f"{key}: {error}; the next record is used in its place")

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 
 from imagen_jax.config.data import SourceConfig
 from imagen_jax.config.fields import ConfigError, unknown_name
-from imagen_jax.data.index.table import Place
+from imagen_jax.data.index.table import Location
 from imagen_jax.data.sources import files
 from imagen_jax.data.sources.records import Item, Reader
 from imagen_jax.data.sources.tfrecord import FeatureNames, TFRecords
@@ -153,7 +153,7 @@ class ArrayRecords:
                 yield Item(f"{name}__{index}", captions, place)
         names.check()
 
-    def read(self, key: str, place: Place) -> bytes:
+    def read(self, key: str, place: Location) -> bytes:
         """The picture at `place`: file, record, offset and bytes within the record."""
         del key
         number, index, span = place

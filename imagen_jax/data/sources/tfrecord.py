@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 
 from imagen_jax.config.data import SourceConfig
 from imagen_jax.config.fields import ConfigError, unknown_name
-from imagen_jax.data.index.table import Place
+from imagen_jax.data.index.table import Location
 from imagen_jax.data.sources import files
 from imagen_jax.data.sources.records import Item
 
@@ -65,7 +65,7 @@ class TFRecords:
                 )
         names.check()
 
-    def read(self, key: str, place: Place) -> bytes:
+    def read(self, key: str, place: Location) -> bytes:
         """The picture at `place`: file, offset, bytes."""
         del key
         return self._files.read(*place)
@@ -81,7 +81,7 @@ class FeatureNames:
     A record may lack a feature, which is its own fault; if all do, the configuration is wrong.
     """
 
-    ENOUGH = 100  # Records after which an absent feature is taken for a wrong name.
+    CHECK_AFTER = 100  # Records after which an absent feature is taken for a wrong name.
 
     def __init__(self, source: SourceConfig) -> None:
         """Looks for `source.image_key` and `source.caption_key`."""
@@ -94,7 +94,7 @@ class FeatureNames:
         features = parse_example(payload)
         self._seen |= features.keys()
         self._count += 1
-        if self._count == self.ENOUGH:
+        if self._count == self.CHECK_AFTER:
             self.check()
         spans = features.get(self._wanted["caption_key"], ())
         texts = tuple(str(payload[a:b], "utf-8", "replace") for a, b in spans)

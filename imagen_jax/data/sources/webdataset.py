@@ -13,15 +13,15 @@ import tarfile
 from collections.abc import Iterator
 
 from imagen_jax.config.data import SourceConfig
-from imagen_jax.data.index.table import Place
+from imagen_jax.data.index.table import Location
 from imagen_jax.data.sources import files
-from imagen_jax.data.sources.folder import COMPANIONS, PICTURES
+from imagen_jax.data.sources.folder import PICTURES, SIDECAR_SUFFIXES
 from imagen_jax.data.sources.records import Item, lines_of, texts_of
 
-OTHERS = COMPANIONS | {".cls", ".npy", ".pyd", ".id"}  # What else lies in such shards.
+OTHERS = SIDECAR_SUFFIXES | {".cls", ".npy", ".pyd", ".id"}  # What else lies in such shards.
 
 
-class Shards:
+class WebDatasetReader:
     """Tar files as a kind of source; see `records.Reader`."""
 
     def __init__(self, source: SourceConfig) -> None:
@@ -51,7 +51,7 @@ class Shards:
                 elif suffix not in OTHERS:
                     yield Item(f"{name}/{member.name}", fault=f"wrong type ({suffix})")
 
-    def read(self, key: str, place: Place) -> bytes:
+    def read(self, key: str, place: Location) -> bytes:
         """The picture at `place`: file, offset, bytes."""
         del key
         return self._files.read(*place)

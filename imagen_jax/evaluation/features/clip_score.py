@@ -47,8 +47,8 @@ def preprocess(picture: UInt8[np.ndarray, "h w 3"], size: int) -> Float[np.ndarr
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dim"))
-def _embed_pictures(params: Any, pictures: Array, *, config: Any, dim: int) -> Array:
-    embedded: Any = clip.PictureEmbedding(config, dim).apply({"params": params}, pictures)
+def _embed_images(params: Any, pictures: Array, *, config: Any, dim: int) -> Array:
+    embedded: Any = clip.ImageEmbedding(config, dim).apply({"params": params}, pictures)
     return embedded
 
 
@@ -58,9 +58,9 @@ def _embed_text(params: Any, ids: Array, mask: Array, *, config: Any, dim: int) 
     return embedded
 
 
-def picture_network(towers: Towers) -> Network:
+def image_network(towers: Towers) -> Network:
     """The picture tower as `features.extract` wants it."""
-    embed = functools.partial(_embed_pictures, config=towers.vision, dim=towers.projection_dim)
+    embed = functools.partial(_embed_images, config=towers.vision, dim=towers.projection_dim)
     size = towers.vision.image_size
     prepare = functools.partial(preprocess, size=size)
     return Network(f"clip {towers.sha256} {size}", prepare, embed, towers.vision_params)
@@ -126,9 +126,7 @@ def evaluate(
     rows = samples.read_rows(samples_dir)
     towers = hf_clip.read_towers(clip_dir)
     pictures = Pictures(len(rows), lambda i: samples.load(samples_dir, rows[i]["file"]))
-    parts = extract.extract(
-        pictures, picture_network(towers), store, batch_size=batch_size, log=log
-    )
+    parts = extract.extract(pictures, image_network(towers), store, batch_size=batch_size, log=log)
     captions = [row["prompt"] for row in rows]
     return {
         "card": "clip_score",

@@ -32,7 +32,7 @@ SQUARE_FILTER = "bicubic"
 # Resamples of the interval: its half width is then good to a tenth.
 RESAMPLES = 50
 # Precision and recall depend on the number of pictures; so many are compared, or all if fewer.
-NEIGHBOURHOOD = 10_000
+PRECISION_RECALL_IMAGES = 10_000
 
 
 class Settings(NamedTuple):
@@ -96,7 +96,7 @@ def inception_network(path: str, filter: str) -> tuple[Network, dict[str, Any]]:
     return network, about
 
 
-def pictures_of(folder: str, size: int = 0) -> tuple[Pictures, int]:
+def load_images(folder: str, size: int = 0) -> tuple[Pictures, int]:
     """The pictures of a folder, made square.
 
     Args:
@@ -153,19 +153,19 @@ def evaluate(
       EvaluationError, WeightsError: something is missing or does not belong together.
     """
     network, about = inception_network(settings.inception, settings.filter)
-    drawn, size = pictures_of(samples_dir, settings.size)
+    drawn, size = load_images(samples_dir, settings.size)
     about["size"] = size
     towers = hf_clip.read_towers(settings.clip) if settings.clip else None
-    look = Eyes(network, towers, pathlib.Path(store), settings.batch_size, log)
+    look = FeatureExtractor(network, towers, pathlib.Path(store), settings.batch_size, log)
     if reference.endswith(".npz"):
         compared = read_reference(reference, about)
     else:
-        compared = look_at_reference(look, pictures_of(reference, size)[0], about)
+        compared = compute_reference(look, load_images(reference, size)[0], about)
     card = {"card": "fid", **score(look, drawn, compared, settings.resamples), **about}
     return card, compared
 
 
-class Eyes(NamedTuple):
+class FeatureExtractor(NamedTuple):
     """The networks that look at pictures, and where they leave what they saw."""
 
     network: Network
@@ -176,21 +176,23 @@ class Eyes(NamedTuple):
 
     def features(self, pictures: Pictures, name: str) -> Parts:
         """Inception's features of the pictures called `name`."""
-        return self._look(self.network, pictures, name)
+        return self._extract(self.network, pictures, name)
 
     def embeddings(self, pictures: Pictures, name: str) -> Parts | None:
         """CLIP's of them, if there is a CLIP."""
         if self.towers is None:
             return None
-        return self._look(clip_score.picture_network(self.towers), pictures, f"{name}_clip")
+        return self._extract(clip_score.image_network(self.towers), pictures, f"{name}_clip")
 
-    def _look(self, network: Network, pictures: Pictures, name: str) -> Parts:
+    def _extract(self, network: Network, pictures: Pictures, name: str) -> Parts:
         say = lambda line: self.log(f"{name}: {line}")  # noqa: E731
         folder = self.store / name
         return extract.extract(pictures, network, folder, batch_size=self.batch_size, log=say)
 
 
-def look_at_reference(look: Eyes, pictures: Pictures, about: dict[str, Any]) -> Reference:
+def compute_reference(
+    look: FeatureExtractor, pictures: Pictures, about: dict[str, Any]
+) -> Reference:
     """A reference of real pictures.
 
     Args:
@@ -225,7 +227,9 @@ def read_reference(path: str, about: dict[str, Any]) -> Reference:
     return Reference(gaussian, {**mine, **known})
 
 
-def score(look: Eyes, drawn: Pictures, reference: Reference, resamples: int) -> dict[str, Any]:
+def score(
+    look: FeatureExtractor, drawn: Pictures, reference: Reference, resamples: int
+) -> dict[str, Any]:
     """The numbers of a card: distances of drawn pictures to a reference.
 
     Args:
@@ -251,7 +255,7 @@ def score(look: Eyes, drawn: Pictures, reference: Reference, resamples: int) -> 
         real = reference.parts.features()
         kid = distances.kid(own, real)
         numbers |= {"kid": kid.value, "kid_error": _number(kid.error)}
-        least = min(len(own), len(real), NEIGHBOURHOOD)
+        least = min(len(own), len(real), PRECISION_RECALL_IMAGES)
         if least > distances.NEIGHBOURS:
             own, real = _some(own, least), _some(real, least)
             numbers |= distances.precision_recall(own, real)._asdict()

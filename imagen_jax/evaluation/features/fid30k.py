@@ -2,7 +2,7 @@
 
 The reference is all pictures of the validation set of 2014. TFDS's `coco_captions` has it in the
 three splits that Karpathy made of it. The paper says "30K prompts from the COCO validation set" and
-no more; the rule here (`draw_captions`) depends on nothing but the data and a seed, and the list
+no more; the rule here (`select_captions`) depends on nothing but the data and a seed, and the list
 itself is written and hashed, so that another program can use it.
 
 Everything is kept on the way: drawn pictures by `sample`, features in parts, so that a run that was
@@ -28,7 +28,7 @@ from imagen_jax.data.sources.registry import Source, open_source
 from imagen_jax.evaluation import samples
 from imagen_jax.evaluation.features import clip_score, fid
 from imagen_jax.evaluation.features.extract import Pictures
-from imagen_jax.evaluation.features.fid import Eyes, Settings
+from imagen_jax.evaluation.features.fid import FeatureExtractor, Settings
 from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.interop import hf_clip
 from imagen_jax.io import atomic
@@ -57,7 +57,7 @@ def open_data(path: str, splits: Sequence[str] = SPLITS, max_quarantined: float 
     return [open_source(DataConfig(split=split, **tfds, **common)) for split in splits]
 
 
-def draw_captions(sources: Sequence[Source], count: int, seed: int) -> list[dict[str, Any]]:
+def select_captions(sources: Sequence[Source], count: int, seed: int) -> list[dict[str, Any]]:
     """Rows with `prompt` and `picture`, the number of the caption's own picture.
 
     Pictures are numbered 0, 1, ... through the sources in their order. Picture i has the digest
@@ -109,7 +109,7 @@ def write_captions(rows: Sequence[dict[str, Any]], out: str | pathlib.Path) -> N
     atomic.write_text(path, text)
 
 
-def pictures_of(sources: Sequence[Source], size: int) -> Pictures:
+def load_images(sources: Sequence[Source], size: int) -> Pictures:
     """All pictures of the sources, made square by `fid.square`."""
     places = [(source, i) for source in sources for i in range(len(source))]
 
@@ -142,11 +142,11 @@ def evaluate(
     """
     folder = pathlib.Path(out)
     network, with_what = fid.inception_network(settings.inception, settings.filter)
-    drawn, size = fid.pictures_of(str(folder / "samples"), settings.size)
+    drawn, size = fid.load_images(str(folder / "samples"), settings.size)
     with_what["size"] = size
     towers = hf_clip.read_towers(settings.clip) if settings.clip else None
-    look = Eyes(network, towers, folder / "features", settings.batch_size, log)
-    reference = fid.look_at_reference(look, pictures_of(sources, size), with_what)
+    look = FeatureExtractor(network, towers, folder / "features", settings.batch_size, log)
+    reference = fid.compute_reference(look, load_images(sources, size), with_what)
     numbers = fid.score(look, drawn, reference, settings.resamples)
     if towers is not None:
         numbers |= clip_score_of(look, drawn, str(folder / "samples"), settings.clip, towers)
@@ -154,7 +154,7 @@ def evaluate(
 
 
 def clip_score_of(
-    look: Eyes, drawn: Pictures, folder: str, clip: str, towers: hf_clip.Towers
+    look: FeatureExtractor, drawn: Pictures, folder: str, clip: str, towers: hf_clip.Towers
 ) -> dict[str, Any]:
     """The CLIP score of a folder of samples with its interval, for a card.
 
@@ -181,7 +181,7 @@ def about_run(
     Args:
       rows: the captions.
       configs: of the stages, as they drew.
-      caption_seed: of `draw_captions`.
+      caption_seed: of `select_captions`.
       seed: of the noise.
     """
     stages = [
@@ -198,12 +198,12 @@ def about_run(
         "captions_rule": RULE,
         "caption_seed": caption_seed,
         "seed": seed,
-        "zero_shot": not any(map(learned_from_coco, configs)),
+        "zero_shot": not any(map(trained_on_coco, configs)),
         "stages": stages,
     }
 
 
-def learned_from_coco(config: Config) -> bool:
+def trained_on_coco(config: Config) -> bool:
     """Whether a stage's own configuration says that it was trained on COCO."""
     sources = [config.data, *config.data.sources().values()]
     return any("coco" in f"{s.name if s.kind == 'tfds' else s.path}".lower() for s in sources)

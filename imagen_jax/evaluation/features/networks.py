@@ -24,7 +24,7 @@ from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.interop import hf_clip, hf_dinov2
 from imagen_jax.io import images
 from imagen_jax.models.clip import ClipVisionConfig
-from imagen_jax.models.dinov2 import PictureFeatures
+from imagen_jax.models.dinov2 import ImageFeatures
 
 # Channels of the layers: one picture has as many features as they are together, 56.
 RANDOM_CHANNELS = (8, 16, 32)
@@ -81,13 +81,13 @@ def _inception(file: str, filter: str) -> tuple[Network, dict[str, Any]]:
 
 def _clip(file: str, filter: str) -> tuple[Network, dict[str, Any]]:
     towers = hf_clip.read_towers(file)
-    return clip_score.picture_network(towers), {"features_sha256": towers.sha256}
+    return clip_score.image_network(towers), {"features_sha256": towers.sha256}
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def dinov2_features(params: Any, pictures: Array, *, config: ClipVisionConfig) -> Array:
     """Features of pictures as `to_dinov2` makes them."""
-    features: Any = PictureFeatures(config).apply({"params": params}, pictures)
+    features: Any = ImageFeatures(config).apply({"params": params}, pictures)
     return features
 
 

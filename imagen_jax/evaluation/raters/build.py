@@ -66,7 +66,7 @@ def build(
     page = pathlib.Path(out) / "page"
     if page.exists() or (pathlib.Path(out) / "key.json").exists():
         raise EvaluationError(f"--out={out} holds a study already; give a new folder")
-    _write_pictures(items, page / "pictures", rng)
+    _write_images(items, page / "pictures", rng)
     key = {
         "study": study,
         "names": list(names),
@@ -150,7 +150,7 @@ def _plain(color: str) -> Callable[[], Picture]:
     return lambda: np.full((CONTROL_SIZE, CONTROL_SIZE, 3), PLAIN_COLORS[color], np.uint8)
 
 
-def _write_pictures(items: Sequence[Item], folder: pathlib.Path, rng: np.random.Generator) -> None:
+def _write_images(items: Sequence[Item], folder: pathlib.Path, rng: np.random.Generator) -> None:
     """Writes every picture under a name that tells nothing, and puts it into its item."""
     total = sum(len(side) for item in items for side in item["sides"])
     numbers = iter(rng.permutation(total))

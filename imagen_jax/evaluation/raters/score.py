@@ -25,7 +25,7 @@ from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.io import atomic
 
 MIN_CONTROLS = 0.8
-EVERYTHING, NO_PEOPLE = "all", "no people"
+ALL_PROMPTS, NO_PEOPLE = "all", "no people"
 
 
 class Rating(NamedTuple):
@@ -169,7 +169,7 @@ def _ratings(key: Mapping[str, Any], answers: Answers) -> list[Rating]:
 
 def _score_question(key: Mapping[str, Any], ratings: Sequence[Rating]) -> dict[str, Any]:
     items = key["items"]
-    groups = {EVERYTHING: list(ratings)}
+    groups = {ALL_PROMPTS: list(ratings)}
     without = [r for r in ratings if not names_people(items[r.item]["prompt"])]
     if 0 < len(without) < len(ratings):
         groups[NO_PEOPLE] = without
@@ -273,7 +273,7 @@ def format_card(card: Mapping[str, Any]) -> str:
     lines.append(f"{card['raters']} raters count; rule: {card['rule']}.")
     lines += [f"Left out: {rater}, {why}." for rater, why in card["excluded"].items()]
     for question, scores in card["questions"].items():
-        columns = list(scores["groups"][EVERYTHING]["rates"])
+        columns = list(scores["groups"][ALL_PROMPTS]["rates"])
         lines += ["", f"## {question}", ""]
         lines.append("| | " + " | ".join(f"{name} %" for name in columns) + " | raters | prompts |")
         lines.append("|---" * (len(columns) + 3) + "|")

@@ -24,7 +24,7 @@ from imagen_jax.evaluation import intervals, samples
 from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.worlds.shapes import scenes
 from imagen_jax.worlds.shapes.letters import LETTERS
-from imagen_jax.worlds.shapes.reading import Found, Reading, read
+from imagen_jax.worlds.shapes.reading import Detection, Reading, read
 
 ATTRIBUTES = (
     "exact",
@@ -89,7 +89,7 @@ def compare(reading: Reading, row: Mapping[str, Any]) -> Score:
     return {"exact": right and reading.strays == 0, **marks}
 
 
-def _sizes_agree(found: Sequence[Found], asked: Sequence[Mapping[str, Any]]) -> bool | None:
+def _sizes_agree(found: Sequence[Detection], asked: Sequence[Mapping[str, Any]]) -> bool | None:
     named = {thing["size"] for thing in asked if thing.get("size")}
     if not named:
         return None
@@ -98,7 +98,7 @@ def _sizes_agree(found: Sequence[Found], asked: Sequence[Mapping[str, Any]]) -> 
     return seen == named if all_named else named <= seen
 
 
-def _all_bound(found: Sequence[Found], asked: Sequence[Mapping[str, Any]]) -> bool:
+def _all_bound(found: Sequence[Detection], asked: Sequence[Mapping[str, Any]]) -> bool:
     """Whether every asked object is one of those found, no object serving twice."""
     free = list(found)
     # Objects with a named size first: the others can take what is left.
@@ -113,7 +113,7 @@ def _all_bound(found: Sequence[Found], asked: Sequence[Mapping[str, Any]]) -> bo
     return True
 
 
-def _spells(found: Sequence[Found], asked: Sequence[Mapping[str, Any]]) -> bool:
+def _spells(found: Sequence[Detection], asked: Sequence[Mapping[str, Any]]) -> bool:
     heights = [thing.y for thing in found]
     level = bool(found) and max(heights) - min(heights) <= MAX_UNEVENNESS
     letters = [thing.shape for thing in sorted(found, key=lambda thing: thing.x)]
@@ -121,7 +121,7 @@ def _spells(found: Sequence[Found], asked: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _distance(
-    found: Sequence[Found], asked: Sequence[Mapping[str, Any]], relation: Mapping[str, Any]
+    found: Sequence[Detection], asked: Sequence[Mapping[str, Any]], relation: Mapping[str, Any]
 ) -> tuple[float, float]:
     """How far the first object lies in the relation's direction, and how far beside it, pixels.
 
@@ -222,13 +222,13 @@ def _rates(marks: Sequence[tuple[str, Score]]) -> dict[str, dict[str, float]]:
         asked = [(p, hit) for p, mark in marks if (hit := mark[attribute]) is not None]
         if asked:
             n, mean = len(asked), sum(value for _, value in asked) / len(asked)
-            independent = independent_pictures(asked)
+            independent = effective_sample_size(asked)
             low, high = wilson(mean * independent, independent)
             rates[attribute] = {"mean": mean, "low": low, "high": high, "n": n}
     return rates
 
 
-def independent_pictures(marks: Sequence[tuple[str, bool]]) -> float:
+def effective_sample_size(marks: Sequence[tuple[str, bool]]) -> float:
     """How many independent pictures would tell as much as these of (prompt, mark).
 
     From the variance of the mean over prompts; at least as many as there are prompts, at most as

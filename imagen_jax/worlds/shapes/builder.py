@@ -21,8 +21,8 @@ from imagen_jax.worlds.shapes import scenes as shapes
 from imagen_jax.worlds.shapes import words as shapes_words
 
 PROMPT_SPLITS = ("seen_test", "held_out")
-CORPUS = 20_000  # Lines of paraphrases.jsonl.
-RELATION_PICTURES = 12_000
+CORPUS_LINES = 20_000  # Lines of paraphrases.jsonl.
+RELATION_IMAGES = 12_000
 
 
 class ShapesWorld(tfds.core.GeneratorBasedBuilder):
@@ -93,7 +93,7 @@ class ShapesRelations(ShapesWorld):
 
     def _count(self, split: str) -> int:
         del split
-        return RELATION_PICTURES
+        return RELATION_IMAGES
 
 
 class ShapesWords(ShapesWorld):
@@ -136,7 +136,7 @@ def prepare(data_dir: str, name: str) -> None:
         file_format=tfds.core.FileFormat.TFRECORD,
     )
     for file, values in _TEXTS.get(name, dict)().items():
-        lines = (json.dumps(value) + "\n" for value in itertools.islice(values, CORPUS))
+        lines = (json.dumps(value) + "\n" for value in itertools.islice(values, CORPUS_LINES))
         atomic.write_text(pathlib.Path(data_dir) / file, "".join(lines))
 
 
@@ -173,5 +173,5 @@ def _world_groups() -> Iterator[tuple[str, ...]]:
     return (
         shapes.paraphrases("train", index, turn)
         for index in range(shapes.SPLITS["train"])
-        for turn in range(shapes.TURNS[shapes.scene("train", index).kind])
+        for turn in range(shapes.PARAPHRASE_ROUNDS[shapes.scene("train", index).kind])
     )

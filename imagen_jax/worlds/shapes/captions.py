@@ -64,17 +64,17 @@ TEMPLATES = {
     ),
 }
 # Said in text alone, never of a picture: what a plural is a plural of.
-SINGULARS = ("{n} things, each {a}", "{a}, {n} times", "each of {n} things is {a}")
+SINGULAR_TEMPLATES = ("{n} things, each {a}", "{a}, {n} times", "each of {n} things is {a}")
 
 # The same for a relation: who is where.
-PLACES = (
+POSITION_TEMPLATES = (
     "{x} {p} and then {y} {q}",
     "{y} {q} and then {x} {p}",
     "{p} {x} and then {q} {y}",
     "{q} {y} and then {p} {x}",
 )
 # The same for a word: which letters, where.
-SPELLED = (
+SPELLING_TEMPLATES = (
     'first "{l[0]}", second "{l[1]}", third "{l[2]}", all {c}',
     'third "{l[2]}", second "{l[1]}", first "{l[0]}", all {c}',
     'a {c} first "{l[0]}", a {c} second "{l[1]}", a {c} third "{l[2]}"',

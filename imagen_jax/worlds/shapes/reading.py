@@ -65,7 +65,7 @@ _NUDGES = ((-0.5, 0.0, 0.5), (-0.5, 0.0, 0.5), (0.94, 0.96, 0.98, 1.0, 1.02, 1.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class Detection:
     """An object that was read; None where the picture is not clear. x, y in pixels of 64."""
 
     shape: str | None
@@ -81,7 +81,7 @@ class Found:
 class Reading:
     """What is in a picture: its objects and the number of specks that are none."""
 
-    objects: tuple[Found, ...]
+    objects: tuple[Detection, ...]
     strays: int
 
 
@@ -127,7 +127,7 @@ def components(mask: Bool[np.ndarray, "height width"]) -> list[Bool[np.ndarray, 
         labels = spread
 
 
-def _read_object(pixels: np.ndarray, component: np.ndarray, names: tuple[str, ...]) -> Found:
+def _read_object(pixels: np.ndarray, component: np.ndarray, names: tuple[str, ...]) -> Detection:
     # The outline lies half-way between the background and the object's own colour.
     away = np.median(pixels[_interior(component)], axis=0) - _BACKGROUND
     mask = component & ((pixels - _BACKGROUND) @ away > 0.5 * (away @ away))
@@ -135,7 +135,7 @@ def _read_object(pixels: np.ndarray, component: np.ndarray, names: tuple[str, ..
     color, purity = _vote(pixels[_interior(mask)])
     rows, columns = np.nonzero(mask)
     x, y = (float(axis.min() + axis.max() + 1) / 2 for axis in (columns, rows))
-    return Found(shape, color, _size(radius), x, y, iou, purity)
+    return Detection(shape, color, _size(radius), x, y, iou, purity)
 
 
 def _interior(mask: np.ndarray) -> np.ndarray:

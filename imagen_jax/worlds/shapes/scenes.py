@@ -26,9 +26,9 @@ from imagen_jax.worlds.shapes.captions import (
     AXIS,
     NUMBERS,
     OPPOSITE,
-    PLACES,
+    POSITION_TEMPLATES,
     RELATIONS,
-    SINGULARS,
+    SINGULAR_TEMPLATES,
     SIZE_NAMED_SHARE,
     Object,
     Relation,
@@ -75,9 +75,9 @@ MAX_SLANT = 0.5
 PLACEMENT_TRIES = 64
 
 PARAPHRASES = 4
-PLACES_SHARE = 0.7
+POSITION_SHARE = 0.7
 # Who is where takes more text to learn than what is there.
-TURNS = {"single": 1, "count": 1, "relation": 12}
+PARAPHRASE_ROUNDS = {"single": 1, "count": 1, "relation": 12}
 PARAPHRASE_STREAM = 99  # Apart from the splits, whose numbers stand in its place.
 
 
@@ -148,12 +148,12 @@ def paraphrases(split: str, index: int, turn: int = 0) -> tuple[str, ...]:
     captions = [shown.caption]
     while len(captions) < PARAPHRASES:
         relation, templates = shown.relation, ()
-        if relation and rng.random() < PLACES_SHARE:
-            templates = PLACES
+        if relation and rng.random() < POSITION_SHARE:
+            templates = POSITION_TEMPLATES
         elif relation and rng.random() < 0.5:
             relation = Relation(OPPOSITE[relation.word], relation.second, relation.first)
         elif shown.kind == "count" and rng.random() < 0.5:
-            templates = SINGULARS
+            templates = SINGULAR_TEMPLATES
         said = shown.kind, shown.objects, relation, shown.sizes_named
         captions.append(sentence(*said, rng, templates))
     return tuple(captions)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from imagen_jax.worlds.shapes import scenes
-from imagen_jax.worlds.shapes.captions import SPELLED, Object, sentence
+from imagen_jax.worlds.shapes.captions import SPELLING_TEMPLATES, Object, sentence
 
 # Letters that stand clear of the next one at 64 pixels.
 CONSONANTS = "BCDFGHLMNPST"
@@ -54,7 +54,7 @@ def paraphrases(split: str, index: int) -> tuple[str, ...]:
     rng = np.random.default_rng(stream)
     captions = [shown.caption]
     while len(captions) < scenes.PARAPHRASES:
-        templates = SPELLED if rng.random() < SPELLED_SHARE else ()
+        templates = SPELLING_TEMPLATES if rng.random() < SPELLED_SHARE else ()
         captions.append(sentence("word", shown.objects, None, False, rng, templates))
     return tuple(captions)
 

@@ -317,7 +317,7 @@ def test_rows_without_positions_and_sizes_have_a_ceiling_too(tmp_path, write_dra
 
 def test_pictures_of_one_prompt_belong_together():
     def independent(*prompts):
-        return alignment.independent_pictures(
+        return alignment.effective_sample_size(
             [(str(p), mark) for p, marks in enumerate(prompts) for mark in marks]
         )
 
@@ -330,7 +330,7 @@ def test_pictures_of_one_prompt_belong_together():
     for _ in range(300):
         rates = rng.beta(2, 2, 32)
         marks = [(str(p), bool(m)) for p in range(32) for m in rng.random(4) < rates[p]]
-        n = alignment.independent_pictures(marks)
+        n = alignment.effective_sample_size(marks)
         low, high = alignment.wilson(np.mean([m for _, m in marks]) * n, n)
         hits.append(low <= 0.5 <= high)
     assert 0.91 <= np.mean(hits) <= 0.99

@@ -80,7 +80,7 @@ def test_the_large_world_is_the_first_scenes_again(tmp_path):
 
 
 def test_more_relations_are_other_scenes_of_seen_combinations(tmp_path, monkeypatch):
-    monkeypatch.setattr(shapes_builder, "RELATION_PICTURES", 30)
+    monkeypatch.setattr(shapes_builder, "RELATION_IMAGES", 30)
     shapes_builder.prepare(str(tmp_path), "shapes_relations")
     builder = tfds.builder("shapes_relations", data_dir=str(tmp_path))
     assert list(builder.info.splits) == ["train"]
