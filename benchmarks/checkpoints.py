@@ -20,7 +20,7 @@ import reporting
 import train_loop
 
 from imagen_jax.cli.wiring import set_up_devices
-from imagen_jax.config import overrides as config_io
+from imagen_jax.config import overrides
 from imagen_jax.parallel import partitioning
 from imagen_jax.training.checkpoint import Checkpoints
 from imagen_jax.training.optimizer import make_optimizer
@@ -35,9 +35,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--folder", default=None, help="where to write; empty: the system's")
     flags, rest = parser.parse_known_args()
-    overrides = [argument.removeprefix("--config.") for argument in rest]
-    wanted = [f"model.text_dim={train_loop.TEXT_DIM}", *overrides, "checkpoint.keep=1"]
-    config = config_io.load(flags.config, wanted)
+    changes = [argument.removeprefix("--config.") for argument in rest]
+    merged = [f"model.text_dim={train_loop.TEXT_DIM}", *changes, "checkpoint.keep=1"]
+    config = overrides.load(flags.config, merged)
     set_up_devices(config.mesh.cpu_devices)
     mesh = partitioning.make_mesh(config.mesh)
     optimizer = make_optimizer(config.optimizer, config.train.steps)

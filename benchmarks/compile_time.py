@@ -20,9 +20,9 @@ from imagen_jax.config.data import DataConfig
 from imagen_jax.config.schema import Config, ModelConfig
 from imagen_jax.parallel import partitioning
 from imagen_jax.stages import stage
-from imagen_jax.training import state as train_state
-from imagen_jax.training import step as train_step
 from imagen_jax.training.optimizer import make_optimizer
+from imagen_jax.training.state import create_state
+from imagen_jax.training.step import make_train_step
 
 
 def config_of(blocks: int, channels: int) -> Config:
@@ -46,7 +46,7 @@ def measure(blocks: int, channels: int) -> dict[str, float]:
     params = jax.eval_shape(
         lambda: partitioning.unbox(stage.init_params(config, jax.random.key(0)))
     )
-    state = jax.eval_shape(lambda p: train_state.create(p, optimizer), params)
+    state = jax.eval_shape(lambda p: create_state(p, optimizer), params)
     data = config.data
     batch = {
         "image": (data.batch_size, data.image_size, data.image_size, 3),
@@ -58,7 +58,7 @@ def measure(blocks: int, channels: int) -> dict[str, float]:
         name: jax.ShapeDtypeStruct(shape, dtypes.get(name, jnp.float32))
         for name, shape in batch.items()
     }
-    step = jax.jit(train_step.make_train_step(config, optimizer))
+    step = jax.jit(make_train_step(config, optimizer))
     started = time.process_time()
     lowered = step.lower(state, shapes)
     traced = time.process_time()

@@ -23,7 +23,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from imagen_jax.config import overrides as config_io
+from imagen_jax.config import overrides
 from imagen_jax.config.schema import T5Config
 from imagen_jax.io import images
 from imagen_jax.models import clip, t5
@@ -106,8 +106,8 @@ def main() -> None:
     parser.add_argument("--config", required=True, help="its section pretrain_text is read")
     parser.add_argument("--out", required=True, help="encoder folder to write")
     flags, rest = parser.parse_known_args()
-    overrides = [argument.removeprefix("--config.") for argument in rest]
-    config = config_io.load(flags.config, overrides)
+    changes = [argument.removeprefix("--config.") for argument in rest]
+    config = overrides.load(flags.config, changes)
     settings = config.pretrain_text
     start = time.perf_counter()
     corpus = text_corpus.read(settings.corpus, settings.max_groups)
@@ -118,7 +118,7 @@ def main() -> None:
     captions = [caption for group in groups for caption in group]
     ids, pieces = text_corpus.tokenize(captions, model, config.text.max_len)
     ids = text_corpus.by_group(ids, groups)
-    pixels = np.stack([scenes.draw(scenes.scene("train", i), SIDE) for i in range(PICTURES)])
+    pixels = np.stack([scenes.render(scenes.scene("train", i), SIDE) for i in range(PICTURES)])
 
     t5_config = pretrain_text.encoder_config(settings, pieces)
     params = init_params(jax.random.key(config.seed), t5_config)

@@ -28,7 +28,7 @@ import operations
 import reporting
 
 from imagen_jax.cli.wiring import set_up_devices
-from imagen_jax.config import overrides as config_io
+from imagen_jax.config import overrides
 from imagen_jax.config.schema import Config, MeshConfig
 from imagen_jax.parallel import partitioning, topology
 from imagen_jax.planning import plan
@@ -175,12 +175,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--trace", action="store_true")
     flags, rest = parser.parse_known_args()
-    overrides = [argument.removeprefix("--config.") for argument in rest]
+    changes = [argument.removeprefix("--config.") for argument in rest]
     if flags.batch:
-        overrides.append(f"data.batch_size={flags.batch}")
-    config = config_io.load(flags.config, overrides)
+        changes.append(f"data.batch_size={flags.batch}")
+    config = overrides.load(flags.config, changes)
     if config.model.text_dim < 1:
-        config = config_io.load(flags.config, [*overrides, f"model.text_dim={TEXT_DIM}"])
+        config = overrides.load(flags.config, [*changes, f"model.text_dim={TEXT_DIM}"])
     set_up_devices(config.mesh.cpu_devices)
     rows = [
         measure(name, config, repeats=flags.repeats, trace=flags.trace)

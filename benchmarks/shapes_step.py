@@ -35,7 +35,7 @@ import train_loop
 from jax.extend import core
 
 from imagen_jax.cli.wiring import set_up_devices
-from imagen_jax.config import overrides as config_io
+from imagen_jax.config import overrides
 from imagen_jax.config.schema import Config
 from imagen_jax.parallel import flops, partitioning
 from imagen_jax.planning import plan
@@ -205,8 +205,8 @@ def main() -> None:
         "--only_steps", action="store_true", help="neither convolutions nor profile"
     )
     flags, rest = parser.parse_known_args()
-    overrides = [argument.removeprefix("--config.") for argument in rest]
-    config = config_io.load(flags.config, [f"model.text_dim={train_loop.TEXT_DIM}", *overrides])
+    changes = [argument.removeprefix("--config.") for argument in rest]
+    config = overrides.load(flags.config, [f"model.text_dim={train_loop.TEXT_DIM}", *changes])
     set_up_devices(config.mesh.cpu_devices)
     devices, batch = jax.device_count(), config.data.batch_size
     step = Step(config)

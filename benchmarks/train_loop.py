@@ -20,7 +20,7 @@ import numpy as np
 import reporting
 
 from imagen_jax.cli.wiring import set_up_devices
-from imagen_jax.config import overrides as config_io
+from imagen_jax.config import overrides
 from imagen_jax.parallel import partitioning
 from imagen_jax.training.optimizer import make_optimizer
 from imagen_jax.training.step import jit_train_step
@@ -80,18 +80,18 @@ def main():
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=5)
     flags, rest = parser.parse_known_args()
-    overrides = [argument.removeprefix("--config.") for argument in rest]
+    changes = [argument.removeprefix("--config.") for argument in rest]
     between = max(flags.steps // SAVES, 1)
 
-    def config_of(*changes):
+    def config_of(*more):
         length = [f"train.steps={flags.steps + between}", f"train.log_every={between}"]
-        wanted = [f"model.text_dim={TEXT_DIM}", *overrides, *length, *changes]
-        return config_io.load(flags.config, wanted)
+        merged = [f"model.text_dim={TEXT_DIM}", *changes, *length, *more]
+        return overrides.load(flags.config, merged)
 
     without = config_of(f"checkpoint.every={10**9}")
     saving = config_of(f"checkpoint.every={between}", "checkpoint.keep=1")
     set_up_devices(without.mesh.cpu_devices)
-    every = config_io.load(flags.config, overrides).checkpoint.every
+    every = overrides.load(flags.config, changes).checkpoint.every
     batches, rows = batches_of(without), []
     print("ms per step: bare, in the loop; seconds per save; overhead")
     for _ in range(flags.repeats):

@@ -31,7 +31,12 @@ from imagen_jax.config.schema import (
     OptimizerConfig,
     TrainConfig,
 )
-from imagen_jax.data.embeddings import store as embeddings
+from imagen_jax.data.embeddings.store import (
+    describe_unit,
+    unit_name,
+    write_manifest,
+    write_unit,
+)
 from imagen_jax.parallel import partitioning
 from imagen_jax.stages import stage
 
@@ -132,7 +137,7 @@ CONFIG_FILE = """
 from imagen_jax.config import overrides
 
 def get_config(name=""):
-    return config_io.to_config_dict(config_io.from_json('''{json}'''))
+    return overrides.to_config_dict(overrides.from_json('''{json}'''))
 """
 
 
@@ -152,10 +157,10 @@ def write_world():
         store = folder / "embeddings"
         store.mkdir()
         vectors = [rng.normal(size=(3, DIM)).astype(ml_dtypes.bfloat16) for _ in captions]
-        unit = store / embeddings.unit_name(captions, encoder="fake")
-        embeddings.write_unit(unit, captions, vectors)
+        unit = store / unit_name(captions, encoder="fake")
+        write_unit(unit, captions, vectors)
         description = {"encoder": "fake", "max_len": LENGTH}
-        embeddings.write_manifest(store, [embeddings.describe_unit(unit)], description)
+        write_manifest(store, [describe_unit(unit)], description)
         data = dataclasses.replace(
             config.data,
             kind="folder",

@@ -35,7 +35,7 @@ class TrainState:
     skipped: Any
 
 
-def create(
+def create_state(
     params: Any, optimizer: optax.GradientTransformation, averages: Sequence[str] = ("ema",)
 ) -> TrainState:
     """The state at step 0; `averages` names the averages of the parameters that are kept."""
@@ -48,7 +48,7 @@ def create(
     )
 
 
-def shardings(
+def state_shardings(
     abstract: TrainState,
     boxed: Any,
     optimizer: optax.GradientTransformation,

@@ -2,7 +2,7 @@
 
 A run is a pure function of its configuration: the batch of a step, its noise and its dropped
 captions follow from (seed, step) alone, so that a run that was killed goes on exactly as if it had
-not been. State lives in one pytree (`train_state.TrainState`), laid over a mesh of devices; the
+not been. State lives in one pytree (`state.TrainState`), laid over a mesh of devices; the
 step is one jitted function. Several processes run this very loop side by side, each with its part
 of every batch.
 """
@@ -34,11 +34,10 @@ from imagen_jax.parallel.preemption import Preempted, Preemption
 from imagen_jax.parallel.profiling import Profiler
 from imagen_jax.stages import folder, stage
 from imagen_jax.training import ema, ema_snapshots, metrics
-from imagen_jax.training import state as train_state
 from imagen_jax.training.checkpoint import Checkpoints
 from imagen_jax.training.faults import Faults, StepInfoFn
 from imagen_jax.training.optimizer import learning_rate, make_optimizer
-from imagen_jax.training.state import TrainState
+from imagen_jax.training.state import TrainState, create_state, state_shardings
 from imagen_jax.training.step import (
     INIT_STREAM,
     StepFn,
@@ -62,10 +61,10 @@ def abstract_state(
 
     def create() -> TrainState:
         params = partitioning.unbox(stage.init_params(config, key))
-        return train_state.create(params, optimizer, ema.names(config.ema))
+        return create_state(params, optimizer, ema.names(config.ema))
 
     shapes = jax.eval_shape(create)
-    shardings = train_state.shardings(shapes, boxed, optimizer, mesh)
+    shardings = state_shardings(shapes, boxed, optimizer, mesh)
     abstract = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,

@@ -15,7 +15,7 @@ import ablations
 import contrastive_text
 from ablation_runs import Training
 
-from imagen_jax.config import overrides as config_io
+from imagen_jax.config.overrides import load
 from imagen_jax.stages import stage as stage_lib
 
 ABLATION = ablations.Ablation(
@@ -178,8 +178,8 @@ def test_every_variant_is_of_use():
 )
 def test_every_variant_is_a_stage_that_can_be_made(runs, stage, variant):
     flags = runs._flags(Training(stage, variant=variant, seed=3))
-    overrides = [flag.removeprefix("--config.") for flag in flags[1:]]
-    config = config_io.load(flags[0].removeprefix("--config="), [*overrides, "model.text_dim=8"])
+    changes = [flag.removeprefix("--config.") for flag in flags[1:]]
+    config = load(flags[0].removeprefix("--config="), [*changes, "model.text_dim=8"])
     assert config.seed == 3 and config.train.steps == runs.steps[stage]
     assert jax.eval_shape(functools.partial(stage_lib.init_params, config), jax.random.key(0))
     for field, value in ablation_runs.VARIANTS[variant].items():

@@ -18,7 +18,7 @@ from imagen_jax.config.schema import Config
 from imagen_jax.parallel import partitioning
 from imagen_jax.stages import stage
 from imagen_jax.training import optimizer, step, train
-from imagen_jax.training import state as train_state
+from imagen_jax.training.state import TrainState, create_state
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -199,11 +199,11 @@ def shrunk(config: Config) -> Config:
 
 
 @functools.cache
-def stepped(config: Config, make_batch) -> tuple[train_state.TrainState, dict]:
+def stepped(config: Config, make_batch) -> tuple[TrainState, dict]:
     """State and report after one step; the files share networks, which are compiled once."""
     rule = optimizer.make_optimizer(config.optimizer, 10)
     params = jax.eval_shape(lambda: stage.init_params(config, jax.random.key(0)))
-    state = train_state.create(
+    state = create_state(
         jax.tree.map(
             lambda leaf: np.full(leaf.shape, 0.01, np.float32), partitioning.unbox(params)
         ),

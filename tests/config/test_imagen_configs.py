@@ -20,8 +20,8 @@ from imagen_jax.config.schema import Config
 from imagen_jax.inference import cascade
 from imagen_jax.parallel import partitioning
 from imagen_jax.stages import stage
-from imagen_jax.training import state
 from imagen_jax.training.optimizer import make_optimizer
+from imagen_jax.training.state import create_state, state_shardings
 
 FILE = pathlib.Path(__file__).parents[2] / "configs" / "imagen.py"
 COUNTS = {
@@ -63,9 +63,9 @@ def test_nothing_large_stays_whole_under_fsdp(name, mesh_shape):
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     boxed = boxed_params(name)
     abstract = jax.eval_shape(
-        lambda params: state.create(params, optimizer), partitioning.unbox(boxed)
+        lambda params: create_state(params, optimizer), partitioning.unbox(boxed)
     )
-    shardings = state.shardings(abstract, boxed, optimizer, mesh)
+    shardings = state_shardings(abstract, boxed, optimizer, mesh)
     leaves = jax.tree_util.tree_leaves_with_path(abstract)
     # Adafactor keeps less than a twentieth of what Adam does.
     slots = sum(leaf.size for leaf in jax.tree.leaves(abstract.opt_state)) / COUNTS[name]

@@ -6,11 +6,9 @@ import subprocess
 import sys
 
 from imagen_jax.config import data, schema
-from imagen_jax.config import sampling as config_sampling
+from imagen_jax.config.sampling import SamplingConfig
 from imagen_jax.data.sources import registry
-from imagen_jax.diffusion import process as diffusion
-from imagen_jax.diffusion import samplers as config_sampling
-from imagen_jax.diffusion import thresholding
+from imagen_jax.diffusion import process, samplers, thresholding
 from imagen_jax.stages import stage
 from tests.reference.pages import ALL, ROOT
 
@@ -35,11 +33,11 @@ def choices(section: type, field: str) -> set[str]:
 
 
 def test_the_schema_accepts_the_rows_that_there_are():
-    process, drawing = schema.DiffusionConfig, config_sampling.SamplingConfig
-    assert choices(process, "schedule") == set(diffusion.SCHEDULES)
-    assert choices(process, "aug_schedule") == set(diffusion.SCHEDULES)
-    assert choices(process, "loss_weight") == set(diffusion.LOSS_WEIGHTS)
-    assert choices(drawing, "sampler") == set(sampling.SAMPLERS)
-    assert choices(drawing, "thresholding") == set(thresholding.THRESHOLDS)
+    diffusion = schema.DiffusionConfig
+    assert choices(diffusion, "schedule") == set(process.SCHEDULES)
+    assert choices(diffusion, "aug_schedule") == set(process.SCHEDULES)
+    assert choices(diffusion, "loss_weight") == set(process.LOSS_WEIGHTS)
+    assert choices(SamplingConfig, "sampler") == set(samplers.SAMPLERS)
+    assert choices(SamplingConfig, "thresholding") == set(thresholding.THRESHOLDS)
     assert choices(schema.ModelConfig, "name") == set(stage.MODELS)
     assert set(data.KINDS) == set(registry.SOURCES)

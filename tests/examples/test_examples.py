@@ -18,7 +18,7 @@ from imagen_jax.config.schema import T5Config, TextConfig
 from imagen_jax.export import export
 from imagen_jax.interop import hf_t5
 from imagen_jax.models import t5
-from imagen_jax.stages import folder as stage_folder
+from imagen_jax.stages.folder import check_chain, load_stage
 from tests.interop.test_if_unet import write as write_if
 from tests.reference.pages import ROOT
 
@@ -109,9 +109,9 @@ def test_a_custom_stage_is_trained_and_exported(pictures, tmp_path):
     ):
         assert main.main(verb) == 0
     assert main.main(["export", f"--workdir={workdir}", f"--out={out}"]) == 0
-    config = stage_folder.load_stage(str(out)).config
+    config = load_stage(str(out)).config
     assert (config.name, config.data.lowres_size, config.data.image_size) == ("middle", 16, 32)
-    stage_folder.check_chain([config], given=16)
+    check_chain([config], given=16)
 
 
 @pytest.mark.slow
@@ -125,7 +125,7 @@ def test_a_stage_of_ifs_shape_is_trained_and_goes_back(pictures, tmp_path):
         json.loads((folder / "config.json").read_text()) for folder in (unet, out / "unet")
     )
     assert before["block_out_channels"] == after["block_out_channels"]
-    imported, trained = (stage_folder.load_stage(str(out / n)) for n in ("imported", "stage"))
+    imported, trained = (load_stage(str(out / n)) for n in ("imported", "stage"))
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), imported.params, trained.params)
     assert 0.0 < max(jax.tree.leaves(moved)) < 1e-3
     assert trained.config.text.fingerprint

@@ -12,8 +12,8 @@ from imagen_jax.config.schema import CheckpointConfig, EmaConfig, TrainConfig
 from imagen_jax.export import export
 from imagen_jax.inference import cascade
 from imagen_jax.interop import weights
-from imagen_jax.training import state as train_state
 from imagen_jax.training.optimizer import make_optimizer
+from imagen_jax.training.state import create_state
 from imagen_jax.training.train import start_from, train
 
 
@@ -119,7 +119,7 @@ def test_a_new_run_may_start_from_a_stage(base_config, random_params, tmp_path):
     stage, other = random_params(base_config), random_params(base_config, seed=1)
     export.write_stage(tmp_path / "stage", stage, base_config, {})
     optimizer = make_optimizer(base_config.optimizer, 1)
-    start = train_state.create(jax.tree.map(jnp.asarray, other), optimizer)
+    start = create_state(jax.tree.map(jnp.asarray, other), optimizer)
     state = start_from(start, str(tmp_path / "stage"))
     for tree in (state.params, state.ema["ema"]):
         for got, wanted in zip(jax.tree.leaves(tree), jax.tree.leaves(stage), strict=True):

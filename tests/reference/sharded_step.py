@@ -19,10 +19,10 @@ from imagen_jax.config import overrides
 from imagen_jax.config.schema import Config, MeshConfig
 from imagen_jax.parallel import partitioning
 from imagen_jax.stages import stage
-from imagen_jax.training import state as train_state
-from imagen_jax.training import step as train_step
 from imagen_jax.training import train
 from imagen_jax.training.optimizer import make_optimizer
+from imagen_jax.training.state import create_state
+from imagen_jax.training.step import make_train_step
 
 MESHES = {
     "data2_fsdp4": MeshConfig(data=2, fsdp=4),
@@ -53,7 +53,7 @@ def step_on(mesh_config: MeshConfig, config: Config, state, batch):
     with jax.set_mesh(mesh):
         _, abstract = train.abstract_state(config, optimizer, mesh)
         placed = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), state, abstract)
-        step = jax.jit(train_step.make_train_step(config, optimizer))
+        step = jax.jit(make_train_step(config, optimizer))
         state, report = step(placed, partitioning.place_batch(batch, mesh))
         kernel = state.params["down_0_0"]["conv_in"]["kernel"]
         where = ("cond", "noise", "out", "kernel")
@@ -133,8 +133,8 @@ def compare(config: Config, meshes, smallest: int = 1) -> dict:
     params = jax.tree.map(
         lambda leaf: (rng.normal(size=leaf.shape) * 0.3).astype(np.float32), shapes
     )
-    start = jax.device_get(train_state.create(params, optimizer))
-    plain = jax.jit(train_step.make_train_step(config, optimizer))
+    start = jax.device_get(create_state(params, optimizer))
+    plain = jax.jit(make_train_step(config, optimizer))
     expected, expected_report = jax.device_get(plain(start, batch))
 
     def update(state):

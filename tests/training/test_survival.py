@@ -21,11 +21,11 @@ from imagen_jax.parallel import partitioning
 from imagen_jax.parallel.preemption import Preempted
 from imagen_jax.stages import stage
 from imagen_jax.training import faults
-from imagen_jax.training import state as train_state
 from imagen_jax.training.checkpoint import CheckpointError, Checkpoints
 from imagen_jax.training.faults import DivergedError
 from imagen_jax.training.optimizer import make_optimizer
 from imagen_jax.training.replay import replay
+from imagen_jax.training.state import create_state
 from imagen_jax.training.step import gradient_of_batch, make_train_step, step_key
 from imagen_jax.training.train import train
 
@@ -262,7 +262,7 @@ def test_a_run_refuses_another_learning_rate(base_config, stream, tmp_path):
 def test_which_checkpoints_stay(base_config, tmp_path):
     optimizer = make_optimizer(base_config.optimizer, 10)
     params = partitioning.unbox(stage.init_params(base_config, jax.random.key(0)))
-    state = train_state.create(params, optimizer)
+    state = create_state(params, optimizer)
     settings = CheckpointConfig(keep=2, keep_every=4, keep_best=1)
     checkpoints = Checkpoints(str(tmp_path), settings)
     losses = [9.0, 8.0, 1.0, 7.0, 6.0, 5.0, 6.0, 7.0, 8.0, 9.0]
@@ -325,7 +325,7 @@ def test_one_batch_can_be_overfitted(base_config, stream, tmp_path):
 def test_the_step_is_the_one_the_loss_says(base_config, make_batch, random_params):
     optimizer = make_optimizer(base_config.optimizer, 10)
     params = jax.tree.map(jax.numpy.asarray, random_params(base_config))
-    state = train_state.create(params, optimizer)
+    state = create_state(params, optimizer)
     batch = on_device(make_batch(base_config))
     _, report = jax.jit(make_train_step(base_config, optimizer))(state, batch)
     loss, _ = stage.loss_fn(state.params, batch, step_key(base_config, 0), base_config)
