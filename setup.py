@@ -1,12 +1,36 @@
 """Metadata of imagen_jax; exact tested versions are in constraints.txt."""
 
 import pathlib
+import shutil
 
 import setuptools
+from setuptools.command.build_py import build_py
 
 HERE = pathlib.Path(__file__).parent
 VERSION = {}
 exec((HERE / "imagen_jax" / "__init__.py").read_text(), VERSION)
+
+# Copied into a wheel as imagen_jax/_bundled; `imagen configs --copy-to=DIR` writes them out again.
+BUNDLED = ("configs", "launch", "constraints.txt")
+
+
+class BuildWithBundle(build_py):
+    """build_py that adds the top-level folders to a wheel; an editable install reads them here."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        bundle = pathlib.Path(self.build_lib) / "imagen_jax" / "_bundled"
+        shutil.rmtree(bundle, ignore_errors=True)
+        bundle.mkdir(parents=True)
+        for name in BUNDLED:
+            if (HERE / name).is_dir():
+                ignore = shutil.ignore_patterns("__pycache__")
+                shutil.copytree(HERE / name, bundle / name, ignore=ignore)
+            else:
+                shutil.copy(HERE / name, bundle / name)
+
 
 setuptools.setup(
     name="imagen_jax",
@@ -15,14 +39,28 @@ setuptools.setup(
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.11,<3.13",
+    python_requires=">=3.11,<3.14",
     packages=setuptools.find_packages(include=["imagen_jax", "imagen_jax.*"]),
     package_data={
-        "imagen_jax.data": ["fonts/*"],
-        "imagen_jax.evaluation": ["page/*"],
+        "imagen_jax.evaluation.raters": ["page/*"],
         "imagen_jax.serving": ["page/*"],
+        "imagen_jax.worlds.shapes": ["fonts/*"],
     },
-    entry_points={"console_scripts": ["imagen = imagen_jax.cli.run:main"]},
+    cmdclass={"build_py": BuildWithBundle},
+    entry_points={
+        "console_scripts": ["imagen = imagen_jax.cli.main:main"],
+        # imagen_jax.config.plugins finds these names; a package of your own adds its names alike.
+        "imagen_jax.text_encoders": [
+            "shapes_oracle = imagen_jax.worlds.shapes.oracle_encoder:load",
+        ],
+        "imagen_jax.tfds_builders": [
+            "shapes_world = imagen_jax.worlds.shapes.builder:ShapesWorld",
+            "shapes_world256 = imagen_jax.worlds.shapes.builder:ShapesWorld256",
+            "shapes_relations = imagen_jax.worlds.shapes.builder:ShapesRelations",
+            "shapes_words = imagen_jax.worlds.shapes.builder:ShapesWords",
+        ],
+        "imagen_jax.scorers": ["shapes = imagen_jax.worlds.shapes.scorer:SCORER"],
+    },
     install_requires=[
         "jax>=0.10,<0.12",
         "flax>=0.12,<0.13",
@@ -55,12 +93,15 @@ setuptools.setup(
         "clip": ["tokenizers>=0.22,<0.24"],
         # The page and the JSON API (imagen serve).
         "serve": ["starlette>=1.10,<2", "uvicorn>=0.54"],
+        # Charts (evaluate sweep, evaluate rate_score).
+        "eval": ["matplotlib>=3.10,<4"],
         # What tests (importorskip) and benchmarks compare with; never needed.
         "peers": ["torch", "transformers", "diffusers", "imagen-pytorch"],
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         "cuda": ["jax[cuda13]>=0.10,<0.12"],
         "dev": [
             "beartype>=0.23",
+            "matplotlib>=3.10,<4",
             "pyarrow>=20",
             "pytest>=9",
             "pytest-xdist>=3.8",
