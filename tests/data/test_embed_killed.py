@@ -30,7 +30,7 @@ from imagen_jax.config import overrides
 from imagen_jax.config.schema import Config
 
 def get_config(name=""):
-    c = config_io.to_config_dict(Config())
+    c = overrides.to_config_dict(Config())
     c.data.kind = "folder"
     c.data.loader = "numpy"
     c.data.path = {path!r} + "/" + (name or "pictures")

@@ -27,7 +27,7 @@ RUN = [b for b in ALL if b.kind == "run"]
 PRELUDE = """
 from imagen_jax.config import overrides
 from imagen_jax.config.schema import Config
-c = config_io.to_config_dict(Config())
+c = overrides.to_config_dict(Config())
 """
 TINY = """
 import importlib.util
