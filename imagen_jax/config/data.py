@@ -17,25 +17,41 @@ MAX_BLOCK = 10_000  # Examples within which a mixture's rates hold exactly.
 class SourceConfig:
     """One source of captioned pictures."""
 
-    kind: str = doc("tfds", "Kind of source: tfds, folder, tfrecord, webdataset or parquet.")
+    kind: str = doc(
+        "tfds", "Kind of source: tfds, folder, tfrecord, webdataset or parquet.", compiled=False
+    )
     path: str = doc(
         "",
         "tfds: the data_dir that holds the builder's files; folder: the folder; tfrecord, "
         "webdataset, parquet: a file, a folder of them or a pattern with *; a mixture's source: "
         "empty for config.data.path.",
+        learns=False,
+        compiled=False,
     )
-    name: str = doc("shapes_world", "tfds: BUILDER, BUILDER/CONFIG, either with :VERSION.")
-    split: str = doc("train", "tfds: split to read.")
-    image_key: str = doc("image", "tfds, tfrecord, parquet: name of the encoded picture.")
+    name: str = doc(
+        "shapes_world", "tfds: BUILDER, BUILDER/CONFIG, either with :VERSION.", compiled=False
+    )
+    split: str = doc("train", "tfds: split to read.", compiled=False)
+    image_key: str = doc(
+        "image", "tfds, tfrecord, parquet: name of the encoded picture.", compiled=False
+    )
     caption_key: str = doc(
         "caption",
         "tfds, tfrecord, parquet: name of the text, nested ones as captions/text; webdataset: "
         "field of the .json. Where a picture has several captions one is drawn in every epoch.",
+        compiled=False,
     )
-    min_size: int = doc(0, "Pictures with a shorter side are quarantined, pixels.")
-    max_quarantined: float = doc(0.05, "Share of unusable records above which a run stops, 0..1.")
+    min_size: int = doc(0, "Pictures with a shorter side are quarantined, pixels.", compiled=False)
+    max_quarantined: float = doc(
+        0.05,
+        "Share of unusable records above which a run stops, 0..1.",
+        learns=False,
+        compiled=False,
+    )
     check: str = doc(
-        "decode", "What the index pass does with every picture: decode it, or read its header."
+        "decode",
+        "What the index pass does with every picture: decode it, or read its header.",
+        learns=False,
     )
 
     def __post_init__(self) -> None:
@@ -91,7 +107,9 @@ class DataConfig(SourceConfig):
     )
     image_size: int = doc(64, "Side of the picture the stage learns to draw, pixels.")
     lowres_size: int = doc(0, "Side of the low-resolution conditioning picture, pixels; 0: none.")
-    resize_filter: str = doc("box", "Antialiased resize filter: box, bilinear, bicubic or lanczos.")
+    resize_filter: str = doc(
+        "box", "Antialiased resize filter: box, bilinear, bicubic or lanczos.", compiled=False
+    )
     fit: str = doc(
         "center_crop",
         "How a picture becomes a square: center_crop, random_crop (a square as large as possible, "
@@ -105,12 +123,23 @@ class DataConfig(SourceConfig):
     flip: bool = doc(
         False, "Mirror half of the examples, but none whose caption speaks of left or right."
     )
-    embeddings: str = doc("", "Folder of the embedding store written by `embed`.")
-    fingerprint: str = doc("", "Set by `train`: which records were learned from, in which order.")
+    embeddings: str = doc(
+        "", "Folder of the embedding store written by `embed`.", learns=False, compiled=False
+    )
+    fingerprint: str = doc(
+        "", "Set by `train`: which records were learned from, in which order.", compiled=False
+    )
     batch_size: int = doc(32, "Pictures per step over all devices and hosts.")
     max_text_len: int = doc(32, "Text tokens a batch is padded or cut to.")
-    loader: str = doc("seqio", "seqio (tf.data) or numpy (same batches without TensorFlow).")
-    prefetch: int = doc(2, "Batches prepared ahead of the step, side by side.")
+    loader: str = doc(
+        "seqio",
+        "seqio (tf.data) or numpy (same batches without TensorFlow).",
+        learns=False,
+        compiled=False,
+    )
+    prefetch: int = doc(
+        2, "Batches prepared ahead of the step, side by side.", learns=False, compiled=False
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -7,96 +7,27 @@ that help texts and the reference are generated from here.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from imagen_jax.config.data import ComponentConfig, DataConfig, SourceConfig
 from imagen_jax.config.fields import ConfigError, doc, section, unknown_name
 from imagen_jax.config.fields import check_choice as _check_choice
 from imagen_jax.config.sampling import SamplingConfig
+from imagen_jax.config.text import EmbedConfig, PretrainTextConfig, T5Config, TextConfig
 
 __all__ = [
     "ComponentConfig",
     "ConfigError",
     "DataConfig",
+    "EmbedConfig",
+    "PretrainTextConfig",
     "SamplingConfig",
     "SourceConfig",
+    "T5Config",
+    "TextConfig",
     "unknown_name",
 ]
-
-
-@dataclasses.dataclass(frozen=True)
-class TextConfig:
-    """The frozen text encoder."""
-
-    encoder: str = doc("t5", "Row of text.TEXT_ENCODERS.")
-    path: str = doc(
-        "",
-        "Folder of the encoder's weights: Hugging Face layout, or t5x (any tensorstore address).",
-    )
-    vocabulary: str = doc("", "SentencePiece file; '': spiece.model in, or beside, the folder.")
-    preset: str = doc("", "Row of models.t5.T5_PRESETS; '': the shape is read from the folder.")
-    dtype: str = doc("float32", "Of the encoder's parameters and activations: float32, bfloat16.")
-    on_the_fly: bool = doc(False, "Encode captions while training; data.embeddings is not read.")
-    max_len: int = doc(32, "Longest prompt, tokens including the end mark; longer ones are cut.")
-    fingerprint: str = doc("", "Set by `train`: which encoder made the embeddings learned from.")
-
-    def __post_init__(self) -> None:
-        _check_choice("text.dtype", self.dtype, ("float32", "bfloat16"))
-        if self.on_the_fly and not self.path:
-            raise ConfigError("config.text.on_the_fly=True needs an encoder: set config.text.path")
-
-
-@dataclasses.dataclass(frozen=True)
-class T5Config:
-    """Shape of a T5 encoder, v1.1 by default (Raffel et al. 2020; names as in t5x)."""
-
-    vocab_size: int = doc(32128, "Rows of the embedding table.")
-    emb_dim: int = doc(512, "Width of the residual stream.")
-    num_layers: int = doc(8, "Encoder layers.")
-    num_heads: int = doc(6, "Attention heads.")
-    head_dim: int = doc(64, "Channels per head.")
-    mlp_dim: int = doc(1024, "Hidden width of the feed-forward layer.")
-    mlp_activations: tuple[str, ...] = doc(
-        ("gelu", "linear"), "(gelu, linear): gated as in v1.1; (relu,): as in the original T5."
-    )
-    relative_buckets: int = doc(32, "Buckets of the relative position bias.")
-    relative_max_distance: int = doc(128, "Distance from which all positions share a bucket.")
-    norm_eps: float = doc(1e-6, "Epsilon of the RMS norm.")
-    dtype: str = doc("float32", "Activation dtype.")
-
-
-@dataclasses.dataclass(frozen=True)
-class PretrainTextConfig:
-    """Pre-training of a small T5 encoder from captions alone (`pretrain_text`)."""
-
-    vocab_size: int = doc(1000, "Wanted SentencePiece pieces; fewer when the text has fewer.")
-    emb_dim: int = doc(128, "Width of the encoder.")
-    num_layers: int = doc(4, "Encoder layers.")
-    num_heads: int = doc(4, "Attention heads.")
-    mlp_dim: int = doc(256, "Hidden width of the gated feed-forward layer.")
-    steps: int = doc(400, "Training steps.")
-    batch_size: int = doc(64, "Captions per step.")
-    learning_rate: float = doc(3e-3, "Peak learning rate of Adam.")
-    context: int = doc(2, "Every word's vector predicts the words up to this far to each side.")
-    corpus: str = doc(
-        "", "JSON lines, each a list of paraphrases; '': the captions of each training picture."
-    )
-    max_groups: int = doc(20_000, "Pictures, or lines of the corpus, that are read.")
-
-
-@dataclasses.dataclass(frozen=True)
-class EmbedConfig:
-    """The ragged embedding store (`embed`)."""
-
-    unit_size: int = doc(256, "Unique captions per unit of work, the piece that is written whole.")
-    dtype: str = doc("bfloat16", "Stored numbers: bfloat16, or int8 (half; error: see manifest).")
-    patience: float = doc(60.0, "Seconds of silence after which another worker takes over a unit.")
-
-    def __post_init__(self) -> None:
-        _check_choice("embed.dtype", self.dtype, ("bfloat16", "int8"))
-        if self.unit_size < 1:
-            raise ConfigError(f"config.embed.unit_size={self.unit_size} must be at least 1")
-        if not self.patience > 0:
-            raise ConfigError(f"config.embed.patience={self.patience} must be above 0 seconds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +83,10 @@ class ModelConfig:
         (), "efficient_unet: whether each level starts with a strided convolution; (): all do."
     )
     embed_dim: int = doc(0, "Width of the time and pooled-text embedding; 0: 4 * channels[0].")
-    skip_scale: float = doc(1.0, "Factor on skip connections (the Efficient U-Net: 2**-0.5).")
+    skip_scale: float | None = doc(
+        None,
+        "Factor on skip connections; None: the network's own (unet 1, efficient_unet 2**-0.5).",
+    )
     dropout: float = doc(0.0, "Dropout in the residual blocks, 0..1.")
     lowres: bool = doc(False, "Whether the input carries a low-resolution picture (SR stages).")
     lowres_residual: bool = doc(False, "Add the low-resolution picture to the output (x0 only).")
@@ -165,7 +99,13 @@ class ModelConfig:
         "none",
         "What the backward pass computes again instead of keeping it: none, blocks (inside each "
         "residual and attention block) or full (inside whole levels, and their blocks in turn).",
+        learns=False,
     )
+
+    def with_defaults(self, defaults: Mapping[str, Any]) -> ModelConfig:
+        """The same with `defaults`, a network's own values, in place of fields that are None."""
+        own = {name: value for name, value in defaults.items() if getattr(self, name) is None}
+        return dataclasses.replace(self, **own)
 
     def __post_init__(self) -> None:
         _check_choice("model.name", self.name, ("unet", "efficient_unet"))
@@ -288,7 +228,10 @@ class EmaConfig:
         "each as large as the parameters, for example (0.05, 0.1), 0..0.28; (): none.",
     )
     snapshot_every: int = doc(
-        0, "Steps between snapshots of the power-function averages, besides the last; 0: none."
+        0,
+        "Steps between snapshots of the power-function averages, besides the last; 0: none.",
+        learns=False,
+        compiled=False,
     )
 
     def __post_init__(self) -> None:
@@ -315,14 +258,37 @@ class TrainConfig:
     """Length of the run and what is reported on the way."""
 
     steps: int = doc(2_500_000, "Training steps.")
-    accumulation: int = doc(1, "Parts a batch is split into, one after the other, to save memory.")
+    accumulation: int = doc(
+        1, "Parts a batch is split into, one after the other, to save memory.", learns=False
+    )
     init_from: str = doc("", "Stage folder whose parameters a new run starts from; empty: none.")
-    overfit_batch: bool = doc(False, "Repeat the first batch, then draw it: can it learn at all.")
-    nan_patience: int = doc(10, "Steps in a row that may not be finite before a roll-back.")
-    rollbacks: int = doc(1, "Roll-backs to the last checkpoint before the run gives up.")
-    profile_at: int = doc(0, "Step from which a profile is taken; 0: only when SIGUSR1 asks.")
-    log_every: int = doc(100, "Steps between progress lines and metric rows.")
-    sample_every: int = doc(0, "Steps between sample grids in TensorBoard; 0: none.")
+    overfit_batch: bool = doc(
+        False, "Repeat the first batch, then draw it: can it learn at all.", compiled=False
+    )
+    nan_patience: int = doc(
+        10,
+        "Steps in a row that may not be finite before a roll-back.",
+        learns=False,
+        compiled=False,
+    )
+    rollbacks: int = doc(
+        1,
+        "Roll-backs to the last checkpoint before the run gives up.",
+        learns=False,
+        compiled=False,
+    )
+    profile_at: int = doc(
+        0,
+        "Step from which a profile is taken; 0: only when SIGUSR1 asks.",
+        learns=False,
+        compiled=False,
+    )
+    log_every: int = doc(
+        100, "Steps between progress lines and metric rows.", learns=False, compiled=False
+    )
+    sample_every: int = doc(
+        0, "Steps between sample grids in TensorBoard; 0: none.", learns=False, compiled=False
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -343,27 +309,33 @@ class MeshConfig:
     data: int = doc(-1, "Devices along the data axis; -1: all that are left.")
     fsdp: int = doc(1, "Devices along the fsdp axis: batch and parameters are both split.")
     tensor: int = doc(1, "Devices along the tensor axis: channels are split.")
-    cpu_devices: int = doc(1, "Virtual devices made of the host's cores where no accelerator is.")
+    cpu_devices: int = doc(
+        1, "Virtual devices made of the host's cores where no accelerator is.", compiled=False
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """One stage of a cascade: its data, text encoder, network, process, training and sampling."""
 
-    name: str = doc("stage", "Name of the stage, used in reports.")
+    name: str = doc("stage", "Name of the stage, used in reports.", learns=False, compiled=False)
     seed: int = doc(0, "Seed of initialisation, data order, noise and drop-out.")
     data: DataConfig = section(DataConfig, "Pictures and captions.")
     text: TextConfig = section(TextConfig, "Frozen text encoder.")
-    pretrain_text: PretrainTextConfig = section(PretrainTextConfig, "Training of a small encoder.")
-    embed: EmbedConfig = section(EmbedConfig, "Embedding store.")
+    pretrain_text: PretrainTextConfig = section(
+        PretrainTextConfig, "Training of a small encoder.", learns=False, compiled=False
+    )
+    embed: EmbedConfig = section(EmbedConfig, "Embedding store.", learns=False, compiled=False)
     model: ModelConfig = section(ModelConfig, "U-Net.")
     diffusion: DiffusionConfig = section(DiffusionConfig, "Noise process and loss.")
     optimizer: OptimizerConfig = section(OptimizerConfig, "Optimizer.")
     ema: EmaConfig = section(EmaConfig, "Moving average.")
     train: TrainConfig = section(TrainConfig, "Training run.")
-    checkpoint: CheckpointConfig = section(CheckpointConfig, "Checkpoints.")
-    mesh: MeshConfig = section(MeshConfig, "Devices.")
-    sampling: SamplingConfig = section(SamplingConfig, "Drawing.")
+    checkpoint: CheckpointConfig = section(
+        CheckpointConfig, "Checkpoints.", learns=False, compiled=False
+    )
+    mesh: MeshConfig = section(MeshConfig, "Devices.", learns=False)
+    sampling: SamplingConfig = section(SamplingConfig, "Drawing.", learns=False, compiled=False)
 
     def __post_init__(self) -> None:
         if self.model.lowres != bool(self.data.lowres_size):

@@ -1,9 +1,8 @@
-"""A noise-aware classifier, p(c | z, logsnr): the guide of classifier guidance.
+"""A noise-aware classifier p(c | z, logsnr) for classifier guidance.
 
-Half a U-Net, as in Dhariwal & Nichol 2021 (arXiv:2105.05233, Sec. 4 and App. H): the encoder of
-`unet.UNet` without text, then a pooled vector and one set of logits for each thing that is asked
-(colour, shape, ...), which are taken as independent given the picture. `guidance.classifier` turns
-the gradient of its `log_prob` into guidance.
+The encoder of `unet.UNet` without text, as in Dhariwal & Nichol 2021 (arXiv:2105.05233, Sec. 4 and
+App. H), then a pooled vector and one set of logits per attribute (colour, shape, ...). Attributes
+are independent given the image. `guidance.classifier` uses the gradient of `log_prob`.
 """
 
 from __future__ import annotations
@@ -17,19 +16,19 @@ from jaxtyping import Array, Float, Int, Key
 
 from imagen_jax.config.schema import DiffusionConfig, ModelConfig
 from imagen_jax.diffusion import process as diffusion
-from imagen_jax.models import layers
+from imagen_jax.models import attention, layers
 from imagen_jax.models.conditioning import NoiseEmbedding, TextPooling
 
 
 class Classifier(nn.Module):
-    """Logits of several classifications of one noisy picture.
+    """Logits of several attributes of a noisy image.
 
-    The pixels of the last level are pooled by attention, as in the paper, by the very layer that
-    pools text tokens elsewhere.
+    The pixels of the last level are pooled by attention, as in the paper, with the layer that pools
+    text tokens in the U-Nets.
 
     Attributes:
-      config: shape of the encoder; its fields of text, decoder and output are not looked at.
-      classes: number of classes of each classification.
+      config: shape of the encoder; its text, decoder and output fields are ignored.
+      classes: number of classes of each attribute.
     """
 
     config: ModelConfig
@@ -39,10 +38,10 @@ class Classifier(nn.Module):
     def __call__(
         self, z: Float[Array, "b h w c"], logsnr: Float[Array, " b"], train: bool = False
     ) -> tuple[Float[Array, "b _"], ...]:
-        """The logits [B, N] of each classification.
+        """The logits [B, N] of each attribute.
 
         Args:
-          z: noisy pictures.
+          z: noisy images.
           logsnr: their noise level, nats.
           train: whether dropout is active.
         """
@@ -55,14 +54,16 @@ class Classifier(nn.Module):
             for j in range(cfg.num_res_blocks[i]):
                 x = layers.ResBlock(cfg, features, name=f"down_{i}_{j}")(x, embedding, train)
                 if cfg.self_attention[i]:
-                    x = layers.AttentionBlock(cfg, True, name=f"attention_{i}_{j}")(x, None, None)
+                    x = attention.AttentionBlock(cfg, True, name=f"attention_{i}_{j}")(
+                        x, None, None
+                    )
             if i < len(cfg.channels) - 1:
                 block = layers.ResBlock(cfg, features, "down", name=f"down_{i}_resample")
                 x = block(x, embedding, train)
         x = layers.ACTIVATIONS[cfg.activation](layers.group_norm(cfg.num_groups, "norm_out")(x))
         tokens = x.astype(jnp.float32).reshape(x.shape[0], -1, x.shape[-1])
-        everywhere = jnp.ones(tokens.shape[:2], bool)
-        pooled = TextPooling(cfg.channels[-1], "attention", name="pooling")(tokens, everywhere)
+        mask = jnp.ones(tokens.shape[:2], bool)
+        pooled = TextPooling(cfg.channels[-1], "attention", name="pooling")(tokens, mask)
         return tuple(
             layers.dense(count, f"logits_{k}", zero_init=True)(pooled)
             for k, count in enumerate(self.classes)
@@ -72,11 +73,11 @@ class Classifier(nn.Module):
 def log_prob(
     logits: tuple[Float[Array, "b _"], ...], labels: Int[Array, "b k"]
 ) -> Float[Array, " b"]:
-    """log p(labels | z) in nats: the sum over those that are asked; -1: this one is not."""
+    """log p(labels | z) in nats, summed over attributes; a label of -1 is left out of the sum."""
     total = jnp.zeros(labels.shape[0])
-    for one, label in zip(logits, labels.T, strict=True):
-        chosen = jnp.take_along_axis(jax.nn.log_softmax(one), jnp.maximum(label, 0)[:, None], 1)
-        total += jnp.where(label < 0, 0.0, chosen[:, 0])
+    for scores, label in zip(logits, labels.T, strict=True):
+        log_p = jnp.take_along_axis(jax.nn.log_softmax(scores), jnp.maximum(label, 0)[:, None], 1)
+        total += jnp.where(label < 0, 0.0, log_p[:, 0])
     return total
 
 
@@ -88,15 +89,15 @@ def loss_fn(
     key: Key[Array, ""],
     process: DiffusionConfig,
 ) -> Float[Array, ""]:
-    """Mean -log p(labels | z) in nats, z at a uniform time of the process of the guided stage.
+    """Mean -log p(labels | z) in nats, at timesteps uniform in [0, 1].
 
     Args:
-      params: of the network.
+      params: parameters of `network`.
       network: the classifier.
-      x0: clean pictures in [-1, 1].
-      labels: the class of each classification; -1: unknown.
-      key: of time and noise.
-      process: what the guided stage learned from.
+      x0: clean images in [-1, 1].
+      labels: the class of each attribute; -1: unknown.
+      key: PRNG key of timesteps and noise.
+      process: the noise process of the guided stage.
     """
     time_key, eps_key = jax.random.split(key)
     logsnr = diffusion.logsnr_at(diffusion.stratified_timesteps(time_key, x0.shape[0]), process)

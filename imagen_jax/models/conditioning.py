@@ -1,7 +1,7 @@
-"""What a U-Net is told beside its pictures: noise levels and text, as one embedding and as tokens.
+"""Conditioning of the U-Nets: one embedding of noise levels and pooled text, plus text tokens.
 
-Imagen's choices and those of DeepFloyd IF side by side, each a row of a table that `ModelConfig`
-names. IF was trained on 1000 discrete steps; here is the table that turns logsnr into them.
+`ModelConfig` selects Imagen's variants or those of DeepFloyd IF. IF was trained on 1000 discrete
+steps; `cosine_steps` is the table that maps logsnr to them.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from imagen_jax.config.schema import ModelConfig
-from imagen_jax.models import layers
+from imagen_jax.models import attention, layers
 
 
 def cosine_steps(count: int = 1000) -> Float[np.ndarray, " n"]:
-    """logsnr in nats of the steps 0 .. count-1 of the discrete cosine schedule, falling.
+    """logsnr in nats of the steps 0 .. count-1 of the discrete cosine schedule, decreasing.
 
     Nichol & Dhariwal 2021, Eq. 17: alpha_bar(t) = cos^2(pi/2 (t + 0.008) / 1.008), with each step's
     beta at most 0.999. DeepFloyd IF was trained on this table.
@@ -29,7 +29,7 @@ def cosine_steps(count: int = 1000) -> Float[np.ndarray, " n"]:
 
 
 def nearest_step(logsnr: Float[Array, " b"]) -> Float[Array, " b"]:
-    """The step of `cosine_steps` that is nearest in logsnr, as a float."""
+    """The step of `cosine_steps` with the nearest logsnr, as a float."""
     table = jnp.asarray(cosine_steps(), jnp.float32)
     return jnp.argmin(jnp.abs(table - logsnr[:, None]), axis=1).astype(jnp.float32)
 
@@ -45,11 +45,10 @@ class NoiseEmbedding(nn.Module):
     """Embeds logsnr [B] as [B, dim].
 
     time: logsnr is mapped to the cosine schedule's time, u = 2/pi atan(exp(-logsnr/2)) in [0, 1],
-    in which all levels are spread evenly, and scaled to 0..30: the shortest wavelength is then a
-    fifth of that range. (ADM's 0..1000 makes half of the features noise in a continuous time.)
-    Paper is silent on this.
+    and scaled to 0..30, so the shortest wavelength is a fifth of the range. (With ADM's 0..1000,
+    half of the features are noise for continuous times.) Paper is silent on this.
 
-    steps: the nearest of the 1000 discrete steps, in as many features as the first level has (IF).
+    steps: sinusoids of the nearest of the 1000 discrete steps, with channels[0] features (IF).
     """
 
     config: ModelConfig
@@ -70,8 +69,8 @@ class NoiseEmbedding(nn.Module):
 class TextPooling(nn.Module):
     """Pools text tokens [B, L, D] into one vector [B, dim] (Imagen, Sec. 2.5 and D.3.1).
 
-    attention: the masked mean of the tokens queries the tokens, several heads of 64 channels.
-    mean: the masked mean alone, through one linear layer (the paper's weaker option).
+    attention: the masked mean of the tokens is the query over the tokens, in heads of 64 channels.
+    mean: the masked mean through one linear layer (the paper's weaker variant).
     Paper is silent on heads and query.
     """
 
@@ -89,15 +88,15 @@ class TextPooling(nn.Module):
         heads = max(1, self.dim // 64)
         query = layers.dense(self.dim, "query")(mean)[:, None]
         key, value = jnp.split(layers.dense(2 * self.dim, "key_value")(text), 2, axis=-1)
-        pooled = layers.attend(query, key, value, heads=heads, mask=mask)
+        pooled = attention.attend(query, key, value, heads=heads, mask=mask)
         return layers.dense(self.dim, "out")(pooled[:, 0])
 
 
 class TokenPooling(nn.Module):
-    """IF's pooling: a token of its own, mean plus a learned vector, attends to all and itself.
+    """IF's pooling: an extra token, the mean plus a learned vector, attends to all tokens.
 
-    LayerNorm before and after. The mask is not asked: IF was trained on captions padded to a fixed
-    length, whose padding its pooling sees.
+    LayerNorm before and after. The mask is ignored, because IF was trained on captions padded to a
+    fixed length and pools over the padding.
     """
 
     dim: int
@@ -115,17 +114,17 @@ class TokenPooling(nn.Module):
         query = layers.dense(width, "query")(token)
         pairs = layers.dense(2 * width, "key_value")(jnp.concatenate([token, text], axis=1))
         key, value = jnp.split(pairs, 2, axis=-1)
-        pooled = layers.attend(query, key, value, heads=self.heads, mask=None)
+        pooled = attention.attend(query, key, value, heads=self.heads, mask=None)
         return nn.LayerNorm(epsilon=1e-5, name="norm_out")(
             layers.dense(self.dim, "out")(pooled[:, 0])
         )
 
 
-class Conditioning(nn.Module):
-    """The embedding [B, dim] of noise level, pooled text and low-res noise level; and the tokens.
+class ConditioningEmbedding(nn.Module):
+    """Embedding [B, dim] of noise level, pooled text and low-resolution noise level; text tokens.
 
-    LayerNorm on the text embeddings, before attention and before pooling, is a considerable gain
-    (Imagen, D.3.1). IF projects the tokens once instead and norms them in each attention block.
+    LayerNorm is applied to the text embeddings before attention and before pooling (Imagen, D.3.1).
+    IF projects the tokens once instead and normalises them in each attention block.
     """
 
     config: ModelConfig

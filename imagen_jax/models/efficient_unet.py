@@ -1,11 +1,12 @@
 """The Efficient U-Net of the super-resolution stages (Imagen, App. B and F.2, Fig. A.27-A.30).
 
-Parameters sit at low resolution: each level downsamples before its convolutions and upsamples after
-them; one skip per level, added and scaled by 1/sqrt(2); no middle block.
+Each level downsamples before its convolutions and upsamples after them, so most parameters act at
+low resolution. One skip per level, scaled by 1/sqrt(2) and added; no middle block.
 """
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -13,16 +14,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from imagen_jax.config.schema import ModelConfig
-from imagen_jax.models import layers
-from imagen_jax.models.conditioning import Conditioning
+from imagen_jax.models import attention, layers
+from imagen_jax.models.conditioning import ConditioningEmbedding
 
 
 class EfficientUNet(nn.Module):
-    """Predicts eps, x0 or v for one noisy picture, its noise level, text and low-res picture.
+    """Predicts eps, x0 or v of noisy images from noise level, text and low-resolution images.
 
     Attributes:
       config: shape of the network.
+      DEFAULTS: values of the fields of `config` that are None.
     """
+
+    DEFAULTS = types.MappingProxyType({"skip_scale": 2**-0.5})  # App. B
 
     config: ModelConfig
 
@@ -37,21 +41,23 @@ class EfficientUNet(nn.Module):
         train: bool = False,
     ) -> Float[Array, "b h w out"]:
         """The network's prediction; arguments as in `unet.UNet`."""
-        cfg = self.config
+        cfg = self.config.with_defaults(self.DEFAULTS)
         dtype = jnp.dtype(cfg.dtype)
-        embedding, text = Conditioning(cfg, name="cond")(logsnr, text_emb, text_mask, lowres_logsnr)
+        embedding, text = ConditioningEmbedding(cfg, name="cond")(
+            logsnr, text_emb, text_mask, lowres_logsnr
+        )
         strided = cfg.strided_stem or (True,) * len(cfg.channels)
 
         def blocks(x: Array, level: int, name: str) -> Array:
-            # The figures draw one CombineEmbs before the blocks; its configuration asks for
-            # scale-shift norm. Both are read as: every block's norm is modulated by the embedding.
+            # The figures show one CombineEmbs before the blocks; the configuration in App. F.2 sets
+            # scale-shift norm. Here the embedding modulates the norm of every block.
             block = layers.remat_block(layers.ResBlock, cfg.remat)
             for j in range(cfg.num_res_blocks[level]):
                 layer = block(
                     cfg, cfg.channels[level], always_project=True, name=f"{name}_{level}_{j}"
                 )
                 x = layer(x, embedding, train)
-            return layers.attention_blocks(
+            return attention.attention_blocks(
                 x,
                 text,
                 text_mask,

@@ -1,12 +1,13 @@
 """The base U-Net: ADM's (Dhariwal & Nichol 2021) with text in its attention (Imagen, App. F.1).
 
-Encoder, middle and decoder in reading order. Every output of the encoder is a skip connection;
-resolution changes inside BigGAN-style residual blocks.
+Encoder, middle and decoder. Every output of the encoder is a skip connection; BigGAN-style residual
+blocks change the resolution.
 """
 
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -15,16 +16,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from imagen_jax.config.schema import ModelConfig
-from imagen_jax.models import layers
-from imagen_jax.models.conditioning import Conditioning
+from imagen_jax.models import attention, layers
+from imagen_jax.models.conditioning import ConditioningEmbedding
 
 
 class UNet(nn.Module):
-    """Predicts eps, x0 or v for one noisy picture, its noise level and text.
+    """Predicts eps, x0 or v of noisy images from their noise level and text.
 
     Attributes:
       config: shape of the network.
+      DEFAULTS: values of the fields of `config` that are None.
     """
+
+    DEFAULTS = types.MappingProxyType({"skip_scale": 1.0})
 
     config: ModelConfig
 
@@ -41,23 +45,25 @@ class UNet(nn.Module):
         """The network's prediction.
 
         Args:
-          z: noisy pictures; an SR stage's upsampled low-res pictures follow in the last channels.
+          z: noisy images; the upsampled low-resolution images of an SR stage are the last channels.
           logsnr: noise level of z, nats.
-          text_emb: text embeddings; any values where `text_mask` is False.
+          text_emb: text embeddings; values where `text_mask` is False have no effect.
           text_mask: True at real tokens.
-          lowres_logsnr: noise level of the low-res pictures, nats; None for a base stage.
+          lowres_logsnr: noise level of the low-resolution images, nats; None for a base stage.
           train: whether dropout is active.
         """
-        cfg = self.config
+        cfg = self.config.with_defaults(self.DEFAULTS)
         dtype = jnp.dtype(cfg.dtype)
-        embedding, text = Conditioning(cfg, name="cond")(logsnr, text_emb, text_mask, lowres_logsnr)
+        embedding, text = ConditioningEmbedding(cfg, name="cond")(
+            logsnr, text_emb, text_mask, lowres_logsnr
+        )
 
         def res(x: Array, features: int, name: str, resample: str = "none") -> Array:
             block = layers.remat_block(layers.ResBlock, cfg.remat)
             return block(cfg, features, resample, name=name)(x, embedding, train)
 
-        def attention(x: Array, attends: tuple[bool, ...], name: str) -> Array:
-            return layers.attention_blocks(
+        def attend(x: Array, attends: tuple[bool, ...], name: str) -> Array:
+            return attention.attention_blocks(
                 x, text, text_mask, config=cfg, attends=attends, name=f"{name}_attention"
             )
 
@@ -68,7 +74,7 @@ class UNet(nn.Module):
             outputs = []
             for j in range(cfg.num_res_blocks[i]):
                 x = res(x, cfg.channels[i], f"down_{i}_{j}")
-                x = attention(x, attends[i], f"down_{i}_{j}")
+                x = attend(x, attends[i], f"down_{i}_{j}")
                 outputs.append(x)
             if i < last:
                 outputs.append(res(x, cfg.channels[i], f"down_{i}_resample", "down"))
@@ -76,14 +82,14 @@ class UNet(nn.Module):
 
         def middle(x: Array) -> Array:
             x = res(x, cfg.channels[last], "middle_in")
-            x = attention(x, cfg.middle_attention or attends[last], "middle")
+            x = attend(x, cfg.middle_attention or attends[last], "middle")
             return res(x, cfg.channels[last], "middle_out")
 
         def up(i: int, x: Array, skips: list[Array]) -> Array:
             for j, skip in enumerate(skips):
                 x = jnp.concatenate([x, skip * cfg.skip_scale], axis=-1)
                 x = res(x, cfg.channels[i], f"up_{i}_{j}")
-                x = attention(x, attends[i], f"up_{i}_{j}")
+                x = attend(x, attends[i], f"up_{i}_{j}")
             return res(x, cfg.channels[i], f"up_{i}_resample", "up") if i > 0 else x
 
         def level(run: Callable[..., Any], *arrays: Any) -> Any:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.special
 
-from imagen_jax.models import layers
+from imagen_jax.models import attention, layers
 
 
 def normal(*shape, seed=0, mean=0.0, std=1.0):
@@ -77,7 +77,7 @@ def test_attention(dtype, masked):
     mask = jnp.arange(7) < jnp.array([7, 4, 1])[:, None] if masked else None
 
     def ours(query, key, value):
-        return layers.softmax_attention(query, key, value, mask).astype(jnp.float32)
+        return attention.softmax_attention(query, key, value, mask).astype(jnp.float32)
 
     def theirs(query, key, value):
         wide = None if mask is None else mask[:, None, None]
@@ -93,13 +93,13 @@ def test_attention(dtype, masked):
 def test_attention_takes_nothing_from_masked_keys():
     """However large they are; where all are masked, all count alike."""
     query, key, value = (normal(1, n, 2, 8, seed=n) for n in (5, 7, 7))
-    none = layers.softmax_attention(query, key, value, jnp.zeros((1, 7), bool))
+    none = attention.softmax_attention(query, key, value, jnp.zeros((1, 7), bool))
     mean = jnp.broadcast_to(value.mean(1, keepdims=True), none.shape)
     np.testing.assert_allclose(none, mean, rtol=1e-5, atol=1e-6)
     mask = jnp.arange(7)[None] < 4
-    out = layers.softmax_attention(query, key, value, mask)
+    out = attention.softmax_attention(query, key, value, mask)
     key, value = (x.at[:, 4:].set(1e4) for x in (key, value))
-    np.testing.assert_array_equal(out, layers.softmax_attention(query, key, value, mask))
+    np.testing.assert_array_equal(out, attention.softmax_attention(query, key, value, mask))
 
 
 def test_dense_is_a_product_of_the_last_axis():

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from imagen_jax.config.schema import ModelConfig
-from imagen_jax.models import layers
+from imagen_jax.models import attention
 from imagen_jax.parallel import partitioning
-from imagen_jax.stages import stage
+from imagen_jax.stages.network import MODELS
 
 BATCH, SIZE, LENGTH, DIM = 2, 8, 4, 8
 
@@ -63,7 +63,7 @@ def random_like(shapes, seed: int = 0):
 
 def build(config: ModelConfig):
     """(apply(params, **arguments), random parameters) of a network."""
-    network = stage.MODELS[config.name](config)
+    network = MODELS[config.name](config)
     inputs = arguments(6 if config.lowres else 3)
     if not config.lowres:
         inputs["lowres_logsnr"] = None
@@ -116,7 +116,7 @@ def test_attention_knows_places_by_the_position_embedding_alone():
     swapped = x.reshape(1, 16, 8)[:, ::-1].reshape(x.shape)
     for positions in (False, True):
         config = dataclasses.replace(TINY, position_embedding=positions)
-        block = layers.AttentionBlock(config, pixels=True)
+        block = attention.AttentionBlock(config, pixels=True)
         shapes = jax.eval_shape(lambda b=block: b.init(jax.random.key(0), x, None, None))
         params = random_like(partitioning.unbox(shapes["params"]))
         out = block.apply({"params": params}, x, None, None)
@@ -137,7 +137,7 @@ def test_every_parameter_is_used():
         _, params = build(config)
         inputs = arguments(6 if lowres else 3)
         inputs["lowres_logsnr"] = inputs["lowres_logsnr"] if lowres else None
-        network = stage.MODELS[name](config)
+        network = MODELS[name](config)
 
         @jax.jit
         def gradient(params, network=network, inputs=inputs):
@@ -164,9 +164,24 @@ def test_a_fresh_residual_stage_answers_the_lowres_picture():
     np.testing.assert_array_equal(apply(params, inputs), inputs["z"][..., 3:])
 
 
+@pytest.mark.parametrize(("name", "own"), [("unet", 1.0), ("efficient_unet", 2**-0.5)])
+def test_skips_are_scaled_as_the_network_defines_unless_configured(name, own):
+    levels = dict.fromkeys(("self_attention", "cross_attention"), (False, False))
+    two_levels = dataclasses.replace(
+        TINY, name=name, channels=(8, 8), num_res_blocks=(1, 1), strided_stem=(), **levels
+    )
+    inputs = {**arguments(3), "lowres_logsnr": None}
+    outputs = {}
+    for scale in (None, 1.0, 2**-0.5):
+        apply, params = build(dataclasses.replace(two_levels, skip_scale=scale))
+        outputs[scale] = np.asarray(apply(params, inputs))
+    np.testing.assert_array_equal(outputs[None], outputs[own])
+    assert np.abs(outputs[1.0] - outputs[2**-0.5]).max() > 1e-3
+
+
 def count(config: ModelConfig, size: int = 16) -> tuple[int, tuple[int, ...]]:
     """Parameters and output shape, without running anything."""
-    network = stage.MODELS[config.name](config)
+    network = MODELS[config.name](config)
     inputs = {**arguments(6 if config.lowres else 3), "lowres_logsnr": None}
     inputs["z"] = jnp.zeros((BATCH, size, size, inputs["z"].shape[-1]))
     if config.lowres:
@@ -180,7 +195,7 @@ def count(config: ModelConfig, size: int = 16) -> tuple[int, tuple[int, ...]]:
     list(itertools.product(["concat", "cross", "none"], ["attention", "mean"], [1, 2])),
 )
 def test_every_mode_of_two_levels_builds(conditioning, pooling, patch_size):
-    for name in stage.MODELS:
+    for name in MODELS:
         config = dataclasses.replace(
             TINY,
             name=name,
@@ -204,7 +219,7 @@ def test_remat_keeps_less_and_changes_nothing(name):
         config = dataclasses.replace(
             TINY, name=name, num_res_blocks=(2,), dropout=0.1, remat=remat, dtype="float32"
         )
-        network = stage.MODELS[name](config)
+        network = MODELS[name](config)
         inputs = {**arguments(3), "lowres_logsnr": None}
         shapes = jax.eval_shape(lambda n=network, i=inputs: n.init(jax.random.key(0), **i))
         params = random_like(partitioning.unbox(shapes["params"]))
@@ -229,7 +244,7 @@ def test_attention_on_gpus_goes_to_cudnn_where_it_can():
     shapes = {"half": (4, 64, 2, 64), "odd": (4, 63, 2, 64), "wide": (4, 64, 2, 256)}
     one, odd, wide = (jnp.zeros(shape, jnp.bfloat16) for shape in shapes.values())
     single = one.astype(jnp.float32)
-    choose = layers.attention_implementation
+    choose = attention.attention_implementation
     assert choose(one, one, "gpu") == "cudnn"
     for query, key, backend in [
         (one, one, "cpu"),
@@ -260,13 +275,13 @@ def test_number_of_parameters_of_the_base_unet():
         )
 
     # norm, query, key and value of pixels, key and value of text, output
-    attention = 2 * 8 + linear(8, 8) + linear(8, 16) + linear(DIM, 16) + linear(8, 8)
+    attends = 2 * 8 + linear(8, 8) + linear(8, 16) + linear(DIM, 16) + linear(8, 8)
     noise = 2 * linear(16, 16)
     pooling = linear(DIM, 16) + linear(DIM, 32) + linear(16, 16)
     text = 2 * 2 * DIM + pooling
-    down = res(8, 8) + attention
-    middle = res(8, 8) + attention + res(8, 8)
-    up = 2 * (res(16, 8) + attention)
+    down = res(8, 8) + attends
+    middle = res(8, 8) + attends + res(8, 8)
+    up = 2 * (res(16, 8) + attends)
     ends = linear(3, 8, 3) + 2 * 8 + linear(8, 3, 3)
     assert count(TINY)[0] == noise + text + down + middle + up + ends
 
@@ -282,9 +297,9 @@ def convolutions(jaxpr) -> list:
     return found
 
 
-@pytest.mark.parametrize("name", list(stage.MODELS))
+@pytest.mark.parametrize("name", list(MODELS))
 def test_bfloat16_is_the_dtype_of_the_work_and_float32_that_of_parameters(name):
-    network = stage.MODELS[name](dataclasses.replace(TINY, name=name, dtype="bfloat16"))
+    network = MODELS[name](dataclasses.replace(TINY, name=name, dtype="bfloat16"))
     inputs = {**arguments(3), "lowres_logsnr": None}
     variables = jax.eval_shape(lambda: network.init(jax.random.key(0), **inputs))
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from imagen_jax.config.schema import ModelConfig
-from imagen_jax.models import layers
+from imagen_jax.models import attention
 from imagen_jax.models.unet import UNet
 from imagen_jax.parallel import partitioning
 
@@ -48,7 +48,7 @@ def attention_and_gradient(dtype, mask):
     weights = normal(9, *shapes[0])
 
     def total(q, k, v):
-        out = layers.attend(q, k, v, heads=2, mask=mask).astype(jnp.float32)
+        out = attention.attend(q, k, v, heads=2, mask=mask).astype(jnp.float32)
         return jnp.sum(out * weights), out
 
     gradient, out = jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(*given)
@@ -62,7 +62,7 @@ def test_fused_attention_is_attention(masked):
         mask = mask.at[:, 256:].set(jnp.arange(TOKENS) < jnp.array([[32], [7], [1], [0]]))
     q = jax.ShapeDtypeStruct((BATCH, 256, 2, 64), jnp.bfloat16)
     k = jax.ShapeDtypeStruct((BATCH, 256 + TOKENS, 2, 64), jnp.bfloat16)
-    assert layers.attention_implementation(q, k, "gpu") == "cudnn"
+    assert attention.attention_implementation(q, k, "gpu") == "cudnn"
     with jax.default_matmul_precision("highest"):
         expected = attention_and_gradient(jnp.float32, mask)
     found = attention_and_gradient(jnp.bfloat16, mask)
