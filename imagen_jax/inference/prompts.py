@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
-import json
 import pathlib
 from typing import Any
+
+from imagen_jax.io import jsonl
 
 
 class PromptError(ValueError):
@@ -31,6 +32,10 @@ def read(path: str) -> list[dict[str, Any]]:
         raise PromptError(f"--prompts={path}: must end in {', '.join(readers)}")
     try:
         rows = readers[file.suffix](file)
+    except jsonl.JsonLinesError as error:
+        raise PromptError(
+            f"--prompts={path}: line {error.line} is not JSON ({error.__cause__})"
+        ) from error
     except UnicodeDecodeError as error:
         raise PromptError(f"--prompts={path}: not UTF-8 text ({error})") from error
     if not rows:
@@ -39,7 +44,7 @@ def read(path: str) -> list[dict[str, Any]]:
 
 
 def _read_txt(file: pathlib.Path) -> list[dict[str, Any]]:
-    lines = file.read_text(encoding="utf-8-sig").splitlines()
+    lines = jsonl.split_lines(file.read_text(encoding="utf-8-sig"))
     return [{"prompt": line.strip()} for line in lines if line.strip()]
 
 
@@ -58,13 +63,7 @@ def _read_csv(file: pathlib.Path) -> list[dict[str, Any]]:
 
 def _read_jsonl(file: pathlib.Path) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise PromptError(f"--prompts={file}: line {number} is not JSON ({error})") from error
+    for number, row in jsonl.read(file):
         prompt = row.get("prompt") if isinstance(row, dict) else None
         if not isinstance(prompt, str) or not prompt:
             raise PromptError(f"--prompts={file}: line {number} has no text field `prompt`")

@@ -7,7 +7,6 @@ file, `text` or `caption`, a string or a list) or from `NAME.txt` beside a pictu
 from __future__ import annotations
 
 import errno
-import json
 import os
 import pathlib
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from imagen_jax.config.fields import ConfigError
 from imagen_jax.data.index.table import Location
 from imagen_jax.data.sources.files import CACHE
 from imagen_jax.data.sources.records import Item, lines_of, texts_of
+from imagen_jax.io import jsonl
 
 PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 # Files that commonly lie beside pictures and are no records: captions, tables, notes.
@@ -131,14 +131,7 @@ def _metadata(
     root: pathlib.Path, path: pathlib.PurePosixPath
 ) -> Iterator[tuple[str, str, tuple[str, ...]]]:
     """(row name, picture name or "", captions) for each row of a metadata file."""
-    lines = (root / path).read_text("utf-8-sig", errors="replace").splitlines()
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            row = None
+    for number, row in jsonl.read(root / path, errors="replace", default=None):
         if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
             yield f"{path}:{number}", "", ()
             continue

@@ -17,7 +17,7 @@ from jaxtyping import Int, UInt8
 
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.data.index.table import Location
-from imagen_jax.io import images
+from imagen_jax.io import images, jsonl
 
 SMALLEST_SIDE = 8  # Pixels; smaller pictures are placeholders and tracking pixels, not content.
 LONG_CAPTION = 256  # Words; T5 learned from 512 tokens, Imagen from fewer.
@@ -195,7 +195,7 @@ def texts_of(value: Any) -> tuple[str, ...]:
 
 def lines_of(text: str) -> tuple[str, ...]:
     """Captions from the text file of a picture: one per line."""
-    return tuple(text.splitlines() or [""])
+    return tuple(jsonl.split_lines(text) or [""])
 
 
 @runtime_checkable
