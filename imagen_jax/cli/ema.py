@@ -1,6 +1,6 @@
-"""Turns a run's snapshots into a stage folder whose EMA width is chosen now, after training.
+"""Exports a stage folder with an EMA width chosen after training (post-hoc EMA).
 
-The run must have had config.ema.profiles and config.ema.snapshot_every set.
+The run must have been trained with config.ema.profiles and config.ema.snapshot_every.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sigma_rel",
         required=True,
         type=float,
-        help="relative width of the average, above 0 and below 0.28: its standard deviation in "
-        "steps over the steps trained",
+        help="relative width of the average, above 0 and below 0.28: standard deviation of its "
+        "profile in steps, divided by --step",
     )
-    parser.add_argument("--step", type=int, help="where the average ends; default: last snapshot")
+    parser.add_argument(
+        "--step", type=int, help="last step of the average; default: that of the last snapshot"
+    )
     parser.add_argument("--out", required=True, help="stage folder to write")
 
 
 def run(flags: argparse.Namespace) -> None:
-    """Carries the verb out."""
+    """Runs the verb."""
     wiring.set_up_devices(1)
     export.export_average(flags.workdir, flags.out, sigma_rel=flags.sigma_rel, step=flags.step)

@@ -1,4 +1,4 @@
-"""Looks again at a training step that was not finite: `imagen replay --workdir=DIR --step=N`."""
+"""Replays a training step with non-finite loss: `imagen replay --workdir=DIR --step=N`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from imagen_jax.training.replay import replay
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
     parser.add_argument("--workdir", required=True, help="folder of the run")
-    parser.add_argument("--step", required=True, type=int, help="a fault in WORKDIR/faults")
+    parser.add_argument("--step", required=True, type=int, help="step saved in WORKDIR/faults")
 
 
 def run(flags: argparse.Namespace) -> None:
-    """Carries the verb out."""
+    """Runs the verb."""
     checkpoints = Checkpoints(flags.workdir, CheckpointConfig())
     config = checkpoints.newest_config()
     checkpoints.close()

@@ -1,6 +1,6 @@
-"""Trains one stage; the same command again goes on from the newest checkpoint.
+"""Trains one stage; the same command again resumes from the newest checkpoint.
 
-SIGTERM saves and ends with exit status 75: start the same command again. SIGUSR1 takes a profile.
+SIGTERM saves and exits with status 75: run the same command again. SIGUSR1 writes a profile.
 Several processes: see launch/, or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID.
 """
 
@@ -25,18 +25,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--allow_changes",
         metavar="FIELD[,FIELD...]",
         default="",
-        help="fields or sections in which the configuration may differ from the checkpoint's",
+        help="fields or sections of the configuration that may differ from the checkpoint's",
     )
     parser.add_argument(
         "--compiled",
         metavar="FILE",
         default="",
-        help="compiled step of `imagen plan --save=FILE`; loading it runs what is in it",
+        help="compiled step of `imagen plan --save=FILE`; it is executed as it is, so load only "
+        "files you trust",
     )
 
 
 def run(flags: argparse.Namespace) -> None:
-    """Carries the verb out."""
+    """Runs the verb."""
     with Preemption() as preemption:
         config = wiring.load_config(flags)
         distributed.initialize()
@@ -57,7 +58,7 @@ def run(flags: argparse.Namespace) -> None:
 
 
 def keep_compiled(workdir: str) -> None:
-    """Keeps compiled programs in the workdir, unless the user keeps them elsewhere."""
-    # JAX makes the attributes of its configuration as it goes.
+    """Sets JAX's compilation cache to WORKDIR/compiled unless the user has set one."""
+    # JAX defines the attributes of its configuration at run time.
     if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_compilation_cache_dir", os.path.join(workdir, "compiled"))

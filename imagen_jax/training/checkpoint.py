@@ -1,8 +1,8 @@
-"""Checkpoints of a training run: the only place that knows Orbax.
+"""Checkpoints of a training run. The only module that imports Orbax.
 
-`WORKDIR/checkpoints/STEP/{state, config}`: the whole TrainState, sharded and written in the
-background, and the configuration as JSON. Orbax writes to a temporary name and renames, so that
-what is listed is complete. The position in the data is the step itself.
+`WORKDIR/checkpoints/STEP/state` holds the whole TrainState, sharded and written in the background;
+`STEP/config` holds the configuration as JSON. Orbax writes to a temporary name and renames, so a
+listed checkpoint is complete. The position in the data is the step; no data state is saved.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from imagen_jax.config.schema import CheckpointConfig, Config
 from imagen_jax.parallel import distributed
 from imagen_jax.training.state import TrainState
 
-# Bytes that the files of a checkpoint take beside its numbers, and 5% of those.
+# Size of a checkpoint's metadata files, bytes; 5% of the arrays' size comes on top.
 METADATA_BYTES = 2_000_000
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be used; the message names its folder and what to do."""
+    """A checkpoint cannot be used; the message names its folder and the fix."""
 
 
 class ModelMismatchError(CheckpointError):
-    """A checkpoint's parameters are not those of the configured model."""
+    """The parameters of a checkpoint do not match the configured model."""
 
 
 class Checkpoints:
@@ -51,14 +51,14 @@ class Checkpoints:
         *,
         access: Literal["write", "read"] = "write",
     ):
-        """Opens the folder; to write it makes it and clears what broken saves left there.
+        """Opens the folder. With access="write", creates it and removes incomplete saves.
 
         Args:
           workdir: folder of the run.
-          config: which checkpoints stay.
-          access: "read" changes nothing, not even in a folder in which a run is saving.
+          config: which checkpoints are kept.
+          access: "read" changes nothing, so it is safe while a run is saving to the folder.
         """
-        # Orbax wants an absolute path; a bucket's name (gs://...) is one.
+        # Orbax requires an absolute path; a bucket's name (gs://...) is one.
         workdir = workdir if "://" in workdir else os.path.abspath(workdir)
         self.path = epath.Path(workdir) / "checkpoints"
         options = ocp.CheckpointManagerOptions(
@@ -94,19 +94,19 @@ class Checkpoints:
     def save(
         self, step: int, state: TrainState, config: Config, scores: Mapping[str, float] = {}
     ) -> None:
-        """Starts saving; returns when `state` may be changed.
+        """Starts a save in the background; returns once `state` may be donated.
 
         Args:
-          step: number of updates tried, the checkpoint's name.
-          state: what is saved.
-          config: saved beside it.
-          scores: by which `checkpoint.keep_best` chooses.
+          step: number of attempted updates; names the checkpoint.
+          state: the state to save.
+          config: configuration to save with it.
+          scores: metrics by which `checkpoint.keep_best` ranks checkpoints.
 
         Raises:
-          CheckpointError: this save or the one before it failed, or the disk has no room for it.
+          CheckpointError: this save or the previous one failed, or the disk has too little space.
         """
         self._check_disk_space(state)
-        # On CPU Orbax writes from the very buffers, which a step may be given to overwrite.
+        # On CPU Orbax serialises from the live buffers, and a later step may donate them.
         if jax.default_backend() == "cpu":
             state = _copy(state)
         try:
@@ -122,34 +122,34 @@ class Checkpoints:
             raise self._not_saved(error) from error
 
     def wait(self) -> None:
-        """Waits for the saves under way. Raises CheckpointError if one failed."""
+        """Waits for pending saves. Raises CheckpointError if one failed."""
         try:
             self._manager.wait_until_finished()
         except Exception as error:
             raise self._not_saved(error) from error
 
     def _check_disk_space(self, state: TrainState) -> None:
-        """Raises CheckpointError rather than filling the disk: nothing half-written is left."""
+        """Raises CheckpointError if the disk has too little space for `state`."""
         if "://" in str(self.path):
             return
-        numbers = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-        needed = numbers + numbers // 20 + METADATA_BYTES
+        array_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        needed = array_bytes + array_bytes // 20 + METADATA_BYTES
         free = shutil.disk_usage(self.path).free
         if free < needed:
             raise CheckpointError(
                 f"cannot save in {self.path}: {free / 1e6:,.1f} MB are free, "
-                f"{needed / 1e6:,.1f} MB are needed; {self._left()}: make room, then start again"
+                f"{needed / 1e6:,.1f} MB are needed; {self._kept()}; free disk space, then restart"
             )
 
-    def _left(self) -> str:
+    def _kept(self) -> str:
         newest = self.latest_step()
-        left = "there is none" if newest is None else f"the newest is of step {newest}"
-        return f"complete checkpoints are untouched, {left}"
+        kept = "there is none" if newest is None else f"the newest is of step {newest}"
+        return f"complete checkpoints are kept ({kept})"
 
     def _not_saved(self, error: Exception) -> CheckpointError:
         return CheckpointError(
             f"cannot save in {self.path} ({type(error).__name__}: {_in_short(error)}); "
-            f"{self._left()}: make room or rights, then start again"
+            f"{self._kept()}; free disk space or fix permissions, then restart"
         )
 
     def restore_newest(
@@ -158,17 +158,17 @@ class Checkpoints:
         check: Callable[[Config], None],
         log: Callable[[str], None],
     ) -> tuple[int, TrainState] | None:
-        """Step and state of the newest checkpoint that can be read; None where there is none.
+        """Step and state of the newest readable checkpoint; None without checkpoints.
 
-        Newer ones that cannot be read are named and set aside as STEP.broken.
+        Unreadable newer checkpoints are logged and renamed to STEP.broken.
 
         Args:
           abstract: shapes and shardings of the state.
-          check: is given the saved configuration and raises if it is not to go on.
-          log: receives a line for each checkpoint that cannot be read.
+          check: called with the saved configuration; raises if training must not resume from it.
+          log: called with one line per unreadable checkpoint.
 
         Raises:
-          CheckpointError: there are checkpoints but none can be read, or they are of another model.
+          CheckpointError: no checkpoint is readable, or the parameters do not match the model.
         """
         broken: CheckpointError | None = None
         steps = self.steps()[::-1]
@@ -189,20 +189,20 @@ class Checkpoints:
         return None
 
     def _rename_unreadable(self, steps: Sequence[int]) -> None:
-        """Renames what cannot be read to STEP.broken: those steps will be saved anew."""
+        """Renames unreadable checkpoints to STEP.broken, so their steps can be saved again."""
         if steps and distributed.is_first():
             for step in steps:
                 (self.path / str(step)).rename(self.path / f"{step}.broken")
         if steps and jax.process_count() > 1:
-            multihost_utils.sync_global_devices("checkpoints set aside")
+            multihost_utils.sync_global_devices("unreadable checkpoints renamed")
         if steps:
             self._manager.reload()
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
-        """Reads the state of `step` onto the shardings that `abstract` carries.
+        """Reads the state of `step` with the shardings of `abstract`.
 
         Raises:
-          CheckpointError: unreadable, or its parameters are not those of `abstract`.
+          CheckpointError: unreadable, or its parameters do not match `abstract`.
         """
         args = ocp.args.Composite(state=_restore_args(abstract))
         try:
@@ -213,12 +213,12 @@ class Checkpoints:
         except Exception as error:  # Orbax, tensorstore and zarr each raise their own.
             raise CheckpointError(
                 f"checkpoint {self.path / str(step)} cannot be read "
-                f"({type(error).__name__}: {_in_short(error)}); the one before it is used if "
-                "there is one"
+                f"({type(error).__name__}: {_in_short(error)}); falling back to the previous "
+                "checkpoint"
             ) from error
 
     def restore_config(self, step: int) -> Config:
-        """The configuration that the run of checkpoint `step` had. Raises CheckpointError."""
+        """The configuration saved with checkpoint `step`. Raises CheckpointError."""
         path = self.path / str(step) / "config" / "metadata"
         try:
             return overrides.from_json(path.read_text())
@@ -226,7 +226,7 @@ class Checkpoints:
             raise CheckpointError(f"configuration of {path} cannot be read: {error}") from error
 
     def restore_ema(self, step: int, abstract_params: Any, name: str = "ema") -> Any:
-        """Reads one average of the parameters alone. Raises CheckpointError."""
+        """Reads one average of the parameters and nothing else. Raises CheckpointError."""
         item = {"ema": {name: abstract_params}}
         args = ocp.args.Composite(state=_restore_args(item, partial=True))
         try:
@@ -237,31 +237,31 @@ class Checkpoints:
             ) from error
 
     def close(self) -> None:
-        """Ends the saving in the background; `wait` first where a failure matters."""
+        """Stops background saving; call `wait` first to see failures."""
         self._manager.close()
 
     def _check_tree(self, step: int, abstract: TrainState) -> None:
-        """Raises CheckpointError that names every parameter that differs."""
+        """Raises CheckpointError naming every parameter that differs from `abstract`."""
         saved = self._manager.item_metadata(step)["state"]
         if saved is None:
             raise CheckpointError(
-                f"checkpoint {self.path / str(step)} has no readable state; the one before it is "
-                "used if there is one"
+                f"checkpoint {self.path / str(step)} has no readable state; falling back to the "
+                "previous checkpoint"
             )
         found = {jax.tree_util.keystr(k): tuple(v.shape) for k, v in _leaves(saved.tree["params"])}
-        wanted = {jax.tree_util.keystr(k): tuple(v.shape) for k, v in _leaves(abstract.params)}
+        expected = {jax.tree_util.keystr(k): tuple(v.shape) for k, v in _leaves(abstract.params)}
         new_averages = abstract.ema.keys() - saved.tree["ema"].keys()
         if new_averages:
             raise ModelMismatchError(
                 f"checkpoint {self.path / str(step)} has no average {sorted(new_averages)[0]!r}; "
                 "config.ema.profiles must be set when a run begins"
             )
-        problems = [f"missing {k}" for k in wanted.keys() - found.keys()]
-        problems += [f"unexpected {k}" for k in found.keys() - wanted.keys()]
+        problems = [f"missing {k}" for k in expected.keys() - found.keys()]
+        problems += [f"unexpected {k}" for k in found.keys() - expected.keys()]
         problems += [
-            f"{k} is {found[k]}, the model wants {wanted[k]}"
-            for k in wanted.keys() & found.keys()
-            if found[k] != wanted[k]
+            f"{k} has shape {found[k]}, the model expects {expected[k]}"
+            for k in expected.keys() & found.keys()
+            if found[k] != expected[k]
         ]
         if problems:
             raise ModelMismatchError(
@@ -271,14 +271,14 @@ class Checkpoints:
 
 
 def _preservation(config: CheckpointConfig) -> policies.AnyPreservationPolicy:
-    """Which checkpoints stay: the newest, every M-th step and the best ones, each if wanted."""
+    """Keeps the newest checkpoints and, if configured, every M-th step and the best scores."""
     kept: list[Any] = [policies.LatestN(config.keep)]
     if config.keep_every:
         kept.append(policies.EveryNSteps(config.keep_every))
     if config.keep_best:
         best = policies.BestN(
             get_metric_fn=lambda scores: scores[config.best_metric],
-            # Ranked downwards; keep_checkpoints_without_metrics would keep all older ones.
+            # Lower scores are better. Checkpoints without scores would otherwise all be kept.
             reverse=True,
             n=config.keep_best,
             keep_checkpoints_without_metrics=False,
@@ -293,13 +293,13 @@ def _copy(state: TrainState) -> TrainState:
 
 
 def _in_short(error: Exception) -> str:
-    """One line of an error: tensorstore's begin with the file and end with the reason."""
+    """An error as one line; tensorstore's start with the file and end with the reason."""
     text = " ".join(str(error).split())
     return text if len(text) <= 300 else f"{text[:140]} ... {text[-140:]}"
 
 
 def _restore_args(item: Any, partial: bool = False) -> ocp.args.PyTreeRestore:
-    """How to read `item`, abstract arrays with shardings; partial: leave all else unread."""
+    """Restore arguments for abstract arrays with shardings; partial: read only these."""
     return ocp.args.PyTreeRestore(
         item,
         restore_args=ocp.checkpoint_utils.construct_restore_args(item),

@@ -1,9 +1,8 @@
 """Snapshots of a run's power-function averages: `WORKDIR/ema/STEP/{power_0.050.safetensors, ...}`.
 
-They are what `ema.reconstruct` chooses an average from after training. Each folder also holds the
-run's configuration, whose `ema.profiles` says the widths, so that the snapshots outlive the
-checkpoints. A folder is written under a temporary name and renamed, so that what is listed is
-complete.
+`ema.reconstruct` builds an average of any width from them after training. Each folder also holds
+the run's configuration, whose `ema.profiles` gives the widths, so the snapshots are usable without
+a checkpoint. A folder is written under a temporary name and renamed, so a listed one is complete.
 """
 
 from __future__ import annotations
@@ -20,24 +19,26 @@ from imagen_jax.config import overrides
 from imagen_jax.config.schema import Config
 from imagen_jax.interop import weights
 from imagen_jax.parallel import distributed, partitioning
+from imagen_jax.stages.network import with_defaults
 from imagen_jax.training import ema
 
 
 class SnapshotError(ValueError):
-    """Snapshots are missing or cannot be used; the message says what to do."""
+    """Snapshots are missing or cannot be used; the message names the fix."""
 
 
 def save(workdir: str, step: int, averages: Mapping[str, Any], config: Config) -> None:
     """Writes the power-function averages of `step`; returns when they are on disk.
 
-    Every process must call it; the first one writes. A snapshot of the same step is replaced. Save
-    it before the checkpoint of the step: a run that goes on from there does not come by again.
+    Every process must call it; the first one writes. Replaces a snapshot of the same step. Save it
+    before the checkpoint of the step: a run resumed from that checkpoint does not write this
+    snapshot again.
 
     Args:
       workdir: folder of the run.
-      step: updates done.
-      averages: the state's averages by name.
-      config: that of the run.
+      step: number of updates done.
+      averages: averages of the state, by name.
+      config: configuration of the run.
     """
     folder = _folder(workdir) / str(step)
     temporary = folder.with_name(f"{step}.tmp")
@@ -56,24 +57,24 @@ def save(workdir: str, step: int, averages: Mapping[str, Any], config: Config) -
 
 
 def find(workdir: str) -> tuple[list[ema.Snapshot], Config]:
-    """The snapshots of a run, in the order of their steps, and the configuration of the last one.
+    """The snapshots of a run, by increasing step, and the configuration of the last one.
 
-    A snapshot is read when its `load` is called, into `{"a": {"b": array}}` as it was saved.
+    Parameters are read when `Snapshot.load` is called, as a nested dict `{"a": {"b": array}}`.
 
     Raises:
-      SnapshotError: there are none, one is damaged, or one is of another model than the last one.
+      SnapshotError: no snapshots, an unreadable one, or one of another model than the last one.
     """
     folders = [f for f in _folder(workdir).glob("*") if f.name.isdecimal()]
     folders.sort(key=lambda folder: int(folder.name))
     if not folders:
         raise SnapshotError(
-            f"--workdir={workdir} holds no snapshots of averages; train with "
+            f"--workdir={workdir} has no snapshots of averages; train with "
             "--config.ema.profiles=(0.05,0.1) --config.ema.snapshot_every=STEPS"
         )
     configs = [_read_config(folder) for folder in folders]
     snapshots = []
     for folder, config in zip(folders, configs, strict=True):
-        if config.model != configs[-1].model:
+        if with_defaults(config).model != with_defaults(configs[-1]).model:
             raise SnapshotError(
                 f"{folder} is a snapshot of another model than {folders[-1]}; move it away"
             )

@@ -1,8 +1,8 @@
-"""What happens when loss or gradient is not finite: skip, write down, roll back once, stop.
+"""Non-finite loss or gradient: skip the update, save the batch, roll back, then stop.
 
-The update itself is skipped inside the jitted step. Here the host looks at each step's verdict one
-step late, so that nobody waits, and writes what is needed to look into it: the batch, its records
-and times, and the gradient's norm by block.
+The jitted step skips the update itself. The host reads the `finite` flag one step late, so
+dispatch is not blocked, and saves the data for `imagen replay`: the batch, its records and
+timesteps, and the gradient norm of each block.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from etils import epath
 
 from imagen_jax.config.schema import TrainConfig
 
-# What else is known of a step's batch, for the record: its records, its captions.
+# Further facts about the batch of a step, saved with a fault: records, captions.
 StepInfoFn = Callable[[int], Mapping[str, Any]]
 
 FOLDER = "faults"
 
 
 class DivergedError(ValueError):
-    """The run cannot go on; the message says since when and where the evidence lies."""
+    """Training diverged; the message gives the step and the folder of saved batches."""
 
 
 class Faults:
-    """Counts steps whose update was skipped.
+    """Counts skipped updates and decides when to roll back.
 
     Args:
-      workdir: folder of the run; evidence goes to WORKDIR/faults.
-      config: patience and number of roll-backs.
-      step_info: what else to write down of a step: records, times.
-      log: receives one line per fault.
+      workdir: folder of the run; faults are saved to WORKDIR/faults.
+      config: `nan_patience` and `rollbacks`.
+      step_info: further facts to save about a step, such as records and timesteps.
+      log: called with one line per fault.
     """
 
     def __init__(
@@ -45,53 +45,53 @@ class Faults:
         log: Callable[[str], None] = print,
     ):
         self._folder = epath.Path(workdir) / FOLDER
-        self._config, self._about_step, self._log = config, step_info, log
-        self._in_a_row = 0
-        self._rolled_back = 0
+        self._config, self._step_info, self._log = config, step_info, log
+        self._consecutive = 0
+        self._rollbacks = 0
 
     def should_roll_back(
         self, step: int, report: Mapping[str, Any], batch: Mapping[str, np.ndarray]
     ) -> bool:
-        """Looks at a finished step; True when the last good checkpoint should be restored.
+        """Checks a finished step; True if the newest checkpoint should be restored.
 
         Args:
-          step: the step that made `report`.
-          report: its metrics; `finite` tells whether the update was made.
-          batch: what it saw, this host's part.
+          step: the step that returned `report`.
+          report: metrics of the step; `finite` is False if the update was skipped.
+          batch: this host's part of the batch of the step.
 
         Raises:
-          DivergedError: the patience is used up and the roll-backs are, too.
+          DivergedError: `nan_patience` is exceeded after all `rollbacks`.
         """
         if bool(report["finite"]):
-            self._in_a_row = 0
+            self._consecutive = 0
             return False
-        self._in_a_row += 1
+        self._consecutive += 1
         path = self._write(step, report, batch)
         self._log(
             f"step {step}: loss {float(report['loss']):.4g} or its gradient is not finite, update "
-            f"skipped ({self._in_a_row} in a row); see {path}"
+            f"skipped ({self._consecutive} in a row); see {path}"
         )
-        if self._in_a_row < self._config.nan_patience:
+        if self._consecutive < self._config.nan_patience:
             return False
-        if self._rolled_back >= self._config.rollbacks:
+        if self._rollbacks >= self._config.rollbacks:
             raise DivergedError(
-                f"{self._in_a_row} steps in a row were not finite, the last is step {step}, after "
-                f"{self._rolled_back} roll-backs; look at {self._folder} with `imagen replay`, "
-                "then lower config.optimizer.learning_rate or mend the data"
+                f"{self._consecutive} steps in a row were not finite, the last is step {step}, "
+                f"after {self._rollbacks} roll-backs; inspect {self._folder} with "
+                "`imagen replay`, then lower config.optimizer.learning_rate or fix the data"
             )
-        self._in_a_row = 0
-        self._rolled_back += 1
+        self._consecutive = 0
+        self._rollbacks += 1
         return True
 
     def _write(
         self, step: int, report: Mapping[str, Any], batch: Mapping[str, np.ndarray]
     ) -> epath.Path:
-        """Writes STEP.json and, where several processes share a batch, each its part of it."""
+        """Writes STEP.json and STEP.npz; with several processes, one pair per process."""
         self._folder.mkdir(parents=True, exist_ok=True)
         part = f".{jax.process_index()}" if jax.process_count() > 1 else ""
         path = self._folder / f"{step:08d}{part}.json"
         norms = {name: _number(norm) for name, norm in report["block_norms"].items()}
-        values = {"step": step, "loss": _number(report["loss"]), **self._about_step(step)}
+        values = {"step": step, "loss": _number(report["loss"]), **self._step_info(step)}
         values["block_norms"] = norms
         arrays: dict[str, Any] = dict(batch)
         temporary = path.with_suffix(".tmp")
@@ -104,17 +104,17 @@ class Faults:
 
 
 def _number(value: Any) -> float | str:
-    """A float; what JSON has no number for becomes a word."""
+    """A float, or the string "nan", "inf" or "-inf", which JSON numbers cannot express."""
     return float(value) if np.isfinite(value) else str(float(value))
 
 
 def read(workdir: str, step: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The evidence of a step: its values, and the batch. Raises DivergedError if there is none."""
+    """The saved values and batch of a step. Raises DivergedError if none are saved."""
     folder = epath.Path(workdir) / FOLDER
     known = sorted({int(path.name.split(".")[0]) for path in folder.glob("*.json")})
     if step not in known:
         listed = ", ".join(map(str, known)) or "none"
-        raise DivergedError(f"--step={step}: no such fault in {folder}; there are: {listed}")
+        raise DivergedError(f"--step={step}: no such fault in {folder}; saved faults: {listed}")
     paths = sorted(folder.glob(f"{step:08d}*.json"))
     parts, values = [], [json.loads(path.read_text()) for path in paths]
     for path in paths:

@@ -1,6 +1,6 @@
-"""What a run reports: a progress line, a row of JSON lines, TensorBoard scalars and pictures.
+"""Reports of a training run: progress line, metrics.jsonl, TensorBoard scalars and images.
 
-And where its time went: images/s, TFLOP/s, MFU, and the share of waiting, saving and drawing.
+Also throughput (images/s, TFLOP/s, MFU) and the time spent on data, checkpoints and previews.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 from etils import epath
 
+from imagen_jax.io import atomic, jsonl
 from imagen_jax.parallel import distributed
 
 try:
     from tensorboardX import SummaryWriter
-except ImportError:  # TensorBoard files are a convenience; the JSON lines hold the same numbers.
+except ImportError:  # Optional: metrics.jsonl holds the same numbers.
     SummaryWriter = None
 
 
@@ -46,12 +47,11 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 class MetricWriter:
-    """Writes metrics of a run into its workdir.
+    """Writes the metrics of a run to its workdir; of several processes, the first one writes.
 
     `metrics.jsonl` has one object per report: step, seconds since the start of this process, and
-    the metrics. After a restart rows of steps that will be run again are cut off, so that each step
-    stands there once. Of several processes one writes. TensorBoard files are written beside it
-    unless the workdir is a bucket.
+    the metrics. A restart removes the rows after the restored step, so each step occurs once.
+    TensorBoard files go to WORKDIR/tensorboard unless the workdir is a bucket.
     """
 
     def __init__(self, workdir: str, start_step: int):
@@ -73,33 +73,27 @@ class MetricWriter:
         if not self._path.exists():
             return
         kept = []
-        for line in self._path.read_text().splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:  # a line cut short by a kill
-                continue
-            if row["step"] <= step:
-                kept.append(line + "\n")
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        temporary.replace(self._path)
+        for _, row in jsonl.read(self._path, default=None):  # A killed run leaves half a line.
+            if isinstance(row, dict) and row.get("step", step + 1) <= step:
+                kept.append(json.dumps(row) + "\n")
+        atomic.write_text(self._path, "".join(kept))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """One row of scalars."""
+        """Writes one row of scalars."""
         if not self._writes:
             return
         row = {"step": step, "seconds": round(time.monotonic() - self._start, 3), **values}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         if self._board:
-            # TensorBoard has no place for infinities and says so, once for each, on stderr.
+            # tensorboardX prints a warning to stderr for every non-finite value.
             for name in (name for name in values if np.isfinite(values[name])):
                 self._board.add_scalar(name, values[name], step)
 
-    def write_image(self, step: int, name: str, picture: np.ndarray) -> None:
-        """One uint8 picture [H, W, 3], into TensorBoard."""
+    def write_image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Writes a uint8 image [H, W, 3] to TensorBoard."""
         if self._writes and self._board:
-            self._board.add_image(name, picture, step, dataformats="HWC")
+            self._board.add_image(name, image, step, dataformats="HWC")
 
     def close(self) -> None:
         """Flushes and closes the files."""
@@ -111,7 +105,7 @@ class MetricWriter:
 
 
 class Timer:
-    """Where the time of a run goes: seconds by kind; what is measured as nothing else is "step".
+    """Wall-clock seconds of a run by kind; unmeasured time counts as "step".
 
     Attributes:
       total: seconds by kind since the start.
@@ -124,7 +118,7 @@ class Timer:
 
     @contextlib.contextmanager
     def measure(self, kind: str) -> Iterator[None]:
-        """Adds the time spent inside to `kind`."""
+        """Adds the time spent in the context to `kind`."""
         begin = time.monotonic()
         try:
             yield
@@ -132,7 +126,7 @@ class Timer:
             self.total[kind] = self.total.get(kind, 0.0) + time.monotonic() - begin
 
     def lap(self) -> dict[str, float]:
-        """Seconds by kind since the last lap, and `all` of them."""
+        """Seconds by kind since the last lap, and their total as `all`."""
         now = time.monotonic()
         spent = {kind: s - self._since.get(kind, 0.0) for kind, s in self.total.items()}
         seconds = {"all": now - self._mark, **spent}
@@ -140,19 +134,19 @@ class Timer:
         return seconds
 
     def summary(self) -> dict[str, float]:
-        """Seconds by kind over the whole run; "step" is what no other kind claims."""
+        """Seconds by kind over the whole run; "step" is the remainder."""
         whole = time.monotonic() - self._start
         return {"step": whole - sum(self.total.values()), **self.total}
 
 
 class Progress:
-    """Turns step times into a line and a row: images/s, TFLOP/s, MFU, data wait, time left.
+    """Computes images/s, TFLOP/s, MFU, data wait and time left from step times.
 
     Args:
       total: steps of the whole run.
-      batch_size: pictures per step over all hosts.
-      timer: told how long the loop waited, saved and drew.
-      log: where the line goes.
+      batch_size: images per step over all hosts.
+      timer: time that the loop spent on data, saves and preview samples.
+      log: called with the progress line.
     """
 
     def __init__(
@@ -166,17 +160,17 @@ class Progress:
         """Starts the clock; call after compilation.
 
         Args:
-          step: steps done.
-          flops: of one step on one device.
+          step: number of steps done.
+          flops: FLOPs of one step on one device.
           devices: number of devices.
-          device_kind: JAX's name of them.
+          device_kind: `jax.Device.device_kind`.
         """
         self._step, self._flops, self._devices = step, flops, devices
         self._peak = peak_flops(device_kind)
         self._timer.lap()
 
     def report(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
-        """Prints one line; returns `values` with the speeds since the last report."""
+        """Prints one line; returns `values` and the throughput since the last report."""
         seconds = self._timer.lap()
         own = {kind: s for kind, s in seconds.items() if kind not in ("all", "data")}
         training = max(seconds["all"] - sum(own.values()), 1e-9)
@@ -201,7 +195,7 @@ class Progress:
 
 
 def goodput(seconds: Mapping[str, float]) -> str:
-    """One line on where the time of a run went, from `Timer.summary`."""
+    """One line with the time of a run by kind, from `Timer.summary`."""
     whole = max(sum(seconds.values()), 1e-9)
     parts = ", ".join(f"{kind} {_clock(s)}" for kind, s in sorted(seconds.items()) if s >= 0.5)
     return f"goodput {seconds['step'] / whole:.0%} of {_clock(whole)}: {parts}"

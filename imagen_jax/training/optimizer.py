@@ -1,4 +1,4 @@
-"""Config -> optax: the learning-rate schedule and the chain of gradient transformations."""
+"""Learning-rate schedule and optax optimizer of a run, from `config.optimizer`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from imagen_jax.config.schema import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
-    """Linear warm-up, then the named schedule; step -> learning rate.
+    """Linear warm-up, then `config.schedule`; maps step to learning rate.
 
     Args:
-      config: peak rate, warm-up and what follows it.
-      total_steps: length of the run, where `cosine` and `linear_tail` end at zero.
+      config: peak rate, warm-up steps and schedule.
+      total_steps: length of the run; `cosine` and `linear_tail` reach zero there.
     """
     peak = config.learning_rate
     warmup = min(config.warmup_steps, total_steps)
@@ -31,11 +31,11 @@ def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
-    """The optimizer of the run: clipping, then the named update rule on the schedule.
+    """Gradient clipping by global norm, then the update rule `config.name` on the schedule.
 
-    Adam's and Adafactor's defaults are those of Imagen, App. F. Differs from paper: its printed
-    configuration leaves optax.adafactor's `multiply_by_parameter_scale` on, which turns 1e-4 into a
-    relative step; here it is a field and off.
+    The defaults of Adam and Adafactor are those of Imagen, App. F. Differs from paper: its printed
+    configuration leaves optax.adafactor's `multiply_by_parameter_scale` on, which makes 1e-4 a
+    relative step; here it is a configuration field and off by default.
     """
     rate = learning_rate(config, total_steps)
     rules = {

@@ -1,15 +1,15 @@
-"""Pre-trains a small T5 encoder on captions alone, for worlds where no public T5 is at hand.
+"""Pre-trains a small T5 encoder on captions, for data sets without a suitable public T5.
 
-The paper's thesis is that a language model trained on text alone is a good eye for a picture
-model; this is its smallest instance. A vocabulary is learned; then, from the vector of every word
-of a caption, one linear head (thrown away afterwards) predicts the words that stand near the same
-word in its paraphrases: all captions of the same picture, or of the same line of the corpus file.
-(Where a paraphrase lacks the word: all its words.) What paraphrases share is what a caption means,
-so that the vectors fill with that and lose how it is put; and since the head is the same at every
-distance, "small", "red" and "circle" of one phrase all become the sum of the same three words,
-which a picture model reads at once. (Skip-gram, arXiv:1310.4546, with a T5 in the place of the word
-table.)
-The result is a folder in Hugging Face layout, read by `text.py` like any T5.
+A small text encoder trained on text alone, after Imagen's finding (Sec. 2.1) that frozen language
+models are effective text encoders. First a vocabulary is trained. Then one linear head predicts,
+from the vector of every word of a caption, the words near the same word in its paraphrases (all
+words of a paraphrase that lacks the word). Paraphrases are the captions of one image, or one line
+of the corpus file. This is skip-gram (arXiv:1310.4546) with a T5 in place of the word table.
+
+Paraphrases share their meaning and not their wording, so the vectors encode meaning. The head is
+the same at every distance, so "small", "red" and "circle" of one phrase all predict these three
+words: attributes and object are bound in one vector. The head is discarded; the result is a folder
+in Hugging Face layout, which `text.encoders` reads like any T5.
 
 Differs from paper: T5 is trained by span corruption with a decoder, on far more text.
 """
@@ -41,15 +41,15 @@ from imagen_jax.training.text_corpus import EOS_ID, by_group, tokenize, train_vo
 
 LOG_EVERY = 100
 
-# Streams of randomness: fold_in(fold_in(key(seed), STREAM), step).
+# PRNG streams: fold_in(fold_in(key(seed), STREAM), step).
 INIT_STREAM, STEP_STREAM = 0, 1
 
-# Spread of the relative bias at the start (nats of attention), and how much faster it learns.
+# Relative position bias: standard deviation at initialisation, nats; factor on its learning rate.
 _POSITION_BIAS_STD, _POSITION_BIAS_RATE = 2.0, 10.0
 
 
 class State(NamedTuple):
-    """All that a step changes: encoder and head parameters, and the optimizer's."""
+    """Parameters of encoder and head, and the state of the optimizer."""
 
     params: dict[str, Any]
     opt_state: Any
@@ -64,27 +64,28 @@ def pretrain_text(
     max_len: int,
     log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Learns a vocabulary and an encoder from captions and writes them as a folder.
+    """Trains a vocabulary and an encoder on captions and writes them as a folder.
 
     Args:
-      groups: text to learn from: the captions of each picture, which are paraphrases of each
-        other (one will do: its words are then learned from itself); empty ones are left out.
+      groups: groups of paraphrases, such as the captions of each image. A single caption is its
+        own paraphrase. Empty captions are skipped.
       config: sizes and length of the training.
-      out: folder to write; an earlier result is replaced, anything else is left alone.
+      out: folder to write; replaces an earlier result and nothing else.
       seed: seed of initialisation and batches.
-      max_len: longer captions are cut to this many tokens, the end mark included.
-      log: receives progress lines.
+      max_len: longer captions are truncated to this many tokens, including the end of sequence.
+      log: called with progress lines.
 
     Returns:
       The metrics also written to pretrain.json: steps, loss (nats per word), near_mass
       (0..1), captions, captions_sha256, vocabulary, seconds.
 
     Raises:
-      ConfigError: no caption holds text, or vocab_size is too small.
-      OutputError: `out` holds something else.
+      ConfigError: no caption has text, or vocab_size is too small.
+      OutputError: `out` exists and is not a result of pretrain_text.
     """
     folder = atomic.check_replaceable(out, "pretrain.json", "earlier pretrain_text")
-    groups = [kept for group in groups if (kept := [c.strip() for c in group if c.strip()])]
+    stripped = ([c.strip() for c in group if c.strip()] for group in groups)
+    groups = [group for group in stripped if group]
     captions = [caption for group in groups for caption in group]
     if not captions:
         raise ConfigError("pretrain_text got no caption with text; check config.data.caption_key")
@@ -106,7 +107,7 @@ def pretrain_text(
 
 
 def encoder_config(config: PretrainTextConfig, pieces: int) -> T5Config:
-    """The small T5 v1.1."""
+    """Configuration of the small T5 v1.1 encoder, with the vocabulary padded to a multiple of 8."""
     if config.emb_dim % config.num_heads:
         raise ConfigError(
             f"config.pretrain_text.emb_dim={config.emb_dim} must be a multiple of "
@@ -130,20 +131,20 @@ def train(
     seed: int,
     log: Callable[[str], None],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Trains encoder and head; the head is thrown away.
+    """Trains encoder and head; discards the head.
 
     Args:
-      ids: the corpus: K paraphrases in each group.
-      config: length and rates.
-      t5_config: shape of the encoder.
-      seed: seed of everything random.
-      log: receives a line every 100 steps.
+      ids: token ids of the corpus, K paraphrases in each group.
+      config: number of steps and learning rate.
+      t5_config: sizes of the encoder.
+      seed: seed of initialisation and batches.
+      log: called with a line every 100 steps.
 
     Returns:
-      The encoder's parameters, and the metrics of the last steps.
+      The parameters of the encoder, and the mean metrics of the last steps.
     """
     key = jax.random.key(seed)
-    # The head chooses among the pieces that occur: most of a small vocabulary is unused bytes.
+    # The head's classes are the pieces that occur: most of a small vocabulary is unused bytes.
     used, targets = np.unique(ids, return_inverse=True)
     corpus = jax.device_put((ids, targets.reshape(ids.shape).astype(np.int32)))
     is_word = jnp.asarray((used != 0) & (used != EOS_ID))
@@ -167,18 +168,18 @@ def train(
             recent.clear()
             left = (time.perf_counter() - start) * (config.steps / (step + 1) - 1)
             log(
-                f"step {step + 1}/{config.steps}: loss {metrics['loss']:.3f}, mass on words that "
-                f"are near {metrics['near_mass']:.3f}, {left:.0f} s left"
+                f"step {step + 1}/{config.steps}: loss {metrics['loss']:.3f}, probability of "
+                f"nearby words {metrics['near_mass']:.3f}, {left:.0f} s left"
             )
     return jax.device_get(state.params["encoder"]), {"steps": config.steps, **metrics}
 
 
 def init_params(key: jax.Array, t5_config: T5Config, pieces: int) -> dict[str, Any]:
-    """Encoder, and a linear head [D, pieces]."""
+    """Parameters of the encoder and of a linear head [D, pieces]."""
     encoder_key, head_key, bias_key = jax.random.split(key, 3)
     encoder = partitioning.unbox(t5.init_params(t5_config, encoder_key))
-    # In a few hundred steps T5's even start never learns to tell one neighbour from the next.
-    # Heads that begin by looking at distinct places do, and bind colours to their shapes.
+    # T5's uniform initial bias does not learn to separate adjacent words in a few hundred steps.
+    # Heads that start by attending to distinct positions do, and bind colours to their shapes.
     table = encoder["relpos_bias"]["rel_embedding"]
     encoder["relpos_bias"]["rel_embedding"] = _POSITION_BIAS_STD * jax.random.normal(
         bias_key, table.shape
@@ -189,7 +190,7 @@ def init_params(key: jax.Array, t5_config: T5Config, pieces: int) -> dict[str, A
 
 
 def pretraining_optimizer(config: PretrainTextConfig) -> optax.GradientTransformation:
-    """Adam with a short warm-up and a decay to zero; the relative bias learns faster."""
+    """Adam with warm-up and cosine decay; a higher learning rate for the position bias."""
     adam = make_optimizer(
         OptimizerConfig(
             learning_rate=config.learning_rate,
@@ -220,20 +221,20 @@ def train_step(
 ) -> tuple[State, dict[str, Float[Array, ""]]]:
     """One step of Adam on random captions, each with all its paraphrases.
 
-    `corpus` holds ids, and the same as places among the used pieces.
+    `corpus` holds the token ids, and the same tokens as indices into the used pieces.
     """
     group_key, caption_key = jax.random.split(key)
     rows = jax.random.randint(group_key, (config.batch_size,), 0, len(corpus[0]))
-    shown = jax.random.randint(caption_key, (config.batch_size,), 0, corpus[0].shape[1])
-    ids, words = corpus[0][rows, shown], corpus[1][rows, shown]
-    wanted = sum(
+    columns = jax.random.randint(caption_key, (config.batch_size,), 0, corpus[0].shape[1])
+    ids, words = corpus[0][rows, columns], corpus[1][rows, columns]
+    targets = sum(
         target_counts(words, corpus[1][rows, other], is_word, config.context)
         for other in range(corpus[0].shape[1])
     )
 
     def loss_fn(params: dict[str, Any]) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         x: Any = t5.T5Encoder(t5_config).apply({"params": params["encoder"]}, ids, ids != 0)
-        return word_loss(x, params["head"], wanted * (ids != 0)[..., None])
+        return word_loss(x, params["head"], targets * (ids != 0)[..., None])
 
     grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params)
     updates, opt_state = pretraining_optimizer(config).update(grads, state.opt_state, state.params)
@@ -244,22 +245,22 @@ def train_step(
 def target_counts(
     words: Int[Array, "b l"], other: Int[Array, "b l"], is_word: Bool[Array, " v"], context: int
 ) -> Float[Array, "b l v"]:
-    """What the vector of each place of a caption is to tell about a paraphrase, `other`; counts.
+    """Word counts that each position of a caption must predict of its paraphrase `other`.
 
-    The words near the same word; where there is none, as for "a" or the end mark, all words, so
-    that such vectors too say what the caption means rather than anything.
+    These are the words near the same word in `other`. A position without a match, such as "a" or
+    the end of sequence, must predict all words of `other`.
     """
-    places = matching_positions(words, other, is_word)
+    matches = matching_positions(words, other, is_word)
     near = nearby_word_counts(other, is_word, context)
-    found = jnp.einsum("bij,bjv->biv", places.astype(jnp.float32), near)
-    everything = nearby_word_counts(other, is_word, other.shape[1])[:, :1]
-    return jnp.where(places.any(-1)[..., None], found, everything)
+    near_match = jnp.einsum("bij,bjv->biv", matches.astype(jnp.float32), near)
+    all_words = nearby_word_counts(other, is_word, other.shape[1])[:, :1]
+    return jnp.where(matches.any(-1)[..., None], near_match, all_words)
 
 
 def matching_positions(
     words: Int[Array, "b l"], other: Int[Array, "b l"], is_word: Bool[Array, " v"]
 ) -> Bool[Array, "b l l"]:
-    """[i, j]: word i of a caption is word j of its paraphrase, and in both there is one only."""
+    """[i, j] is True if word i of a caption is word j of its paraphrase and unique in both."""
     same = (words[:, :, None] == other[:, None, :]) & is_word[words][:, :, None]
     alone = (words[:, :, None] == words[:, None, :]).sum(2) == 1
     return same & (same.sum(2) == 1)[:, :, None] & alone[:, :, None]
@@ -268,35 +269,35 @@ def matching_positions(
 def nearby_word_counts(
     words: Int[Array, "b l"], is_word: Bool[Array, " v"], context: int
 ) -> Float[Array, "b l v"]:
-    """Which words stand at most `context` places from place j, itself included; counts."""
-    place = jnp.arange(words.shape[1])
-    near = jnp.abs(place[:, None] - place) <= context
+    """Counts of the words at most `context` positions from position j, including j."""
+    position = jnp.arange(words.shape[1])
+    near = jnp.abs(position[:, None] - position) <= context
     counted = jax.nn.one_hot(words, len(is_word)) * is_word
     return jnp.einsum("jk,bkv->bjv", near.astype(jnp.float32), counted)
 
 
 def word_loss(
-    x: Float[Array, "b l d"], head: Float[Array, "d v"], wanted: Float[Array, "b l v"]
+    x: Float[Array, "b l d"], head: Float[Array, "d v"], targets: Float[Array, "b l v"]
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """How well each vector tells the words near its own.
+    """Cross entropy of the predicted words against the target counts.
 
     Args:
       x: the encoder's vectors.
       head: the linear head.
-      wanted: counts of words; vectors without any are not asked.
+      targets: word counts; positions without any are ignored.
 
     Returns:
-      The cross entropy to the words that are wanted, nats per word, mean over vectors; and the
-      metrics, among them the probability that falls on these words.
+      The cross entropy in nats per word, averaged over positions; and the metrics: this loss, and
+      `near_mass`, the probability of the target words.
     """
     log_p = jax.nn.log_softmax(x @ head)
-    count = wanted.sum(-1)
-    asked = count > 0
-    loss = -(wanted * log_p).sum(-1) / jnp.maximum(count, 1)
-    mass = (jnp.exp(log_p) * (wanted > 0)).sum(-1)
+    count = targets.sum(-1)
+    has_target = count > 0
+    loss = -(targets * log_p).sum(-1) / jnp.maximum(count, 1)
+    mass = (jnp.exp(log_p) * (targets > 0)).sum(-1)
 
     def mean(values: Float[Array, "b l"]) -> Float[Array, ""]:
-        return jnp.sum(values * asked) / jnp.maximum(jnp.sum(asked), 1)
+        return jnp.sum(values * has_target) / jnp.maximum(jnp.sum(has_target), 1)
 
     return mean(loss), {"loss": mean(loss), "near_mass": mean(mass)}
 
@@ -313,12 +314,12 @@ def write_encoder(
     model: bytes,
     metrics: dict[str, Any],
 ) -> None:
-    """Writes an encoder as a folder that `load_text_encoder` reads; whole or not at all.
+    """Writes an encoder as a folder that `load_text_encoder` reads; complete or not at all.
 
     Args:
-      folder: takes its place; `outputs.check_replaceable` has said that it may.
-      t5_config: shape of the encoder.
-      params: its parameters.
+      folder: replaced; check it with `atomic.check_replaceable` first.
+      t5_config: sizes of the encoder.
+      params: parameters of the encoder.
       model: content of `spiece.model`.
       metrics: content of `pretrain.json`.
     """

@@ -1,4 +1,4 @@
-"""What a training run is made of between two steps: a plain pytree, no functions, no randomness."""
+"""State of a training run between two steps: a plain pytree without functions or PRNG keys."""
 
 from __future__ import annotations
 
@@ -17,15 +17,14 @@ from imagen_jax.parallel import partitioning
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class TrainState:
-    """State of a run; the same tree also carries its shapes or shardings in place of arrays.
+    """State of a run; leaves are arrays, or their shapes or shardings.
 
     Attributes:
-      step: int32 scalar, updates tried so far; also the position in the data stream and in every
-        random stream.
+      step: int32 scalar, number of attempted updates; determines the batch and all random values.
       params: float32 parameters.
       ema: float32 averages of the parameters by name (`ema.names`).
       opt_state: state of the optimizer.
-      skipped: int32 scalar, updates that were skipped because loss or gradient was not finite.
+      skipped: int32 scalar, number of updates skipped because of non-finite loss or gradient.
     """
 
     step: Any
@@ -38,7 +37,7 @@ class TrainState:
 def create_state(
     params: Any, optimizer: optax.GradientTransformation, averages: Sequence[str] = ("ema",)
 ) -> TrainState:
-    """The state at step 0; `averages` names the averages of the parameters that are kept."""
+    """The state at step 0 with one copy of `params` for every name in `averages`."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -54,18 +53,18 @@ def state_shardings(
     optimizer: optax.GradientTransformation,
     mesh: partitioning.AnyMesh,
 ) -> TrainState:
-    """Shardings of a whole TrainState: averages and optimizer slots lie as their parameters do.
+    """Shardings of a TrainState: averages and optimizer slots are sharded like their parameters.
 
-    Adafactor's factored slots lie along the axes they have left.
+    Adafactor's factored slots keep the sharding of the axes that remain.
 
     Args:
       abstract: shapes of the state.
       boxed: abstract parameters with their logical axis names.
-      optimizer: the one that made `abstract.opt_state`.
-      mesh: from `partitioning.make_mesh`, or one that is only planned.
+      optimizer: the optimizer of `abstract.opt_state`.
+      mesh: from `partitioning.make_mesh`, or an abstract one for planning.
     """
     params = partitioning.param_shardings(boxed, mesh)
-    whole = NamedSharding(mesh, PartitionSpec())
+    replicated = NamedSharding(mesh, PartitionSpec())
 
     def slot(leaf: Any, sharding: NamedSharding, param: Any) -> NamedSharding:
         return partitioning.slot_sharding(leaf.shape, param.shape, sharding)
@@ -76,12 +75,12 @@ def state_shardings(
         abstract.opt_state,
         params,
         abstract.params,
-        transform_non_params=lambda _: whole,
+        transform_non_params=lambda _: replicated,
     )
     return TrainState(
-        step=whole,
+        step=replicated,
         params=params,
         ema=dict.fromkeys(abstract.ema, params),
         opt_state=opt_state,
-        skipped=whole,
+        skipped=replicated,
     )

@@ -1,4 +1,4 @@
-"""The update of one step: one pure function of the state and the batch."""
+"""One training step: a pure function (state, batch) -> (state, report)."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from jaxtyping import Array, Key
 
 from imagen_jax.config.schema import Config
 from imagen_jax.parallel import flops, partitioning
-from imagen_jax.stages import stage
+from imagen_jax.stages.loss import DROPOUT_STREAM, loss_given_randomness, sample_randomness
 from imagen_jax.training import ema
 from imagen_jax.training.state import TrainState
 
-# Streams of randomness; a key is fold_in(fold_in(key(seed), STREAM), step).
+# PRNG streams; the key of a step is fold_in(fold_in(key(seed), STREAM), step).
 INIT_STREAM, STEP_STREAM = 0, 1
 
 StepFn = Callable[[TrainState, Mapping[str, Array]], tuple[TrainState, dict[str, Any]]]
 
 
 def step_key(config: Config, step: Array | int) -> Key[Array, ""]:
-    """The key from which all randomness of a step follows."""
+    """The PRNG key of a step; all its random values derive from it."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), STEP_STREAM), step)
 
 
 def step_timesteps(config: Config, step: int) -> list[float]:
-    """The diffusion times, 0..1, of all examples of a step."""
-    draws = stage.draw(step_key(config, step), config.data.batch_size, config)
-    return [float(time) for time in draws["time"]]
+    """The timesteps t in [0, 1] of all examples of a step."""
+    randomness = sample_randomness(step_key(config, step), config.data.batch_size, config)
+    return [float(time) for time in randomness["time"]]
 
 
 def make_train_step(config: Config, optimizer: optax.GradientTransformation) -> StepFn:
-    """The update of one step: (state, batch) -> (state, report). Pure; jit it with donation.
+    """The training step (state, batch) -> (state, report). Pure; see `jit_train_step`.
 
-    An update whose loss or gradient is not finite is skipped and counted in `state.skipped`.
+    An update with non-finite loss or gradient is skipped and counted in `state.skipped`.
     """
 
     def train_step(
@@ -55,9 +55,9 @@ def make_train_step(config: Config, optimizer: optax.GradientTransformation) -> 
         norms = block_norms(gradient)
         grad_norm = optax.tree.norm(norms)
         finite = jnp.isfinite(report["loss"]) & jnp.isfinite(grad_norm)
-        old = (state.params, state.ema, state.opt_state)
+        previous = (state.params, state.ema, state.opt_state)
         params, averages, opt_state = jax.tree.map(
-            lambda new, kept: jnp.where(finite, new, kept), (params, averages, opt_state), old
+            lambda new, old: jnp.where(finite, new, old), (params, averages, opt_state), previous
         )
         state = TrainState(
             step=state.step + 1,
@@ -75,20 +75,20 @@ def make_train_step(config: Config, optimizer: optax.GradientTransformation) -> 
 def jit_train_step(
     config: Config, optimizer: optax.GradientTransformation, state: TrainState, mesh: Mesh
 ) -> Any:
-    """The update as it runs: compiled for the mesh; the new state may take the old one's memory.
+    """The training step, jitted for the mesh with the state donated (except on CPU).
 
     Args:
-      config: the stage.
-      optimizer: of `make_optimizer`.
-      state: arrays or shapes with their shardings. The new state lies as it does; the compiler
-        would move some of it.
-      mesh: of `partitioning.make_mesh`, in force.
+      config: configuration of the stage.
+      optimizer: from `make_optimizer`.
+      state: arrays or shapes with shardings. The new state has the same shardings; left free, the
+        compiler would change some of them.
+      mesh: from `partitioning.make_mesh`; must be the active mesh.
     """
-    lies = jax.tree.map(lambda leaf: leaf.sharding, state)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     return jax.jit(
         make_train_step(config, optimizer),
         donate_argnums=partitioning.donated(0),
-        out_shardings=(lies, partitioning.everywhere(mesh)),
+        out_shardings=(shardings, partitioning.everywhere(mesh)),
         compiler_options=partitioning.train_step_options(),
     )
 
@@ -101,57 +101,62 @@ def model_flops(
     batch: Mapping[str, Any],
     mesh: Mesh,
 ) -> float:
-    """FLOPs of an update over all devices, without what `model.remat` computes again: MFU's.
+    """Model FLOPs of a step over all devices, as MFU needs them: without recomputation.
 
     Args:
-      traced: the step of `config`; the others as for `jit_train_step`.
-      batch: arrays or shapes with their shardings.
+      traced: the traced step.
+      config: as for `jit_train_step`; if `model.remat` is on, the step is traced without it.
+      optimizer: as for `jit_train_step`.
+      state: as for `jit_train_step`.
+      batch: arrays or shapes with shardings.
+      mesh: as for `jit_train_step`.
     """
     if config.model.remat != "none":
         model = dataclasses.replace(config.model, remat="none")
-        kept = dataclasses.replace(config, model=model)
-        traced = jit_train_step(kept, optimizer, state, mesh).trace(state, batch)
+        without_remat = dataclasses.replace(config, model=model)
+        traced = jit_train_step(without_remat, optimizer, state, mesh).trace(state, batch)
     return flops.count(traced.jaxpr)
 
 
 def block_norms(gradient: Mapping[str, Any]) -> dict[str, Array]:
-    """L2 norm of the gradient of each of the network's blocks."""
+    """L2 norm of the gradient of each block of the network."""
     return {name: optax.tree.norm(block) for name, block in gradient.items()}
 
 
 def gradient_of_batch(
     params: Any, batch: Mapping[str, Array], key: Key[Array, ""], config: Config
 ) -> tuple[Any, dict[str, Array]]:
-    """Gradient and report of a batch, in `train.accumulation` parts one after the other.
+    """Gradient and report of a batch, accumulated over `train.accumulation` parts.
 
-    The parts' noise is drawn for the whole batch, so that only rounding (and dropout) tells
-    k parts from one.
+    Timesteps and noise are sampled for the whole batch, so the accumulated gradient equals the
+    unaccumulated one up to rounding and dropout.
     """
     parts = config.train.accumulation
-    drawn = {**batch, **stage.draw(key, len(batch["image"]), config)}
-    dropout_key = jax.random.fold_in(key, stage.DROPOUT_STREAM)
-    gradient_fn = jax.value_and_grad(stage.loss_given_randomness, has_aux=True)
+    examples = {**batch, **sample_randomness(key, len(batch["image"]), config)}
+    dropout_key = jax.random.fold_in(key, DROPOUT_STREAM)
+    gradient_fn = jax.value_and_grad(loss_given_randomness, has_aux=True)
     if parts == 1:
-        (_, report), gradient = gradient_fn(params, drawn, dropout_key, config)
+        (_, report), gradient = gradient_fn(params, examples, dropout_key, config)
         return gradient, report
 
-    # Every k-th example makes a part: the examples stay on their devices.
+    # Part i holds examples i, i + k, ...: every example stays on its device.
     def split(x: Array) -> Array:
         return x.reshape(len(x) // parts, parts, *x.shape[1:]).swapaxes(0, 1)
 
-    def add(total: Any, part: tuple[Mapping[str, Array], Array]) -> tuple[Any, None]:
-        examples, index = part
+    def add(total: Any, indexed: tuple[Mapping[str, Array], Array]) -> tuple[Any, None]:
+        part, index = indexed
         part_key = jax.random.fold_in(dropout_key, index)
-        (_, report), gradient = gradient_fn(params, examples, part_key, config)
+        (_, report), gradient = gradient_fn(params, part, part_key, config)
         return jax.tree.map(jnp.add, total, (gradient, report)), None
 
-    examples = (jax.tree.map(split, drawn), jnp.arange(parts))
-    first = jax.tree.map(lambda x: x[0], examples[0])
+    split_examples = jax.tree.map(split, examples)
+    first = jax.tree.map(lambda x: x[0], split_examples)
     (_, report), gradient = jax.eval_shape(lambda: gradient_fn(params, first, dropout_key, config))
-    # From zero, rather than from the first part: the compiler then sees one part, not two.
-    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (gradient, report))
-    # Gradients of convolutions inside a loop are a hundred times slower on CPUs.
+    # Starting at zero and not at the first part lets the compiler compile one part, not two.
+    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (gradient, report))
+    # XLA's gradients of convolutions inside a loop are about 100 times slower on CPUs.
     unroll = parts if partitioning.platform() == "cpu" else 1
-    (gradient, report), _ = jax.lax.scan(add, nothing, examples, unroll=unroll)
+    indexed_parts = (split_examples, jnp.arange(parts))
+    (gradient, report), _ = jax.lax.scan(add, zero, indexed_parts, unroll=unroll)
     mean = {name: report[name] / parts for name in ("loss", "x0_mse")}
     return jax.tree.map(lambda g: g / parts, gradient), {**report, **mean}

@@ -1,4 +1,4 @@
-"""Text to pre-train a small encoder on: paraphrases, their vocabulary, their ids."""
+"""Corpus for pre-training a small text encoder: groups of paraphrases, vocabulary, token ids."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Int
 
 from imagen_jax.config.fields import ConfigError
+from imagen_jax.io import jsonl
 
 EOS_ID = 1
 _BYTE_PIECES = 256 + 3  # every byte, padding, end mark and unknown
@@ -21,43 +22,45 @@ def read(path: str, limit: int) -> list[list[str]]:
     """The first `limit` lines of a corpus file, each a JSON list of paraphrases.
 
     Raises:
-      ConfigError: no such file, or a line that is no list of strings.
+      ConfigError: no such file, or a line that is not a list of strings.
     """
     file = pathlib.Path(path)
     if not file.is_file():
         raise ConfigError(
-            f"config.pretrain_text.corpus={path!r} is no file; leave it empty to learn from the "
-            "captions of the pictures"
+            f"config.pretrain_text.corpus={path!r} is not a file; leave it empty to train on the "
+            "captions of the images"
         )
     groups = []
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(itertools.islice(lines, limit), start=1):
-            try:
-                group = json.loads(line)
-            except ValueError:
-                group = None
+    try:
+        for number, group in itertools.islice(jsonl.read(file), limit):
             if not isinstance(group, list) or not all(isinstance(text, str) for text in group):
-                raise ConfigError(
-                    f"{path}:{number}: {line.strip()[:40]!r} must be a JSON list of strings, "
-                    'such as ["a red cross", "one red cross"]'
-                )
+                raise _not_a_group(path, number, json.dumps(group)[:40])
             groups.append(group)
+    except jsonl.JsonLinesError as error:
+        raise _not_a_group(path, error.line, error.text) from error
     return groups
+
+
+def _not_a_group(path: str, line: int, got: str) -> ConfigError:
+    return ConfigError(
+        f"{path}:{line}: {got!r} must be a JSON list of strings, such as "
+        '["a red cross", "one red cross"]'
+    )
 
 
 def train_vocabulary(captions: Sequence[str], vocab_size: int) -> bytes:
     """A SentencePiece byte-pair model with T5's special ids; any text can be tokenized with it.
 
     Args:
-      captions: text to learn from.
-      vocab_size: wanted pieces, of which 259 are bytes and special ids; fewer where the text has
-        no more.
+      captions: text to train on.
+      vocab_size: largest number of pieces, of which 259 are bytes and special ids; a small text
+        gives fewer.
 
     Returns:
       The content of a `spiece.model` file.
 
     Raises:
-      ConfigError: vocab_size leaves no room for the text's letters.
+      ConfigError: vocab_size is too small for the letters of the text.
     """
     import sentencepiece
 
@@ -66,10 +69,10 @@ def train_vocabulary(captions: Sequence[str], vocab_size: int) -> bytes:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(captions),
             model_writer=writer,
-            # Not unigram, whose seeds are repeats across different words: on a world of a hundred
-            # words it never proposes whole ones and spells colours in letters.
+            # Not unigram: its candidates are substrings repeated across different words, so with
+            # a vocabulary of a hundred words it splits frequent words into letters.
             model_type="bpe",
-            # Folds case, so that "A Red Circle" is what was learned.
+            # Folds case: "A Red Circle" gets the ids of "a red circle".
             normalization_rule_name="nmt_nfkc_cf",
             vocab_size=vocab_size,
             hard_vocab_limit=False,
@@ -94,10 +97,10 @@ def train_vocabulary(captions: Sequence[str], vocab_size: int) -> bytes:
 def tokenize(
     captions: Sequence[str], model: bytes, max_len: int
 ) -> tuple[Int[np.ndarray, "n l"], int]:
-    """Ids with the end mark, zero-padded, as short as the captions allow.
+    """Token ids with the end-of-sequence id, zero-padded to the longest caption.
 
     Returns:
-      ids: int32, L the longest caption's.
+      ids: int32, at most `max_len` long.
       pieces: size of the vocabulary.
     """
     import sentencepiece
@@ -113,7 +116,7 @@ def tokenize(
 def by_group(
     ids: Int[np.ndarray, "n l"], groups: Sequence[Sequence[str]]
 ) -> Int[np.ndarray, "g k l"]:
-    """Rows of consecutive groups as one array; smaller groups repeat their captions to fill it."""
+    """Stacks the rows of consecutive groups; smaller groups repeat their captions."""
     ends = np.cumsum([len(group) for group in groups])
     size = max(map(len, groups))
     rows = [np.arange(end - len(g), end) for g, end in zip(groups, ends, strict=True)]

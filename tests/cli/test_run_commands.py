@@ -36,7 +36,7 @@ def test_a_diverging_run_stops_and_its_fault_replays(base_config, write_world, t
 
     replayed = imagen("replay", f"--workdir={run}", f"--step={first}")
     assert replayed.returncode == 0, replayed.stderr
-    assert "the fault came again" in replayed.stdout
+    assert "\nreproduced: " in replayed.stdout
     unknown = imagen("replay", f"--workdir={run}", "--step=99999")
     assert unknown.returncode == 1 and "no such fault" in unknown.stderr
 

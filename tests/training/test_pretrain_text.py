@@ -152,7 +152,7 @@ def test_a_corpus_file_is_read_line_by_line(tmp_path):
     assert text_corpus.read(str(path), 2) == [["a red cross", "one red cross"], ["zwei Kreise"]]
     with pytest.raises(ConfigError, match=r"corpus.jsonl:3: .*no list.* must be a JSON list"):
         text_corpus.read(str(path), 3)
-    with pytest.raises(ConfigError, match="config.pretrain_text.corpus=.* is no file"):
+    with pytest.raises(ConfigError, match="config.pretrain_text.corpus=.* is not a file"):
         text_corpus.read(str(tmp_path / "none"), 1)
 
 

@@ -19,7 +19,8 @@ from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import CheckpointConfig, Config, TrainConfig
 from imagen_jax.parallel import partitioning
 from imagen_jax.parallel.preemption import Preempted
-from imagen_jax.stages import stage
+from imagen_jax.stages.loss import loss_fn
+from imagen_jax.stages.network import init_params
 from imagen_jax.training import faults
 from imagen_jax.training.checkpoint import CheckpointError, Checkpoints
 from imagen_jax.training.faults import DivergedError
@@ -118,7 +119,7 @@ def test_one_bad_batch_is_written_down_and_replays(base_config, stream, tmp_path
 
     said = []
     assert replay(config, str(tmp_path), 2, stream(config, change), said.append)
-    assert said[0] == "from step 2 on to step 2" and said[-1] == "the fault came again"
+    assert said[0] == "training from step 2 to step 2" and said[-1].startswith("reproduced")
     assert "record 21" in said[2] and "not finite in the batch: image" in said[2]
 
 
@@ -130,8 +131,8 @@ def test_a_fault_of_the_machine_does_not_come_again(base_config, stream, tmp_pat
     np.savez(path, **next(stream(config)(3)))
     said = []
     assert not replay(config, str(tmp_path), 3, stream(config), said.append)
-    assert said[0] == "from step 2 on to step 3" and said[-1].startswith("all is finite now")
-    with pytest.raises(DivergedError, match="--step=4: no such fault.*there are: 3"):
+    assert said[0] == "training from step 2 to step 3" and said[-1].startswith("not reproduced")
+    with pytest.raises(DivergedError, match="--step=4: no such fault.*saved faults: 3"):
         replay(config, str(tmp_path), 4, stream(config))
 
 
@@ -187,7 +188,7 @@ def test_a_save_that_fails_is_one_line_and_costs_nothing(base_config, write_worl
     assert full.returncode == 1
     said = [line for line in full.stderr.splitlines() if "warning:" not in line]
     assert len(said) == 1 and said[0].startswith("imagen train: ")
-    assert "cannot save" in said[0] and "make room" in said[0] and "ailed" in said[0]
+    assert "cannot save" in said[0] and "free disk space" in said[0] and "ailed" in said[0]
     kept = [p.name for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()]
     assert kept == []
     assert run_command(config, tmp_path / "run").returncode == 0
@@ -252,7 +253,9 @@ def test_a_run_refuses_another_learning_rate(base_config, stream, tmp_path):
     config = with_train(base_config, steps=2)
     train(config, str(tmp_path), stream(config), lambda line: None)
     optimizer = dataclasses.replace(config.optimizer, learning_rate=1e-3)
-    other = dataclasses.replace(with_train(config, steps=4), optimizer=optimizer)
+    # 1.0 is what the network uses for None.
+    model = dataclasses.replace(config.model, skip_scale=1.0)
+    other = dataclasses.replace(with_train(config, steps=4), optimizer=optimizer, model=model)
     with pytest.raises(ConfigError, match="config.optimizer.learning_rate=0.001.*0.003.*allow_ch"):
         train(other, str(tmp_path), stream(other))
     allowed = ["optimizer.learning_rate"]
@@ -261,7 +264,7 @@ def test_a_run_refuses_another_learning_rate(base_config, stream, tmp_path):
 
 def test_which_checkpoints_stay(base_config, tmp_path):
     optimizer = make_optimizer(base_config.optimizer, 10)
-    params = partitioning.unbox(stage.init_params(base_config, jax.random.key(0)))
+    params = partitioning.unbox(init_params(base_config, jax.random.key(0)))
     state = create_state(params, optimizer)
     settings = CheckpointConfig(keep=2, keep_every=4, keep_best=1)
     checkpoints = Checkpoints(str(tmp_path), settings)
@@ -308,7 +311,7 @@ def test_a_batch_that_does_not_divide_into_parts(base_config, stream, tmp_path):
 def test_noise_bins_hold_every_example(base_config, make_batch, random_params):
     batch = on_device(make_batch(base_config))
     params = jax.tree.map(jax.numpy.asarray, random_params(base_config))
-    loss, report = stage.loss_fn(params, batch, jax.random.key(0), base_config)
+    loss, report = loss_fn(params, batch, jax.random.key(0), base_config)
     total, count = report["loss_by_noise_level"]
     assert float(count.sum()) == base_config.data.batch_size
     np.testing.assert_allclose(float(total.sum() / count.sum()), float(loss), rtol=1e-5)
@@ -328,7 +331,7 @@ def test_the_step_is_the_one_the_loss_says(base_config, make_batch, random_param
     state = create_state(params, optimizer)
     batch = on_device(make_batch(base_config))
     _, report = jax.jit(make_train_step(base_config, optimizer))(state, batch)
-    loss, _ = stage.loss_fn(state.params, batch, step_key(base_config, 0), base_config)
+    loss, _ = loss_fn(state.params, batch, step_key(base_config, 0), base_config)
     np.testing.assert_allclose(float(report["loss"]), float(loss), rtol=1e-6)
     squares = [float(norm) ** 2 for norm in report["block_norms"].values()]
     np.testing.assert_allclose(sum(squares) ** 0.5, float(report["grad_norm"]), rtol=1e-5)

@@ -177,7 +177,9 @@ def test_a_checkpoint_of_another_model_names_the_parameters(finished, base_confi
     with pytest.raises(CheckpointError, match="of another model") as error:
         train(other, str(finished[1]), stream(other), allow_changes=["model"])
     message = str(error.value)
-    assert "['conv_in']['kernel'] is (3, 3, 3, 8), the model wants (3, 3, 3, 16)" in message
+    assert (
+        "['conv_in']['kernel'] has shape (3, 3, 3, 8), the model expects (3, 3, 3, 16)" in message
+    )
     assert "unexpected ['down_0_attention_self']['text_key_value']['kernel']" in message
 
 
