@@ -1,13 +1,15 @@
-"""Imagen's models as the paper gives them (arXiv:2205.11487, App. F).
+"""Imagen's three stages (arXiv:2205.11487, App. F): 64x64, 64 -> 256, 256 -> 1024.
 
     python -m imagen_jax train --config=configs/imagen.py:base_64 --workdir=runs/base_64 \
-      --config.data.path=PICTURES --config.data.embeddings=EMBEDDINGS --config.mesh.fsdp=16
+      --config.data.path=IMAGES --config.data.embeddings=EMBEDDINGS --config.mesh.fsdp=16
 
-`base_64` draws 64x64, `sr_256` takes 64 -> 256, `sr_1024` takes 256 -> 1024 and learns from crops.
-`base_64_300m`, `_500m` and `_1b` are narrower bases, for the ablation of the U-Net's size.
-Hardware of the paper: 256 TPU v4 chips (base), 128 (each SR). Expected time and result: not yet
-run. Fields the paper leaves open: token length, clip_norm, ema.decay, aug_schedule, aug_level,
-sampling, and the number of blocks in the SR models' unstrided level.
+`base_64` generates 64x64 images, `sr_256` upsamples 64 -> 256, `sr_1024` upsamples 256 -> 1024 and
+trains on crops. `base_64_300m`, `base_64_500m` and `base_64_1b` are narrower base stages, for the
+ablation of the U-Net's size (Fig. 4b).
+
+Hardware of the paper: 256 TPU v4 chips (base), 128 (each SR). Time and result: not yet run;
+docs/plan.md estimates them. Paper is silent: token length, clip_norm, ema.decay, aug_schedule,
+aug_level, sampling, and the number of blocks in the SR models' unstrided level.
 """
 
 import ml_collections
@@ -20,7 +22,7 @@ BASE_WIDTHS = {"base_64_300m": 160, "base_64_500m": 224, "base_64_1b": 320, "bas
 
 
 def get_config(name: str = "base_64") -> ml_collections.ConfigDict:
-    """`base_64` (or a narrower one), `sr_256` or `sr_1024`."""
+    """Values of a stage in `CONFIGS`."""
     c = overrides.to_config_dict(Config())
     c.name = name
     c.data.kind = "folder"
@@ -28,15 +30,17 @@ def get_config(name: str = "base_64") -> ml_collections.ConfigDict:
     c.data.max_text_len = c.text.max_len = 128
     c.model.text_dim = 4096  # T5-XXL
     c.model.dtype = "bfloat16"
-    c.sampling.guidance_weight = 1.35 if name in BASE_WIDTHS else 8.0
-    if name in BASE_WIDTHS:
-        c.data.image_size = 64
-        c.model.channels = tuple(BASE_WIDTHS[name] * m for m in (1, 2, 3, 4))
-        c.model.head_dim = 64 if BASE_WIDTHS[name] % 64 == 0 else 32
-        c.optimizer.name = "adafactor"
-    else:
-        {"sr_256": _sr, "sr_1024": _sr_1024}[name](c)
+    CONFIGS[name](c)
     return c
+
+
+def _base(c: ml_collections.ConfigDict) -> None:
+    width = BASE_WIDTHS[c.name]
+    c.data.image_size = 64
+    c.model.channels = tuple(width * m for m in (1, 2, 3, 4))
+    c.model.head_dim = 64 if width % 64 == 0 else 32
+    c.optimizer.name = "adafactor"
+    c.sampling.guidance_weight = 1.35
 
 
 def _sr(c: ml_collections.ConfigDict) -> None:
@@ -50,12 +54,16 @@ def _sr(c: ml_collections.ConfigDict) -> None:
     c.model.self_attention = c.model.cross_attention = (False, False, False, False, True)
     c.model.head_dim = 128  # 8 heads
     c.model.skip_scale = 2**-0.5
+    c.sampling.guidance_weight = 8.0
     c.sampling.aug_level = 0.2
 
 
 def _sr_1024(c: ml_collections.ConfigDict) -> None:
     _sr(c)
-    c.data.crop_from = 1024  # It learns 64 -> 256 on crops and draws the whole picture.
+    c.data.crop_from = 1024  # Trains 64 -> 256 on crops, samples whole images.
     c.model.self_attention = (False,) * 5
     c.model.text_conditioning = "cross"
     c.diffusion.schedule = "linear"
+
+
+CONFIGS = dict.fromkeys(BASE_WIDTHS, _base) | {"sr_256": _sr, "sr_1024": _sr_1024}

@@ -1,10 +1,18 @@
-"""The shapes world: a cascade 16 -> 64 -> 256 that learns in minutes on two CPU cores.
+"""The shapes world: a cascade 16 -> 64 -> 256 that trains in minutes on two CPU cores.
 
     make demo        # the first two stages, see launch/demo.sh
     make demo_256    # then the third, see launch/demo_256.sh
 
-`base` draws 16x16, `sr` takes 16 -> 64, `sr2` takes 64 -> 256 and learns from crops, 16 -> 64. The
-same fields at other values are the paper's models.
+`base` generates 16x16 images, `sr` upsamples 16 -> 64, `sr2` upsamples 64 -> 256 and trains on
+crops.
+
+Hardware: two CPU cores. Time: 6 to 13 minutes for `base` and `sr`, depending on the cores, 20 more
+for `sr2`. Result: 0.94 of the held-out prompts of one object are exact, 0.68 of counts, 0.23 of
+spatial relations (README.md).
+
+data.loader is numpy, which gives the batches of seqio bit for bit: the core that reads is the core
+that trains, and from images of 64 pixels it reads 2,367 images/s per core, seqio 706
+(`benchmarks/input.py`, docs/data.md).
 """
 
 import ml_collections
@@ -14,19 +22,19 @@ from imagen_jax.config.schema import Config
 
 
 def get_config(name: str = "base") -> ml_collections.ConfigDict:
-    """`base`, `sr` or `sr2`."""
+    """Values of `base`, `sr` or `sr2`."""
     c = overrides.to_config_dict(Config())
     c.data.path = "runs/demo/data"
     c.data.embeddings = "runs/demo/embeddings"
     c.text.path = "runs/demo/text"
     c.pretrain_text.corpus = "runs/demo/data/paraphrases.jsonl"
     c.pretrain_text.num_layers = 3
-    c.pretrain_text.num_heads = 16  # Each begins by looking at another place: roles need many.
+    c.pretrain_text.num_heads = 16  # Each starts at another relative position; relations need many.
     c.pretrain_text.batch_size = 32
     c.pretrain_text.steps = 1_200
     c.data.max_text_len = 24
-    c.data.loader = "numpy"  # The core that reads is the core that trains.
-    # Beside all pixels in one softmax, as in the paper, a few words are hardly heard at first.
+    c.data.loader = "numpy"
+    # Differs from paper: in one softmax with all pixels, text tokens get little attention at first.
     c.model.text_conditioning = "cross"
     c.checkpoint.every = 2_500  # A save costs as much as 30 steps.
     c.mesh.cpu_devices = 2
@@ -38,7 +46,7 @@ def get_config(name: str = "base") -> ml_collections.ConfigDict:
     c.optimizer.schedule = "linear_tail"
     c.ema.decay = 0.998
     c.sampling.sampler = "ddim"
-    {"base": _base, "sr": _sr, "sr2": _sr2}[name](c)
+    CONFIGS[name](c)
     c.name = name
     return c
 
@@ -50,7 +58,7 @@ def _base(c: ml_collections.ConfigDict) -> None:
     c.model.channels = (48, 64)
     c.model.num_res_blocks = (1, 1)
     c.model.self_attention = c.model.cross_attention = (False, True)
-    c.model.position_embedding = True  # Else "left of" comes too late for minutes.
+    c.model.position_embedding = True  # Without it, "left of" takes longer than minutes.
     c.model.head_dim = 16
     c.model.num_groups = 8
     c.model.embed_dim = 256
@@ -68,7 +76,7 @@ def _sr(c: ml_collections.ConfigDict) -> None:
     c.data.lowres_size = 16
     c.model.name = "efficient_unet"
     c.model.lowres = c.model.lowres_residual = True
-    c.model.patch_size = 2  # Patches of 4 take half the time, but their outlines are rougher.
+    c.model.patch_size = 2  # Patches of 4 take half the time; their outlines are rougher.
     c.model.channels = (32, 64, 64)
     c.model.num_res_blocks = (1, 1, 1)
     c.model.strided_stem = (False, True, True)
@@ -77,11 +85,11 @@ def _sr(c: ml_collections.ConfigDict) -> None:
     c.model.num_groups = 8
     c.model.embed_dim = 128
     c.model.skip_scale = 2**-0.5
-    c.diffusion.aug_level_max = 0.06  # The errors of the base stage are small, too.
+    c.diffusion.aug_level_max = 0.06  # The errors of the base stage are small.
     c.diffusion.aug_noise_size = "lowres"
     c.diffusion.logsnr_shift = -2.0
     c.data.batch_size = 8
-    c.optimizer.learning_rate = 1e-3  # Small steps draw sharper outlines than large ones.
+    c.optimizer.learning_rate = 1e-3  # Sharper outlines than 3e-3.
     c.optimizer.schedule = "cosine"
     c.train.steps = 3_000
     c.sampling.sampler = "ddpm"
@@ -93,11 +101,14 @@ def _sr(c: ml_collections.ConfigDict) -> None:
 def _sr2(c: ml_collections.ConfigDict) -> None:
     _sr(c)
     c.data.name = "shapes_world256"
-    c.data.crop_from = 256  # It learns from crops and draws the whole picture.
+    c.data.crop_from = 256  # Trains on crops, samples whole images.
     c.model.self_attention = (False, False, False)
     c.diffusion.aug_level_max = 0.2
     c.diffusion.logsnr_shift = -3.0
     c.train.steps = 8_000
-    c.ema.profiles = (0.2,)  # An average over much of the run: flat areas are the more even.
+    c.ema.profiles = (0.2,)  # A wide average makes flat areas more even.
     c.ema.snapshot_every = 2_000
-    c.sampling.guidance_weight = 1.0  # The small picture has said it all, in half the time.
+    c.sampling.guidance_weight = 1.0  # Off: lowres has the content, and it halves the time.
+
+
+CONFIGS = {"base": _base, "sr": _sr, "sr2": _sr2}
