@@ -1,13 +1,13 @@
-"""Editing the user's own pictures: where a stage starts from, and what it must leave alone.
+"""Image-to-image and inpainting with any trained stage.
 
-Image-to-image starts from the picture noised to time `strength` instead of from noise (SDEdit,
-arXiv:2108.01073). Inpainting draws under a mask: after every step the rest is replaced by the
-picture noised to that level, and some steps are taken back by new noise and repeated, so that what
-is drawn comes to fit what is kept (RePaint, arXiv:2201.09865, Alg. 1). Both need nothing of a
-trained stage; every stage of a cascade edits the picture at its own size.
+Image-to-image starts from the given image noised to time `strength` (SDEdit, arXiv:2108.01073).
+Inpainting samples under a mask: after every step the pixels outside the mask are replaced by the
+given image noised to that level, and some steps are repeated after new noise, which matches the
+sampled part to the kept part (RePaint, arXiv:2201.09865, Alg. 1). Every stage of a cascade edits
+the image at its own size.
 
-A taken-back step is one of a list of steps like any other (`walk`), and keeping the known part is
-a sampler made of another one (`repaint_sampler`): the loop and `drawing` know of neither.
+Repeated steps are entries of the list of timesteps (`timesteps`), and `repaint_sampler` wraps any
+sampler, so the denoising loop has no special case for editing.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from jaxtyping import Array, Bool, Float, UInt8
 
 from imagen_jax.diffusion.guidance import Denoise
 from imagen_jax.diffusion.process import alpha_sigma, expand, q_sample
-from imagen_jax.diffusion.samplers import Sampler, fold, normal
-from imagen_jax.io import images
+from imagen_jax.diffusion.samplers import Sampler, fold_in_keys, normal
+from imagen_jax.io.images import resize_host, to_float
 
-# Randomness of a step besides the sampler's own: folded into its keys.
+# Streams of a step's noise beside the sampler's own: folded into its keys.
 RENOISE_STREAM, KNOWN_STREAM = 1, 2
 
 
 class EditError(ValueError):
-    """An edit cannot be; the message gives field, got, expected and fix."""
+    """An edit is invalid; the message gives field, got, expected and fix."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Edit:
-    """What N pictures are made from, beside their prompts.
+    """N images to start from, beside their prompts.
 
     Attributes:
-      pictures: uint8 [N, H, W, 3], square, of the size of the last stage.
-      strength: time that denoising starts from, above 0 (nothing is changed) to 1 (from noise).
-      masks: True where to draw, [N, H, W]; the other pixels come out as they are. None: all.
-      resamplings: how often each stretch of `jump` steps is taken; 1: once, without going back.
-      jump: steps that are taken back at a time.
+      images: uint8 [N, H, W, 3], square, of the size of the last stage.
+      strength: time that denoising starts from, above 0 (nothing changes) to 1 (from noise).
+      masks: True where to sample, [N, H, W]; the other pixels are kept. None: sample all.
+      resamplings: how often each group of `jump` steps is run; 1: once.
+      jump: steps in a group.
     """
 
-    pictures: UInt8[np.ndarray, "n side side 3"]
+    images: UInt8[np.ndarray, "n side side 3"]
     strength: float = 1.0
     masks: Bool[np.ndarray, "n side side"] | None = None
     resamplings: int = 1
@@ -63,57 +63,56 @@ class Edit:
             raise EditError(f"resamplings={self.resamplings} needs masks; leave it at 1")
 
     def rows(self, rows: Sequence[int] | np.ndarray) -> Edit:
-        """The edit of some of the pictures."""
+        """The edit of some of the images."""
         masks = None if self.masks is None else self.masks[rows]
-        return dataclasses.replace(self, pictures=self.pictures[rows], masks=masks)
+        return dataclasses.replace(self, images=self.images[rows], masks=masks)
 
 
-def sized(
+def resize_edit(
     edit: Edit, size: int
 ) -> tuple[Float[np.ndarray, "n size size 3"], Bool[np.ndarray, "n size size 1"] | None]:
-    """Pictures in [-1, 1] and masks at the size of a stage.
+    """Images in [-1, 1] and masks at the size of a stage.
 
-    A pixel of the smaller mask is drawn where any of the pixels that it stands for is, so that
-    nothing of what is to be replaced is seen.
+    A pixel of the smaller mask is True where any of its source pixels is, so no masked source
+    pixel contributes to a kept one.
     """
-    pictures = np.stack([images.resize_host(picture, size) for picture in edit.pictures])
+    resized = np.stack([resize_host(image, size) for image in edit.images])
     if edit.masks is None:
-        return images.to_float(pictures), None
+        return to_float(resized), None
     covered = [
-        images.resize_host(np.repeat(m[..., None] * np.uint8(255), 3, -1), size) for m in edit.masks
+        resize_host(np.repeat(m[..., None] * np.uint8(255), 3, -1), size) for m in edit.masks
     ]
-    return images.to_float(pictures), np.stack(covered)[..., :1] > 0
+    return to_float(resized), np.stack(covered)[..., :1] > 0
 
 
-def keep(edit: Edit, drawn: UInt8[np.ndarray, "n h w 3"]) -> UInt8[np.ndarray, "n h w 3"]:
-    """The last stage's pictures with the given pixels, bit for bit, outside of the masks."""
+def composite(edit: Edit, sampled: UInt8[np.ndarray, "n h w 3"]) -> UInt8[np.ndarray, "n h w 3"]:
+    """The last stage's images with the given pixels, bit for bit, outside the masks."""
     if edit.masks is None:
-        return drawn
-    return np.where(edit.masks[..., None], drawn, edit.pictures)
+        return sampled
+    return np.where(edit.masks[..., None], sampled, edit.images)
 
 
-def walk(
+def timesteps(
     steps: int, strength: float = 1.0, resamplings: int = 1, jump: int = 1
 ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
-    """Times that each step leads from and to, from `strength` to 0.
+    """Times that each step starts from and ends at, from `strength` to 0.
 
     Args:
-      steps: of a walk from time 1; the part below `strength` has that share of them.
+      steps: number of steps from time 1 to 0; from `strength` on it is that share of them.
       strength: time to start from, above 0, at most 1.
-      resamplings: how often each stretch of `jump` steps is taken. The last stretch is taken once,
-        as there is nothing left to fit.
-      jump: steps of a stretch.
+      resamplings: how often each group of `jump` steps is run. The last group is run once.
+      jump: steps in a group.
 
     Returns:
-      n times each. Where a step leads from a time above that which the step before led to, noise
-      is to be added first.
+      n times each. Where a step starts from a later time than the step before it ended at, noise
+      has to be added first.
     """
     count = max(math.ceil(steps * strength - 1e-6), 1)
     times = np.linspace(strength, 0.0, count + 1, dtype=np.float32)
     order: list[int] = []
     for first in range(0, count, jump):
-        stretch = range(first, min(first + jump, count))
-        order += [*stretch] * (resamplings if stretch[-1] < count - 1 else 1)
+        group = range(first, min(first + jump, count))
+        order += [*group] * (resamplings if group[-1] < count - 1 else 1)
     index = np.array(order)
     return times[index], times[index + 1]
 
@@ -124,7 +123,7 @@ def renoise(
     logsnr_t: Float[Array, " b"],
     eps: Float[Array, "b *d"],
 ) -> Float[Array, "b *d"]:
-    """Draws z_t from q(z_t | z_s), t noisier than s: the forward process between two levels.
+    """Samples z_t from q(z_t | z_s), t noisier than s: the forward process between two levels.
 
     mean = (alpha_t / alpha_s) z_s; variance = sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2.
     """
@@ -138,29 +137,29 @@ def renoise(
 def repaint_sampler(
     sampler: Sampler, known: Float[Array, "b h w c"], mask: Bool[Array, "b h w 1"]
 ) -> Sampler:
-    """A sampler that draws under the mask and elsewhere keeps `known` (RePaint, Alg. 1).
+    """Wraps a sampler: samples under the mask, keeps `known` elsewhere (RePaint, Alg. 1).
 
     After each step z = mask * z + (1 - mask) * q_sample(known) at the level reached. Where a step
-    starts from a noisier level than the one before reached, z is noised up to it first, and the
-    sampler starts anew, without the history of another path.
+    starts from a noisier level than the step before it reached, z is noised to that level first and
+    the wrapped sampler's state is reset.
     """
 
     def init(z):
-        # Every level is cleaner than that: the first step does not go back.
+        # -inf: the first step adds no noise before it.
         return sampler.init(z), jnp.full(z.shape[:1], -jnp.inf)
 
     def step(denoise: Denoise, z, logsnr_t, logsnr_s, keys, state):
         inner, reached = state
 
-        def draw(stream: int) -> Array:
-            return normal(fold(keys, stream), z.shape[1:])
+        def noise(stream: int) -> Array:
+            return normal(fold_in_keys(keys, stream), z.shape[1:])
 
         back = logsnr_t < reached
         choose = jax.vmap(jnp.where)
-        z = choose(back, renoise(z, reached, logsnr_t, draw(RENOISE_STREAM)), z)
+        z = choose(back, renoise(z, reached, logsnr_t, noise(RENOISE_STREAM)), z)
         inner = jax.tree.map(functools.partial(choose, back), sampler.init(z), inner)
         z, inner = sampler.step(denoise, z, logsnr_t, logsnr_s, keys, inner)
-        z = jnp.where(mask, z, q_sample(known, logsnr_s, draw(KNOWN_STREAM)))
+        z = jnp.where(mask, z, q_sample(known, logsnr_s, noise(KNOWN_STREAM)))
         return z, (inner, logsnr_s)
 
     return Sampler(init, step)

@@ -1,10 +1,12 @@
-"""Samplers as (init, step) pairs, and the one loop that runs any of them.
+"""Samplers as (init, step) pairs, and the loop that runs all of them.
 
-A sampler sees `denoise(z, logsnr) -> x0` and a decreasing amount of noise, nothing else; what is in
-`denoise` (guidance, thresholding, conditioning) is none of its business. A new sampler is one
-function here and one row in SAMPLERS. Times run from logsnr_t (noisier) to logsnr_s (cleaner).
+A sampler sees `denoise(z, logsnr) -> x0` and two noise levels per step, logsnr_t (noisier) and
+logsnr_s (cleaner). Guidance, thresholding and conditioning are inside `denoise`. A new sampler is
+one function and one row of SAMPLERS; a sampler with options also has a row in OPTIONS, which says
+which fields of `SamplingConfig` it takes.
 
-Every picture draws its noise from its own key, so it does not depend on its neighbours in a batch.
+The noise of every image comes from the image's own key, so an image does not depend on its
+neighbours in the batch.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Integer, Key
 
+from imagen_jax.config.fields import ConfigError, unknown_name
+from imagen_jax.config.sampling import SamplingConfig
 from imagen_jax.diffusion.guidance import Denoise
 from imagen_jax.diffusion.process import alpha_sigma, expand
 
@@ -32,13 +36,13 @@ class Sampler(NamedTuple):
     step: Callable[..., tuple[Array, Any]]
 
 
-def fold(keys: Key[Array, " b"], number: Integer[Array, ""] | int) -> Key[Array, " b"]:
+def fold_in_keys(keys: Key[Array, " b"], number: Integer[Array, ""] | int) -> Key[Array, " b"]:
     """`jax.random.fold_in` of each of the keys."""
     return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)
 
 
 def normal(keys: Key[Array, " b"], shape: tuple[int, ...]) -> Float[Array, "b *d"]:
-    """Standard normal noise, picture i from keys[i] alone."""
+    """Standard normal noise; that of image i depends on keys[i] alone."""
     return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
 
 
@@ -131,6 +135,77 @@ SAMPLERS: dict[str, Callable[..., Sampler]] = {
     "dpmpp_2m": dpmpp_2m,
     "heun": heun,
 }
+# Fields of `SamplingConfig` that a sampler takes as keyword arguments.
+OPTIONS: dict[str, tuple[str, ...]] = {"ddpm": ("gamma",)}
+
+
+def make_sampler(settings: SamplingConfig) -> Sampler:
+    """The sampler that `settings.sampler` names, with its options. Raises ConfigError."""
+    if settings.sampler not in SAMPLERS:
+        raise ConfigError(unknown_name("config.sampling.sampler", settings.sampler, list(SAMPLERS)))
+    options = {name: getattr(settings, name) for name in OPTIONS.get(settings.sampler, ())}
+    return SAMPLERS[settings.sampler](**options)
+
+
+class DenoisingState(NamedTuple):
+    """B images between two steps.
+
+    Attributes:
+      z: [B, H, W, C] at the noise level that the last step reached.
+      sampler_state: state of the sampler.
+      x0: what `denoise` returned first in the last step, at the step's noisier end.
+    """
+
+    z: Array
+    sampler_state: Any
+    x0: Array
+
+
+def init_state(sampler: Sampler, z: Float[Array, "b h w c"]) -> DenoisingState:
+    """The state before the first step: z is the noise that denoising starts from."""
+    return DenoisingState(z, sampler.init(z), jnp.zeros_like(z))
+
+
+def denoise_steps(
+    sampler: Sampler,
+    denoise: Denoise,
+    state: DenoisingState,
+    logsnr_t: Float[Array, " n"],
+    logsnr_s: Float[Array, " n"],
+    keys: Key[Array, " b"],
+    first: Int[Array, ""] | int,
+    last: Int[Array, ""] | int,
+) -> DenoisingState:
+    """The denoising loop: steps `first` up to, not including, `last`.
+
+    The bounds may be traced, so one program runs any number of steps. After the last step of all,
+    `x0` is the result: the mean, without new noise. Every step calls `sampler.step` once, so T
+    steps evaluate `denoise` T times with ddpm, ddim and dpmpp_2m, and 2 T times with heun.
+
+    Args:
+      sampler: a row of SAMPLERS, built.
+      denoise: (z, logsnr [B]) -> x0.
+      state: from `init_state`, or from the steps before.
+      logsnr_t: noise level that each step starts from, nats; those from `last` on are not read.
+      logsnr_s: noise level that each step ends at, nats.
+      keys: one key per image; step i samples from fold_in(key, i).
+      first: the first step.
+      last: the step after the last one.
+    """
+
+    def body(index, state: DenoisingState) -> DenoisingState:
+        estimates = []
+
+        def recording(z, logsnr):
+            estimates.append(denoise(z, logsnr))
+            return estimates[-1]
+
+        step_keys = fold_in_keys(keys, index)
+        ends = (jnp.broadcast_to(v[index], state.z.shape[:1]) for v in (logsnr_t, logsnr_s))
+        z, inner = sampler.step(recording, state.z, *ends, step_keys, state.sampler_state)
+        return DenoisingState(z, inner, estimates[0])
+
+    return jax.lax.fori_loop(first, last, body, state)
 
 
 def sample_loop(
@@ -140,81 +215,18 @@ def sample_loop(
     logsnrs: Float[Array, " steps_plus_1"],
     keys: Key[Array, " b"],
 ) -> Float[Array, "b h w c"]:
-    """Denoises z along `logsnrs` in one `lax.scan`.
+    """All steps of `denoise_steps` along one list of noise levels.
 
     Args:
       sampler: a row of SAMPLERS, built.
       denoise: (z, logsnr [B]) -> x0.
       z: noise at logsnrs[0].
-      logsnrs: T+1 strictly increasing values, noisiest first.
-      keys: one key per picture; step i draws from fold_in(key, i).
+      logsnrs: T+1 strictly increasing values, nats, noisiest first.
+      keys: one key per image; step i samples from fold_in(key, i).
 
     Returns:
-      x0 as `denoise` sees it at the last level: the mean, without new noise.
+      x0 as `denoise` predicts it in the last step: the mean, without new noise.
     """
-
-    def body(carry, step_input):
-        z, state = carry
-        index, logsnr_t, logsnr_s = step_input
-        step_keys = fold(keys, index)
-        levels = (jnp.broadcast_to(v, z.shape[:1]) for v in (logsnr_t, logsnr_s))
-        return sampler.step(denoise, z, *levels, step_keys, state), None
-
-    # The interval before the last would end in the clipped level; there x0 itself is the answer.
-    steps = jnp.arange(logsnrs.shape[0] - 2)
-    (z, _), _ = jax.lax.scan(body, (z, sampler.init(z)), (steps, logsnrs[:-2], logsnrs[1:-1]))
-    return denoise(z, jnp.broadcast_to(logsnrs[-2], z.shape[:1]))
-
-
-class Denoising(NamedTuple):
-    """B pictures between two steps.
-
-    Attributes:
-      z: [B, H, W, C] at the level reached.
-      state: of the sampler.
-      x0: what `denoise` answered in the last step, at its noisier end.
-    """
-
-    z: Array
-    state: Any
-    x0: Array
-
-
-def denoise_steps(
-    sampler: Sampler,
-    denoise: Denoise,
-    at: Denoising,
-    logsnr_t: Float[Array, " n"],
-    logsnr_s: Float[Array, " n"],
-    keys: Key[Array, " b"],
-    first: Int[Array, ""] | int,
-    last: Int[Array, ""] | int,
-) -> Denoising:
-    """A part of `sample_loop`, whose bounds may be traced: one program for any number of steps.
-
-    After step T - 1 of T, x0 is what `sample_loop` returns.
-
-    Args:
-      sampler: a row of SAMPLERS, built.
-      denoise: (z, logsnr [B]) -> x0.
-      at: where the pictures are.
-      logsnr_t: level that each step starts from; those from `last` on are not looked at.
-      logsnr_s: level that each step leads to.
-      keys: one key per picture; step i draws from fold_in(key, i).
-      first: the first step.
-      last: the step after the last one.
-    """
-
-    def body(index, at: Denoising) -> Denoising:
-        answers = []
-
-        def noting(z, logsnr):
-            answers.append(denoise(z, logsnr))
-            return answers[-1]
-
-        step_keys = fold(keys, index)
-        ends = (jnp.broadcast_to(v[index], at.z.shape[:1]) for v in (logsnr_t, logsnr_s))
-        z, state = sampler.step(noting, at.z, *ends, step_keys, at.state)
-        return Denoising(z, state, answers[0])
-
-    return jax.lax.fori_loop(first, last, body, at)
+    steps = logsnrs.shape[0] - 1
+    state = init_state(sampler, z)
+    return denoise_steps(sampler, denoise, state, logsnrs[:-1], logsnrs[1:], keys, 0, steps).x0

@@ -1,6 +1,8 @@
-"""What a cascade is asked to draw: checked in one place, before anything is computed.
+"""A request for samples, checked in one place before anything is computed.
 
-Errors are one line that names field, got, expected and fix, so that a server can hand them on.
+`SampleRequest` has everything that a call of `Cascade.sample` depends on. Errors are one line with
+field, got, expected and fix, so that a server can return them. (HTTP requests are validated in
+`serving.http_request`, which makes a `SampleRequest` of each.)
 """
 
 from __future__ import annotations
@@ -17,14 +19,149 @@ from imagen_jax.config.fields import ConfigError, unknown_name
 from imagen_jax.config.sampling import SamplingConfig
 from imagen_jax.config.schema import Config
 from imagen_jax.diffusion.editing import Edit
+from imagen_jax.stages.denoiser import check_guide
 from imagen_jax.stages.folder import StageError
-from imagen_jax.stages.stage import check_guide
 
 MAX_SEED = 2**32 - 1
 
 
 class RequestError(ValueError):
-    """What was asked for cannot be drawn; the message gives field, got, expected and fix."""
+    """The request cannot be sampled; the message gives field, got, expected and fix."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SampleRequest:
+    """N images to sample.
+
+    Attributes:
+      prompts: N texts; may be left out where text_emb is given.
+      seed: of all images, or one for each, 0 to 2**32 - 1.
+      prompt_indices: with seed and sample index all that an image's noise depends on; None:
+        0, 1, ... N - 1.
+      sample_indices: distinguish images of one prompt and seed; None: zeros.
+      stage_settings: fields of `SamplingConfig` by stage name.
+      negative_prompts: N texts that guidance moves away from; None: the null text.
+      text_emb: [N, L, D] embeddings in place of the prompts', zero at padding.
+      text_mask: [N, L], True at their real tokens.
+      lowres: where the first stage is a super-resolution stage: the N images that it upsamples.
+      edit: N images to start from, and which part of them to keep; None: from noise.
+      batch_size: images sampled at a time, rounded up to a multiple of the devices; the last batch
+        is padded, so that one shape is compiled.
+    """
+
+    prompts: Sequence[str] = ()
+    seed: int | Sequence[int] = 0
+    prompt_indices: Sequence[int] | None = None
+    sample_indices: Sequence[int] | None = None
+    stage_settings: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    negative_prompts: Sequence[str] | None = None
+    text_emb: Float[np.ndarray, "n l d"] | None = None
+    text_mask: Bool[np.ndarray, "n l"] | None = None
+    lowres: UInt8[np.ndarray, "n low low 3"] | None = None
+    edit: Edit | None = None
+    batch_size: int = 32
+
+    @property
+    def count(self) -> int:
+        """N."""
+        return len(self.prompts) if self.text_emb is None else len(self.text_emb)
+
+    def check(self, configs: Sequence[Config]) -> None:
+        """Raises RequestError where the stages of `configs` cannot sample this request.
+
+        Args:
+          configs: of the stages, base first, with `stage_settings` applied.
+        """
+        check_sizes(batch_size=self.batch_size)
+        self._check_text(configs[0])
+        self._check_negative(configs[0])
+        self._check_images(configs)
+        self.identities()
+
+    def _check_text(self, config: Config) -> None:
+        """Raises RequestError unless prompts or embeddings fit each other and the first stage."""
+        prompts, text_emb, text_mask = self.prompts, self.text_emb, self.text_mask
+        if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise RequestError(f"prompts={prompts!r} must be a list of texts; try [{prompts!r}]")
+        if not self.count:
+            raise RequestError("prompts=[] must hold at least one text, or text_emb one row")
+        if text_emb is None and text_mask is None:
+            return
+        if text_emb is None or text_mask is None or text_emb.shape[:2] != text_mask.shape:
+            shapes = [None if v is None else v.shape for v in (text_emb, text_mask)]
+            raise RequestError(
+                f"text_emb, text_mask of shapes {shapes} must be [N, L, D] and [N, L]"
+            )
+        if text_emb.shape[2] != config.model.text_dim:
+            raise RequestError(
+                f"text_emb of width {text_emb.shape[2]} must have width {config.model.text_dim}, "
+                f"that of stage {config.name!r}; use the text encoder that it was trained with"
+            )
+        if prompts and len(prompts) != self.count:
+            raise RequestError(
+                f"prompts are {len(prompts)}, text_emb has {self.count} rows; give as many"
+            )
+
+    def _check_negative(self, config: Config) -> None:
+        """Raises RequestError unless negative prompts are N texts that fit the embeddings."""
+        if self.negative_prompts is None:
+            return
+        if isinstance(self.negative_prompts, str) or len(self.negative_prompts) != self.count:
+            raise RequestError(
+                f"negative_prompts={self.negative_prompts!r} must be a list of {self.count} texts, "
+                'one for each image; "" is the empty text'
+            )
+        length = config.data.max_text_len
+        if self.text_emb is not None and self.text_emb.shape[1] != length:
+            raise RequestError(
+                f"text_emb of {self.text_emb.shape[1]} tokens must have {length}, as negative "
+                "prompts have"
+            )
+
+    def _check_images(self, configs: Sequence[Config]) -> None:
+        """Raises RequestError when given images are missing, unused or of another size."""
+        lowres_size, first = configs[0].data.lowres_size, configs[0].name
+        if lowres_size and self.lowres is None and self.edit is None:
+            raise RequestError(
+                f"stage {first!r} takes a {lowres_size} px image; give lowres, or put the base "
+                "stage first"
+            )
+        if self.lowres is not None and not lowres_size:
+            raise RequestError(
+                f"lowres: stage {first!r} is a base stage and takes no image; load the "
+                "super-resolution stages alone"
+            )
+        size = configs[-1].data.image_size
+        for name, array, side in (
+            ("lowres", self.lowres, lowres_size),
+            ("edit.images", self.edit and self.edit.images, size),
+        ):
+            if array is not None and array.shape != (self.count, side, side, 3):
+                raise RequestError(
+                    f"{name} of shape {array.shape} must be {(self.count, side, side, 3)}, an "
+                    "image for each text; see images.center_crop_resize"
+                )
+
+    def identities(self) -> Int[np.ndarray, "three n"]:
+        """Seed, prompt index and sample index of each image. Raises RequestError."""
+        count, seed = self.count, self.seed
+        prompts, samples = self.prompt_indices, self.sample_indices
+        fields = {
+            "seed": [seed] * count if isinstance(seed, int) else list(seed),
+            "prompt_indices": list(range(count) if prompts is None else prompts),
+            "sample_indices": [0] * count if samples is None else list(samples),
+        }
+        for name, values in fields.items():
+            if len(values) != count:
+                raise RequestError(
+                    f"{name} has {len(values)} values, not one for each of {count} images"
+                )
+            for value in values:
+                if not 0 <= value <= MAX_SEED or int(value) != value:
+                    raise RequestError(
+                        f"{name}={value} must be a whole number from 0 to {MAX_SEED}"
+                    )
+        return np.array(list(fields.values()), np.int64).reshape(3, count)
 
 
 def with_settings(
@@ -37,10 +174,10 @@ def with_settings(
     Args:
       configs: of stages.
       settings: fields of `SamplingConfig` by stage name.
-      where: what messages call it.
+      where: the name of `settings` in messages.
 
     Raises:
-      ConfigError: no such stage or field, or a value that it cannot have.
+      ConfigError: no such stage or field, or an invalid value.
     """
     names = [config.name for config in configs]
     for name in settings:
@@ -54,7 +191,7 @@ def with_settings(
         if not 0.0 <= sampling.aug_level <= highest:
             raise ConfigError(
                 f"{where}: {config.name}.aug_level={sampling.aug_level} must be from 0 to "
-                f"{highest}, the most that the stage learned from (config.diffusion.aug_level_max)"
+                f"{highest}, the stage's config.diffusion.aug_level_max in training"
             )
         changed.append(dataclasses.replace(config, sampling=sampling))
     return changed
@@ -67,109 +204,13 @@ def check_sizes(**sizes: int) -> None:
             raise RequestError(f"{name}={value} must be at least 1")
 
 
-def check_images(
-    count: int,
-    lowres: UInt8[np.ndarray, "n h w 3"] | None,
-    edit: Edit | None,
-    configs: Sequence[Config],
-) -> None:
-    """Raises RequestError when given pictures are missing, not wanted or of another size."""
-    wanted, first = configs[0].data.lowres_size, configs[0].name
-    if wanted and lowres is None and edit is None:
-        raise RequestError(
-            f"stage {first!r} wants a {wanted} px picture; give lowres, or put the base stage first"
-        )
-    if lowres is not None and not wanted:
-        raise RequestError(f"lowres: stage {first!r} enlarges nothing; load the later stages alone")
-    size = configs[-1].data.image_size
-    for name, pictures, side in (
-        ("lowres", lowres, wanted),
-        ("edit.pictures", edit and edit.pictures, size),
-    ):
-        if pictures is not None and pictures.shape != (count, side, side, 3):
-            raise RequestError(
-                f"{name} of shape {pictures.shape} must be {(count, side, side, 3)}, a picture for "
-                "each text; see images.center_crop_resize"
-            )
-
-
-def check_negative(
-    negative_prompts: Sequence[str] | None,
-    count: int,
-    text_emb: Float[np.ndarray, "n l d"] | None,
-    config: Config,
-) -> None:
-    """Raises RequestError unless negative prompts are N texts that fit the embeddings."""
-    if negative_prompts is None:
-        return
-    if isinstance(negative_prompts, str) or len(negative_prompts) != count:
-        raise RequestError(
-            f"negative_prompts={negative_prompts!r} must be a list of {count} texts, one for each "
-            'picture; "" leads away from nothing'
-        )
-    length = config.data.max_text_len
-    if text_emb is not None and text_emb.shape[1] != length:
-        raise RequestError(
-            f"text_emb of {text_emb.shape[1]} tokens must have {length}, as negative prompts have"
-        )
-
-
 def guided_stage(guide: Config, configs: Sequence[Config]) -> int:
-    """Index of the stage that draws what `guide` draws. Raises StageError."""
+    """Index of the stage with the image size of `guide`. Raises StageError."""
     for index, config in enumerate(configs):
         if config.data.image_size == guide.data.image_size:
             check_guide(config, guide)
             return index
     raise StageError(
-        f"guide {guide.name!r} draws {guide.data.image_size} px, which no stage does; give an "
-        "earlier or smaller checkpoint of one of the stages"
+        f"guide {guide.name!r} has image_size {guide.data.image_size}, which no stage has; give "
+        "an earlier or smaller checkpoint of one of the stages"
     )
-
-
-def check_text(
-    prompts: Sequence[str],
-    count: int,
-    text_emb: Float[np.ndarray, "n l d"] | None,
-    text_mask: Bool[np.ndarray, "n l"] | None,
-    config: Config,
-) -> None:
-    """Raises RequestError when prompts or embeddings are none, or not of one number and width."""
-    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
-        raise RequestError(f"prompts={prompts!r} must be a list of texts; try [{prompts!r}]")
-    if not count:
-        raise RequestError("prompts=[] must hold at least one text, or text_emb one row")
-    if text_emb is None and text_mask is None:
-        return
-    if text_emb is None or text_mask is None or text_emb.shape[:2] != text_mask.shape:
-        shapes = [None if v is None else v.shape for v in (text_emb, text_mask)]
-        raise RequestError(f"text_emb, text_mask of shapes {shapes} must be [N, L, D] and [N, L]")
-    if text_emb.shape[2] != config.model.text_dim:
-        raise RequestError(
-            f"text_emb of width {text_emb.shape[2]} must have width {config.model.text_dim}, that "
-            f"of stage {config.name!r}; use the text encoder that it was trained with"
-        )
-    if prompts and len(prompts) != count:
-        raise RequestError(f"prompts are {len(prompts)}, text_emb has {count} rows; give as many")
-
-
-def identities(
-    count: int,
-    seed: int | Sequence[int],
-    prompt_indices: Sequence[int] | None,
-    sample_indices: Sequence[int] | None,
-) -> Int[np.ndarray, "three n"]:
-    """Seed, prompt index and sample index of `count` pictures. Raises RequestError."""
-    given = {
-        "seed": [seed] * count if isinstance(seed, int) else list(seed),
-        "prompt_indices": list(range(count) if prompt_indices is None else prompt_indices),
-        "sample_indices": [0] * count if sample_indices is None else list(sample_indices),
-    }
-    for name, values in given.items():
-        if len(values) != count:
-            raise RequestError(
-                f"{name} has {len(values)} values, not one for each of {count} pictures"
-            )
-        for value in values:
-            if not 0 <= value <= MAX_SEED or int(value) != value:
-                raise RequestError(f"{name}={value} must be a whole number from 0 to {MAX_SEED}")
-    return np.array(list(given.values()), np.int64).reshape(3, count)

@@ -103,21 +103,21 @@ def _about(cascade: Cascade, job: Job) -> dict[str, str]:
     """The text chunks that all pictures of a run share."""
     settings: dict[str, Any] = {}
     for config, weights in zip(
-        with_settings(cascade.configs, job.stage_settings), cascade.weights, strict=True
+        with_settings(cascade.configs, job.stage_settings), cascade.weight_hashes, strict=True
     ):
         settings[config.name] = {"weights": weights, **dataclasses.asdict(config.sampling)}
     if cascade.encoder is not None:
         settings["text_encoder"] = overrides.fingerprint(cascade.encoder.fingerprint())
     if job.negative_prompt:
         settings["negative_prompt"] = job.negative_prompt
-    if cascade.guides:
-        settings["guides"] = cascade.guides
+    if cascade.guide_hashes:
+        settings["guides"] = cascade.guide_hashes
     if job.lowres is not None:
         settings["lowres"] = _digest(job.lowres)
     if job.edit is not None:
         names = ("strength", "resamplings", "jump")
         settings["edit"] = {name: getattr(job.edit, name) for name in names}
-        settings["edit"]["pictures"] = _digest(job.edit.pictures)
+        settings["edit"]["pictures"] = _digest(job.edit.images)
         settings["edit"]["masks"] = "" if job.edit.masks is None else _digest(job.edit.masks)
     trained = {config.name: overrides.fingerprint(config) for config in cascade.configs}
     return {

@@ -1,10 +1,9 @@
-"""One trained stage draws: from keys, text and a low-resolution picture to pictures.
+"""One trained stage samples images: from keys, text and a low-resolution image to images.
 
-Twice, by the same pieces. `sample_stage` is the whole of it as one program, for what is compiled,
-counted or exported whole. `begin` and `advance` are the same denoising that can be looked at on
-the way, compiled by `batches`: `advance` takes any number of steps with one compilation, so that
-`cascade` can report progress and show the estimates of x0. Each picture's noise follows from its
-own key.
+`sample_stage` is the whole sampler as one program, for what is compiled, counted or exported whole.
+`init_denoising` and `run_steps` are the same computation in parts, compiled by `batches`: one
+compilation of `run_steps` runs any number of steps, so that `Cascade` can report progress and show
+estimates of x0 between them. The noise of every image comes from the image's own key.
 """
 
 from __future__ import annotations
@@ -17,46 +16,65 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from imagen_jax.config.schema import Config
 from imagen_jax.diffusion import editing, process, samplers
-from imagen_jax.diffusion.samplers import Denoising, Sampler
-from imagen_jax.stages.stage import aug_noise_side, augment_lowres, denoiser
+from imagen_jax.diffusion.samplers import DenoisingState, Sampler, make_sampler
+from imagen_jax.stages.conditioning import Conditioning, Text, add_lowres, aug_noise_side
+from imagen_jax.stages.denoiser import make_denoiser
+from imagen_jax.stages.stage import Stage
 
-SAMPLE_STREAM = 2  # beside the streams of train_step.py
+SAMPLE_STREAM = 2  # beside the streams of training/step.py
 # Lists of steps are padded to a multiple of this, so that programs are shared by their lengths.
 PADDED_STEPS = 256
 
 
-class Conditioning(NamedTuple):
-    """What a stage is told of the B pictures it draws.
+class SamplerInputs(NamedTuple):
+    """Arrays that a stage samples B images from; NumPy on the host, JAX in the program.
 
     Attributes:
-      text_emb: [B, L, D] embeddings of the prompts.
-      text_mask: [B, L], True at real tokens.
-      keys: [B] of the steps' noise.
-      lowres: SR stages: [B, size, size, 3], upsampled and noised.
-      aug_level: SR stages: [B], the level it was noised to.
+      text: embeddings and mask of the prompts.
+      keys: [B], from `stage_keys`.
+      lowres: SR stages: [B, h, w, 3], the images of the stage before, in [-1, 1].
+      aug_level: SR stages: [B], the level to noise `lowres` to.
       guidance_weight: [B]; None: as `config.sampling` says.
-      negative: embeddings and mask of what to lead away from; None: of no text.
-      known: [B, size, size, 3], pictures of which a part is kept; None: none.
-      mask: [B, size, size, 1], True where they are not.
+      negative: embeddings and mask of the negative prompts; None: the null text.
+      init_images: [B, size, size, 3] in [-1, 1], images to start from; None: from noise.
+      init_logsnr: [B], the logsnr that they are noised to, nats.
+      mask: [B, size, size, 1], True where `init_images` may change; None: everywhere.
     """
 
-    text_emb: Array
-    text_mask: Array
+    text: Text
+    keys: Any
+    lowres: Any = None
+    aug_level: Any = None
+    guidance_weight: Any = None
+    negative: Text | None = None
+    init_images: Any = None
+    init_logsnr: Any = None
+    mask: Any = None
+
+
+class StepInputs(NamedTuple):
+    """What every denoising step of B images reads and no step changes.
+
+    Attributes:
+      conditioning: inputs of the network.
+      keys: [B] of the steps' noise.
+      guidance_weight, negative, init_images, mask: as in `SamplerInputs`.
+    """
+
+    conditioning: Conditioning
     keys: Array
-    lowres: Array | None = None
-    aug_level: Array | None = None
     guidance_weight: Array | None = None
-    negative: tuple[Array, Array] | None = None
-    known: Array | None = None
+    negative: Text | None = None
+    init_images: Array | None = None
     mask: Array | None = None
 
 
-class Levels(NamedTuple):
-    """Noise levels that the steps lead from and to, [N] nats each; padded beyond `count`."""
+class NoiseLevels(NamedTuple):
+    """Noise levels that the steps start from and end at, [N] nats each; padded beyond `count`."""
 
     logsnr_t: np.ndarray | Array
     logsnr_s: np.ndarray | Array
@@ -68,10 +86,10 @@ def image_keys(
     prompt_indices: Sequence[int],
     sample_indices: Sequence[int],
 ) -> Key[Array, " b"]:
-    """One key per picture, a function of (seed, prompt index, sample index) alone.
+    """One key per image, a function of (seed, prompt index, sample index) alone.
 
     Args:
-      seed: of all pictures, or one for each, 0 to 2**32 - 1.
+      seed: of all images, or one for each, 0 to 2**32 - 1.
       prompt_indices: B of them.
       sample_indices: B of them.
     """
@@ -90,119 +108,89 @@ def fold_image_keys(seed: Array, prompt: Array, sample: Array) -> Array:
 
 
 def stage_keys(keys: Key[Array, " b"], index: int) -> Key[Array, " b"]:
-    """The keys of the stage at place `index` of a cascade."""
-    return _fold(keys, index)
+    """The keys of the stage at position `index` of a cascade."""
+    return _fold_in_keys(keys, index)
 
 
-_fold = jax.jit(samplers.fold)
-
-
-def make_sampler(config: Config) -> Sampler:
-    """The sampler that `config.sampling` names, with its options."""
-    settings = config.sampling
-    options = {"gamma": settings.gamma} if settings.sampler == "ddpm" else {}
-    return samplers.SAMPLERS[settings.sampler](**options)
+_fold_in_keys = jax.jit(samplers.fold_in_keys)
 
 
 @functools.lru_cache(maxsize=256)
-def levels(config: Config, strength: float = 1.0, resamplings: int = 1, jump: int = 1) -> Levels:
-    """The levels of all steps of a stage, from noise to picture; see `editing.walk`."""
-    walk = editing.walk(config.sampling.steps, strength, resamplings, jump)
-    count = len(walk[0])
+def noise_levels(
+    config: Config, strength: float = 1.0, resamplings: int = 1, jump: int = 1
+) -> NoiseLevels:
+    """The noise levels of all steps of a stage; arguments as those of `editing.timesteps`."""
+    times = editing.timesteps(config.sampling.steps, strength, resamplings, jump)
+    count = len(times[0])
     padding = np.zeros(-count % PADDED_STEPS, np.float32)
     logsnr_t, logsnr_s = (
-        np.asarray(process.logsnr_at(jnp.asarray([*times, *padding]), config.diffusion))
-        for times in walk
+        np.asarray(process.logsnr_at(jnp.asarray([*t, *padding]), config.diffusion)) for t in times
     )
-    return Levels(logsnr_t, logsnr_s, count)
+    return NoiseLevels(logsnr_t, logsnr_s, count)
 
 
-def tell(
-    config: Config,
-    text_emb: Float[Array, "b l d"],
-    text_mask: Bool[Array, "b l"],
-    keys: Key[Array, " b"],
-    lowres: Float[Array, "b h w c"] | None,
-    aug_level: Float[Array, " b"] | None,
-) -> tuple[Conditioning, Float[Array, "b size size 3"]]:
-    """What a stage is told, with the noise it starts from: all that is drawn from `keys`."""
+def sample_randomness(
+    config: Config, inputs: SamplerInputs
+) -> tuple[Conditioning, Key[Array, " b"], Float[Array, "b size size 3"]]:
+    """Everything that a stage samples before its first step, from the images' keys.
+
+    Returns:
+      The network's conditioning, whose low-resolution image has its augmentation noise; the keys of
+      the steps; and the noise that denoising starts from.
+    """
     start_keys, lowres_keys, step_keys = jnp.moveaxis(
-        jax.vmap(lambda key: jax.random.split(key, 3))(keys), 1, 0
+        jax.vmap(lambda key: jax.random.split(key, 3))(inputs.keys), 1, 0
     )
     size = config.data.image_size
     start = samplers.normal(start_keys, (size, size, 3))
-    if lowres is None or aug_level is None:
-        return Conditioning(text_emb, text_mask, step_keys), start
+    if inputs.lowres is None or inputs.aug_level is None:
+        return Conditioning(inputs.text), step_keys, start
     side = aug_noise_side(config)
-    noise = samplers.normal(lowres_keys, (side, side, 3))
-    lowres = augment_lowres(lowres, aug_level, noise, config)
-    return Conditioning(text_emb, text_mask, step_keys, lowres, aug_level), start
-
-
-def _sampler(config: Config, told: Conditioning) -> Sampler:
-    sampler = make_sampler(config)
-    if told.known is None or told.mask is None:
-        return sampler
-    return editing.repaint_sampler(sampler, told.known, told.mask)
-
-
-def _denoiser(
-    params: Any, config: Config, told: Conditioning, guide: tuple[Any, Config] | None = None
-):
-    return denoiser(
-        params,
-        config,
-        text_emb=told.text_emb,
-        text_mask=told.text_mask,
-        lowres=told.lowres,
-        aug_level=told.aug_level,
-        guidance_weight=told.guidance_weight,
-        negative=told.negative,
-        guide=guide,
-    )
+    eps = samplers.normal(lowres_keys, (side, side, 3))
+    conditioning = add_lowres(inputs.text, inputs.lowres, inputs.aug_level, eps, config)
+    return conditioning, step_keys, start
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def sample_stage(
     params: Any,
     config: Config,
-    text_emb: Float[Array, "b l d"],
-    text_mask: Bool[Array, "b l"],
+    text: Text,
     keys: Key[Array, " b"],
     lowres: Float[Array, "b h w c"] | None = None,
 ) -> Float[Array, "b size size c"]:
-    """Draws one stage's pictures.
+    """Samples one stage's images.
 
     Args:
       params: plain parameters.
-      config: the stage; `config.sampling` says how it draws.
-      text_emb: text embeddings, padded.
-      text_mask: True at real tokens.
-      keys: one key per picture.
-      lowres: SR stages: the pictures of the stage before, in [-1, 1].
+      config: the stage; `config.sampling` gives sampler, guidance and thresholding.
+      text: embeddings and mask of the prompts.
+      keys: one key per image.
+      lowres: SR stages: the images of the stage before, in [-1, 1].
 
     Returns:
-      Pictures in [-1, 1].
+      Images in [-1, 1].
     """
-    settings = config.sampling
-    aug_level = None if lowres is None else jnp.full(keys.shape, settings.aug_level)
-    told, start = tell(config, text_emb, text_mask, keys, lowres, aug_level)
-    times = np.linspace(1.0, 0.0, settings.steps + 1, dtype=np.float32)
+    aug_level = None if lowres is None else jnp.full(keys.shape, config.sampling.aug_level)
+    inputs = SamplerInputs(text, keys, lowres, aug_level)
+    conditioning, step_keys, start = sample_randomness(config, inputs)
+    times = np.linspace(1.0, 0.0, config.sampling.steps + 1, dtype=np.float32)
     x0 = samplers.sample_loop(
-        make_sampler(config),
-        _denoiser(params, config, told),
+        make_sampler(config.sampling),
+        make_denoiser(Stage(config, params), conditioning),
         start,
         process.logsnr_at(jnp.asarray(times), config.diffusion),
-        told.keys,
+        step_keys,
     )
     return jnp.clip(x0, -1.0, 1.0)
 
 
-def shared(config: Config) -> Config:
-    """`config` without the values that `begin` and `advance` are given as arrays.
+def jit_cache_config(config: Config) -> Config:
+    """The config with every traced field replaced by a placeholder: the key of compiled programs.
 
-    It is what their programs are told apart by: those of other values are the same. Guidance that
-    oscillates has to know the number of steps, and guidance that is off, of weight 1, is no value.
+    Guidance weight and aug_level are arrays of `SamplerInputs`, and the number of steps is a traced
+    bound, so configurations that differ in these alone share programs. Two exceptions: oscillating
+    guidance depends on the number of steps, and a weight of 1 compiles without guidance.
     """
     settings = config.sampling
     steps = settings.steps if settings.guidance_oscillate_after >= 0 else 1
@@ -211,75 +199,62 @@ def shared(config: Config) -> Config:
     return dataclasses.replace(config, sampling=sampling)
 
 
-def begin(
-    config: Config,
-    text_emb: Float[Array, "b l d"],
-    text_mask: Bool[Array, "b l"],
-    keys: Key[Array, " b"],
-    lowres: Float[Array, "b h w c"] | None = None,
-    aug_level: Float[Array, " b"] | None = None,
-    guidance_weight: Float[Array, " b"] | None = None,
-    negative: tuple[Float[Array, "b l d"], Bool[Array, "b l"]] | None = None,
-    edited: tuple[Float[Array, "b size size 3"], Float[Array, " b"]] | None = None,
-    mask: Bool[Array, "b size size 1"] | None = None,
-) -> tuple[Conditioning, Denoising]:
-    """Noise, and what the stage is told; arguments as those of `sample_stage`.
+def _edit_sampler(config: Config, step_inputs: StepInputs) -> Sampler:
+    sampler = make_sampler(config.sampling)
+    if step_inputs.init_images is None or step_inputs.mask is None:
+        return sampler
+    return editing.repaint_sampler(sampler, step_inputs.init_images, step_inputs.mask)
+
+
+def init_denoising(config: Config, inputs: SamplerInputs) -> tuple[StepInputs, DenoisingState]:
+    """Samples the noise of B images and gives what `run_steps` takes.
 
     Args:
-      config: from `shared`.
-      text_emb: text embeddings, padded.
-      text_mask: True at real tokens.
-      keys: one key per picture.
-      lowres: SR stages: the pictures of the stage before, in [-1, 1].
-      aug_level: SR stages: what to noise them to.
-      guidance_weight: of each picture; None: that of `config`.
-      negative: embeddings and mask of what to lead away from; None: of no text.
-      edited: pictures to start from in [-1, 1], and the logsnr to noise them to; None: from noise.
-      mask: True where these may be changed; None: everywhere.
+      config: from `jit_cache_config`.
+      inputs: text, keys and, where they apply, low-resolution, initial images and settings.
     """
-    told, start = tell(config, text_emb, text_mask, keys, lowres, aug_level)
-    told = told._replace(guidance_weight=guidance_weight, negative=negative)
-    if edited:
-        start = process.q_sample(*edited, start)
-        if mask is not None:
-            told = told._replace(known=edited[0], mask=mask)
-    return told, Denoising(start, _sampler(config, told).init(start), jnp.zeros_like(start))
+    conditioning, step_keys, start = sample_randomness(config, inputs)
+    step_inputs = StepInputs(conditioning, step_keys, inputs.guidance_weight, inputs.negative)
+    if inputs.init_images is not None:
+        start = process.q_sample(inputs.init_images, inputs.init_logsnr, start)
+        if inputs.mask is not None:
+            step_inputs = step_inputs._replace(init_images=inputs.init_images, mask=inputs.mask)
+    return step_inputs, samplers.init_state(_edit_sampler(config, step_inputs), start)
 
 
-def advance(
+def run_steps(
     params: Any,
     config: Config,
-    told: Conditioning,
-    at: Denoising,
+    step_inputs: StepInputs,
+    state: DenoisingState,
     levels: tuple[Float[Array, " n"], Float[Array, " n"]],
     first: Int[Array, ""],
     last: Int[Array, ""],
     guide_params: Any = None,
     guide_config: Config | None = None,
-) -> Denoising:
+) -> DenoisingState:
     """Denoises from step `first` up to, not including, step `last`.
 
-    The bounds are values, not shapes: one compilation serves any of them, and any number of steps.
-    After the last step of all, x0 is the picture.
+    The bounds are traced: one compilation runs any number of steps. After the last step of all, x0
+    is the image.
 
     Args:
       params: plain parameters.
-      config: from `shared`.
-      told: from `begin`.
-      at: from `begin`, or from the steps before.
-      levels: logsnr_t and logsnr_s of every step, see `Levels`.
+      config: from `jit_cache_config`.
+      step_inputs: from `init_denoising`.
+      state: from `init_denoising`, or from the steps before.
+      levels: logsnr_t and logsnr_s of every step, see `NoiseLevels`.
       first: a step.
-      last: a step, at most `Levels.count`.
-      guide_params: of the checkpoint that guides (autoguidance); None: none does.
-      guide_config: its stage.
+      last: a step, at most `NoiseLevels.count`.
+      guide_params: parameters of the guiding checkpoint (autoguidance); None: no such checkpoint.
+      guide_config: its configuration.
     """
-    guide = None if guide_config is None else (guide_params, guide_config)
-    return samplers.denoise_steps(
-        _sampler(config, told),
-        _denoiser(params, config, told, guide),
-        at,
-        *levels,
-        told.keys,
-        first,
-        last,
+    denoise = make_denoiser(
+        Stage(config, params),
+        step_inputs.conditioning,
+        negative=step_inputs.negative,
+        guide=None if guide_config is None else Stage(guide_config, guide_params),
+        guidance_weight=step_inputs.guidance_weight,
     )
+    sampler = _edit_sampler(config, step_inputs)
+    return samplers.denoise_steps(sampler, denoise, state, *levels, step_inputs.keys, first, last)

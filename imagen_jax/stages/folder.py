@@ -1,7 +1,12 @@
-"""Stage folders, which `export` writes: read, and looked at as a chain.
+"""The stage folder: the file format of one trained stage, its reader and its writer.
 
-A stage folder is all that is left of a training run: `config.json` and `params.safetensors`, with
-`card.md` for people; a small text encoder comes with it, in `text/`.
+    config.json          the configuration
+    params.safetensors   the averaged parameters, float32, named by their path
+    card.md              model card, for people
+    text/                the text encoder: all files of a small one, the vocabulary of a large one
+
+`imagen export`, `ema` and `import` write it; `Cascade.load`, `serve` and `config.train.init_from`
+read it.
 """
 
 from __future__ import annotations
@@ -9,76 +14,163 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import pathlib
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
 
 from imagen_jax.config import overrides
-from imagen_jax.config.schema import Config
+from imagen_jax.config.schema import Config, TextConfig
 from imagen_jax.interop import weights
+from imagen_jax.io import atomic
+from imagen_jax.stages.stage import Stage
 
-ENCODER_FOLDER = "text"  # the text encoder, if it came along
+CONFIG_FILE = "config.json"
+PARAMS_FILE = "params.safetensors"
+CARD_FILE = "card.md"
+ENCODER_FOLDER = "text"
+
+# A larger text encoder is not copied; config.json keeps its path and fingerprint.
+MAX_COPIED_ENCODER_BYTES = 64 * 2**20
+VOCABULARY_FILES = ("spiece.model", "vocab.json", "merges.txt", "tokenizer.json")
+ENCODER_FILES = ("config.json", "model.safetensors", "pytorch_model.bin", *VOCABULARY_FILES)
 
 
 class StageError(ValueError):
-    """A stage folder cannot be used; the message names the file and what to do."""
-
-
-class Stage(NamedTuple):
-    """One trained stage.
-
-    Attributes:
-      config: its configuration.
-      params: its parameters (EMA), float32.
-    """
-
-    config: Config
-    params: Any
+    """A stage folder or a chain of them cannot be used; the message names the file and the fix."""
 
 
 def load_stage(path: str) -> Stage:
-    """Reads a stage folder (`config.json`, `params.safetensors`) as `export` writes it.
+    """Reads a stage folder.
+
+    Args:
+      path: the folder. `text/` in it takes precedence over `config.text.path`.
 
     Raises:
-      StageError: a file is missing or unreadable.
+      StageError: a file is missing, or config.json is not a configuration.
+      WeightsError: params.safetensors is damaged.
     """
     folder = pathlib.Path(path)
-    for name in ("config.json", "params.safetensors"):
+    for name in (CONFIG_FILE, PARAMS_FILE):
         if not (folder / name).is_file():
             raise StageError(
                 f"--stages: {folder} has no {name}; a stage folder is written by "
                 "`imagen export --workdir=WORKDIR --out=DIR`"
             )
     try:
-        config = overrides.from_json((folder / "config.json").read_text())
+        config = overrides.from_json((folder / CONFIG_FILE).read_text())
     except ValueError as error:
-        raise StageError(f"{folder / 'config.json'}: {error}") from error
+        raise StageError(f"{folder / CONFIG_FILE}: {error}") from error
     encoder = folder / ENCODER_FOLDER
     if (encoder / "config.json").is_file():
         text = dataclasses.replace(config.text, path=str(encoder.absolute()), vocabulary="")
         config = dataclasses.replace(config, text=text)
-    return Stage(config, weights.unflatten(weights.read_safetensors(folder / "params.safetensors")))
+    return Stage(config, weights.unflatten(weights.read_safetensors(folder / PARAMS_FILE)))
+
+
+def check_stage_output(out: str) -> pathlib.Path:
+    """Returns the path of `out`, a stage folder to write.
+
+    Raises:
+      OutputError: `out` exists and is not a stage folder.
+    """
+    return atomic.check_replaceable(out, PARAMS_FILE, "stage folder")
+
+
+def write_stage(
+    folder: pathlib.Path, params: Any, config: Config, texts: Mapping[str, str]
+) -> None:
+    """Writes a stage folder atomically; replaces an older one.
+
+    Args:
+      folder: from `check_stage_output`.
+      params: parameters as plain arrays.
+      config: the stage.
+      texts: further files, name to content.
+    """
+    with atomic.folder(folder) as temporary:
+        write_stage_files(temporary, params, config, texts)
+
+
+def write_stage_files(
+    folder: pathlib.Path, params: Any, config: Config, texts: Mapping[str, str]
+) -> None:
+    """Writes the files of a stage into a folder that exists; arguments as of `write_stage`."""
+    write_params(folder, params)
+    (folder / CONFIG_FILE).write_text(overrides.to_json(config))
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+
+
+def write_params(folder: pathlib.Path, params: Any) -> None:
+    """Writes params.safetensors into a folder that exists."""
+    flat = weights.flatten(jax.tree.map(np.asarray, params))
+    weights.write_safetensors(folder / PARAMS_FILE, flat)
+
+
+def encoder_files(text: TextConfig) -> dict[str, pathlib.Path]:
+    """The files of a text encoder to copy into a stage folder, by name.
+
+    Returns:
+      All files, if they have at most MAX_COPIED_ENCODER_BYTES in total; otherwise those of the
+      vocabulary. Empty where `text.path` is not a folder on this machine.
+    """
+    source = pathlib.Path(text.path)
+    if not text.path or not source.is_dir():
+        return {}
+    files = {name: source / name for name in ENCODER_FILES if (source / name).is_file()}
+    if text.vocabulary:
+        files["spiece.model"] = pathlib.Path(text.vocabulary)
+    complete = {"config.json"} < files.keys() - set(VOCABULARY_FILES)
+    size = sum(file.stat().st_size for file in files.values())
+    if complete and size <= MAX_COPIED_ENCODER_BYTES:
+        return files
+    return {name: file for name, file in files.items() if name in VOCABULARY_FILES}
+
+
+def copy_encoder(text: TextConfig, folder: pathlib.Path) -> TextConfig:
+    """Copies `encoder_files(text)` to `folder/text/`.
+
+    Returns:
+      `text` with the path of the encoder as seen from the folder: `text/` if it was copied whole.
+    """
+    files = encoder_files(text)
+    if files:
+        (folder / ENCODER_FOLDER).mkdir()
+    for name, file in files.items():
+        shutil.copyfile(file, folder / ENCODER_FOLDER / name)
+    path = f"{ENCODER_FOLDER}/" if "config.json" in files else text.path
+    return dataclasses.replace(text, path=path)
 
 
 def weights_hash(path: str) -> str:
-    """A short hash of a stage folder's parameter file, by which its pictures can tell it."""
-    with (pathlib.Path(path) / "params.safetensors").open("rb") as file:
+    """SHA-256 of a stage folder's parameter file, first 16 hex digits; samples record it."""
+    with (pathlib.Path(path) / PARAMS_FILE).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def check_chain(configs: Sequence[Config], given: int = 0) -> None:
-    """Raises StageError when the stages do not follow from each other.
+def check_chain(configs: Sequence[Config], lowres_size: int = 0) -> None:
+    """Checks that every stage takes the size of image that the stage before it outputs.
 
     Args:
-      configs: in their order.
-      given: side of the picture that the first of them is given, pixels; 0: none.
+      configs: the stages in their order.
+      lowres_size: side of the image given to the first stage, pixels; 0: none.
+
+    Raises:
+      StageError: a size does not fit.
     """
-    size = given
+    size = lowres_size
     for config in configs:
         if config.data.lowres_size != size:
-            before = f"a {size} px picture" if size else "nothing"
-            wants = f"a {config.data.lowres_size} px picture" if config.data.lowres_size else "none"
             raise StageError(
-                f"--stages: stage {config.name!r} is given {before} and wants {wants}; "
-                "list the base stage first, then its super-resolution stages"
+                f"--stages: stage {config.name!r} gets {_image_of(size)}, expected "
+                f"{_image_of(config.data.lowres_size)}; list the base stage first, then its "
+                "super-resolution stages"
             )
         size = config.data.image_size
+
+
+def _image_of(size: int) -> str:
+    return f"an image of {size} px" if size else "no image"

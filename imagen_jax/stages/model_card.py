@@ -1,8 +1,7 @@
-"""What a reader of a model wants to know first: card.md of a stage folder, in Markdown."""
+"""card.md of a stage folder: what a user of the model wants to know first, in Markdown."""
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -12,8 +11,9 @@ import numpy as np
 
 from imagen_jax.config.data import DataConfig
 from imagen_jax.config.schema import Config
+from imagen_jax.io import jsonl
 
-# Of a run's last report: what it says about the model rather than the machine.
+# Metrics of the last training report that describe the model rather than the machine.
 METRICS = ("loss", "x0_mse", "skipped")
 
 
@@ -27,28 +27,27 @@ def format_card(
     licence: str = "",
     scores: str = "",
 ) -> str:
-    """The card of a stage that was trained here.
+    """Formats the card of a trained stage.
 
     Args:
       config: the stage.
-      step: updates it was trained for.
+      step: number of training steps.
       average: which average of the parameters it is.
-      params: the parameters, for their number.
-      metrics: a row of metrics.jsonl; None: none.
+      params: the parameters; they are counted.
+      metrics: a row of metrics.jsonl; None: no such row in the card.
       licence: of the weights; "": not stated.
       scores: evaluations, Markdown.
     """
-    count = sum(np.size(leaf) for leaf in jax.tree.leaves(params))
-    measured = metrics or {}
-    shown = [f"{name} {measured[name]:.4g}" for name in METRICS if name in measured]
+    known = metrics or {}
+    shown = [f"{name} {known[name]:.4g}" for name in METRICS if name in known]
     rows = {
-        "draws": size_line(config),
-        "parameters": f"{count:,} (float32, {average})",
-        "trained for": f"{step} steps of {config.data.batch_size} pictures",
-        "last report": f"step {measured['step']}: {', '.join(shown)}" if shown else "",
-        "data": _origin(config.data),
+        "output": size_line(config),
+        "parameters": f"{parameter_count(params):,} (float32, {average})",
+        "trained for": f"{step} steps of {config.data.batch_size} images",
+        "last report": f"step {known['step']}: {', '.join(shown)}" if shown else "",
+        "data": _data_line(config.data),
         "text encoder": encoder_line(config),
-        "draws with": sampling_line(config),
+        "sampling": sampling_line(config),
         "licence": licence or "not stated",
     }
     title = "A stage of a text-to-image cascade, trained with imagen_jax."
@@ -57,29 +56,31 @@ def format_card(
 
 
 def table(rows: Mapping[str, str]) -> str:
-    """A Markdown table of two columns, without the rows that say nothing."""
+    """Formats a Markdown table of two columns, without the rows whose value is empty."""
     lines = [f"| {name} | {_cell(value)} |" for name, value in rows.items() if value]
     return "\n".join(["| | |", "|---|---|", *lines])
 
 
 def last_metrics(workdir: str, step: int) -> dict[str, Any] | None:
-    """The newest row of WORKDIR/metrics.jsonl up to `step`, if there is one."""
+    """Returns the last row of WORKDIR/metrics.jsonl up to `step` that has a loss, or None."""
     file = pathlib.Path(workdir) / "metrics.jsonl"
     if not file.is_file():
         return None
     found = None
-    for line in file.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # A line that a kill has cut.
+    # A killed run may leave a last line that is not JSON.
+    for _, row in jsonl.read(file, default=None):
         if isinstance(row, dict) and "loss" in row and row.get("step", step + 1) <= step:
             found = row
     return found
 
 
+def parameter_count(params: Any) -> int:
+    """Number of parameters in a tree of arrays."""
+    return sum(np.size(leaf) for leaf in jax.tree.leaves(params))
+
+
 def sampling_line(config: Config) -> str:
-    """The settings a stage draws with, in a few words."""
+    """The sampling settings of a stage in one line."""
     settings = config.sampling
     aug = f", aug_level {settings.aug_level:g}" if config.model.lowres else ""
     return (
@@ -89,20 +90,20 @@ def sampling_line(config: Config) -> str:
 
 
 def size_line(config: Config) -> str:
-    """What a stage draws, and from what."""
+    """Size of a stage's output and, for a super-resolution stage, of its input."""
     size, lowres = config.data.image_size, config.data.lowres_size
     return f"{size}x{size} pixels" + (f" from {lowres}x{lowres} pixels" if lowres else "")
 
 
 def encoder_line(config: Config) -> str:
-    """Which text encoder, and where it lies; "" where none is named."""
+    """The text encoder and its path; "" without a path."""
     text = config.text
-    prints = f", fingerprint {text.fingerprint}" if text.fingerprint else ""
-    return f"{text.encoder} `{text.path}`{prints}" if text.path else ""
+    fingerprint = f", fingerprint {text.fingerprint}" if text.fingerprint else ""
+    return f"{text.encoder} `{text.path}`{fingerprint}" if text.path else ""
 
 
-def _origin(data: DataConfig) -> str:
-    """Where the pictures came from."""
+def _data_line(data: DataConfig) -> str:
+    """The source of the training images."""
     if data.mixture:
         return f"mixture of {', '.join(data.mixture)}"
     return f"{data.kind} `{data.path}`" + (f" {data.name}" if data.kind == "tfds" else "")

@@ -10,7 +10,8 @@ import pytest
 from imagen_jax.config.schema import DiffusionConfig
 from imagen_jax.diffusion import editing, process, samplers
 from imagen_jax.diffusion.editing import Edit, EditError
-from imagen_jax.inference.cascade import Cascade, Stage
+from imagen_jax.inference.cascade import Cascade
+from imagen_jax.stages.stage import Stage
 
 COUNT = 3
 
@@ -32,17 +33,17 @@ def pictures():
     return np.random.default_rng(1).integers(0, 256, (COUNT, 16, 16, 3), dtype=np.uint8)
 
 
-def test_a_walk_that_never_goes_back():
-    start, end = editing.walk(4)
+def test_a_times_that_never_goes_back():
+    start, end = editing.timesteps(4)
     np.testing.assert_allclose(start, [1.0, 0.75, 0.5, 0.25])
     np.testing.assert_allclose(end, [0.75, 0.5, 0.25, 0.0])
-    start, end = editing.walk(10, strength=0.3)
+    start, end = editing.timesteps(10, strength=0.3)
     np.testing.assert_allclose(start, [0.3, 0.2, 0.1], rtol=1e-6)
-    assert len(editing.walk(3, strength=0.01)[0]) == 1
+    assert len(editing.timesteps(3, strength=0.01)[0]) == 1
 
 
-def test_a_walk_that_goes_back():
-    start, end = editing.walk(6, resamplings=3, jump=2)
+def test_a_times_that_goes_back():
+    start, end = editing.timesteps(6, resamplings=3, jump=2)
     stretches = np.round(np.stack([start, end], 1) * 6).astype(int).tolist()
     first, second, last = [[6, 5], [5, 4]], [[4, 3], [3, 2]], [[2, 1], [1, 0]]
     assert stretches == first * 3 + second * 3 + last
@@ -81,9 +82,9 @@ def correlated(resamplings: int) -> float:
     sampler = editing.repaint_sampler(samplers.ddpm(), known, mask)
     keys = jax.random.split(jax.random.key(0), pictures)
     z = samplers.normal(keys, known.shape[1:])
-    walk = editing.walk(40, resamplings=resamplings, jump=2)
-    levels = [process.logsnr_at(jnp.asarray(times), DiffusionConfig()) for times in walk]
-    at = samplers.Denoising(z, sampler.init(z), jnp.zeros_like(z))
+    times = editing.timesteps(40, resamplings=resamplings, jump=2)
+    levels = [process.logsnr_at(jnp.asarray(times), DiffusionConfig()) for times in times]
+    at = samplers.init_state(sampler, z)
     # Not jitted: the loop itself compiles.
     at = samplers.denoise_steps(sampler, denoise, at, *levels, keys, 0, len(levels[0]))
     return float(at.x0[:, 0, 0, 0].mean())

@@ -12,8 +12,10 @@ from imagen_jax.config import overrides
 from imagen_jax.config.schema import CheckpointConfig, TrainConfig
 from imagen_jax.diffusion import samplers
 from imagen_jax.export.export import export
-from imagen_jax.inference import cascade
-from imagen_jax.inference.cascade import Cascade, StageError
+from imagen_jax.inference.cascade import Cascade
+from imagen_jax.inference.stage_sampler import image_keys, sample_stage
+from imagen_jax.stages.conditioning import Text
+from imagen_jax.stages.folder import StageError, check_chain, load_stage
 from imagen_jax.training.checkpoint import CheckpointError
 from imagen_jax.training.train import train
 
@@ -37,7 +39,7 @@ def exported(base_config, sr_config, make_batch, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stages(exported):
-    return [cascade.load_stage(str(exported[name][0])) for name in ("base", "sr")]
+    return [load_stage(str(exported[name][0])) for name in ("base", "sr")]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,7 @@ def test_a_stage_folder_holds_the_averaged_parameters(exported, stages):
     for path, leaf in expected:
         np.testing.assert_array_equal(got[path], leaf)
     card = (folder / "card.md").read_text()
-    assert "8x8 pixels" in card and "2 steps of 4 pictures" in card
+    assert "8x8 pixels" in card and "2 steps of 4 images" in card
     assert "from 8x8" in (exported["sr"][0] / "card.md").read_text()
 
 
@@ -80,7 +82,7 @@ def test_pictures(drawn):
 
 def test_keys_differ_in_seed_prompt_and_sample():
     noise = {
-        np.asarray(samplers.normal(cascade.image_keys(seed, [p], [k]), (2,))).tobytes()
+        np.asarray(samplers.normal(image_keys(seed, [p], [k]), (2,))).tobytes()
         for seed in range(2)
         for p in range(3)
         for k in range(3)
@@ -89,11 +91,11 @@ def test_keys_differ_in_seed_prompt_and_sample():
 
 
 def test_the_second_stage_follows_the_first(stages, texts):
-    keys = cascade.image_keys(0, [0, 1, 2], [0, 0, 0])
+    keys = image_keys(0, [0, 1, 2], [0, 0, 0])
     sr = stages[1]
     black, white = (jnp.full((3, 8, 8, 3), value) for value in (-1.0, 1.0))
     drawn = [
-        np.asarray(cascade.sample_stage(sr.params, sr.config, *texts.values(), keys, low))
+        np.asarray(sample_stage(sr.params, sr.config, Text(*texts.values()), keys, low))
         for low in (black, white)
     ]
     assert np.abs(drawn[0] - drawn[1]).max() > 0.01
@@ -101,21 +103,21 @@ def test_the_second_stage_follows_the_first(stages, texts):
 
 def test_the_order_of_stages(stages):
     base, sr = (stage.config for stage in stages)
-    cascade.check_chain([base])
-    cascade.check_chain([base, sr])
+    check_chain([base])
+    check_chain([base, sr])
     for chain, says in [
-        ([sr, base], "stage 'sr' is given nothing and wants a 8 px picture"),
-        ([sr], "stage 'sr' is given nothing"),
-        ([base, base], "stage 'base' is given a 8 px picture and wants none"),
-        ([base, sr, sr], "stage 'sr' is given a 16 px picture and wants a 8 px picture"),
+        ([sr, base], "stage 'sr' gets no image, expected an image of 8 px"),
+        ([sr], "stage 'sr' gets no image"),
+        ([base, base], "stage 'base' gets an image of 8 px, expected no image"),
+        ([base, sr, sr], "stage 'sr' gets an image of 16 px, expected an image of 8 px"),
     ]:
         with pytest.raises(StageError, match=says):
-            cascade.check_chain(chain)
+            check_chain(chain)
 
 
 def test_a_folder_that_is_no_stage(exported, tmp_path):
     with pytest.raises(StageError, match="has no config.json.*imagen export"):
-        cascade.load_stage(str(tmp_path))
+        load_stage(str(tmp_path))
     folder, _ = exported["base"]
     for name, content, says in [
         ("config.json", b"{", "config.json"),
@@ -129,7 +131,7 @@ def test_a_folder_that_is_no_stage(exported, tmp_path):
             (broken / file.name).write_bytes(file.read_bytes())
         (broken / name).write_bytes(content)
         with pytest.raises(ValueError, match=says) as error:
-            cascade.load_stage(str(broken))
+            load_stage(str(broken))
         assert type(error.value).__module__.startswith("imagen_jax")
 
 

@@ -7,9 +7,14 @@ import pytest
 
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.diffusion.editing import Edit
-from imagen_jax.export.export import write_stage
-from imagen_jax.inference import batches, cascade, stage_sampler
-from imagen_jax.inference.cascade import Cascade, RequestError, Stage, StageError
+from imagen_jax.inference import batches, stage_sampler
+from imagen_jax.inference.cascade import Cascade
+from imagen_jax.inference.request import RequestError, with_settings
+from imagen_jax.inference.stage_sampler import image_keys, sample_stage
+from imagen_jax.io import images
+from imagen_jax.stages.conditioning import Text
+from imagen_jax.stages.folder import StageError, write_stage
+from imagen_jax.stages.stage import Stage
 from tests.reference.fake_encoder import FakeEncoder
 
 COUNT = 5
@@ -61,11 +66,11 @@ def test_other_order_and_other_batches(chain, texts, drawn):
 @pytest.mark.slow
 def test_one_call_is_what_whole_stages_draw(stages, texts, drawn):
     """The program that can be looked at on the way is the one that is compiled whole."""
-    keys, low = cascade.image_keys(3, range(COUNT), [0] * COUNT), None
+    keys, low = image_keys(3, range(COUNT), [0] * COUNT), None
     for index, (stage, expected) in enumerate(zip(stages, drawn, strict=True)):
         stage_keys = stage_sampler.stage_keys(keys, index)
-        low = cascade.sample_stage(stage.params, stage.config, *texts.values(), stage_keys, low)
-        assert levels_apart(cascade.images.to_uint8(np.asarray(low)), expected) <= 1
+        low = sample_stage(stage.params, stage.config, Text(*texts.values()), stage_keys, low)
+        assert levels_apart(images.to_uint8(np.asarray(low)), expected) <= 1
 
 
 def test_requests_of_other_seeds_in_one_call(chain, texts, drawn):
@@ -91,7 +96,7 @@ def test_progress_and_its_estimates(chain, texts, drawn, stages):
     ]
     assert all((p.steps, p.stages) == (4, 2) for p in seen)
     last = np.concatenate([np.asarray(p.x0)[: len(p.rows)] for p in seen[5::2]])
-    assert levels_apart(cascade.images.to_uint8(np.clip(last, -1, 1)), again) == 0
+    assert levels_apart(images.to_uint8(np.clip(last, -1, 1)), again) == 0
 
 
 def test_any_order_is_drawn_in_the_same_batches(chain, texts):
@@ -113,16 +118,16 @@ def test_any_order_is_drawn_in_the_same_batches(chain, texts):
 
 def test_one_program_serves_steps_weights_and_aug_levels(chain, texts, drawn):
     chain.sample(seed=3, **texts)
-    _, advance = batches.programs()
-    before = advance._cache_size()
+    _, run_steps = batches.programs()
+    before = run_steps._cache_size()
     for steps, aug_level in ((1, 0.0), (3, 0.3), (7, 0.9)):
         base = {"steps": steps, "guidance_weight": 1.5 * steps}
         settings = {"base": base, "sr": {"steps": steps, "aug_level": aug_level}}
         other = chain.sample(seed=3, stage_settings=settings, **texts)
         assert levels_apart(other, drawn[-1]) > 1
-    assert advance._cache_size() == before
+    assert run_steps._cache_size() == before
     chain.sample(seed=3, stage_settings={"base": {"sampler": "ddpm"}}, **texts)
-    assert advance._cache_size() == before + 1
+    assert run_steps._cache_size() == before + 1
     assert chain.configs[0].sampling.sampler == "ddim"
 
 
@@ -141,7 +146,7 @@ def test_negative_prompts_and_guides(stages, random_params):
     assert all(apart > 1 for name, apart in different.items() if name != "plain")
     # A stage that is led away from itself is not led: w x + (1 - w) x = x.
     assert levels_apart(draws["own"], draws["off"]) <= 1
-    with pytest.raises(StageError, match="guide 'sr' draws 16 px, which no stage does"):
+    with pytest.raises(StageError, match="guide 'sr' has image_size 16, which no stage has"):
         Cascade(base, FakeEncoder(), stages[1:])
 
 
@@ -149,10 +154,10 @@ def test_guidance_in_a_shared_program_is_that_of_a_whole_one(stages, texts):
     base, changed = stages[0], {"guidance_weight": 6.5}
     sampling = dataclasses.replace(base.config.sampling, **changed)
     config = dataclasses.replace(base.config, sampling=sampling)
-    keys = stage_sampler.stage_keys(cascade.image_keys(3, range(COUNT), [0] * COUNT), 0)
-    whole = stage_sampler.sample_stage(base.params, config, *texts.values(), keys)
+    keys = stage_sampler.stage_keys(image_keys(3, range(COUNT), [0] * COUNT), 0)
+    whole = sample_stage(base.params, config, Text(*texts.values()), keys)
     parts = Cascade([base]).sample(seed=3, stage_settings={"base": changed}, **texts)
-    assert levels_apart(parts, cascade.images.to_uint8(np.asarray(whole))) <= 1
+    assert levels_apart(parts, images.to_uint8(np.asarray(whole))) <= 1
 
 
 @pytest.fixture(scope="module")
@@ -164,12 +169,12 @@ def folders(stages, tmp_path_factory):
 
 
 def test_guidance_that_goes_by_the_step_knows_how_many_there_are(base_config):
-    def shared(**settings):
+    def key_of(**settings):
         sampling = dataclasses.replace(base_config.sampling, **settings)
-        return stage_sampler.shared(dataclasses.replace(base_config, sampling=sampling))
+        return stage_sampler.jit_cache_config(dataclasses.replace(base_config, sampling=sampling))
 
-    assert shared(steps=5) == shared(steps=9)
-    assert shared(steps=5, guidance_oscillate_after=2).sampling.steps == 5
+    assert key_of(steps=5) == key_of(steps=9)
+    assert key_of(steps=5, guidance_oscillate_after=2).sampling.steps == 5
 
 
 def test_stages_one_at_a_time(folders, texts, drawn):
@@ -178,18 +183,18 @@ def test_stages_one_at_a_time(folders, texts, drawn):
 
 
 def test_a_super_resolution_stage_alone_needs_a_picture(folders, texts):
-    with pytest.raises(RequestError, match="stage 'sr' wants a 8 px picture; give lowres"):
+    with pytest.raises(RequestError, match="stage 'sr' takes a 8 px image; give lowres"):
         Cascade.load(folders[1:], text_encoder=None).sample(**texts)
-    with pytest.raises(StageError, match="stage 'base' is given a 16 px picture and wants none"):
+    with pytest.raises(StageError, match="stage 'base' gets an image of 16 px, expected no image"):
         Cascade.load(folders[::-1], text_encoder=None)
 
 
 def test_more_noise_than_a_stage_learned_from_is_refused(sr_config):
     process = dataclasses.replace(sr_config.diffusion, aug_level_max=0.2)
     config = dataclasses.replace(sr_config, diffusion=process)
-    cascade.with_settings([config], {"sr": {"aug_level": 0.2}})
-    with pytest.raises(ConfigError, match="sr.aug_level=0.3 must be from 0 to 0.2, the most"):
-        cascade.with_settings([config], {"sr": {"aug_level": 0.3}})
+    with_settings([config], {"sr": {"aug_level": 0.2}})
+    with pytest.raises(ConfigError, match="sr.aug_level=0.3 must be from 0 to 0.2, the stage's"):
+        with_settings([config], {"sr": {"aug_level": 0.3}})
 
 
 @pytest.mark.parametrize(
@@ -207,10 +212,10 @@ def test_more_noise_than_a_stage_learned_from_is_refused(sr_config):
         ({"text_emb": np.zeros((5, 4, 9), np.float32)}, "width 9 must have width 8"),
         ({"negative_prompts": ["a"]}, "negative_prompts=.* must be a list of 5 texts"),
         ({"prompts": ["a", "b"]}, "prompts are 2, text_emb has 5 rows"),
-        ({"lowres": np.zeros((5, 8, 8, 3), np.uint8)}, "lowres: stage 'base' enlarges nothing"),
+        ({"lowres": np.zeros((5, 8, 8, 3), np.uint8)}, "lowres: stage 'base' is a base stage"),
         (
             {"edit": Edit(np.zeros((5, 8, 8, 3), np.uint8))},
-            "edit.pictures of shape",
+            "edit.images of shape",
         ),
         ({"stage_settings": {"bsae": {}}}, "did you mean 'base'"),
         ({"stage_settings": {"sr": {"step": 3}}}, "did you mean stage_settings: sr.steps"),

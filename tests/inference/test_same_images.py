@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from imagen_jax.export.export import write_stage
+from imagen_jax.stages.folder import write_stage
 
 SOURCE = pathlib.Path(__file__).parents[2]
 COUNT, BATCHES, ORDERS = 40, (1, 7, 64), ("given", "reversed", "shuffled")

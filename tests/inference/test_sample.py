@@ -18,13 +18,14 @@ from PIL import Image
 from imagen_jax.cli import main
 from imagen_jax.config.schema import T5Config, TextConfig
 from imagen_jax.diffusion.editing import Edit
-from imagen_jax.export.export import write_stage
-from imagen_jax.inference.cascade import Cascade, Stage
+from imagen_jax.inference.cascade import Cascade
 from imagen_jax.inference.sample import Job, sample
 from imagen_jax.inference.sample_folder import SampleError
 from imagen_jax.interop import hf_t5
 from imagen_jax.io import images
 from imagen_jax.models import t5
+from imagen_jax.stages.folder import write_stage
+from imagen_jax.stages.stage import Stage
 from tests.reference.fake_encoder import FakeEncoder
 
 SOURCE = pathlib.Path(__file__).parents[2]

@@ -1,4 +1,4 @@
-"""What comes along with a stage's weights: the card, and a text encoder if it is small."""
+"""The model card of a stage folder, and the copy of a small text encoder."""
 
 import dataclasses
 import json
@@ -8,9 +8,7 @@ import pytest
 from imagen_jax.config.schema import TextConfig
 from imagen_jax.evaluation import report
 from imagen_jax.evaluation.samples import EvaluationError
-from imagen_jax.export import export
-from imagen_jax.stages import model_card
-from imagen_jax.stages.folder import load_stage
+from imagen_jax.stages import folder, model_card
 
 ALIGNMENT = {
     "kinds": {
@@ -23,7 +21,7 @@ ALIGNMENT = {
 }
 
 
-def test_the_card_says_what_is_known(base_config, tmp_path):
+def test_the_card_has_a_row_per_known_fact(base_config, tmp_path):
     rows = [
         {"step": 10, "loss": 0.5, "x0_mse": 0.25, "skipped": 0.0},
         {"step": 20, "loss": 0.125, "x0_mse": 0.0625, "skipped": 3.0, "images_per_second": 9.0},
@@ -46,12 +44,12 @@ def test_the_card_says_what_is_known(base_config, tmp_path):
         scores=report.score_tables(cards),
     )
     for line in (
-        "| draws | 8x8 pixels |",
+        "| output | 8x8 pixels |",
         "| parameters | 3 (float32, moving average) |",
-        "| trained for | 25 steps of 4 pictures |",
+        "| trained for | 25 steps of 4 images |",
         "| last report | step 20: loss 0.125, x0_mse 0.0625, skipped 3 |",
         "| text encoder | t5 `text/`, fingerprint 0123abcd |",
-        "| draws with | ddim, 4 steps, guidance weight 2, dynamic thresholding |",
+        "| sampling | ddim, 4 steps, guidance weight 2, dynamic thresholding |",
         "| licence | mine \\| not yours |",
         "| single | 0.72 | 0.64-0.80 | 1.00 | 0.06 | 120 |",
         "| 12.25 | zero-shot |",
@@ -69,30 +67,30 @@ def test_the_card_says_what_is_known(base_config, tmp_path):
 
 @pytest.fixture
 def encoder(tmp_path):
-    folder = tmp_path / "encoder"
-    folder.mkdir()
+    source = tmp_path / "encoder"
+    source.mkdir()
     for name in ("config.json", "model.safetensors", "spiece.model", "optimizer.bin"):
-        (folder / name).write_text(name)
-    return folder
+        (source / name).write_text(name)
+    return source
 
 
-def test_a_small_encoder_comes_along(encoder, base_config, random_params, tmp_path):
+def test_a_small_encoder_is_copied(encoder, base_config, random_params, tmp_path):
     stage = tmp_path / "stage"
     config = dataclasses.replace(base_config, text=TextConfig(path=str(encoder)))
-    export.write_stage(stage, random_params(config), config, {})
-    assert export.copy_encoder(config.text, stage).path == "text/"
+    folder.write_stage(stage, random_params(config), config, {})
+    assert folder.copy_encoder(config.text, stage).path == "text/"
     copied = {"config.json", "model.safetensors", "spiece.model"}
     assert {file.name for file in (stage / "text").iterdir()} == copied
     moved = stage.rename(tmp_path / "moved")
-    assert load_stage(str(moved)).config.text.path == str(moved / "text")
+    assert folder.load_stage(str(moved)).config.text.path == str(moved / "text")
 
 
-def test_of_a_large_encoder_the_vocabulary_comes_along(encoder, monkeypatch, tmp_path):
-    monkeypatch.setattr(export, "MAX_COPIED_ENCODER_BYTES", 20)
+def test_of_a_large_encoder_only_the_vocabulary_is_copied(encoder, monkeypatch, tmp_path):
+    monkeypatch.setattr(folder, "MAX_COPIED_ENCODER_BYTES", 20)
     text = TextConfig(path=str(encoder))
     stage = tmp_path / "stage"
     stage.mkdir()
-    assert export.copy_encoder(text, stage) == text
+    assert folder.copy_encoder(text, stage) == text
     assert [file.name for file in (stage / "text").iterdir()] == ["spiece.model"]
-    for elsewhere in ("", "gs://bucket/t5", str(tmp_path / "none")):
-        assert export.encoder_files(TextConfig(path=elsewhere)) == {}
+    for path in ("", "gs://bucket/t5", str(tmp_path / "none")):
+        assert folder.encoder_files(TextConfig(path=path)) == {}

@@ -11,7 +11,11 @@ import pytest
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import Config
 from imagen_jax.diffusion import process
-from imagen_jax.stages import stage
+from imagen_jax.stages.conditioning import Conditioning, Text, drop_text
+from imagen_jax.stages.denoiser import make_denoiser
+from imagen_jax.stages.loss import loss_fn
+from imagen_jax.stages.network import MODELS, init_params
+from imagen_jax.stages.stage import Stage
 
 
 def changed(config: Config, section: str, **values) -> Config:
@@ -42,7 +46,7 @@ def make_batch(make_batch):
 
 @pytest.fixture
 def answer(monkeypatch):
-    monkeypatch.setitem(stage.MODELS, "efficient_unet", Answer)
+    monkeypatch.setitem(MODELS, "efficient_unet", Answer)
     return Answer
 
 
@@ -50,7 +54,7 @@ def test_null_text_depends_on_neither_the_caption_nor_its_length():
     rng = np.random.default_rng(0)
     text = jnp.asarray(rng.normal(size=(3, 4, 8)), jnp.float32)
     mask = jnp.arange(4) < jnp.array([1, 2, 4])[:, None]
-    emb, dropped = stage.drop_text(text, mask, jnp.array([True, True, False]))
+    emb, dropped = drop_text(Text(text, mask), jnp.array([True, True, False]))
     np.testing.assert_array_equal(emb[0], emb[1])
     np.testing.assert_array_equal(dropped[0], dropped[1])
     assert not emb[0].any() and dropped[0].any()
@@ -63,7 +67,7 @@ def test_a_perfect_network_has_no_loss(answer, base_config, make_batch, monkeypa
     batch = make_batch(base_config)
     monkeypatch.setattr(answer, "picture", jnp.asarray(batch["image"]))
     config = changed(base_config, "diffusion", loss_weight=weight)
-    loss, report = stage.loss_fn({}, batch, jax.random.key(0), config)
+    loss, report = loss_fn({}, batch, jax.random.key(0), config)
     assert float(loss) == 0.0 and float(report["x0_mse"]) == 0.0
 
 
@@ -72,7 +76,7 @@ def test_times_cover_the_process_evenly(answer, base_config, make_batch, monkeyp
     monkeypatch.setattr(answer, "picture", jnp.zeros(3))
     times = []
     for step in range(20):
-        stage.loss_fn({}, make_batch(config), jax.random.key(step), config)
+        loss_fn({}, make_batch(config), jax.random.key(step), config)
         logsnr = np.asarray(answer.seen["logsnr"], np.float64)
         times.append(2 / np.pi * np.arctan(np.exp(-logsnr / 2)))
     # One time in each 64th of [0, 1]: sorted, they run parallel to 0, 1/64, 2/64 ...
@@ -87,12 +91,12 @@ def test_loss_of_a_network_that_knows_nothing(answer, base_config, make_batch, m
     monkeypatch.setattr(answer, "picture", jnp.zeros(3))
     batch = make_batch(base_config)
     config = changed(base_config, "diffusion", loss_weight="x0")
-    loss, report = stage.loss_fn({}, batch, jax.random.key(0), config)
+    loss, report = loss_fn({}, batch, jax.random.key(0), config)
     assert float(loss) == pytest.approx(np.mean(np.asarray(batch["image"]) ** 2), rel=1e-5)
     assert float(report["x0_mse"]) == pytest.approx(float(loss), rel=1e-5)
     config = changed(changed(base_config, "data", batch_size=256), "diffusion",
                      prediction="eps", loss_weight="eps")  # fmt: skip
-    loss, _ = stage.loss_fn({}, make_batch(config), jax.random.key(0), config)
+    loss, _ = loss_fn({}, make_batch(config), jax.random.key(0), config)
     assert float(loss) == pytest.approx(1.0, rel=0.03)
 
 
@@ -103,7 +107,7 @@ def test_text_is_dropped_as_often_as_said(
     monkeypatch.setattr(answer, "picture", jnp.zeros(3))
     config = changed(changed(base_config, "data", batch_size=1024), "diffusion",
                      cond_drop_prob=prob)  # fmt: skip
-    stage.loss_fn({}, make_batch(config), jax.random.key(1), config)
+    loss_fn({}, make_batch(config), jax.random.key(1), config)
     without = ~np.asarray(answer.seen["text_emb"]).any(axis=(1, 2))
     assert without.mean() == pytest.approx(share, abs=0.05)
     assert (np.asarray(answer.seen["text_mask"])[without].sum(1) == 1).all()
@@ -114,7 +118,7 @@ def test_aug_level_is_drawn_and_told_to_the_network(answer, sr_config, make_batc
     config = changed(changed(sr_config, "data", batch_size=64), "diffusion", aug_level_max=0.4)
     batch = make_batch(config)
     batch["lowres"] = jnp.ones_like(batch["lowres"])
-    stage.loss_fn({}, batch, jax.random.key(0), config)
+    loss_fn({}, batch, jax.random.key(0), config)
     lowres, told = np.asarray(answer.seen["z"])[..., 3:], np.asarray(answer.seen["lowres_logsnr"])
     lowest = float(process.aug_logsnr(jnp.float32(0.4), config.diffusion))
     assert lowest <= told.min() < lowest + 0.3 and told.max() > 5
@@ -132,7 +136,7 @@ def test_lowres_noise_differs_from_the_pictures_own(answer, sr_config, make_batc
         jnp.zeros_like(batch["lowres"]),
         jnp.zeros_like(batch["image"]),
     )
-    stage.loss_fn({}, batch, jax.random.key(0), config)
+    loss_fn({}, batch, jax.random.key(0), config)
     z = np.asarray(answer.seen["z"])
     correlation = np.corrcoef(z[..., :3].ravel(), z[..., 3:].ravel())[0, 1]
     assert abs(correlation) < 0.05
@@ -140,14 +144,14 @@ def test_lowres_noise_differs_from_the_pictures_own(answer, sr_config, make_batc
 
 def test_denoiser_guides_and_thresholds(answer, base_config, make_batch, monkeypatch):
     batch = make_batch(base_config)
-    texts = {"text_emb": batch["text_emb"], "text_mask": batch["text_mask"]}
+    conditioning = Conditioning(Text(batch["text_emb"], batch["text_mask"]))
     z, logsnr = jnp.asarray(batch["image"]), jnp.zeros(len(batch["image"]))
     picture = jnp.where(jnp.arange(8)[:, None, None] < 4, 3.0, -0.5)  # of both texts
 
     for weight, calls in [(1.0, 4), (2.5, 8)]:
         monkeypatch.setattr(answer, "picture", picture)
         config = changed(base_config, "sampling", guidance_weight=weight, thresholding="static")
-        x0 = stage.denoiser({}, config, **texts)(z, logsnr)
+        x0 = make_denoiser(Stage(config, {}), conditioning)(z, logsnr)
         np.testing.assert_allclose(x0[0], jnp.broadcast_to(jnp.clip(picture, -1, 1), x0[0].shape))
         assert answer.seen["z"].shape[0] == calls
     # The second of every pair is without text.
@@ -158,16 +162,16 @@ def test_denoiser_guides_and_thresholds(answer, base_config, make_batch, monkeyp
 
 def test_guidance_weight_one_is_the_conditional_network(base_config, make_batch, random_params):
     batch, params = make_batch(base_config), random_params(base_config)
-    texts = {"text_emb": batch["text_emb"], "text_mask": batch["text_mask"]}
+    conditioning = Conditioning(Text(batch["text_emb"], batch["text_mask"]))
     z, logsnr = jnp.asarray(batch["image"]), jnp.linspace(-2.0, 2.0, len(batch["image"]))
 
     @jax.jit
     def pair(params, z):
-        drawn = []
+        estimates = []
         for weight in (1.0, 1.0 + 1e-6, 3.0):
             config = changed(base_config, "sampling", guidance_weight=weight, thresholding="none")
-            drawn.append(stage.denoiser(params, config, **texts)(z, logsnr))
-        return drawn
+            estimates.append(make_denoiser(Stage(config, params), conditioning)(z, logsnr))
+        return estimates
 
     off, nearly_off, on = pair(params, z)
     np.testing.assert_allclose(off, nearly_off, atol=1e-4)
@@ -179,16 +183,16 @@ def inputs(base_config, make_batch):
     """(z, logsnr, prompts' text, other prompts' text) of the tiny base stage."""
     batch = make_batch(base_config)
     logsnr = jnp.linspace(-2.0, 2.0, len(batch["image"]))
-    text = (batch["text_emb"], batch["text_mask"])
-    return batch["image"], logsnr, text, (batch["text_emb"][::-1], batch["text_mask"][::-1])
+    text = Text(batch["text_emb"], batch["text_mask"])
+    return batch["image"], logsnr, text, Text(text.emb[::-1], text.mask[::-1])
 
 
 def x0_with(params, config, inputs, *, weight, text=2, **options):
     """x0 at a guidance weight, text 2 or 3 of `inputs` being the prompt."""
     z, logsnr = inputs[:2]
-    emb, mask = inputs[text]
     config = changed(config, "sampling", guidance_weight=weight, thresholding="none")
-    return stage.denoiser(params, config, text_emb=emb, text_mask=mask, **options)(z, logsnr)
+    conditioning = Conditioning(inputs[text])
+    return make_denoiser(Stage(config, params), conditioning, **options)(z, logsnr)
 
 
 def test_what_guidance_leads_away_from(base_config, inputs, random_params):
@@ -198,9 +202,11 @@ def test_what_guidance_leads_away_from(base_config, inputs, random_params):
 
     @jax.jit
     def estimates(networks):
-        params, guide = networks[0], (networks[1], small)
+        params, guide = networks[0], Stage(small, networks[1])
         own = [x0_with(params, base_config, inputs, weight=1.0, text=text) for text in (2, 3)]
-        guides = [x0_with(*guide, inputs, weight=1.0, text=text) for text in (2, 3)]
+        guides = [
+            x0_with(guide.params, guide.config, inputs, weight=1.0, text=text) for text in (2, 3)
+        ]
         guided = [
             x0_with(params, base_config, inputs, weight=3.0, **options)
             for options in (
@@ -232,7 +238,7 @@ def test_one_network_is_evaluated_once(answer, base_config, inputs, monkeypatch)
         ({"weight": 1.0}, [4]),
         ({"weight": 3.0}, [8]),
         ({"weight": 3.0, "negative": inputs[3]}, [8]),
-        ({"weight": 3.0, "guide": ({}, base_config)}, [4, 4]),
+        ({"weight": 3.0, "guide": Stage(base_config, {})}, [4, 4]),
     ]:
         calls.clear()
         x0_with({}, config, inputs, **options)
@@ -241,7 +247,7 @@ def test_one_network_is_evaluated_once(answer, base_config, inputs, monkeypatch)
 
 def test_a_guide_that_draws_other_pictures_is_refused(base_config, sr_config, inputs):
     with pytest.raises(ConfigError, match="guide: config.data.image_size=16 must be 8") as error:
-        x0_with({}, base_config, inputs, weight=2.0, guide=({}, sr_config))
+        x0_with({}, base_config, inputs, weight=2.0, guide=Stage(sr_config, {}))
     assert "\n" not in str(error.value)
 
 
@@ -255,4 +261,4 @@ def test_a_guide_that_draws_other_pictures_is_refused(base_config, sr_config, in
 def test_a_stage_that_cannot_be_built(base_config, section, values, says):
     config = changed(changed(base_config, "model", patch_size=4), section, **values)
     with pytest.raises(ConfigError, match=says):
-        stage.init_params(config, jax.random.key(0))
+        init_params(config, jax.random.key(0))

@@ -1,0 +1,122 @@
+"""A stage's denoiser for sampling: the network with guidance and thresholding.
+
+Guidance needs two estimates of x0 at the same z: `make_denoiser` evaluates both as one batch of 2B
+(Imagen, Sec. 2.2), or with a second network (autoguidance).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from imagen_jax.config.fields import ConfigError
+from imagen_jax.config.schema import Config
+from imagen_jax.diffusion import guidance, process, thresholding
+from imagen_jax.stages.conditioning import Conditioning, Text, null_text
+from imagen_jax.stages.network import apply
+from imagen_jax.stages.stage import Stage
+
+
+def predict_x0(
+    stage: Stage,
+    z: Float[Array, "b size size 3"],
+    logsnr: Float[Array, " b"],
+    conditioning: Conditioning,
+    texts: Sequence[Text],
+) -> list[Float[Array, "b size size 3"]]:
+    """x0 of the same z for each of K texts, by one evaluation of the network.
+
+    Args:
+      stage: parameters and configuration.
+      z: noisy images.
+      logsnr: their noise level, nats.
+      conditioning: of the B images; its text is not used.
+      texts: K times embeddings and mask of B prompts; the network's batch is K B.
+
+    Returns:
+      K arrays.
+    """
+    params, config = stage.params, stage.config
+
+    # The K copies of an image are neighbours in the batch, so they stay on its device.
+    def repeat(v: Array) -> Array:
+        return jnp.repeat(v, len(texts), axis=0)
+
+    text = Text(
+        *(
+            jnp.stack(part, axis=1).reshape(-1, *part[0].shape[1:])
+            for part in zip(*texts, strict=True)
+        )
+    )
+    z, logsnr = repeat(z), repeat(logsnr)
+    if conditioning.lowres is not None:
+        conditioning = conditioning._replace(lowres=repeat(conditioning.lowres))
+    if conditioning.lowres_logsnr is not None:
+        conditioning = conditioning._replace(lowres_logsnr=repeat(conditioning.lowres_logsnr))
+    output = apply(params, config, z, logsnr, conditioning._replace(text=text))
+    x0 = process.to_x0(config.diffusion.prediction, output, z=z, logsnr=logsnr)
+    x0 = x0.reshape(-1, len(texts), *x0.shape[1:])
+    return [x0[:, index] for index in range(len(texts))]
+
+
+def make_denoiser(
+    stage: Stage,
+    conditioning: Conditioning,
+    *,
+    negative: Text | None = None,
+    guide: Stage | None = None,
+    guidance_weight: Float[Array, " b"] | None = None,
+) -> guidance.Denoise:
+    """`denoise(z, logsnr) -> x0` of a stage with its guidance and thresholding.
+
+    Guidance extrapolates from another estimate of x0 to the conditional one. The other estimate is
+    this network's without text, or for the negative prompt; with `guide` (autoguidance) it is that
+    network's, for the same prompt or the negative one.
+
+    Args:
+      stage: parameters, usually the EMA, and configuration; `config.sampling` gives guidance and
+        thresholding.
+      conditioning: of the B images.
+      negative: embeddings and mask of the negative prompts, shaped as those of the prompts.
+      guide: a weaker checkpoint of a stage with the same image sizes.
+      guidance_weight: per image, in place of `sampling.guidance_weight`; ignored where that is 1
+        (guidance off).
+
+    Raises:
+      ConfigError: the guide has other image sizes or another text width.
+    """
+    config, text = stage.config, conditioning.text
+    settings = config.sampling
+    if guide is not None:
+        check_guide(config, guide.config)
+
+    def conditional(z: Array, logsnr: Array) -> Array:
+        return predict_x0(stage, z, logsnr, conditioning, [text])[0]
+
+    def pair(z: Array, logsnr: Array) -> tuple[Array, Array]:
+        if guide is not None:
+            other = predict_x0(guide, z, logsnr, conditioning, [negative or text])[0]
+            return conditional(z, logsnr), other
+        texts = [text, negative or null_text(text)]
+        x0, other = predict_x0(stage, z, logsnr, conditioning, texts)
+        return x0, other
+
+    if settings.guidance_weight == 1.0:
+        return thresholding.threshold(conditional, settings)
+    levels = process.logsnr_at(jnp.linspace(1.0, 0.0, settings.steps + 1), config.diffusion)
+    guided = guidance.guide(pair, settings, levels, guidance_weight)
+    return thresholding.threshold(guided, settings)
+
+
+def check_guide(config: Config, guide: Config) -> None:
+    """Raises ConfigError unless the stage `guide` can guide the stage `config` (autoguidance)."""
+    for field in ("data.image_size", "data.lowres_size", "model.text_dim"):
+        section, name = field.split(".")
+        got, expected = (getattr(getattr(c, section), name) for c in (guide, config))
+        if got != expected:
+            raise ConfigError(
+                f"guide: config.{field}={got} must be {expected}, as in the stage "
+                f"{config.name!r} that it guides; try an earlier checkpoint of that stage"
+            )

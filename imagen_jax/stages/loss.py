@@ -1,0 +1,105 @@
+"""The training loss of a stage, with all of its randomness in one place (Imagen, Sec. 2.2-2.4).
+
+`sample_randomness` samples times, noise, dropped captions and augmentation levels of a step from
+the step's key; `loss_given_randomness` is the loss for these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from imagen_jax.config.schema import Config
+from imagen_jax.diffusion import process
+from imagen_jax.stages.conditioning import (
+    Conditioning,
+    Text,
+    add_lowres,
+    aug_noise_side,
+    drop_text,
+)
+from imagen_jax.stages.network import Params, apply
+
+DROPOUT_STREAM = 0
+# The loss is also reported by noise level: bounds between the intervals, logsnr in nats.
+LOGSNR_EDGES = np.array([-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0])
+
+Batch = Mapping[str, Array]
+
+
+def loss_fn(
+    params: Params, batch: Batch, key: Key[Array, ""], config: Config
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """`loss_given_randomness` of a batch with the randomness of `key`."""
+    randomness = sample_randomness(key, batch["image"].shape[0], config)
+    dropout_key = jax.random.fold_in(key, DROPOUT_STREAM)
+    return loss_given_randomness(params, {**batch, **randomness}, dropout_key, config)
+
+
+def sample_randomness(key: Key[Array, ""], size: int, config: Config) -> dict[str, Array]:
+    """The randomness of a step: every example's time, noise, dropped text and aug_level.
+
+    Args:
+      key: of the step.
+      size: examples B.
+      config: the stage.
+
+    Returns:
+      time [B] in [0,1], eps [B,H,W,3], drop [B]; SR: aug_level [B], lowres_eps [B,n,n,3].
+    """
+    key_t, key_eps, key_drop, key_level, key_lowres = jax.random.split(key, 5)
+    side = config.data.image_size
+    randomness = {
+        "time": process.stratified_timesteps(key_t, size),
+        "eps": jax.random.normal(key_eps, (size, side, side, 3)),
+        "drop": jax.random.bernoulli(key_drop, config.diffusion.cond_drop_prob, (size,)),
+    }
+    if config.model.lowres:
+        side, highest = aug_noise_side(config), config.diffusion.aug_level_max
+        randomness["aug_level"] = jax.random.uniform(key_level, (size,), maxval=highest)
+        randomness["lowres_eps"] = jax.random.normal(key_lowres, (size, side, side, 3))
+    return randomness
+
+
+def loss_given_randomness(
+    params: Params, batch: Batch, dropout_key: Key[Array, ""], config: Config
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """Weighted squared error of the network's output, mean over images, pixels and channels.
+
+    Args:
+      params: plain parameters.
+      batch: image [B,H,W,3] in [-1,1], text_emb [B,L,D], text_mask [B,L], SR: lowres [B,h,w,3];
+        and the values of `sample_randomness`.
+      dropout_key: randomness of the dropout layers.
+      config: the stage.
+
+    Returns:
+      The loss, and {"loss", "x0_mse", "loss_by_noise_level"}: x0_mse is the unweighted error of x0,
+      comparable over prediction types; loss_by_noise_level [2, intervals] has, per interval of
+      logsnr (LOGSNR_EDGES), the summed loss and the number of examples.
+    """
+    settings, x0 = config.diffusion, batch["image"]
+    logsnr = process.logsnr_at(batch["time"], settings)
+    z = process.q_sample(x0, logsnr, batch["eps"])
+    text = drop_text(Text(batch["text_emb"], batch["text_mask"]), batch["drop"])
+    conditioning = Conditioning(text)
+    if config.model.lowres:
+        conditioning = add_lowres(
+            text, batch["lowres"], batch["aug_level"], batch["lowres_eps"], config
+        )
+
+    output = apply(params, config, z, logsnr, conditioning, dropout_key=dropout_key)
+    target = process.prediction_target(settings.prediction, x0=x0, eps=batch["eps"], logsnr=logsnr)
+    error = jnp.mean(jnp.square(output - target), axis=(1, 2, 3))
+    losses = process.output_loss_weight(settings.loss_weight, settings.prediction, logsnr) * error
+    loss = jnp.mean(losses)
+
+    x0_hat = process.to_x0(settings.prediction, output, z=z, logsnr=logsnr)
+    x0_mse = jnp.mean(jnp.square(jnp.clip(x0_hat, -1.0, 1.0) - x0))
+    interval = jax.nn.one_hot(jnp.searchsorted(LOGSNR_EDGES, logsnr), len(LOGSNR_EDGES) + 1)
+    by_noise_level = jnp.stack([losses, jnp.ones_like(losses)]) @ interval
+    return loss, {"loss": loss, "x0_mse": x0_mse, "loss_by_noise_level": by_noise_level}
