@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import fnmatch
 import hashlib
 import importlib.util
 import json
 import pathlib
+import traceback
+import types
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -22,13 +23,14 @@ from typing import Any
 import ml_collections
 
 from imagen_jax.config.data import ComponentConfig
-from imagen_jax.config.fields import ConfigError
+from imagen_jax.config.fields import ConfigError, unknown_field, unknown_name, without_effect
 from imagen_jax.config.schema import Config
+from imagen_jax.config.section import make_section
 
 
 def to_config_dict(config: Config) -> ml_collections.ConfigDict:
     """The locked, typed ConfigDict with the fields and values of `config`."""
-    return ml_collections.ConfigDict(dataclasses.asdict(config)).lock()
+    return make_section(config).lock()
 
 
 def _coerce(path: str, hint: Any, value: Any) -> Any:
@@ -39,6 +41,8 @@ def _coerce(path: str, hint: Any, value: Any) -> Any:
         return tuple(_coerce(path, typing.get_args(hint)[0], v) for v in value)
     if typing.get_origin(hint) is dict and isinstance(value, Mapping):
         return {k: _coerce(f"{path}.{k}", typing.get_args(hint)[1], v) for k, v in value.items()}
+    if type(None) in typing.get_args(hint):
+        return None if value is None else _coerce(path, _inner(hint), value)
     if hint is float and type(value) is int:
         return float(value)
     if typing.get_origin(hint) is None and type(value) is hint:
@@ -62,13 +66,6 @@ def from_dict(cls: type, values: Any, path: str = "config") -> Any:
         if name not in names:
             raise ConfigError(unknown_field(f"{path}.{name}", name, names))
     return cls(**{n: _coerce(f"{path}.{n}", hints[n], v) for n, v in values.items()})
-
-
-def unknown_field(path: str, name: str, names: Sequence[str]) -> str:
-    """The message for a field that does not exist."""
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
-    hint = f"; did you mean {path[: -len(name)]}{near[0]}?" if near else ""
-    return f"{path} is not a field{hint}"
 
 
 def from_config_dict(values: ml_collections.ConfigDict) -> Config:
@@ -95,7 +92,31 @@ def override(values: ml_collections.ConfigDict, assignments: Sequence[str]) -> N
                 raise ConfigError(unknown_field(where, name, names))
             if name is not leaf or depth < len(parents):
                 node = node[name]
-        node[leaf] = _parse(f"config.{path}", node[leaf], text)
+        current = node[leaf]
+        optional = _optional_type([*parents, leaf])
+        if optional is not None:
+            if text.lower() == "none":
+                node[leaf] = None
+                continue
+            current = optional() if current is None else current
+        node[leaf] = _parse(f"config.{path}", current, text)
+
+
+def _inner(hint: Any) -> Any:
+    """T of `T | None`."""
+    (inner,) = (arg for arg in typing.get_args(hint) if arg is not type(None))
+    return inner
+
+
+def _optional_type(path: Sequence[str]) -> Any:
+    """T where the field has the type `T | None`; None for every other field."""
+    hint: Any = Config
+    for name in path:
+        if typing.get_origin(hint) is dict:
+            hint = typing.get_args(hint)[1]
+        elif dataclasses.is_dataclass(hint):
+            hint = typing.get_type_hints(hint).get(name)
+    return _inner(hint) if type(None) in typing.get_args(hint) else None
 
 
 def _parse(path: str, current: Any, text: str) -> Any:
@@ -120,38 +141,9 @@ def _parse(path: str, current: Any, text: str) -> Any:
     return value
 
 
-# Fields that do not change what is learned: where things lie, how fast, how often, how drawn.
-NOT_LEARNED_FIELDS = (
-    "name",
-    "data.path",
-    "data.embeddings",
-    "data.loader",
-    "data.prefetch",
-    "data.max_quarantined",
-    "data.check",
-    "data.mixture.*.path",
-    "data.mixture.*.max_quarantined",
-    "data.mixture.*.check",
-    # The encoder itself is told by its fingerprint.
-    "text.path",
-    "text.vocabulary",
-    "text.preset",
-    "text.dtype",
-    "text.on_the_fly",
-    "pretrain_text",
-    "embed",
-    "model.remat",
-    "train.log_every",
-    "train.sample_every",
-    "train.profile_at",
-    "train.nan_patience",
-    "train.rollbacks",
-    "train.accumulation",
-    "checkpoint",
-    "ema.snapshot_every",
-    "mesh",
-    "sampling",
-)
+# Fields that do not change what a run learns, and those that do not change its compiled step.
+NOT_LEARNED_FIELDS = without_effect(Config, "learns")
+NOT_COMPILED_FIELDS = without_effect(Config, "compiled")
 
 
 def changes(saved: Config, given: Config) -> dict[str, tuple[Any, Any]]:
@@ -192,16 +184,44 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def from_file(file: str, name: str = "") -> ml_collections.ConfigDict:
-    """The values of a configuration as its file gives them, for a file that builds on another, too.
+    """Values of a configuration before overrides; also for a file that builds on another one.
 
     Args:
-      file: a Python file with `get_config(name) -> ConfigDict`.
-      name: of the configuration; "": the file's own choice.
+      file: a Python file with `get_config(name) -> ConfigDict` and, optionally, the valid names in
+        `CONFIGS` (a dict with these keys, or a tuple).
+      name: of the configuration; "": the default of `get_config`.
 
     Raises:
       ConfigError: the file or name does not exist, or the file raises an error.
     """
     spec = f"{file}:{name}" if name else file
+    module = _execute(file, spec)
+    known = list(getattr(module, "CONFIGS", ()))
+    if name and known and name not in known:
+        raise ConfigError(f"--config={file}: {unknown_name('name', name, known)}")
+    if not callable(getattr(module, "get_config", None)):
+        raise ConfigError(f"--config={spec}: {file} has no function get_config(name)")
+    try:
+        values = module.get_config(name) if name else module.get_config()
+    except Exception as error:  # The file is the user's: whatever it raises is about their input.
+        where = _where(file, error)
+        hint = "" if known else f"; does get_config know the name {name!r}?"
+        hint = hint if isinstance(error, KeyError) and name in error.args else ""
+        raise ConfigError(f"--config={spec}: {where}: {_one_line(error)}{hint}") from error
+    if not isinstance(values, ml_collections.ConfigDict):
+        got = type(values).__name__
+        call = f"get_config({name!r})" if name else "get_config()"
+        raise ConfigError(f"--config={spec}: {file}: {call} returned {got}, expected a ConfigDict")
+    return values
+
+
+def names(file: str) -> list[str]:
+    """Names of the configurations in a file, from its `CONFIGS`; []: the file declares none."""
+    return list(getattr(_execute(file, file), "CONFIGS", ()))
+
+
+def _execute(file: str, spec: str) -> types.ModuleType:
+    """The configuration file as a module."""
     path = pathlib.Path(file)
     if not path.is_file():
         raise ConfigError(f"--config={spec}: no file {file!r}; try configs/shapes.py:base")
@@ -213,9 +233,26 @@ def from_file(file: str, name: str = "") -> ml_collections.ConfigDict:
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
-        return module.get_config(name) if name else module.get_config()
-    except Exception as error:  # The file is the user's: whatever it raises is about their input.
-        raise ConfigError(f"--config={spec}: {type(error).__name__}: {error}") from error
+    except Exception as error:  # As above.
+        raise ConfigError(f"--config={spec}: {_where(file, error)}: {_one_line(error)}") from error
+    return module
+
+
+def _where(file: str, error: Exception) -> str:
+    """The file and its line that raised `error`."""
+    if isinstance(error, SyntaxError):
+        return f"{file}, line {error.lineno}"
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+    return f"{file}, line {lines[-1]}" if lines else file
+
+
+def _one_line(error: Exception) -> str:
+    """Kind and message of a foreign error, at most 300 characters."""
+    if isinstance(error, ConfigError):
+        return str(error)
+    text = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
+    line = f"{type(error).__name__}: {text}"
+    return line if len(line) <= 300 else f"{line[:300]} ..."
 
 
 def load(spec: str, assignments: Sequence[str] = ()) -> Config:
@@ -230,7 +267,10 @@ def load(spec: str, assignments: Sequence[str] = ()) -> Config:
     """
     file, _, name = spec.partition(":")
     values = from_file(file, name)
-    _complete(values)
+    try:
+        _complete(values)
+    except ConfigError as error:
+        raise ConfigError(f"--config={spec}: {file}: {error}") from error
     override(values, assignments)
     return from_config_dict(values)
 
@@ -240,7 +280,8 @@ def _complete(values: ml_collections.ConfigDict) -> None:
     for name, given in values.data.mixture.items():
         source = from_dict(ComponentConfig, given, f"config.data.mixture.{name}")
         with values.data.mixture.unlocked():
-            values.data.mixture[name] = ml_collections.ConfigDict(dataclasses.asdict(source))
+            path = f"config.data.mixture.{name}"
+            values.data.mixture[name] = make_section(source, path)
 
 
 def to_json(config: Config) -> str:
