@@ -1,11 +1,11 @@
-"""Trains on a data set that is neither files nor captions: any function from a step to batches.
+"""Trains on generated data without files or captions: a function from a step to batches.
 
     python examples/custom_data.py --workdir=runs/discs
 
-A disc of one of three colours on black, 8x8 pixels, drawn anew for every step. There is no text
-encoder: each colour has a vector, and a prompt is a row of that table. `train.train` only wants
-`batches(step)`, an iterator of the batches from that step on; because a batch here follows from its
-step alone, the run can be killed and started again like any other.
+The images are discs of one of three colours on black, 8x8 pixels, rendered for every step. There is
+no text encoder: each colour has an embedding, and a prompt is a row of that table. `train.train`
+requires only `batches(step)`, an iterator of the batches from that step on. Here a batch is a
+function of its step, so a killed run resumes exactly.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ TABLE = np.eye(len(COLORS), WIDTH, dtype=np.float32)[:, None, :]
 
 
 def configuration(steps: int) -> Config:
-    """A base stage of 8x8 pixels that reads one token of WIDTH channels."""
+    """A base stage of 8x8 pixels conditioned on one token of WIDTH channels."""
     return Config(
         name="discs",
         data=DataConfig(image_size=SIZE, batch_size=16, max_text_len=1),
@@ -63,8 +63,8 @@ def configuration(steps: int) -> Config:
     )
 
 
-def draw_discs(colors: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """uint8 [B, SIZE, SIZE, 3]: a disc of each colour at a random place."""
+def render_discs(colors: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """uint8 [B, SIZE, SIZE, 3]: a disc of each colour at a random position."""
     y, x = np.mgrid[:SIZE, :SIZE]
     centres = rng.uniform(3, SIZE - 4, (len(colors), 2, 1, 1))
     inside = (y - centres[:, 0]) ** 2 + (x - centres[:, 1]) ** 2 < 9
@@ -72,19 +72,19 @@ def draw_discs(colors: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def batches(step: int, batch_size: int = 16) -> Iterator[dict[str, np.ndarray]]:
-    """The batches from a step on."""
+    """The batches from step `step` on."""
     for index in itertools.count(step):
         rng = np.random.default_rng(index)
         colors = rng.integers(0, len(COLORS), batch_size)
         yield {
-            "image": images.to_float(draw_discs(colors, rng)),
+            "image": images.to_float(render_discs(colors, rng)),
             "text_emb": TABLE[colors],
             "text_mask": np.ones((batch_size, 1), bool),
         }
 
 
 def main() -> None:
-    """Trains, exports, draws four pictures of each colour and says which colour they have."""
+    """Trains, exports, generates four images of each colour and counts the correct ones."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", required=True, help="folder of the run")
     parser.add_argument("--steps", type=int, default=600)
@@ -94,18 +94,18 @@ def main() -> None:
     export.export(f"{flags.workdir}/run", f"{flags.workdir}/stage")
 
     cascade = Cascade([load_stage(f"{flags.workdir}/stage")])
-    wanted = np.repeat(np.arange(len(COLORS)), 4)
-    mask = np.ones((len(wanted), 1), bool)
-    pictures = cascade.sample(text_emb=TABLE[wanted], text_mask=mask, seed=1)
+    requested = np.repeat(np.arange(len(COLORS)), 4)
+    mask = np.ones((len(requested), 1), bool)
+    samples = cascade.sample(text_emb=TABLE[requested], text_mask=mask, seed=1)
     path = f"{flags.workdir}/grid.png"
-    images.save_png(path, images.grid(pictures, columns=4, scale=8), {})
+    images.save_png(path, images.grid(samples, columns=4, scale=8), {})
 
-    # The brightest pixel of each is of the disc; its nearest colour is what was drawn.
-    flat = pictures.reshape(len(pictures), -1, 3).astype(int)
+    # The brightest pixel of an image belongs to the disc; its nearest colour is the disc's.
+    flat = samples.reshape(len(samples), -1, 3).astype(int)
     brightest = flat[np.arange(len(flat)), flat.sum(axis=2).argmax(axis=1)]
     palette = np.array(list(COLORS.values()))
     found = ((brightest[:, None] - palette) ** 2).sum(axis=2).argmin(axis=1)
-    print(f"{path}: {(found == wanted).sum()} of {len(wanted)} have the colour asked for")
+    print(f"{path}: {(found == requested).sum()} of {len(requested)} have the requested colour")
 
 
 if __name__ == "__main__":

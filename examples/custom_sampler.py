@@ -1,11 +1,11 @@
-"""Draws with a sampler of your own, beside those that are there, from the same noise.
+"""Samples with a new sampler and with the built-in ones, from the same noise.
 
     python examples/custom_sampler.py --stage=runs/demo/stages/base --prompt='a red circle' \
       --out=samplers.png
 
-A sampler is a pair (init, step). `step` sees `denoise(z, logsnr) -> x0`, the levels it leads from
-and to, a key for each picture, and a state of its own; what is in `denoise` (text, guidance,
-thresholding) is none of its business.
+A sampler is a pair (init, step). `step` receives `denoise(z, logsnr) -> x0`, logsnr before and
+after the step, a key for each image, and its own state. `denoise` includes text conditioning,
+guidance and thresholding; a sampler does not depend on them.
 """
 
 from __future__ import annotations
@@ -20,16 +20,19 @@ import numpy as np
 from imagen_jax.diffusion import process, samplers
 from imagen_jax.diffusion.process import alpha_sigma, expand, to_eps
 from imagen_jax.diffusion.samplers import Sampler
-from imagen_jax.inference import cascade
+from imagen_jax.inference.cascade import Cascade
+from imagen_jax.inference.stage_sampler import image_keys
 from imagen_jax.io import images
-from imagen_jax.stages import stage
+from imagen_jax.stages.conditioning import Conditioning, Text
+from imagen_jax.stages.denoiser import make_denoiser
+from imagen_jax.stages.folder import load_stage
 
 
 def averaged_ddim(share: float = 0.5) -> Sampler:
-    """DDIM on a running mean of the noise estimates: a smoother path in few steps.
+    """DDIM on a running mean of the noise estimates, which smooths the trajectory.
 
-    eps_bar <- share eps_bar + (1 - share) eps; z_s = alpha_s x0_bar + sigma_s eps_bar, with the x0
-    that eps_bar stands for at the noisier level.
+    eps_bar <- share eps_bar + (1 - share) eps; z_s = alpha_s x0_bar + sigma_s eps_bar, where x0_bar
+    is the x0 that corresponds to eps_bar at the noisier level t.
     """
 
     def init(z):
@@ -51,22 +54,20 @@ samplers.SAMPLERS["averaged_ddim"] = averaged_ddim
 
 
 def main() -> None:
-    """A row of pictures for each sampler; every column starts from the same noise."""
+    """Writes a row of images for each sampler; every column starts from the same noise."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--stage", required=True, help="folder of a base stage")
     parser.add_argument("--prompt", required=True)
-    parser.add_argument("--out", required=True, help="picture to write")
-    parser.add_argument("--count", type=int, default=6, help="pictures of each sampler")
+    parser.add_argument("--out", required=True, help="PNG file to write")
+    parser.add_argument("--count", type=int, default=6, help="images per sampler")
     parser.add_argument("--steps", type=int, default=16)
     flags = parser.parse_args()
 
-    chain = cascade.Cascade.load([flags.stage])
+    chain = Cascade.load([flags.stage])
     config, count = chain.configs[0], flags.count
     text_emb, text_mask = chain.embed([flags.prompt] * count)
-    denoise = stage.denoiser(
-        cascade.load_stage(flags.stage).params, config, text_emb=text_emb, text_mask=text_mask
-    )
-    keys = cascade.image_keys(0, range(count), [0] * count)
+    denoise = make_denoiser(load_stage(flags.stage), Conditioning(Text(text_emb, text_mask)))
+    keys = image_keys(0, range(count), [0] * count)
     size = config.data.image_size
     times = jnp.linspace(1.0, 0.0, flags.steps + 1)
     logsnrs = process.logsnr_at(times, config.diffusion)
@@ -74,8 +75,8 @@ def main() -> None:
     noise = samplers.normal(keys, (size, size, 3))
     rows = []
     for name, make in samplers.SAMPLERS.items():
-        draw = functools.partial(samplers.sample_loop, make(), denoise, logsnrs=logsnrs, keys=keys)
-        rows.append(images.to_uint8(np.asarray(jax.jit(draw)(z=noise))))
+        loop = functools.partial(samplers.sample_loop, make(), denoise, logsnrs=logsnrs, keys=keys)
+        rows.append(images.to_uint8(np.asarray(jax.jit(loop)(z=noise))))
         print(f"{name}: mean {rows[-1].mean():.1f}, deviation {rows[-1].std():.1f} of 255")
     sheet = images.grid(np.concatenate(rows), columns=count, scale=max(64 // size, 1))
     images.save_png(flags.out, sheet, {"rows": ", ".join(samplers.SAMPLERS)})

@@ -1,12 +1,12 @@
-"""A stage of your own: 16 -> 32 pixels on a folder of pictures, for two CPU cores.
+"""A super-resolution stage 16 -> 32 pixels on a folder of images, for two CPU cores.
 
     python -m imagen_jax train --config=examples/custom_stage.py:middle --workdir=runs/middle \
-      --config.data.path=PICTURES --config.data.embeddings=EMBEDDINGS
+      --config.data.path=IMAGES --config.data.embeddings=EMBEDDINGS
 
-A configuration is a file with `get_config(name)`; values only. Everything that is not said here
-has the default of `imagen_jax/config/schema.py`. Its stage folder comes between a base stage of 16 pixels
-and one that takes 32 to something larger: `--stages=base,middle,...`. Hardware: two CPU cores; time
-and result: not yet run on real pictures.
+A configuration is a file with a function `get_config(name)` that sets values. Fields that it does
+not set have the defaults of `imagen_jax/config/schema.py`. In a cascade the exported stage follows
+a base stage of 16 pixels: `--stages=base,middle,...`. Hardware: two CPU cores. Time and result: not
+yet run on real images.
 """
 
 import ml_collections
@@ -20,7 +20,7 @@ def get_config(name: str = "middle") -> ml_collections.ConfigDict:
     c = overrides.to_config_dict(Config())
     c.name = name
 
-    # What it is given and what it draws.
+    # Input and output sizes.
     c.data.kind = "folder"
     c.data.lowres_size, c.data.image_size = 16, 32
     c.data.batch_size = 16
@@ -40,7 +40,8 @@ def get_config(name: str = "middle") -> ml_collections.ConfigDict:
     c.model.num_groups = 8
     c.model.skip_scale = 2**-0.5
 
-    # x0 with a bounded weight learns soonest at this size; the picture that is enlarged is added.
+    # x0-prediction with a bounded weight trains fastest at this size; the network predicts the
+    # difference to the upsampled low-resolution image.
     c.model.lowres_residual = True
     c.diffusion.prediction = "x0"
     c.diffusion.loss_weight = "truncated_v"

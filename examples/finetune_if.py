@@ -1,12 +1,12 @@
-"""Fine-tunes a stage of DeepFloyd IF's shape on a folder of pictures; gives it back to diffusers.
+"""Fine-tunes a stage of DeepFloyd IF on a folder of images and exports it to diffusers.
 
     python examples/finetune_if.py --unet=IF/unet --text=T5_FOLDER --pictures=PICTURES \
       --workdir=runs/if --steps=1000
 
-`--unet` is diffusers' unet folder of a base stage, `--text` the T5 that it was trained with (IF:
-v1.1 XXL). The verbs `import`, `embed`, `train` with `train.init_from`, and `export` do the same;
-here it is one program on the library. Public weights have not been run; the tests run it on random
-ones of IF's shape.
+`--unet` is the diffusers unet folder of a base stage, `--text` the T5 it was trained with (IF: v1.1
+XXL). The verbs `import`, `embed`, `train` with `train.init_from`, and `export` do the same; this is
+one program that uses the library. Not yet run on the public weights; the tests run it on random
+weights of IF's architecture.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from imagen_jax.training.train import train, with_data
 
 
 def configuration(imported: Config, flags: argparse.Namespace) -> Config:
-    """The imported stage with data to learn from: a low rate, a short average, no drop of text."""
+    """The imported stage with training data, a low learning rate and a short EMA."""
     embeddings = str(pathlib.Path(flags.workdir) / "embeddings")
     data = dataclasses.replace(
         imported.data,
@@ -51,18 +51,18 @@ def configuration(imported: Config, flags: argparse.Namespace) -> Config:
 
 
 def captions_of(config: Config) -> list[str]:
-    """All captions of the folder."""
+    """All captions of the data set."""
     source = open_source(config.data)
     return [caption for i in range(len(source)) for caption in source.captions(i)]
 
 
 def main() -> None:
-    """Import, embed, train, export."""
+    """Imports, embeds, trains, exports."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--unet", required=True, help="diffusers' unet folder of a base stage")
     parser.add_argument("--text", required=True, help="folder of its text encoder")
     parser.add_argument("--encoder", default="t5", help="row of text.TEXT_ENCODERS")
-    parser.add_argument("--pictures", required=True, help="folder of captioned pictures")
+    parser.add_argument("--pictures", required=True, help="folder of captioned images")
     parser.add_argument("--workdir", required=True, help="folder to write")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch_size", type=int, default=8)
@@ -83,7 +83,7 @@ def main() -> None:
 
     trained = export(run, f"{flags.workdir}/stage")
     convert.export_diffusers(f"{flags.workdir}/stage", f"{flags.workdir}/unet")
-    print(f"trained {overrides.fingerprint(trained)}: draw with {flags.workdir}/stage")
+    print(f"trained {overrides.fingerprint(trained)}: sample with --stages={flags.workdir}/stage")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
-"""What a run says of itself: a summary of WORKDIR/metrics.jsonl, and its loss as a chart.
+"""Prints a summary of WORKDIR/metrics.jsonl and writes a chart of the loss.
 
     python examples/read_metrics.py --workdir=runs/base --chart=loss.svg
 
-A row of metrics.jsonl is one JSON object: step, seconds since this process began, and the numbers
-of docs/training.md. After a restart `seconds` begins anew; rows that were computed again are gone.
+A row of metrics.jsonl is one JSON object: step, seconds since the start of the process, and the
+metrics of docs/training.md. A restart resets `seconds` and removes rows of repeated steps.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
 import statistics
 from collections.abc import Sequence
@@ -17,23 +16,19 @@ from typing import Any
 
 from imagen_jax.evaluation import line_chart
 from imagen_jax.evaluation.line_chart import Point
+from imagen_jax.io import jsonl
 
 Row = dict[str, Any]
 
 
 def read(workdir: str) -> list[Row]:
-    """The rows in order; the last line of a run that was killed may be cut."""
-    rows = []
-    for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
+    """The rows in order, without the truncated last line of a killed run."""
+    lines = jsonl.read(pathlib.Path(workdir) / "metrics.jsonl", default=None)
+    return [row for _, row in lines if row is not None]
 
 
 def smoothed(rows: Sequence[Row], name: str, window: int) -> list[Point]:
-    """Mean of the last `window` rows, at each row."""
+    """Moving average over the last `window` rows."""
     points = []
     for end in range(1, len(rows) + 1):
         values = [row[name] for row in rows[max(end - window, 0) : end]]
@@ -42,7 +37,7 @@ def smoothed(rows: Sequence[Row], name: str, window: int) -> list[Point]:
 
 
 def summary(rows: Sequence[Row]) -> list[str]:
-    """Lines for people: how far, how well, how fast, what was skipped."""
+    """Summary lines: steps, error, throughput, skipped updates, loss by noise level."""
     tenth = max(len(rows) // 10, 1)
     first, last = rows[:tenth], rows[-tenth:]
 
@@ -59,7 +54,7 @@ def summary(rows: Sequence[Row]) -> list[str]:
     ]
     if "mfu" in rows[-1]:
         lines.append(f"MFU {mean(last, 'mfu'):.1%}")
-    # Where the loss is: by noise level, from nearly clean pictures to nearly noise.
+    # Loss by noise level, from nearly clean images to nearly pure noise.
     levels = sorted({name for row in last for name in row if name.startswith("loss/logsnr")})
     for name in levels:
         known = [row[name] for row in last if name in row]
