@@ -1,8 +1,8 @@
-"""Turns a training run into a stage folder: config.json, params.safetensors (EMA), card.md, text/.
+"""Writes a stage folder from a training run: config.json, params.safetensors (EMA), card.md, text/.
 
---format=stablehlo writes the whole sampler of a stage as a program that runs with jax and numpy
-alone; --format=diffusers a unet folder of DeepFloyd IF, for a network that has its shape. Every
-form is drawn with when it is written; how far it is from the live sampler is printed.
+--format=stablehlo writes the sampler of a stage as a program that needs jax and numpy only;
+--format=diffusers writes a unet folder of DeepFloyd IF, for a network of its shape. Every export
+samples with what it wrote and prints the difference from the live sampler.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workdir",
         required=True,
-        help="folder of the training run; stablehlo, diffusers: or a stage folder",
+        help="folder of the training run; for stablehlo and diffusers, or a stage folder",
     )
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument(
         "--format",
         choices=["native", "stablehlo", "diffusers"],
         default="native",
-        help="native: a stage folder; stablehlo: a sampler for jax alone; diffusers: a unet folder",
+        help="native: a stage folder; stablehlo: a sampler for jax; diffusers: a unet folder",
     )
     parser.add_argument("--step", type=int, default=0, help="native: checkpoint; 0: the newest")
     parser.add_argument("--licence", default="", help="native: licence of the weights, for card.md")
@@ -36,12 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cards",
         default="",
         metavar="FILE[,FILE...]",
-        help="native: what evaluations wrote (alignment.json ...), for card.md",
+        help="native: files written by evaluations (alignment.json ...), for card.md",
     )
 
 
 def run(flags: argparse.Namespace) -> None:
-    """Carries the verb out."""
+    """Runs the verb."""
     wiring.set_up_devices(1)
     if flags.format != "native" and (flags.step or flags.licence or flags.cards):
         raise ConfigError(

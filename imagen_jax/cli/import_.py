@@ -1,4 +1,4 @@
-"""Turns weights of others into a stage folder: config.json, params.safetensors, card.md.
+"""Writes a stage folder from public weights: config.json, params.safetensors, card.md.
 
 if: a unet folder of DeepFloyd IF in diffusers' layout (config.json and
 diffusion_pytorch_model.safetensors or .bin), base or super-resolution.
@@ -14,15 +14,18 @@ from imagen_jax.export import convert
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
-    parser.add_argument("kind", choices=["if"], help="whose weights")
+    parser.add_argument("kind", choices=["if"], help="format of the weights")
     parser.add_argument("--src", required=True, help="folder to read")
     parser.add_argument("--out", required=True, help="stage folder to write")
     parser.add_argument(
-        "--image_size", type=int, default=0, help="side of its pictures, if config.json lacks it"
+        "--image_size",
+        type=int,
+        default=0,
+        help="side of the images, pixels; 0: that of config.json",
     )
 
 
 def run(flags: argparse.Namespace) -> None:
-    """Carries the verb out."""
+    """Runs the verb."""
     wiring.set_up_devices(1)
     convert.import_if(flags.src, flags.out, image_size=flags.image_size)

@@ -1,7 +1,7 @@
-"""Stage folders from and to the formats of others: DeepFloyd IF in diffusers' layout.
+"""Converts stage folders from and to DeepFloyd IF in diffusers' layout.
 
-An imported stage runs in `sample`, is trained on by `train --config.train.init_from=STAGE`, and
-goes back with `export --format=diffusers`, also after training.
+`sample` runs an imported stage, `train --config.train.init_from=STAGE` continues its training, and
+`export --format=diffusers` writes it in diffusers' layout again.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from imagen_jax.config.data import DataConfig
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.sampling import SamplingConfig
 from imagen_jax.config.schema import Config, DiffusionConfig, TextConfig
-from imagen_jax.export import export
 from imagen_jax.export.check import check
+from imagen_jax.export.export import read_source
 from imagen_jax.interop import if_unet, weights
 from imagen_jax.interop.if_config import read_config
 from imagen_jax.io import atomic
 from imagen_jax.models.conditioning import cosine_steps
-from imagen_jax.stages.folder import Stage
+from imagen_jax.stages.folder import CARD_FILE, check_stage_output, write_stage
+from imagen_jax.stages.stage import Stage
 
-TEXT_LEN = 77  # tokens to which IF's captions were padded
-SOURCE = "diffusers_config.json"  # beside a stage that was imported
+TEXT_LEN = 77  # tokens; IF pads captions to this length
+SOURCE = "diffusers_config.json"  # the original configuration, in an imported stage folder
 
 CARD = """\
 # {name}
@@ -35,10 +36,10 @@ A stage of a text-to-image cascade, imported from `{source}` (DeepFloyd IF in di
 
 | | |
 |---|---|
-| draws | {size}x{size} pixels{lowres} |
+| output | {size}x{size} pixels{lowres} |
 | parameters | {count:,} (float32) |
 | text encoder | T5 v1.1 of width {text_dim}, captions padded to {text_len} tokens |
-| licence | that of the weights it was imported from |
+| licence | that of the imported weights |
 """
 
 
@@ -50,15 +51,18 @@ def import_if(
     Args:
       src: folder with diffusers' config.json and weights.
       out: stage folder to write.
-      image_size: side of the pictures, pixels; 0: the folder's sample_size.
+      image_size: side of the images, pixels; 0: the folder's sample_size.
       log: receives one line.
+
+    Returns:
+      The configuration that was written.
 
     Raises:
       WeightsError: a file is missing or damaged, or the network cannot be represented.
-      ConfigError: the size of the pictures is not known, or does not fit.
-      OutputError: `out` holds something else.
+      ConfigError: the image size is unknown or not a multiple of the network's downsampling.
+      OutputError: `out` exists and is not a stage folder.
     """
-    folder = export.stage_folder(out)
+    folder = check_stage_output(out)
     source = read_config(src)
     model, params = if_unet.load(src)
     size = image_size or source.get("sample_size")
@@ -77,7 +81,7 @@ def import_if(
         ),
         text=TextConfig(max_len=TEXT_LEN),
         model=model,
-        # The network knows no noise beyond the ends of its table.
+        # The network embeds no noise level outside its table.
         diffusion=DiffusionConfig(logsnr_min=float(logsnr[-1]), logsnr_max=float(logsnr[0])),
         sampling=SamplingConfig(
             sampler="ddpm",
@@ -97,8 +101,8 @@ def import_if(
         text_dim=model.text_dim,
         text_len=TEXT_LEN,
     )
-    texts = {"card.md": card, SOURCE: json.dumps(source, indent=2) + "\n"}
-    export.write_stage(folder, params, config, texts)
+    texts = {CARD_FILE: card, SOURCE: json.dumps(source, indent=2) + "\n"}
+    write_stage(folder, params, config, texts)
     log(f"{folder}: {count:,} parameters of {src}, {size}x{size} pixels")
     return config
 
@@ -107,17 +111,21 @@ def export_diffusers(source: str, out: str, log: Callable[[str], None] = print) 
     """Writes a unet folder that diffusers loads, from a run or a stage folder.
 
     Args:
-      source: folder of a training run, whose average is taken, or a stage folder.
-      out: folder to write; appears whole or not at all.
+      source: folder of a training run, whose moving average is taken, or a stage folder.
+      out: folder to write, atomically.
       log: receives the lines.
 
+    Returns:
+      The configuration of the stage.
+
     Raises:
-      WeightsError: diffusers has no such network; the field is named.
-      StageError, CheckpointError: nothing can be read. OutputError: `out` holds something else.
-      ExportError: what was written draws something else.
+      WeightsError: diffusers has no such network; the message names the field.
+      StageError, CheckpointError: `source` cannot be read.
+      OutputError: `out` exists and is not a model folder.
+      ExportError: the written network samples other images than the stage.
     """
     folder = atomic.check_replaceable(out, "config.json", "model folder")
-    stage = export.read_source(source)
+    stage = read_source(source)
     config = stage.config
     _check_process(config)
     imported = pathlib.Path(source) / SOURCE
@@ -136,11 +144,11 @@ def export_diffusers(source: str, out: str, log: Callable[[str], None] = print) 
 
 
 def _check_process(config: Config) -> None:
-    """Raises WeightsError where the process is another than IF's pipelines have."""
-    for field, wanted in (("prediction", "eps"), ("schedule", "cosine")):
+    """Raises WeightsError where the diffusion process differs from that of IF's pipelines."""
+    for field, expected in (("prediction", "eps"), ("schedule", "cosine")):
         got = getattr(config.diffusion, field)
-        if got != wanted:
+        if got != expected:
             raise weights.WeightsError(
                 f"config.diffusion.{field}={got!r} cannot be represented in IF's pipelines, "
-                f"only {wanted!r}"
+                f"only {expected!r}"
             )

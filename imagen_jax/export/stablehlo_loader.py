@@ -1,16 +1,15 @@
-"""Draws with stages exported as StableHLO; needs jax and numpy, nothing else.
+"""Samples images with stages exported as StableHLO; needs only jax and numpy.
 
     import load
     base, sr = load.Stage("base"), load.Stage("sr")
     which = {"seed": 7, "prompt_index": [0, 1], "sample_index": [0, 0]}
-    small = base(text_emb, text_mask, **which)
-    large = sr(text_emb, text_mask, **which, lowres=small)
-    pixels = load.to_uint8(large)
+    lowres = base(text_emb, text_mask, **which)
+    images = sr(text_emb, text_mask, **which, lowres=lowres)
+    pixels = load.to_uint8(images)
 
 A stage's folder holds sampler.jaxexport (StableHLO, with its signature), params.safetensors and
-signature.json, which says what goes in and what comes out. These are data: this file, which you
-can read, is all the code there is. `imagen export --format=stablehlo` puts a copy of it, load.py,
-into every folder.
+signature.json, which describes inputs and output. These files are data; this module is the only
+code. `imagen export --format=stablehlo` puts a copy of it, load.py, into every folder.
 """
 
 from __future__ import annotations
@@ -33,21 +32,23 @@ class Stage:
     """The sampler of one stage."""
 
     def __init__(self, folder: str | pathlib.Path):
-        """Reads the folder; weights go onto JAX's first device, the program is compiled when used.
+        """Reads the folder and places the weights on JAX's first device.
+
+        The program is compiled at the first call of a batch size.
 
         Raises:
-          ValueError: the weights are no whole safetensors file of float32.
+          ValueError: the weights are not a complete safetensors file of float32.
         """
         folder = pathlib.Path(folder)
         self.signature = json.loads((folder / "signature.json").read_text())
         try:
             import flatbuffers  # noqa: F401
         except ImportError:
-            _stand_in_for_flatbuffers()
+            _install_flatbuffers_reader()
         from jax import export
 
         program = export.deserialize(bytearray((folder / "sampler.jaxexport").read_bytes()))
-        self._draw = jax.jit(program.call)
+        self._sample = jax.jit(program.call)
         self._params = jax.device_put(read_safetensors(folder / "params.safetensors"))
 
     def __call__(
@@ -61,19 +62,19 @@ class Stage:
         stage_index: int | None = None,
         lowres: Any = None,
     ) -> jax.Array:
-        """Draws B pictures.
+        """Samples B images.
 
         Args:
           text_emb: text embeddings [B, L, D]; L and D are in signature.json.
           text_mask: bool [B, L], True at real tokens.
-          seed: below 2**32; with the two indices, all that a picture's noise depends on.
+          seed: below 2**32; it and the three indices determine the noise of an image.
           prompt_index: B numbers below 2**32.
           sample_index: B numbers below 2**32.
-          stage_index: place in the cascade; None: 0, or 1 for a stage that takes `lowres`.
-          lowres: pictures of the stage before in [-1, 1], [B, h, h, 3]; None: a base stage.
+          stage_index: position in the cascade; None: 0, or 1 for a stage that takes `lowres`.
+          lowres: images of the stage before in [-1, 1], [B, h, h, 3]; None: a base stage.
 
         Returns:
-          Pictures in [-1, 1], float32 [B, size, size, 3].
+          Images in [-1, 1], float32 [B, size, size, 3].
 
         Raises:
           ValueError: `lowres` is missing, or given to a base stage.
@@ -87,19 +88,26 @@ class Stage:
             "stage_index": np.uint32((lowres is not None) if stage_index is None else stage_index),
         }
         if (lowres is not None) != ("lowres" in self.signature["inputs"]):
-            raise ValueError("lowres goes to super-resolution stages, and to all of them")
+            got, expected = ("none", "an array") if lowres is None else ("an array", "none")
+            raise ValueError(
+                f"stage {self.signature['stage']!r}: lowres={got}, expected {expected}"
+            )
         if lowres is not None:
             inputs["lowres"] = jax.numpy.asarray(lowres, np.float32)
-        return self._draw(self._params, inputs)
+        return self._sample(self._params, inputs)
 
 
-def to_uint8(pictures: Any) -> np.ndarray:
-    """Pixels 0..255 of pictures in [-1, 1]."""
-    return np.clip(np.round((np.asarray(pictures) + 1.0) * 127.5), 0.0, 255.0).astype(np.uint8)
+def to_uint8(pixels: Any) -> np.ndarray:
+    """Converts images in [-1, 1] to levels 0..255."""
+    return np.clip(np.round((np.asarray(pixels) + 1.0) * 127.5), 0.0, 255.0).astype(np.uint8)
 
 
 def read_safetensors(path: str | pathlib.Path) -> dict[str, np.ndarray]:
-    """The float32 arrays of a safetensors file, mapped rather than read. Raises ValueError."""
+    """Memory-maps the float32 arrays of a safetensors file.
+
+    Raises:
+      ValueError: an array is not float32, or the file is cut short.
+    """
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -114,11 +122,11 @@ def read_safetensors(path: str | pathlib.Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _stand_in_for_flatbuffers() -> None:
-    """Lets JAX read its export files where the package flatbuffers, which it does not bring, lacks.
+def _install_flatbuffers_reader() -> None:
+    """Installs a minimal reader as module `flatbuffers`, which JAX imports but does not require.
 
-    A table is a place in the buffer; before its fields stands how far back its list of offsets
-    lies. Everything is little-endian, and a reference is a distance forward from where it stands.
+    A table is a position in the buffer; its first int32 is the distance back to its list of field
+    offsets. All numbers are little-endian; a reference is a distance forward from its own position.
     """
 
     def get(format: struct.Struct, buffer: bytes, at: int) -> Any:
@@ -171,7 +179,7 @@ def _stand_in_for_flatbuffers() -> None:
         encode=types.SimpleNamespace(Get=get),
         packer=types.SimpleNamespace(uoffset=u32),
         number_types=types.SimpleNamespace(**flags),
-        Builder=None,  # Named by JAX in annotations; nothing is built here.
+        Builder=None,  # JAX names it in annotations only; nothing is built here.
     )
     compat = types.ModuleType("flatbuffers.compat")
     vars(compat).update(import_numpy=lambda: np)

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from imagen_jax.config.schema import PretrainTextConfig, TextConfig
-from imagen_jax.export.export import write_stage
+from imagen_jax.stages.folder import write_stage
 from imagen_jax.worlds.shapes import scenes
 
 SOURCE = pathlib.Path(__file__).parents[2]

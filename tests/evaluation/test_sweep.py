@@ -13,11 +13,11 @@ from imagen_jax.cli import main
 from imagen_jax.config.schema import TextConfig
 from imagen_jax.evaluation import sweep, sweep_report
 from imagen_jax.evaluation.samples import EvaluationError
-from imagen_jax.export.export import write_stage
 from imagen_jax.inference.cascade import Cascade
 from imagen_jax.interop import hf_t5
 from imagen_jax.io import images
 from imagen_jax.models import t5
+from imagen_jax.stages.folder import write_stage
 from imagen_jax.worlds.shapes import scenes
 
 PROMPTS = 3

@@ -15,10 +15,9 @@ from PIL import Image
 
 from imagen_jax.cli import main
 from imagen_jax.config.schema import T5Config, TextConfig
-from imagen_jax.export import export
 from imagen_jax.interop import hf_t5
 from imagen_jax.models import t5
-from imagen_jax.stages.folder import check_chain, load_stage
+from imagen_jax.stages.folder import check_chain, load_stage, write_stage
 from tests.interop.test_if_unet import write as write_if
 from tests.reference.pages import ROOT
 
@@ -86,7 +85,7 @@ def test_custom_data_learns_its_colours(tmp_path):
 def test_custom_sampler_draws_beside_the_others(base_config, random_params, tmp_path):
     text = TextConfig(encoder="bytes", path=write_encoder(tmp_path / "text", 8), max_len=16)
     config = dataclasses.replace(base_config, text=text)
-    export.write_stage(tmp_path / "base", random_params(config), config, {})
+    write_stage(tmp_path / "base", random_params(config), config, {})
     flags = [f"--stage={tmp_path / 'base'}", "--prompt=a", f"--out={tmp_path / 'sheet.png'}"]
     said = example("custom_sampler", *flags, "--count=2", "--steps=4")
     names = [line.split(":")[0] for line in said.splitlines()]
@@ -111,7 +110,7 @@ def test_a_custom_stage_is_trained_and_exported(pictures, tmp_path):
     assert main.main(["export", f"--workdir={workdir}", f"--out={out}"]) == 0
     config = load_stage(str(out)).config
     assert (config.name, config.data.lowres_size, config.data.image_size) == ("middle", 16, 32)
-    check_chain([config], given=16)
+    check_chain([config], lowres_size=16)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""From snapshots to a stage folder: the verb `ema`, end to end, and what it refuses."""
+"""Stage folders from checkpoints (`export`) and from snapshots of averages (`ema`)."""
 
 import dataclasses
 
@@ -10,8 +10,9 @@ import pytest
 from imagen_jax.cli import main
 from imagen_jax.config.schema import CheckpointConfig, EmaConfig, TrainConfig
 from imagen_jax.export import export
-from imagen_jax.inference import cascade
+from imagen_jax.inference.cascade import Cascade
 from imagen_jax.interop import weights
+from imagen_jax.stages.folder import load_stage, write_stage
 from imagen_jax.training.optimizer import make_optimizer
 from imagen_jax.training.state import create_state
 from imagen_jax.training.train import start_from, train
@@ -31,34 +32,34 @@ def ema_verb(workdir, out, *flags: str) -> int:
     return main.main(["ema", f"--workdir={workdir}", f"--out={out}", *flags])
 
 
-def test_a_tracked_average_is_exported_as_it_is(trained, tmp_path, capsys):
+def test_a_tracked_average_is_exported_unchanged(trained, tmp_path, capsys):
     state, workdir = trained
     assert ema_verb(workdir, tmp_path / "stage", "--sigma_rel=0.1") == 0
-    stage = cascade.load_stage(str(tmp_path / "stage"))
-    wanted = jax.device_get(state.ema["power_0.100"])
-    for got, expected in zip(jax.tree.leaves(stage.params), jax.tree.leaves(wanted), strict=True):
+    stage = load_stage(str(tmp_path / "stage"))
+    target = jax.device_get(state.ema["power_0.100"])
+    for got, expected in zip(jax.tree.leaves(stage.params), jax.tree.leaves(target), strict=True):
         assert got.dtype == np.float32
         np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-8)
     line = "power-function average, sigma_rel 0.1, fitted within 0.00% by 6 snapshots"
     assert line in capsys.readouterr().out
     card = (tmp_path / "stage" / "card.md").read_text()
-    assert line in card and "5 steps of 4 pictures" in card
+    assert line in card and "5 steps of 4 images" in card
 
 
-def test_another_width_draws_pictures(trained, tmp_path):
+def test_other_widths_sample_other_images(trained, tmp_path):
     folders = [str(tmp_path / name) for name in ("narrow", "wide", "early")]
     flags = (["--sigma_rel=0.04"], ["--sigma_rel=0.25"], ["--sigma_rel=0.25", "--step=3"])
     for folder, more in zip(folders, flags, strict=True):
         assert ema_verb(trained[1], folder, *more) == 0
     text = np.random.default_rng(0).normal(size=(2, 4, 8)).astype(np.float32)
-    drawn = []
+    sampled = []
     for folder in folders:
-        chain = cascade.Cascade([cascade.load_stage(folder)])
-        drawn.append(chain.sample(text_emb=text, text_mask=np.ones((2, 4), bool)))
-    assert all(pictures.shape == (2, 8, 8, 3) and pictures.std() > 1 for pictures in drawn)
-    assert (drawn[0] != drawn[1]).any() and (drawn[1] != drawn[2]).any()
+        chain = Cascade([load_stage(folder)])
+        sampled.append(chain.sample(text_emb=text, text_mask=np.ones((2, 4), bool)))
+    assert all(batch.shape == (2, 8, 8, 3) and batch.std() > 1 for batch in sampled)
+    assert (sampled[0] != sampled[1]).any() and (sampled[1] != sampled[2]).any()
     card = (tmp_path / "early" / "card.md").read_text()
-    assert "3 steps of 4 pictures" in card and "by 4 snapshots" in card
+    assert "3 steps of 4 images" in card and "by 4 snapshots" in card
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,7 @@ def test_another_width_draws_pictures(trained, tmp_path):
         (["--sigma_rel=0.1", "--step=0"], "--step=0 must be a step from 1 to 5"),
     ],
 )
-def test_flags_that_are_refused(trained, tmp_path, capsys, flags, says):
+def test_invalid_flags_are_rejected(trained, tmp_path, capsys, flags, says):
     assert ema_verb(trained[1], tmp_path / "stage", *flags) == 1
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1 and error.startswith(f"imagen ema: {says}")
@@ -90,10 +91,10 @@ def test_an_older_checkpoint_is_exported(base_config, make_batch, tmp_path, caps
     export.export(str(tmp_path / "run_4"), newest, log=lambda line: None)
     export.export(str(tmp_path / "run_4"), older, step=2, log=lambda line: None)
     export.export(str(tmp_path / "run_2"), same, log=lambda line: None)
-    params = [jax.tree.leaves(cascade.load_stage(f).params) for f in (newest, older, same)]
+    params = [jax.tree.leaves(load_stage(f).params) for f in (newest, older, same)]
     assert any((a != b).any() for a, b in zip(params[0], params[1], strict=True))
-    for got, wanted in zip(params[1], params[2], strict=True):
-        np.testing.assert_array_equal(got, wanted)
+    for got, expected in zip(params[1], params[2], strict=True):
+        np.testing.assert_array_equal(got, expected)
 
     flags = [f"--workdir={tmp_path / 'run_4'}", f"--out={tmp_path / 'none'}"]
     assert main.main(["export", *flags, "--step=3"]) == 1
@@ -102,7 +103,7 @@ def test_an_older_checkpoint_is_exported(base_config, make_batch, tmp_path, caps
     assert "which has 2, 4" in error and not (tmp_path / "none").exists()
 
 
-def test_folders_that_are_refused(trained, tmp_path, capsys):
+def test_other_folders_are_rejected(trained, tmp_path, capsys):
     assert ema_verb(tmp_path, tmp_path / "stage", "--sigma_rel=0.1") == 1
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1 and "holds no snapshots of averages" in error
@@ -115,16 +116,16 @@ def test_folders_that_are_refused(trained, tmp_path, capsys):
     assert (tmp_path / "letters" / "a.txt").exists()
 
 
-def test_a_new_run_may_start_from_a_stage(base_config, random_params, tmp_path):
+def test_a_run_starts_from_a_stage(base_config, random_params, tmp_path):
     stage, other = random_params(base_config), random_params(base_config, seed=1)
-    export.write_stage(tmp_path / "stage", stage, base_config, {})
+    write_stage(tmp_path / "stage", stage, base_config, {})
     optimizer = make_optimizer(base_config.optimizer, 1)
     start = create_state(jax.tree.map(jnp.asarray, other), optimizer)
     state = start_from(start, str(tmp_path / "stage"))
     for tree in (state.params, state.ema["ema"]):
-        for got, wanted in zip(jax.tree.leaves(tree), jax.tree.leaves(stage), strict=True):
-            np.testing.assert_array_equal(got, wanted)
+        for got, expected in zip(jax.tree.leaves(tree), jax.tree.leaves(stage), strict=True):
+            np.testing.assert_array_equal(got, expected)
 
-    export.write_stage(tmp_path / "stage", {"conv_in": stage["conv_in"]}, base_config, {})
+    write_stage(tmp_path / "stage", {"conv_in": stage["conv_in"]}, base_config, {})
     with pytest.raises(weights.WeightsError, match="config.train.init_from=.*missing: cond/noise"):
         start_from(start, str(tmp_path / "stage"))

@@ -1,4 +1,4 @@
-"""The exported sampler: drawn with where jax and numpy are all there is, beside the live one."""
+"""The exported sampler equals the live one, in a process with jax and numpy only."""
 
 import dataclasses
 import importlib.metadata
@@ -14,12 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax.export import export, stablehlo
+from imagen_jax.export import stablehlo, stablehlo_loader
 from imagen_jax.export.check import ExportError, compare
 from imagen_jax.inference import stage_sampler
 from imagen_jax.io import images
 from imagen_jax.io.atomic import OutputError
-from imagen_jax.stages.folder import Stage, load_stage
+from imagen_jax.stages.conditioning import Text
+from imagen_jax.stages.folder import load_stage, write_stage
+from imagen_jax.stages.stage import Stage
 from imagen_jax.training.checkpoint import CheckpointError
 
 WHICH = {"seed": 7, "prompt_index": [1, 5], "sample_index": [0, 2]}
@@ -35,42 +37,42 @@ import numpy as np
 import load
 text = np.load(embeddings)
 which = json.loads(which)
-pictures, drawn = text.get("lowres"), []
+images, sampled = text.get("lowres"), []
 for folder in folders:
     stage = load.Stage(folder)
-    pictures = stage(text["text_emb"], text["text_mask"], **which, lowres=pictures)
-    drawn.append(np.asarray(pictures))
+    images = stage(text["text_emb"], text["text_mask"], **which, lowres=images)
+    sampled.append(np.asarray(images))
 which = {key: value if key == "seed" else value[1:2] for key, value in which.items()}
 lowres = text["lowres"][1:2] if "lowres" in text else None
 one = load.Stage(folders[0])(text["text_emb"][1:2], text["text_mask"][1:2], **which, lowres=lowres)
-np.savez(out, *drawn, one=np.asarray(one), levels=load.to_uint8(pictures))
+np.savez(out, *sampled, one=np.asarray(one), levels=load.to_uint8(images))
 """
 
 
 class Exported(NamedTuple):
-    """Stages, the folders of their exported samplers, and what the export said."""
+    """Stages, the folders of their exported samplers, and the lines that the export logged."""
 
     stages: list[Stage]
     folders: list[pathlib.Path]
-    said: list[str]
+    lines: list[str]
 
 
 @pytest.fixture(scope="module")
 def export_stages(random_params, tmp_path_factory):
-    """Configurations -> what became of them."""
+    """Configurations -> `Exported`."""
 
     def make(*configs) -> Exported:
-        root, done = tmp_path_factory.mktemp("exported"), Exported([], [], [])
+        root, exports = tmp_path_factory.mktemp("exported"), Exported([], [], [])
         for config in configs:
             # Noise in every step, and guidance.
             sampling = dataclasses.replace(config.sampling, sampler="ddpm", steps=3)
             config = dataclasses.replace(config, sampling=sampling)
             source, out = root / "stage" / config.name, root / config.name
-            export.write_stage(source, random_params(config), config, {})
-            stablehlo.export_stablehlo(str(source), str(out), log=done.said.append)
-            done.stages.append(load_stage(str(source)))
-            done.folders.append(out)
-        return done
+            write_stage(source, random_params(config), config, {})
+            stablehlo.export_stablehlo(str(source), str(out), log=exports.lines.append)
+            exports.stages.append(load_stage(str(source)))
+            exports.folders.append(out)
+        return exports
 
     return make
 
@@ -82,7 +84,7 @@ def exported(export_stages, sr_config):
 
 @pytest.fixture(scope="module")
 def only_jax(tmp_path_factory) -> pathlib.Path:
-    """A folder with what `pip install jax` brings, and nothing else."""
+    """A folder with jax and its requirements only."""
     folder = tmp_path_factory.mktemp("only_jax")
     names, seen = ["jax"], set()
     while names:
@@ -99,22 +101,22 @@ def only_jax(tmp_path_factory) -> pathlib.Path:
 
 
 def check_alone(exported: Exported, only_jax, folder, lowres=None) -> None:
-    """Draws in a process that has jax and numpy alone; compares with the live samplers."""
+    """Samples in a process that has jax and numpy only; compares with the live samplers."""
     text = {
         "text_emb": np.random.default_rng(0).normal(size=(2, 4, 8)).astype(np.float32),
         "text_mask": np.arange(4) < np.array([1, 3])[:, None],
     }
-    given = text if lowres is None else text | {"lowres": lowres}
-    np.savez(folder / "given.npz", **given)
+    inputs = text if lowres is None else text | {"lowres": lowres}
+    np.savez(folder / "inputs.npz", **inputs)
     keys, live = stage_sampler.image_keys(*WHICH.values()), []
     lowres = None if lowres is None else jnp.asarray(lowres)
     for index, stage in enumerate(exported.stages, start=int(lowres is not None)):
         stage_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index)
-        told = *map(jnp.asarray, text.values()), stage_keys, lowres
-        lowres = stage_sampler.sample_stage(stage.params, stage.config, *told)
+        texts = Text(*map(jnp.asarray, text.values()))
+        lowres = stage_sampler.sample_stage(stage.params, stage.config, texts, stage_keys, lowres)
         live.append(images.to_uint8(np.asarray(lowres)))
 
-    files = folder / "drawn.npz", folder / "given.npz"
+    files = folder / "sampled.npz", folder / "inputs.npz"
     arguments = [only_jax, *files, json.dumps(WHICH), *exported.folders]
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-B", "-c", SCRIPT, *map(str, arguments)],
@@ -127,29 +129,30 @@ def check_alone(exported: Exported, only_jax, folder, lowres=None) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    drawn = np.load(files[0])
+    sampled = np.load(files[0])
     for index, expected in enumerate(live):
-        levels = images.to_uint8(drawn[f"arr_{index}"]).astype(int)
+        levels = images.to_uint8(sampled[f"arr_{index}"]).astype(int)
         assert expected.std() > 1 and np.abs(levels - expected).max() <= 1
-    np.testing.assert_array_equal(drawn["levels"], images.to_uint8(drawn[f"arr_{len(live) - 1}"]))
-    # The picture is the same in a batch of another size.
-    assert np.abs(drawn["one"][0] - drawn["arr_0"][1]).max() < 2 / 255
+    last = images.to_uint8(sampled[f"arr_{len(live) - 1}"])
+    np.testing.assert_array_equal(sampled["levels"], last)
+    # The image is the same in a batch of another size.
+    assert np.abs(sampled["one"][0] - sampled["arr_0"][1]).max() < 2 / 255
 
 
-def test_jax_and_numpy_alone_draw_the_live_pictures(exported, only_jax, tmp_path):
+def test_jax_and_numpy_alone_sample_the_live_images(exported, only_jax, tmp_path):
     lowres = np.random.default_rng(1).uniform(-1, 1, (2, 8, 8, 3)).astype(np.float32)
     check_alone(exported, only_jax, tmp_path, lowres)
 
 
 @pytest.mark.slow
-def test_jax_and_numpy_alone_draw_a_cascade(
+def test_jax_and_numpy_alone_sample_a_cascade(
     export_stages, base_config, sr_config, only_jax, tmp_path
 ):
     check_alone(export_stages(base_config, sr_config), only_jax, tmp_path)
 
 
-def test_the_folder_says_what_goes_in(exported):
-    stages, folders, said = exported
+def test_the_signature_describes_the_inputs(exported):
+    stages, folders, lines = exported
     for stage, folder in zip(stages, folders, strict=True):
         names = {"sampler.jaxexport", "params.safetensors", "signature.json", "load.py", "card.md"}
         assert {file.name for file in folder.iterdir()} == names
@@ -164,23 +167,30 @@ def test_the_folder_says_what_goes_in(exported):
         params = (folder / "params.safetensors").stat().st_size
         assert params > 10_000 and (folder / "sampler.jaxexport").stat().st_size < 2e6
     pattern = r"StableHLO: differs from the live sampler by at most [01] of 255 levels"
-    assert sum(bool(re.match(pattern, line)) for line in said) == 1
+    assert sum(bool(re.match(pattern, line)) for line in lines) == 1
 
 
-def test_what_draws_something_else_is_refused():
-    picture = np.zeros((2, 4, 4, 3), np.float32)
-    said = []
-    compare(picture, picture + 1.2 / 127.5, "form", said.append)
-    assert said == [
-        "form: differs from the live sampler by at most 1 of 255 levels (2 pictures drawn)"
+def test_lowres_is_checked_against_the_signature(exported):
+    stage = stablehlo_loader.Stage(exported.folders[0])
+    text = np.zeros((1, 4, 8), np.float32), np.ones((1, 4), bool)
+    with pytest.raises(ValueError, match="stage 'sr': lowres=none, expected an array"):
+        stage(*text, seed=0, prompt_index=[0], sample_index=[0])
+
+
+def test_an_export_that_samples_other_images_is_rejected():
+    live = np.zeros((2, 4, 4, 3), np.float32)
+    lines = []
+    compare(live, live + 1.2 / 127.5, "form", lines.append)
+    assert lines == [
+        "form: differs from the live sampler by at most 1 of 255 levels (2 images sampled)"
     ]
     with pytest.raises(ExportError, match="the form differs from the live sampler by at most 12"):
-        compare(picture, picture + 0.1, "form", said.append)
-    with pytest.raises(ExportError, match="the form draws pictures that are not finite"):
-        compare(picture, picture * np.nan, "form", said.append)
+        compare(live, live + 0.1, "form", lines.append)
+    with pytest.raises(ExportError, match="the form samples images that are not finite"):
+        compare(live, live * np.nan, "form", lines.append)
 
 
-def test_other_folders_are_left_alone(exported, tmp_path):
+def test_other_folders_are_not_replaced(exported, tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "me.jpg").write_bytes(b"precious")
     stage = str(exported.folders[0].parent / "stage" / "sr")

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from imagen_jax.config.schema import T5Config, TextConfig
-from imagen_jax.export.export import write_stage
 from imagen_jax.interop import hf_t5
 from imagen_jax.models import t5
+from imagen_jax.stages.folder import write_stage
 
 ENCODER = T5Config(vocab_size=384, emb_dim=8, num_layers=1, num_heads=2, head_dim=4, mlp_dim=16)
 
