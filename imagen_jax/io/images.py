@@ -310,5 +310,5 @@ def save_png(
     chunks = PngImagePlugin.PngInfo()
     for keyword, value in text.items():
         chunks.add_itxt(keyword, value)
-    with atomic.file(path) as temporary:
+    with atomic.file(path, durable=False) as temporary:
         Image.fromarray(image).save(temporary, format="png", pnginfo=chunks)

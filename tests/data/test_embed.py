@@ -12,12 +12,12 @@ import pytest
 
 from imagen_jax.cli import main
 from imagen_jax.config.schema import T5Config
-from imagen_jax.data.embeddings import embed, unit_file
+from imagen_jax.data.embeddings import embed
 from imagen_jax.data.embeddings import store as embeddings
 from imagen_jax.data.embeddings.store import EmbeddingError, EmbeddingStore
 from imagen_jax.interop import hf_t5
 from imagen_jax.models import t5
-from imagen_jax.text.encoders import TokenBatch
+from imagen_jax.text.vocabulary import TokenBatch
 
 
 class LetterEncoder:
@@ -156,7 +156,6 @@ def test_killed_while_the_manifest_is_written(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(unit_file.os, "fsync", lambda file: None)
         patch.setattr(embeddings, "publish_file", die)
         with pytest.raises(KeyboardInterrupt):
             embed.embed(CAPTIONS, LetterEncoder(), str(killed), 4, silent)

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import pathlib
-import socket
 from collections.abc import Iterable, Sequence
 
 import ml_dtypes
@@ -64,12 +62,7 @@ def write_manifest(folder: pathlib.Path, units: Sequence[Unit], fingerprint: dic
         "relative_rms_error": error if error == error else None,
         "units": [u._asdict() for u in units],
     }
-    temporary = folder / f".{MANIFEST}.{socket.gethostname()}.{os.getpid()}.tmp"
-    with temporary.open("w") as file:
-        file.write(json.dumps(manifest, indent=1))
-        file.flush()
-        os.fsync(file.fileno())
-    publish_file(temporary, folder / MANIFEST)
+    publish_file(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
 
 
 class EmbeddingStore:

@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pathlib
-import socket
 import struct
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -25,6 +23,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 from jaxtyping import Float, Float32, Int8
+
+from imagen_jax.io import atomic
 
 TAG, OLD_TAG = b"IMGNEMB2", b"IMGNEMB1"
 HASH_BYTES = 16
@@ -122,20 +122,16 @@ def write_unit(
     shape = (len(captions), len(exact), exact.shape[1])
     header = _HEADER.pack(TAG, *shape, dtype.encode(), squared_error, squared_norm)
     body = header + b"".join(map(caption_hash, captions)) + counts.tobytes() + content
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(body + hashlib.sha256(body).digest())
-        file.flush()
-        os.fsync(file.fileno())
-    publish_file(temporary, path)
+    publish_file(path, body + hashlib.sha256(body).digest())
 
 
-def publish_file(temporary: pathlib.Path, path: pathlib.Path) -> None:
-    """Gives a finished file its name."""
+def publish_file(path: pathlib.Path, content: bytes) -> None:
+    """Writes a file of a store that several workers share."""
     try:
-        os.replace(temporary, path)
+        with atomic.file(path) as temporary:
+            temporary.write_bytes(content)
     except FileNotFoundError:
-        # Another worker has finished the store, this file included, and cleaned up behind all.
+        # Another worker has completed the store, this file included, and removed all temporaries.
         if not path.exists():
             raise
 

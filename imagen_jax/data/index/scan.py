@@ -14,7 +14,6 @@ import itertools
 import json
 import os
 import pathlib
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -63,7 +62,7 @@ def cached_index(reader: Reader, source: SourceConfig) -> tuple[Table, Quarantin
     cache = next((place for place in places if (place / name).exists()), None)
     if cache is None:
         cache = _writable(places)
-        _keep(*build(reader, source), cache / name)
+        _write_index(*build(reader, source), cache / name)
     written = json.loads((cache / name / "report.json").read_text("utf-8"))
     report = Quarantine(
         rejected=[(key, reason) for key, reason in written["rejected"]],
@@ -139,24 +138,17 @@ def _in_parallel(work: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
             yield under_way.popleft().result()
 
 
-def _keep(table: Table, report: Quarantine, folder: pathlib.Path) -> None:
-    """Writes the index; it appears whole or not at all, whoever else writes the same one."""
-    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    table.save(temporary)
-    written = {
+def _write_index(table: Table, report: Quarantine, folder: pathlib.Path) -> None:
+    """Writes the index; one that another process has written meanwhile stays."""
+    content = {
         "total": report.total,
         "rejected": report.rejected,
         "notes": report.notes,
         "noted": report.noted,
     }
-    atomic.write_text(temporary / "report.json", json.dumps(written))
-    temporary.chmod(0o755)  # mkdtemp's folders are the user's alone; the data may be a team's.
-    try:
-        temporary.rename(folder)
-    except OSError:
-        if not folder.exists():
-            raise
-        shutil.rmtree(temporary)
+    with atomic.folder(folder, replace=False) as temporary:
+        table.save(temporary)
+        (temporary / "report.json").write_text(json.dumps(content), encoding="utf-8")
 
 
 def _places(folder: pathlib.Path) -> list[pathlib.Path]:
