@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
-from imagen_jax.config.fields import ConfigError, check_choice, doc
+from imagen_jax.config.fields import ConfigError, doc
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +44,6 @@ class SamplingConfig:
     aug_level: float = doc(0.0, "SR stages: noise on the low-resolution picture, 0..1.")
 
     def __post_init__(self) -> None:
-        check_choice("sampling.sampler", self.sampler, ("ddpm", "ddim", "dpmpp_2m", "heun"))
-        check_choice("sampling.thresholding", self.thresholding, ("none", "static", "dynamic"))
         self._check("steps", self.steps >= 1, "at least 1")
         for field in ("gamma", "guidance_rescale", "aug_level"):
             self._check(field, 0.0 <= getattr(self, field) <= 1.0, "within 0..1")

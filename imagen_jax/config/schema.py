@@ -108,7 +108,6 @@ class ModelConfig:
         return dataclasses.replace(self, **own)
 
     def __post_init__(self) -> None:
-        _check_choice("model.name", self.name, ("unet", "efficient_unet"))
         _check_choice("model.remat", self.remat, ("none", "blocks", "full"))
         _check_choice(
             "model.text_conditioning", self.text_conditioning, ("concat", "cross", "none")
@@ -170,15 +169,7 @@ class DiffusionConfig:
     )
 
     def __post_init__(self) -> None:
-        _check_choice("diffusion.prediction", self.prediction, ("eps", "x0", "v"))
-        _check_choice("diffusion.schedule", self.schedule, ("cosine", "linear"))
-        _check_choice("diffusion.aug_schedule", self.aug_schedule, ("cosine", "linear"))
         _check_choice("diffusion.aug_noise_size", self.aug_noise_size, ("image", "lowres"))
-        _check_choice(
-            "diffusion.loss_weight",
-            self.loss_weight,
-            ("eps", "x0", "v", "min_snr", "truncated_v", "sigmoid"),
-        )
 
 
 @dataclasses.dataclass(frozen=True)

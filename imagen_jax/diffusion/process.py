@@ -88,6 +88,9 @@ def q_sample(
     return alpha * x0 + sigma * eps
 
 
+PREDICTIONS = ("eps", "x0", "v")
+
+
 def prediction_target(
     prediction: str,
     *,

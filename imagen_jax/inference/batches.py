@@ -149,7 +149,7 @@ def _sample_batch(
     config = stage_sampler.jit_cache_config(stage.config)
     guide_config, guide_params = guide or (None, None)
     init, run = programs()
-    step_inputs, state = init(config, partitioning.spread(arrays))
+    step_inputs, state = init(config, partitioning.shard_batch(arrays))
     stride, finished = report_every if on_steps else count, None
     for first in range(0, count, stride):
         last = min(first + stride, count)

@@ -35,6 +35,7 @@ from imagen_jax.io import images
 from imagen_jax.parallel import partitioning
 from imagen_jax.stages.conditioning import Text
 from imagen_jax.stages.folder import StageError, check_chain, load_stage, weights_hash
+from imagen_jax.stages.names import check_names
 from imagen_jax.stages.stage import Stage
 from imagen_jax.text.encoders import TextEncoder, embed_prompts, load_text_encoder
 
@@ -99,6 +100,8 @@ class Cascade:
         self.weight_hashes = [""] * len(self.configs)
         self.guide_hashes = [""] * len(guides)
         self.keep: Literal["all", "one"] = "all"
+        for config in self.configs:
+            check_names(config, f"stage {config.name!r}: config")
         check_chain(self.configs, stages[0].config.data.lowres_size if stages else 0)
         self._params = [_replicated_params(stage.params) for stage in stages]
         self._guides: list[tuple[Callable[[], Any], Config] | None] = [None] * len(stages)

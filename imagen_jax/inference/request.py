@@ -21,6 +21,7 @@ from imagen_jax.config.schema import Config
 from imagen_jax.diffusion.editing import Edit
 from imagen_jax.stages.denoiser import check_guide
 from imagen_jax.stages.folder import StageError
+from imagen_jax.stages.names import check_names
 
 MAX_SEED = 2**32 - 1
 
@@ -194,6 +195,7 @@ def with_settings(
                 f"{highest}, the stage's config.diffusion.aug_level_max in training"
             )
         changed.append(dataclasses.replace(config, sampling=sampling))
+        check_names(changed[-1], where)
     return changed
 
 

@@ -84,7 +84,7 @@ def sample(
     about = _about(cascade, job)
     texts = [{"prompt": rows[s.prompt_index]["prompt"], **about} for s in samples]
     # What one host has none need draw, and all have looked before one begins.
-    done = distributed.gather(sample_folder.finished(folder, samples, texts)).any(axis=0)
+    done = distributed.all_gather(sample_folder.finished(folder, samples, texts)).any(axis=0)
     folder.mkdir(parents=True, exist_ok=True)
     if done.any():
         log(f"{folder}: {done.sum()} of {len(samples)} pictures are there already")
@@ -92,7 +92,7 @@ def sample(
 
     # Also waits for all hosts. Black is what a host has not.
     shown, size = samples[:GRID_IMAGES], cascade.configs[-1].data.image_size
-    pictures = distributed.gather(sample_folder.read_images(folder, shown, size)).max(axis=0)
+    pictures = distributed.all_gather(sample_folder.read_images(folder, shown, size)).max(axis=0)
     if distributed.is_first():
         sample_folder.write_rows(folder, samples, rows, job.seed)
         sheet = sample_folder.grid(pictures, [text["prompt"] for text in texts[: len(shown)]])

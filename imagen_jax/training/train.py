@@ -1,10 +1,10 @@
 """Training of one stage. READ FIRST: the whole life of a run, top to bottom.
 
 A run is a pure function of its configuration: the batch of a step, its noise and its dropped
-captions follow from (seed, step) alone, so that a run that was killed goes on exactly as if it had
-not been. State lives in one pytree (`state.TrainState`), laid over a mesh of devices; the
-step is one jitted function. Several processes run this very loop side by side, each with its part
-of every batch.
+captions are functions of (seed, step) alone, so a run that was killed continues exactly as if it
+had not been. The state is one pytree (`state.TrainState`), sharded over a mesh of devices; the step
+is one jitted function (`step.make_train_step`). Every process runs this loop, each with its part of
+every batch.
 """
 
 from __future__ import annotations
@@ -21,22 +21,25 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
-from jaxtyping import Array, UInt8
+from jaxtyping import Array
 
 from imagen_jax.config import overrides
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import Config
-from imagen_jax.inference import stage_sampler
 from imagen_jax.interop import weights
 from imagen_jax.io import images
 from imagen_jax.parallel import compiled, distributed, partitioning
 from imagen_jax.parallel.preemption import Preempted, Preemption
 from imagen_jax.parallel.profiling import Profiler
-from imagen_jax.stages import folder, stage
+from imagen_jax.stages import folder
+from imagen_jax.stages.loss import LOGSNR_EDGES
+from imagen_jax.stages.names import check_names
+from imagen_jax.stages.network import init_params, with_defaults
 from imagen_jax.training import ema, ema_snapshots, metrics
 from imagen_jax.training.checkpoint import Checkpoints
 from imagen_jax.training.faults import Faults, StepInfoFn
 from imagen_jax.training.optimizer import learning_rate, make_optimizer
+from imagen_jax.training.preview import preview
 from imagen_jax.training.state import TrainState, create_state, state_shardings
 from imagen_jax.training.step import (
     INIT_STREAM,
@@ -46,21 +49,21 @@ from imagen_jax.training.step import (
     step_timesteps,
 )
 
-# A source of batches: first step wanted -> that step's batch and all that follow.
+# A source of batches: the first step -> that step's batch and all that follow.
 Batches = Callable[[int], Iterable[Mapping[str, np.ndarray]]]
-# What is left to do to a batch on its devices: encoding its captions, where that is not stored.
+# Input processing on the devices: encodes the captions where embeddings are not stored.
 Encode = Callable[[Mapping[str, Array]], Mapping[str, Array]]
 
 
 def abstract_state(
     config: Config, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
 ) -> tuple[Callable[[], TrainState], TrainState]:
-    """How to make the first state, and its shapes with their shardings; nothing is allocated."""
+    """A function that creates the first state, and its shapes with shardings; allocates nothing."""
     key = jax.random.fold_in(jax.random.key(config.seed), INIT_STREAM)
-    boxed = jax.eval_shape(lambda: stage.init_params(config, key))
+    boxed = jax.eval_shape(lambda: init_params(config, key))
 
     def create() -> TrainState:
-        params = partitioning.unbox(stage.init_params(config, key))
+        params = partitioning.unbox(init_params(config, key))
         return create_state(params, optimizer, ema.names(config.ema))
 
     shapes = jax.eval_shape(create)
@@ -84,35 +87,36 @@ def train(
     step_info: StepInfoFn = lambda step: {},
     encode: Encode = lambda batch: batch,
     preemption: Preemption | None = None,
-    compiled_step: str = "",
+    compiled_step: str | None = None,
 ) -> TrainState:
-    """Trains one stage to `config.train.steps`; goes on from the newest checkpoint if there is one.
+    """Trains one stage to `config.train.steps`, from the newest checkpoint if there is one.
 
     Args:
       config: the stage; `config.model.text_dim` must be set.
-      workdir: folder of checkpoints, metrics.jsonl and TensorBoard files, seen by all processes.
-      batches: the stream; `batches(step)` starts at that step and gives this process's part.
-      log: receives the progress lines, in the first process.
+      workdir: folder of checkpoints, metrics.jsonl and TensorBoard files, shared by all processes.
+      batches: the data; `batches(step)` starts at that step and yields this process's part.
+      log: called with the progress lines, in the first process.
       allow_changes: fields (or sections) in which `config` may differ from the checkpoint's.
-      step_info: what is written down beside the batch of a step that was not finite.
-      encode: makes what the model reads of a batch that lies on its devices.
-      preemption: listens for SIGTERM already; without it, `train` does so from here on.
-      compiled_step: file of `plan --save` with the compiled step; "": compile it here.
+      step_info: what a fault file says of a step besides its batch.
+      encode: turns a batch on its devices into the inputs of the model.
+      preemption: listens for SIGTERM; None: `train` starts to listen.
+      compiled_step: file of `plan --save` with the compiled step; None: compile it here.
 
     Returns:
       The state after the last step.
 
     Raises:
-      ConfigError: mesh or batch do not fit the devices, the configuration is another one, or the
-        workdir cannot be written.
-      CheckpointError: no checkpoint can be read, or it is of another model, or saving fails.
+      ConfigError: a setting, the mesh or the batch is invalid, the configuration differs from the
+        checkpoint's, or the workdir cannot be written.
+      CheckpointError: no checkpoint can be read, it is of another model, or saving fails.
       CompiledError: the compiled step is of another run, or cannot be trusted.
-      DivergedError: nothing but infinities, also after a roll-back.
-      Preempted: SIGTERM came and all is saved.
+      DivergedError: training is not finite, also after the roll-backs.
+      Preempted: SIGTERM was received and the state is saved.
     """
     if not distributed.is_first():
-        log = _say_nothing
+        log = _ignore
     _check_writable(workdir)
+    check_names(config)
     mesh = partitioning.make_mesh(config.mesh)
     partitioning.check_batch_size(config.data.batch_size, mesh, config.train.accumulation)
     partitioning.check_tensor(config.model, mesh)
@@ -122,28 +126,40 @@ def train(
         create, abstract = abstract_state(config, optimizer, mesh)
         count = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
         log(f"{config.name}: {count:,} parameters on {mesh.devices.size} {jax.default_backend()}")
-        preemption = preemption or closing.enter_context(Preemption())
+        timer = metrics.Timer()
         run = Run(
-            *(config, workdir, batches, step_info, encode, mesh, optimizer, preemption, log),
+            config=config,
+            workdir=workdir,
+            batches=batches,
+            encode=encode,
+            log=log,
+            mesh=mesh,
+            optimizer=optimizer,
             compiled_step=compiled_step,
+            preemption=preemption or closing.enter_context(Preemption()),
+            timer=timer,
+            progress=metrics.Progress(config.train.steps, config.data.batch_size, timer, log),
+            checkpoints=Checkpoints(workdir, config.checkpoint),
+            faults=Faults(workdir, config.train, _with_timesteps(step_info, config), log),
+            profiler=Profiler(workdir, config.train.profile_at),
         )
         closing.callback(run.close)
 
-        with run.timer.measure("start"):
+        with timer.measure("start"):
             step, state = run.restore(create, abstract, allow_changes)
         while step < config.train.steps:
             step, state, roll_back = run.advance(step, state)
             if roll_back:
                 step, state = run.restore(create, abstract, allow_changes)
-        with run.timer.measure("save"):
+        with timer.measure("save"):
             run.checkpoints.wait()
         if run.train_step is not None:
-            log(metrics.goodput(run.timer.summary()))
+            log(metrics.goodput(timer.summary()))
     return state
 
 
 def start_from(state: TrainState, path: str) -> TrainState:
-    """The state with the parameters of a stage folder, which become its averages, too.
+    """The state with the parameters of a stage folder, which also initialise its averages.
 
     Raises:
       StageError: it is no stage folder. WeightsError: it is of another network.
@@ -159,35 +175,25 @@ def start_from(state: TrainState, path: str) -> TrainState:
     return dataclasses.replace(state, params=params, ema=averages)
 
 
+@dataclasses.dataclass
 class Run:
-    """What a run holds beside its state: its folder, its clocks, its compiled step."""
+    """The parts of a run beside its state."""
 
-    def __init__(
-        self,
-        config: Config,
-        workdir: str,
-        batches: Batches,
-        step_info: StepInfoFn,
-        encode: Encode,
-        mesh: jax.sharding.Mesh,
-        optimizer: optax.GradientTransformation,
-        preemption: Preemption,
-        log: Callable[[str], None],
-        compiled_step: str,
-    ):
-        self.compiled_step = compiled_step
-        self.config, self.workdir, self.batches, self.encode = config, workdir, batches, encode
-        self.mesh, self.optimizer, self.preemption, self.log = mesh, optimizer, preemption, log
-        self.rate = learning_rate(config.optimizer, config.train.steps)
-        self.timer = metrics.Timer()
-        self.progress = metrics.Progress(
-            config.train.steps, config.data.batch_size, self.timer, log
-        )
-        self.checkpoints = Checkpoints(workdir, config.checkpoint)
-        about = lambda step: {**step_info(step), "time": step_timesteps(config, step)}  # noqa: E731
-        self.faults = Faults(workdir, config.train, about, log)
-        self.profiler = Profiler(workdir, config.train.profile_at)
-        self.train_step: StepFn | None = None
+    config: Config
+    workdir: str
+    batches: Batches
+    encode: Encode
+    log: Callable[[str], None]
+    mesh: jax.sharding.Mesh
+    optimizer: optax.GradientTransformation
+    compiled_step: str | None
+    preemption: Preemption
+    timer: metrics.Timer
+    progress: metrics.Progress
+    checkpoints: Checkpoints
+    faults: Faults
+    profiler: Profiler
+    train_step: StepFn | None = None  # compiled at the first step
 
     def restore(
         self,
@@ -195,7 +201,7 @@ class Run:
         abstract: TrainState,
         allow_changes: Collection[str],
     ) -> tuple[int, TrainState]:
-        """Step and state to go on from: the newest checkpoint that can be read, or the start."""
+        """Step and state of the newest readable checkpoint, or of the start of the run."""
         self.checkpoints.wait()
         found = self.checkpoints.restore_newest(
             abstract,
@@ -209,13 +215,13 @@ class Run:
         return found
 
     def advance(self, step: int, state: TrainState) -> tuple[int, TrainState, bool]:
-        """Trains on from `step`, to the end or until the run must roll back.
+        """Trains from `step` to the end, or until the run must roll back.
 
         Returns:
           Step, state, and whether to roll back.
         """
         config = self.config.train
-        seen: list[tuple[int, Mapping[str, Any], Mapping[str, np.ndarray]]] = []
+        unchecked: list[tuple[int, Mapping[str, Any], Mapping[str, np.ndarray]]] = []
         loss_by_noise_level: list[Array] = []
         with contextlib.ExitStack() as closing:
             writer = closing.enter_context(
@@ -227,7 +233,7 @@ class Run:
             while step < config.steps:
                 if self.preemption.reached():
                     self.stop(step, state)
-                self.profiler.before(step)
+                self.profiler.before_step(step)
                 with self.timer.measure("data"):
                     batch = next(stream)
                     placed = self.encode(partitioning.place_batch(batch, self.mesh))
@@ -236,10 +242,10 @@ class Run:
                 else:
                     with jax.transfer_guard("disallow"):
                         state, report = self.train_step(state, placed)
-                # The verdict on the step before, while this one runs: nobody waits for it.
-                if seen and self.faults.should_roll_back(*seen.pop()):
+                # Checks the step before while this one runs, so that dispatch never blocks.
+                if unchecked and self.faults.should_roll_back(*unchecked.pop()):
                     return step, state, True
-                seen.append((step, report, batch))
+                unchecked.append((step, report, batch))
                 loss_by_noise_level.append(report["loss_by_noise_level"])
                 step += 1
 
@@ -251,17 +257,17 @@ class Run:
                     with self.timer.measure("draw"):
                         writer.write_image(step, "samples", preview(self.config, state, placed))
                 self.keep(step, state, report)
-            roll_back = bool(seen) and self.faults.should_roll_back(*seen.pop())
+            roll_back = bool(unchecked) and self.faults.should_roll_back(*unchecked.pop())
             if config.overfit_batch:
                 path = pathlib.Path(self.workdir) / "overfit.png"
                 images.save_png(path, preview(self.config, state, placed), {})
-                self.log(f"one batch, {step} steps: the pictures are in {path}")
+                self.log(f"one batch, {step} steps: the images are in {path}")
         return step, state, roll_back
 
     def first_step(
         self, step: int, state: TrainState, batch: Mapping[str, Array]
     ) -> tuple[TrainState, dict[str, Any]]:
-        """Compiles the step, makes it and starts the clock."""
+        """Compiles the step, runs it and starts the measurement of throughput."""
         devices = self.mesh.devices
         with self.timer.measure("start"):
             step_fn = jit_train_step(self.config, self.optimizer, state, self.mesh)
@@ -285,7 +291,8 @@ class Run:
         """Prints the progress line and returns the row of metrics."""
         scalars = ("loss", "x0_mse", "grad_norm", "skipped")
         values = {name: float(report[name]) for name in scalars}
-        values["learning_rate"] = float(np.asarray(self.rate(step - 1)))
+        rate = learning_rate(self.config.optimizer, self.config.train.steps)
+        values["learning_rate"] = float(np.asarray(rate(step - 1)))
         values |= _mean_loss_by_noise_level(
             np.sum(jax.device_get(list(loss_by_noise_level)), axis=0)
         )
@@ -313,13 +320,13 @@ class Run:
         raise Preempted(f"asked to stop; saved at step {step}, the same command goes on from there")
 
     def close(self) -> None:
-        """Ends what goes on in the background."""
+        """Stops profiling and closes the checkpoint manager."""
         self.profiler.close()
         self.checkpoints.close()
 
 
 def _check_writable(workdir: str) -> None:
-    """Raises ConfigError where a run could not leave anything; before anything is compiled."""
+    """Raises ConfigError where `workdir` cannot be written; before anything is compiled."""
     probe = epath.Path(workdir) / f".writable.{jax.process_index()}"
     try:
         probe.parent.mkdir(parents=True, exist_ok=True)
@@ -333,8 +340,9 @@ def _check_writable(workdir: str) -> None:
 
 
 def _check_changes(saved: Config, given: Config, workdir: str, allowed: Collection[str]) -> None:
-    """Raises ConfigError where `given` would learn something else than the run so far."""
-    for path, (old, new) in overrides.changes(saved, given).items():
+    """Raises ConfigError where `given` differs from `saved` in a field that affects learning."""
+    changes = overrides.changes(with_defaults(saved), with_defaults(given))
+    for path, (old, new) in changes.items():
         if not overrides.matches_any_field(path, allowed):
             raise ConfigError(
                 f"config.{path}={new!r}, but {workdir} was trained with {old!r}; set it back, "
@@ -344,34 +352,19 @@ def _check_changes(saved: Config, given: Config, workdir: str, allowed: Collecti
 
 def _mean_loss_by_noise_level(bins: np.ndarray) -> dict[str, float]:
     """Mean loss by noise level, from summed loss and count [2, bins]; empty bins left out."""
-    bounds = ["-inf", *(f"{edge:g}" for edge in stage.LOGSNR_EDGES), "inf"]
+    bounds = ["-inf", *(f"{edge:g}" for edge in LOGSNR_EDGES), "inf"]
     names = [f"loss/logsnr_{low}_{high}" for low, high in itertools.pairwise(bounds)]
     return {n: float(s / c) for n, s, c in zip(names, *bins, strict=True) if c > 0}
 
 
-def preview(
-    config: Config, state: TrainState, batch: Mapping[str, Array]
-) -> UInt8[np.ndarray, "h w 3"]:
-    """A grid to look at: rows of real pictures, drawn by the EMA, drawn by the raw parameters.
-
-    The captions are the batch's; an SR stage is given the true low-resolution pictures.
-    """
-    count = min(8, len(batch["image"]))
-    part = {name: partitioning.fetch(value[:count]) for name, value in batch.items()}
-    keys = stage_sampler.image_keys(config.seed, range(count), [0] * count)
-    rows = [images.to_uint8(part["image"])]
-    for params in (state.ema["ema"], state.params):
-        drawn = stage_sampler.sample_stage(
-            params, config, part["text_emb"], part["text_mask"], keys, part.get("lowres")
-        )
-        rows.append(images.to_uint8(partitioning.fetch(drawn)))
-    return images.grid(np.concatenate(rows), columns=count)
+def _with_timesteps(step_info: StepInfoFn, config: Config) -> StepInfoFn:
+    return lambda step: {**step_info(step), "time": step_timesteps(config, step)}
 
 
 def with_data(
     config: Config, dim: int, encoder: Mapping[str, Any], stream: Mapping[str, Any]
 ) -> Config:
-    """`config` with what its data say of themselves.
+    """`config` with the text width and the fingerprints that its data determine.
 
     Args:
       config: as given by the user.
@@ -387,7 +380,7 @@ def with_data(
 
 @contextlib.contextmanager
 def _closing(stream: Iterator) -> Iterator[Iterator]:
-    """Closes a stream that can be closed."""
+    """Closes a stream that has a `close` method."""
     try:
         yield stream
     finally:
@@ -396,5 +389,5 @@ def _closing(stream: Iterator) -> Iterator[Iterator]:
             close()
 
 
-def _say_nothing(line: str) -> None:
+def _ignore(line: str) -> None:
     """The log of all processes but the first."""

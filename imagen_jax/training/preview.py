@@ -1,0 +1,33 @@
+"""A grid of images to look at during training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from jaxtyping import Array, UInt8
+
+from imagen_jax.config.schema import Config
+from imagen_jax.inference.stage_sampler import image_keys, sample_stage
+from imagen_jax.io import images
+from imagen_jax.parallel import partitioning
+from imagen_jax.stages.conditioning import Text
+from imagen_jax.training.state import TrainState
+
+
+def preview(
+    config: Config, state: TrainState, batch: Mapping[str, Array]
+) -> UInt8[np.ndarray, "h w 3"]:
+    """A grid: a row of real images, one sampled with the EMA, one with the raw parameters.
+
+    The captions are the batch's; an SR stage gets the real low-resolution images.
+    """
+    count = min(8, len(batch["image"]))
+    part = {name: partitioning.fetch(value[:count]) for name, value in batch.items()}
+    keys = image_keys(config.seed, range(count), [0] * count)
+    text = Text(part["text_emb"], part["text_mask"])
+    rows = [images.to_uint8(part["image"])]
+    for params in (state.ema["ema"], state.params):
+        samples = sample_stage(params, config, text, keys, part.get("lowres"))
+        rows.append(images.to_uint8(partitioning.fetch(samples)))
+    return images.grid(np.concatenate(rows), columns=count)
