@@ -1,9 +1,9 @@
-"""Trainings of the ablations: stage folders of the shapes cascade, made by the verbs of `imagen`.
+"""Trainings of the ablations: stage folders of the shapes cascade, made with the verbs of `imagen`.
 
-All trainings of a stage are equally long (`STEPS`, a fraction of the demo's) and are named by what
-they differ in, so that ablations share them. They lie below a folder named by what they have in
-common: configs/shapes.py and the corpus. A stage folder that is there is not trained again, and a
-training that was killed goes on from its last checkpoint.
+All trainings of a stage have the same length (`STEPS`, a fraction of the demo's). A training is
+named by its settings, so ablations share trainings. The parent folder is named by a hash of
+configs/shapes.py and the corpus. An existing stage folder is not trained again; a killed training
+resumes from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from imagen_jax.config import overrides
 from imagen_jax.stages.folder import load_stage
 
 STEPS = {"text": 1_200, "base": 3_000, "sr": 600}
-# What a T5 learns from the paraphrases is the demo's; here are its sizes. Without a layer it is a
-# table of words: the caption is a bag of them, since the picture model does not see their order.
+# Sizes of the T5, trained on the demo's paraphrases. Without layers it is a table of words: the
+# caption becomes a bag of words, because the diffusion model does not see their order.
 ENCODERS: dict[str, dict[str, int]] = {
     "none": {"num_layers": 0},
     "tiny": {"num_layers": 1, "emb_dim": 32, "num_heads": 4, "mlp_dim": 64},
     "small": {},  # The demo's: 3 layers of width 128.
     "larger": {"num_layers": 6},
     "oracle": {},
-    "contrastive": {},  # The small one, learned from pictures as CLIP is: contrastive_text.py.
+    "contrastive": {},  # The small one, trained on image-caption pairs: contrastive_text.py.
 }
-# Fields in which a stage's network or its training differs from the demo's.
+# Fields of a stage's network or training that differ from the demo's.
 VARIANTS: dict[str, dict[str, Any]] = {
     "": {},
     "augmented": {"diffusion.aug_level_max": 0.2},
@@ -52,7 +52,7 @@ class Training(NamedTuple):
       stage: "base" or "sr".
       encoder: row of ENCODERS.
       variant: row of VARIANTS.
-      seed: of initialisation, order and noise.
+      seed: seed of initialisation, data order and noise.
     """
 
     stage: str
@@ -62,31 +62,31 @@ class Training(NamedTuple):
 
 
 class Runs:
-    """The folder in which everything is trained."""
+    """The folder of all trainings."""
 
     def __init__(self, out: str, data: str, steps: Mapping[str, int] = STEPS):
-        """Trains below `out`.
+        """Computes the folder of the trainings below `out`.
 
         Args:
           out: folder to write.
-          data: the shapes world that `imagen prepare` made.
-          steps: of every training: of the text encoder, and by stage.
+          data: the shapes world, as written by `imagen prepare`.
+          steps: number of steps for "text" and for each stage.
         """
         self.data, self.steps = pathlib.Path(data), dict(steps)
         recipe = hashlib.sha256((self.data / "paraphrases.jsonl").read_bytes())
         for stage in ("base", "sr"):
             recipe.update(overrides.to_json(overrides.load(f"configs/shapes.py:{stage}")).encode())
         self.folder = pathlib.Path(out) / recipe.hexdigest()[:8]
-        self.compiled = self.folder / "compiled"  # The seeds of an arm are one program.
+        self.compiled = self.folder / "compiled"  # All seeds of an arm share one program.
 
     def name(self, training: Training) -> str:
-        """Of the folders of a training."""
+        """Name of the folders of a training."""
         parts = [training.stage, training.encoder, training.variant, training.seed]
         lengths = [self.steps["text"], self.steps[training.stage]]
         return "_".join(str(part) for part in [*parts, *lengths] if part != "")
 
     def stage(self, training: Training) -> str:
-        """The stage folder of a training, which is carried out where it is missing."""
+        """The stage folder of a training; trains it if it is missing."""
         name = self.name(training)
         folder = self.folder / "stages" / name
         if not (folder / "params.safetensors").is_file():
@@ -97,7 +97,7 @@ class Runs:
         return str(folder)
 
     def cost(self, training: Training) -> dict[str, float]:
-        """What a training took: parameters, steps/s (median), and MiB of its compiled step."""
+        """Cost of a training: parameters, median steps/s, and MiB of the compiled step."""
         name, config = self.name(training), load_stage(self.stage(training)).config
         file = self.folder / "plans" / f"{name}.json"
         if not file.is_file():
@@ -122,7 +122,7 @@ class Runs:
         return self.folder / "embeddings" / f"{encoder}_{self.steps['text']}"
 
     def _embed(self, encoder: str) -> None:
-        """The encoder of this name and its embeddings."""
+        """Trains the text encoder of this name and computes its embeddings, if missing."""
         training = Training("base", encoder)
         if encoder != "oracle" and not (self.text(encoder) / "config.json").is_file():
             sizes = {"steps": self.steps["text"], **ENCODERS[encoder]}
@@ -133,7 +133,7 @@ class Runs:
             self._imagen("embed", training)
 
     def _imagen(self, verb: str, training: Training | None, *flags: str) -> None:
-        """Runs a verb of `imagen`, or the script beside this one that has its name."""
+        """Runs a verb of `imagen`, or the script of that name in this folder."""
         script = pathlib.Path(__file__).parent / f"{verb}.py"
         program = [str(script)] if script.is_file() else ["-m", "imagen_jax", verb]
         command = [sys.executable, *program]

@@ -1,16 +1,15 @@
-"""The paper's ablations on the shapes cascade (Imagen, Sec. 4.4-4.5, App. B, D), one command each.
+"""Ablations of the paper on the shapes cascade (Imagen, Sec. 4.4-4.5, App. B, D).
 
     .venv/bin/python benchmarks/ablations.py --name=thresholding --seeds=0,1,2 \
         --demo=runs/demo --out=runs/ablations --docs=docs
 
-Trains what is missing (`ablation_runs`), draws and measures held-out prompts as `evaluate sweep`
-does, and writes OUT/NAME.json: every measure of every arm for each seed of the picture model, its
-mean with Student's 95% interval over the seeds, and the same of the paired differences from the
-arm that the others are compared with. With --docs the table of docs/ablations.md is written anew.
-Killed and started again it goes on.
+Trains missing stages (`ablation_runs`), samples and scores held-out prompts like `evaluate sweep`,
+and writes OUT/NAME.json: every measure of every arm for each seed of the diffusion model, its mean
+with Student's 95% interval over the seeds, and the same for the paired differences from the
+reference arm. --docs updates the table of docs/ablations.md. A killed run resumes.
 
-Arms that differ before the super-resolution stage are base stages; the demo's own super-resolution
-stage enlarges what they draw, without text, so that what is read is theirs alone.
+Arms that differ before the super-resolution stage are base stages. The demo's super-resolution
+stage upsamples their samples without text, so the scores depend on the base stage alone.
 """
 
 from __future__ import annotations
@@ -33,15 +32,16 @@ from imagen_jax.evaluation import sweep
 from imagen_jax.evaluation.intervals import CONFIDENCE
 from imagen_jax.evaluation.sweep import StageSet, Sweep
 from imagen_jax.inference import prompts
+from imagen_jax.worlds.shapes.scorer import SCORER
 
 BASE, SR = Training("base"), Training("sr")
 
 
 class Arm(NamedTuple):
-    """What is trained, and how it draws.
+    """Trainings and sampling settings that are compared.
 
     Attributes:
-      stages: trainings of seed 0, base first; of a base alone the demo's SR stage makes pictures.
+      stages: trainings of seed 0, base first; a base alone is upsampled by the demo's SR stage.
       grid: sampling settings.
     """
 
@@ -50,13 +50,13 @@ class Arm(NamedTuple):
 
 
 class Ablation(NamedTuple):
-    """What is compared.
+    """Arms, prompts and measures of one ablation.
 
     Attributes:
-      arms: by name.
-      against: fields of an arm that make it the one that its row is compared with.
-      kinds: of the prompts.
-      count: prompts.
+      arms: arms by name.
+      against: settings of the reference arm; a row is compared with the row that has them.
+      kinds: kinds of prompts.
+      count: number of prompts.
       measures: title -> KIND.ATTRIBUTE of the alignment, distance, or cost.FIELD of the last stage.
     """
 
@@ -67,9 +67,9 @@ class Ablation(NamedTuple):
     measures: dict[str, str]
 
 
-LIKE = ("single", "count")
-ROLES = ("single", "count", "relation")
-UNDERSTOOD = {
+UNIFORM_KINDS = ("single", "count")
+ALL_KINDS = ("single", "count", "relation")
+TEXT_MEASURES = {
     "one object": "single.exact",
     "counted": "count.exact",
     "number": "count.count",
@@ -92,14 +92,14 @@ ABLATIONS = {
             for name in ("none", "tiny", "small", "larger", "oracle")
         },
         {"arm": "none"},
-        ROLES,
+        ALL_KINDS,
         224,
-        UNDERSTOOD,
+        TEXT_MEASURES,
     ),
     "thresholding": Ablation(
         {"small": Arm((BASE,), {"base": CHOICES})},
         {"base.thresholding": "none"},
-        LIKE,
+        UNIFORM_KINDS,
         64,
         {"all right": "all.exact", "colours right": "all.colour", "distance": "distance"},
     ),
@@ -112,7 +112,7 @@ ABLATIONS = {
             ),
         },
         {"arm": "off", "sr.aug_level": 0.0},
-        LIKE,
+        UNIFORM_KINDS,
         96,
         {"all right": "all.exact", "shapes right": "all.shape", "distance": "distance"},
     ),
@@ -123,9 +123,9 @@ ABLATIONS = {
             "double": Arm((BASE._replace(variant="double"),)),
         },
         {"arm": "demo"},
-        ROLES,
+        ALL_KINDS,
         224,
-        COSTS | UNDERSTOOD,
+        COSTS | TEXT_MEASURES,
     ),
     "conditioning": Ablation(
         {
@@ -134,14 +134,14 @@ ABLATIONS = {
             "pooled": Arm((BASE._replace(variant="pooled"),)),
         },
         {"arm": "cross"},
-        ROLES,
+        ALL_KINDS,
         224,
-        UNDERSTOOD,
+        TEXT_MEASURES,
     ),
     "efficient_unet": Ablation(
         {"efficient": Arm((BASE, SR)), "plain": Arm((BASE, SR._replace(variant="plain")))},
         {"arm": "efficient"},
-        LIKE,
+        UNIFORM_KINDS,
         96,
         COSTS | {"all right": "all.exact", "shapes right": "all.shape", "distance": "distance"},
     ),
@@ -151,9 +151,9 @@ ABLATIONS = {
             "contrastive": Arm((BASE._replace(encoder="contrastive"),)),
         },
         {"arm": "paraphrases"},
-        ROLES,
+        ALL_KINDS,
         224,
-        UNDERSTOOD,
+        TEXT_MEASURES,
     ),
 }
 
@@ -161,18 +161,18 @@ ABLATIONS = {
 def measure(
     ablation: Ablation, runs: Runs, seeds: Sequence[int], enlarge: str
 ) -> list[dict[str, Any]]:
-    """All cells of an ablation, each with `arm`, `seed` and, where it is asked for, `cost`.
+    """All cells of an ablation, each with `arm`, `seed` and, if a measure needs it, `cost`.
 
     Args:
-      ablation: what is compared.
-      runs: carries out the trainings that are missing.
-      seeds: of the picture model.
-      enlarge: SR stage folder for the base stages that are compared alone.
+      ablation: the ablation.
+      runs: trains missing stages.
+      seeds: seeds of the diffusion model.
+      enlarge: SR stage folder that upsamples the samples of arms with a base stage only.
     """
     cells = []
     rows = prompts.read(f"{runs.data}/prompts_held_out.jsonl")
     rows = [row for row in rows if row["kind"] in ablation.kinds]
-    # Ablations that ask the same prompts share their pictures.
+    # Ablations with the same prompts share their samples.
     out = f"{runs.folder}/sweeps/{'_'.join(ablation.kinds)}_{ablation.count}"
     costly = any(path.startswith("cost.") for path in ablation.measures.values())
     for seed in seeds:
@@ -186,6 +186,7 @@ def measure(
                     rows,
                     ablation.count,
                     enlarge=enlarge if len(stages) == 1 else "",
+                    scorer=SCORER,
                 ),
                 out,
             )
@@ -195,7 +196,7 @@ def measure(
 
 
 def value_of(cell: Mapping[str, Any], path: str) -> float | None:
-    """A measure of a cell; None where no picture was asked, as for order without right colours."""
+    """A measure of a cell; None without applicable images, as for order without right colours."""
     if path == "distance":
         return cell["numbers"]["distance"]
     kind, attribute = path.split(".")
@@ -206,7 +207,7 @@ def value_of(cell: Mapping[str, Any], path: str) -> float | None:
 
 
 def summary(values: Sequence[float | None]) -> dict[str, Any]:
-    """Values by seed, their mean, and half the width of Student's 95% interval of it."""
+    """Values by seed, their mean, and half the width of its Student 95% interval."""
     known = [value for value in values if value is not None]
     half = math.nan
     if len(known) > 1:
@@ -221,7 +222,7 @@ def summary(values: Sequence[float | None]) -> dict[str, Any]:
 
 
 def tabulate(ablation: Ablation, cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row per arm and choice: `choice`, and for each measure its summary and difference."""
+    """A row per arm and choice: `choice`, and the summary and difference of each measure."""
     seeds = sorted({cell["seed"] for cell in cells})
     found = {_key({"arm": cell["arm"], **cell["values"]}, cell["seed"]): cell for cell in cells}
     rows = []
@@ -229,7 +230,7 @@ def tabulate(ablation: Ablation, cells: Sequence[Mapping[str, Any]]) -> list[dic
         if cell["seed"] != seeds[0]:
             continue
         choice = {"arm": cell["arm"], **cell["values"]}
-        # A setting that the other arm does not have does not tell its cells apart.
+        # The row to compare with: the same settings except those of the reference arm.
         other = {**choice, **ablation.against}
         row: dict[str, Any] = {"choice": choice, "measures": {}, "differences": {}}
         for title, path in ablation.measures.items():
@@ -250,7 +251,7 @@ def _key(choice: Mapping[str, Any], seed: int) -> str:
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: mean ± half of the interval, and in brackets the paired difference."""
+    """Markdown table: mean ± half of the interval; in brackets the paired difference."""
     fields = [field for field in rows[0]["choice"] if len({r["choice"][field] for r in rows}) > 1]
     titles = list(rows[0]["measures"])
     lines = ["| " + " | ".join([*fields, *titles]) + " |"]
@@ -277,26 +278,28 @@ def _format(found: Mapping[str, Any], form: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--name", required=True, choices=list(ABLATIONS))
-    parser.add_argument("--seeds", default="0,1,2", help="of the picture model")
-    parser.add_argument("--arms", default="", help="only these, such as none,small; empty: all")
-    parser.add_argument("--prompts", type=int, default=0, help="drawn; 0: as many as its table has")
+    parser.add_argument("--seeds", default="0,1,2", help="seeds of the diffusion model")
+    parser.add_argument("--arms", default="", help="arms to run, such as none,small; empty: all")
+    parser.add_argument(
+        "--prompts", type=int, default=0, help="number of prompts; 0: that of the ablation"
+    )
     parser.add_argument("--demo", required=True, help="run folder of launch/demo.sh")
-    parser.add_argument("--out", required=True, help="folder of trainings, pictures and numbers")
+    parser.add_argument("--out", required=True, help="folder of trainings, samples and numbers")
     parser.add_argument("--docs", default="", help="folder of ablations.md to update")
     for stage, steps in STEPS.items():
         parser.add_argument(
-            f"--{stage}_steps", type=int, default=steps, help=f"of a training (default: {steps})"
+            f"--{stage}_steps", type=int, default=steps, help=f"steps of a training: {steps}"
         )
     flags = parser.parse_args()
     steps = {stage: getattr(flags, f"{stage}_steps") for stage in STEPS}
     seeds = [int(seed) for seed in flags.seeds.split(",")]
     ablation = ABLATIONS[flags.name]
-    asked = flags.arms.split(",") if flags.arms else list(ablation.arms)
-    for arm in asked:
+    arms = flags.arms.split(",") if flags.arms else list(ablation.arms)
+    for arm in arms:
         if arm not in ablation.arms:
             parser.error(unknown_name("--arms", arm, list(ablation.arms)))
     ablation = ablation._replace(
-        arms={arm: ablation.arms[arm] for arm in asked}, count=flags.prompts or ablation.count
+        arms={arm: ablation.arms[arm] for arm in arms}, count=flags.prompts or ablation.count
     )
     runs = Runs(flags.out, f"{flags.demo}/data", steps)
     jax.config.update("jax_compilation_cache_dir", str(runs.compiled))

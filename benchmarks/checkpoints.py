@@ -1,11 +1,11 @@
-"""Saving and restoring a run's state, whole.
+"""Time of saving and restoring the state of a run.
 
     python benchmarks/checkpoints.py [--config=configs/shapes.py:base] [--repeats=5] [--folder=DIR]
 
-The state of a run as it starts: parameters, their averages, the optimizer's slots. A save counts
-until `train` may go on (what it copies first), and until all is written; a restore until the arrays
-are on their devices. The files come from the operating system's cache where it has them. Prints a
-table and one JSON line: seconds (median, lowest and highest) and GB/s.
+The state is that of step 0: parameters, averages, optimizer slots. A save is timed until `train`
+may continue (after the copy) and until all files are written; a restore until the arrays are on
+their devices, with files in the operating system's cache. Prints a table and one JSON line: seconds
+(median, lowest and highest) and GB/s.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/shapes.py:base")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--folder", default=None, help="where to write; empty: the system's")
+    parser.add_argument("--folder", default=None, help="where to write; default: temporary folder")
     flags, rest = parser.parse_known_args()
     changes = [argument.removeprefix("--config.") for argument in rest]
     merged = [f"model.text_dim={train_loop.TEXT_DIM}", *changes, "checkpoint.keep=1"]
@@ -57,7 +57,8 @@ def main() -> None:
             jax.block_until_ready(checkpoints.restore(step, abstract))
             restored = time.perf_counter()
             rows.append((free - begin, written - begin, restored - written))
-    found = reporting.spread(NAMES, rows[1:])  # The first ones find nothing set up.
+    # The first save and restore include set-up.
+    found = reporting.median_and_range(NAMES, rows[1:])
     cells = [(name, *s.values(), size / s["median"] / 1e9) for name, s in found.items()]
     print(reporting.table(("", "s", "min", "max", "GB/s"), cells))
     result = {"benchmark": "checkpoints", "config": flags.config, **reporting.machine()}

@@ -28,13 +28,15 @@ import optax
 import reporting
 
 from imagen_jax.diffusion import guidance, process, thresholding
-from imagen_jax.evaluation import line_chart
-from imagen_jax.evaluation.line_chart import Point
+from imagen_jax.evaluation import charts
+from imagen_jax.evaluation.charts import Point
 from imagen_jax.interop import weights
 from imagen_jax.io import images
 from imagen_jax.models import classifier
 from imagen_jax.parallel import partitioning
-from imagen_jax.stages import stage
+from imagen_jax.stages.conditioning import Conditioning, Text, null_text
+from imagen_jax.stages.denoiser import predict_x0
+from imagen_jax.stages.stage import Stage
 from imagen_jax.training.optimizer import make_optimizer
 from imagen_jax.worlds.shapes import scenes as shapes
 
@@ -60,7 +62,7 @@ def labels_of(objects):
 def load_images(split, count, size):
     """Pictures [count, size, size, 3] in [-1, 1] of the world's scenes, and their classes."""
     scenes = [shapes.scene(split, index) for index in range(count)]
-    pictures = [images.resize_host(shapes.draw(scene), size) for scene in scenes]
+    pictures = [images.resize_host(shapes.render(scene), size) for scene in scenes]
     labels = [labels_of([vars(thing) for thing in scene.objects]) for scene in scenes]
     return images.to_float(np.stack(pictures)), np.array(labels, np.int32)
 
@@ -108,7 +110,7 @@ def report_accuracy(network, params, config):
 
 def by_classifier(params, config, text, labels, scale, classifier_params):
     """The base stage without text, led by the classifier."""
-    null = stage.drop_text(*text, jnp.ones(text[1].shape[:1], bool))
+    null = null_text(Text(*text))
     network = classifier.Classifier(config.model, CLASSES)
 
     def log_prob(z, logsnr):
@@ -116,7 +118,7 @@ def by_classifier(params, config, text, labels, scale, classifier_params):
         return classifier.log_prob(logits, labels)
 
     def unconditional(z, logsnr):
-        return stage.estimates((params, config), z, logsnr, [null])[0]
+        return predict_x0(Stage(config, params), z, logsnr, Conditioning(null), [null])[0]
 
     return thresholding.threshold(
         guidance.classifier(unconditional, log_prob, scale), config.sampling
@@ -125,10 +127,11 @@ def by_classifier(params, config, text, labels, scale, classifier_params):
 
 def by_text(params, config, text, weight):
     """The base stage with classifier-free guidance."""
-    null = stage.drop_text(*text, jnp.ones(text[1].shape[:1], bool))
+    text = Text(*text)
+    texts = [text, null_text(text)]
 
     def denoise(z, logsnr):
-        pair = stage.estimates((params, config), z, logsnr, [text, null])
+        pair = predict_x0(Stage(config, params), z, logsnr, Conditioning(text), texts)
         return guidance.classifier_free(*pair, jnp.full(logsnr.shape, weight))
 
     return thresholding.threshold(denoise, config.sampling)
@@ -148,7 +151,7 @@ def real_pictures(rows):
         # At the corner no object fits, so that it is given another place.
         objects = [{**thing, "x": 0.0, "y": 0.0} for thing in row["objects"]]
         anew = np.random.default_rng((0, index))
-        pictures.append(shapes.draw(shapes.scene_from_row({**row, "objects": objects}, anew)))
+        pictures.append(shapes.render(shapes.scene_from_row({**row, "objects": objects}, anew)))
     return np.stack(pictures)
 
 
@@ -201,7 +204,7 @@ def write(record, docs):
     """The chart and the table of docs/sampling.md."""
     lines = {"classifier": "s", "classifier-free": "w"}
     chosen = {name: [p for p in record["points"] if p["guidance"] == name] for name in lines}
-    svg = line_chart.draw(
+    chart = charts.line_chart(
         {
             name: [
                 Point(
@@ -219,7 +222,7 @@ def write(record, docs):
         x_label="diversity: distance of two pictures of a prompt, real pictures = 1",
         y_label=f"all attributes right, share of {2 * record['prompts']}",
     )
-    (docs / "images" / "classifier_guidance.svg").write_text(svg)
+    (docs / "images" / "classifier_guidance.svg").write_text(charts.to_svg(chart))
     table = ["![Alignment against diversity](images/classifier_guidance.svg)", ""]
     table += ["| guidance | exact | 95% | diversity |", "|---|---|---|---|"]
     for name, points in chosen.items():

@@ -2,9 +2,9 @@
 
     python benchmarks/compile_time.py [--blocks=3,6,12] [--channels=32]
 
-A small unet of two levels, the whole update, on whatever device there is. Compile time is that of
-XLA alone, in seconds of the processor, so that other programs hardly matter; beside it, the
-operations of the program, which are the work. One line of JSON, then a table.
+Compiles the train step of a small U-Net of two levels for the local device. Compile time is XLA's,
+in processor seconds, which other programs affect little; the number of operations in the program
+measures its size. Prints one JSON line and a table.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import jax.numpy as jnp
 from imagen_jax.config.data import DataConfig
 from imagen_jax.config.schema import Config, ModelConfig
 from imagen_jax.parallel import partitioning
-from imagen_jax.stages import stage
+from imagen_jax.stages.network import init_params
 from imagen_jax.training.optimizer import make_optimizer
 from imagen_jax.training.state import create_state
 from imagen_jax.training.step import make_train_step
 
 
 def config_of(blocks: int, channels: int) -> Config:
-    """A unet of two levels at 16 pixels with `blocks` residual blocks on each."""
+    """A U-Net of two levels at 16 pixels with `blocks` residual blocks per level."""
     model = ModelConfig(
         channels=(channels, 2 * channels),
         num_res_blocks=(blocks, blocks),
@@ -40,12 +40,10 @@ def config_of(blocks: int, channels: int) -> Config:
 
 
 def measure(blocks: int, channels: int) -> dict[str, float]:
-    """Processor seconds of tracing and of compiling, and the size of the program."""
+    """Processor seconds of tracing and of compiling, and the number of operations."""
     config = config_of(blocks, channels)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
-    params = jax.eval_shape(
-        lambda: partitioning.unbox(stage.init_params(config, jax.random.key(0)))
-    )
+    params = jax.eval_shape(lambda: partitioning.unbox(init_params(config, jax.random.key(0))))
     state = jax.eval_shape(lambda p: create_state(p, optimizer), params)
     data = config.data
     batch = {
@@ -73,7 +71,7 @@ def measure(blocks: int, channels: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measures each number of blocks in turn."""
+    """Measures each number of blocks and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--blocks", default="3,6,12", help="residual blocks per level")
     parser.add_argument("--channels", type=int, default=32, help="width of the first level")

@@ -1,12 +1,12 @@
-"""A small T5 that learns from pictures, as CLIP's text tower does: the other kind of text encoder.
+"""Trains a small T5 on image-caption pairs with CLIP's contrastive loss.
 
     .venv/bin/python benchmarks/contrastive_text.py --config=configs/shapes.py:base --out=runs/clip
 
-`pretrain_text` learns from text alone. Here the same network, with the same vocabulary, batches and
-steps, learns from the shapes world's training pictures with their captions: the end mark's vector
-of each caption and the vector of its picture, by a small picture tower, both projected, are to be
-more alike than those of other pairs of the batch (arXiv:2103.00020, Fig. 3). Picture tower and
-projections are thrown away. The result is a folder that `embed` reads as any T5.
+The counterpart of `pretrain_text`, which trains on text alone, with the same network, vocabulary,
+batch size and number of steps. The data are the training images of the shapes world with their
+captions. The vector of a caption is that of its end-of-sequence token; a small image tower gives
+the vector of the image; both are projected and trained with CLIP's loss (arXiv:2103.00020, Fig. 3).
+Image tower and projections are discarded. The result is a folder that `embed` reads like any T5.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from imagen_jax.config import overrides
-from imagen_jax.config.schema import T5Config
+from imagen_jax.config.text import T5Config
 from imagen_jax.io import images
 from imagen_jax.models import clip, t5
 from imagen_jax.parallel import partitioning
 from imagen_jax.training import pretrain_text, text_corpus
 from imagen_jax.worlds.shapes import scenes
 
-PICTURES = 20_000  # Those of the data set.
+IMAGES = 20_000  # The whole training split.
 SIDE = 16
 TOWER = clip.ClipVisionConfig(SIDE, 4, 64, 2, 4, 128)
 WIDTH = 64
-# log of the factor on cosines at the start, and at most.
-START, MOST = float(np.log(1 / 0.07)), float(np.log(100.0))
+# Log of the inverse temperature: initial value and maximum (CLIP, Sec. 2.4-2.5).
+LOG_SCALE_INIT, LOG_SCALE_MAX = float(np.log(1 / 0.07)), float(np.log(100.0))
 LOG_EVERY = 100
 
 
@@ -48,18 +48,18 @@ class State(NamedTuple):
 
 
 def init_params(key: jax.Array, t5_config: T5Config) -> dict[str, Any]:
-    """Text encoder and its projection, picture tower, and the log of the factor on cosines."""
-    text_key, head_key, picture_key = jax.random.split(key, 3)
-    # Starts as the other encoder starts.
+    """Text encoder and its projection, image tower, and the log of the inverse temperature."""
+    text_key, head_key, image_key = jax.random.split(key, 3)
+    # The initialisation of `pretrain_text`.
     encoder = pretrain_text.init_params(text_key, t5_config, WIDTH)
     tower = clip.ImageEmbedding(TOWER, WIDTH)
-    pictures = tower.init(picture_key, jnp.zeros((1, SIDE, SIDE, 3)))["params"]
+    image_params = tower.init(image_key, jnp.zeros((1, SIDE, SIDE, 3)))["params"]
     projection = jax.random.normal(head_key, (t5_config.emb_dim, WIDTH)) * t5_config.emb_dim**-0.5
     return {
         "encoder": encoder["encoder"],
         "projection": projection,
-        "pictures": partitioning.unbox(pictures),
-        "scale": jnp.asarray(START),
+        "images": partitioning.unbox(image_params),
+        "scale": jnp.asarray(LOG_SCALE_INIT),
     }
 
 
@@ -67,19 +67,19 @@ def init_params(key: jax.Array, t5_config: T5Config) -> dict[str, Any]:
 def train_step(
     state: State,
     ids: Int[Array, "b l"],
-    pictures: Float[Array, "b s s 3"],
+    image_batch: Float[Array, "b s s 3"],
     *,
     config: Any,
     t5_config: T5Config,
 ) -> tuple[State, Float[Array, ""]]:
-    """A step of Adam; returns the loss, nats per caption and picture."""
+    """A step of Adam; returns the new state and the loss in nats."""
 
     def loss_fn(params: dict[str, Any]) -> Float[Array, ""]:
         x: Any = t5.T5Encoder(t5_config).apply({"params": params["encoder"]}, ids, ids != 0)
         end = x[jnp.arange(len(ids)), (ids != 0).sum(1) - 1]
         tower = clip.ImageEmbedding(TOWER, WIDTH)
-        seen: Any = tower.apply({"params": params["pictures"]}, pictures)
-        return contrast(end @ params["projection"], seen, params["scale"])
+        image_emb: Any = tower.apply({"params": params["images"]}, image_batch)
+        return contrast(end @ params["projection"], image_emb, params["scale"])
 
     loss, grads = jax.value_and_grad(loss_fn)(state.params)
     optimizer = pretrain_text.pretraining_optimizer(config)
@@ -89,21 +89,23 @@ def train_step(
 
 
 def contrast(
-    texts: Float[Array, "b d"], pictures: Float[Array, "b d"], scale: Float[Array, ""]
+    text_emb: Float[Array, "b d"], image_emb: Float[Array, "b d"], scale: Float[Array, ""]
 ) -> Float[Array, ""]:
-    """CLIP's loss: cross entropy of captions among pictures, and of these among captions."""
-    texts, pictures = (v / jnp.linalg.norm(v, axis=1, keepdims=True) for v in (texts, pictures))
-    logits = texts @ pictures.T * jnp.exp(jnp.minimum(scale, MOST))
-    own = jnp.arange(len(logits))
+    """CLIP's loss: mean cross entropy of matching captions to images and images to captions."""
+    text_emb, image_emb = (
+        emb / jnp.linalg.norm(emb, axis=1, keepdims=True) for emb in (text_emb, image_emb)
+    )
+    logits = text_emb @ image_emb.T * jnp.exp(jnp.minimum(scale, LOG_SCALE_MAX))
+    labels = jnp.arange(len(logits))
     losses = [
-        optax.softmax_cross_entropy_with_integer_labels(side, own) for side in (logits, logits.T)
+        optax.softmax_cross_entropy_with_integer_labels(side, labels) for side in (logits, logits.T)
     ]
     return jnp.mean(jnp.stack(losses))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", required=True, help="its section pretrain_text is read")
+    parser.add_argument("--config", required=True, help="its section pretrain_text is used")
     parser.add_argument("--out", required=True, help="encoder folder to write")
     flags, rest = parser.parse_known_args()
     changes = [argument.removeprefix("--config.") for argument in rest]
@@ -114,11 +116,11 @@ def main() -> None:
     model = text_corpus.train_vocabulary(
         [c for group in corpus for c in group], settings.vocab_size
     )
-    groups = [scenes.paraphrases("train", i) for i in range(PICTURES)]
+    groups = [scenes.paraphrases("train", i) for i in range(IMAGES)]
     captions = [caption for group in groups for caption in group]
     ids, pieces = text_corpus.tokenize(captions, model, config.text.max_len)
     ids = text_corpus.by_group(ids, groups)
-    pixels = np.stack([scenes.render(scenes.scene("train", i), SIDE) for i in range(PICTURES)])
+    pixels = np.stack([scenes.render(scenes.scene("train", i), SIDE) for i in range(IMAGES)])
 
     t5_config = pretrain_text.encoder_config(settings, pieces)
     params = init_params(jax.random.key(config.seed), t5_config)
@@ -126,10 +128,10 @@ def main() -> None:
     rng = np.random.default_rng(config.seed)
     loss = jnp.nan
     for step in range(1, settings.steps + 1):
-        rows = rng.integers(0, PICTURES, settings.batch_size)
+        rows = rng.integers(0, IMAGES, settings.batch_size)
         words = ids[rows, rng.integers(0, ids.shape[1], len(rows))]
-        shown = images.to_float(pixels[rows])
-        state, loss = train_step(state, words, shown, config=settings, t5_config=t5_config)
+        image_batch = images.to_float(pixels[rows])
+        state, loss = train_step(state, words, image_batch, config=settings, t5_config=t5_config)
         if step % LOG_EVERY == 0:
             print(f"step {step}/{settings.steps}: loss {float(loss):.3f}", flush=True)
     metrics = {

@@ -17,8 +17,12 @@ import numpy as np
 
 from imagen_jax.config import overrides
 from imagen_jax.diffusion import process, samplers
-from imagen_jax.inference import cascade, prompts, stage_sampler
+from imagen_jax.inference import prompts, stage_sampler
+from imagen_jax.inference.stage_sampler import image_keys, sample_stage
 from imagen_jax.io import images
+from imagen_jax.stages.conditioning import Text
+from imagen_jax.stages.folder import check_chain, load_stage
+from imagen_jax.stages.stage import Stage
 from imagen_jax.text.encoders import embed_prompts, load_text_encoder
 from imagen_jax.worlds.shapes import alignment
 
@@ -49,14 +53,14 @@ def parser(doc: str, count: int) -> argparse.ArgumentParser:
     return flags
 
 
-def load(stages: str) -> list[cascade.Stage]:
+def load(stages: str) -> list[Stage]:
     """The stages of `DIR,DIR`, base first."""
-    loaded = [cascade.load_stage(path) for path in stages.split(",")]
-    cascade.check_chain([stage.config for stage in loaded])
+    loaded = [load_stage(path) for path in stages.split(",")]
+    check_chain([stage.config for stage in loaded])
     return loaded
 
 
-def ask(stage: cascade.Stage, file: str, kinds: Sequence[str], count: int, each: int = 1) -> Asked:
+def ask(stage: Stage, file: str, kinds: Sequence[str], count: int, each: int = 1) -> Asked:
     """The first `count` prompts of `kinds` in a prompts.jsonl, `each` pictures of each."""
     rows = [row for row in prompts.read(file) if row["kind"] in kinds][:count]
     text_emb, text_mask = embed_prompts(
@@ -70,7 +74,7 @@ def ask(stage: cascade.Stage, file: str, kinds: Sequence[str], count: int, each:
 
 
 def draw(
-    stages: Sequence[cascade.Stage],
+    stages: Sequence[Stage],
     asked: Asked,
     denoise_of: Callable[..., Any],
     *numbers: Any,
@@ -95,14 +99,14 @@ def draw(
     size = min(BATCH, count)
     for start in range(0, count, size):
         rows = np.minimum(np.arange(start, start + size), count - 1)
-        text = (asked.text_emb[rows], asked.text_mask[rows])
-        keys = cascade.image_keys(seed, rows.tolist(), [0] * size)
+        text = Text(asked.text_emb[rows], asked.text_mask[rows])
+        keys = image_keys(seed, rows.tolist(), [0] * size)
         cut = [v[rows] if np.ndim(v) and len(v) == count else v for v in numbers]
         pictures = _sample_base(denoise_of, base.params, base.config, text, keys, cut)
         drawn[0].append(images.to_uint8(np.asarray(pictures)))
         for index, stage in enumerate(others, 1):
             stage_keys = stage_sampler.stage_keys(keys, index)
-            pictures = cascade.sample_stage(stage.params, stage.config, *text, stage_keys, pictures)
+            pictures = sample_stage(stage.params, stage.config, text, stage_keys, pictures)
             drawn[index].append(images.to_uint8(np.asarray(pictures)))
     return [np.concatenate(parts)[:count] for parts in drawn]
 
@@ -113,7 +117,7 @@ def _sample_base(denoise_of, params, config, text, keys, numbers):
     start_keys, step_keys = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 2))(keys), 1, 0)
     times = jnp.linspace(1.0, 0.0, settings.steps + 1)
     x0 = samplers.sample_loop(
-        stage_sampler.make_sampler(config),
+        samplers.make_sampler(config.sampling),
         denoise_of(params, config, text, *numbers),
         samplers.normal(start_keys, (size, size, 3)),
         process.logsnr_at(times, config.diffusion),
@@ -131,6 +135,6 @@ def exact(pictures: np.ndarray, asked: Asked) -> tuple[float, float, float]:
     return sum(marks) / len(marks), *alignment.wilson(sum(marks), len(marks))
 
 
-def fingerprint(stages: Sequence[cascade.Stage]) -> str:
+def fingerprint(stages: Sequence[Stage]) -> str:
     """Which stages were drawn with, for the record."""
     return ",".join(f"{s.config.name}:{overrides.fingerprint(s.config)}" for s in stages)

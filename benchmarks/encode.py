@@ -1,10 +1,10 @@
-"""How fast a T5 encodes, by length.
+"""Throughput of a T5 encoder by caption length.
 
     python benchmarks/encode.py [--preset=t5_v1_1_small] [--batch=32] [--dtype=float32]
 
-Random weights of a public shape over all devices; one line per length to which `embed` pads:
-captions and tokens per second, and FLOP/s by `t5.flops`. The compiling is not counted. Prints a
-table and one JSON line.
+Uses random weights of a public architecture on all devices. For each length to which `embed` pads:
+captions/s, tokens/s, and FLOP/s by `t5.flops`, without compilation. Prints a table and one JSON
+line.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from imagen_jax.parallel import partitioning
 from imagen_jax.text.frozen_encoder import encode_tokens
 
 LENGTHS = (8, 16, 32, 64, 128)
-SECONDS = 3.0  # Per length, at least, after the first call.
+SECONDS = 3.0  # Minimum measured time per length, after the first call.
 
 
 def measure(params, config, mesh, batch, length):

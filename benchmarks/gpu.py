@@ -1,19 +1,18 @@
-"""Ten minutes on a GPU machine: everything that is to be known about this code's speed there.
+"""Benchmarks of training and sampling on one GPU, within ten minutes.
 
     python benchmarks/gpu.py [--out=gpu.json] [--seconds=600] [--parts=...] [--tiny]
 
-Runs the other benchmarks one after the other, each in a process of its own with the time it may
-take, the most important first:
+Runs the other benchmarks in order of importance, each in its own process with a time limit:
 
-- train: base_64 as the paper has it but one GPU's batch: bfloat16, Adafactor, float32 averages;
-  the train step, and the operations on which it spends most.
-- peers: the U-Net in the shapes of DeepFloyd IF, here and in diffusers (torch eager and compiled).
-  Skipped where torch or diffusers are missing.
-- sample: a few steps of each of the three stages' samplers.
+- train: base_64 of the paper at the batch size of one GPU, in bfloat16 with Adafactor and float32
+  averages: the train step and its most expensive operations.
+- peers: the U-Net of DeepFloyd IF's architecture, here and in diffusers (torch eager and compiled).
+  Skipped without torch or diffusers.
+- sample: a few steps of the sampler of each of the three stages.
 
-`--tiny` runs the same commands on the shapes world's stages, on any machine, to see that all works.
-What fails or is cut off is reported as such and the rest goes on. Prints one table and one JSON
-line, which is also written to `--out`.
+`--tiny` runs the same commands on the stages of the shapes world, as a test on any machine. A part
+that fails or times out is reported, and the next one runs. Prints one table and one JSON line,
+which is also written to `--out`.
 """
 
 from __future__ import annotations
@@ -35,23 +34,23 @@ IMAGEN = "configs/imagen.py"
 
 
 class Part(NamedTuple):
-    """A command: script and flags, seconds it may take, and modules it needs."""
+    """A benchmark to run: script and flags, time limit in seconds, required modules."""
 
     name: str
     command: tuple[str, ...]
     seconds: int
     needs: tuple[str, ...] = ()
-    memory: float = 0.92  # The share of the GPU's memory that JAX takes; torch wants some, too.
+    memory: float = 0.92  # Fraction of GPU memory for JAX; torch needs a part of it in `peers`.
 
 
-# The second is tried where the first does not fit. Random text is as good as T5's.
+# The second batch size is tried if the first fails. Text embeddings are random.
 TRAIN_BATCHES = (32, 16)
-SAMPLED = {"base_64": 32, "sr_256": 8, "sr_1024": 1}  # Stage -> pictures at a time.
+SAMPLED = {"base_64": 32, "sr_256": 8, "sr_1024": 1}  # Stage -> batch size.
 SAMPLE_STEPS = 8
 
 
 def parts_of(tiny: bool) -> list[Part]:
-    """The commands, the most important first."""
+    """The benchmarks to run, the most important first."""
     if tiny:
         small = ("--batch=2", "--repeats=1", "--config.mesh.cpu_devices=1")
         base = ("programs.py", "--config=configs/shapes.py:base", *small)
@@ -85,7 +84,7 @@ def parts_of(tiny: bool) -> list[Part]:
 
 
 def run(part: Part, left: float) -> dict[str, Any]:
-    """The part's JSON line, or why there is none."""
+    """The JSON line of a part, or the reason why it has none."""
     missing = [name for name in part.needs if importlib.util.find_spec(name) is None]
     if missing:
         return {"skipped": f"needs {', '.join(missing)}"}
@@ -101,8 +100,8 @@ def run(part: Part, left: float) -> dict[str, Any]:
             command, capture_output=True, text=True, timeout=limit, cwd=HERE.parent, env=env
         )
     except subprocess.TimeoutExpired as cut:
-        said = (cut.stdout or b"").decode().strip().splitlines()
-        return {"failed": f"took more than {limit:.0f} s: {said[-1] if said else 'no output'}"}
+        output = (cut.stdout or b"").decode().strip().splitlines()
+        return {"failed": f"took more than {limit:.0f} s: {output[-1] if output else 'no output'}"}
     took = round(time.perf_counter() - begin, 1)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
@@ -115,15 +114,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="gpu.json")
     parser.add_argument("--seconds", type=float, default=600)
-    parser.add_argument("--parts", default="", help="begin of their names; empty: all")
+    parser.add_argument("--parts", default="", help="prefixes of part names, A,B,...; empty: all")
     parser.add_argument("--tiny", action="store_true")
     flags = parser.parse_args()
     begin, found = time.perf_counter(), {}
     trained = False
     for part in parts_of(flags.tiny):
         training = part.name.startswith("train")
-        wanted = not flags.parts or part.name.startswith(tuple(flags.parts.split(",")))
-        if not wanted or (training and trained):
+        selected = not flags.parts or part.name.startswith(tuple(flags.parts.split(",")))
+        if not selected or (training and trained):
             continue
         print(f"# {part.name}: {' '.join(part.command)}", flush=True)
         found[part.name] = run(part, flags.seconds - (time.perf_counter() - begin))

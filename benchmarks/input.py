@@ -1,11 +1,11 @@
-"""One host's input, by core: cached embeddings and pictures -> batches.
+"""Input throughput of one host per core: cached embeddings and images to batches.
 
     taskset -c 0 python benchmarks/input.py [--loaders=numpy,seqio] [--seconds=6] [--repeats=3]
 
-Embeddings of width 4096 in bfloat16, 20 tokens on average, padded to 32 in float32; pictures as
-JPEG (quality 90, structure at all scales) in a tar file, decoded anew for every batch (no cache).
-Prints, for each case and loader, pictures/s (median, lowest, highest), the same per core in use,
-and one JSON line. Pin it to the cores you mean; what else runs on them counts.
+Embeddings have width 4096 in bfloat16 and 20 tokens on average, and are padded to 32 in float32.
+Images are JPEGs (quality 90, structure at all scales) in a tar file, decoded for every batch (no
+cache). Prints, for each case and loader, images/s (median, lowest, highest) and images/s per core
+in use, then one JSON line. Pin the process to cores (`taskset`) on which nothing else runs.
 """
 
 import argparse
@@ -30,8 +30,8 @@ from imagen_jax.data.embeddings import store as embeddings
 from imagen_jax.data.sources.registry import open_source
 
 WIDTH, LENGTH = 4096, 32
-H200S, PER_CHIP = 8, 83  # Pictures/s of a base stage at 40% of an H200's peak.
-# name -> (side of the stored pictures, how many, settings of the stage)
+H200S, PER_CHIP = 8, 83  # images/s of a base stage at 40% MFU on an H200, computed, not measured.
+# name -> (side of the stored images, number of images, data settings of the stage)
 CASES = {
     "text": (8, 512, {"image_size": 8, "batch_size": 256}),
     "64": (64, 512, {"image_size": 64, "batch_size": 256}),
@@ -60,7 +60,7 @@ def photo(side, seed):
 
 
 def write_world(folder, side, count):
-    """A tar file of pictures, and the embeddings of their captions."""
+    """Writes a tar file of images and the embeddings of their captions."""
     captions = [f"picture {i} of {side} px" for i in range(count)]
     with tarfile.open(folder / "pictures.tar", "w") as shard:
         for i, caption in enumerate(captions):
@@ -79,7 +79,7 @@ def write_world(folder, side, count):
 
 
 def rates(stream, seconds, repeats):
-    """Pictures/s of `repeats` stretches, and cores in use meanwhile."""
+    """Sorted images/s of `repeats` measurements, and the median number of cores in use."""
     batches = iter(stream.batches(0))
     for _ in range(2 * stream.data.prefetch + 1):
         next(batches)
@@ -108,7 +108,7 @@ def main():
     print(
         f"{cores} core(s), L = {LENGTH}, D = {WIDTH}, load of the machine {os.getloadavg()[0]:.1f}"
     )
-    print("| pictures | loader | pictures/s | lowest-highest | cores in use | per core |")
+    print("| images | loader | images/s | lowest-highest | cores in use | per core |")
     print("|---|---|---|---|---|---|")
     for case, loader in itertools.product(flags.cases.split(","), flags.loaders.split(",")):
         side, count, settings = CASES[case]
@@ -142,7 +142,7 @@ def main():
         if row["case"] in ("64", "256 to 64"):
             cores_needed = need / (row["per_s"] / row["cores"])
             print(
-                f"eight H200s at the base stage, {need} pictures/s: {cores_needed:.1f} cores "
+                f"eight H200s at the base stage, {need} images/s: {cores_needed:.1f} cores "
                 f"({row['case']}, {row['loader']})"
             )
     print(json.dumps({"benchmark": "input", "max_text_len": LENGTH, "width": WIDTH, "rows": rows}))

@@ -1,7 +1,7 @@
-"""Where a compiled program spends its time: seconds by operation, from a trace of JAX's profiler.
+"""Seconds of a compiled program by operation, from a trace of JAX's profiler.
 
-Used by the other benchmarks. On CPUs the events are the compiled program's operations on all
-threads; on GPUs the kernels, each with the operation it belongs to.
+Used by the other benchmarks. On CPUs the events are HLO operations on all threads; on GPUs they are
+kernels, each with its HLO operation.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-# What an operation's opcode, and for a fusion its name, say of its kind.
+# The kind of an operation: its opcode, or for a fusion its name.
 _OPCODE = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = .*? ([\w\-]+)\(")
 _TARGET = re.compile(r'custom_call_target="([^"]+)"')
 _NUMBER = re.compile(r"[.\d]+$")
@@ -25,7 +25,7 @@ def seconds_by_operation(call: Callable[[], Any], times: int) -> dict[str, float
     """Seconds of each HLO operation per call, summed over threads and devices.
 
     Args:
-      call: runs the program once and waits for its end; it has run before.
+      call: runs the compiled program once and waits for its end.
       times: calls to average over.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -45,7 +45,7 @@ def seconds_by_operation(call: Callable[[], Any], times: int) -> dict[str, float
 
 
 def kinds(text: str) -> dict[str, str]:
-    """Operation -> kind: its opcode, of a library call the target, of a fusion its name.
+    """Operation -> kind: the opcode; for a library call the target; for a fusion its name.
 
     Args:
       text: `jax.stages.Compiled.as_text()`.

@@ -1,8 +1,8 @@
-"""Number of parameters of configurations at full size, by part; nothing is allocated.
+"""Number of parameters of configurations by part of the network; allocates nothing.
 
     python benchmarks/parameters.py configs/imagen.py:base_64 configs/imagen.py:sr_256
 
-One line of JSON, then a table.
+Prints one JSON line and a table.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import jax
 from imagen_jax.config import overrides
 from imagen_jax.interop import weights
 from imagen_jax.parallel import partitioning
-from imagen_jax.stages import stage
+from imagen_jax.stages.network import init_params
 
 PARTS = ("all", "residual blocks", "pixels' attention", "text's attention", "conditioning", "ends")
 
 
 def part(path: str) -> str:
-    """The part of the network that a parameter is in."""
+    """The part of the network to which a parameter belongs."""
     top, *inner = path.split("/")
     if "_attention_" in top:
         to_text = inner[0].startswith("text") or top.endswith("_cross")
@@ -35,7 +35,7 @@ def part(path: str) -> str:
 def count(spec: str) -> dict[str, int]:
     """Parameters of FILE:NAME by part."""
     config = overrides.load(spec)
-    boxed = jax.eval_shape(lambda: stage.init_params(config, jax.random.key(0)))
+    boxed = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     counts: dict[str, int] = collections.Counter()
     for path, leaf in weights.flatten(partitioning.unbox(boxed)).items():
         counts[part(path)] += leaf.size
@@ -44,7 +44,7 @@ def count(spec: str) -> dict[str, int]:
 
 
 def main() -> None:
-    """Prints the counts of the configurations that are named."""
+    """Prints the counts of the configurations in `sys.argv`."""
     rows = {spec: count(spec) for spec in sys.argv[1:]}
     print(json.dumps(rows))
     print("| millions |", " | ".join(PARTS), "|")

@@ -1,9 +1,9 @@
-"""The tables of docs/plan.md: every row is one run of `imagen plan`, kept so that it runs once.
+"""Writes the tables of docs/plan.md; every row is one run of `imagen plan`.
 
     .venv/bin/python benchmarks/plan_table.py --out=runs/plans --docs=docs/plan.md
 
-Needs the extra `tpu` and, for the largest models, 8 GB of memory; each row takes some minutes. A
-row whose file is in --out is not run again.
+Needs the extra `tpu` and, for the largest models, 8 GB of memory; a row takes some minutes. A row
+with a file in --out is not run again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import reporting
 GIB = 2**30
 IMAGEN = [sys.executable, "-m", "imagen_jax"]
 
-# At the paper's batch of 2048; settings as `plan --search`, or trying, found them.
+# Batch 2048 as in the paper; settings found with `plan --search` or by hand.
 TRAIN = [
     ("base_64", "v4-512", "--config.mesh.fsdp=16"),
     ("base_64", "v5e-256", "--config.mesh.fsdp=16"),
@@ -59,7 +59,7 @@ TABLES = {"train": TRAIN, "embed": EMBED, "sample": SAMPLE}
 
 
 def command(model: str, slice_name: str, rest: str) -> list[str]:
-    """The arguments of `imagen`."""
+    """The arguments of `imagen` for a row."""
     return [
         "plan",
         f"--config=configs/imagen.py:{model}",
@@ -69,12 +69,12 @@ def command(model: str, slice_name: str, rest: str) -> list[str]:
 
 
 def row_name(table: str, row: tuple[str, str, str]) -> str:
-    """Also the name of its file."""
+    """Name of a row and of its file."""
     return f"{table}_{row[0]}_{row[1]}"
 
 
 def run_row(out: pathlib.Path, table: str, row: tuple[str, str, str]) -> None:
-    """Runs a row unless it was. A failure is printed and kept out of the table."""
+    """Runs a row unless its file exists. A failed row is printed and omitted from the table."""
     path = out / f"{row_name(table, row)}.json"
     if path.is_file() and json.loads(path.read_text())["command"] == command(*row):
         return
@@ -97,7 +97,7 @@ def run_row(out: pathlib.Path, table: str, row: tuple[str, str, str]) -> None:
                 "text": done.stdout,
                 "seconds": time.monotonic() - begin,
                 "cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
-                # The largest of all rows of this run so far.
+                # ru_maxrss is the maximum over all rows of this process so far.
                 "host_gib": after.ru_maxrss / 2**20,
             },
             indent=2,
@@ -109,7 +109,7 @@ def run_row(out: pathlib.Path, table: str, row: tuple[str, str, str]) -> None:
 
 
 def markdown(out: pathlib.Path, table: str) -> str:
-    """The rows that were run, as a table."""
+    """Markdown table of the rows that have a file."""
     what = "days" if table == "train" else "chip-hours"
     lines = [
         "| model | slice | at a time | arguments | temporaries | peak | capacity | fits "
@@ -148,7 +148,7 @@ def _number(text: str, name: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="runs/plans")
-    parser.add_argument("--docs", default="", help="file between whose marks the tables go")
+    parser.add_argument("--docs", default="", help="page whose marked tables are updated")
     parser.add_argument("--only", default="", help="rows to run, such as train_sr_256; '': all")
     flags = parser.parse_args()
     out = pathlib.Path(flags.out)

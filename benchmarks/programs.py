@@ -1,15 +1,14 @@
-"""How fast the programs of a run are: the network's forward pass, the train step, the sampler.
+"""Speed of the programs of a run: the network's forward pass, the train step, the sampler.
 
     python benchmarks/programs.py --config=configs/shapes.py:base [--stages=forward,train,sample]
                                   [--batch=N] [--repeats=5] [--trace] [--config.a.b=VALUE ...]
 
-What is timed are the programs that `imagen plan` plans and `imagen train` and `imagen sample` run,
-at the configuration's full size, with fresh parameters and random batches, over all devices. Of
-each: seconds of a run (median, lowest, highest of `repeats`), images/s, TFLOP/s, MFU where the
-chip's datasheet is known; FLOPs as counted from the trace (loops as often as they run, what the
-backward pass computes again left out) and as the compiler counts them; bytes at the worst moment
-and seconds of compiling. With `--trace` also the ten operations and the ten kinds of operation that
-take longest. Prints how far it is, tables and one JSON line.
+Times the programs that `imagen plan` compiles and `imagen train` and `imagen sample` run, at the
+full size of the configuration, with initial parameters and random batches, on all devices. Reports
+for each: seconds per call (median, lowest, highest of `repeats`), images/s, TFLOP/s, MFU if the
+chip's peak is known; FLOPs counted from the trace (loops times their iterations, without
+recomputation) and by the compiler; peak bytes; seconds of compilation. `--trace` adds the ten most
+expensive operations and kinds of operation. Prints progress, tables and one JSON line.
 """
 
 from __future__ import annotations
@@ -32,16 +31,16 @@ from imagen_jax.config import overrides
 from imagen_jax.config.schema import Config, MeshConfig
 from imagen_jax.parallel import partitioning, topology
 from imagen_jax.planning import plan
-from imagen_jax.stages import stage
+from imagen_jax.stages.network import MODELS, init_params
 from imagen_jax.training.optimizer import make_optimizer
 from imagen_jax.training.train import abstract_state
 
-TEXT_DIM = 128  # Where the configuration leaves it to the embeddings.
+TEXT_DIM = 128  # If the configuration leaves text_dim to the embeddings.
 TOP = 10
 
 
 def random_like(shapes: Any) -> Any:
-    """Arrays of these shapes and shardings: normal numbers, True, keys."""
+    """Arrays of these shapes and shardings: normal numbers, True for masks, PRNG keys."""
     rng = np.random.default_rng(0)
 
     def make(leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -56,22 +55,22 @@ def random_like(shapes: Any) -> Any:
 
 
 def with_sharding(shapes: Any, sharding: Any) -> Any:
-    """The same shapes, each said to lie so."""
+    """The same shapes with this sharding."""
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes)
 
 
 def fresh_params(config: Config, sharding: Any) -> Any:
-    """Parameters as a run begins with them."""
-    init = lambda: partitioning.unbox(stage.init_params(config, jax.random.key(0)))  # noqa: E731
+    """Initial parameters with this sharding."""
+    init = lambda: partitioning.unbox(init_params(config, jax.random.key(0)))  # noqa: E731
     return jax.jit(
         init, out_shardings=sharding, compiler_options=partitioning.FAST_COMPILE_OPTIONS
     )()
 
 
 def forward(config: Config, where: topology.Slice) -> tuple[plan.Program, Callable[..., Any]]:
-    """The network once, for one batch."""
+    """One evaluation of the network on a batch."""
     mesh = partitioning.make_mesh(config.mesh, where.devices)
-    rows, whole = partitioning.batch_sharding(mesh), partitioning.everywhere(mesh)
+    rows, whole = partitioning.batch_sharding(mesh), partitioning.replicated(mesh)
     model, data, batch = config.model, config.data, config.data.batch_size
     params = fresh_params(config, whole)
     level = jax.ShapeDtypeStruct((batch,), jnp.float32)
@@ -81,7 +80,7 @@ def forward(config: Config, where: topology.Slice) -> tuple[plan.Program, Callab
     shapes |= {name: words[name] for name in ("text_emb", "text_mask")}
     given = random_like(with_sharding(shapes, rows))
     given["lowres_logsnr"] = given["logsnr"] if model.lowres else None
-    network = stage.MODELS[model.name](model)
+    network = MODELS[model.name](model)
     with jax.set_mesh(mesh):
         traced = jax.jit(lambda p, given: network.apply({"params": p}, **given)).trace(
             params, given
@@ -91,7 +90,7 @@ def forward(config: Config, where: topology.Slice) -> tuple[plan.Program, Callab
 
 
 def train(config: Config, where: topology.Slice) -> tuple[plan.Program, Callable[..., Any]]:
-    """The whole update: loss, gradient, optimizer, averages."""
+    """One train step: loss, gradient, optimizer, averages."""
     mesh = partitioning.make_mesh(config.mesh, where.devices)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     program = plan.train_program(config, where)
@@ -105,7 +104,7 @@ def train(config: Config, where: topology.Slice) -> tuple[plan.Program, Callable
 
         def call() -> None:
             nonlocal kept
-            kept, report = run(kept, batch)  # The old state's memory is given away.
+            kept, report = run(kept, batch)  # The old state is donated.
             jax.block_until_ready((kept, report))
 
         return call
@@ -114,12 +113,12 @@ def train(config: Config, where: topology.Slice) -> tuple[plan.Program, Callable
 
 
 def sample(config: Config, where: topology.Slice) -> tuple[plan.Program, Callable[..., Any]]:
-    """All steps of the stage's sampler, for one batch."""
+    """All steps of the stage's sampler for one batch."""
     batch = config.data.batch_size
     program = plan.sample_program(config, where, batch)
     whole = dataclasses.replace(config, data=config.data.whole())
     mesh = partitioning.make_mesh(MeshConfig(), where.devices)
-    params = fresh_params(whole, partitioning.everywhere(mesh))
+    params = fresh_params(whole, partitioning.replicated(mesh))
     rows = partitioning.batch_sharding(mesh)
     given = random_like(with_sharding(plan.batch_shapes(whole), rows))
     keys = jax.device_put(jax.random.split(jax.random.key(0), batch), rows)
@@ -131,7 +130,7 @@ STAGES = {"forward": forward, "train": train, "sample": sample}
 
 
 def measure(name: str, config: Config, *, repeats: int, trace: bool) -> dict[str, Any]:
-    """One program's row."""
+    """Compiles and times one program; returns its row."""
     where = topology.this_machine()
     print(f"# {name}: tracing and making parameters", flush=True)
     program, start = STAGES[name](config, where)

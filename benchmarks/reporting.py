@@ -1,4 +1,4 @@
-"""How benchmarks say what they measured: one JSON line, and tables between marks in the docs."""
+"""Timing and reports of the benchmarks: statistics, JSON fields, Markdown tables in the docs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from typing import Any
 
 import jax
 
-from imagen_jax.training import metrics
+from imagen_jax.parallel.peaks import peak_flops
 
 
-def spread(names: Sequence[str], rows: Sequence[Sequence[float]]) -> dict[str, dict[str, float]]:
-    """Median, least and largest of each column of `rows`, a row per repeat."""
+def median_and_range(
+    names: Sequence[str], rows: Sequence[Sequence[float]]
+) -> dict[str, dict[str, float]]:
+    """Median, minimum and maximum of each column of `rows`, one row per repeat."""
     return {
         name: {
             "median": round(statistics.median(values), 4),
@@ -28,7 +30,7 @@ def spread(names: Sequence[str], rows: Sequence[Sequence[float]]) -> dict[str, d
 
 
 def machine() -> dict[str, Any]:
-    """Where the numbers are from: devices, cores this process may use, load before it began."""
+    """The machine of a measurement: devices, usable cores, load average, JAX version, date."""
     return {
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "cores": len(os.sched_getaffinity(0)),
@@ -41,13 +43,13 @@ def machine() -> dict[str, Any]:
 def interleaved(
     calls: Mapping[str, Callable[[], Any]], repeats: int, seconds: float = 0.3
 ) -> dict[str, list[float]]:
-    """Seconds per call of each, `repeats` times in turn, so that a busy spell meets all alike.
+    """Seconds per call of each, measured in turn, so that other load affects all alike.
 
     Args:
-      calls: what is timed, by name; a call returns once its work is done. The first call of each,
-        which may compile, is not counted.
-      repeats: rounds.
-      seconds: a stretch of one's calls lasts at least about as long.
+      calls: functions by name; each returns when its work is done. The first call of each, which
+        may compile, is not counted.
+      repeats: number of rounds.
+      seconds: minimum duration of one measurement, approximately.
     """
     counts = {}
     for name, call in calls.items():
@@ -58,7 +60,7 @@ def interleaved(
     found: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
-            time.sleep(0.1)  # Threads of the one before stop spinning.
+            time.sleep(0.1)  # Lets the threads of the previous call stop spinning.
             begin = time.perf_counter()
             for _ in range(counts[name]):
                 call()
@@ -69,13 +71,13 @@ def interleaved(
 def speed(
     seconds: Sequence[float], *, images: int, flops: float, devices: int = 1
 ) -> dict[str, Any]:
-    """Median, least and largest seconds; images/s, TFLOP/s and, of known chips, MFU at the median.
+    """Median, minimum and maximum seconds; images/s, TFLOP/s and, on known chips, MFU.
 
     Args:
-      seconds: of one call, repeat by repeat.
-      images: pictures of a call.
-      flops: useful FLOPs of a call, over all devices.
-      devices: how many share the work.
+      seconds: seconds per call, one value per repeat.
+      images: images per call.
+      flops: model FLOPs per call, over all devices.
+      devices: number of devices.
     """
     median = statistics.median(seconds)
     row: dict[str, Any] = {
@@ -87,16 +89,16 @@ def speed(
         "images_per_s": float(f"{images / median:.4g}"),
         "tflops_per_s": float(f"{flops / median / 1e12:.4g}"),
     }
-    peak = metrics.peak_flops(jax.devices()[0].device_kind)
+    peak = peak_flops(jax.devices()[0].device_kind)
     if peak:
         row["mfu"] = round(flops / median / peak / devices, 4)
     return row
 
 
 def compiler_says(compiled: jax.stages.Compiled) -> dict[str, float]:
-    """What the compiler counts of a program: its FLOPs, and bytes at the worst moment, per device.
+    """The compiler's FLOPs and peak bytes of a program, per device.
 
-    The FLOPs take the body of a loop once, and elementwise work in.
+    Its FLOPs count the body of a loop once and include elementwise operations.
     """
     cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes
@@ -105,7 +107,7 @@ def compiler_says(compiled: jax.stages.Compiled) -> dict[str, float]:
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table; numbers to three digits."""
+    """A Markdown table; floats with three significant digits."""
 
     def cell(value: Any) -> str:
         return f"{value:.3g}" if isinstance(value, float) else str(value)
@@ -115,7 +117,7 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def write_between(path: str, name: str, text: str) -> None:
-    """Replaces what stands between the marks `<!-- begin NAME -->` and `<!-- end NAME -->`."""
+    """Replaces the text between the marks `<!-- begin NAME -->` and `<!-- end NAME -->`."""
     file = pathlib.Path(path)
     begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
     before, rest = file.read_text().split(begin)

@@ -1,14 +1,13 @@
-"""What sampling costs around the evaluations of its U-Nets.
+"""Overhead of sampling beyond the evaluations of the U-Nets.
 
     python benchmarks/sample_loop.py --stages=DIR[,DIR...] [--batch_size=8] [--repeats=5]
 
-The cascade draws one batch; beside it each stage's guided network alone, jitted, is evaluated as
-often as the stage's steps ask for, over and over on the same input. The overhead is the share by
-which the cascade takes longer: noise, sampler, thresholding, upsampling, the loop, reports of
-progress, uint8. `classifier-free` compares guidance as one evaluation of a batch of 2B, which is
-what runs, with two of B. Times are processor seconds of all threads, which other work on the
-machine disturbs less, and, for the last two columns, seconds. Prints a table and one JSON line:
-median, lowest and highest.
+The cascade samples one batch. For comparison, the jitted guided network of each stage alone is
+evaluated on one input as often as the sampler does. The overhead is the relative extra time of the
+cascade: noise, sampler, thresholding, upsampling, loop, progress reports, uint8. Classifier-free
+guidance as one evaluation of a batch of 2B, as in the cascade, is compared with two of B. Times are
+processor seconds of all threads, which other processes disturb less, and wall-clock seconds in the
+last two columns. Prints a table and one JSON line: median, lowest and highest.
 """
 
 import argparse
@@ -22,41 +21,44 @@ import reporting
 
 from imagen_jax.cli.wiring import set_up_devices
 from imagen_jax.inference.cascade import Cascade
-from imagen_jax.stages import stage as stage_lib
+from imagen_jax.stages.conditioning import Conditioning, Text
+from imagen_jax.stages.denoiser import predict_x0
 from imagen_jax.stages.folder import load_stage
+from imagen_jax.stages.stage import Stage
 
-# Evaluations per step; Heun's second one included.
+# Network evaluations per step of samplers with more than one.
 EVALUATIONS = {"heun": 2}
 
 
 def texts_of(config, batch):
-    """Random embeddings of full length."""
+    """Random text embeddings without padding."""
     rng = np.random.default_rng(0)
     shape = (batch, config.data.max_text_len, config.model.text_dim)
     emb = rng.normal(size=shape).astype(np.float32)
-    return emb, np.ones(shape[:2], bool)
+    return Text(emb, np.ones(shape[:2], bool))
 
 
 def network_of(stage, batch, texts):
-    """Evaluates the stage's network for `texts` texts (a batch of `texts` times `batch`)."""
+    """A call that evaluates the stage's network on a batch of `texts` times `batch`."""
     config = stage.config
     rng, size = np.random.default_rng(0), config.data.image_size
     z = jnp.asarray(rng.normal(size=(batch, size, size, 3)).astype(np.float32))
-    given = {}
-    if config.data.lowres_size:
-        given = {"lowres": z, "lowres_logsnr": jnp.zeros(batch)}
     text = texts_of(config, batch)
+    conditioning = Conditioning(text)
+    if config.data.lowres_size:
+        conditioning = Conditioning(text, lowres=z, lowres_logsnr=jnp.zeros(batch))
 
     @jax.jit
     def evaluate(params, z):
-        return stage_lib.estimates((params, config), z, jnp.zeros(batch), [text] * texts, **given)
+        stage = Stage(config, params)
+        return predict_x0(stage, z, jnp.zeros(batch), conditioning, [text] * texts)
 
     params = jax.device_put(stage.params)
     return lambda: evaluate(params, z)
 
 
 def seconds(call, times):
-    """(processor seconds, seconds) of so many calls, one after the other."""
+    """Processor seconds and wall-clock seconds of `times` consecutive calls, as an array."""
     begin = time.process_time(), time.perf_counter()
     for _ in range(times):
         result = jax.block_until_ready(call())
@@ -107,7 +109,7 @@ def main():
         "batch_size": batch,
         "steps": {stage.config.name: stage.config.sampling.steps for stage in stages},
     }
-    print(json.dumps(result | reporting.spread(names, rows)))
+    print(json.dumps(result | reporting.median_and_range(names, rows)))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Seams and edges of a super-resolution stage alone: real small pictures of the shapes world.
+"""Patch seams and edges of a super-resolution stage on real low-resolution images (shapes world).
 
     .venv/bin/python benchmarks/seams.py --stage=runs/demo/stages/sr2 \
         --prompts=runs/demo/data/prompts_held_out.jsonl --out=runs/demo/seams
 
-Behind a cascade, edges lie where the stages before put them, which is not everywhere alike: an
-outline that is not quite sharp at 64 pixels lies inside a pixel rather than between two. Real
-small pictures have theirs anywhere. Draws those of the first --limit prompts, enlarges them with
-the stage, writes both as folders of pictures to --out, and measures them as `imagen evaluate edges`
-does: OUT/edges.json.
+In the samples of a cascade the positions of edges depend on the earlier stages: an outline that is
+not quite sharp at 64 pixels is inside a pixel rather than between two. In real images edges have
+any position. Renders the first --limit prompts at low resolution, upsamples them with the stage,
+writes both as image folders to --out, and measures them like `imagen evaluate edges`:
+OUT/edges.json.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ SEED = 0
 
 
 def real(rows: Sequence[Mapping[str, Any]], size: int) -> list[UInt8[np.ndarray, "size size 3"]]:
-    """A picture of `size` pixels of each prompt row."""
+    """A rendered image of `size` pixels for each prompt row."""
     scenes = (
         shapes.scene_from_row(row, np.random.default_rng((SEED, index)))
         for index, row in enumerate(rows)
     )
-    return [shapes.draw(scene, size) for scene in scenes]
+    return [shapes.render(scene, size) for scene in scenes]
 
 
 def write(
-    folder: pathlib.Path, rows: Sequence[Mapping[str, Any]], pictures: Iterable[np.ndarray]
+    folder: pathlib.Path, rows: Sequence[Mapping[str, Any]], image_batch: Iterable[np.ndarray]
 ) -> None:
-    """A folder of pictures as `imagen evaluate` reads it."""
+    """Writes an image folder that `imagen evaluate` reads."""
     folder.mkdir(parents=True, exist_ok=True)
     named = [{"file": f"{index:05}_00.png", **row} for index, row in enumerate(rows)]
-    for row, picture in zip(named, pictures, strict=True):
-        images.save_png(folder / row["file"], picture, {})
+    for row, image in zip(named, image_batch, strict=True):
+        images.save_png(folder / row["file"], image, {})
     lines = "".join(json.dumps(row) + "\n" for row in named)
     (folder / "samples.jsonl").write_text(lines, encoding="utf-8")
 
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--stage", required=True, help="stage folder of a super-resolution stage")
     parser.add_argument("--prompts", required=True, help="prompts.jsonl of the shapes world")
     parser.add_argument("--limit", type=int, default=360, help="prompts")
-    parser.add_argument("--crop", type=int, default=64, help="side of the crops it learned from")
+    parser.add_argument("--crop", type=int, default=64, help="side of the training crops, pixels")
     parser.add_argument("--out", required=True, help="folder to write")
     add_cpu_devices(parser)
     flags = parser.parse_args()

@@ -1,14 +1,13 @@
-"""A train step against the convolutions in it, each timed alone, and where the rest goes.
+"""Time of a train step, of its convolutions alone, and of its most expensive operations.
 
     python benchmarks/shapes_step.py [--config=configs/shapes.py:base] [--repeats=5] [--against=DIR]
 
-The step is the whole update, as `train` compiles it, over the configuration's devices. Each of its
-convolutions (forward, gradient of the input, gradient of the kernel) is compiled alone, at the
-shapes that one device has, and runs on all devices at once; their sum is what the step would take
-if it did nothing else. Then the profile: seconds by kind of operation over all devices, which
-includes what the profiler costs. `--against` is a folder with another state of this package's
-code, whose steps are timed in turn with these, in processes of their own. Prints tables and one
-JSON line.
+The step is compiled as in `train`, for the devices of the configuration. Each of its convolutions
+(forward, gradient of the input, gradient of the kernel) is compiled alone, at its shape per device,
+and runs on all devices at once; their sum is a lower bound of the step. The profile gives seconds
+by kind of operation over all devices, including the profiler's overhead. `--against` is the folder
+of another version of this package, whose steps are timed in turn with these, in separate processes.
+Prints tables and one JSON line.
 """
 
 from __future__ import annotations
@@ -39,16 +38,17 @@ from imagen_jax.config import overrides
 from imagen_jax.config.schema import Config
 from imagen_jax.parallel import flops, partitioning
 from imagen_jax.planning import plan
-from imagen_jax.stages import stage
+from imagen_jax.stages.loss import loss_given_randomness, sample_randomness
+from imagen_jax.stages.network import init_params
 from imagen_jax.training.optimizer import make_optimizer
 from imagen_jax.training.step import jit_train_step
 from imagen_jax.training.train import abstract_state
 
-STRETCH = 3.0  # Seconds of steps in a row that make one repeat.
+SECONDS_PER_REPEAT = 3.0  # Minimum duration of the consecutive steps of one repeat.
 
 
 def convolutions(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
-    """All convolutions of a program without loops."""
+    """The convolutions of a jaxpr without loops, in order."""
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "conv_general_dilated":
             yield eqn
@@ -59,7 +59,7 @@ def convolutions(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
 
 
 def seconds_alone(run: Callable[..., Any], arrays: list[Any], devices: int) -> float:
-    """Seconds of `run(*arrays)` on every device at once, compiled as the step is."""
+    """Seconds of `run(*arrays)` on all devices at once, with the compiler options of the step."""
     mesh = jax.make_mesh((devices,), ("data",))
     rows = jax.sharding.PartitionSpec("data")
     stacked = [np.stack([array] * devices) for array in arrays]
@@ -73,7 +73,7 @@ def seconds_alone(run: Callable[..., Any], arrays: list[Any], devices: int) -> f
 
 
 def parts_of(eqn: core.JaxprEqn) -> dict[str, Callable[..., Any]]:
-    """What a train step does with a convolution -> function of (input, kernel, output)."""
+    """Name -> function of (input, kernel, output gradient) of the three convolutions of a step."""
     params = eqn.params
 
     def conv(x: Any, kernel: Any) -> Any:
@@ -96,12 +96,10 @@ def convolution_rows(config: Config, devices: int) -> list[dict[str, Any]]:
     batch = plan.batch_shapes(dataclasses.replace(config, data=data))
 
     def loss(params: Any, batch: Any) -> Any:
-        drawn = {**batch, **stage.draw(jax.random.key(0), rows, config)}
-        return stage.loss_given_randomness(params, drawn, jax.random.key(1), config)
+        drawn = {**batch, **sample_randomness(jax.random.key(0), rows, config)}
+        return loss_given_randomness(params, drawn, jax.random.key(1), config)
 
-    params = jax.eval_shape(
-        lambda: partitioning.unbox(stage.init_params(config, jax.random.key(0)))
-    )
+    params = jax.eval_shape(lambda: partitioning.unbox(init_params(config, jax.random.key(0))))
     rng = np.random.default_rng(0)
     found: dict[str, dict[str, Any]] = {}
     known: dict[str, float] = {}
@@ -111,7 +109,7 @@ def convolution_rows(config: Config, devices: int) -> list[dict[str, Any]]:
         ]
         for kind, part in parts_of(eqn).items():
             if index == 0 and kind == "gradient of input":
-                continue  # Nothing was learned before it.
+                continue  # The input is the image, which needs no gradient.
             what = f"{kind} {[a.shape for a in arrays]}"
             if what not in known:
                 known[what] = seconds_alone(part, arrays, devices)
@@ -123,7 +121,7 @@ def convolution_rows(config: Config, devices: int) -> list[dict[str, Any]]:
 
 
 class Step:
-    """The compiled step of a configuration with a state and a batch: `run()` does one update."""
+    """The compiled train step of a configuration, with a state and a batch."""
 
     def __init__(self, config: Config):
         mesh = partitioning.make_mesh(config.mesh)
@@ -141,13 +139,13 @@ class Step:
         self.flops = flops.count(traced.jaxpr)
 
     def run(self) -> None:
-        """One update, to its end."""
+        """Runs one step and waits for its end."""
         self._state, report = self.compiled(self._state, self._batch)
         jax.block_until_ready((self._state, report))
 
 
 def processor_seconds(step: Step, repeats: int = 5, count: int = 10) -> float:
-    """Least processor seconds of a step over all threads, which other work disturbs less."""
+    """Minimum processor seconds of a step over all threads, which other processes disturb less."""
     found = []
     for _ in range(repeats):
         begin = time.process_time()
@@ -161,9 +159,9 @@ def steps_elsewhere(folder: str, arguments: list[str], cache: str) -> tuple[floa
     """Seconds and processor seconds of a step of the code in `folder`, in another process.
 
     Args:
-      folder: with the package.
-      arguments: further flags of the script.
-      cache: folder for compiled steps, so that only the first process compiles.
+      folder: folder that contains the package.
+      arguments: further flags of this script.
+      cache: compilation cache, so that only the first process compiles.
     """
     command = [sys.executable, __file__, *arguments, "--repeats=1", "--only_steps"]
     environment = {**os.environ, "PYTHONPATH": folder, "JAX_COMPILATION_CACHE_DIR": cache}
@@ -173,7 +171,7 @@ def steps_elsewhere(folder: str, arguments: list[str], cache: str) -> tuple[floa
 
 
 def anatomy(step: Step, config: Config, seconds: dict[str, float]) -> dict[str, Any]:
-    """Prints and returns the convolutions alone, and the step's most expensive operations."""
+    """Prints and returns the times of convolutions and of the most expensive operations."""
     alone = convolution_rows(config, jax.device_count())
     total = sum(row["seconds"] for row in alone)
     fraction = round(total / seconds["median"], 3)
@@ -200,10 +198,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/shapes.py:base")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--against", default="", metavar="DIR", help="other code to time")
-    parser.add_argument(
-        "--only_steps", action="store_true", help="neither convolutions nor profile"
-    )
+    parser.add_argument("--against", default="", metavar="DIR", help="other version to time")
+    parser.add_argument("--only_steps", action="store_true", help="skip convolutions and profile")
     flags, rest = parser.parse_known_args()
     changes = [argument.removeprefix("--config.") for argument in rest]
     config = overrides.load(flags.config, [f"model.text_dim={train_loop.TEXT_DIM}", *changes])
@@ -215,7 +211,7 @@ def main() -> None:
     result |= {"flops": step.flops, **reporting.compiler_says(step.compiled)}
 
     def timed(repeats: int) -> list[float]:
-        return reporting.interleaved({"step": step.run}, repeats, STRETCH)["step"]
+        return reporting.interleaved({"step": step.run}, repeats, SECONDS_PER_REPEAT)["step"]
 
     seconds, before = timed(1) if flags.against else timed(flags.repeats), []
     if flags.against:
@@ -239,7 +235,7 @@ def main() -> None:
         ratio = statistics.median(b / s for b, s in zip(before, seconds, strict=True))
         result["times_faster"] = round(ratio, 3)
     print(reporting.table(("", "s", "min", "max", "images/s"), rows))
-    print(f"least processor seconds of a step, all threads: {result['processor_s']}")
+    print(f"minimum processor seconds of a step, all threads: {result['processor_s']}")
     if not flags.only_steps:
         result |= anatomy(step, config, result["step"]["seconds"])
     print(json.dumps(result))

@@ -1,18 +1,17 @@
-"""The same U-Net here and in diffusers, side by side; lucidrains' imagen-pytorch beside them.
+"""Speed of the same U-Net here and in diffusers, and of a similar one in imagen-pytorch.
 
     python benchmarks/side_by_side.py [--size=small] [--batches=1,8] [--dtype=float32] [--repeats=5]
 
-Needs the extra `peers`. diffusers' `UNet2DConditionModel` in the shapes of DeepFloyd IF gets random
-weights, which are imported here as those of IF would be; outputs and losses are compared before
-anything is timed. Then, in turn and several times over: the forward pass, and a train step (mean
-squared error, gradient, Adam; nothing is computed again on either side). torch runs eagerly and
-compiled, channels_last, with the number of threads that is fastest in a short trial; ours as one
-device with threads. lucidrains' U-Net, which has other layers, is built as wide as makes its
-parameters as many. In bfloat16 the train steps keep float32 parameters (torch: autocast) and the
-forward passes use a bfloat16 copy.
+Needs the extra `peers`. diffusers' `UNet2DConditionModel` in DeepFloyd IF's architecture has random
+weights, which are imported here like those of IF; outputs and losses are compared before timing.
+Then the forward pass and a train step (mean squared error, gradient, Adam; no recomputation) are
+timed in turn, in several rounds. torch runs eagerly and compiled, channels_last, with the number of
+threads that is fastest in a short trial; JAX runs on one multi-threaded device. imagen-pytorch's
+U-Net has other layers; its width is chosen to give a similar number of parameters. In bfloat16 the
+train steps keep float32 parameters (torch: autocast) and the forward passes use a bfloat16 copy.
 
-Prints a table and one JSON line: seconds of a call (median, lowest and highest) and how many times
-as long torch takes.
+Prints a table and one JSON line: seconds per call (median, lowest and highest) and the ratio of
+torch's time to JAX's.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from imagen_jax.interop import if_unet
 
 
 class Size(NamedTuple):
-    """Shape of the U-Net: side of the pictures, and fields of diffusers' configuration."""
+    """Architecture of the U-Net: image size and fields of diffusers' configuration."""
 
     side: int
     channels: tuple[int, ...]
@@ -53,27 +52,27 @@ SIZES = {
     "small": Size(32, (64, 128, 192), 2, 32, 128, 4),
     "if_m": Size(64, (192, 384, 576, 768), 3, 64, 4096, 64),
 }
-# Largest difference of outputs over their standard deviation, and of losses, that is no error.
+# Tolerances: difference of outputs relative to their standard deviation, and of losses, relative.
 TOLERANCE = {"float32": (1e-3, 1e-4), "bfloat16": (0.15, 0.02)}
 
 
 def inputs_of(size: Size, batch: int) -> dict[str, np.ndarray]:
-    """Random pictures [B, H, W, 3], steps, text [B, L, D] and targets."""
+    """Random noisy images z [B, H, W, 3], steps, text [B, L, D] and targets."""
     rng = np.random.default_rng(batch)
-    picture = (batch, size.side, size.side, 3)
+    image_shape = (batch, size.side, size.side, 3)
     return {
-        "z": rng.normal(size=picture).astype(np.float32),
+        "z": rng.normal(size=image_shape).astype(np.float32),
         "step": rng.integers(0, 1000, batch),
         "text": rng.normal(size=(batch, TEXT_LENGTH, size.text_dim)).astype(np.float32),
-        "target": rng.normal(size=picture).astype(np.float32),
+        "target": rng.normal(size=image_shape).astype(np.float32),
     }
 
 
 def check_equal(size: Size, batch: int, dtype: str, network: Any, model: Any) -> dict[str, float]:
-    """Compares outputs and losses of both networks. Raises SystemExit where they differ."""
-    given = inputs_of(size, batch)
-    expected, expected_loss = theirs.output_and_loss(network, given, dtype)
-    found, loss = ours.output_and_loss(model, given, dtype)
+    """Compares outputs and losses of both networks. Raises SystemExit if they differ."""
+    inputs = inputs_of(size, batch)
+    expected, expected_loss = theirs.output_and_loss(network, inputs, dtype)
+    found, loss = ours.output_and_loss(model, inputs, dtype)
     errors = {
         "output": float(np.abs(found - expected).max() / expected.std()),
         "loss": abs(loss / expected_loss - 1.0),
@@ -81,13 +80,13 @@ def check_equal(size: Size, batch: int, dtype: str, network: Any, model: Any) ->
     for (name, error), limit in zip(errors.items(), TOLERANCE[dtype], strict=True):
         if not error <= limit:
             raise SystemExit(
-                f"{name} differs by {error:.2g}, more than {limit}: not the same model"
+                f"{name} differs by {error:.2g}, more than {limit}: the networks are not the same"
             )
     return errors
 
 
 def fastest(candidates: dict[str, Any], trials: int = 2) -> str:
-    """Name of the call that is fastest in a short trial."""
+    """Name of the fastest call in a short trial."""
     found = reporting.interleaved(candidates, trials, seconds=0.0)
     return min(found, key=lambda name: min(found[name]))
 
@@ -95,7 +94,7 @@ def fastest(candidates: dict[str, Any], trials: int = 2) -> str:
 def contest(
     what: str, contenders: dict[str, dict[str, Any]], repeats: int
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Seconds of each contender's fastest way to do `what`, and which that was."""
+    """Seconds of each library's fastest way to run `what`, and the name of that way."""
     chosen = {name: fastest(ways) for name, ways in contenders.items()}
     calls = {name: contenders[name][way] for name, way in chosen.items()}
     print(f"# {what}: {chosen}", flush=True)
@@ -109,19 +108,19 @@ def rows_of(
     chosen: dict[str, str],
     flops: float,
 ) -> list[dict[str, Any]]:
-    """A row per contender; the ratio is taken round by round against ours, then its median."""
+    """A row per library; `times_ours` is the median over rounds of its time divided by ours."""
     rows = []
     for name, seconds in times.items():
         ratios = [theirs / ours for theirs, ours in zip(seconds, times["ours"], strict=True)]
-        done = flops if name != "lucidrains" else 0.0  # Other layers, other FLOPs.
+        counted = flops if name != "lucidrains" else 0.0  # Other layers, other FLOPs.
         row = {"what": what, "batch": batch, "who": name, "way": chosen[name]}
-        row |= reporting.speed(seconds, images=batch, flops=done)
+        row |= reporting.speed(seconds, images=batch, flops=counted)
         rows.append(row | {"times_ours": round(statistics.median(ratios), 3)})
     return rows
 
 
 def print_profile(call: Callable[[], Any], program: str) -> None:
-    """Prints the kinds of operation on which a call spends most, seconds over all threads."""
+    """Prints the most expensive kinds of operation of a call, seconds over all threads."""
     call()
     spent = operations.seconds_by_kind(operations.seconds_by_operation(call, 3), program)
     whole = sum(spent.values())
@@ -135,10 +134,10 @@ def main() -> None:
     parser.add_argument("--batches", default="1,8")
     parser.add_argument("--dtype", default="float32", choices=TOLERANCE)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--without", default="", help="of: compiled,lucidrains")
+    parser.add_argument("--without", default="", help="to skip, of: compiled,lucidrains")
     parser.add_argument("--what", default="forward,train")
-    parser.add_argument("--threads", default="", help="torch's on CPUs; empty: 1 and all cores")
-    parser.add_argument("--profile", action="store_true", help="where our time goes")
+    parser.add_argument("--threads", default="", help="of torch on CPUs; empty: 1 and all cores")
+    parser.add_argument("--profile", action="store_true", help="of our most expensive operations")
     flags = parser.parse_args()
     size, without = SIZES[flags.size], flags.without.split(",")
     cores = len(os.sched_getaffinity(0))
@@ -155,20 +154,20 @@ def main() -> None:
         lucid = theirs.lucidrains_network(size, parameters)
     rows, errors = [], {}
     for batch in map(int, flags.batches.split(",")):
-        given = inputs_of(size, batch)
+        inputs = inputs_of(size, batch)
         errors[batch] = check_equal(size, batch, flags.dtype, network, model)
         for what in flags.what.split(","):
-            run = ours.Runner(what, model, given, flags.dtype)
+            run = ours.Runner(what, model, inputs, flags.dtype)
             call = run.call()
             if flags.profile:
                 print_profile(call, run.program)
             contenders = {"ours": {"one device": call}}
-            contenders["eager"] = theirs.ways(what, network, given, flags.dtype, threads, "eager")
+            contenders["eager"] = theirs.ways(what, network, inputs, flags.dtype, threads, "eager")
             if "compiled" not in without:
-                ways = theirs.ways(what, network, given, flags.dtype, threads, "compiled")
+                ways = theirs.ways(what, network, inputs, flags.dtype, threads, "compiled")
                 contenders["compiled"] = ways
             if lucid is not None:
-                ways = theirs.ways(what, lucid, given, flags.dtype, threads, "eager")
+                ways = theirs.ways(what, lucid, inputs, flags.dtype, threads, "eager")
                 contenders["lucidrains"] = ways
             times, chosen = contest(f"{what}, batch {batch}", contenders, flags.repeats)
             rows += [

@@ -1,4 +1,4 @@
-"""This side of `side_by_side`: the imported U-Net's forward pass and train step."""
+"""JAX side of `side_by_side`: forward pass and train step of the imported U-Net."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from imagen_jax.parallel import flops, partitioning
 Model = tuple[ModelConfig, Any]
 
 
-def _arrays(given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What our network takes: logsnr instead of steps, and a mask."""
+def _arrays(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The inputs of our network: logsnr instead of steps, and a text mask."""
     return {
-        "z": given["z"],
-        "logsnr": cosine_steps().astype(np.float32)[given["step"]],
-        "text_emb": given["text"],
-        "text_mask": np.ones(given["text"].shape[:2], bool),
-        "target": given["target"],
+        "z": inputs["z"],
+        "logsnr": cosine_steps().astype(np.float32)[inputs["step"]],
+        "text_emb": inputs["text"],
+        "text_mask": np.ones(inputs["text"].shape[:2], bool),
+        "target": inputs["target"],
     }
 
 
@@ -50,48 +50,48 @@ def _loss(forward: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
 
 def output_and_loss(
-    model: Model, given: Mapping[str, np.ndarray], dtype: str
+    model: Model, inputs: Mapping[str, np.ndarray], dtype: str
 ) -> tuple[np.ndarray, float]:
-    """The network's output [B, H, W, C] and its loss."""
-    forward, batch = _network(model[0], dtype), _arrays(given)
+    """Output [B, H, W, C] and loss of the network."""
+    forward, batch = _network(model[0], dtype), _arrays(inputs)
     out = jax.jit(forward)(model[1], batch)
     return np.asarray(out, np.float32), float(jax.jit(_loss(forward))(model[1], batch))
 
 
 class Runner:
-    """One thing to time: `call()` gives what does it once and waits for the end.
+    """A program to time; `call()` returns a function that runs it once and waits for its end.
 
     Attributes:
-      cost: FLOPs of a call counted from the trace, and what the compiler says of it.
-      program: HLO of the call.
+      cost: FLOPs of a call counted from the trace, and the compiler's FLOPs and peak bytes.
+      program: HLO of the program.
     """
 
-    def __init__(self, what: str, model: Model, given: Mapping[str, np.ndarray], dtype: str):
+    def __init__(self, what: str, model: Model, inputs: Mapping[str, np.ndarray], dtype: str):
         self._what, self._model = what, model
         self._forward = _network(model[0], dtype)
-        self._dtype, self._batch = dtype, _arrays(given)
+        self._dtype, self._batch = dtype, _arrays(inputs)
         self.cost: dict[str, float] = {}
         self.program = ""
 
     def call(self) -> Callable[[], Any]:
-        """The call on the first device."""
+        """Compiles the program for the first device."""
         mesh = partitioning.make_mesh(MeshConfig(), jax.devices()[:1])
-        everywhere = partitioning.everywhere(mesh)
+        replicated = partitioning.replicated(mesh)
         with jax.set_mesh(mesh):
             batch = jax.device_put(self._batch, partitioning.batch_sharding(mesh))
             if self._what == "forward":
-                kept = jax.tree.map(lambda p: jnp.asarray(p, self._dtype), self._model[1])
-                kept = jax.device_put(kept, everywhere)
-                traced = jax.jit(self._forward).trace(kept, batch)
+                params = jax.tree.map(lambda p: jnp.asarray(p, self._dtype), self._model[1])
+                params = jax.device_put(params, replicated)
+                traced = jax.jit(self._forward).trace(params, batch)
                 compiled = traced.lower().compile(partitioning.forward_options())
-                call = lambda: jax.block_until_ready(compiled(kept, batch))  # noqa: E731
+                call = lambda: jax.block_until_ready(compiled(params, batch))  # noqa: E731
             else:
-                call, traced, compiled = self._train(batch, everywhere)
+                call, traced, compiled = self._train(batch, replicated)
         self.cost = {"flops": flops.count(traced.jaxpr), **reporting.compiler_says(compiled)}
         self.program = compiled.as_text()
         return call
 
-    def _train(self, batch: Any, everywhere: Any) -> tuple[Callable[[], Any], Any, Any]:
+    def _train(self, batch: Any, replicated: Any) -> tuple[Callable[[], Any], Any, Any]:
         optimizer = optax.adam(1e-4)
         loss = _loss(self._forward)
 
@@ -101,12 +101,13 @@ class Runner:
             updates, slots = optimizer.update(gradient, slots, params)
             return (optax.apply_updates(params, updates), slots), value
 
-        # A copy: the old state's memory may be given away.
-        params = jax.device_put(jax.tree.map(jnp.array, self._model[1]), everywhere)
-        state = (params, jax.device_put(optimizer.init(params), everywhere))
-        lies = (jax.tree.map(lambda leaf: leaf.sharding, state), everywhere)
+        # A copy, because the state is donated.
+        params = jax.device_put(jax.tree.map(jnp.array, self._model[1]), replicated)
+        state = (params, jax.device_put(optimizer.init(params), replicated))
+        shardings = (jax.tree.map(lambda leaf: leaf.sharding, state), replicated)
         donated = partitioning.donated(0)
-        traced = jax.jit(step, donate_argnums=donated, out_shardings=lies).trace(state, batch)
+        jitted = jax.jit(step, donate_argnums=donated, out_shardings=shardings)
+        traced = jitted.trace(state, batch)
         compiled = traced.lower().compile(partitioning.train_step_options())
 
         def call() -> Any:

@@ -1,4 +1,4 @@
-"""The other side of `side_by_side`: diffusers' and lucidrains' U-Nets in torch."""
+"""torch side of `side_by_side`: the U-Nets of diffusers and imagen-pytorch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def versions() -> dict[str, str]:
-    """Versions of the peers that are installed."""
+    """Versions of the installed libraries."""
     found = {}
     for name in ("torch", "diffusers", "imagen-pytorch"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -27,12 +27,12 @@ def versions() -> dict[str, str]:
 
 
 def parameters(network: torch.nn.Module) -> int:
-    """How many numbers a network has learned."""
+    """Number of parameters of a network."""
     return sum(p.numel() for p in network.parameters())
 
 
 def diffusers_network(size: Any) -> UNet2DConditionModel:
-    """IF's kind of U-Net: pixels and text in one attention on all levels but the first."""
+    """A U-Net of IF's architecture: joint attention over pixels and text below the first level."""
     torch.manual_seed(0)
     below = len(size.channels) - 1
     network = UNet2DConditionModel(
@@ -57,12 +57,12 @@ def diffusers_network(size: Any) -> UNet2DConditionModel:
     return network.to(DEVICE, memory_format=torch.channels_last)
 
 
-def lucidrains_network(size: Any, wanted: int) -> torch.nn.Module:
-    """imagen-pytorch's U-Net with as many levels, blocks and heads; its width gives `wanted`."""
+def lucidrains_network(size: Any, target: int) -> torch.nn.Module:
+    """imagen-pytorch's U-Net of equal depth and heads with about `target` parameters."""
     from imagen_pytorch import Unet
 
     class TakesSteps(Unet):
-        """Called as diffusers' is."""
+        """The U-Net with the call signature of diffusers' U-Net."""
 
         def forward(self, z: Any, step: Any, text: Any) -> Any:
             return super().forward(z, step.float() / 1000.0, text_embeds=text)
@@ -84,26 +84,26 @@ def lucidrains_network(size: Any, wanted: int) -> torch.nn.Module:
     with torch.device("meta"):
         widths = range(16, 2 * size.channels[0] + 1, 16)
         counts = {dim: parameters(build(dim)) for dim in widths}
-    nearest = min(counts, key=lambda dim: abs(counts[dim] - wanted))
+    nearest = min(counts, key=lambda dim: abs(counts[dim] - target))
     torch.manual_seed(0)
     return build(nearest).to(DEVICE, memory_format=torch.channels_last)
 
 
-def _tensors(given: Mapping[str, np.ndarray], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """What their networks take: pictures [B, C, H, W], channels_last in memory."""
+def _tensors(inputs: Mapping[str, np.ndarray], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The inputs of the torch networks: images [B, C, H, W], channels_last in memory."""
 
-    def picture(x: np.ndarray) -> torch.Tensor:
+    def to_image(x: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(x).permute(0, 3, 1, 2).to(DEVICE)
 
     return {
-        "z": picture(given["z"]).to(dtype, memory_format=torch.channels_last),
-        "step": torch.from_numpy(given["step"]).to(DEVICE),
-        "text": torch.from_numpy(given["text"]).to(DEVICE, dtype),
-        "target": picture(given["target"]),
+        "z": to_image(inputs["z"]).to(dtype, memory_format=torch.channels_last),
+        "step": torch.from_numpy(inputs["step"]).to(DEVICE),
+        "text": torch.from_numpy(inputs["text"]).to(DEVICE, dtype),
+        "target": to_image(inputs["target"]),
     }
 
 
-def _picture_of(out: Any) -> torch.Tensor:
+def _output_image(out: Any) -> torch.Tensor:
     return out if isinstance(out, torch.Tensor) else out[0]
 
 
@@ -115,17 +115,17 @@ def _autocast(dtype: str) -> Any:
 
 def _loss(run: Callable[..., Any], batch: Mapping[str, torch.Tensor], dtype: str) -> torch.Tensor:
     with _autocast(dtype):
-        out = _picture_of(run(batch["z"], batch["step"], batch["text"]))[:, :3]
+        out = _output_image(run(batch["z"], batch["step"], batch["text"]))[:, :3]
     return torch.nn.functional.mse_loss(out.float(), batch["target"])
 
 
 def output_and_loss(
-    network: torch.nn.Module, given: Mapping[str, np.ndarray], dtype: str
+    network: torch.nn.Module, inputs: Mapping[str, np.ndarray], dtype: str
 ) -> tuple[np.ndarray, float]:
-    """The network's output [B, H, W, C] and its loss."""
-    batch = _tensors(given, torch.float32)
+    """Output [B, H, W, C] and loss of the network."""
+    batch = _tensors(inputs, torch.float32)
     with torch.no_grad(), _autocast(dtype):
-        out = _picture_of(network(batch["z"], batch["step"], batch["text"]))
+        out = _output_image(network(batch["z"], batch["step"], batch["text"]))
         loss = _loss(network, batch, dtype)
     return out.float().permute(0, 2, 3, 1).cpu().numpy(), float(loss)
 
@@ -133,18 +133,18 @@ def output_and_loss(
 def ways(
     what: str,
     network: torch.nn.Module,
-    given: Mapping[str, np.ndarray],
+    inputs: Mapping[str, np.ndarray],
     dtype: str,
     threads: Sequence[int],
     mode: str,
 ) -> dict[str, Callable[[], Any]]:
-    """Calls that do `what` once and wait for the end, by number of threads; one way on a GPU.
+    """Functions that run `what` once and wait for its end, by number of threads; one on a GPU.
 
-    Each has a copy of the network, so that no train step moves another's weights.
+    They use a copy of the network, so that train steps do not change its weights.
     """
     network = copy.deepcopy(network)
     make = _forward if what == "forward" else _train
-    once = make(network, given, dtype, mode)
+    once = make(network, inputs, dtype, mode)
 
     def with_threads(count: int) -> Callable[[], Any]:
         def call() -> None:
@@ -161,10 +161,10 @@ def ways(
 
 
 def _forward(
-    network: torch.nn.Module, given: Mapping[str, np.ndarray], dtype: str, mode: str
+    network: torch.nn.Module, inputs: Mapping[str, np.ndarray], dtype: str, mode: str
 ) -> Callable[[], Any]:
     network = network.to(DTYPES[dtype]).eval()
-    batch = _tensors(given, DTYPES[dtype])
+    batch = _tensors(inputs, DTYPES[dtype])
     run = torch.compile(network) if mode == "compiled" else network
 
     def call() -> None:
@@ -175,10 +175,10 @@ def _forward(
 
 
 def _train(
-    network: torch.nn.Module, given: Mapping[str, np.ndarray], dtype: str, mode: str
+    network: torch.nn.Module, inputs: Mapping[str, np.ndarray], dtype: str, mode: str
 ) -> Callable[[], Any]:
     network = network.train()
-    batch = _tensors(given, torch.float32)
+    batch = _tensors(inputs, torch.float32)
     run = torch.compile(network) if mode == "compiled" else network
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, fused=True)
 

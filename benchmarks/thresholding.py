@@ -23,10 +23,12 @@ import reporting
 
 from imagen_jax.config.sampling import SamplingConfig
 from imagen_jax.diffusion import guidance, thresholding
-from imagen_jax.evaluation import line_chart
-from imagen_jax.evaluation.line_chart import Point
+from imagen_jax.evaluation import charts
+from imagen_jax.evaluation.charts import Point
 from imagen_jax.io import images
-from imagen_jax.stages import stage
+from imagen_jax.stages.conditioning import Conditioning, Text, null_text
+from imagen_jax.stages.denoiser import predict_x0
+from imagen_jax.stages.stage import Stage
 
 MODES = ("none", "static", "dynamic")
 LIMIT = 2  # levels of 255
@@ -35,10 +37,11 @@ SHOWN_WEIGHT, SHOWN = 8.0, 12
 
 def guided(params, config, text, weight, *, mode):
     """denoise with guidance weight `weight` and thresholding `mode`."""
-    null = stage.drop_text(*text, jnp.ones(text[1].shape[:1], bool))
+    text = Text(*text)
+    texts = [text, null_text(text)]
 
     def denoise(z, logsnr):
-        pair = stage.estimates((params, config), z, logsnr, [text, null])
+        pair = predict_x0(Stage(config, params), z, logsnr, Conditioning(text), texts)
         return guidance.classifier_free(*pair, jnp.full(logsnr.shape, weight))
 
     settings = SamplingConfig(
@@ -105,13 +108,13 @@ def write(record, docs, out):
         "saturation": "channel values at the limits, %",
     }
     for name, label in labels.items():
-        svg = line_chart.draw(
+        chart = charts.line_chart(
             lines[name],
             title=f"Guidance and thresholding: {name}",
             x_label="guidance weight of the base stage",
             y_label=label,
         )
-        (docs / "images" / f"thresholding_{name}.svg").write_text(svg)
+        (docs / "images" / f"thresholding_{name}.svg").write_text(charts.to_svg(chart))
     grids = [images.decode((out / f"{mode}.png").read_bytes()) for mode in MODES]
 
     sheet = np.concatenate(grids)

@@ -1,11 +1,11 @@
-"""What the training loop costs around its jitted step.
+"""Overhead of the training loop beyond its jitted step.
 
     python benchmarks/train_loop.py [--config=configs/shapes.py:base] [--steps=200] [--repeats=5]
 
-The same compiled step on the same batches: in a bare loop, inside `train` with its data and
-metrics, and inside `train` with SAVES saves in the background. The overhead is the share by which
-the loop takes longer than its steps when it saves as often as the configuration says. Prints a
-table and one JSON line: median, lowest and highest; times in seconds.
+Times the same compiled step on the same batches in a bare loop, in `train` with metrics, and in
+`train` with SAVES background saves. The overhead is the relative extra time of the loop at the save
+interval of the configuration. Prints a table and one JSON line: median, lowest and highest, in
+seconds.
 """
 
 import argparse
@@ -31,7 +31,7 @@ SAVES = 4  # In a run of `steps` steps.
 
 
 def batches_of(config, count=16):
-    """Random batches of the stage's shapes, over and over."""
+    """A stream that repeats `count` random batches of the stage's shapes."""
     rng = np.random.default_rng(0)
     data, n = config.data, config.data.batch_size
     made = []
@@ -48,7 +48,7 @@ def batches_of(config, count=16):
 
 
 def bare_seconds(config, batches, steps):
-    """Seconds of `steps` steps with nothing around them."""
+    """Seconds of `steps` consecutive steps in a bare loop."""
     mesh = partitioning.make_mesh(config.mesh)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     with jax.set_mesh(mesh):
@@ -66,7 +66,7 @@ def bare_seconds(config, batches, steps):
 
 
 def loop_seconds(config, batches, steps):
-    """Seconds that `train` takes for `steps` steps after its start, saves included."""
+    """Seconds of `steps` steps in `train` after its start, including saves."""
     with tempfile.TemporaryDirectory() as workdir:
         train(config, workdir, batches, lambda line: None)
         rows = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
@@ -108,7 +108,7 @@ def main():
         "steps": flags.steps,
         "steps_between_saves": every,
     }
-    print(json.dumps(result | reporting.spread(names, rows)))
+    print(json.dumps(result | reporting.median_and_range(names, rows)))
 
 
 if __name__ == "__main__":

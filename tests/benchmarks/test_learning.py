@@ -6,13 +6,13 @@ import types
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "benchmarks"))
 import learning
-from ablations import ROLES, Ablation, tabulate
+from ablations import ALL_KINDS, Ablation, tabulate
 
 from imagen_jax.config.schema import Config
 
 
 def cell(step, seed, exact):
-    kinds = {kind: {"exact": {"mean": exact}} for kind in ROLES}
+    kinds = {kind: {"exact": {"mean": exact}} for kind in ALL_KINDS}
     return {"arm": step, "seed": seed, "values": {}, "numbers": {"alignment": kinds}}
 
 
@@ -43,7 +43,7 @@ def test_every_kept_checkpoint_is_drawn_in_the_order_of_training(tmp_path, monke
 def test_the_picture_has_a_point_for_every_step_and_no_impossible_interval():
     cells = [cell(step, seed, exact) for step, exact in ((10, 0.2), (20, 0.9)) for seed in (0, 1)]
     cells[-1]["numbers"]["alignment"]["single"]["exact"]["mean"] = 1.0
-    rows = tabulate(Ablation({}, {}, ROLES, 6, learning.MEASURES), cells)
+    rows = tabulate(Ablation({}, {}, ALL_KINDS, 6, learning.MEASURES), cells)
     assert [row["choice"] for row in rows] == [{"arm": 10}, {"arm": 20}]
     found = rows[1]["measures"]["one object"]
     assert found["mean"] == 0.95 and found["mean"] + found["half"] > 1.0
