@@ -1,4 +1,4 @@
-"""What several verbs share: flags, and what is set up from them: devices, source, embeddings."""
+"""Flags that several verbs share, and what is built from them: devices, source, embeddings."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 
 import jax
 
+from imagen_jax.cli import config_help
 from imagen_jax.config import overrides
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import Config
@@ -16,18 +17,13 @@ from imagen_jax.data.embeddings.on_the_fly import TokenSource
 from imagen_jax.data.embeddings.store import EmbeddingStore
 from imagen_jax.data.sources.registry import open_source
 from imagen_jax.parallel import partitioning
+from imagen_jax.stages.names import check_names
 from imagen_jax.text.encoders import load_text_encoder
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
-    """Adds --config; overrides are `--config.a.b=value`."""
-    parser.add_argument(
-        "--config",
-        required=True,
-        metavar="FILE[:NAME]",
-        help="configuration, for example configs/shapes.py:base; "
-        "--config.a.b=value overrides a field",
-    )
+    """Adds --config, for `load_config`."""
+    config_help.add_config(parser)
 
 
 def add_stages(parser: argparse.ArgumentParser) -> None:
@@ -39,11 +35,13 @@ def add_stages(parser: argparse.ArgumentParser) -> None:
 
 def add_cpu_devices(parser: argparse.ArgumentParser) -> None:
     """Adds --cpu_devices, for `set_up_devices`."""
-    parser.add_argument("--cpu_devices", type=int, default=1, help="cores to share the pictures")
+    parser.add_argument(
+        "--cpu_devices", type=int, default=1, help="CPU devices that share the images"
+    )
 
 
 def check_least(flags: argparse.Namespace, least: int, *names: str) -> None:
-    """Raises ConfigError where one of these flags, if the verb has it, is below `least`."""
+    """Raises ConfigError when one of these flags, if the verb has it, is below `least`."""
     for name in names:
         if getattr(flags, name, least) < least:
             raise ConfigError(f"--{name}={getattr(flags, name)} must be at least {least}")
@@ -52,15 +50,16 @@ def check_least(flags: argparse.Namespace, least: int, *names: str) -> None:
 def load_config(flags: argparse.Namespace) -> Config:
     """The checked configuration of the flags; also sets up the host's devices for it."""
     config = overrides.load(flags.config, flags.overrides)
+    check_names(config)
     set_up_devices(config.mesh.cpu_devices)
     return config
 
 
 def set_up_devices(cpu_devices: int) -> None:
-    """Splits the host's cores into devices where no accelerator is; call before JAX is used.
+    """Splits the host's cores into CPU devices; call before JAX is used.
 
-    With several CPU devices data parallelism replaces the threads inside one convolution, which on
-    few cores wastes less.
+    Data parallelism over CPU devices replaces threads inside one convolution; on few cores it is
+    faster.
     """
     logging.getLogger("absl").setLevel(logging.WARNING)
     if cpu_devices > 1 and (os.cpu_count() or 1) >= cpu_devices:
@@ -70,8 +69,8 @@ def set_up_devices(cpu_devices: int) -> None:
 def open_pipeline(config: Config) -> Pipeline:
     """The stream of batches of `config`: its source joined with its embeddings.
 
-    The store must be of the very encoder that `config.text` names; where no encoder is named, any
-    store is taken. With `config.text.on_the_fly` the encoder takes the store's place.
+    The store must come from the encoder of `config.text`; an empty `config.text.path` accepts any
+    store. With `config.text.on_the_fly` the encoder replaces the store.
     """
     source = open_source(config.data)
     store = _open_text(config)

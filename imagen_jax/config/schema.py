@@ -1,7 +1,8 @@
-"""The only schema: frozen dataclasses, read and written by `config_io`.
+"""The configuration schema: frozen dataclasses, read and written by `overrides`.
 
-A run is one `Config`. Every field carries its documentation and unit in its metadata (`doc`), so
-that help texts and the reference are generated from here.
+A run is one `Config`. Every field has its documentation and unit in its metadata (`doc`), from
+which `imagen config` and the reference are generated. The sections `data`, `sampling` and `text` are
+in modules of their own.
 """
 
 from __future__ import annotations
@@ -10,24 +11,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from imagen_jax.config.data import ComponentConfig, DataConfig, SourceConfig
-from imagen_jax.config.fields import ConfigError, doc, section, unknown_name
-from imagen_jax.config.fields import check_choice as _check_choice
+from imagen_jax.config.data import DataConfig
+from imagen_jax.config.fields import ConfigError, check_choice, doc, section
 from imagen_jax.config.sampling import SamplingConfig
-from imagen_jax.config.text import EmbedConfig, PretrainTextConfig, T5Config, TextConfig
-
-__all__ = [
-    "ComponentConfig",
-    "ConfigError",
-    "DataConfig",
-    "EmbedConfig",
-    "PretrainTextConfig",
-    "SamplingConfig",
-    "SourceConfig",
-    "T5Config",
-    "TextConfig",
-    "unknown_name",
-]
+from imagen_jax.config.text import EmbedConfig, PretrainTextConfig, TextConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,14 +95,12 @@ class ModelConfig:
         return dataclasses.replace(self, **own)
 
     def __post_init__(self) -> None:
-        _check_choice("model.remat", self.remat, ("none", "blocks", "full"))
-        _check_choice(
-            "model.text_conditioning", self.text_conditioning, ("concat", "cross", "none")
-        )
-        _check_choice("model.text_pooling", self.text_pooling, ("attention", "mean", "token"))
-        _check_choice("model.text_norm", self.text_norm, ("layer", "group"))
-        _check_choice("model.noise_embedding", self.noise_embedding, ("time", "steps"))
-        _check_choice("model.activation", self.activation, ("swish", "gelu"))
+        check_choice("model.remat", self.remat, ("none", "blocks", "full"))
+        check_choice("model.text_conditioning", self.text_conditioning, ("concat", "cross", "none"))
+        check_choice("model.text_pooling", self.text_pooling, ("attention", "mean", "token"))
+        check_choice("model.text_norm", self.text_norm, ("layer", "group"))
+        check_choice("model.noise_embedding", self.noise_embedding, ("time", "steps"))
+        check_choice("model.activation", self.activation, ("swish", "gelu"))
         if self.text_norm == "group" and self.text_width % 32:
             raise ConfigError(
                 f"config.model.text_width={self.text_width} must be a multiple of 32, the groups "
@@ -169,7 +154,7 @@ class DiffusionConfig:
     )
 
     def __post_init__(self) -> None:
-        _check_choice("diffusion.aug_noise_size", self.aug_noise_size, ("image", "lowres"))
+        check_choice("diffusion.aug_noise_size", self.aug_noise_size, ("image", "lowres"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,8 +174,8 @@ class OptimizerConfig:
     multiply_by_parameter_scale: bool = doc(False, "Adafactor: steps relative to the weights' rms.")
 
     def __post_init__(self) -> None:
-        _check_choice("optimizer.name", self.name, ("adam", "adamw", "adafactor", "lion"))
-        _check_choice(
+        check_choice("optimizer.name", self.name, ("adam", "adamw", "adafactor", "lion"))
+        check_choice(
             "optimizer.schedule", self.schedule, ("constant", "cosine", "linear_tail", "rsqrt")
         )
 

@@ -16,7 +16,8 @@ import numpy as np
 from imagen_jax.config.data import DataConfig
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.sampling import SamplingConfig
-from imagen_jax.config.schema import Config, DiffusionConfig, TextConfig
+from imagen_jax.config.schema import Config, DiffusionConfig
+from imagen_jax.config.text import TextConfig
 from imagen_jax.export.check import check
 from imagen_jax.export.export import read_source
 from imagen_jax.interop import if_unet, weights

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from imagen_jax.config.schema import T5Config
+from imagen_jax.config.text import T5Config
 from imagen_jax.interop import weights
 from imagen_jax.models import t5
 from imagen_jax.parallel import partitioning

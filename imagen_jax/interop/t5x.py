@@ -18,7 +18,7 @@ import msgpack
 import numpy as np
 import tensorstore as ts
 
-from imagen_jax.config.schema import T5Config
+from imagen_jax.config.text import T5Config
 from imagen_jax.interop import weights
 from imagen_jax.models import t5
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from imagen_jax.config.fields import ConfigError
-from imagen_jax.config.schema import T5Config
+from imagen_jax.config.text import T5Config
 
 
 @dataclasses.dataclass(frozen=True)

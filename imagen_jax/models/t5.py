@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from imagen_jax.config.fields import unknown_name
-from imagen_jax.config.schema import T5Config
+from imagen_jax.config.text import T5Config
 
 ACTIVATIONS = {
     "gelu": lambda x: nn.gelu(x, approximate=True),

@@ -22,7 +22,8 @@ import jax
 import numpy as np
 
 from imagen_jax.config import overrides
-from imagen_jax.config.schema import Config, TextConfig
+from imagen_jax.config.schema import Config
+from imagen_jax.config.text import TextConfig
 from imagen_jax.interop import weights
 from imagen_jax.io import atomic
 from imagen_jax.stages.stage import Stage

@@ -1,8 +1,9 @@
-"""Text encoders: captions to token ids to one frozen vector per token (section 2.1 of the paper).
+"""Text encoders: captions to token ids to one frozen vector per token (Imagen, Sec. 2.1).
 
-`embed` runs an encoder over a data set's captions once, `cascade` over prompts; the picture model
-only ever sees (text_emb, text_mask). An encoder is a row of `TEXT_ENCODERS`; its fingerprint goes
-into every embedding store, so that training and sampling cannot silently use different ones.
+`embed` runs an encoder over the captions of a data set, `cascade` over prompts; the U-Nets receive
+(text_emb, text_mask). Encoders are found by `config.plugins`: a row of `TEXT_ENCODERS`, an entry
+point, or `package.module:name`. The fingerprint of the encoder is stored with every embedding store
+and stage, so training and sampling with different encoders is an error.
 """
 
 from __future__ import annotations
@@ -19,39 +20,48 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from imagen_jax.config import overrides
+from imagen_jax.config import overrides, plugins
 from imagen_jax.config.fields import ConfigError, unknown_name
-from imagen_jax.config.schema import T5Config, TextConfig
+from imagen_jax.config.text import T5Config, TextConfig
 from imagen_jax.interop import hf_clip, hf_t5, t5x, t5x_network, weights
 from imagen_jax.models import t5
-from imagen_jax.text.frozen_encoder import FrozenEncoder, TokenBatch
-from imagen_jax.text.vocabulary import ByteVocabulary, ClipVocabulary, SentencePieceVocabulary
-from imagen_jax.worlds.shapes import oracle_encoder
+from imagen_jax.text.frozen_encoder import FrozenEncoder
+from imagen_jax.text.vocabulary import (
+    ByteVocabulary,
+    ClipVocabulary,
+    SentencePieceVocabulary,
+    TokenBatch,
+)
 
 
 @runtime_checkable
 class TextEncoder(Protocol):
-    """What the rest of the project knows of a text encoder."""
+    """Interface of a text encoder.
+
+    Attributes:
+      dim: D, width of a vector.
+      max_len: largest number of tokens.
+    """
 
     dim: int
     max_len: int
 
     def fingerprint(self) -> dict[str, str | int]:
-        """Everything two encoders must share to give the same vectors, field by field."""
+        """Fields that are equal for two encoders exactly if their vectors are equal."""
         ...
 
     def token_count(self, caption: str) -> int:
-        """Tokens of a caption before any cut, the end mark included."""
+        """Tokens of a caption before any cut, the end token included."""
         ...
 
     def tokenize(self, captions: Sequence[str]) -> TokenBatch:
-        """Ids of B captions padded to max_len; a cut caption keeps its end mark."""
+        """Ids of B captions padded to max_len; a cut caption keeps its end token."""
         ...
 
     def encode(
         self, ids: Int[Array | np.ndarray, "b l"], mask: Bool[Array | np.ndarray, "b l"]
     ) -> Float[Array, "b l d"]:
-        """float32 vectors, one per token, zero at padding. Any L up to max_len will do."""
+        """float32 vectors, one per token, zero at padding; L is at most max_len."""
         ...
 
     def flops(self, length: int) -> float:
@@ -63,8 +73,8 @@ def load_t5(config: TextConfig, mesh: Mesh | None = None) -> TextEncoder:
     """A T5 encoder from `config.path`, with SentencePiece.
 
     The folder has the Hugging Face layout with spiece.model, or is a t5x `checkpoint_N` folder (at
-    any address tensorstore knows) with `t5_config.json` (the fields of `config.T5Config`) and
-    spiece.model in it or beside it; `config.preset` and `config.vocabulary` stand in for the two.
+    any address that tensorstore reads) with `t5_config.json` (the fields of `schema.T5Config`) and
+    spiece.model in it or beside it. `config.preset` and `config.vocabulary` replace these files.
 
     Raises:
       ConfigError: the path is empty or a file is missing. WeightsError: the weights do not load.
@@ -97,7 +107,7 @@ def load_clip(config: TextConfig, mesh: Mesh | None = None) -> TextEncoder:
     """CLIP's text tower, penultimate layer, from a Hugging Face folder with its vocabulary.
 
     Raises:
-      ConfigError: the path is empty, `max_len` is more than the tower has places for, or a file is
+      ConfigError: the path is empty, `max_len` exceeds the positions of the tower, or a file is
         missing. WeightsError: the weights do not load.
     """
     folder = _folder(config)
@@ -105,7 +115,7 @@ def load_clip(config: TextConfig, mesh: Mesh | None = None) -> TextEncoder:
     if config.max_len > shape.positions:
         raise ConfigError(
             f"config.text.max_len={config.max_len} must be at most {shape.positions}, the "
-            f"positions that {folder} knows"
+            f"positions of {folder}"
         )
     for names in (("vocab.json", "merges.txt"), ("tokenizer.json",)):
         if all((folder / name).is_file() for name in names):
@@ -114,7 +124,7 @@ def load_clip(config: TextConfig, mesh: Mesh | None = None) -> TextEncoder:
     else:
         raise ConfigError(
             f"config.text.path={str(folder)!r} has neither vocab.json with merges.txt nor "
-            "tokenizer.json; point it to a whole Hugging Face CLIP folder"
+            "tokenizer.json; give a complete Hugging Face CLIP folder"
         )
     vocabulary = ClipVocabulary(files, str(folder))
     return FrozenEncoder("clip", shape, tensors, vocabulary=vocabulary, config=config, mesh=mesh)
@@ -125,15 +135,23 @@ TEXT_ENCODERS: dict[str, Callable[[TextConfig, Mesh | None], TextEncoder]] = {
     "bytes": load_bytes,
     "t5x": load_t5x,
     "clip": load_clip,
-    "shapes_oracle": oracle_encoder.load,
 }
 
 
 def load_text_encoder(config: TextConfig, mesh: Mesh | None = None) -> TextEncoder:
-    """The encoder that `config` describes, over `mesh`. Raises ConfigError, WeightsError."""
-    if config.encoder not in TEXT_ENCODERS:
-        raise ConfigError(unknown_name("config.text.encoder", config.encoder, list(TEXT_ENCODERS)))
-    return TEXT_ENCODERS[config.encoder](config, mesh)
+    """The encoder `config.encoder`, with its parameters on `mesh`.
+
+    Args:
+      config: the section `text`; `encoder` is a row of `TEXT_ENCODERS`, the name of an entry point
+        of the group `imagen_jax.text_encoders`, or `package.module:name`.
+      mesh: devices of the parameters; None: the first device.
+
+    Raises:
+      ConfigError: there is no such encoder, or a file is missing. WeightsError: the weights do not
+        load.
+    """
+    load = plugins.find("config.text.encoder", config.encoder, plugins.TEXT_ENCODERS, TEXT_ENCODERS)
+    return load(config, mesh)
 
 
 def embed_prompts(
@@ -144,8 +162,8 @@ def embed_prompts(
     Args:
       encoder: the text encoder.
       prompts: N strings.
-      batch_size: prompts per forward pass; the last batch is filled up, so one shape is compiled.
-      max_len: L, the tokens the picture model was trained with; more are cut.
+      batch_size: prompts per forward pass; the last batch is padded, so one shape is compiled.
+      max_len: L, the number of tokens the U-Nets were trained with; longer prompts are cut.
 
     Returns:
       text_emb float32, zero at padding, and text_mask, True at real tokens.
@@ -186,7 +204,7 @@ def _open_t5(config: TextConfig) -> tuple[T5Config, Mapping[str, weights.Tensor]
             differing = [f"{k}={v}, not {theirs[k]}" for k, v in ours.items() if v != theirs[k]]
             raise ConfigError(
                 f"config.text.preset={config.preset!r} does not fit {config.path}: "
-                f"{', '.join(differing)}; leave it empty, the folder tells its shape"
+                f"{', '.join(differing)}; leave it empty, the folder has its shape"
             )
         return shape, tensors
     shape = preset or _recorded_shape(config)
@@ -197,8 +215,8 @@ def _recorded_shape(config: TextConfig) -> T5Config:
     content = _beside(config, "t5_config.json")
     if content is None:
         raise ConfigError(
-            f"config.text.path={config.path!r} has no t5_config.json, and a t5x checkpoint does "
-            "not tell its shape; set config.text.preset, for example to t5_v1_1_xxl"
+            f"config.text.path={config.path!r} has no t5_config.json, and a t5x checkpoint has "
+            "no shape; set config.text.preset, for example to t5_v1_1_xxl"
         )
     where = f"t5_config.json of {config.path}"
     try:
@@ -213,11 +231,11 @@ def _sentencepiece(config: TextConfig) -> SentencePieceVocabulary:
     given = config.vocabulary
     content = t5x.read_file(given) if given else _beside(config, "spiece.model")
     if content is None and given:
-        raise ConfigError(f"config.text.vocabulary={given!r} is no file; give a spiece.model")
+        raise ConfigError(f"config.text.vocabulary={given!r} is not a file; give a spiece.model")
     if content is None:
         raise ConfigError(
-            f"config.text.path={config.path!r} has no spiece.model; run pretrain_text, point it to "
-            "a whole Hugging Face T5 folder, or set config.text.vocabulary"
+            f"config.text.path={config.path!r} has no spiece.model; run pretrain_text, give a "
+            "complete Hugging Face T5 folder, or set config.text.vocabulary"
         )
     return SentencePieceVocabulary(content, given or f"{config.path}/spiece.model")
 
@@ -237,6 +255,6 @@ def _folder(config: TextConfig) -> pathlib.Path:
         what = "is empty" if not config.path else "is not a folder"
         raise ConfigError(
             f"config.text.path={config.path!r} {what}; "
-            "run pretrain_text or point it to a Hugging Face T5 folder"
+            "run pretrain_text or give a Hugging Face T5 folder"
         )
     return folder

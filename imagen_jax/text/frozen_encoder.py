@@ -1,9 +1,8 @@
-"""A frozen text encoder: a network, its parameters over a mesh, and a vocabulary.
+"""A frozen text encoder: a network, its sharded parameters, and a vocabulary.
 
-Parameters go from the files onto the devices one tensor at a time, laid out by
-`partitioning.RULES`, in `config.text.dtype`: no host ever holds an XXL in its own memory. The
-forward pass is compiled once per length, its batch split over (data, fsdp). `text` says which
-networks there are and makes encoders of them.
+Parameters are read from the files one tensor at a time, cast to `config.text.dtype` and placed on
+the devices with the sharding of `partitioning.RULES`, so host memory holds one tensor of a T5-XXL.
+The forward pass is compiled once per length; its batch is sharded over (data, fsdp).
 """
 
 from __future__ import annotations
@@ -22,37 +21,23 @@ from jaxtyping import Array, Bool, Float, Int
 
 from imagen_jax.config import overrides
 from imagen_jax.config.fields import ConfigError
-from imagen_jax.config.schema import T5Config, TextConfig
+from imagen_jax.config.text import T5Config, TextConfig
 from imagen_jax.interop import weights
 from imagen_jax.interop.t5x_network import T5xConfig
 from imagen_jax.interop.t5x_network import make_encoder as make_t5x_encoder
 from imagen_jax.models import clip, t5
 from imagen_jax.models.clip import ClipTextConfig
 from imagen_jax.parallel import partitioning
-from imagen_jax.text.vocabulary import Vocabulary
-
-
-class TokenBatch(NamedTuple):
-    """Padded token ids.
-
-    Attributes:
-      ids: int32 [B, L], zero at padding.
-      mask: bool [B, L], True at real tokens, the end mark included.
-      truncated: indices of captions that were cut.
-    """
-
-    ids: np.ndarray
-    mask: np.ndarray
-    truncated: tuple[int, ...]
+from imagen_jax.text.vocabulary import TokenBatch, Vocabulary, tokenize
 
 
 class Network(NamedTuple):
-    """A kind of encoder network, told by the type of its shape.
+    """An encoder network.
 
     Attributes:
-      module: shape -> what has `apply({"params": params}, ids, mask) -> f32[B, L, D]`.
+      module: shape -> an object with `apply({"params": params}, ids, mask) -> f32[B, L, D]`.
       boxed_shapes: shape -> tree of parameter shapes, boxed with their axis names.
-      flops: (shape, tokens) -> operations of one caption.
+      flops: (shape, tokens) -> floating-point operations of one caption.
     """
 
     module: Callable[[Any], Any]
@@ -60,6 +45,7 @@ class Network(NamedTuple):
     flops: Callable[[Any, int], float]
 
 
+# Type of the shape -> network.
 NETWORKS: dict[type, Network] = {
     T5Config: Network(t5.T5Encoder, t5.boxed_shapes, t5.flops),
     T5xConfig: Network(make_t5x_encoder, t5.boxed_shapes, t5.flops),
@@ -76,21 +62,21 @@ def encode_tokens(
     config: Any,
     sharding: Sharding | None = None,
 ) -> Float[Array, "b l d"]:
-    """The forward pass of the network of that shape; compiled once per length.
+    """The forward pass; compiled once per length.
 
     Args:
       params: plain parameters.
       ids: token ids.
       mask: True at real tokens.
       config: the network's shape, such as a `T5Config`.
-      sharding: where the vectors are to lie; None: where they come out.
+      sharding: sharding of the result; None: the compiler's choice.
     """
     encoded = NETWORKS[type(config)].module(config).apply({"params": params}, ids, mask)
     return jax.lax.with_sharding_constraint(encoded, sharding) if sharding else encoded
 
 
 class FrozenEncoder:
-    """A frozen network with its vocabulary; parameters are read when they are first needed."""
+    """A frozen network with its vocabulary; parameters are read at first use."""
 
     def __init__(
         self,
@@ -102,20 +88,23 @@ class FrozenEncoder:
         config: TextConfig,
         mesh: Mesh | None = None,
     ):
-        """Joins what was found.
+        """Reads no parameters.
 
         Args:
           name: row of `TEXT_ENCODERS`.
-          shape: of the network; has `vocab_size`, `emb_dim` and `dtype`.
-          tensors: its parameters by path, float32, unread.
-          vocabulary: its vocabulary.
+          shape: shape of the network, with `vocab_size`, `emb_dim` and `dtype`.
+          tensors: parameters by path, float32, not read yet.
+          vocabulary: the vocabulary.
           config: `max_len` and `dtype`.
-          mesh: devices to lay it over; None: the first one.
+          mesh: devices of the parameters; None: the first device.
+
+        Raises:
+          ConfigError: the vocabulary is larger than the embedding table, or max_len is below 2.
         """
         if vocabulary.size > shape.vocab_size:
             raise ConfigError(
                 f"the vocabulary has {vocabulary.size} pieces, the encoder's table "
-                f"{shape.vocab_size} rows; they do not belong together"
+                f"{shape.vocab_size} rows; they are of different encoders"
             )
         if config.max_len < 2:
             raise ConfigError(f"config.text.max_len={config.max_len} must be at least 2")
@@ -132,7 +121,7 @@ class FrozenEncoder:
     def fingerprint(self) -> dict[str, str | int]:
         """Encoder row, sha256 of weights and of vocabulary, max_len and dim.
 
-        Reads all weights; on a mesh they stay there, else none is kept.
+        Reads all weights. With a mesh they stay on the devices, without one they are discarded.
         """
         if not self._weights_sha256:
             self._read(keep=self.mesh is not None)
@@ -152,9 +141,9 @@ class FrozenEncoder:
         return self._params
 
     def _read(self, *, keep: bool) -> None:
-        """Reads the parameters one by one for their hash and, with `keep`, onto the devices.
+        """Hashes the parameters one by one; with `keep`, also places them on the devices.
 
-        The hash is of values rather than files: a safetensors and a torch copy are one encoder.
+        The hash is of values, not of files: it is equal for a safetensors and a torch copy.
         """
         digest = hashlib.sha256(overrides.fingerprint(self.shape).encode())
         shardings, placed = self._shardings(), {}
@@ -164,7 +153,7 @@ class FrozenEncoder:
             digest.update(array.data)
             if keep:
                 array = _place(array, self.shape.dtype, shardings[path])
-                # Waited for, or the queue of transfers would be the whole model.
+                # Blocks, so that queued transfers do not hold the whole model in host memory.
                 placed[path] = jax.block_until_ready(array)
         self._weights_sha256 = digest.hexdigest()
         if keep:
@@ -182,26 +171,12 @@ class FrozenEncoder:
         return NETWORKS[type(self.shape)].flops(self.shape, length)
 
     def token_count(self, caption: str) -> int:
-        """Tokens of a caption before any cut, the marks included."""
+        """Tokens of a caption before any cut, start and end tokens included."""
         return len(self._vocabulary.start) + len(self._vocabulary(caption)) + 1
 
     def tokenize(self, captions: Sequence[str]) -> TokenBatch:
-        """Ids of B captions padded to max_len; a cut caption keeps its end mark.
-
-        Args:
-          captions: B strings; "" is legal and gives the marks alone.
-        """
-        ids = np.zeros((len(captions), self.max_len), np.int32)
-        mask = np.zeros(ids.shape, bool)
-        truncated = []
-        for row, caption in enumerate(captions):
-            pieces = [*self._vocabulary.start, *self._vocabulary(caption)]
-            if len(pieces) >= self.max_len:
-                truncated.append(row)
-            pieces = [*pieces[: self.max_len - 1], self._vocabulary.end]
-            ids[row, : len(pieces)] = pieces
-            mask[row, : len(pieces)] = True
-        return TokenBatch(ids, mask, tuple(truncated))
+        """Ids of B captions padded to max_len; a cut caption keeps its end token."""
+        return tokenize(self._vocabulary, captions, max_len=self.max_len)
 
     def encode(
         self, ids: Int[Array | np.ndarray, "b l"], mask: Bool[Array | np.ndarray, "b l"]
@@ -209,14 +184,14 @@ class FrozenEncoder:
         """Vectors of tokens.
 
         Args:
-          ids: int32 ids as `tokenize` gives them; any L up to max_len will do.
+          ids: int32 ids of `tokenize`; L is at most max_len.
           mask: True at real tokens.
 
         Returns:
-          float32, zero at padding; on a mesh split over (data, fsdp) where these divide B.
+          float32, zero at padding; with a mesh sharded over (data, fsdp) if these divide B.
         """
         sharding = self._batch_sharding(len(ids))
-        # Arrays of several processes that lie there already must not be touched.
+        # Arrays of several processes that have this sharding must not be transferred.
         if sharding is None or getattr(ids, "sharding", None) != sharding:
             ids, mask = jax.device_put((jnp.asarray(ids), jnp.asarray(mask)), sharding)
         return encode_tokens(self.params, ids, mask, config=self.shape, sharding=sharding)
@@ -224,12 +199,12 @@ class FrozenEncoder:
     def _batch_sharding(self, size: int) -> NamedSharding | None:
         if self.mesh is None:
             return None
-        split = size % partitioning.batch_devices(self.mesh) == 0
-        place = partitioning.batch_sharding if split else partitioning.everywhere
-        return place(self.mesh)
+        if size % partitioning.batch_devices(self.mesh):
+            return partitioning.replicated(self.mesh)
+        return partitioning.batch_sharding(self.mesh)
 
 
 def _place(array: np.ndarray, dtype: str, sharding: Sharding) -> Array:
-    """The array over its devices; each host brings the parts that lie on its own."""
-    part = lambda index: array[index].astype(jnp.dtype(dtype))  # noqa: E731
-    return jax.make_array_from_callback(array.shape, sharding, part)
+    """The array on its devices; each host transfers the shards of its own devices."""
+    shard = lambda index: array[index].astype(jnp.dtype(dtype))  # noqa: E731
+    return jax.make_array_from_callback(array.shape, sharding, shard)

@@ -31,13 +31,15 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from imagen_jax.config.fields import ConfigError
-from imagen_jax.config.schema import OptimizerConfig, PretrainTextConfig, T5Config
+from imagen_jax.config.schema import OptimizerConfig
+from imagen_jax.config.text import PretrainTextConfig, T5Config
 from imagen_jax.interop import hf_t5
 from imagen_jax.io import atomic
 from imagen_jax.models import t5
 from imagen_jax.parallel import partitioning
+from imagen_jax.text.vocabulary import EOS_ID
 from imagen_jax.training.optimizer import make_optimizer
-from imagen_jax.training.text_corpus import EOS_ID, by_group, tokenize, train_vocabulary
+from imagen_jax.training.text_corpus import by_group, tokenize, train_vocabulary
 
 LOG_EVERY = 100
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from imagen_jax.config.schema import PretrainTextConfig, TextConfig
+from imagen_jax.config.text import PretrainTextConfig, TextConfig
 from imagen_jax.stages.folder import write_stage
 from imagen_jax.worlds.shapes import scenes
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from imagen_jax.cli import main
-from imagen_jax.config.schema import T5Config
+from imagen_jax.config.text import T5Config
 from imagen_jax.data.embeddings import embed
 from imagen_jax.data.embeddings import store as embeddings
 from imagen_jax.data.embeddings.store import EmbeddingError, EmbeddingStore

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax.config.schema import T5Config
+from imagen_jax.config.text import T5Config
 from imagen_jax.data.embeddings.store import EmbeddingStore
 from imagen_jax.interop import hf_t5
 from imagen_jax.models import t5

@@ -16,7 +16,7 @@ import pytest
 from imagen_jax.cli import wiring
 from imagen_jax.config import overrides as config_io
 from imagen_jax.config.fields import ConfigError
-from imagen_jax.config.schema import T5Config, TextConfig
+from imagen_jax.config.text import T5Config, TextConfig
 from imagen_jax.data.embeddings import embed
 from imagen_jax.data.sources.registry import open_source
 from imagen_jax.interop import hf_t5

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from imagen_jax.cli import main
-from imagen_jax.config.schema import T5Config, TextConfig
+from imagen_jax.config.text import T5Config, TextConfig
 from imagen_jax.interop import hf_t5
 from imagen_jax.models import t5
 from imagen_jax.stages.folder import check_chain, load_stage, write_stage

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from imagen_jax.cli import main
-from imagen_jax.config.schema import T5Config, TextConfig
+from imagen_jax.config.text import T5Config, TextConfig
 from imagen_jax.diffusion.editing import Edit
 from imagen_jax.inference.cascade import Cascade
 from imagen_jax.inference.sample import Job, sample
@@ -121,7 +121,7 @@ def test_a_folder_of_another_run_is_refused(cascade, drawn, rows, changes, says)
 
 def test_other_weights_are_another_run(stages, drawn, random_params, tmp_path):
     other = Cascade(stages, FakeEncoder())
-    other.weights = ["0123", ""]
+    other.weight_hashes = ["0123", ""]
     with pytest.raises(SampleError, match=r"settings.base.weights='', this run has '0123'"):
         sample(other, ROWS, str(drawn), JOB)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from imagen_jax.config.fields import ConfigError
-from imagen_jax.config.schema import TextConfig
+from imagen_jax.config.text import TextConfig
 from imagen_jax.interop import hf_clip, weights
 from imagen_jax.text import encoders
 from imagen_jax.text.frozen_encoder import encode_tokens
@@ -78,7 +78,7 @@ def test_tokenizer_json_is_read_as_well(encoder, copy):
     captions = ["A red circle's", "café 12"]
     np.testing.assert_array_equal(other.tokenize(captions).ids, encoder.tokenize(captions).ids)
     (copy / "tokenizer.json").write_text("{")
-    with pytest.raises(ConfigError, match="holds no CLIP vocabulary"):
+    with pytest.raises(ConfigError, match="has no CLIP vocabulary"):
         encoders.load_text_encoder(dataclasses.replace(CONFIG, path=str(copy)))
 
 

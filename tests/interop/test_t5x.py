@@ -12,7 +12,7 @@ import msgpack
 import numpy as np
 import pytest
 
-from imagen_jax.config.schema import T5Config
+from imagen_jax.config.text import T5Config
 from imagen_jax.interop import t5x, weights
 from imagen_jax.models.t5 import T5Encoder
 

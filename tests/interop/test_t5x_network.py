@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from imagen_jax.config.fields import ConfigError
-from imagen_jax.config.schema import T5Config, TextConfig
+from imagen_jax.config.text import T5Config, TextConfig
 from imagen_jax.interop import t5x, t5x_network
 from imagen_jax.text.encoders import load_text_encoder
 from imagen_jax.text.frozen_encoder import encode_tokens

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from imagen_jax.config.schema import T5Config
+from imagen_jax.config.text import T5Config
 from imagen_jax.models import t5
 from imagen_jax.parallel import partitioning
 

@@ -11,7 +11,8 @@ import sys
 import jax
 import numpy as np
 
-from imagen_jax.config.schema import MeshConfig, TextConfig
+from imagen_jax.config.schema import MeshConfig
+from imagen_jax.config.text import TextConfig
 from imagen_jax.parallel import partitioning
 from imagen_jax.text.encoders import load_text_encoder
 
@@ -28,7 +29,7 @@ def main() -> None:
     mesh = partitioning.make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
     encoder = load_text_encoder(config, mesh)
     # The devices' own buffers and threads are no part of the model.
-    jax.block_until_ready(jax.device_put(np.zeros((8, 8)), partitioning.everywhere(mesh)))
+    jax.block_until_ready(jax.device_put(np.zeros((8, 8)), partitioning.replicated(mesh)))
     before = peak()
     leaves = jax.tree.leaves(encoder.params)
     grown = peak() - before

@@ -1,4 +1,4 @@
-"""A server in a process of its own with a tiny random cascade, and a client that may misbehave."""
+"""A server in its own process with a tiny random cascade, and a client that may misbehave."""
 
 import dataclasses
 import http.client
@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from imagen_jax.config.schema import T5Config, TextConfig
+from imagen_jax.config.text import T5Config, TextConfig
 from imagen_jax.interop import hf_t5
 from imagen_jax.models import t5
 from imagen_jax.stages.folder import write_stage
@@ -39,7 +39,7 @@ def stage_folders(base_config, sr_config, random_params, tmp_path_factory) -> st
 
 
 class Client:
-    """Talks to one address; every answer is (status, headers, body)."""
+    """Sends requests to one address; every response is (status, headers, body)."""
 
     def __init__(self, port: int):
         self.port = port
@@ -48,8 +48,8 @@ class Client:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         try:
             connection.request(method, path, body, headers)
-            answer = connection.getresponse()
-            return answer.status, dict(answer.getheaders()), answer.read()
+            response = connection.getresponse()
+            return response.status, dict(response.getheaders()), response.read()
         finally:
             connection.close()
 
@@ -59,15 +59,15 @@ class Client:
         assert status == 200, (path, status, body)
         return json.loads(body)
 
-    def post(self, asked, **headers):
-        """Orders pictures; a body that is no bytes is sent as JSON."""
-        body = asked if isinstance(asked, bytes) else json.dumps(asked).encode()
+    def post(self, request, **headers):
+        """Requests images; a body that is not bytes is sent as JSON."""
+        body = request if isinstance(request, bytes) else json.dumps(request).encode()
         return self.call(
             "POST", "/api/jobs", body, **{"content-type": "application/json"} | headers
         )
 
     def raw(self, data: bytes) -> bytes:
-        """Whatever comes back for these bytes."""
+        """The response to these bytes."""
         with socket.create_connection(("127.0.0.1", self.port), timeout=120) as connection:
             connection.sendall(data)
             return b"".join(iter(lambda: connection.recv(65536), b""))
@@ -101,7 +101,7 @@ class Server:
         assert port, first + self.process.stdout.read()
         self.client = Client(int(port[1]))
         while (line := self.process.stdout.readline()) != "ready\n":
-            assert line, "the server has gone"
+            assert line, "the server has exited"
 
     def resident(self) -> int:
         """Memory, bytes."""
@@ -109,15 +109,15 @@ class Server:
             return int(re.search(r"VmRSS:\s+(\d+) kB", file.read())[1]) * 1024
 
     def stop(self) -> str:
-        """Asks it to go; returns what it had left to say."""
+        """Sends SIGTERM; returns the rest of the output."""
         self.process.send_signal(signal.SIGTERM)
-        said, _ = self.process.communicate(timeout=60)
-        return said
+        output, _ = self.process.communicate(timeout=60)
+        return output
 
 
 @pytest.fixture
 def start_server(stage_folders):
-    """(out, flags...) -> a server that can draw."""
+    """(out, flags...) -> a server that is ready."""
     running = []
 
     def start(out, *flags: str) -> Server:

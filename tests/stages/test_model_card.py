@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from imagen_jax.config.schema import TextConfig
+from imagen_jax.config.text import TextConfig
 from imagen_jax.evaluation import report
 from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.stages import folder, model_card

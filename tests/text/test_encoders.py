@@ -16,14 +16,14 @@ import pytest
 
 from imagen_jax.config import schema as config_lib
 from imagen_jax.config.fields import ConfigError
-from imagen_jax.config.schema import T5Config, TextConfig
+from imagen_jax.config.text import T5Config, TextConfig
 from imagen_jax.interop import hf_t5
 from imagen_jax.models import t5
 from imagen_jax.parallel import partitioning
 from imagen_jax.text import encoders, vocabulary
 from imagen_jax.training import pretrain_text
 
-GOLDEN = pathlib.Path(__file__).parent / "golden" / "t5_t5x"
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "t5_t5x"
 CAPTIONS = ["a red circle above a blue square", "two small green crosses", "a white triangle"] * 4
 TINY = T5Config(vocab_size=600, emb_dim=16, num_layers=1, num_heads=2, head_dim=8, mlp_dim=16)
 
@@ -200,7 +200,7 @@ def test_a_t5x_checkpoint_at_an_address_with_preset_and_vocabulary(
             {"preset": "t5_small"},
             "does not fit .*emb_dim=512, not 16.*leave it empty",
         ),
-        ({"vocabulary": "nowhere.model"}, "config.text.vocabulary='nowhere.model' is no file"),
+        ({"vocabulary": "nowhere.model"}, "config.text.vocabulary='nowhere.model' is not a file"),
         ({"path": "file:///nowhere/checkpoint_1"}, "no t5_config.json.*config.text.preset"),
         ({"path": "gss://bucket/checkpoint_1", "preset": "t5_small"}, "gss://.*cannot be opened"),
     ],

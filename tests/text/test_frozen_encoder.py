@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from imagen_jax.config.schema import T5Config, TextConfig
+from imagen_jax.config.text import T5Config, TextConfig
 from imagen_jax.interop import hf_t5
 from imagen_jax.models import t5
 from imagen_jax.text.frozen_encoder import FrozenEncoder

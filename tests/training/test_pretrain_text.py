@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from imagen_jax.config.fields import ConfigError
-from imagen_jax.config.schema import PretrainTextConfig, TextConfig
+from imagen_jax.config.text import PretrainTextConfig, TextConfig
 from imagen_jax.interop import weights
 from imagen_jax.io.atomic import OutputError
 from imagen_jax.text import encoders

@@ -18,8 +18,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from imagen_jax.config.fields import ConfigError
-from imagen_jax.config.schema import TextConfig
-from imagen_jax.text.frozen_encoder import TokenBatch
+from imagen_jax.config.text import TextConfig
+from imagen_jax.text.vocabulary import TokenBatch
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "color": ("red", "green", "blue", "yellow", "purple", "orange", "cyan", "white"),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from imagen_jax.config.fields import ConfigError
-from imagen_jax.config.schema import TextConfig
+from imagen_jax.config.text import TextConfig
 from imagen_jax.text import encoders
 from imagen_jax.worlds.shapes import oracle_encoder, scenes
 
