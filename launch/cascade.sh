@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# All stages of a cascade, side by side: they do not need each other to learn.
+# Trains all stages of a cascade at the same time; they are independent of each other.
 #   launch/cascade.sh --config=FILE --stages=NAME,NAME,... --workdir=DIR [--launcher=local]
 #       [--logs=DIR] [options] [--config.a.b=value ...]
-# Each stage trains with --config=FILE:NAME --workdir=DIR/NAME and is shown as it ends; its lines
-# are in DIR/NAME.log (--logs: elsewhere). The exit status is the first that is not 0, or 0.
+# Each stage trains with --config=FILE:NAME --workdir=DIR/NAME, writes to DIR/NAME.log (--logs: to
+# another folder) and is reported when it ends. The exit status is the first that is not 0, or 0.
 # SIGTERM and SIGINT are passed on.
-#   --launcher=local   on this machine, started again after exit status 75
+#   --launcher=local   on this machine, restarted after exit status 75
 #              --gpus=0,1,...  the GPU of each stage, in order
 #   --launcher=tpu_vm|slurm|xpk|gke   launch/tpu_vm.sh resume, launch/slurm.sh, launch/xpk.sh or
 #              launch/gke_jobset.sh with --name=PREFIX-NAME (--name=PREFIX, imagen) and all
-#              further options; these stages go on when their launchers have ended
+#              further options; these stages continue after their launchers end
 #   --dry_run
 set -euo pipefail
 config='' stages='' workdir='' launcher=local logs='' gpus='' name=imagen
@@ -31,7 +31,7 @@ case $launcher in
   *) refuse "--launcher=$launcher must be local, tpu_vm, slurm, xpk or gke" ;;
 esac
 [ -n "$logs" ] || [[ $workdir == *://* ]] || logs=$workdir
-need logs runs/logs # where the working folder is a bucket
+need logs runs/logs # when the working folder is a bucket
 IFS=, read -ra names <<<"$stages"
 IFS=, read -ra gpu_of <<<"$gpus"
 [ -z "$gpus" ] || [ "$launcher" = local ] || refuse "--gpus is for --launcher=local"
@@ -41,7 +41,7 @@ IFS=, read -ra gpu_of <<<"$gpus"
 command_of() { # sets `command`
   local stage=${names[$1]} config=$config:${names[$1]} workdir=$workdir/${names[$1]}
   if [ "$launcher" = local ]; then
-    train_line "${PYTHON:-.venv/bin/python}"
+    train_line "$(default_python)"
     command=(bash "$here/keep_running.sh" "${train[@]}")
     [ -z "$gpus" ] || command=(env "CUDA_VISIBLE_DEVICES=${gpu_of[$1]}" "${command[@]}")
   else
@@ -65,7 +65,7 @@ for index in "${!names[@]}"; do
   log=$logs/${names[index]}.log
   if [ -n "$dry_run" ]; then
     printf '%s >>%s 2>&1 &\n' "$(quote "${command[@]}")" "$(quote "$log")"
-  elif [ -z "$asked" ]; then
+  elif [ -z "$signalled" ]; then
     printf '%s: $ %s\n' "${names[index]}" "$(quote "${command[@]}")"
     start "${command[@]}" >>"$log" 2>&1
     pids+=($!)

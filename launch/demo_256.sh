@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The third stage on top of launch/demo.sh, trained on crops: pictures of 256x256.
+# Adds a third stage to launch/demo.sh, trained on crops: images of 256x256.
 #   launch/demo_256.sh [RUN_FOLDER]        (after launch/demo.sh with the same folder)
 set -euo pipefail
 run=${1:-runs/demo}
@@ -16,18 +16,18 @@ stages=$run/stages/base,$run/stages/sr,$run/stages/sr2
 source "${BASH_SOURCE[0]%/*}/steps.sh"
 
 started=$SECONDS
-step "Draw a quarter of the shapes world again, 256x256. Its captions have embeddings." \
+step "Render a quarter of the shapes world at 256x256. Its captions have embeddings." \
   prepare --config=configs/shapes.py:sr2 "${where[@]}"
-step "Train the third stage on crops: 16x16 of the small picture and text -> 64x64 of the large." \
+step "Train the third stage on crops: 16x16 of the low-resolution image and text -> 64x64." \
   train --config=configs/shapes.py:sr2 "${where[@]}" --workdir="$run/sr2"
-step "Export a wide average of it; from here on it draws whole pictures, 64x64 -> 256x256." \
+step "Export it with a wide EMA; it samples whole images, 64x64 -> 256x256." \
   ema --workdir="$run/sr2" --sigma_rel=0.2 --out="$run/stages/sr2"
-step "Draw the prompts of before through all three stages." \
+step "Generate the same prompts with all three stages." \
   sample --stages="$stages" --prompts="$run/data/prompts_held_out.jsonl" \
   --limit=360 --cpu_devices=2 --out="$run/samples_256"
-step "Read the large pictures as the small ones were: is what was asked for there?" \
+step "Score the 256x256 images: which attributes of the prompt are right?" \
   evaluate alignment --samples="$run/samples_256" --out="$run/alignment_256.json"
-step "Are their edges sharp, and are there seams where crops began and ended?" \
+step "Measure the sharpness of edges, and seams at the borders of crops." \
   evaluate edges --samples="$run/samples_256" --lowres="$run/samples" --out="$run/edges.json"
 cp "$run/samples_256/grid.png" "$run/grid_256.png"
 printf '\nDone in %d s. Look at %s, %s and %s.\n' $((SECONDS - started)) \

@@ -1,19 +1,23 @@
 #!/usr/bin/env bash
-# A cascade trained on a folder of captioned pictures; every step is echoed before it runs.
-#   launch/folder.sh PICTURES RUN_FOLDER [--config.field=value ...]
-# The overrides go to every step. With a public T5 at hand, add --config.text.path=T5_FOLDER.
+# Trains a cascade on a folder of captioned images; echoes every command.
+#   launch/folder.sh IMAGES RUN_FOLDER [--config.field=value ...]
+# The overrides go to every step. For a public T5, add --config.text.path=T5_FOLDER.
 set -euo pipefail
-[ $# -ge 2 ] || { echo "usage: $0 PICTURES RUN_FOLDER [--config.field=value ...]" >&2; exit 2; }
-pictures=$1 run=$2
+[ $# -ge 2 ] || { echo "usage: $0 IMAGES RUN_FOLDER [--config.field=value ...]" >&2; exit 2; }
+images=$1 run=$2
 shift 2
-text=$run/text
-for override in "$@"; do case $override in --config.text.path=*) text=${override#*=} ;; esac; done
-where=(--config.data.path="$pictures" --config.data.embeddings="$run/embeddings"
+text=$run/text previous=''
+for word in "$@"; do
+  case $word in --config.text.path=*) text=${word#*=} ;; esac
+  [ "$previous" != --config.text.path ] || text=$word
+  previous=$word
+done
+where=(--config.data.path="$images" --config.data.embeddings="$run/embeddings"
        --config.text.path="$text" "$@")
 
 source "${BASH_SOURCE[0]%/*}/steps.sh"
 
-step "Index the pictures; list what cannot be used." \
+step "Index the images; list what cannot be used." \
   prepare --config=configs/folder.py:base "${where[@]}"
 if [ "$text" = "$run/text" ]; then
   step "Train a vocabulary and a small T5 text encoder on the captions." \
@@ -28,5 +32,5 @@ step "Train the super-resolution stage." \
 step "Export the base stage." export --workdir="$run/base" --out="$run/stages/base"
 step "Export the super-resolution stage." export --workdir="$run/sr" --out="$run/stages/sr"
 echo
-echo "Draw with it:"
+echo "Generate images with it:"
 echo "  $python -m imagen_jax sample --stages=$run/stages/base,$run/stages/sr --prompt='...' --out=$run/samples"

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Fills in launch/gke_jobset.yaml and applies it: a training run on GKE.
+# Trains on GKE: fills in launch/gke_jobset.yaml and applies it.
 #   launch/gke_jobset.sh --name=NAME --image=IMAGE --accelerator=TYPE --nodes=N --chips=N
 #       --config=FILE:NAME --workdir=gs://BUCKET/RUN [options] [--config.a.b=value ...]
 # --accelerator is a node label: tpu-v6e-slice (then also --topology=4x4), nvidia-h100-80gb, ...
-# --nodes are the machines of the slice, or GPU machines; --chips the TPU chips or GPUs of each.
+# --nodes: machines of the slice, or GPU machines; --chips: TPU chips or GPUs of each.
 #   --spot                  on Spot nodes
 #   --max_restarts=N        after failures that are not preemptions (10)
-#   --grace=SECONDS         to save when a node is drained (600)
+#   --grace=SECONDS         time to save when a node is drained (600)
 #   --namespace=default --service_account=default
-#   --python=python         in the image
+#   --python=python         interpreter in the image
 #   --template=FILE         another file than launch/gke_jobset.yaml, with the same placeholders
 #   --dry_run               print the JobSet instead of applying it
-# Exit status 75 and nodes that are taken away restart the run without limit.
+# Exit status 75 and lost nodes restart the run without limit.
 set -euo pipefail
 name='' image='' accelerator='' topology='' nodes='' chips='' config='' workdir='' spot=''
 max_restarts=10 grace=600 namespace=default service_account=default python=python
@@ -30,7 +30,7 @@ need_number grace 600
 need_number max_restarts 10 0
 train_line "$python"
 
-# A string of JSON, which YAML reads too.
+# A JSON string, which is YAML too.
 json() {
   local text=${1//\\/\\\\}
   text=${text//\"/\\\"}
@@ -38,7 +38,7 @@ json() {
 }
 
 command='' selector=() annotations='{}'
-# Kubernetes would put variables in place of $(NAME); $$ is a plain $.
+# Kubernetes expands $(NAME); $$ is a plain $.
 for word in "${train[@]}"; do command+=", $(json "${word//\$/\$\$}")"; done
 case $accelerator in
   tpu*)
@@ -46,7 +46,7 @@ case $accelerator in
     selector=("cloud.google.com/gke-tpu-accelerator: $(json "$accelerator")"
       "cloud.google.com/gke-tpu-topology: $(json "$topology")")
     limits="{google.com/tpu: $chips}" privileged=true
-    # All pods on one slice, also where the cluster has several of this kind.
+    # All pods on one slice, also when the cluster has several of this kind.
     annotations='{alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool}'
     ;;
   *)
@@ -74,7 +74,7 @@ declare -A values=(
   [LIMITS]=$limits
 )
 
-# From left to right, so that what stands in a value is not taken for a placeholder.
+# From left to right, so that a value that contains a placeholder stays as it is.
 render() {
   local text rendered='' key
   local -A unused=()

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Installs t5x beside imagen_jax, for config.text.encoder=t5x.
 #   launch/install_t5x.sh [--python=.venv/bin/python] [--dry_run]
-# It is not needed to read t5x checkpoints. t5x and two packages that it imports are not on PyPI,
-# and what they declare would install a second TensorFlow: they come from their repositories, at
-# commits that were tested, without their dependencies; what they truly import follows by name.
+# Reading t5x checkpoints does not need it. t5x and two packages that it imports are not on PyPI, and
+# their declared dependencies would install a second TensorFlow. They are installed from their
+# repositories at tested commits, without dependencies; the packages that they import follow.
 set -euo pipefail
 python=.venv/bin/python
 # shellcheck source=lib.sh

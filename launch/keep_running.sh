@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Runs a command, and again for as long as it exits with status 75: "preempted, start me again".
+# Runs a command and restarts it for as long as it exits with status 75 (preempted, state saved).
 #   launch/keep_running.sh [--delay=SECONDS] [--dry_run] COMMAND...
-# The first other status is this script's own. SIGTERM and SIGINT are passed on, and after them
-# nothing is started again. --delay (5): a machine that is being taken away is not raced.
+# Any other status ends this script with that status. SIGTERM and SIGINT are passed on, and end the
+# restarts. --delay (5): wait before a restart, as a preempted machine may be about to disappear.
 set -euo pipefail
 delay=5
 # shellcheck source=lib.sh
@@ -20,12 +20,12 @@ ended() { status=$2; }
 forward_signals
 while true; do
   start "${words[@]}"
-  [ -z "$asked" ] || signal_all TERM # the signal came before there was anyone to pass it on to
+  [ -z "$signalled" ] || signal_all TERM # the signal came before the command started
   each_end ended $!
-  if [ "$status" -ne 75 ] || [ -n "$asked" ]; then exit "$status"; fi
+  if [ "$status" -ne 75 ] || [ -n "$signalled" ]; then exit "$status"; fi
   printf '%s: status 75; starting again in %s s\n' "$program" "$delay" >&2
   for ((second = 0; second < delay; second++)); do
-    [ -z "$asked" ] || exit 75
+    [ -z "$signalled" ] || exit 75
     sleep 1
   done
 done

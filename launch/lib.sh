@@ -1,25 +1,26 @@
 # shellcheck shell=bash
-# What the launch scripts share: options, one-line refusals, --dry_run, the train line, background
+# Shared by the launch scripts: options, one-line errors, --dry_run, the train command, background
 # commands. A script sets one variable for each of its options (the default, or ''), sources this
 # file and calls `parse`. Needs bash 4.4.
 
 program=${0##*/}
 dry_run=''
-overrides=() # --config.a.b=value: for `imagen train`, as they are
+overrides=() # --config.a.b=value, passed to `imagen train`
 words=()     # arguments that are not options
 
-# One line on stderr and exit status 2, which is how every imagen command says "wrong usage".
+# One line on stderr and exit status 2: wrong usage, as in every imagen command.
 refuse() {
   printf '%s: %s\n' "$program" "$1" >&2
   exit 2
 }
 
-# The usage is the comment at the top of the script.
+# Prints the comment at the top of the script.
 usage() { sed -n '2,/^[^#]/{s/^# \{0,1\}//p}' "$0"; }
 
 # parse "NAME= FLAG ..." ARGUMENTS...: sets $NAME for --NAME=VALUE and FLAG=1 for --FLAG.
-# With "..." among the names the first word starts a command, whose options are its own; with "*"
-# an unknown option is kept in `words` instead of being refused.
+# --config.a.b=VALUE and --config.a.b VALUE go to `overrides`. With "..." among the names the first
+# word starts a command with options of its own; with "*" an unknown option is kept in `words`
+# instead of being rejected.
 parse() {
   local known=" ${1//$'\n'/ } dry_run help " option
   shift
@@ -32,7 +33,12 @@ parse() {
         exit 0
         ;;
       --config.*=*) overrides+=("$1") ;;
-      --config.*) refuse "$1 needs a value: $1=VALUE" ;;
+      --config.*)
+        [[ $# -gt 1 && $2 != --* ]] || refuse "$1 needs a value: $1=VALUE or $1 VALUE"
+        [[ $2 != *$'\n'* ]] || refuse "$1=${2%%$'\n'*}... has more than one line"
+        overrides+=("$1=$2")
+        shift
+        ;;
       --*)
         if [[ ! $option =~ ^[a-z_]+$ || $known != *" $option"[\ =]* ]]; then
           [[ $known == *' * '* ]] || refuse "$1 is not an option; there are$(option_names "$known")"
@@ -64,7 +70,7 @@ option_names() {
   set +f
 }
 
-# need NAME EXAMPLE: the option has to be given.
+# need NAME EXAMPLE: the option is required.
 need() { [ -n "${!1}" ] || refuse "--$1 is missing; e.g. --$1=$2"; }
 
 # need_number NAME EXAMPLE [LEAST]
@@ -75,7 +81,7 @@ need_number() {
   fi
 }
 
-# Google Cloud and Kubernetes make host names of it, and append to it.
+# Google Cloud and Kubernetes derive host names from it, with suffixes.
 need_name() {
   need name "$1"
   local LC_ALL=C # elsewhere a-z may hold capitals
@@ -83,7 +89,18 @@ need_name() {
     refuse "--name=$name must be a letter, then a-z, 0-9 and -, at most 40; e.g. --name=$1"
 }
 
-# The line that every launcher runs. train_line PYTHON: sets `train`.
+# The interpreter: $PYTHON; .venv's; outside a checkout (`imagen configs --copy-to=DIR`) the PATH's.
+default_python() {
+  if [ -n "${PYTHON-}" ]; then
+    printf '%s' "$PYTHON"
+  elif [ -x .venv/bin/python ] || [ -e setup.py ]; then
+    printf '.venv/bin/python'
+  else
+    printf 'python'
+  fi
+}
+
+# The command that every launcher runs. train_line PYTHON: sets `train`.
 train_line() {
   need config configs/shapes.py:base
   need workdir gs://my-bucket/base
@@ -91,7 +108,7 @@ train_line() {
   train=("$1" -m imagen_jax train "--config=$config" "--workdir=$workdir" "${overrides[@]}")
 }
 
-# The arguments as one line that a shell reads back as they are.
+# The arguments as one line, quoted for a shell.
 quote() {
   local word line=() escaped="'\\''"
   for word; do
@@ -101,7 +118,7 @@ quote() {
   printf '%s' "${line[*]}"
 }
 
-# Runs a command and says which; with --dry_run only says it.
+# Prints a command and runs it; with --dry_run only prints it.
 run() {
   if [ -n "$dry_run" ]; then
     printf '%s\n' "$(quote "$@")"
@@ -111,12 +128,12 @@ run() {
   fi
 }
 
-# From here on SIGTERM and SIGINT go to every command in the background; `asked` says that one came.
+# Passes SIGTERM and SIGINT on to every background command from here on; sets `signalled` on a signal.
 forward_signals() {
   # shellcheck disable=SC2034 # read by the scripts
-  asked=''
-  trap 'asked=1; signal_all TERM' TERM
-  trap 'asked=1; signal_all INT' INT
+  signalled=''
+  trap 'signalled=1; signal_all TERM' TERM
+  trap 'signalled=1; signal_all INT' INT
 }
 
 signal_all() {
@@ -124,8 +141,8 @@ signal_all() {
   for pid in $(jobs -p); do kill -s "$1" "$pid" 2>/dev/null || true; done
 }
 
-# In the background and in a process group of its own. Without one it would be deaf to SIGINT, as
-# scripts make their background commands, and hear a terminal's Ctrl-C besides what is passed on.
+# Starts a command in the background, in a process group of its own. In the script's group it would
+# ignore SIGINT, as background commands of scripts do, and receive a terminal's Ctrl-C twice.
 start() {
   set -m
   "$@" </dev/null &

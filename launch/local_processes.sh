@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Several processes of one run on one machine, over loopback: a pod on a laptop.
+# Starts several processes of one run on one machine, connected over loopback.
 #   launch/local_processes.sh [--port=N] [--grace=SECONDS] [--dry_run] COUNT COMMAND...
 # e.g.
 #   launch/local_processes.sh 2 .venv/bin/python -m imagen_jax train --config=... --workdir=...
 # Each process gets JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, and computes on
 # the CPU unless JAX_PLATFORMS is set. Its lines begin with its number: [0]. SIGTERM and SIGINT are
 # passed on to all.
-# The exit status is the first that is not 0, in time, or 0. When a process fails, the others would
-# wait for it for ever: they get SIGTERM and, --grace (60) seconds later, SIGKILL. After a status
-# of 75 (preempted) they are only given the time, as they are saving too.
+# The exit status is that of the first process that ends with another one than 0, else 0. When a
+# process fails, the others would wait for it without end: they get SIGTERM and, --grace (60) seconds
+# later, SIGKILL. After status 75 (preempted) they get no SIGTERM, as they are saving too.
 set -euo pipefail
 port='' grace=60
 # shellcheck source=lib.sh
@@ -20,7 +20,7 @@ count=${words[0]-}
 [[ $count =~ ^[1-9][0-9]*$ ]] || refuse "COUNT, a number above 0, comes first; see --help"
 [ ${#words[@]} -gt 1 ] || refuse "COMMAND is missing; see --help"
 
-# Below the range that outgoing connections are given, so that none takes it meanwhile.
+# Below the range of outgoing connections, so that none takes the port meanwhile.
 free_port() {
   local port
   while true; do
@@ -46,7 +46,7 @@ if [ -n "$dry_run" ]; then
 fi
 
 pids=() prefixers=() first=0 killer=''
-# Deaf to signals: the last lines of a process come after it was told to end.
+# Ignores signals: a process still writes lines after SIGTERM.
 prefix() {
   trap '' TERM INT
   exec sed -u "s/^/[$1] /"
@@ -60,20 +60,20 @@ kill_all() {
 
 # shellcheck disable=SC2329 # each_end calls it
 ended() {
-  # Nothing that the process started may outlive it, or hold its output open.
+  # Children of the process must not outlive it or keep its output open.
   kill -KILL -- "-${pids[$1]}" 2>/dev/null || true
   if [ "$2" -eq 0 ] || [ "$first" -ne 0 ]; then return; fi
   first=$2
   printf '%s: process %s ended with status %s\n' "$program" "$1" "$2" >&2
   start kill_all
   killer=$!
-  disown "$killer" # not one of those that signals go to
-  if [ "$first" -ne 75 ] && [ -z "$asked" ]; then signal_all TERM; fi
+  disown "$killer" # signals are not passed on to it
+  if [ "$first" -ne 75 ] && [ -z "$signalled" ]; then signal_all TERM; fi
 }
 
 forward_signals
 for ((i = 0; i < count; i++)); do
-  [ -z "$asked" ] || break
+  [ -z "$signalled" ] || break
   exec {out}> >(prefix "$i")
   prefixers+=($!)
   exec {err}> >(prefix "$i" >&2)

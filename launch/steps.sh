@@ -1,9 +1,11 @@
 # shellcheck shell=bash
-# What the scripts that run the verbs one after the other share.
+# Shared by the scripts that run verbs one after the other.
 
+# Outside a checkout (`imagen configs --copy-to=DIR`) the interpreter of the PATH.
 python=${PYTHON:-.venv/bin/python}
+[ -n "${PYTHON-}" ] || [ -x .venv/bin/python ] || [ -e setup.py ] || python=python
 
-# say SENTENCE ARGUMENTS...: what comes next, and the command it is.
+# say SENTENCE ARGUMENTS...: prints the sentence and the command.
 say() {
   printf '\n\033[1m# %s\033[0m\n$ imagen' "$1"
   shift
@@ -11,7 +13,7 @@ say() {
   echo
 }
 
-# step SENTENCE ARGUMENTS...: says it and does it.
+# step SENTENCE ARGUMENTS...: prints both and runs the command.
 step() {
   say "$@"
   shift

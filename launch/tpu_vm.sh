@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# A training run on a Cloud TPU slice of any size.
+# Trains on a Cloud TPU slice of any size.
 #   launch/tpu_vm.sh VERB --name=NAME --zone=ZONE [--project=PROJECT] [--dry_run] [options]
 # Verbs and their options:
 #   create   make the slice: --accelerator=TYPE --runtime=VERSION [--spot] [--queued]
-#   install  copy the commit that is checked out here to every worker and install it
-#   start    train on all workers, detached from this connection:
+#   install  copy the checked-out commit to every worker and install it; needs a git checkout
+#   start    train on all workers, detached from the connection:
 #              --config=FILE:NAME --workdir=gs://BUCKET/RUN [--config.a.b=value ...]
-#   logs     follow what worker 0 says, or --worker=N
-#   resume   make the slice again if it was preempted (or never made), wait for it, install, start;
-#            takes the options of create and start
-#   stop     have the training save and end; `start` goes on from there
-#   delete   give the slice back [--queued]
-# --queued asks for the slice as a queued resource of the same name, the usual way to get --spot
-# machines; give it to create, resume and delete alike. Workers start the training again for as
-# long as it exits with status 75. `gcloud` reaches several workers with a key in ssh-agent:
+#   logs     follow the log of worker 0, or --worker=N
+#   resume   create the slice if it was preempted or is missing, wait for it, install, start; takes
+#            the options of create and start
+#   stop     save and end the training; `start` resumes it
+#   delete   delete the slice [--queued]
+# --queued requests the slice as a queued resource of the same name, the usual way to get --spot
+# machines; give it to create, resume and delete alike. Workers restart the training for as long as
+# it exits with status 75. `gcloud` reaches several workers with a key in ssh-agent:
 # ssh-add ~/.ssh/google_compute_engine
 set -euo pipefail
 name='' zone='' project='' accelerator='' runtime='' config='' workdir='' spot='' queued='' worker=0
@@ -56,7 +56,7 @@ delete() {
   if [ -n "$queued" ]; then queue delete --force "$@"; else vm delete "$@"; fi
 }
 
-# One word of gcloud's, or nothing where there is no such slice.
+# The state that gcloud reports; empty when there is no such slice.
 state() {
   if [ -n "$queued" ]; then
     queue describe '--format=value(state.state)'
@@ -68,13 +68,13 @@ state() {
 make_ready() {
   local now
   if [ -n "$dry_run" ]; then
-    echo '# looked at until it is READY or ACTIVE:'
+    echo '# repeated until it is READY or ACTIVE:'
     state
     echo '# only if it is PREEMPTED, TERMINATED or SUSPENDED:'
     delete --quiet
-    echo '# only then, or if there is none:'
+    echo '# only then, or if there is no slice:'
     create
-    echo '# and then:'
+    echo '# then:'
     return
   fi
   while true; do
@@ -98,7 +98,7 @@ make_ready() {
   done
 }
 
-# A commit rather than the folder: no runs and virtual environments, and it has a name.
+# A commit rather than the folder: without runs and virtual environments, and identifiable.
 install() {
   run mkdir -p runs
   run git archive --format=tar.gz "--output=runs/$name.tar.gz" HEAD

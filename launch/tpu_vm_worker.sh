@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# What launch/tpu_vm.sh has each worker of a slice do, in the folder of the code there.
+# Runs on each worker of a slice, in the folder of the code there; launch/tpu_vm.sh calls it.
 #   launch/tpu_vm_worker.sh install | start COMMAND... | logs | stop
-# The command writes to train.log; train.pid holds the process that keeps it running.
+# The command writes to train.log; train.pid holds the process that restarts it.
 set -euo pipefail
 # shellcheck source=lib.sh
 source "$(dirname "$0")/lib.sh"
 parse "..." "$@"
 
-# By its name too: after a reboot the number may be another process's.
+# Checks the name too: after a reboot the number may belong to another process.
 running() {
   [ -e train.pid ] && grep -qs keep_running "/proc/$(<train.pid)/cmdline"
 }
@@ -30,7 +30,7 @@ export_who_takes_part() {
 
 case ${words[0]-} in
   install)
-    # The images of TPU machines have an older Python than the package needs; uv brings one.
+    # TPU machine images have an older Python than the package needs; uv installs one.
     run python3 -m pip install --quiet --user uv
     run python3 -m uv venv --quiet --allow-existing --python=3.11 .venv
     run python3 -m uv pip install --quiet --python=.venv/bin/python -c constraints.txt \
@@ -42,7 +42,7 @@ case ${words[0]-} in
       exit 1
     fi
     export_who_takes_part
-    # A session of its own, so that it does not end with the connection.
+    # A session of its own survives the end of the connection.
     nohup setsid bash launch/keep_running.sh "${words[@]:1}" >>train.log 2>&1 </dev/null &
     echo $! >train.pid
     printf 'worker %s: started, process %s\n' "${JAX_PROCESS_ID-0}" $!

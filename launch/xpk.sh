@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# A training run on a GKE cluster that was made with xpk: `xpk workload create`.
+# Trains on a GKE cluster that was created with xpk: `xpk workload create`.
 #   launch/xpk.sh --name=NAME --cluster=CLUSTER --zone=ZONE --accelerator=TYPE --image=IMAGE
 #       --config=FILE:NAME --workdir=gs://BUCKET/RUN [options] [--config.a.b=value ...]
-# --accelerator is what xpk calls a device type: v6e-16, v5litepod-64, h100-mega-80gb-8, ...
+# --accelerator is xpk's device type: v6e-16, v5litepod-64, h100-mega-80gb-8, ...
 #   --slices=N, --nodes=N   more than one slice of TPUs, more than one GPU machine
-#   --project=PROJECT       other than gcloud's own
+#   --project=PROJECT       default: gcloud's project
 #   --max_restarts=N        preemptions count too (100)
-#   --grace=SECONDS         to save when a node is drained (600)
-#   --python=python         in the image
+#   --grace=SECONDS         time to save when a node is drained (600)
+#   --python=python         interpreter in the image
 #   --dry_run
-# Exit status 75, and those of lost machines, start the run again; others end it.
+# Exit status 75, and those of lost machines, restart the run; others end it.
 set -euo pipefail
 name='' cluster='' zone='' project='' accelerator='' image='' config='' workdir='' slices='' nodes=''
 max_restarts=100 grace=600 python=python
@@ -28,13 +28,13 @@ need_number grace 600
 train_line "$python"
 
 training=$(quote "${train[@]}")
-# For GPUs xpk writes the command between double quotes into YAML, as it is.
+# For GPUs xpk writes the command between double quotes into YAML, unescaped.
 [[ $training != *[\"\\]* ]] || refuse "xpk cannot carry a quote or a backslash: $training"
-# On GPUs xpk says who takes part with variables of its own; on TPUs GKE does. exec: xpk passes
-# SIGTERM on to the first process of the command, which has to be the training.
-# shellcheck disable=SC2016 # the container's shell puts the variables in
+# On GPUs xpk describes the processes with variables of its own; on TPUs GKE does. exec: xpk passes
+# SIGTERM on to the first process of the command, which must be the training.
+# shellcheck disable=SC2016 # the container's shell expands the variables
 who='test -z $NNODES || export JAX_COORDINATOR_ADDRESS=$JAX_COORDINATOR_ADDRESS:$JAX_COORDINATOR_PORT JAX_NUM_PROCESSES=$NNODES JAX_PROCESS_ID=$NODE_RANK'
-# Kubernetes would put variables in place of $(NAME); $$ is a plain $.
+# Kubernetes expands $(NAME); $$ is a plain $.
 command="$who; exec ${training//\$/\$\$}"
 
 options=("--workload=$name" "--cluster=$cluster" "--zone=$zone")

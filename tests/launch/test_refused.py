@@ -1,4 +1,4 @@
-"""The launch scripts: what they refuse, in one line and before anything is done."""
+"""The launch scripts: wrong usage ends with one line, before anything is started."""
 
 import pytest
 
@@ -38,6 +38,11 @@ from tests.reference.launch import (
         (["tpu_vm.sh", "stop", "--zone", "z"], "--zone needs a value: --zone=VALUE"),
         (["tpu_vm.sh", "stop", "--spot=yes"], "--spot takes no value"),
         (["tpu_vm.sh", "stop", "--config.a.b"], "--config.a.b needs a value"),
+        (
+            ["tpu_vm.sh", "stop", "--config.a.b", "--zone=z"],
+            "b=VALUE or --config.a.b VALUE",
+        ),
+        (["tpu_vm.sh", "stop", "--config.a", "1\n2"], "--config.a=1... has more than one line"),
         (["tpu_vm.sh", "stop", "--config.a=1\n2"], "--config.a=1... has more than one line"),
         (["tpu_vm_worker.sh"], "install, start COMMAND..., logs or stop; not nothing"),
         ([*GKE[:2], *GKE[3:], *TPU_NODES], "gke_jobset.sh: --image is missing"),

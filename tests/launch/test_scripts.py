@@ -61,6 +61,29 @@ def test_odd_characters_reach_the_training(recorder):
     assert sorted(result.stdout.splitlines()) == [f"[0] {ODD}", f"[1] {ODD}"]
 
 
+@pytest.mark.parametrize(
+    "name", ["tpu_vm_start", "gke_jobset_gpu", "xpk_tpu", "slurm", "cascade_local", "cascade_slurm"]
+)
+def test_an_override_in_two_words_equals_one(name):
+    script, *arguments = CASES[name]
+    one = launch(script, "--dry_run", "--config.a.b=c d", *arguments, "--config.e=-1")
+    two = launch(script, "--config.a.b", "c d", "--dry_run", *arguments, "--config.e", "-1")
+    assert two.returncode == 0 and two.stdout == one.stdout, two.stderr
+    assert "--config.e=-1" in one.stdout
+
+
+@pytest.mark.parametrize("override", [["--config.text.path=t5"], ["--config.text.path", "t5"]])
+def test_a_public_encoder_is_not_pretrained(override, tools, tmp_path):
+    path = tools(python=f'echo "$@" >>{tmp_path}/calls')
+    environment = {"PYTHON": str(path / "python")}
+    for words in ([], override):
+        done = launch("folder.sh", "images", tmp_path / "run", *words, **environment)
+        assert done.returncode == 0, done.stderr
+    verbs = [line.split()[2] for line in (tmp_path / "calls").read_text().splitlines()]
+    rest = ["embed", "train", "train", "export", "export"]
+    assert verbs == ["prepare", "pretrain_text", *rest, "prepare", *rest]
+
+
 @pytest.mark.parametrize("script", WITH_OPTIONS)
 def test_help_names_every_option(script):
     result = launch(script, "--help")
