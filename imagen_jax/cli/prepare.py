@@ -1,4 +1,4 @@
-"""Makes a data set ready: builds it where needed, indexes it, lists what cannot be used."""
+"""Builds a data set where needed, indexes it and lists the records that cannot be used."""
 
 from __future__ import annotations
 
@@ -17,4 +17,4 @@ def run(flags: argparse.Namespace) -> None:
     """Carries the verb out."""
     config = wiring.load_config(flags)
     source = open_source(config.data)
-    print(f"{len(source)} usable pictures, fingerprint {source.fingerprint}")
+    print(f"{len(source)} usable images, fingerprint {source.fingerprint}")

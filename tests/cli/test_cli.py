@@ -22,15 +22,15 @@ def get_config(name=""):
 
 @pytest.fixture
 def config(tmp_path) -> str:
-    """A configuration whose folder of pictures does not exist."""
+    """A configuration whose folder of images does not exist."""
     path = tmp_path / "tiny.py"
-    path.write_text(CONFIG.format(path=str(tmp_path / "pictures")))
+    path.write_text(CONFIG.format(path=str(tmp_path / "images")))
     return str(path)
 
 
 @pytest.fixture
 def refused(capsys):
-    """argv -> the one line on stderr of a command that was refused."""
+    """argv -> the one line on stderr of a command that was rejected."""
 
     def call(*argv: str) -> str:
         assert main.main(argv) == 1
@@ -68,17 +68,22 @@ def test_help_lists_every_verb(capsys):
     with pytest.raises(SystemExit) as exit:
         main.main(["--help"])
     assert exit.value.code == 0
-    text = capsys.readouterr().out
-    assert all(verb in text for verb in main.VERBS)
+    lines = capsys.readouterr().out.splitlines()
+    for group, verbs in main.GROUPS.items():
+        start = lines.index(f"{group}:") + 1
+        assert [line.split()[0] for line in lines[start : start + len(verbs)]] == list(verbs)
 
 
 def test_wrong_usage(misused, config):
     assert "VERB" in misused()
-    assert "trian" in misused("trian")
+    assert "VERB='trian' is not one of" in misused("trian")
+    assert misused("trian").endswith("did you mean 'train'?\n")
     assert "--workdir" in misused("train", f"--config={config}")
     line = misused("train", f"--config={config}", "--workdir=x", "--wrokdir=y")
     assert "unrecognized arguments: --wrokdir=y" in line
-    assert "8" in misused("train", f"--config={config}", "--workdir=x", "--config.seed", "8")
+    assert "arguments: 9" in misused(
+        "train", "--config=c", "--workdir=x", "--config.seed", "8", "9"
+    )
     assert "--config.seed=8" in misused("export", "--workdir=x", "--out=y", "--config.seed=8")
     assert "--prompt" in misused("sample", "--stages=x", "--out=y")
     assert "not allowed" in misused(
@@ -95,7 +100,7 @@ def test_a_misspelled_field_names_the_nearest(refused, config, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_files_that_are_not_there(refused, config, tmp_path):
+def test_missing_files(refused, config, tmp_path):
     for verb, flags in [
         ("train", [f"--workdir={tmp_path}/run"]),
         ("embed", []),
@@ -104,7 +109,7 @@ def test_files_that_are_not_there(refused, config, tmp_path):
         ("pretrain_text", [f"--out={tmp_path}/text"]),
     ]:
         assert "nothing.py" in refused(verb, "--config=nothing.py:base", *flags)
-        assert "pictures" in refused(verb, f"--config={config}", *flags)
+        assert "images" in refused(verb, f"--config={config}", *flags)
     assert "holds no checkpoints" in refused("export", f"--workdir={tmp_path}", "--out=x")
     assert "nothing" in refused("evaluate", "alignment", "--samples=nothing", f"--out={tmp_path}/a")
 
@@ -118,7 +123,7 @@ def test_a_broken_config_file(refused, tmp_path):
     assert "config.json" in line and "is no Python file" in line
 
 
-def test_sample_refuses_what_it_cannot_draw(refused, tmp_path):
+def test_sample_rejects_missing_inputs(refused, tmp_path):
     (tmp_path / "empty.txt").write_text("\n\n")
     out = f"--out={tmp_path}/out"
     stages = f"--stages={tmp_path}/nothing"
@@ -146,7 +151,7 @@ def test_sample_refuses_what_it_cannot_draw(refused, tmp_path):
         ('{"base": {"sampler": "ddmp"}}', "did you mean 'ddpm'?"),
     ],
 )
-def test_stage_settings_that_are_refused(refused, tmp_path, base_config, settings, says):
+def test_invalid_stage_settings(refused, tmp_path, base_config, settings, says):
     weights.write_safetensors(tmp_path / "params.safetensors", {"a": np.zeros(1, np.float32)})
     (tmp_path / "config.json").write_text(overrides.to_json(base_config))
     line = refused(
@@ -159,8 +164,8 @@ def test_stage_settings_that_are_refused(refused, tmp_path, base_config, setting
     assert says in line
 
 
-def test_a_failure_of_ours_keeps_its_traceback(monkeypatch, config):
-    """What no message was written for is a fault of the program, and is not hidden."""
+def test_an_unexpected_error_keeps_its_traceback(monkeypatch, config):
+    """An error that is not this package's own is a fault of the program and is not hidden."""
     monkeypatch.setattr(prepare, "open_source", lambda data: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main.main(["prepare", f"--config={config}"])

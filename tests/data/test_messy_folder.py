@@ -81,7 +81,7 @@ def test_a_folder_with_three_percent_of_broken_files_trains(messy, tmp_path, cap
     flags += [f"--config.data.embeddings={tmp_path}/store", "--config.data.max_quarantined=0.05"]
     assert main.main(["prepare", *flags]) == 0
     out = capsys.readouterr().out
-    assert "5 of 400 records quarantined" in out and "395 usable pictures" in out
+    assert "5 of 400 records quarantined" in out and "395 usable images" in out
     assert main.main(["train", *flags, f"--workdir={tmp_path}/run"]) == 0
     rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert all(np.isfinite(json.loads(row)["loss"]) for row in rows) and len(rows) == 2
