@@ -74,19 +74,19 @@ def forward(config: Config, where: topology.Slice) -> tuple[plan.Program, Callab
     model, data, batch = config.model, config.data, config.data.batch_size
     params = fresh_params(config, whole)
     level = jax.ShapeDtypeStruct((batch,), jnp.float32)
-    picture = (batch, data.image_size, data.image_size, 6 if model.lowres else 3)
+    z_shape = (batch, data.image_size, data.image_size, 6 if model.lowres else 3)
     words = plan.batch_shapes(config)
-    shapes = {"z": jax.ShapeDtypeStruct(picture, jnp.float32), "logsnr": level}
+    shapes = {"z": jax.ShapeDtypeStruct(z_shape, jnp.float32), "logsnr": level}
     shapes |= {name: words[name] for name in ("text_emb", "text_mask")}
-    given = random_like(with_sharding(shapes, rows))
-    given["lowres_logsnr"] = given["logsnr"] if model.lowres else None
+    inputs = random_like(with_sharding(shapes, rows))
+    inputs["lowres_logsnr"] = inputs["logsnr"] if model.lowres else None
     network = MODELS[model.name](model)
     with jax.set_mesh(mesh):
-        traced = jax.jit(lambda p, given: network.apply({"params": p}, **given)).trace(
-            params, given
+        traced = jax.jit(lambda p, inputs: network.apply({"params": p}, **inputs)).trace(
+            params, inputs
         )
-    program = plan.program("forward", config, batch, traced, params, (params, given))
-    return program, lambda run: lambda: jax.block_until_ready(run(params, given))
+    program = plan.program("forward", config, batch, traced, params, (params, inputs))
+    return program, lambda run: lambda: jax.block_until_ready(run(params, inputs))
 
 
 def train(config: Config, where: topology.Slice) -> tuple[plan.Program, Callable[..., Any]]:
@@ -100,12 +100,12 @@ def train(config: Config, where: topology.Slice) -> tuple[plan.Program, Callable
     batch = random_like(with_sharding(shapes, partitioning.batch_sharding(mesh)))
 
     def start(run: Callable[..., Any]) -> Callable[[], Any]:
-        kept = state
+        current = state
 
         def call() -> None:
-            nonlocal kept
-            kept, report = run(kept, batch)  # The old state is donated.
-            jax.block_until_ready((kept, report))
+            nonlocal current
+            current, report = run(current, batch)  # The old state is donated.
+            jax.block_until_ready((current, report))
 
         return call
 
@@ -120,9 +120,9 @@ def sample(config: Config, where: topology.Slice) -> tuple[plan.Program, Callabl
     mesh = partitioning.make_mesh(MeshConfig(), where.devices)
     params = fresh_params(whole, partitioning.replicated(mesh))
     rows = partitioning.batch_sharding(mesh)
-    given = random_like(with_sharding(plan.batch_shapes(whole), rows))
+    inputs = random_like(with_sharding(plan.batch_shapes(whole), rows))
     keys = jax.device_put(jax.random.split(jax.random.key(0), batch), rows)
-    words = given["text_emb"], given["text_mask"], keys, given.get("lowres")
+    words = inputs["text_emb"], inputs["text_mask"], keys, inputs.get("lowres")
     return program, lambda run: lambda: jax.block_until_ready(run(params, *words))
 
 

@@ -1,8 +1,8 @@
-"""A compiled train step as a file: made by `plan --save`, loaded by `train --compiled`.
+"""A compiled train step as a file: written by `plan --save`, loaded by `train --compiled`.
 
-The file is one line of JSON that says what the step was made for, then JAX's own serialisation. The
-line is read first and must agree in every field; only then is the rest unpickled, and a file that
-is not the user's own is refused, since unpickling and running it is running a program.
+The file is one line of JSON, the identity of the step, followed by JAX's serialisation. The rest is
+unpickled only if the identity agrees in every field. A file that another user owns or can write to
+is rejected, because unpickling executes code.
 """
 
 from __future__ import annotations
@@ -19,52 +19,24 @@ from typing import Any
 import jax
 from jax.experimental import serialize_executable
 
+import imagen_jax
 from imagen_jax.config import overrides
 from imagen_jax.config.schema import Config
+from imagen_jax.io import atomic
 
 FORMAT = 1
-# Sections and fields that are not part of the step.
-OUTSIDE = (
-    "name",
-    "data.kind",
-    "data.path",
-    "data.name",
-    "data.split",
-    "data.image_key",
-    "data.caption_key",
-    "data.resize_filter",
-    "data.min_size",
-    "data.max_quarantined",
-    "data.embeddings",
-    "data.fingerprint",
-    "data.loader",
-    "data.prefetch",
-    "text",
-    "pretrain_text",
-    "embed",
-    "checkpoint",
-    "sampling",
-    "ema.snapshot_every",
-    "mesh.cpu_devices",
-    "train.overfit_batch",
-    "train.nan_patience",
-    "train.rollbacks",
-    "train.profile_at",
-    "train.log_every",
-    "train.sample_every",
-)
 
 
 class CompiledError(ValueError):
-    """A compiled step cannot be used; the message names file and field."""
+    """A compiled step cannot be loaded; the message names file and field."""
 
 
 def identity(config: Config, devices: list[jax.Device]) -> dict[str, Any]:  # pyright: ignore[reportInvalidTypeForm]
-    """All that two compiled train steps must share to be the same program, field by field.
+    """Fields that are equal for two compiled train steps exactly if they are the same program.
 
     Args:
       config: the stage.
-      devices: in the order of the mesh; of a slice that is not here, or of this machine.
+      devices: in the order of the mesh, of a `topology.Slice`.
     """
     libraries = ["jax", "jaxlib", "flax", "optax"]
     if devices[0].platform == "tpu":
@@ -81,42 +53,41 @@ def identity(config: Config, devices: list[jax.Device]) -> dict[str, Any]:  # py
     return described | {
         f"config.{path}": value
         for path, value in fields.items()
-        if not overrides.matches_any_field(path, OUTSIDE)
+        if not overrides.matches_any_field(path, overrides.NOT_COMPILED_FIELDS)
     }
 
 
 def _source_hash() -> str:
-    """Of this package's code: a step compiled from other code may be another step."""
+    """Hash of the code of imagen_jax."""
     digest = hashlib.sha256()
-    folder = pathlib.Path(__file__).parent
+    folder = pathlib.Path(imagen_jax.__file__).parent
     for path in sorted(folder.rglob("*.py")):
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
 def _shape(devices: list[jax.Device]) -> str:  # pyright: ignore[reportInvalidTypeForm]
-    """Sides of a TPU slice, such as 4x8x8; else empty."""
-    places = [getattr(device, "coords", None) for device in devices]
-    if None in places:
+    """Sides of a TPU slice, such as 4x8x8; "" for other devices."""
+    coordinates = [getattr(device, "coords", None) for device in devices]
+    if None in coordinates:
         return ""
-    return "x".join(str(max(side) - min(side) + 1) for side in zip(*places, strict=True))
+    return "x".join(str(max(side) - min(side) + 1) for side in zip(*coordinates, strict=True))
 
 
 def save(path: str, compiled: jax.stages.Compiled, step_identity: Mapping[str, Any]) -> int:
     """Writes a compiled step; returns the file's size in bytes.
 
     Args:
-      path: file to write, readable and writable by its owner alone.
+      path: file to write, readable and writable only by its owner.
       compiled: the executable.
-      step_identity: of `identity`.
+      step_identity: result of `identity`.
     """
     payload, _, _ = serialize_executable.serialize(compiled)
     head = {"format": FORMAT, "sha256": hashlib.sha256(payload).hexdigest(), **step_identity}
-    temporary = f"{path}.tmp"
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with open(descriptor, "wb") as file:
-        file.write(json.dumps(head).encode() + b"\n" + payload)
-    os.replace(temporary, path)
+    with atomic.file(path) as temporary:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(descriptor, "wb") as file:
+            file.write(json.dumps(head).encode() + b"\n" + payload)
     return os.path.getsize(path)
 
 
@@ -127,11 +98,11 @@ def load(
 
     Args:
       path: file of `save`.
-      traced: the step, traced here: what goes in and comes out.
-      step_identity: `identity` of what is to run here.
+      traced: the step, traced in this process, for the structure of inputs and outputs.
+      step_identity: `identity` of the step of this run.
 
     Raises:
-      CompiledError: the file is damaged, not the user's own, or of another step; names the field.
+      CompiledError: the file is damaged, of another user, or of another step; names the field.
     """
     try:
         with open(path, "rb") as file:
@@ -142,28 +113,27 @@ def load(
     if owner.st_uid != os.getuid() or owner.st_mode & 0o022:
         raise CompiledError(
             f"--compiled={path} belongs to another user or others may write to it, and loading it "
-            "runs what is in it; make your own with `imagen plan --save=FILE`"
+            "executes its content; write your own with `imagen plan --save=FILE`"
         )
     try:
         found = dict(json.loads(head))
     except (ValueError, TypeError) as error:
-        raise CompiledError(f"--compiled={path} is no file of `imagen plan --save`") from error
+        raise CompiledError(f"--compiled={path} is not a file of `imagen plan --save`") from error
     if found.pop("format", None) != FORMAT:
-        raise CompiledError(f"--compiled={path} has another format; make it again with `plan`")
+        raise CompiledError(f"--compiled={path} has another format; write it again with `plan`")
     digest = found.pop("sha256", None)
-    # As JSON has it: tuples are lists there.
-    wanted = json.loads(json.dumps(dict(step_identity)))
-    for field in sorted(found.keys() | wanted.keys(), key=_order):
-        if found.get(field) != wanted.get(field):
+    expected = json.loads(json.dumps(dict(step_identity)))  # In JSON, tuples are lists.
+    for field in sorted(found.keys() | expected.keys(), key=_order):
+        if found.get(field) != expected.get(field):
             raise CompiledError(
-                f"--compiled={path} was made for {field}={found.get(field)!r}, here it is "
-                f"{wanted.get(field)!r}; make it again with `imagen plan --save={path}`"
+                f"--compiled={path} was compiled for {field}={found.get(field)!r}, here it is "
+                f"{expected.get(field)!r}; write it again with `imagen plan --save={path}`"
             )
     if hashlib.sha256(payload).hexdigest() != digest:
-        raise CompiledError(f"--compiled={path} is damaged; make it again with `plan`")
+        raise CompiledError(f"--compiled={path} is damaged; write it again with `plan`")
     return serialize_executable.deserialize_and_load(payload, traced.in_tree, traced.out_tree)
 
 
 def _order(field: str) -> tuple[bool, str]:
-    """What the user can change comes first: the configuration, then devices and versions."""
+    """Sort key: fields of the configuration first, then devices and versions."""
     return not field.startswith("config."), field

@@ -1,7 +1,7 @@
-"""One run over many processes: joining them, and what only the first of them does.
+"""Runs of several processes: initialisation, process index, all-gather.
 
-Every process runs the same program on the same configuration and reads its own part of each batch
-(`data.pipeline`); JAX makes one array of the parts.
+Every process runs the same program with the same configuration and reads its own part of each batch
+(`data.batches.pipeline`); JAX forms global arrays of the parts.
 """
 
 from __future__ import annotations
@@ -16,36 +16,36 @@ from jax.experimental import multihost_utils
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 # Seconds that processes wait for each other at the start; machines of a pod boot minutes apart.
-PATIENCE = 300
+START_TIMEOUT = 300
 
 
 class DistributedError(ValueError):
-    """The environment does not say clearly who takes part; the message names the variable."""
+    """Inconsistent multi-process environment variables; the message names the variable."""
 
 
 def initialize(log: Callable[[str], None] = print) -> None:
-    """Joins the other processes of the run, if there are any; call before JAX touches a device.
+    """Joins the other processes of the run, if any; call before JAX uses a device.
 
-    Who takes part is said by the three `VARIABLES` (`launch/local_processes.sh` sets them), or else
-    by SLURM, GKE or the TPU pod in their own way, which `jax.distributed` reads. Where none of
-    them speaks, the process is on its own.
+    The processes are given by the three `VARIABLES` (set by `launch/local_processes.sh`), otherwise
+    by SLURM, GKE or the TPU pod, which `jax.distributed` reads. Without any of these the run has
+    one process.
 
     Raises:
-      DistributedError: some of the variables are missing or are not numbers that fit.
+      DistributedError: some of the variables are missing or inconsistent.
     """
     arguments = _arguments(os.environ)
     if arguments is None or jax.distributed.is_initialized():
         return
-    # Gloo lets CPU processes talk; other platforms have their own network and ignore this.
+    # Collectives between CPU processes need Gloo; other platforms ignore this.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if arguments:
-        who = f"process {arguments['process_id']} of {arguments['num_processes']}"
-        log(f"{who}: waiting for the others at {arguments['coordinator_address']}")
-    jax.distributed.initialize(**arguments, initialization_timeout=PATIENCE)
+        process = f"process {arguments['process_id']} of {arguments['num_processes']}"
+        log(f"{process}: waiting for the others at {arguments['coordinator_address']}")
+    jax.distributed.initialize(**arguments, initialization_timeout=START_TIMEOUT)
 
 
 def _arguments(environment: os._Environ[str] | dict[str, str]) -> dict[str, Any] | None:
-    """What to give to jax.distributed.initialize; {}: it finds out itself; None: a lone process."""
+    """Arguments of jax.distributed.initialize; {}: it reads them itself; None: one process."""
     given = {name: environment[name] for name in VARIABLES if environment.get(name)}
     if given:
         return _explicit(given)
@@ -75,22 +75,22 @@ def _explicit(given: dict[str, str]) -> dict[str, Any]:
 
 
 def is_first() -> bool:
-    """Whether this process writes what all of them know: lines, metrics, pictures."""
+    """Whether this process writes the output of the run: log lines, metrics, images."""
     return jax.process_index() == 0
 
 
 def index() -> int:
-    """Which of the processes this one is, from 0."""
+    """Index of this process, from 0."""
     return jax.process_index()
 
 
 def count() -> int:
-    """How many processes there are."""
+    """Number of processes."""
     return jax.process_count()
 
 
-def gather(array: np.ndarray) -> np.ndarray:
-    """The arrays of all processes, [processes, ...]; waits for them. All must ask."""
+def all_gather(array: np.ndarray) -> np.ndarray:
+    """The arrays of all processes, [processes, ...]; a barrier that all processes must call."""
     if count() == 1:
         return np.asarray(array)[None]
     return np.asarray(multihost_utils.process_allgather(array))

@@ -1,7 +1,7 @@
-"""FLOPs of a traced program: multiplications and additions of its products and convolutions.
+"""FLOPs of a traced program: multiplications and additions of matrix products and convolutions.
 
-Counted from the jaxpr rather than asked of the compiler, whose cost analysis takes the body of a
-loop once, however often it runs; elementwise work, a few percent, is left out.
+Counted from the jaxpr, because the compiler's cost analysis counts the body of a loop once.
+Elementwise operations, a few percent, are not counted.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from jax.extend import core
 
 
 def count(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> float:
-    """FLOPs of one run over all devices; of a conditional the dearest branch."""
+    """FLOPs of one run over all devices; a conditional counts as its most expensive branch."""
     if isinstance(jaxpr, core.ClosedJaxpr):
         jaxpr = jaxpr.jaxpr
     total = 0.0
@@ -49,7 +49,7 @@ def _dot(eqn: core.JaxprEqn) -> float:
 
 
 def convolution(eqn: core.JaxprEqn) -> float:
-    """Products with padding, or between the pixels of a dilated input, are not work."""
+    """FLOPs of a convolution; products with padding or with the zeros of dilation do not count."""
     params, dims = eqn.params, eqn.params["dimension_numbers"]
     lhs, rhs = map(_shape, eqn.invars)
     out = _shape(eqn.outvars[0])
@@ -58,7 +58,8 @@ def convolution(eqn: core.JaxprEqn) -> float:
         size, taps = lhs[dims.lhs_spec[2 + axis]], rhs[dims.rhs_spec[2 + axis]]
         dilation = params["lhs_dilation"][axis]
         first = np.arange(out[dims.out_spec[2 + axis]]) * params["window_strides"][axis] - low
-        at = first[:, None] + np.arange(taps) * params["rhs_dilation"][axis]
-        inside = (at >= 0) & (at <= (size - 1) * dilation) & (at % dilation == 0)
+        position = first[:, None] + np.arange(taps) * params["rhs_dilation"][axis]
+        inside = (position >= 0) & (position <= (size - 1) * dilation)
+        inside &= position % dilation == 0
         products *= inside.sum()
     return 2.0 * products

@@ -1,7 +1,7 @@
-"""What a compiled program sends between its devices, read from its text (HLO).
+"""Collective operations of a compiled program, parsed from its HLO text.
 
-A program is a list of computations; a `while` calls its body as often as its condition says, which
-the compiler's own cost analysis does not count.
+A program is a list of computations. The body of a `while` is counted once per iteration, unlike in
+the compiler's cost analysis.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Collective(NamedTuple):
 
     Attributes:
       kind: a row of KINDS.
-      count: how many.
-      bytes: size of their results; of what goes in, for a reduce-scatter.
+      count: number of operations.
+      bytes: size of their results; for a reduce-scatter, of its input.
     """
 
     kind: str
@@ -43,14 +43,14 @@ class Collective(NamedTuple):
 
 
 def collectives(text: str) -> list[Collective]:
-    """The collective operations of a compiled program by kind, the bodies of loops as often as run.
+    """The collective operations of a compiled program by kind; loop bodies once per iteration.
 
     Args:
       text: `jax.stages.Compiled.as_text()`.
     """
     computations, entry = _computations(text)
-    # (kind, place) -> instruction -> how often, bytes. On TPUs an operation that overlaps with
-    # others is several fusions on one channel: its start, its steps and its end.
+    # (kind, location) -> instruction -> (count, bytes). On TPUs an operation that overlaps with
+    # others consists of several fusions on one channel: start, steps and end.
     found: dict[tuple[str, str], dict[str, tuple[int, int]]] = collections.defaultdict(dict)
 
     def visit(name: str, times: int, fused: bool) -> None:
@@ -60,8 +60,8 @@ def collectives(text: str) -> list[Collective]:
                 scatter = name.startswith(_SCATTER)
                 kind = "reduce-scatter" if scatter else match[2]
                 channel = _CHANNEL.search(line)
-                place = channel[0] if channel and fused and not scatter else f"{name}: {line}"
-                same = found[kind, place]
+                location = channel[0] if channel and fused and not scatter else f"{name}: {line}"
+                same = found[kind, location]
                 before = same.get(line, (0, 0))[0]
                 same[line] = before + times, _bytes(match[1], kind, line)
                 continue
@@ -80,7 +80,7 @@ def collectives(text: str) -> list[Collective]:
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """Instructions by computation, and the name of the one that is run."""
+    """Instructions by computation, and the name of the entry computation."""
     computations: dict[str, list[str]] = {}
     entry, lines = "", []
     for line in text.splitlines():
@@ -100,7 +100,7 @@ def _called(line: str) -> list[str]:
 
 
 def _trips(line: str, computations: dict[str, list[str]]) -> int:
-    """How often a line runs what it calls: a `while` as its condition, index < constant, says."""
+    """Iterations of a `while`: its known trip count, or the bound of its condition; else 1."""
     condition = _CONDITION.search(line)
     if not condition:
         return 1
@@ -112,7 +112,7 @@ def _trips(line: str, computations: dict[str, list[str]]) -> int:
 
 
 def _bytes(result: str, kind: str, line: str) -> int:
-    """Bytes of a result type; an asynchronous operation's start also names its input there."""
+    """Bytes of a result type; the result of an asynchronous start also contains its input."""
     sizes = [_size(*array) for array in _ARRAY.findall(result)]
     if f"{kind}-start(" in line and len(sizes) > 1:
         return max(sizes)

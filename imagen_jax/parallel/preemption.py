@@ -1,8 +1,7 @@
-"""Being told to stop: SIGTERM becomes a question that the training loop asks between steps.
+"""Preemption: SIGTERM sets a flag that the training loop polls before every step.
 
-Spot machines, Kubernetes and SLURM send SIGTERM some seconds before they take the machine away.
-The run then saves and ends with exit status RESTART, which the launchers answer by starting the
-same command again.
+Spot machines, Kubernetes and SLURM send SIGTERM some seconds before they stop a machine. The run
+then saves and exits with status RESTART, after which the launchers run the same command again.
 """
 
 from __future__ import annotations
@@ -19,21 +18,21 @@ RESTART = 75  # EX_TEMPFAIL of sysexits.h: try again later.
 
 
 class Preempted(Exception):
-    """The run was asked to stop and has saved everything; the same command goes on."""
+    """The run received SIGTERM and has saved its state; the same command resumes it."""
 
 
 class Preemption:
-    """A context in which SIGTERM does not end the process but is remembered."""
+    """A context in which SIGTERM sets a flag instead of ending the process."""
 
     def __init__(self) -> None:
-        self._asked, self._sync_point = False, 0
+        self._requested, self._sync_point = False, 0
         self._previous: Any = None
 
     def __enter__(self) -> Preemption:
-        # Handlers belong to the main thread. Processes that join a run have JAX's service listen
-        # from then on, which takes this handler's place.
+        # Only the main thread can set a handler. With several processes, JAX's preemption service
+        # replaces this handler.
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, self._remember)
+            self._previous = signal.signal(signal.SIGTERM, self._request)
         return self
 
     def __exit__(
@@ -46,12 +45,12 @@ class Preemption:
             signal.signal(signal.SIGTERM, self._previous)
 
     def reached(self) -> bool:
-        """Whether to stop now, asked before every step; all processes of a run stop at the same."""
-        # JAX's service agrees on a number that only grows; steps go back when a run rolls back.
+        """Whether to stop now; call before every step. All processes stop at the same step."""
+        # JAX's service needs an increasing number; the step decreases when a run rolls back.
         self._sync_point += 1
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(self._sync_point)
-        return self._asked
+        return self._requested
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self._requested = True

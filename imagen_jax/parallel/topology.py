@@ -1,7 +1,7 @@
-"""TPU slices by Cloud TPU's names, and their devices for the compiler on a machine without any.
+"""TPU slices by Cloud TPU's names, and their devices for compilation without the slice.
 
-libtpu compiles for a slice that is not there. One JAX device is a chip on v4 and v5p (megacore:
-both TensorCores as one), v5e and v6e; on tpu7x it is a TensorCore, half a chip.
+libtpu compiles for a slice on a machine without TPUs. One JAX device is a chip on v4 and v5p
+(megacore: both TensorCores), v5e and v6e; on tpu7x it is a TensorCore, half a chip.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _3D = _CUBES | {256: "4x8x8", 512: "8x8x8", 768: "8x8x12", 1024: "8x8x16", 2048:
 
 
 class Generation(NamedTuple):
-    """What is known of a generation of TPUs.
+    """A generation of TPUs.
 
     Attributes:
-      libtpu: the compiler's name of it.
-      counted: what the number in a slice's name counts per chip: 2 TensorCores, or 1 chip.
+      libtpu: its name in libtpu.
+      counted: increment per chip of the number in a slice's name: 2 (TensorCores) or 1 (chips).
       devices: JAX devices per chip.
-      hbm: bytes per chip that the compiler lets a program use; the datasheet's are a little more.
-      shapes: chips -> shape of the slice.
+      hbm: bytes per chip available to a program; slightly less than the datasheet's.
+      shapes: number of chips -> shape of the slice.
     """
 
     libtpu: str
@@ -55,10 +55,10 @@ GENERATIONS = {
     "v6e": Generation("v6e", 1, 1, int(31.25 * GIB), _2D),
     "tpu7x": Generation("tpu7x", 2, 2, int(2 * 94.75 * GIB), _3D),
 }
-# What else they are called: v5litepod is Cloud TPU's accelerator type of v5e.
+# Other names; v5litepod is Cloud TPU's accelerator type of v5e.
 ALIASES = {"v5litepod": "v5e", "v7x": "tpu7x"}
 
-# libtpu asks the machine which TPU it is part of, and locks it; there is none.
+# Without these, libtpu queries the metadata of the machine's TPU and locks it.
 _NO_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v4-8",
@@ -72,10 +72,10 @@ class Slice(NamedTuple):
     """A TPU slice, or the devices of this machine.
 
     Attributes:
-      name: as the user gave it.
-      devices: as JAX counts them, in libtpu's order.
+      name: the user's name of it.
+      devices: JAX devices in libtpu's order.
       chips: number of chips.
-      hbm: bytes per chip that a program may use.
+      hbm: bytes per chip available to a program.
     """
 
     name: str
@@ -102,7 +102,7 @@ def parse(name: str) -> tuple[Generation, int]:
         count = int(number) if number.isdigit() else 0
         examples = [f"{f}-{_nearest(f, 64 * g.counted)}" for f, g in GENERATIONS.items()]
         raise ConfigError(
-            f"--topology={name!r} is no TPU slice, such as {', '.join(examples)}; "
+            f"--topology={name!r} is not a TPU slice, such as {', '.join(examples)}; "
             f"try {near}-{_nearest(near, count or 64)}"
         )
     generation = GENERATIONS[family]
@@ -118,13 +118,13 @@ def parse(name: str) -> tuple[Generation, int]:
 
 
 def _nearest(family: str, number: int) -> int:
-    """The number of the slice of `family` that is nearest in size."""
+    """The number in the name of the slice of `family` with the nearest size."""
     generation = GENERATIONS[family]
     return min((n * generation.counted for n in generation.shapes), key=lambda n: abs(n - number))
 
 
 def open_slice(name: str) -> Slice:
-    """The devices of the named slice, for compiling only; nothing can run on them.
+    """The devices of the named slice, for compilation only.
 
     Raises:
       ConfigError: there is no such slice, or libtpu is not installed.
@@ -140,7 +140,7 @@ def open_slice(name: str) -> Slice:
     layout = f"{generation.libtpu}:{generation.shapes[chips]}"
     try:
         described = topologies.get_topology_desc(layout, "tpu", **options)
-    except Exception as error:  # JAX has no error of its own for a missing or foreign library.
+    except Exception as error:  # JAX has no specific error for a missing or incompatible library.
         raise ConfigError(
             f"--topology={name}: libtpu cannot describe {layout} ({error}); "
             "is it installed: pip install 'imagen_jax[tpu]'"
@@ -149,10 +149,7 @@ def open_slice(name: str) -> Slice:
 
 
 def this_machine() -> Slice:
-    """The devices that JAX finds here, each counted as a chip.
-
-    CPU devices share the machine's memory.
-    """
+    """The devices of this machine, each counted as a chip; CPU devices share its memory."""
     devices = jax.devices()
     stats = devices[0].memory_stats() or {}
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

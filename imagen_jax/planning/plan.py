@@ -26,7 +26,8 @@ from imagen_jax.inference import stage_sampler
 from imagen_jax.models import t5
 from imagen_jax.parallel import flops, hlo, partitioning
 from imagen_jax.parallel.topology import Slice
-from imagen_jax.stages import stage
+from imagen_jax.stages.conditioning import Text
+from imagen_jax.stages.network import init_params
 from imagen_jax.text import frozen_encoder
 from imagen_jax.training.optimizer import make_optimizer
 from imagen_jax.training.step import jit_train_step, model_flops
@@ -163,19 +164,19 @@ def sample_program(config: Config, where: Slice, batch: int) -> Program:
     # A stage that learned from crops draws the whole picture.
     config = dataclasses.replace(config, data=config.data.whole())
     mesh = partitioning.make_mesh(MeshConfig(), where.devices)
-    rows, whole = _rows(mesh, batch), partitioning.everywhere(mesh)
+    rows, whole = _rows(mesh, batch), partitioning.replicated(mesh)
     shapes = batch_shapes(
         dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=batch))
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
     shapes["keys"] = jax.ShapeDtypeStruct((batch,), key.dtype)
     given = _with_sharding(shapes, rows)
-    words = given["text_emb"], given["text_mask"]
-    params = jax.eval_shape(lambda: stage.init_params(config, jax.random.key(config.seed)))
+    text = Text(given["text_emb"], given["text_mask"])
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(config.seed)))
     params = _with_sharding(partitioning.unbox(params), whole)
     low = given.get("lowres")
-    traced = stage_sampler.sample_stage.trace(params, config, *words, given["keys"], low)
-    inputs = (params, *words, given["keys"], low)
+    traced = stage_sampler.sample_stage.trace(params, config, text, given["keys"], low)
+    inputs = (params, text, given["keys"], low)
     return program("sample", config, batch, traced, params, inputs)
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from imagen_jax.parallel.peaks import peak_flops
 from imagen_jax.parallel.topology import GIB
 from imagen_jax.planning.plan import Plan
-from imagen_jax.training import metrics
 
 UNITS = {"train": "picture", "sample": "picture", "embed": "caption"}
 WHAT = {"train": "train step", "sample": "sampler", "embed": "text encoder"}
@@ -39,7 +39,7 @@ def estimate(plan: Plan, mfu: float, price: float | None) -> Estimate | None:
         not useful.
       price: per chip-hour.
     """
-    peak = metrics.peak_flops(plan.slice.devices[0].device_kind)
+    peak = peak_flops(plan.slice.devices[0].device_kind)
     if peak is None:
         return None
     program = plan.program

@@ -1,14 +1,31 @@
-"""Vocabularies of text encoders: captions to token ids, and the marks around them."""
+"""Vocabularies of text encoders: captions to padded token ids with start and end tokens."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
 
 from imagen_jax.config.fields import ConfigError
 
-EOS_ID = 1  # T5's end mark.
+EOS_ID = 1  # T5's end token.
+
+
+class TokenBatch(NamedTuple):
+    """Padded token ids.
+
+    Attributes:
+      ids: int32 [B, L], zero at padding.
+      mask: bool [B, L], True at real tokens, the end token included.
+      truncated: indices of captions that were cut.
+    """
+
+    ids: np.ndarray
+    mask: np.ndarray
+    truncated: tuple[int, ...]
 
 
 @runtime_checkable
@@ -16,9 +33,9 @@ class Vocabulary(Protocol):
     """Caption to ids.
 
     Attributes:
-      size: ids are below it.
-      start: ids put before every caption.
-      end: the mark put behind it.
+      size: number of ids.
+      start: ids before every caption.
+      end: id after every caption.
     """
 
     size: int
@@ -26,12 +43,33 @@ class Vocabulary(Protocol):
     end: int
 
     def __call__(self, caption: str) -> list[int]:
-        """Ids of a caption, without the marks."""
+        """Ids of a caption, without start and end."""
         ...
 
     def sha256(self) -> str:
-        """Hash of all that the ids depend on."""
+        """Hash of everything the ids depend on."""
         ...
+
+
+def tokenize(vocabulary: Vocabulary, captions: Sequence[str], *, max_len: int) -> TokenBatch:
+    """Ids of B captions with start and end tokens, padded to `max_len`.
+
+    Args:
+      vocabulary: the vocabulary.
+      captions: B strings; "" gives start and end tokens only.
+      max_len: longer captions are cut; the end token is kept.
+    """
+    ids = np.zeros((len(captions), max_len), np.int32)
+    mask = np.zeros(ids.shape, bool)
+    truncated = []
+    for row, caption in enumerate(captions):
+        pieces = [*vocabulary.start, *vocabulary(caption)]
+        if len(pieces) >= max_len:
+            truncated.append(row)
+        pieces = [*pieces[: max_len - 1], vocabulary.end]
+        ids[row, : len(pieces)] = pieces
+        mask[row, : len(pieces)] = True
+    return TokenBatch(ids, mask, tuple(truncated))
 
 
 class SentencePieceVocabulary:
@@ -42,7 +80,7 @@ class SentencePieceVocabulary:
 
     def __init__(self, content: bytes, name: str):
         """Reads the file's content; `name` is for messages. Raises ConfigError."""
-        # Imported here: a machine that only trains from stored embeddings need not have it.
+        # Imported here: training from stored embeddings does not need it.
         import sentencepiece
 
         self._content = content
@@ -60,7 +98,7 @@ class SentencePieceVocabulary:
 
 
 class ByteVocabulary:
-    """UTF-8 bytes, moved up by the three special ids (ByT5, Xue et al. 2022)."""
+    """UTF-8 bytes plus 3, the number of special ids (ByT5, Xue et al. 2022)."""
 
     size = 259
     start: tuple[int, ...] = ()
@@ -76,8 +114,8 @@ class ByteVocabulary:
 class ClipVocabulary:
     """CLIP's byte-pair encoding: `vocab.json` with `merges.txt`, or `tokenizer.json`.
 
-    Text is composed (NFC), its white space collapsed and its case folded; words are split before
-    they are encoded, and their last piece carries a mark.
+    Text is normalised to NFC, white space is collapsed and case is folded. Text is split into words
+    before encoding; the last piece of a word ends with `</w>`.
     """
 
     _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
@@ -98,10 +136,10 @@ class ClipVocabulary:
             else:
                 self._tokenizer = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
         except Exception as error:  # The library raises plain Exception for damaged files.
-            raise ConfigError(f"{name} holds no CLIP vocabulary: {error}") from error
+            raise ConfigError(f"{name} has no CLIP vocabulary: {error}") from error
         marks: list[Any] = [self._tokenizer.token_to_id(mark) for mark in (self._START, self._END)]
         if None in marks:
-            raise ConfigError(f"{name} holds no CLIP vocabulary: no {self._START}, {self._END}")
+            raise ConfigError(f"{name} has no CLIP vocabulary: no {self._START}, {self._END}")
         self.start, self.end = (marks[0],), marks[1]
         self.size = self._tokenizer.get_vocab_size()
         self._content = b"".join(files[name] for name in sorted(files))
@@ -131,7 +169,7 @@ class ClipVocabulary:
         return tokenizer
 
     def __call__(self, caption: str) -> list[int]:
-        # A lone surrogate, as file names may bring, is no text to the library.
+        # The library rejects lone surrogates, which file names may contain.
         caption = caption.encode("utf-8", errors="replace").decode("utf-8")
         return self._tokenizer.encode(caption, add_special_tokens=False).ids
 

@@ -7,9 +7,9 @@ a checkpoint. A folder is written under a temporary name and renamed, so a liste
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import pathlib
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +18,7 @@ import jax
 from imagen_jax.config import overrides
 from imagen_jax.config.schema import Config
 from imagen_jax.interop import weights
+from imagen_jax.io import atomic
 from imagen_jax.parallel import distributed, partitioning
 from imagen_jax.stages.network import with_defaults
 from imagen_jax.training import ema
@@ -41,19 +42,13 @@ def save(workdir: str, step: int, averages: Mapping[str, Any], config: Config) -
       config: configuration of the run.
     """
     folder = _folder(workdir) / str(step)
-    temporary = folder.with_name(f"{step}.tmp")
-    writes = distributed.is_first()
-    if writes:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        (temporary / "config.json").write_text(overrides.to_json(config))
-    for name in map(ema.power_name, config.ema.profiles):
-        arrays = jax.tree.map(partitioning.fetch, averages[name])
-        if writes:
-            weights.write_safetensors(temporary / _file(name), weights.flatten(arrays))
-    if writes:
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
+    with atomic.folder(folder) if distributed.is_first() else contextlib.nullcontext() as temporary:
+        if temporary:
+            (temporary / "config.json").write_text(overrides.to_json(config))
+        for name in map(ema.power_name, config.ema.profiles):
+            arrays = jax.tree.map(partitioning.fetch, averages[name])
+            if temporary:
+                weights.write_safetensors(temporary / _file(name), weights.flatten(arrays))
 
 
 def find(workdir: str) -> tuple[list[ema.Snapshot], Config]:

@@ -15,35 +15,12 @@ from etils import epath
 
 from imagen_jax.io import atomic, jsonl
 from imagen_jax.parallel import distributed
+from imagen_jax.parallel.peaks import peak_flops
 
 try:
     from tensorboardX import SummaryWriter
 except ImportError:  # Optional: metrics.jsonl holds the same numbers.
     SummaryWriter = None
-
-
-# Dense bfloat16 peak of one device by JAX's `device_kind`, FLOP/s, from the makers' datasheets.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU7x": 1153.5e12,  # A device is one of the chip's two TensorCores.
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-}
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Dense bfloat16 peak of a chip, FLOP/s; None where the datasheet is not known here.
-
-    JAX names GPUs by their full product name, so the longest known beginning decides.
-    """
-    known = [name for name in PEAK_FLOPS if device_kind.startswith(name)]
-    return PEAK_FLOPS[max(known, key=len)] if known else None
 
 
 class MetricWriter:

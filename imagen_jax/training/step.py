@@ -88,7 +88,7 @@ def jit_train_step(
     return jax.jit(
         make_train_step(config, optimizer),
         donate_argnums=partitioning.donated(0),
-        out_shardings=(shardings, partitioning.everywhere(mesh)),
+        out_shardings=(shardings, partitioning.replicated(mesh)),
         compiler_options=partitioning.train_step_options(),
     )
 

@@ -13,8 +13,9 @@ from jaxtyping import Int
 
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.io import jsonl
+from imagen_jax.text import vocabulary as vocabularies
+from imagen_jax.text.vocabulary import SentencePieceVocabulary
 
-EOS_ID = 1
 _BYTE_PIECES = 256 + 3  # every byte, padding, end mark and unknown
 
 
@@ -103,14 +104,9 @@ def tokenize(
       ids: int32, at most `max_len` long.
       pieces: size of the vocabulary.
     """
-    import sentencepiece
-
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    rows = [[*row[: max_len - 1], EOS_ID] for row in processor.encode(list(captions))]
-    ids = np.zeros((len(rows), max(map(len, rows))), np.int32)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = row
-    return ids, processor.get_piece_size()
+    vocabulary = SentencePieceVocabulary(model, "the new vocabulary")
+    batch = vocabularies.tokenize(vocabulary, captions, max_len=max_len)
+    return batch.ids[:, : batch.mask.sum(axis=1).max()], vocabulary.size
 
 
 def by_group(

@@ -17,8 +17,8 @@ from imagen_jax.cli import main
 from imagen_jax.config.overrides import load
 from imagen_jax.config.schema import Config, MeshConfig
 from imagen_jax.data.embeddings import store
-from imagen_jax.stages import stage
-from imagen_jax.text.encoders import TokenBatch
+from imagen_jax.stages.network import init_params
+from imagen_jax.text.vocabulary import TokenBatch
 
 FINGERPRINT = {"encoder": "fake", "max_len": 4}
 
@@ -276,7 +276,7 @@ def test_the_room_needed_is_that_of_the_state(healthy):
     context = doctor_lib.CheckContext(
         dataclasses.replace(healthy, model=model), None, np.random.default_rng(0)
     )
-    shapes = jax.eval_shape(lambda: stage.init_params(context.config, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: init_params(context.config, jax.random.key(0)))
     count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     assert 0 <= doctor_lib._state_bytes(context) - 4 * 4 * count < 100
     assert doctor_lib._saves(healthy) == 4

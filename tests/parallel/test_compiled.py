@@ -1,11 +1,14 @@
-"""A compiled step as a file: the same numbers as without, and refusal of any other step."""
+"""A compiled step as a file: same losses as without it; any other step is rejected."""
 
 import json
 import os
+import pathlib
+import shutil
 
 import jax
 import pytest
 
+import imagen_jax
 from imagen_jax.cli import main
 from imagen_jax.config import overrides
 from imagen_jax.parallel import compiled
@@ -69,7 +72,7 @@ def test_versions_and_devices_are_named(saved, load):
     assert "versions.imagen_jax=" in load(path, **{"versions.imagen_jax": "other code"})
 
 
-def test_what_is_not_ones_own_file_is_never_unpickled(saved, load, tmp_path):
+def test_a_file_of_another_user_is_never_unpickled(saved, load, tmp_path):
     good = saved[2].read_bytes()
     path = tmp_path / "step"
 
@@ -80,15 +83,31 @@ def test_what_is_not_ones_own_file_is_never_unpickled(saved, load, tmp_path):
 
     assert "others may write to it" in load(write(good, 0o666))
     assert "is damaged" in load(write(good[:-1]))
-    assert "no file of `imagen plan --save`" in load(write(b"\x80\x05garbage\n"))
+    assert "not a file of `imagen plan --save`" in load(write(b"\x80\x05garbage\n"))
     assert "No such file" in load(tmp_path / "missing")
     assert os.stat(saved[2]).st_mode & 0o077 == 0
 
 
-def test_what_does_not_shape_the_step_is_not_part_of_it(base_config):
+def test_fields_outside_the_step_are_not_part_of_its_identity(base_config):
     elsewhere = overrides.from_json(
         overrides.to_json(base_config).replace('"path": ""', '"path": "elsewhere"')
     )
     assert elsewhere != base_config
     devices = jax.devices()
     assert compiled.identity(elsewhere, devices) == compiled.identity(base_config, devices)
+
+
+def test_the_identity_covers_the_code_of_every_package(base_config, tmp_path, monkeypatch):
+    package = tmp_path / "imagen_jax"
+    shutil.copytree(pathlib.Path(imagen_jax.__file__).parent, package)
+    monkeypatch.setattr(imagen_jax, "__file__", str(package / "__init__.py"))
+
+    def versions() -> str:
+        return compiled.identity(base_config, jax.devices())["versions.imagen_jax"]
+
+    seen = {versions()}
+    for module in ("models/unet.py", "training/step.py"):
+        with (package / module).open("a") as file:
+            file.write("\n")
+        seen.add(versions())
+    assert len(seen) == 3

@@ -8,7 +8,7 @@ from jax import lax
 from imagen_jax.config import overrides
 from imagen_jax.models.unet import UNet
 from imagen_jax.parallel import flops, partitioning
-from imagen_jax.stages import stage
+from imagen_jax.stages.network import init_params
 
 
 def count(fn, *shapes) -> float:
@@ -60,7 +60,7 @@ def test_recomputation_is_work():
 @pytest.mark.slow
 def test_the_base_model_takes_what_the_paper_s_figures_say():
     config = overrides.load("configs/imagen.py:base_64")
-    params = jax.eval_shape(lambda: stage.init_params(config, jax.random.key(0)))
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     size, length = config.data.image_size, config.data.max_text_len
     traced = jax.make_jaxpr(UNet(config.model).apply)(
         {"params": partitioning.unbox(params)},

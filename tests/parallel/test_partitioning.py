@@ -39,7 +39,7 @@ def test_a_mesh_that_does_not_fit_the_devices():
     assert partitioning.make_mesh(MeshConfig()).size == devices
     with pytest.raises(ConfigError, match=f"the number of devices, {devices}"):
         partitioning.make_mesh(MeshConfig(fsdp=devices + 1))
-    with pytest.raises(ConfigError, match="leave config.mesh.data=-1"):
+    with pytest.raises(ConfigError, match="set config.mesh.data=-1"):
         partitioning.make_mesh(MeshConfig(data=devices + 1))
 
 

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from imagen_jax.text.frozen_encoder import TokenBatch
+from imagen_jax.text.vocabulary import TokenBatch
 
 
 class FakeEncoder:

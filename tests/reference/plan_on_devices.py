@@ -29,7 +29,7 @@ def collectives_of_a_loop() -> list[hlo.Collective]:
     def program(x):
         again = lambda total, _: (jnp.sin(x.T @ (x @ total)), None)  # noqa: E731
         total, _ = jax.lax.scan(again, jnp.eye(16), length=5)
-        whole = partitioning.everywhere(mesh)
+        whole = partitioning.replicated(mesh)
         return total, jax.lax.with_sharding_constraint(x * 2, whole)
 
     x = jax.ShapeDtypeStruct((32, 16), jnp.float32, sharding=rows)

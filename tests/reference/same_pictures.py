@@ -12,8 +12,10 @@ import sys
 import numpy as np
 
 from imagen_jax.inference import batches, stage_sampler
-from imagen_jax.inference.cascade import Cascade, image_keys
+from imagen_jax.inference.cascade import Cascade
+from imagen_jax.inference.stage_sampler import image_keys
 from imagen_jax.parallel import partitioning
+from imagen_jax.stages.conditioning import Text
 
 BATCHES, SEED = (1, 7, 64), 5
 
@@ -29,10 +31,10 @@ def noise_of(config, texts, order, batch):
     noise = np.zeros((len(order), config.data.image_size, config.data.image_size, 3), np.float32)
     for first in range(0, len(order), batch):
         rows = np.arange(first, min(first + batch, len(order)))
-        inputs = [texts[name][order[rows]] for name in ("text_emb", "text_mask")]
-        inputs = partitioning.spread((*inputs, keys[rows]))
-        begin, _ = batches.programs()
-        noise[order[rows]] = begin(stage_sampler.shared(config), *inputs)[1].z
+        text = Text(*(texts[name][order[rows]] for name in ("text_emb", "text_mask")))
+        inputs = partitioning.shard_batch(stage_sampler.SamplerInputs(text, keys[rows]))
+        init, _ = batches.programs()
+        noise[order[rows]] = init(stage_sampler.jit_cache_config(config), inputs)[1].z
     return noise
 
 

@@ -18,7 +18,7 @@ import optax
 from imagen_jax.config import overrides
 from imagen_jax.config.schema import Config, MeshConfig
 from imagen_jax.parallel import partitioning
-from imagen_jax.stages import stage
+from imagen_jax.stages.network import MODELS, init_params
 from imagen_jax.training import train
 from imagen_jax.training.optimizer import make_optimizer
 from imagen_jax.training.state import create_state
@@ -43,7 +43,7 @@ def make_batch(config: Config) -> dict[str, np.ndarray]:
 
 
 def parameter_shapes(config: Config):
-    return jax.eval_shape(lambda: partitioning.unbox(stage.init_params(config, jax.random.key(0))))
+    return jax.eval_shape(lambda: partitioning.unbox(init_params(config, jax.random.key(0))))
 
 
 def step_on(mesh_config: MeshConfig, config: Config, state, batch):
@@ -84,11 +84,11 @@ def attention_shapes(config: Config, params, constrained: bool) -> list[list[int
     """Shapes per device of the attention's weights, when all that is given lies whole."""
     mesh = partitioning.make_mesh(MESHES["data2_fsdp2_tensor2"])
     batch = make_batch(config)
-    network = stage.MODELS[config.model.name](config.model)
+    network = MODELS[config.model.name](config.model)
     pixels, text = config.data.image_size**2, config.data.max_text_len
     with jax.set_mesh(mesh), unconstrained(not constrained):
         arguments = batch["image"], np.zeros(8, np.float32), batch["text_emb"], batch["text_mask"]
-        placed = jax.device_put((params, arguments), partitioning.everywhere(mesh))
+        placed = jax.device_put((params, arguments), partitioning.replicated(mesh))
         forward = jax.jit(lambda params, arguments: network.apply({"params": params}, *arguments))
         program = forward.lower(*placed).compile().as_text()
     shapes = re.findall(rf"f32\[(\d+),(\d+),{pixels},{pixels + text}\]", program)
@@ -127,7 +127,7 @@ def compare(config: Config, meshes, smallest: int = 1) -> dict:
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     batch = make_batch(config)
     shapes = jax.eval_shape(
-        lambda: partitioning.unbox(stage.init_params(config, jax.random.key(0)))
+        lambda: partitioning.unbox(init_params(config, jax.random.key(0)))
     )
     rng = np.random.default_rng(1)
     params = jax.tree.map(

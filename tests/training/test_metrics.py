@@ -63,19 +63,3 @@ def test_progress_counts_pictures_since_the_last_report(monkeypatch):
     assert timer.summary() == {"step": 4.0, "start": 30.0, "data": 1.0, "save": 5.0}
     line = metrics.goodput(timer.summary())
     assert line == "goodput 10% of 0:40: data 0:01, save 0:05, start 0:30, step 0:04"
-
-
-@pytest.mark.parametrize(
-    ("kind", "peak"),
-    [
-        ("TPU v4", 275e12),
-        ("TPU v5 lite", 197e12),
-        ("TPU v5", 459e12),
-        ("NVIDIA H200", 989e12),
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("cpu", None),
-    ],
-)
-def test_peaks_of_the_datasheets(kind, peak):
-    assert metrics.peak_flops(kind) == peak
