@@ -1,16 +1,16 @@
-"""Fidelity against diversity: classifier guidance beside classifier-free guidance, shapes world.
+"""Fidelity against diversity of classifier and classifier-free guidance on the shapes world.
 
     .venv/bin/python benchmarks/classifier_guidance.py \
         --stages=runs/demo/stages/base,runs/demo/stages/sr \
         --prompts=runs/demo/data/prompts_held_out.jsonl --out=runs/classifier_guidance --docs=docs
 
-Trains a small noise-aware classifier of the base stage's pictures (colour, shape, size, number; not
-a caption is read), then draws the same prompts with one object in two ways: the base stage without
-text, led by the classifier at scale s, and the base stage with text at guidance weight w. Fidelity
-is alignment, the share of pictures in which every attribute is right; diversity is the distance of
-two pictures of one prompt, root mean square over pixels and channels, mean over the prompts,
-relative to that of real pictures. Both at 64x64, behind the super-resolution stage. About fifteen
-minutes on one CPU core; the classifier is kept in --out.
+Trains a small noise-aware classifier on images of the base stage's size (colour, shape, size,
+number; no captions), then samples the same prompts with one object in two ways: the base stage
+without text and with classifier guidance of scale s, and the base stage with text and guidance
+weight w. Fidelity is alignment, the share of images with all attributes correct. Diversity is the
+RMS distance over pixels and channels of two images of one prompt, averaged over prompts, relative
+to that of real images. Both are measured at 64x64, after the super-resolution stage. Takes about
+fifteen minutes on one CPU core; the classifier is kept in --out.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import json
 import pathlib
 import time
 
-import drawn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import reporting
+import shapes_samples
 
 from imagen_jax.diffusion import guidance, process, thresholding
 from imagen_jax.evaluation import charts
@@ -38,10 +38,10 @@ from imagen_jax.stages.conditioning import Conditioning, Text, null_text
 from imagen_jax.stages.denoiser import predict_x0
 from imagen_jax.stages.stage import Stage
 from imagen_jax.training.optimizer import make_optimizer
-from imagen_jax.worlds.shapes import scenes as shapes
+from imagen_jax.worlds.shapes import scenes
 
-COLORS, SHAPES, SIZES = (list(names) for names in (shapes.COLORS, shapes.SHAPES, shapes.SIZES))
-MIXED = 4  # the number of a picture whose objects differ; else the number of objects minus one
+COLORS, SHAPES, SIZES = (list(names) for names in (scenes.COLORS, scenes.SHAPES, scenes.SIZES))
+MIXED = 4  # class "number" of images with different objects; otherwise number of objects minus one
 CLASSES = (len(COLORS), len(SHAPES), len(SIZES), MIXED + 1)
 NAMES = ("colour", "shape", "size", "number")
 SCENES, TEST_SCENES, BATCH = 20_000, 1_000, 32
@@ -50,7 +50,7 @@ WEIGHTS = (1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
 
 
 def labels_of(objects):
-    """The classes of a picture; -1 where its objects differ or nothing is said."""
+    """The classes of an image; -1 where its objects differ or the size is not stated."""
     kinds = {(thing["color"], thing["shape"], thing["size"]) for thing in objects}
     if len(kinds) > 1:
         return (-1, -1, -1, MIXED)
@@ -60,17 +60,17 @@ def labels_of(objects):
 
 
 def load_images(split, count, size):
-    """Pictures [count, size, size, 3] in [-1, 1] of the world's scenes, and their classes."""
-    scenes = [shapes.scene(split, index) for index in range(count)]
-    pictures = [images.resize_host(shapes.render(scene), size) for scene in scenes]
-    labels = [labels_of([vars(thing) for thing in scene.objects]) for scene in scenes]
-    return images.to_float(np.stack(pictures)), np.array(labels, np.int32)
+    """Rendered images [count, size, size, 3] in [-1, 1] of a split, and their classes."""
+    split_scenes = [scenes.scene(split, index) for index in range(count)]
+    pixels = [images.resize_host(scenes.render(scene), size) for scene in split_scenes]
+    labels = [labels_of([vars(thing) for thing in scene.objects]) for scene in split_scenes]
+    return images.to_float(np.stack(pixels)), np.array(labels, np.int32)
 
 
 def train(network, config, steps):
     """Parameters of the classifier after `steps` steps on the training scenes."""
     size = config.data.image_size
-    pictures, labels = load_images("train", SCENES, size)
+    x0, labels = load_images("train", SCENES, size)
     example = jnp.zeros((1, size, size, 3)), jnp.zeros(1)
     params = partitioning.unbox(network.init(jax.random.key(0), *example)["params"])
     optimizer = make_optimizer(config.optimizer, steps)
@@ -87,7 +87,7 @@ def train(network, config, steps):
     for step in range(steps):
         rows = rng.integers(SCENES, size=BATCH)
         key = jax.random.fold_in(jax.random.key(1), step)
-        params, opt_state, loss = step_fn(params, opt_state, pictures[rows], labels[rows], key)
+        params, opt_state, loss = step_fn(params, opt_state, x0[rows], labels[rows], key)
         losses.append(loss)
         if (step + 1) % 500 == 0:
             print(f"step {step + 1}  loss {np.mean(losses[-500:]):.3f} nats", flush=True)
@@ -95,21 +95,21 @@ def train(network, config, steps):
 
 
 def report_accuracy(network, params, config):
-    """Prints how often the classifier is right about test scenes, by noise."""
-    pictures, labels = load_images("seen_test", TEST_SCENES, config.data.image_size)
+    """Prints the accuracy of the classifier on test scenes by noise level."""
+    x0, labels = load_images("seen_test", TEST_SCENES, config.data.image_size)
     apply = jax.jit(lambda z, logsnr: network.apply({"params": params}, z, logsnr))
     print("logsnr  " + "  ".join(NAMES))
     for level in (-4.0, -2.0, 0.0, 2.0, 6.0):
         logsnr = jnp.full(TEST_SCENES, level)
-        eps = jax.random.normal(jax.random.key(2), pictures.shape)
-        logits = apply(process.q_sample(jnp.asarray(pictures), logsnr, eps), logsnr)
+        eps = jax.random.normal(jax.random.key(2), x0.shape)
+        logits = apply(process.q_sample(jnp.asarray(x0), logsnr, eps), logsnr)
         guesses = np.stack([np.argmax(one, axis=1) for one in logits], axis=1)
         right = [np.mean((guesses == labels)[labels[:, k] >= 0, k]) for k in range(len(NAMES))]
         print(f"{level:6g}  " + "  ".join(f"{share:.2f}".rjust(6) for share in right), flush=True)
 
 
 def by_classifier(params, config, text, labels, scale, classifier_params):
-    """The base stage without text, led by the classifier."""
+    """A denoiser of the base stage without text, with classifier guidance."""
     null = null_text(Text(*text))
     network = classifier.Classifier(config.model, CLASSES)
 
@@ -126,7 +126,7 @@ def by_classifier(params, config, text, labels, scale, classifier_params):
 
 
 def by_text(params, config, text, weight):
-    """The base stage with classifier-free guidance."""
+    """A denoiser of the base stage with classifier-free guidance."""
     text = Text(*text)
     texts = [text, null_text(text)]
 
@@ -137,31 +137,31 @@ def by_text(params, config, text, weight):
     return thresholding.threshold(denoise, config.sampling)
 
 
-def distance(pictures):
-    """RMS distance of pictures 2i and 2i + 1 in levels of 255: mean over i, standard error."""
-    first, second = (pictures[k::2].astype(np.float64) for k in (0, 1))
+def distance(samples):
+    """RMS distance of images 2i and 2i + 1 in levels of 255: mean over i, standard error."""
+    first, second = (samples[k::2].astype(np.float64) for k in (0, 1))
     each = np.sqrt(np.mean((first - second) ** 2, axis=(1, 2, 3)))
     return each.mean(), each.std(ddof=1) / np.sqrt(len(each))
 
 
-def real_pictures(rows):
-    """Pictures of the same rows, their objects placed anew."""
-    pictures = []
+def real_images(rows):
+    """Rendered images of the same rows with new object positions."""
+    rendered = []
     for index, row in enumerate(rows):
-        # At the corner no object fits, so that it is given another place.
+        # No object fits at the corner, so scene_from_row samples another position.
         objects = [{**thing, "x": 0.0, "y": 0.0} for thing in row["objects"]]
-        anew = np.random.default_rng((0, index))
-        pictures.append(shapes.render(shapes.scene_from_row({**row, "objects": objects}, anew)))
-    return np.stack(pictures)
+        rng = np.random.default_rng((0, index))
+        rendered.append(scenes.render(scenes.scene_from_row({**row, "objects": objects}, rng)))
+    return np.stack(rendered)
 
 
 def main():
-    parser = drawn.parser(__doc__, 60)
+    parser = shapes_samples.parser(__doc__, 60)
     parser.add_argument("--steps", type=int, default=4_000, help="training steps")
     flags = parser.parse_args()
     out = pathlib.Path(flags.out)
     out.mkdir(parents=True, exist_ok=True)
-    stages = drawn.load(flags.stages)
+    stages = shapes_samples.load(flags.stages)
     config = stages[0].config
     network, kept = classifier.Classifier(config.model, CLASSES), out / "classifier.safetensors"
     if not kept.is_file():
@@ -172,28 +172,31 @@ def main():
     params = weights.unflatten(weights.read_safetensors(kept))
     report_accuracy(network, params, config)
 
-    asked = drawn.ask(stages[0], flags.prompts, ("single",), flags.count, each=2)
-    labels = np.array([labels_of(row["objects"]) for row in asked.rows], np.int32)
-    real = distance(real_pictures(asked.rows))[0]
-    draws = [("classifier", s, (by_classifier, labels, s, params)) for s in SCALES]
-    draws += [("classifier-free", w, (by_text, w)) for w in WEIGHTS]
+    batch = shapes_samples.read_prompt_batch(
+        stages[0], flags.prompts, ("single",), flags.count, each=2
+    )
+    labels = np.array([labels_of(row["objects"]) for row in batch.rows], np.int32)
+    real = distance(real_images(batch.rows))[0]
+    settings = [("classifier", s, (by_classifier, labels, s, params)) for s in SCALES]
+    settings += [("classifier-free", w, (by_text, w)) for w in WEIGHTS]
     print("guidance         strength  exact  95%           diversity")
     points = []
-    for name, strength, (denoise_of, *numbers) in draws:
-        pictures = drawn.draw(stages, asked, denoise_of, *numbers)[-1]
-        share, low, high = drawn.exact(pictures, asked)
-        apart, error = (value / real for value in distance(pictures))
+    for name, strength, (denoise_of, *numbers) in settings:
+        samples = shapes_samples.sample_images(stages, batch, denoise_of, *numbers)[-1]
+        share, low, high = shapes_samples.exact(samples, batch)
+        diversity, error = (value / real for value in distance(samples))
         points.append(
             {"guidance": name, "strength": strength, "exact": share, "low": low, "high": high}
-            | {"diversity": apart, "diversity_error": 1.96 * error}
+            | {"diversity": diversity, "diversity_error": 1.96 * error}
         )
         print(
             f"{name:16} {strength:8g} {share:6.2f}  [{low:.2f}, {high:.2f}]"
-            f"  {apart:.2f} +- {1.96 * error:.2f}",
+            f"  {diversity:.2f} +- {1.96 * error:.2f}",
             flush=True,
         )
-        images.save_png(out / f"{name}_{strength:g}.png", images.grid(pictures[:24], 8), {})
-    record = {"stages": drawn.fingerprint(stages), "prompts": flags.count, "points": points}
+        images.save_png(out / f"{name}_{strength:g}.png", images.grid(samples[:24], 8), {})
+    stage_names = shapes_samples.fingerprint(stages)
+    record = {"stages": stage_names, "prompts": flags.count, "points": points}
     record["real_distance"] = real
     (out / "classifier_guidance.json").write_text(json.dumps(record, indent=1) + "\n")
     if flags.docs:
@@ -201,7 +204,7 @@ def main():
 
 
 def write(record, docs):
-    """The chart and the table of docs/sampling.md."""
+    """Writes the chart and the table of docs/sampling.md."""
     lines = {"classifier": "s", "classifier-free": "w"}
     chosen = {name: [p for p in record["points"] if p["guidance"] == name] for name in lines}
     chart = charts.line_chart(
@@ -219,7 +222,7 @@ def write(record, docs):
             for name, points in chosen.items()
         },
         title="Fidelity against diversity over the strength of guidance",
-        x_label="diversity: distance of two pictures of a prompt, real pictures = 1",
+        x_label="diversity: distance of two images of a prompt, real images = 1",
         y_label=f"all attributes right, share of {2 * record['prompts']}",
     )
     (docs / "images" / "classifier_guidance.svg").write_text(charts.to_svg(chart))

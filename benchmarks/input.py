@@ -26,7 +26,13 @@ from PIL import Image
 
 from imagen_jax.config.data import DataConfig
 from imagen_jax.data.batches.pipeline import Pipeline
-from imagen_jax.data.embeddings import store as embeddings
+from imagen_jax.data.embeddings.store import (
+    EmbeddingStore,
+    describe_unit,
+    unit_name,
+    write_manifest,
+    write_unit,
+)
 from imagen_jax.data.sources.registry import open_source
 
 WIDTH, LENGTH = 4096, 32
@@ -73,9 +79,9 @@ def write_world(folder, side, count):
     store.mkdir()
     lengths = rng.integers(10, 31, count)
     rows = [rng.normal(size=(n, WIDTH)).astype(ml_dtypes.bfloat16) for n in lengths]
-    unit = store / embeddings.unit_name(captions)
-    embeddings.write_unit(unit, captions, rows)
-    embeddings.write_manifest(store, [embeddings.describe_unit(unit)], {})
+    unit = store / unit_name(captions)
+    write_unit(unit, captions, rows)
+    write_manifest(store, [describe_unit(unit)], {})
 
 
 def rates(stream, seconds, repeats):
@@ -124,7 +130,7 @@ def main():
                 prefetch=max(cores, 2),
                 **settings,
             )
-            store = embeddings.EmbeddingStore.open(data.embeddings)
+            store = EmbeddingStore.open(data.embeddings)
             source = open_source(data, log=lambda line: None)
             stream = Pipeline(source, store, dataclasses.replace(data), seed=0, cache_bytes=0)
             found, used = rates(stream, flags.seconds, flags.repeats)

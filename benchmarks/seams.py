@@ -26,18 +26,17 @@ from imagen_jax.evaluation import edges
 from imagen_jax.inference import prompts
 from imagen_jax.inference.cascade import Cascade
 from imagen_jax.io import images
-from imagen_jax.worlds.shapes import scenes as shapes
 
 SEED = 0
 
 
 def real(rows: Sequence[Mapping[str, Any]], size: int) -> list[UInt8[np.ndarray, "size size 3"]]:
     """A rendered image of `size` pixels for each prompt row."""
-    scenes = (
-        shapes.scene_from_row(row, np.random.default_rng((SEED, index)))
+    prompt_scenes = (
+        scenes.scene_from_row(row, np.random.default_rng((SEED, index)))
         for index, row in enumerate(rows)
     )
-    return [shapes.render(scene, size) for scene in scenes]
+    return [scenes.render(scene, size) for scene in prompt_scenes]
 
 
 def write(

@@ -96,8 +96,8 @@ def convolution_rows(config: Config, devices: int) -> list[dict[str, Any]]:
     batch = plan.batch_shapes(dataclasses.replace(config, data=data))
 
     def loss(params: Any, batch: Any) -> Any:
-        drawn = {**batch, **sample_randomness(jax.random.key(0), rows, config)}
-        return loss_given_randomness(params, drawn, jax.random.key(1), config)
+        examples = {**batch, **sample_randomness(jax.random.key(0), rows, config)}
+        return loss_given_randomness(params, examples, jax.random.key(1), config)
 
     params = jax.eval_shape(lambda: partitioning.unbox(init_params(config, jax.random.key(0))))
     rng = np.random.default_rng(0)

@@ -1,13 +1,13 @@
-"""The paper's figure on thresholding (Imagen, Fig. A.9 and Sec. 4.5) on the shapes world.
+"""Thresholding over guidance weights (Imagen, Fig. A.9 and Sec. 4.5) on the shapes world.
 
     .venv/bin/python benchmarks/thresholding.py --stages=runs/demo/stages/base,runs/demo/stages/sr \
         --prompts=runs/demo/data/prompts_held_out.jsonl --out=runs/thresholding --docs=docs
 
-Draws the same prompts, with the same noise, at guidance weights 1 to 10 of the base stage without
-thresholding, with static and with dynamic thresholding, and measures alignment (share of pictures
-in which every attribute is right) and saturation (share of the channel values of the base's
-pictures that lie at the limits, within 2 of 0 or 255; real pictures have none). Thresholding of the
-super-resolution stage, which is not guided, stays as it is. About ten minutes on one CPU core.
+Samples the same prompts with the same noise at guidance weights 1 to 10 of the base stage, without
+thresholding, with static and with dynamic thresholding. Measures alignment (share of images with
+all attributes correct) and saturation (share of the base samples' channel values within 2 of 0 or
+255; real images have none). The super-resolution stage, which has no guidance, keeps its own
+thresholding. Takes about ten minutes on one CPU core.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import functools
 import json
 import pathlib
 
-import drawn
 import jax.numpy as jnp
 import numpy as np
 import reporting
+import shapes_samples
 
 from imagen_jax.config.sampling import SamplingConfig
 from imagen_jax.diffusion import guidance, thresholding
@@ -32,11 +32,11 @@ from imagen_jax.stages.stage import Stage
 
 MODES = ("none", "static", "dynamic")
 LIMIT = 2  # levels of 255
-SHOWN_WEIGHT, SHOWN = 8.0, 12
+GRID_WEIGHT, GRID_IMAGES = 8.0, 12
 
 
 def guided(params, config, text, weight, *, mode):
-    """denoise with guidance weight `weight` and thresholding `mode`."""
+    """A denoiser with guidance weight `weight` and thresholding `mode`."""
     text = Text(*text)
     texts = [text, null_text(text)]
 
@@ -53,46 +53,51 @@ def guided(params, config, text, weight, *, mode):
 DENOISERS = {mode: functools.partial(guided, mode=mode) for mode in MODES}
 
 
-def measure(stages, asked, mode, weight):
-    """One point of the figure, and its pictures."""
-    base, final = (drawn.draw(stages, asked, DENOISERS[mode], weight)[i] for i in (0, -1))
-    share, low, high = drawn.exact(final, asked)
+def measure(stages, batch, mode, weight):
+    """One point of the figure, and its images."""
+    base, final = (
+        shapes_samples.sample_images(stages, batch, DENOISERS[mode], weight)[i] for i in (0, -1)
+    )
+    share, low, high = shapes_samples.exact(final, batch)
     at_limits = [
-        float(np.mean((pictures <= LIMIT) | (pictures >= 255 - LIMIT)))
-        for pictures in (base, final)
+        float(np.mean((samples <= LIMIT) | (samples >= 255 - LIMIT))) for samples in (base, final)
     ]
     row = {"mode": mode, "weight": weight, "exact": share, "low": low, "high": high}
     return row | {"saturated_base": at_limits[0], "saturated": at_limits[1]}, final
 
 
 def main():
-    parser = drawn.parser(__doc__, 100)
+    parser = shapes_samples.parser(__doc__, 100)
     flags = parser.parse_args()
     out = pathlib.Path(flags.out)
     out.mkdir(parents=True, exist_ok=True)
-    stages = drawn.load(flags.stages)
-    asked = drawn.ask(stages[0], flags.prompts, ("single", "count"), flags.count)
+    stages = shapes_samples.load(flags.stages)
+    batch = shapes_samples.read_prompt_batch(
+        stages[0], flags.prompts, ("single", "count"), flags.count
+    )
     rows = []
     print("mode      weight  exact  95%           at the limits: base, final")
     for mode in MODES:
         for weight in np.arange(1.0, 11.0):
-            row, final = measure(stages, asked, mode, float(weight))
+            row, final = measure(stages, batch, mode, float(weight))
             rows.append(row)
             print(
                 f"{mode:9} {weight:6.1f} {row['exact']:6.2f}  [{row['low']:.2f}, {row['high']:.2f}]"
                 f"  {row['saturated_base']:.4f} {row['saturated']:.4f}",
                 flush=True,
             )
-            if weight == SHOWN_WEIGHT:
-                images.save_png(out / f"{mode}.png", images.grid(final[:SHOWN], SHOWN), {})
-    record = {"stages": drawn.fingerprint(stages), "prompts": len(asked.rows), "points": rows}
+            if weight == GRID_WEIGHT:
+                grid = images.grid(final[:GRID_IMAGES], GRID_IMAGES)
+                images.save_png(out / f"{mode}.png", grid, {})
+    stage_names = shapes_samples.fingerprint(stages)
+    record = {"stages": stage_names, "prompts": len(batch.rows), "points": rows}
     (out / "thresholding.json").write_text(json.dumps(record, indent=1) + "\n")
     if flags.docs:
         write(record, pathlib.Path(flags.docs), out)
 
 
 def write(record, docs, out):
-    """The two charts, the pictures and the table of docs/sampling.md."""
+    """Writes the two charts, the image grid and the table of docs/sampling.md."""
     lines = {"alignment": {}, "saturation": {}}
     for mode in MODES:
         points = [p for p in record["points"] if p["mode"] == mode]

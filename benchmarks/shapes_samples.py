@@ -1,7 +1,7 @@
-"""What the benchmarks of guidance share: prompts of the shapes world, drawn by a cascade and read.
+"""Samples and scores of shapes prompts with a custom denoiser, for the benchmarks of guidance.
 
-The base stage draws with a denoiser of the benchmark's own making, whose numbers (a weight, a
-scale) are arguments of one compiled program; the super-resolution stages draw as they are.
+The base stage samples with a denoiser of the benchmark, whose numbers (a weight, a scale) are
+arguments of one compiled program; the super-resolution stages use their own settings.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from imagen_jax.worlds.shapes import alignment
 BATCH = 32
 
 
-class Asked(NamedTuple):
-    """Prompt rows with the embeddings of their prompts, one of each per picture."""
+class PromptBatch(NamedTuple):
+    """Prompt rows and the embeddings of their prompts, one of each per image."""
 
     rows: list[dict[str, Any]]
     text_emb: np.ndarray
@@ -38,17 +38,17 @@ class Asked(NamedTuple):
 
 
 def parser(doc: str, count: int) -> argparse.ArgumentParser:
-    """The flags of both benchmarks.
+    """A parser with the flags of both benchmarks.
 
     Args:
-      doc: of the script; its first line describes it.
+      doc: docstring of the script; its first line is the description.
       count: default number of prompts.
     """
     flags = argparse.ArgumentParser(description=doc.splitlines()[0])
     flags.add_argument("--stages", required=True, help="base and SR stage folders")
     flags.add_argument("--prompts", required=True, help="prompts.jsonl of the shapes world")
     flags.add_argument("--count", type=int, default=count, help="prompts")
-    flags.add_argument("--out", required=True, help="folder of numbers and pictures")
+    flags.add_argument("--out", required=True, help="folder of numbers and images")
     flags.add_argument("--docs", default="", help="folder of sampling.md and images/ to update")
     return flags
 
@@ -60,8 +60,10 @@ def load(stages: str) -> list[Stage]:
     return loaded
 
 
-def ask(stage: Stage, file: str, kinds: Sequence[str], count: int, each: int = 1) -> Asked:
-    """The first `count` prompts of `kinds` in a prompts.jsonl, `each` pictures of each."""
+def read_prompt_batch(
+    stage: Stage, file: str, kinds: Sequence[str], count: int, each: int = 1
+) -> PromptBatch:
+    """The first `count` prompts of `kinds` in a prompts.jsonl, each repeated `each` times."""
     rows = [row for row in prompts.read(file) if row["kind"] in kinds][:count]
     text_emb, text_mask = embed_prompts(
         load_text_encoder(stage.config.text),
@@ -70,45 +72,45 @@ def ask(stage: Stage, file: str, kinds: Sequence[str], count: int, each: int = 1
         max_len=stage.config.data.max_text_len,
     )
     order = np.repeat(np.arange(len(rows)), each)
-    return Asked([rows[i] for i in order], text_emb[order], text_mask[order])
+    return PromptBatch([rows[i] for i in order], text_emb[order], text_mask[order])
 
 
-def draw(
+def sample_images(
     stages: Sequence[Stage],
-    asked: Asked,
+    batch: PromptBatch,
     denoise_of: Callable[..., Any],
     *numbers: Any,
     seed: int = 0,
 ) -> list[np.ndarray]:
-    """Draws a picture per row.
+    """Generates one image per row.
 
     Args:
       stages: base first.
-      asked: what to draw.
+      batch: prompts and embeddings.
       denoise_of: (base parameters, base config, text, *numbers) -> denoise; a module-level
         function, so that it is compiled once.
-      numbers: arrays or trees of them; those whose first axis is the rows' are cut into batches.
-      seed: of the noise, which depends on the row's number beside it.
+      numbers: arrays or trees of arrays; those with one entry per row are split into batches.
+      seed: seed of the noise, which also depends on the index of the row.
 
     Returns:
-      uint8 pictures of every stage.
+      uint8 images of every stage.
     """
-    drawn: list[list[np.ndarray]] = [[] for _ in stages]
+    generated: list[list[np.ndarray]] = [[] for _ in stages]
     base, *others = stages
-    count = len(asked.rows)
+    count = len(batch.rows)
     size = min(BATCH, count)
     for start in range(0, count, size):
         rows = np.minimum(np.arange(start, start + size), count - 1)
-        text = Text(asked.text_emb[rows], asked.text_mask[rows])
+        text = Text(batch.text_emb[rows], batch.text_mask[rows])
         keys = image_keys(seed, rows.tolist(), [0] * size)
-        cut = [v[rows] if np.ndim(v) and len(v) == count else v for v in numbers]
-        pictures = _sample_base(denoise_of, base.params, base.config, text, keys, cut)
-        drawn[0].append(images.to_uint8(np.asarray(pictures)))
+        part = [v[rows] if np.ndim(v) and len(v) == count else v for v in numbers]
+        samples = _sample_base(denoise_of, base.params, base.config, text, keys, part)
+        generated[0].append(images.to_uint8(np.asarray(samples)))
         for index, stage in enumerate(others, 1):
             stage_keys = stage_sampler.stage_keys(keys, index)
-            pictures = sample_stage(stage.params, stage.config, text, stage_keys, pictures)
-            drawn[index].append(images.to_uint8(np.asarray(pictures)))
-    return [np.concatenate(parts)[:count] for parts in drawn]
+            samples = sample_stage(stage.params, stage.config, text, stage_keys, samples)
+            generated[index].append(images.to_uint8(np.asarray(samples)))
+    return [np.concatenate(parts)[:count] for parts in generated]
 
 
 @functools.partial(jax.jit, static_argnames=("denoise_of", "config"))
@@ -126,15 +128,14 @@ def _sample_base(denoise_of, params, config, text, keys, numbers):
     return jnp.clip(x0, -1.0, 1.0)
 
 
-def exact(pictures: np.ndarray, asked: Asked) -> tuple[float, float, float]:
-    """Share of the pictures in which all is right, with its 95% Wilson interval."""
+def exact(samples: np.ndarray, batch: PromptBatch) -> tuple[float, float, float]:
+    """Share of the images with all attributes correct, and its 95% Wilson interval."""
     marks = [
-        alignment.score(picture, row)["exact"]
-        for picture, row in zip(pictures, asked.rows, strict=True)
+        alignment.score(image, row)["exact"] for image, row in zip(samples, batch.rows, strict=True)
     ]
     return sum(marks) / len(marks), *alignment.wilson(sum(marks), len(marks))
 
 
 def fingerprint(stages: Sequence[Stage]) -> str:
-    """Which stages were drawn with, for the record."""
+    """Names and configuration hashes of the stages, for the record."""
     return ",".join(f"{s.config.name}:{overrides.fingerprint(s.config)}" for s in stages)
