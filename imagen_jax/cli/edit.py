@@ -1,7 +1,7 @@
-"""Draws from a picture of your own; `imagen edit WHAT --help` tells the flags of each edit.
+"""Samples from an image of your own; `imagen edit WHAT --help` lists the flags of each edit.
 
-Writes what `sample` writes. The picture is cut to its centred square and brought to the size of the
-last stage; every stage edits it at its own size.
+Writes what `sample` writes. The image is cropped to its centred square and resized to the size of
+the last stage; every stage edits it at its own size.
 """
 
 from __future__ import annotations
@@ -28,69 +28,75 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     def add(name: str, text: str) -> argparse.ArgumentParser:
         edit = edits.add_parser(name, help=text, description=text, allow_abbrev=False)
-        edit.add_argument("--picture", required=True, metavar="FILE", help="what to start from")
+        edit.add_argument("--picture", required=True, metavar="FILE", help="image to start from")
         sample_verb.add_prompts(edit)
         sample_verb.add_sampling(edit, samples_per_prompt=1)
         return edit
 
-    image = add("image", "draw the picture anew from a noised form of it (image-to-image)")
+    image = add("image", "sample from a noised form of the image (image-to-image)")
     image.add_argument(
-        "--strength", type=float, default=0.6, help="0 (unchanged) to 1 (not seen): noise to add"
+        "--strength",
+        type=float,
+        default=0.6,
+        help="noise to add, 0 (the image stays) to 1 (noise alone)",
     )
-    inpaint = add("inpaint", "draw a part of the picture anew; the rest stays bit for bit")
+    inpaint = add("inpaint", "sample a part of the image; the other pixels stay bit for bit")
     inpaint.add_argument(
-        "--mask", required=True, metavar="FILE", help="picture, white where to draw"
+        "--mask", required=True, metavar="FILE", help="image, white where to sample"
     )
     inpaint.add_argument(
-        "--strength", type=float, default=1.0, help="below 1, what was under the mask shows through"
+        "--strength",
+        type=float,
+        default=1.0,
+        help="below 1, the image under the mask is a starting point",
     )
     inpaint.add_argument(
-        "--resamplings", type=int, default=8, help="times that each stretch of steps is taken"
+        "--resamplings", type=int, default=8, help="how often each group of steps is run (RePaint)"
     )
-    inpaint.add_argument("--jump", type=int, default=2, help="steps of a stretch")
+    inpaint.add_argument("--jump", type=int, default=2, help="steps in a group")
     upscale = add(
         "upscale",
-        "enlarge the picture with super-resolution stages alone; with a high --aug_level and "
-        "several samples: variations of it",
+        "upsample the image with super-resolution stages alone; a high --aug_level and several "
+        "samples give variations of it",
     )
     upscale.add_argument(
         "--aug_level",
         type=float,
         default=None,
-        help="noise on the small picture, 0 to 1; left out: as the stages say",
+        help="noise on the low-resolution image, 0 to 1; left out: as configured in the stages",
     )
 
 
 def run(flags: argparse.Namespace) -> None:
-    """Carries the verb out."""
+    """Runs the verb."""
     if flags.what == "upscale" and flags.aug_level is not None:
         _set_aug_level(flags)
-    sample_verb.draw(
+    sample_verb.sample_rows(
         flags, sample_verb.read_prompts(flags), lambda configs: _image_fields(flags, configs)
     )
 
 
 def _image_fields(flags: argparse.Namespace, configs: Sequence[Config]) -> dict[str, Any]:
-    """The fields of `sample.Job` that hold the picture."""
+    """The fields of `SampleOptions` that hold the image."""
     if flags.what == "upscale":
         side = configs[0].data.lowres_size
         if not side:
             raise ConfigError(
-                f"--stages: stage {configs[0].name!r} enlarges nothing; leave the base stage out"
+                f"--stages: stage {configs[0].name!r} is a base stage; leave it out to upscale"
             )
-        return {"lowres": _picture(flags.picture, side, "--picture")}
+        return {"lowres": _read_image(flags.picture, side, "--picture")}
     size = configs[-1].data.image_size
-    edit = Edit(_picture(flags.picture, size, "--picture"), strength=flags.strength)
+    edit = Edit(_read_image(flags.picture, size, "--picture"), strength=flags.strength)
     if flags.what == "inpaint":
-        mask = _picture(flags.mask, size, "--mask").mean(axis=-1) > 127
+        mask = _read_image(flags.mask, size, "--mask").mean(axis=-1) > 127
         if not mask.any():
-            raise EditError(f"--mask={flags.mask} draws nothing; paint white where to draw")
-        edit = Edit(edit.pictures, flags.strength, mask, flags.resamplings, flags.jump)
+            raise EditError(f"--mask={flags.mask} has no white pixels; paint white where to sample")
+        edit = Edit(edit.images, flags.strength, mask, flags.resamplings, flags.jump)
     return {"edit": edit}
 
 
-def _picture(path: str, size: int, flag: str) -> UInt8[np.ndarray, "1 size size 3"]:
-    """One picture as a square of `size`."""
+def _read_image(path: str, size: int, flag: str) -> UInt8[np.ndarray, "1 size size 3"]:
+    """One image as a square of `size`."""
     if not pathlib.Path(path).is_file():
         raise EditError(f"{flag}={path}: no such file")
     try:
@@ -101,7 +107,7 @@ def _picture(path: str, size: int, flag: str) -> UInt8[np.ndarray, "1 size size 
 
 
 def _set_aug_level(flags: argparse.Namespace) -> None:
-    """Writes --aug_level into --stage_settings, where these do not say otherwise."""
+    """Writes --aug_level into --stage_settings, unless these set aug_level."""
     settings = sample_verb.read_settings(flags.stage_settings)
     for config in sample_verb.read_configs(flags.stages):
         settings[config.name] = {"aug_level": flags.aug_level} | settings.get(config.name, {})

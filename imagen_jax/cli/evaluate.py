@@ -1,18 +1,17 @@
-"""Scores drawn pictures; `imagen evaluate WHAT --help` tells the flags of each evaluation."""
+"""Evaluates samples; `imagen evaluate WHAT --help` lists the flags of an evaluation."""
 
 from __future__ import annotations
 
 import argparse
 import pathlib
 
-from imagen_jax.cli import evaluate_features, evaluate_sweep
+from imagen_jax.cli import evaluate_features, evaluate_sweep, scorer_flag
 from imagen_jax.cli import sample as sample_verb
-from imagen_jax.evaluation import drawbench, edges, report, samples
+from imagen_jax.evaluation import drawbench, edges, report, samples, scorers
 from imagen_jax.evaluation.raters import build, score
 from imagen_jax.evaluation.raters.studies import STUDIES
 from imagen_jax.io import atomic
 from imagen_jax.parallel import distributed
-from imagen_jax.worlds.shapes import alignment
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,20 +21,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     def add(name: str, text: str) -> argparse.ArgumentParser:
         return evaluations.add_parser(name, help=text, description=text, allow_abbrev=False)
 
-    _add_alignment(add("alignment", "shapes world: does a picture show what was asked for?"))
-    _add_edges(add("edges", "super-resolution: are edges sharp, and are there seams?"))
-    evaluate_features.add_fid(add("fid", "Frechet distance and its relatives to real pictures"))
+    _add_alignment(add("alignment", "share of images that show what their prompts specify"))
+    _add_edges(add("edges", "super-resolution: edge sharpness and crop seams"))
+    evaluate_features.add_fid(add("fid", "FID, KID, precision and recall against real images"))
     evaluate_features.add_fid30k(add("fid30k", "FID on COCO captions, from data to card"))
-    evaluate_features.add_clip_score(add("clip_score", "mean cosine of pictures and prompts"))
+    evaluate_features.add_clip_score(add("clip_score", "mean cosine of images and prompts"))
     evaluate_sweep.add(add("sweep", "curves over guidance and other settings, for checkpoints"))
-    _add_drawbench(add("drawbench", "draw prompts in categories, with a sheet of each"))
-    _add_rate_build(add("rate_build", "make a page on which raters compare two folders, blind"))
+    _add_drawbench(add("drawbench", "sample prompts in categories, with a sheet of each"))
+    _add_rate_build(add("rate_build", "make a page for blind comparison of two folders by raters"))
     _add_rate_score(add("rate_score", "turn raters' result files into rates with intervals"))
-    _add_report(add("report", "put a run's cards beside the paper's tables"))
+    _add_report(add("report", "tables of a run's cards beside the paper's results"))
 
 
 def run(flags: argparse.Namespace) -> None:
-    """Carries the verb out."""
+    """Runs the evaluation."""
     {
         "alignment": _alignment,
         "clip_score": evaluate_features.run_clip_score,
@@ -52,13 +51,15 @@ def run(flags: argparse.Namespace) -> None:
 
 def _add_alignment(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", required=True, help="folder written by `imagen sample`")
+    scorer_flag.add(parser)
     parser.add_argument("--out", required=True, help="JSON report to write")
 
 
 def _alignment(flags: argparse.Namespace) -> None:
-    card = alignment.evaluate(flags.samples)
+    scorer = scorers.find(flags.scorer)
+    card = scorer.evaluate(flags.samples)
     atomic.write_json(flags.out, card)
-    print(alignment.format_table(card))
+    print(scorer.format_table(card))
 
 
 def _add_edges(parser: argparse.ArgumentParser) -> None:
@@ -66,12 +67,14 @@ def _add_edges(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lowres", required=True, help="the same prompts and seed without the last stage"
     )
-    parser.add_argument("--crop", type=int, default=64, help="side of the crops it learned from")
+    parser.add_argument("--crop", type=int, default=64, help="side of its training crops, pixels")
+    scorer_flag.add(parser)
     parser.add_argument("--out", required=True, help="JSON report to write")
 
 
 def _edges(flags: argparse.Namespace) -> None:
-    card = edges.evaluate(flags.samples, flags.lowres, flags.crop)
+    scorer = scorer_flag.find(flags)
+    card = edges.evaluate(flags.samples, flags.lowres, flags.crop, scorer=scorer)
     atomic.write_json(flags.out, card)
     print(edges.format_table(card))
 
@@ -82,30 +85,34 @@ def _add_drawbench(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="FILE",
         help=".csv with the columns Prompts and Category, or .jsonl with prompt and category; "
-        "where it says which objects, as configs/drawbench_shapes.jsonl does, also scores",
+        "rows that --scorer can score, as those of configs/drawbench_shapes.jsonl, are also scored",
     )
+    scorer_flag.add(parser)
     sample_verb.add_sampling(parser, samples_per_prompt=8)
 
 
 def _drawbench(flags: argparse.Namespace) -> None:
     rows = drawbench.read_prompts(flags.prompts)
-    sample_verb.draw(flags, rows)
+    scorer = scorer_flag.find(flags, rows)
+    sample_verb.sample_rows(flags, rows)
     if distributed.is_first():
         for path in drawbench.write_sheets(flags.out):
             print(path)
-        if all(row.get("objects") for row in rows):
-            card = alignment.evaluate(flags.out, by="category")
+        if scorer is not None:
+            card = scorer.evaluate(flags.out, by="category")
             atomic.write_json(pathlib.Path(flags.out) / "alignment.json", card)
-            print(alignment.format_table(card))
+            print(scorer.format_table(card))
 
 
 def _add_rate_build(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--study", required=True, choices=list(STUDIES), help="what is asked")
+    parser.add_argument("--study", required=True, choices=list(STUDIES), help="the questions")
     parser.add_argument("--samples_a", required=True, metavar="DIR", help="folder of samples")
     parser.add_argument(
-        "--samples_b", required=True, metavar="DIR", help="the other; or the originals of COCO"
+        "--samples_b", required=True, metavar="DIR", help="the other folder, or real images"
     )
-    parser.add_argument("--names", default="A,B", help="names of the two; raters do not see them")
+    parser.add_argument(
+        "--names", default="A,B", help="names of the two folders, hidden from raters"
+    )
     parser.add_argument("--out", required=True, help="folder to write: page/ and key.json")
     parser.add_argument("--seed", type=int, default=0, help="seed of orders, sides and controls")
     parser.add_argument(
@@ -129,7 +136,7 @@ def _rate_build(flags: argparse.Namespace) -> None:
     controls = sum(bool(item["control"]) for item in key["items"])
     page = pathlib.Path(flags.out) / "page"
     print(f"study {key['id']}: {len(key['items'])} items, {controls} of them controls")
-    print(f"give raters {page} (index.html and pictures); keep {page.parent / 'key.json'}")
+    print(f"give raters {page} (index.html and pictures/); keep {page.parent / 'key.json'}")
 
 
 def _add_rate_score(parser: argparse.ArgumentParser) -> None:
@@ -150,8 +157,8 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cards", required=True, metavar="FILE[,FILE...]", help="JSON cards of evaluations"
     )
-    parser.add_argument("--name", required=True, help="what the run is called in the tables")
-    parser.add_argument("--samples", default="", metavar="DIR", help="folder of pictures to show")
+    parser.add_argument("--name", required=True, help="name of the run in the tables")
+    parser.add_argument("--samples", default="", metavar="DIR", help="folder of images to show")
     parser.add_argument("--out", required=True, help="folder to write: report.md, report.html")
 
 

@@ -84,7 +84,7 @@ def run_fid30k(flags: argparse.Namespace) -> None:
     folder = str(pathlib.Path(flags.out) / "samples")
     # The devices are set up already, and cannot be once more.
     drawing = argparse.Namespace(**{**vars(flags), "out": folder, "cpu_devices": 1})
-    sample_verb.draw(drawing, rows)
+    sample_verb.sample_rows(drawing, rows)
     settings = sample_verb.read_settings(flags.stage_settings)
     configs = with_settings(sample_verb.read_configs(flags.stages), settings, "--stage_settings")
     about = fid30k.about_run(rows, configs, flags.caption_seed, flags.seed)

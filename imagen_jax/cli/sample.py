@@ -1,4 +1,4 @@
-"""Draws pictures for prompts: NNNNN_KK.png, samples.jsonl and grid.png."""
+"""Samples images for prompts: NNNNN_KK.png, samples.jsonl and grid.png."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from imagen_jax.config.schema import Config
 from imagen_jax.inference import prompts, trace
 from imagen_jax.inference.cascade import Cascade
 from imagen_jax.inference.request import with_settings
-from imagen_jax.inference.sample import Job, sample
+from imagen_jax.inference.sample import SampleOptions, sample
 from imagen_jax.parallel import distributed
 from imagen_jax.stages.folder import check_chain, load_stage
 
@@ -32,30 +32,32 @@ def add_prompts(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling(parser: argparse.ArgumentParser, *, samples_per_prompt: int) -> None:
-    """Adds the flags of every verb that draws prompts; `samples_per_prompt` is a default."""
+    """Adds the flags of every verb that samples; `samples_per_prompt` is the flag's default."""
     wiring.add_stages(parser)
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="seed of all noise")
     parser.add_argument(
-        "--samples_per_prompt", type=int, default=samples_per_prompt, help="pictures per prompt"
+        "--samples_per_prompt", type=int, default=samples_per_prompt, help="images per prompt"
     )
-    parser.add_argument("--batch_size", type=int, default=32, help="pictures drawn at a time")
+    parser.add_argument("--batch_size", type=int, default=32, help="images sampled at a time")
     wiring.add_cpu_devices(parser)
     parser.add_argument(
         "--keep_stages",
         choices=("all", "one"),
         default="all",
-        help="stages in memory: all, or one at a time, which draws many batches with each",
+        help="stages in memory: all, or one at a time (each samples many batches before the next)",
     )
     parser.add_argument(
         "--trace",
         choices=("", *trace.KINDS),
         default="",
         metavar="png|gif",
-        help="also write the estimates of each stage on the way, OUT/trace/NNNNN_KK.png or .gif",
+        help="also write the estimates of x0 over the steps, OUT/trace/NNNNN_KK.png or .gif",
     )
     parser.add_argument(
-        "--negative_prompt", default="", help="what guidance leads away from; empty: no text"
+        "--negative_prompt",
+        default="",
+        help="text that guidance moves away from; empty: the null text",
     )
     parser.add_argument(
         "--guides",
@@ -63,7 +65,9 @@ def add_sampling(parser: argparse.ArgumentParser, *, samples_per_prompt: int) ->
         metavar="DIR[,DIR...]",
         help="stage folders of weaker checkpoints that guide the stages (autoguidance)",
     )
-    parser.add_argument("--limit", type=int, default=0, help="draw the first N prompts; 0: all")
+    parser.add_argument(
+        "--limit", type=int, default=0, help="sample the first N prompts only; 0: all"
+    )
     parser.add_argument("--text_encoder", default="", help="encoder folder, if it has moved")
     parser.add_argument(
         "--stage_settings",
@@ -74,8 +78,8 @@ def add_sampling(parser: argparse.ArgumentParser, *, samples_per_prompt: int) ->
 
 
 def run(flags: argparse.Namespace) -> None:
-    """Carries the verb out."""
-    draw(flags, read_prompts(flags))
+    """Runs the verb."""
+    sample_rows(flags, read_prompts(flags))
 
 
 def read_prompts(flags: argparse.Namespace) -> list[dict[str, Any]]:
@@ -88,28 +92,29 @@ def read_configs(stages: str) -> list[Config]:
     return [load_stage(path).config for path in stages.split(",")]
 
 
-def draw(
+def sample_rows(
     flags: argparse.Namespace,
     rows: Sequence[Mapping[str, Any]],
-    given: Callable[[Sequence[Config]], dict[str, Any]] | None = None,
+    image_fields: Callable[[Sequence[Config]], dict[str, Any]] | None = None,
 ) -> None:
-    """Draws prompt rows as the flags of `add_sampling` say.
+    """Samples prompt rows with the flags of `add_sampling`.
 
     Args:
       flags: of `add_sampling`.
       rows: prompts.
-      given: from the stages to the fields of `Job` that hold a picture; None: drawn from noise.
+      image_fields: maps the stages to the fields of `SampleOptions` that hold an image; None:
+        sampling starts from noise.
     """
     wiring.check_least(flags, 1, "samples_per_prompt", "batch_size", "cpu_devices")
     wiring.set_up_devices(flags.cpu_devices)
     rows = rows[: flags.limit] if flags.limit > 0 else rows
     settings, configs = read_settings(flags.stage_settings), read_configs(flags.stages)
-    # All that can be refused is refused before the text encoder is read.
-    check_chain(configs, configs[0].data.lowres_size if given else 0)
+    # Every check comes before the text encoder is loaded.
+    check_chain(configs, configs[0].data.lowres_size if image_fields else 0)
     with_settings(configs, settings, "--stage_settings")
-    pictures = given(configs) if given else {}
+    fields = image_fields(configs) if image_fields else {}
     distributed.initialize()
-    job = Job(
+    options = SampleOptions(
         seed=flags.seed,
         samples_per_prompt=flags.samples_per_prompt,
         batch_size=flags.batch_size,
@@ -117,7 +122,7 @@ def draw(
         checkpoint=flags.stages,
         negative_prompt=flags.negative_prompt,
         trace=flags.trace,
-        **pictures,
+        **fields,
     )
     folders = flags.stages.split(",")
     cascade = Cascade.load(
@@ -126,11 +131,13 @@ def draw(
         guides=flags.guides.split(",") if flags.guides else (),
         keep=flags.keep_stages,
     )
-    sample(cascade, rows, flags.out, job, print if distributed.is_first() else lambda line: None)
+    sample(
+        cascade, rows, flags.out, options, print if distributed.is_first() else lambda line: None
+    )
 
 
 def read_settings(text: str) -> dict[str, dict[str, Any]]:
-    """What --stage_settings says, by stage."""
+    """The value of --stage_settings: sampling fields by stage name."""
     try:
         settings = json.loads(text)
     except json.JSONDecodeError as error:

@@ -1,20 +1,20 @@
-"""Guidance: how a pair of estimates of x0 becomes one that is more certain.
+"""Guidance: one estimate of x0 from a pair of them (Imagen, Sec. 2.2).
 
 Everything acts on x0, as `denoise(z, logsnr) -> x0` and on pairs (conditional, other) of it. Papers
-write the same for eps (Imagen, Eq. 2), for EDM's denoiser D, which is x0 at the same noise, or for
+write guidance for eps (Imagen, Eq. 2), for EDM's denoiser D, which is x0 at the same noise, or for
 v; at a fixed z each is an affine function of x0,
 
     eps = (z - alpha x0) / sigma,    D = x0,    v = alpha eps - sigma x0 = (alpha z - x0) / sigma,
 
 so a combination whose weights sum to one is the same in all of them, and a difference of two
-estimates is that of their x0 times -alpha / sigma, 1 or -1 / sigma. Only `rescale`, which is not
-affine, depends on where it acts.
+estimates is the difference of their x0 times -alpha / sigma, 1 or -1 / sigma. Only `rescale`, which
+is not affine, depends on the parametrisation.
 
-The other estimate, what guidance leads away from, is the network without text (classifier-free
-guidance), with a negative prompt in its place, or a weaker network (autoguidance); see
-`stage.denoiser`. `guide` chains the variants, each off by default. A new one is a function here, a
-field of `SamplingConfig` and a line in `guide`, or, where only the weight changes with the noise, a
-row of FACTORS.
+The other estimate, which guidance moves away from, is the network with the null text
+(classifier-free guidance), with a negative prompt, or a weaker network (autoguidance); see
+`stages.denoiser`. `guide` chains the variants, each off by default. A new one is a function here, a
+field of `SamplingConfig` and a line in `guide`. One that only changes the weight with the noise
+level is a row of FACTORS.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ def guide(
     levels: Float[Array, " steps_plus_1"],
     base_weight: Float[Array, " b"] | None = None,
 ) -> Denoise:
-    """`denoise` from a pair of estimates, with all that `settings` says of guidance.
+    """`denoise` from a pair of estimates, with the guidance settings of `settings`.
 
     Args:
       denoise_pair: gives (conditional, other) x0.
       settings: the fields guidance_*.
-      levels: logsnr of the whole schedule, noisiest first; where a step is among them.
-      base_weight: of each picture, in place of `guidance_weight`; None: that.
+      levels: logsnr of all steps, noisiest first.
+      base_weight: of each image, in place of `guidance_weight`.
     """
 
     def denoise(z: Float[Array, "b h w c"], logsnr: Float[Array, " b"]) -> Array:
@@ -74,8 +74,8 @@ def classifier_free(
 
     Args:
       conditional: x0(z, text).
-      other: what to lead away from.
-      weight: w of each picture, at least 0.
+      other: the estimate to move away from.
+      weight: w of each image, at least 0.
     """
     weight = expand(weight, conditional)
     return weight * conditional + (1.0 - weight) * other
@@ -87,20 +87,20 @@ def apg(
     parallel: float,
     norm: float,
 ) -> Float[Array, "b h w c"]:
-    """Adaptive projected guidance (arXiv:2410.02416, Alg. 1): an `other` that saturates less.
+    """Adaptive projected guidance (arXiv:2410.02416, Alg. 1): guidance that saturates less.
 
     The difference d = conditional - other is first shortened to `norm`, d <- d min(1, r / |d|),
     then split along the conditional x0 into d_par = <d, x0> x0 / |x0|^2 and d_orth = d - d_par; the
-    parallel part, which mostly raises contrast and colour, is scaled, and
-    conditional - (d_orth + eta d_par) is handed on. The paper acts on D = x0, too. Differs from
-    paper: without the (negative) momentum over steps, since a denoiser has no memory.
+    parallel part, which mostly raises contrast and saturation, is scaled by eta. Returns
+    conditional - (d_orth + eta d_par) in place of `other`. The paper also acts on D = x0. Differs
+    from paper: no (negative) momentum over steps, since `denoise` has no state.
 
     Args:
       conditional: x0(z, text).
-      other: what to lead away from.
+      other: the estimate to move away from.
       parallel: eta; 1 is off, the paper uses 0.
-      norm: r, length of the longest d; 0 is off. For another picture size, r grows with the root
-        of the number of pixels.
+      norm: r, length of the longest d; 0 is off. Scale r with the square root of the number
+        of pixels.
     """
     if parallel == 1.0 and norm == 0.0:
         return other
@@ -117,14 +117,14 @@ def apg(
 def rescale(
     x0: Float[Array, "b h w c"], conditional: Float[Array, "b h w c"], share: float
 ) -> Float[Array, "b h w c"]:
-    """Gives the guided x0 the deviation of the conditional one (arXiv:2305.08891, Sec. 3.4).
+    """Rescales the guided x0 towards the std of the conditional one (arXiv:2305.08891, Sec. 3.4).
 
-    x0 <- phi x0 std(conditional) / std(x0) + (1 - phi) x0, deviations over each picture (Eqs.
-    14-16). Differs from paper: it acts on the network's output, v; here on x0, whose contrast is
-    what guidance spoils and what should be kept.
+    x0 <- phi x0 std(conditional) / std(x0) + (1 - phi) x0, std over each image (Eqs. 14-16).
+    Differs from paper: it rescales the network's output, v; here x0, whose contrast guidance
+    raises.
 
     Args:
-      x0: guided pictures.
+      x0: guided images.
       conditional: x0(z, text).
       share: phi; 0 is off, the paper uses 0.7.
     """
@@ -141,18 +141,18 @@ def classifier(
 ) -> Denoise:
     """Classifier guidance (arXiv:2105.05233, Alg. 2): x0 + s sigma^2 / alpha grad_z log p(c | z).
 
-    The paper's eps - s sigma grad_z log p(c | z), carried over to x0 = (z - sigma eps) / alpha. At
+    The paper's eps - s sigma grad_z log p(c | z), converted to x0 = (z - sigma eps) / alpha. At
     s = 1 an unconditional denoiser becomes one of p(z | c) by Bayes' rule.
 
     Args:
       denoise: any denoiser, conditional or not, guided or not, not yet thresholded.
-      log_prob: (z, logsnr) -> log p(c | z) in nats of each picture's class, from a classifier that
-        was trained on noisy pictures.
+      log_prob: (z, logsnr) -> log p(c | z) in nats of each image's class, from a classifier
+        trained on noisy images.
       scale: s; 0 is off.
     """
 
     def guided(z: Float[Array, "b h w c"], logsnr: Float[Array, " b"]) -> Array:
-        # One picture's log p does not depend on its neighbours, so the sum has each one's gradient.
+        # log p of an image is independent of the others, so the sum has every image's gradient.
         gradient = jax.grad(lambda z: log_prob(z, logsnr).sum())(z)
         alpha, sigma = (expand(s, z) for s in alpha_sigma(logsnr))
         return denoise(z, logsnr) + scale * sigma**2 / alpha * gradient
@@ -169,10 +169,10 @@ def weight_at(
     """w(logsnr) = 1 + (guidance_weight - 1) times every row of FACTORS.
 
     Args:
-      logsnr: noise level of each picture, nats.
+      logsnr: noise level of each image, nats.
       settings: the fields guidance_*.
-      levels: logsnr of the whole schedule, noisiest first.
-      base_weight: in place of guidance_weight; None: that.
+      levels: logsnr of all steps, noisiest first.
+      base_weight: in place of guidance_weight.
     """
     excess = jnp.full_like(logsnr, settings.guidance_weight - 1.0)
     if base_weight is not None:
@@ -186,8 +186,8 @@ def scheduled(logsnr: Array, settings: SamplingConfig, levels: Array) -> Array |
     """A factor that is linear in logsnr between the knots of `guidance_schedule`."""
     if not settings.guidance_schedule:
         return 1.0
-    at, factors = jnp.array(settings.guidance_schedule).T
-    return jnp.interp(logsnr, at, factors)
+    knots, factors = jnp.array(settings.guidance_schedule).T
+    return jnp.interp(logsnr, knots, factors)
 
 
 def within_interval(logsnr: Array, settings: SamplingConfig, levels: Array) -> Array | float:
@@ -205,13 +205,13 @@ def within_interval(logsnr: Array, settings: SamplingConfig, levels: Array) -> A
 def oscillating(logsnr: Array, settings: SamplingConfig, levels: Array) -> Array | float:
     """1 for the first steps, then 0 and 1 in turn (Imagen Video, arXiv:2210.02303).
 
-    The paper's oscillating guidance goes to and fro between a high weight and 1. A level's step is
-    the number of noisier ones in the whole schedule, so that a process that starts on the way, or
-    a sampler that looks at both ends of a step, gives every level the weight that is its own.
+    The paper's oscillating guidance alternates between a high weight and 1. The index of a step is
+    the number of noisier levels in the whole schedule, so the weight of a level is the same when
+    sampling starts from a noised image and when a sampler evaluates both ends of a step.
     """
     if settings.guidance_oscillate_after < 0:
         return 1.0
-    # Half a step of tolerance: levels are compared, and their own rounding must not count.
+    # Compared with the midpoints between levels, so that rounding does not shift the index.
     between = 0.5 * (levels[:-1] + levels[1:])
     step = jnp.searchsorted(between, logsnr)
     late = step - settings.guidance_oscillate_after

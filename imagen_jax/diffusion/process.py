@@ -1,9 +1,8 @@
 """The maths of the diffusion process: schedules, forward noising, predictions, loss weights.
 
 Variance preserving, continuous time (Imagen, Sec. 2.2 and App. A): `z = alpha x0 + sigma eps` with
-`logsnr = log(alpha^2 / sigma^2)`, `t in [0, 1]`, 0 = clean. Pure functions of arrays; the layers
-above know nothing else about noise. Every prediction becomes x0 once, here; all the rest follows
-from x0.
+`logsnr = log(alpha^2 / sigma^2)`, `t in [0, 1]`, 0 = clean. Pure functions of arrays. Every
+prediction is converted to x0 once, by `to_x0`; guidance, thresholding and samplers work on x0.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ LogsnrSchedule = Callable[[Float[Array, "*t"]], Float[Array, "*t"]]
 
 def cosine_logsnr(t: Float[Array, "*t"]) -> Float[Array, "*t"]:
     """Cosine schedule, logsnr = -2 log tan(pi t / 2) (Nichol & Dhariwal 2021; Imagen, App. A)."""
-    # float32's pi / 2 lies beyond the pole, where tan is negative and its logarithm NaN.
+    # float32's pi / 2 is beyond the pole, where tan is negative and its logarithm NaN.
     return -2.0 * jnp.log(jnp.abs(jnp.tan(jnp.pi * t / 2.0)))
 
 
@@ -52,7 +51,7 @@ def logsnr_at(t: Float[Array, "*t"], config: DiffusionConfig) -> Float[Array, "*
 
 
 def aug_logsnr(aug_level: Float[Array, "*t"], config: DiffusionConfig) -> Float[Array, "*t"]:
-    """logsnr of the noise that `aug_level` in [0, 1] puts on the low-resolution picture.
+    """logsnr of the low-resolution image noised to `aug_level` in [0, 1].
 
     Noise conditioning augmentation (Imagen, Sec. 2.4): the VP process at time aug_level. Paper is
     silent on the schedule; `diffusion.aug_schedule` names it, unshifted.
@@ -62,10 +61,10 @@ def aug_logsnr(aug_level: Float[Array, "*t"], config: DiffusionConfig) -> Float[
 
 
 def stratified_timesteps(key: Key[Array, ""], count: int) -> Float[Array, " b"]:
-    """Times of a batch's examples, one from each of B equal parts of [0, 1], all moved by one draw.
+    """Stratified timesteps of a batch: one in each of B equal parts of [0, 1], one common offset.
 
-    Still t ~ U(0, 1) for every example, with less variance of the batch mean (arXiv:2107.00630,
-    App. I.1). Differs from paper: independent t.
+    Each t is still U(0, 1); the batch mean has less variance (arXiv:2107.00630, App. I.1). Differs
+    from paper: independent t.
     """
     return (jax.random.uniform(key, ()) + jnp.arange(count) / count) % 1.0
 
@@ -83,7 +82,7 @@ def expand(per_example: Float[Array, " b"], like: Float[Array, "b *rest"]) -> Ar
 def q_sample(
     x0: Float[Array, "b *d"], logsnr: Float[Array, " b"], eps: Float[Array, "b *d"]
 ) -> Float[Array, "b *d"]:
-    """Draws z from q(z | x0): z = alpha x0 + sigma eps."""
+    """Samples z from q(z | x0): z = alpha x0 + sigma eps."""
     alpha, sigma = (expand(s, x0) for s in alpha_sigma(logsnr))
     return alpha * x0 + sigma * eps
 
@@ -98,7 +97,7 @@ def prediction_target(
     eps: Float[Array, "b *d"],
     logsnr: Float[Array, " b"],
 ) -> Float[Array, "b *d"]:
-    """What the network should answer: eps, x0, or v = alpha eps - sigma x0 (arXiv:2202.00512)."""
+    """Target of the network: eps, x0, or v = alpha eps - sigma x0 (arXiv:2202.00512)."""
     if prediction == "eps":
         return eps
     if prediction == "x0":
@@ -114,7 +113,7 @@ def to_x0(
     z: Float[Array, "b *d"],
     logsnr: Float[Array, " b"],
 ) -> Float[Array, "b *d"]:
-    """The clean image that a network's output stands for.
+    """The clean image x0 of a network's output.
 
     eps: x0 = (z - sigma eps) / alpha (Imagen, Sec. 2.2); v: x0 = alpha z - sigma v.
     """
@@ -129,7 +128,7 @@ def to_x0(
 def to_eps(
     x0: Float[Array, "b *d"], *, z: Float[Array, "b *d"], logsnr: Float[Array, " b"]
 ) -> Float[Array, "b *d"]:
-    """The noise that remains when x0 is taken out of z: eps = (z - alpha x0) / sigma."""
+    """The noise in z for a given x0: eps = (z - alpha x0) / sigma."""
     alpha, sigma = (expand(s, z) for s in alpha_sigma(logsnr))
     return (z - alpha * x0) / sigma
 
@@ -142,7 +141,7 @@ LOSS_WEIGHTS: dict[str, Callable[[Float[Array, " b"]], Float[Array, " b"]]] = {
     "v": lambda logsnr: jnp.exp(logsnr) + 1.0,
     # min-SNR with gamma = 5 (arXiv:2303.09556).
     "min_snr": lambda logsnr: jnp.minimum(jnp.exp(logsnr), 5.0),
-    # min(SNR + 1, 6): the v loss without its pull towards the last, nearly clean steps.
+    # min(SNR + 1, 6): the v weight, truncated where images are nearly clean.
     "truncated_v": lambda logsnr: jnp.minimum(jnp.exp(logsnr) + 1.0, 6.0),
     # sigmoid weight with bias 2 on the eps error (arXiv:2303.00848; arXiv:2410.19324, Eq. 7).
     "sigmoid": lambda logsnr: jnp.exp(logsnr) * jax.nn.sigmoid(2.0 - logsnr),
@@ -152,10 +151,10 @@ LOSS_WEIGHTS: dict[str, Callable[[Float[Array, " b"]], Float[Array, " b"]]] = {
 def output_loss_weight(
     name: str, prediction: str, logsnr: Float[Array, " b"]
 ) -> Float[Array, " b"]:
-    """The weight `LOSS_WEIGHTS[name]` carried over to the error of the network's own output.
+    """The weight `LOSS_WEIGHTS[name]`, converted to the error of the network's own output.
 
     |eps - eps_hat|^2 = SNR |x0 - x0_hat|^2 and |v - v_hat|^2 = (SNR + 1) |x0 - x0_hat|^2, so the
-    loss is taken on the output itself, where no division by a vanishing alpha or sigma occurs.
+    loss is computed on the output itself, without a division by a vanishing alpha or sigma.
     """
     if name == prediction:
         return jnp.ones_like(logsnr)

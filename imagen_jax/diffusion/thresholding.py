@@ -1,7 +1,7 @@
-"""Thresholding: what keeps a guided x0 within [-1, 1] (Imagen, Sec. 2.3).
+"""Thresholding: keeps a guided x0 within [-1, 1] (Imagen, Sec. 2.3).
 
-Guidance carries x0 beyond the range of the training pictures, and the sampler feeds it back step
-after step. A new kind is one function and one row of THRESHOLDS.
+Guidance moves x0 beyond the range of the training images, and every step of the sampler adds to
+it. A new kind is one function and one row of THRESHOLDS.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ def dynamic(
 ) -> Float[Array, "b h w c"]:
     """Dynamic thresholding (Imagen, Sec. 2.3, Fig. A.31): clips to [-s, s] and divides by s.
 
-    s is the percentile of |x0| over each picture, at least 1 and at most `cap`. Differs from paper:
-    the code printed in Fig. A.31 lacks the keepdims and uses the Python `max`; this is what its
-    text says. The cap is not the paper's: 1 makes this static clipping, large values leave it as it
-    is, those between let strong guidance saturate a little instead of paling everything else.
+    s is the percentile of |x0| over each image, at least 1 and at most `cap`. Differs from paper:
+    the code of Fig. A.31 lacks keepdims and uses the Python `max`; this follows its text. The cap
+    is not in the paper: 1 is static thresholding, a large cap has no effect, a cap between lets
+    strong guidance clip some pixels instead of reducing the contrast of the whole image.
 
     Args:
-      x0: predicted pictures.
+      x0: predicted images.
       percentile: p in [0, 100]; the paper's is 99.5.
       cap: largest s; 0: none.
     """
@@ -42,15 +42,15 @@ def dynamic(
 
 
 def percentile_of(values: Float[Array, "b h w c"], percentile: float) -> Float[Array, " b"]:
-    """Percentile of each picture's values, as `jnp.percentile`, without sorting them.
+    """Percentile of each image's values, equal to `jnp.percentile`, without sorting.
 
-    The bits of floats that are not negative, read as integers, are in the same order. So the value
-    with k smaller ones is found bit by bit, each by counting: 31 passes over the values, where
-    sorting them took a fifth of a small stage's time.
+    The bits of non-negative floats, read as integers, have the order of the floats. The value of
+    rank k is found bit by bit, from the highest: 31 counting passes over the values. Sorting took a
+    fifth of a small stage's sampling time.
 
     Args:
       values: float32, none negative.
-      percentile: p in [0, 100]; between two values it is linear.
+      percentile: p in [0, 100]; linear between two values.
     """
     bits = jax.lax.bitcast_convert_type(values.reshape(values.shape[0], -1), jnp.int32)
     position = percentile / 100.0 * (bits.shape[1] - 1)

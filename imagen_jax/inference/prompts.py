@@ -1,4 +1,4 @@
-"""Prompt files: one row per prompt, a mapping with `prompt` and whatever else the file says."""
+"""Prompt files: one row per prompt, a mapping with `prompt` and the file's other fields."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def read(path: str) -> list[dict[str, Any]]:
     Args:
       path: .txt (a prompt per line), .csv (a column `prompt`, or `prompts` as in
         DrawBench's, in any case) or .jsonl (objects with `prompt`). Empty lines of a .txt are
-        passed over.
+        skipped.
 
     Raises:
       PromptError: no such file, unknown kind, no prompts, or a row without one.

@@ -1,8 +1,8 @@
-"""The folder that `sample` writes: what is in it already, pictures, samples.jsonl, grid.png.
+"""The folder that `sample` writes: images, samples.jsonl, grid.png, and what is finished in it.
 
-A picture tells in its PNG text chunks what it was made from. It is written under another name and
-renamed, so one that is there is whole, and one whose chunks say what this run would say need not
-be drawn again.
+The PNG text chunks of an image record prompt, seed, stages and settings. Images are written under a
+temporary name and renamed, so every image in the folder is complete. An image whose chunks equal
+those of this run is not sampled again.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from imagen_jax.config import overrides
 from imagen_jax.io import atomic, images
 
 GRID_IMAGES = 32
-# Chunks of PNG text that tell what a picture is. The others (`checkpoint`) are for people.
+# PNG text chunks that identify an image. The other one (`checkpoint`) is informative only.
 IDENTITY_CHUNKS = ("prompt", "seed", "config", "settings")
 
 
 class SampleError(ValueError):
-    """A folder holds pictures of another run; the message says which and what differs."""
+    """A folder holds images of another run; the message names one and the difference."""
 
 
 class Sample(NamedTuple):
-    """A picture to draw: place of its prompt, and which of that prompt's pictures it is."""
+    """An image to sample: the index of its prompt, and its index among the prompt's images."""
 
     prompt_index: int
     sample_index: int
@@ -42,32 +42,32 @@ class Sample(NamedTuple):
         return f"{self.prompt_index:05d}_{self.sample_index:02d}.png"
 
 
-def read_text(path: pathlib.Path) -> dict[str, str] | None:
+def read_png_chunks(path: pathlib.Path) -> dict[str, str] | None:
     """The text chunks of a PNG; None where it is damaged, cut short, or no PNG."""
     try:
-        with Image.open(path) as picture:
-            # `save_png` puts them before the pixels; `.text` would read on behind these.
-            text = {str(key): str(value) for key, value in picture.info.items()}
-            # Compares the checksum of every chunk without decoding, and misses the end mark.
-            picture.verify()
+        with Image.open(path) as image:
+            # `save_png` puts them before the pixels; `.text` would read the whole file.
+            text = {str(key): str(value) for key, value in image.info.items()}
+            # Checks the checksum of every chunk without decoding, but not the end chunk.
+            image.verify()
         return text if path.read_bytes()[-8:-4] == b"IEND" else None
-    except Exception:  # Pillow's reader raises whatever it stumbles over.
+    except Exception:  # Pillow raises many types for damaged files.
         return None
 
 
-def finished(
+def find_finished(
     folder: pathlib.Path, samples: Sequence[Sample], texts: Sequence[Mapping[str, str]]
 ) -> np.ndarray:
-    """Which samples are there already, bool [N].
+    """Which samples are complete in the folder, bool [N].
 
     Args:
       folder: may be missing.
       samples: of this run.
-      texts: chunks that each would have.
+      texts: the PNG text chunks of each.
 
     Raises:
-      SampleError: the folder has a picture of another prompt, seed or setting, or one that this
-        run would not draw.
+      SampleError: the folder has an image of another prompt, seed or setting, or one that is not
+        among `samples`.
     """
     there = {p.name for p in folder.glob("*.png") if re.fullmatch(r"\d{5,}_\d{2,}\.png", p.name)}
     foreign = sorted(there - {sample.file for sample in samples})
@@ -78,15 +78,15 @@ def finished(
         )
     done = np.zeros(len(samples), bool)
     for index, (sample, text) in enumerate(zip(samples, texts, strict=True)):
-        found = read_text(folder / sample.file) if sample.file in there else None
+        found = read_png_chunks(folder / sample.file) if sample.file in there else None
         if found is None:
             continue
         for key in IDENTITY_CHUNKS:
             if found.get(key) != text[key]:
                 raise SampleError(
-                    f"--out={folder}: {sample.file} was drawn with "
+                    f"--out={folder}: {sample.file} was sampled with "
                     f"{_difference(key, found.get(key, ''), text[key])}; give another folder, or "
-                    "the arguments of before"
+                    "the earlier arguments"
                 )
         done[index] = True
     return done
@@ -104,7 +104,7 @@ def _difference(key: str, old: str, new: str) -> str:
 def write_rows(
     folder: pathlib.Path, samples: Sequence[Sample], rows: Sequence[Mapping[str, Any]], seed: int
 ) -> None:
-    """Writes samples.jsonl, a line per picture: its prompt's row, its file and what it hangs on."""
+    """Writes samples.jsonl, a line per image: its prompt's row, file, indices and seed."""
     lines = []
     for sample in samples:
         own = {"file": sample.file, **sample._asdict(), "seed": seed}
@@ -115,18 +115,18 @@ def write_rows(
 def read_images(
     folder: pathlib.Path, samples: Sequence[Sample], size: int
 ) -> UInt8[np.ndarray, "n size size 3"]:
-    """Those of the samples' pictures that are in the folder; black where one is not."""
-    pictures = np.zeros((len(samples), size, size, 3), np.uint8)
+    """The samples' images; black where an image is not in the folder."""
+    pixels = np.zeros((len(samples), size, size, 3), np.uint8)
     for index, sample in enumerate(samples):
         path = folder / sample.file
         if path.is_file():
-            pictures[index] = images.decode(path.read_bytes())
-    return pictures
+            pixels[index] = images.decode(path.read_bytes())
+    return pixels
 
 
 def grid(
-    pictures: UInt8[np.ndarray, "n h w 3"], prompts: Sequence[str]
+    pixels: UInt8[np.ndarray, "n h w 3"], prompts: Sequence[str]
 ) -> UInt8[np.ndarray, "rows columns 3"]:
-    """Pictures with their prompts below them, about twice as wide as high."""
-    columns = min(8, math.ceil(math.sqrt(2 * len(pictures))))
-    return images.grid(pictures, columns, list(prompts), scale=2)
+    """Images with their prompts below them, about twice as wide as high."""
+    columns = min(8, math.ceil(math.sqrt(2 * len(pixels))))
+    return images.grid(pixels, columns, list(prompts), scale=2)

@@ -1,4 +1,4 @@
-"""A picture on its way: the estimates of x0 by every stage, as a strip or a GIF."""
+"""The estimates of x0 over the steps of every stage, as a strip or a GIF."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from imagen_jax.io import atomic, images
 
 KINDS = ("png", "gif")
 COLUMNS = 8
-# Shortest side of a picture in a trace, pixels, and how long a GIF shows one, ms; the last longer.
+# Shortest side of a frame, pixels; duration of a frame of a GIF and of its last one, ms.
 SIDE, FRAME, LAST_FRAME = 128, 120, 1500
 
 
 class Trace:
-    """Collects the estimates of one call of `Cascade.sample`; give it to on_progress."""
+    """Collects the estimates of one call of `Cascade.sample`, as its on_progress."""
 
     def __init__(self, kind: str):
         """`kind`: "png", a row of steps per stage, or "gif", one after the other."""
         self.kind = kind
-        # By stage, then by picture of the call: estimates of the steps that are shown.
+        # By stage, then by image of the call: estimates of the steps that are shown.
         self._seen: dict[str, dict[int, list[np.ndarray]]] = {}
 
     def __call__(self, progress: Progress) -> None:
         shown = _shown(progress.steps)
         if progress.step not in shown:
             return
-        pictures = images.to_uint8(np.asarray(progress.x0[: len(progress.rows)]))
+        estimates = images.to_uint8(np.asarray(progress.x0[: len(progress.rows)]))
         seen = self._seen.setdefault(progress.stage, {})
-        for row, picture in zip(progress.rows.tolist(), pictures, strict=True):
-            seen.setdefault(row, []).append(picture)
+        for row, estimate in zip(progress.rows.tolist(), estimates, strict=True):
+            seen.setdefault(row, []).append(estimate)
 
     def write(
         self, folder: pathlib.Path, samples: Sequence[Sample], texts: Sequence[Mapping[str, str]]
@@ -64,11 +64,11 @@ def _shown(steps: int) -> set[int]:
 
 
 def _upsampled(
-    pictures: UInt8[np.ndarray, "n h w 3"], side: int
+    pixels: UInt8[np.ndarray, "n h w 3"], side: int
 ) -> UInt8[np.ndarray, "n side side 3"]:
-    """Pictures at `side` pixels, each pixel a block: nothing is drawn that was not there."""
-    nearest = [Image.fromarray(p).resize((side, side), Image.Resampling.NEAREST) for p in pictures]
-    return np.stack([np.asarray(picture) for picture in nearest])
+    """Images upsampled to `side` pixels, nearest neighbour."""
+    nearest = [Image.fromarray(p).resize((side, side), Image.Resampling.NEAREST) for p in pixels]
+    return np.stack([np.asarray(image) for image in nearest])
 
 
 def _save_gif(path: pathlib.Path, frames: UInt8[np.ndarray, "n h w 3"], comment: str) -> None:

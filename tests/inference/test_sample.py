@@ -19,7 +19,7 @@ from imagen_jax.cli import main
 from imagen_jax.config.text import T5Config, TextConfig
 from imagen_jax.diffusion.editing import Edit
 from imagen_jax.inference.cascade import Cascade
-from imagen_jax.inference.sample import Job, sample
+from imagen_jax.inference.sample import SampleOptions, sample
 from imagen_jax.inference.sample_folder import SampleError
 from imagen_jax.interop import hf_t5
 from imagen_jax.io import images
@@ -42,7 +42,7 @@ def cascade(stages):
     return Cascade(stages, FakeEncoder())
 
 
-JOB = Job(seed=3, samples_per_prompt=2, batch_size=4)
+JOB = SampleOptions(seed=3, samples_per_prompt=2, batch_size=4)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_other_weights_are_another_run(stages, drawn, random_params, tmp_path):
 
 @pytest.mark.parametrize("kind", ["png", "gif"])
 def test_traces(cascade, kind, tmp_path):
-    job = Job(seed=3, batch_size=4, trace=kind)
+    job = SampleOptions(seed=3, batch_size=4, trace=kind)
     sample(cascade, ROWS, str(tmp_path), job, lambda line: None)
     traces = sorted(p.name for p in (tmp_path / "trace").iterdir())
     assert traces == [f"{p:05d}_00.{kind}" for p in range(5)]
