@@ -1,4 +1,4 @@
-"""Power-function averages: their weights over training, and averages put together afterwards."""
+"""Power-function averages: their weights over training, and post-hoc reconstruction."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ WIDTHS = (0.02, 0.05, 0.1, 0.2, 0.27)
 
 
 def density(tau: np.ndarray, sigma_rel: float, step: int) -> np.ndarray:
-    """p ~ tau^gamma on [0, step], from its definition and normalised by a sum."""
+    """p ~ tau^gamma on [0, step], normalised by a sum."""
     fine = (np.arange(100_000) + 0.5) / 100_000 * step
     exponent = ema.power_exponent(sigma_rel)
     mass = np.mean((fine / step) ** exponent) * step
@@ -32,7 +32,7 @@ def test_weights_of_the_recursion(sigma_rel):
     assert weights.sum() == pytest.approx(1.0)
     inside = (np.arange(20 * steps) + 0.5) / 20
     expected = density(inside, sigma_rel, steps).reshape(steps, 20).mean(axis=1)
-    # A float32 beta is known to 3e-8, of which 2000 are multiplied.
+    # A float32 beta has an error of 3e-8; 2000 of them are multiplied.
     np.testing.assert_allclose(weights, expected, atol=2e-4 * expected.max())
     tau = np.arange(steps) + 0.5
     mean = weights @ tau
@@ -65,7 +65,7 @@ def test_inner_products_of_long_runs_stay_finite():
 
 
 STEPS, EVERY, TRACKED = 4096, 128, (0.05, 0.10)
-WANTED = (0.03, 0.05, 0.07, 0.10, 0.15, 0.20, 0.25)
+TARGETS = (0.03, 0.05, 0.07, 0.10, 0.15, 0.20, 0.25)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def tracked():
     walk = rng.normal(size=(STEPS, 200)).cumsum(axis=0) / STEPS**0.5
     path = start + drift * np.arange(1, STEPS + 1)[:, None] / STEPS + walk
     path = jnp.asarray(path, jnp.float32)
-    config = EmaConfig(profiles=tuple(sorted({*TRACKED, *WANTED})))
+    config = EmaConfig(profiles=tuple(sorted({*TRACKED, *TARGETS})))
 
     def advance(averages, now):
         step, params = now
@@ -101,8 +101,8 @@ def snapshots(averages) -> list[Snapshot]:
 
 
 @pytest.mark.parametrize("step", [3000, 3072, STEPS])
-@pytest.mark.parametrize("sigma_rel", WANTED)
-def test_a_reconstruction_is_the_average_tracked_directly(tracked, sigma_rel, step):
+@pytest.mark.parametrize("sigma_rel", TARGETS)
+def test_a_reconstruction_equals_the_average_tracked_directly(tracked, sigma_rel, step):
     path, averages = tracked
     direct = averages[ema.power_name(sigma_rel)][step - 1]
     params, error = ema.reconstruct(snapshots(averages), sigma_rel, step)
@@ -114,10 +114,10 @@ def test_a_reconstruction_is_the_average_tracked_directly(tracked, sigma_rel, st
         assert difference < 0.02 * np.linalg.norm(direct - path[step - 1])
 
 
-def test_a_parameter_that_did_not_move_stays_as_it_is(tracked):
+def test_a_constant_parameter_is_reconstructed_exactly(tracked):
     _, averages = tracked
-    still = {"w": np.float32([1.0, -3.0])}
-    frozen = [Snapshot(s.profile, lambda: still) for s in snapshots(averages)]
+    constant = {"w": np.float32([1.0, -3.0])}
+    frozen = [Snapshot(s.profile, lambda: constant) for s in snapshots(averages)]
     for sigma_rel in (0.01, 0.07, 0.25):
         params, _ = ema.reconstruct(frozen, sigma_rel, STEPS)
         np.testing.assert_allclose(params["w"], [1.0, -3.0], rtol=1e-6)
@@ -126,16 +126,16 @@ def test_a_parameter_that_did_not_move_stays_as_it_is(tracked):
 def test_snapshots_are_read_one_at_a_time(tracked):
     reads = []
 
-    def noting(snapshot: Snapshot) -> Snapshot:
+    def recording(snapshot: Snapshot) -> Snapshot:
         return snapshot._replace(load=lambda: reads.append(snapshot.profile) or snapshot.load())
 
-    kept = snapshots(tracked[1])
-    ema.reconstruct([noting(s) for s in kept], 0.07, STEPS)
-    assert reads == [s.profile for s in kept]
+    saved = snapshots(tracked[1])
+    ema.reconstruct([recording(s) for s in saved], 0.07, STEPS)
+    assert reads == [s.profile for s in saved]
 
 
 @pytest.mark.parametrize("sigma_rel", [-0.1, 0.0, 0.28, 1.0, float("nan")])
-def test_a_width_that_is_none(sigma_rel):
+def test_a_width_out_of_range_is_rejected(sigma_rel):
     with pytest.raises(ConfigError, match=r"sigma_rel=.* above 0 and below 0.28; try 0.1"):
         ema.power_exponent(sigma_rel)
     with pytest.raises(ConfigError, match=r"config.ema.profiles\[1\]=.*; try 0.1"):
@@ -143,15 +143,15 @@ def test_a_width_that_is_none(sigma_rel):
 
 
 @pytest.mark.parametrize(
-    ("fields", "says"),
+    ("fields", "message"),
     [
         ({"profiles": (0.05, 0.0502)}, "must differ in their first three decimals"),
         ({"snapshot_every": 10}, r"config.ema.snapshot_every=10 .*try \(0.05, 0.1\)"),
         ({"profiles": (0.05,), "snapshot_every": -1}, "config.ema.snapshot_every=-1 must be"),
     ],
 )
-def test_settings_that_are_refused(fields, says):
-    with pytest.raises(ConfigError, match=says):
+def test_invalid_settings_are_rejected(fields, message):
+    with pytest.raises(ConfigError, match=message):
         EmaConfig(**fields)
 
 

@@ -1,4 +1,4 @@
-"""Snapshots of the power-function averages: what a run leaves, kills, and what cannot be used."""
+"""Snapshots of power-function averages: files of a run, resumed runs, unusable snapshots."""
 
 import dataclasses
 
@@ -11,13 +11,13 @@ from imagen_jax.training import ema, ema_snapshots
 from imagen_jax.training.ema_snapshots import SnapshotError
 from imagen_jax.training.train import train
 
-# The narrowest average is no more than the parameters of its step for the first hundred.
+# The narrowest average equals the parameters of its step for the first hundred steps.
 WIDTHS = (0.001, 0.05, 0.1)
 NAMES = ("power_0.001", "power_0.050", "power_0.100")
 
 
 class Killed(Exception):
-    """Stands for the end of the process."""
+    """Simulates a killed process."""
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def config(base_config):
 
 @pytest.fixture(scope="module")
 def run(config, make_batch):
-    """(workdir, killed_at) -> the state at the end of a run that goes on where it stopped."""
+    """(workdir, killed_at) -> the final state of a run, which resumes from WORKDIR."""
 
     def go(workdir, killed_at: int = -1):
         def batches(start: int):
@@ -49,7 +49,7 @@ def run(config, make_batch):
 
 @pytest.fixture(scope="module")
 def finished(run, tmp_path_factory):
-    """(state, workdir) of a run that nothing disturbed."""
+    """(state, workdir) of an uninterrupted run."""
     workdir = tmp_path_factory.mktemp("run")
     return run(workdir), workdir
 
@@ -59,7 +59,7 @@ def contents(workdir) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_what_a_run_leaves(finished, config):
+def test_files_of_a_run(finished, config):
     state, workdir = finished
     files = {f"{step}/{name}.safetensors" for step in range(1, 8) for name in NAMES}
     assert set(contents(workdir)) == files | {f"{step}/config.json" for step in range(1, 8)}
@@ -83,14 +83,14 @@ def test_a_run_averages_its_parameters(finished):
         np.testing.assert_allclose(kernels[width, 7], average, rtol=1e-5, atol=1e-7)
 
 
-def test_killed_and_resumed_leaves_the_same_snapshots(finished, run, tmp_path):
+def test_a_killed_and_resumed_run_writes_the_same_snapshots(finished, run, tmp_path):
     with pytest.raises(Killed):
         run(tmp_path, killed_at=5)  # two snapshots after the last checkpoint
     run(tmp_path)
     assert contents(tmp_path) == contents(finished[1])
 
 
-def test_a_half_written_snapshot_is_not_seen(finished, tmp_path):
+def test_an_incomplete_snapshot_is_ignored(finished, tmp_path):
     state, workdir = finished
     before = ema_snapshots.find(str(workdir))[0]
     (workdir / "ema" / "9.tmp").mkdir()
@@ -99,13 +99,13 @@ def test_a_half_written_snapshot_is_not_seen(finished, tmp_path):
     assert [s.profile for s in after] == [s.profile for s in before]
 
 
-def test_no_snapshots(tmp_path):
+def test_missing_snapshots_are_an_error(tmp_path):
     for name in ("", "nothing"):
         with pytest.raises(SnapshotError, match="profiles=.*snapshot_every="):
             ema_snapshots.find(str(tmp_path / name))
 
 
-def test_snapshots_that_cannot_be_used(config, random_params, tmp_path):
+def test_unusable_snapshots_are_an_error(config, random_params, tmp_path):
     model = dataclasses.replace(config.model, channels=(16,))
     params = random_params(config)
     averages = dict.fromkeys(NAMES, params)

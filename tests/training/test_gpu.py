@@ -1,6 +1,6 @@
-"""bfloat16 and the fused attention on a GPU against float32 and the plain one.
+"""bfloat16 and fused attention on a GPU against float32 and plain attention.
 
-Needs a GPU: JAX_PLATFORMS=cuda python -m pytest tests/test_gpu.py
+Needs a GPU: JAX_PLATFORMS=cuda python -m pytest tests/training/test_gpu.py
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ MODEL = ModelConfig(
     embed_dim=256,
     text_dim=DIM,
 )
-# bfloat16 has 8 bits: a single rounding errs by up to 2^-9, a network's output by some of them.
+# bfloat16 has 8 significant bits: one rounding has a relative error of up to 2^-9.
 CLOSE = 0.03
 
 
@@ -42,23 +42,23 @@ def normal(seed, *shape):
 
 
 def attention_and_gradient(dtype, mask):
-    """Output and the gradients of a weighted sum of it."""
+    """The output of attention and the gradients of a weighted sum of it."""
     shapes = ((BATCH, 256, 128), (BATCH, 256 + TOKENS, 128), (BATCH, 256 + TOKENS, 128))
-    given = [normal(seed, *shape).astype(dtype) for seed, shape in enumerate(shapes)]
+    inputs = [normal(seed, *shape).astype(dtype) for seed, shape in enumerate(shapes)]
     weights = normal(9, *shapes[0])
 
     def total(q, k, v):
         out = attention.attend(q, k, v, heads=2, mask=mask).astype(jnp.float32)
         return jnp.sum(out * weights), out
 
-    gradient, out = jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(*given)
+    gradient, out = jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(*inputs)
     return out, *gradient
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_fused_attention_is_attention(masked):
+def test_fused_attention_equals_plain_attention(masked):
     mask = jnp.ones((BATCH, 256 + TOKENS), bool)
-    if masked:  # Of texts of other lengths, one of them empty.
+    if masked:  # Texts of different lengths, one of them empty.
         mask = mask.at[:, 256:].set(jnp.arange(TOKENS) < jnp.array([[32], [7], [1], [0]]))
     q = jax.ShapeDtypeStruct((BATCH, 256, 2, 64), jnp.bfloat16)
     k = jax.ShapeDtypeStruct((BATCH, 256 + TOKENS, 2, 64), jnp.bfloat16)
@@ -70,12 +70,12 @@ def test_fused_attention_is_attention(masked):
         assert relative_error(one, other) < CLOSE, name
 
 
-def test_bfloat16_network_is_the_float32_network():
+def test_the_bfloat16_network_equals_the_float32_network():
     z, logsnr, text = normal(0, BATCH, 32, 32, 3), normal(1, BATCH), normal(2, BATCH, TOKENS, DIM)
     mask = jnp.arange(TOKENS) < jnp.array([[32], [7], [1], [0]])
     target = normal(3, BATCH, 32, 32, 3)
     params = partitioning.unbox(UNet(MODEL).init(jax.random.key(4), z, logsnr, text, mask))
-    # Fresh networks end in zeros, which would hide all before.
+    # The last layer is initialised to zero, which would hide all others.
     params = jax.tree.map(lambda p: p + 0.02 * normal(5, *p.shape), params)
 
     def output_and_gradient(dtype):

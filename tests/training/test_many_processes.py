@@ -1,4 +1,4 @@
-"""Several processes over loopback are one run: same losses, same state, from any to any."""
+"""Runs with several processes over loopback equal single-process runs and resume each other."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from imagen_jax.parallel.preemption import RESTART
 from imagen_jax.training.train import train
 
 SOURCE = pathlib.Path(__file__).parents[2]
-# Losses of the same step under other ways to sum: float32, a mean of 4 pictures and 64 numbers.
+# Relative difference of a float32 loss (mean over 4 images of 64 pixels) by order of summation.
 LOSS_TOLERANCE = 2e-5
 
 
@@ -30,7 +30,7 @@ def free_port() -> int:
 
 
 def start(processes: int, devices: int, config: pathlib.Path, workdir: pathlib.Path, *more: str):
-    """The processes of one run, each with so many devices."""
+    """Starts the processes of one run, each with `devices` devices."""
     address = f"127.0.0.1:{free_port()}"
     command = [sys.executable, "-m", "imagen_jax", "train", f"--config={config}"]
     started = []
@@ -60,10 +60,10 @@ def start(processes: int, devices: int, config: pathlib.Path, workdir: pathlib.P
 
 
 def finish(started) -> str:
-    """Waits for all; returns what the first one said."""
-    said = [process.communicate(timeout=300)[0] for process in started]
-    assert [process.returncode for process in started] == [0] * len(started), "\n".join(said)
-    return said[0]
+    """Waits for all processes; returns the output of the first."""
+    outputs = [process.communicate(timeout=300)[0] for process in started]
+    assert [process.returncode for process in started] == [0] * len(started), "\n".join(outputs)
+    return outputs[0]
 
 
 def rows(workdir: pathlib.Path) -> list[dict]:
@@ -90,7 +90,7 @@ def kill_after(started, workdir: pathlib.Path, step: int, number: int) -> list[i
 
 @pytest.fixture(scope="module")
 def world(base_config, write_world, tmp_path_factory) -> pathlib.Path:
-    """A configuration file of 50 steps over a folder of pictures, saved every 10."""
+    """A configuration file of 50 steps on a folder of images, saved every 10."""
     return write_world(tmp_path_factory.mktemp("world"), base_config, steps=50, every=10)
 
 
@@ -103,38 +103,38 @@ def alone(world, tmp_path_factory) -> pathlib.Path:
 
 
 def assert_same_run(workdir: pathlib.Path, other: pathlib.Path) -> None:
-    """The same steps and, up to the order of sums, the same losses."""
+    """The runs have the same steps and, up to the order of summation, the same losses."""
     assert [row["step"] for row in rows(workdir)] == [row["step"] for row in rows(other)]
     for row, expected in zip(rows(workdir), rows(other), strict=True):
         np.testing.assert_allclose(row["loss"], expected["loss"], rtol=LOSS_TOLERANCE, atol=1e-6)
 
 
-def test_two_processes_are_one_run(world, alone, tmp_path):
-    said = finish(start(2, 2, world, tmp_path))
-    assert "parameters on 4 cpu" in said
+def test_two_processes_equal_one(world, alone, tmp_path):
+    output = finish(start(2, 2, world, tmp_path))
+    assert "parameters on 4 cpu" in output
     assert_same_run(tmp_path, alone)
 
 
 @pytest.mark.slow
-def test_one_process_with_four_devices_is_the_same_run(world, alone, tmp_path):
+def test_four_devices_equal_one(world, alone, tmp_path):
     finish(start(1, 4, world, tmp_path))
     assert_same_run(tmp_path, alone)
 
 
 @pytest.mark.slow
-def test_four_hosts_then_two_then_one(world, alone, tmp_path):
+def test_a_run_resumes_on_fewer_hosts(world, alone, tmp_path):
     codes = kill_after(start(4, 1, world, tmp_path), tmp_path, 15, signal.SIGKILL)
     assert codes == [-signal.SIGKILL] * 4
     codes = kill_after(start(2, 2, world, tmp_path), tmp_path, 30, signal.SIGTERM)
     assert codes == [RESTART] * 2
-    said = finish(start(1, 1, world, tmp_path))
-    assert "going on from step" in said
+    output = finish(start(1, 1, world, tmp_path))
+    assert "going on from step" in output
     assert_same_run(tmp_path, alone)
     assert [row["step"] for row in rows(tmp_path)] == list(range(1, 51))
 
 
 @pytest.mark.slow
-def test_fsdp_over_processes(world, alone, tmp_path):
+def test_fsdp_over_processes_equals_one_process(world, alone, tmp_path):
     finish(start(2, 2, world, tmp_path, "--config.mesh.fsdp=4", "--config.mesh.data=1"))
     assert_same_run(tmp_path, alone)
 
@@ -151,7 +151,7 @@ def test_data_order_is_the_same_for_any_number_of_hosts(world):
 
 
 @pytest.mark.slow
-def test_a_state_saved_by_two_processes_is_read_by_this_one(world, alone, tmp_path):
+def test_a_state_saved_by_two_processes_is_restored_by_one(world, alone, tmp_path):
     finish(start(2, 1, world, tmp_path, "--config.train.steps=10"))
     config = load(str(world), ["model.text_dim=8", "train.steps=10"])
     state = train(config, str(tmp_path), lambda step: (), lambda line: None)
@@ -178,12 +178,12 @@ def test_a_state_saved_by_two_processes_is_read_by_this_one(world, alone, tmp_pa
         ),
     ],
 )
-def test_who_takes_part(environment, expected):
+def test_process_arguments_from_the_environment(environment, expected):
     assert _arguments(environment) == expected
 
 
 @pytest.mark.parametrize(
-    ("environment", "says"),
+    ("environment", "message"),
     [
         ({"JAX_COORDINATOR_ADDRESS": "host:1"}, "JAX_NUM_PROCESSES is not set"),
         ({"JAX_PROCESS_ID": "0", "JAX_NUM_PROCESSES": "2"}, "JAX_COORDINATOR_ADDRESS is not set"),
@@ -197,6 +197,6 @@ def test_who_takes_part(environment, expected):
         ),
     ],
 )
-def test_half_said_is_refused(environment, says):
-    with pytest.raises(DistributedError, match=says):
+def test_an_incomplete_environment_is_rejected(environment, message):
+    with pytest.raises(DistributedError, match=message):
         _arguments(environment)

@@ -1,4 +1,4 @@
-"""What a run writes about itself, above all across restarts."""
+"""metrics.jsonl across restarts, throughput, goodput and peak FLOP/s."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ def rows(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_rows_of_steps_that_are_run_again_are_cut_off(tmp_path):
+def test_a_restart_removes_rows_after_the_restored_step(tmp_path):
     writer = metrics.MetricWriter(str(tmp_path), 0)
     for step in range(1, 8):
         writer.write(step, {"loss": 1.0 / step})
@@ -28,7 +28,7 @@ def test_rows_of_steps_that_are_run_again_are_cut_off(tmp_path):
     assert [row["loss"] for row in rows(tmp_path)][4:7] == [0.2, 2.0, 2.0]
 
 
-def test_a_new_run_makes_its_workdir(tmp_path):
+def test_a_new_run_creates_its_workdir(tmp_path):
     writer = metrics.MetricWriter(str(tmp_path / "a" / "b"), 0)
     writer.write(1, {"loss": 0.5, "grad_norm": float("nan")})
     writer.close()
@@ -36,7 +36,7 @@ def test_a_new_run_makes_its_workdir(tmp_path):
     assert row["step"] == 1 and row["loss"] == 0.5 and row["seconds"] >= 0
 
 
-def test_progress_counts_pictures_since_the_last_report(monkeypatch):
+def test_progress_counts_images_since_the_last_report(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
     lines, timer = [], metrics.Timer()
@@ -52,7 +52,7 @@ def test_progress_counts_pictures_since_the_last_report(monkeypatch):
     spend(1.0, "data")
     spend(5.0, "save")
     first = progress.report(21, {"loss": 0.5, "loss/logsnr_0_2": 0.25})
-    # 20 steps in the four seconds that were not spent on saving, one of them waiting for data.
+    # 20 steps in the 4 s that are not spent on saving, 1 s of them waiting for data.
     assert first["images_per_second"] == 40.0 and first["images_per_second_per_chip"] == 10.0
     assert first["tflops_per_chip"] == 10.0 and first["data_wait"] == 0.25
     assert first["mfu"] == pytest.approx(10 / 275, rel=1e-5)

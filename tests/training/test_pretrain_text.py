@@ -1,4 +1,4 @@
-"""Pre-training of the small encoder: it learns, is reproducible, and writes a usable folder."""
+"""Pre-training of the small encoder: it learns, is reproducible, and writes a loadable folder."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def small(tmp_path_factory):
     return out, *run(FEW, SMALL, out)
 
 
-def test_eight_captions_in_four_scripts_make_an_encoder(small):
+def test_captions_in_four_scripts_give_an_encoder(small):
     out, metrics, lines = small
     encoder = encoders.load_text_encoder(TextConfig(path=str(out), max_len=32))
     unseen = ["größer", "四角い猫", "☃ snow", "TWO CATS"]
@@ -58,7 +58,7 @@ def test_eight_captions_in_four_scripts_make_an_encoder(small):
     assert [path.name for path in out.parent.iterdir()] == ["encoder"]
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_does_not(small, tmp_path):
+def test_the_seed_determines_the_files(small, tmp_path):
     out, *_ = small
     run(FEW, SMALL, tmp_path / "again")
     run(FEW, SMALL, tmp_path / "other", seed=1)
@@ -77,41 +77,41 @@ def test_words_are_learned_from_their_neighbours(tmp_path):
     first, _ = run(pairs, dataclasses.replace(config, steps=1), tmp_path / "first")
     last, lines = run(pairs, config, tmp_path / "last")
     assert last["near_mass"] > 0.9 > 0.4 > first["near_mass"]
-    # Two words are near each word, itself included: ln 2 nats each is all that can be had.
+    # Each word has two nearby words, itself included, so the minimum loss is ln 2 nats.
     assert last["loss"] < 1.0 < first["loss"]
     assert any(line.startswith("step 100/150") for line in lines)
 
 
-def test_what_paraphrases_share_outweighs_how_they_put_it(tmp_path):
+def test_paraphrases_have_more_similar_vectors_than_other_captions(tmp_path):
     things = ["sun", "moon", "fish", "bird", "oven", "road"]
-    ways = ["here is {}", "{} only", "we see {} now"]
-    groups = [[way.format(thing) for way in ways] for thing in things]
+    templates = ["here is {}", "{} only", "we see {} now"]
+    groups = [[template.format(thing) for template in templates] for thing in things]
     config = dataclasses.replace(SMALL, emb_dim=32, mlp_dim=32, steps=150, batch_size=32)
     out = tmp_path / "encoder"
     pretrain.pretrain_text(groups, config, str(out), seed=0, max_len=16, log=lambda line: None)
     encoder = encoders.load_text_encoder(TextConfig(path=str(out), max_len=16))
-    places = (2, 0, 2)  # of the thing in each way
+    positions = (2, 0, 2)  # of the object in each template
     vectors = []
-    for way, place in zip(ways, places, strict=True):
-        batch = encoder.tokenize([way.format(thing) for thing in things])
-        pieces = np.asarray(encoder.encode(batch.ids, batch.mask))
-        vectors.append(pieces[:, place])
+    for template, position in zip(templates, positions, strict=True):
+        batch = encoder.tokenize([template.format(thing) for thing in things])
+        tokens = np.asarray(encoder.encode(batch.ids, batch.mask))
+        vectors.append(tokens[:, position])
     units = np.array(vectors) / np.linalg.norm(vectors, axis=-1, keepdims=True)
-    alike = np.einsum("wtd,vud->wvtu", units, units)
-    same = np.diagonal(alike, axis1=2, axis2=3)
-    other = alike[..., ~np.eye(len(things), dtype=bool)]
+    cosines = np.einsum("wtd,vud->wvtu", units, units)
+    same = np.diagonal(cosines, axis1=2, axis2=3)
+    other = cosines[..., ~np.eye(len(things), dtype=bool)]
     assert same.min() > other.max()
 
 
-def test_a_word_is_found_in_a_paraphrase_only_where_it_is_unmistakable():
+def test_a_word_matches_only_if_it_is_unique_in_both_captions():
     is_word = jnp.array([False, False, True, True, True, True])  # padding, end, four words
     caption = jnp.array([[2, 3, 4, 1, 0], [2, 2, 3, 1, 0]])
     other = jnp.array([[4, 5, 2, 1, 0], [3, 2, 1, 0, 0]])
-    places = np.argwhere(pretrain.matching_positions(caption, other, is_word))
-    assert places.tolist() == [[0, 0, 2], [0, 2, 0], [1, 2, 0]]
+    matches = np.argwhere(pretrain.matching_positions(caption, other, is_word))
+    assert matches.tolist() == [[0, 0, 2], [0, 2, 0], [1, 2, 0]]
 
 
-def test_words_near_a_place_are_counted_once_each_without_the_end_mark():
+def test_nearby_words_are_counted_without_the_end_of_sequence():
     is_word = jnp.array([False, False, True, True, True])
     words = jnp.array([[2, 3, 3, 4, 1, 0]])
     near = np.asarray(pretrain.nearby_word_counts(words, is_word, context=1))[0]
@@ -121,21 +121,21 @@ def test_words_near_a_place_are_counted_once_each_without_the_end_mark():
     assert near[:, :2].sum() == 0
 
 
-def test_a_place_without_its_word_in_the_paraphrase_is_asked_for_all_of_it():
+def test_a_position_without_a_match_has_all_words_of_the_paraphrase_as_targets():
     is_word = jnp.array([False, False, True, True, True, True])
     caption, other = jnp.array([[2, 3, 1, 0, 0]]), jnp.array([[4, 5, 2, 4, 1]])
-    wanted = np.asarray(pretrain.target_counts(caption, other, is_word, context=1))[0]
-    assert wanted[0].tolist() == [0, 0, 1, 0, 1, 1]
-    assert wanted[1].tolist() == wanted[2].tolist() == [0, 0, 1, 0, 2, 1]
+    targets = np.asarray(pretrain.target_counts(caption, other, is_word, context=1))[0]
+    assert targets[0].tolist() == [0, 0, 1, 0, 1, 1]
+    assert targets[1].tolist() == targets[2].tolist() == [0, 0, 1, 0, 2, 1]
 
 
-def test_vectors_without_a_wanted_word_are_not_asked():
+def test_positions_without_targets_are_ignored():
     head = 50 * jnp.eye(4)
     x = jnp.eye(4)[jnp.array([[2, 3, 3]])]
-    wanted = jnp.array([[[0, 0, 1, 0], [0, 0, 0, 1], [0, 0, 0, 0]]], jnp.float32)
-    loss, metrics = pretrain.word_loss(x, head, wanted)
+    targets = jnp.array([[[0, 0, 1, 0], [0, 0, 0, 1], [0, 0, 0, 0]]], jnp.float32)
+    loss, metrics = pretrain.word_loss(x, head, targets)
     assert loss < 1e-6 and metrics["near_mass"] > 0.999
-    loss, metrics = pretrain.word_loss(x, head, wanted[:, ::-1])
+    loss, metrics = pretrain.word_loss(x, head, targets[:, ::-1])
     assert loss > 10 and 0.4 < metrics["near_mass"] < 0.6
 
 
@@ -156,14 +156,14 @@ def test_a_corpus_file_is_read_line_by_line(tmp_path):
         text_corpus.read(str(tmp_path / "none"), 1)
 
 
-def test_nothing_to_learn_from_is_refused(tmp_path):
+def test_captions_without_text_are_rejected(tmp_path):
     for captions in ([], ["", "  "]):
         with pytest.raises(ConfigError, match="got no caption with text"):
             run(captions, SMALL, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_too_small_a_vocabulary_names_a_size_that_works(tmp_path):
+def test_the_error_for_a_small_vocabulary_names_a_size_that_works(tmp_path):
     config = dataclasses.replace(SMALL, vocab_size=260)
     with pytest.raises(ConfigError, match="config.pretrain_text.vocab_size=260.*try") as caught:
         run(FEW, config, tmp_path / "out")
@@ -171,7 +171,7 @@ def test_too_small_a_vocabulary_names_a_size_that_works(tmp_path):
     assert text_corpus.train_vocabulary(FEW, works)
 
 
-def test_a_foreign_folder_is_left_alone_and_an_earlier_result_replaced(small, tmp_path):
+def test_an_earlier_result_is_replaced_and_any_other_folder_kept(small, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
     with pytest.raises(OutputError, match="exists and is no earlier pretrain_text"):

@@ -1,4 +1,4 @@
-"""Twenty kills at random moments, also in the middle of a save: the run ends as if nothing was."""
+"""A run killed twenty times at random moments, also during saves, equals an uninterrupted run."""
 
 import json
 import os
@@ -27,7 +27,7 @@ STEPS, SAVED_EVERY, KILLS = 400, 10, 20
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> list[str]:
-    """The shapes world with quickly made embeddings; returns the flags that name the run."""
+    """The shapes world with embeddings of a briefly trained encoder; returns the run's flags."""
     folder = tmp_path_factory.mktemp("world")
     overrides = {
         "data.path": folder / "data",
@@ -71,31 +71,31 @@ def newest(workdir: pathlib.Path) -> int:
 @pytest.mark.slow
 def test_twenty_kills(world, tmp_path):
     assert start(world, tmp_path / "whole").wait() == 0
-    draw, killed = random.Random(0), tmp_path / "killed"
+    rng, killed = random.Random(0), tmp_path / "killed"
     for kill in range(KILLS):
-        # Rows after the newest checkpoint are still there, and will be written again.
+        # Rows after the newest checkpoint exist and will be replaced.
         begun = max((row["step"] for row in rows(killed)), default=0)
         process = start(world, killed)
         if kill % 5 == 4:
-            # While it starts: imports, restores, compiles.
-            time.sleep(draw.uniform(0.5, 8.0))
+            # Kills it while it imports, restores or compiles.
+            time.sleep(rng.uniform(0.5, 8.0))
         else:
-            target = begun + draw.randint(1, STEPS // KILLS - 2)
+            target = begun + rng.randint(1, STEPS // KILLS - 2)
             while process.poll() is None and not any(r["step"] >= target for r in rows(killed)):
                 time.sleep(0.005)
-            time.sleep(draw.uniform(0.0, 0.2))
+            time.sleep(rng.uniform(0.0, 0.2))
         number = signal.SIGTERM if kill % 2 else signal.SIGKILL
         process.send_signal(number)
         code = process.wait(timeout=120)
         done = max((row["step"] for row in rows(killed)), default=0)
         print(f"kill {kill}: signal {number}, exit {code}, at step {done}, saved {newest(killed)}")
         if number == signal.SIGTERM:
-            # Before Python has come to the verb, the signal just ends the process.
+            # Before the verb has installed its handler, the signal ends the process.
             assert code == RESTART or (code == -signal.SIGTERM and kill % 5 == 4)
             assert code != RESTART or newest(killed) == done, "SIGTERM lost a step"
         else:
             assert code == -signal.SIGKILL
-            # One save may have been under way, the next about to begin.
+            # One save may be in progress and the next about to start.
             assert done - newest(killed) <= 2 * SAVED_EVERY
     assert start(world, killed).wait() == 0
     assert [row["step"] for row in rows(killed)] == list(range(1, STEPS + 1))
@@ -106,7 +106,7 @@ def test_twenty_kills(world, tmp_path):
 
 
 def state(workdir: pathlib.Path) -> TrainState:
-    """The last checkpoint of a run."""
+    """The state of the last checkpoint of a run."""
     checkpoints = Checkpoints(str(workdir), CheckpointConfig())
     config = checkpoints.newest_config()
     mesh = partitioning.make_mesh(config.mesh)

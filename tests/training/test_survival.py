@@ -1,4 +1,4 @@
-"""What a run outlives: being told to stop, infinities, a full disk, other settings."""
+"""Preemption, non-finite updates, failed saves, changed settings, gradient accumulation."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ def with_train(config: Config, **changes) -> Config:
 
 
 def assert_same(a, b) -> None:
-    """Two trees have the same leaves, bit for bit."""
+    """The leaves of two trees are equal bit for bit."""
     for (path, x), (_, y) in zip(
         *(jax.tree_util.tree_leaves_with_path(jax.device_get(tree)) for tree in (a, b)), strict=True
     ):
@@ -48,7 +48,7 @@ def assert_same(a, b) -> None:
 
 @pytest.fixture(scope="module")
 def stream(make_batch):
-    """(config, change, event) -> batches that differ from step to step; event(step) comes first."""
+    """(config, change, event) -> a stream that calls event(step), then yields the step's batch."""
 
     def open_stream(config, change=lambda step, batch: batch, event=lambda step: None):
         def batches(start: int):
@@ -63,7 +63,7 @@ def stream(make_batch):
 
 @pytest.fixture(scope="module")
 def finished(base_config, stream, tmp_path_factory):
-    """The state of six steps that nothing disturbed."""
+    """The state of an uninterrupted run of six steps."""
     workdir = str(tmp_path_factory.mktemp("whole"))
     return train(with_train(base_config), workdir, stream(base_config), lambda line: None)
 
@@ -73,7 +73,7 @@ def on_device(batch):
 
 
 def spoil(*steps):
-    """A change that makes the pictures of some steps infinite."""
+    """A change that makes the images of some steps NaN."""
 
     def change(step, batch):
         bad = {**batch, "image": batch["image"] * np.float32(np.nan)}
@@ -82,14 +82,16 @@ def spoil(*steps):
     return change
 
 
-def test_sigterm_saves_the_step_and_goes_on_from_it(base_config, stream, finished, tmp_path):
-    def terminate_at(wanted):
-        return lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == wanted else None
+def test_sigterm_saves_the_step_and_the_run_resumes_from_it(
+    base_config, stream, finished, tmp_path
+):
+    def terminate_at(target):
+        return lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == target else None
 
     config, before = with_train(base_config), signal.getsignal(signal.SIGTERM)
-    for wanted, saved in ((0, 1), (3, 4)):
+    for target, saved in ((0, 1), (3, 4)):
         with pytest.raises(Preempted, match=f"saved at step {saved}"):
-            train(config, str(tmp_path), stream(config, event=terminate_at(wanted)))
+            train(config, str(tmp_path), stream(config, event=terminate_at(target)))
         assert signal.getsignal(signal.SIGTERM) is before
     lines = []
     state = train(config, str(tmp_path), stream(config), lines.append)
@@ -99,7 +101,7 @@ def test_sigterm_saves_the_step_and_goes_on_from_it(base_config, stream, finishe
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
 
 
-def test_one_bad_batch_is_written_down_and_replays(base_config, stream, tmp_path):
+def test_a_non_finite_batch_is_saved_and_reproduced(base_config, stream, tmp_path):
     config, lines = with_train(base_config, steps=5), []
     change = spoil(2)
     state = train(
@@ -123,10 +125,10 @@ def test_one_bad_batch_is_written_down_and_replays(base_config, stream, tmp_path
     assert "record 21" in said[2] and "not finite in the batch: image" in said[2]
 
 
-def test_a_fault_of_the_machine_does_not_come_again(base_config, stream, tmp_path):
+def test_a_hardware_fault_is_not_reproduced(base_config, stream, tmp_path):
     config = with_train(base_config, steps=5)
     train(config, str(tmp_path), stream(config, spoil(3)), lambda line: None)
-    # As if the memory had failed: what was written down is good, and so was the batch.
+    # Simulates failed memory: the saved batch is finite, and so is that of the stream.
     path = tmp_path / "faults" / "00000003.npz"
     np.savez(path, **next(stream(config)(3)))
     said = []
@@ -136,21 +138,21 @@ def test_a_fault_of_the_machine_does_not_come_again(base_config, stream, tmp_pat
         replay(config, str(tmp_path), 4, stream(config))
 
 
-def test_ten_in_a_row_roll_back_once_then_stop(base_config, stream, tmp_path):
+def test_ten_consecutive_faults_roll_back_once_then_stop(base_config, stream, tmp_path):
     config = with_train(base_config, steps=30)
-    asked, lines = [], []
+    steps, lines = [], []
     change = spoil(*range(7, 40))
-    batches = stream(config, change, event=asked.append)
+    batches = stream(config, change, event=steps.append)
     with pytest.raises(DivergedError, match="10 steps in a row were not finite.*after 1 roll-back"):
         train(config, str(tmp_path), batches, lines.append)
     assert sum("10 in a row" in line for line in lines) == 2
-    # The second way begins at the newest checkpoint, whose parameters are finite.
-    restarts = [after for before, after in zip(asked, asked[1:], strict=False) if after <= before]
+    # The roll-back restores the newest checkpoint, whose parameters are finite.
+    restarts = [after for before, after in zip(steps, steps[1:], strict=False) if after <= before]
     assert len(restarts) == 1 and restarts[0] % base_config.checkpoint.every == 0
     assert f"going on from step {restarts[0]}" in lines
 
 
-def test_a_short_burst_is_forgiven(base_config, stream, tmp_path):
+def test_fewer_faults_than_the_patience_do_not_roll_back(base_config, stream, tmp_path):
     config = with_train(base_config, steps=12, nan_patience=3)
     lines = []
     state = train(config, str(tmp_path), stream(config, spoil(2, 3, 5, 6, 8, 9)), lines.append)
@@ -159,17 +161,17 @@ def test_a_short_burst_is_forgiven(base_config, stream, tmp_path):
 
 
 def run_command(config, workdir, *, largest_file: int | None = None) -> subprocess.CompletedProcess:
-    """`imagen train` in a process of its own, which may not write files beyond a size, bytes."""
+    """`imagen train` in a subprocess, optionally with a limit on file size in bytes."""
 
     def limit():
         if largest_file:
-            # As on a full disk, a write fails in the middle of a save; without the signal.
+            # A write then fails in the middle of a save, as on a full disk, without a signal.
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
 
     environment = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     for name, value in os.environ.items():
-        # What measures coverage has files of its own to write.
+        # Coverage measurement would fail to write its own files.
         if not (largest_file and name.startswith("COVERAGE_")):
             environment.setdefault(name, value)
     return subprocess.run(
@@ -182,20 +184,20 @@ def run_command(config, workdir, *, largest_file: int | None = None) -> subproce
     )
 
 
-def test_a_save_that_fails_is_one_line_and_costs_nothing(base_config, write_world, tmp_path):
+def test_a_failed_save_prints_one_line_and_the_run_can_restart(base_config, write_world, tmp_path):
     config = write_world(tmp_path, base_config, steps=4, every=2)
     full = run_command(config, tmp_path / "run", largest_file=16_000)
     assert full.returncode == 1
-    said = [line for line in full.stderr.splitlines() if "warning:" not in line]
-    assert len(said) == 1 and said[0].startswith("imagen train: ")
-    assert "cannot save" in said[0] and "free disk space" in said[0] and "ailed" in said[0]
+    (error,) = [line for line in full.stderr.splitlines() if "warning:" not in line]
+    assert error.startswith("imagen train: ")
+    assert "cannot save" in error and "free disk space" in error and "ailed" in error
     kept = [p.name for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()]
     assert kept == []
     assert run_command(config, tmp_path / "run").returncode == 0
     assert (tmp_path / "run" / "checkpoints" / "4").is_dir()
 
 
-def test_a_save_that_has_no_room_is_not_begun(base_config, stream, tmp_path, monkeypatch):
+def test_a_save_without_disk_space_is_not_started(base_config, stream, tmp_path, monkeypatch):
     config, free = with_train(base_config), iter([10**9, 1_000])
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=next(free)))
@@ -205,7 +207,7 @@ def test_a_save_that_has_no_room_is_not_begun(base_config, stream, tmp_path, mon
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2"]
 
 
-def test_a_workdir_that_cannot_be_written(base_config, write_world, tmp_path):
+def test_an_unwritable_workdir_is_an_error(base_config, write_world, tmp_path):
     config = write_world(tmp_path, base_config, steps=4, every=2)
     refused = run_command(config, "/proc/run")
     assert refused.returncode == 1 and len(refused.stderr.splitlines()) == 1
@@ -225,7 +227,7 @@ def test_a_workdir_that_cannot_be_written(base_config, write_world, tmp_path):
         ("train", {"steps": 9}, None),
     ],
 )
-def test_changes_that_matter_must_be_meant(section, change, refused, base_config):
+def test_changes_that_affect_learning_must_be_allowed(section, change, refused, base_config):
     other = dataclasses.replace(
         base_config,
         **{section: dataclasses.replace(getattr(base_config, section), **change)},
@@ -242,14 +244,14 @@ def test_changes_that_matter_must_be_meant(section, change, refused, base_config
         assert not overrides.matches_any_field(path, ["name"])
 
 
-def test_steps_matter_where_the_learning_rate_follows_from_them(base_config):
+def test_steps_affect_learning_if_the_schedule_depends_on_them(base_config):
     cosine = dataclasses.replace(
         base_config, optimizer=dataclasses.replace(base_config.optimizer, schedule="cosine")
     )
     assert "train.steps" in overrides.changes(cosine, with_train(cosine, steps=7))
 
 
-def test_a_run_refuses_another_learning_rate(base_config, stream, tmp_path):
+def test_a_run_rejects_another_learning_rate(base_config, stream, tmp_path):
     config = with_train(base_config, steps=2)
     train(config, str(tmp_path), stream(config), lambda line: None)
     optimizer = dataclasses.replace(config.optimizer, learning_rate=1e-3)
@@ -262,7 +264,7 @@ def test_a_run_refuses_another_learning_rate(base_config, stream, tmp_path):
     assert int(train(other, str(tmp_path), stream(other), allow_changes=allowed).step) == 4
 
 
-def test_which_checkpoints_stay(base_config, tmp_path):
+def test_which_checkpoints_are_kept(base_config, tmp_path):
     optimizer = make_optimizer(base_config.optimizer, 10)
     params = partitioning.unbox(init_params(base_config, jax.random.key(0)))
     state = create_state(params, optimizer)
@@ -278,7 +280,7 @@ def test_which_checkpoints_stay(base_config, tmp_path):
 
 @pytest.mark.parametrize("parts", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("stage_name", ["base", "sr"])
-def test_accumulated_parts_are_one_batch(
+def test_an_accumulated_gradient_equals_that_of_one_batch(
     parts, stage_name, base_config, sr_config, make_batch, random_params
 ):
     config = {"base": base_config, "sr": sr_config}[stage_name]
@@ -302,13 +304,13 @@ def test_accumulated_parts_are_one_batch(
         np.testing.assert_allclose(x, y, atol=2e-5 * scale, rtol=0, err_msg=name)
 
 
-def test_a_batch_that_does_not_divide_into_parts(base_config, stream, tmp_path):
+def test_a_batch_that_does_not_divide_into_parts_is_rejected(base_config, stream, tmp_path):
     config = with_train(base_config, accumulation=3)
     with pytest.raises(ConfigError, match="data.batch_size=4 must be a multiple of 3.*try 3"):
         train(config, str(tmp_path), stream(config))
 
 
-def test_noise_bins_hold_every_example(base_config, make_batch, random_params):
+def test_losses_by_noise_level_cover_every_example(base_config, make_batch, random_params):
     batch = on_device(make_batch(base_config))
     params = jax.tree.map(jax.numpy.asarray, random_params(base_config))
     loss, report = loss_fn(params, batch, jax.random.key(0), base_config)
@@ -319,13 +321,13 @@ def test_noise_bins_hold_every_example(base_config, make_batch, random_params):
 
 def test_one_batch_can_be_overfitted(base_config, stream, tmp_path):
     config = with_train(base_config, steps=40, overfit_batch=True)
-    asked, lines = [], []
-    train(config, str(tmp_path), stream(config, event=asked.append), lines.append)
-    assert asked == [0]
+    steps, lines = [], []
+    train(config, str(tmp_path), stream(config, event=steps.append), lines.append)
+    assert steps == [0]
     assert (tmp_path / "overfit.png").is_file() and "overfit.png" in lines[-2]
 
 
-def test_the_step_is_the_one_the_loss_says(base_config, make_batch, random_params):
+def test_the_step_reports_the_loss_and_the_gradient_norm(base_config, make_batch, random_params):
     optimizer = make_optimizer(base_config.optimizer, 10)
     params = jax.tree.map(jax.numpy.asarray, random_params(base_config))
     state = create_state(params, optimizer)

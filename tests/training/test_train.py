@@ -1,4 +1,4 @@
-"""The life of a run: it learns, survives kills bit for bit, skips what is not finite."""
+"""Training runs: they learn, resume bit for bit, and skip non-finite updates."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ SOURCE = pathlib.Path(__file__).parents[2]
 
 
 class Killed(Exception):
-    """Stands for the end of the process."""
+    """Simulates a killed process."""
 
 
 def with_steps(config: Config, steps: int, every: int = 2) -> Config:
@@ -37,7 +37,7 @@ def with_steps(config: Config, steps: int, every: int = 2) -> Config:
 
 
 def assert_same(a, b) -> None:
-    """Two trees have the same leaves, bit for bit."""
+    """The leaves of two trees are equal bit for bit."""
     a, b = (jax.tree_util.tree_leaves_with_path(jax.device_get(tree)) for tree in (a, b))
     assert len(a) == len(b)
     for (path, x), (_, y) in zip(a, b, strict=True):
@@ -50,7 +50,7 @@ def rows(workdir) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def stream(make_batch):
-    """config, killed_at, changes -> a stream whose batches differ from step to step."""
+    """(config, killed_at, change) -> a stream with a different batch for every step."""
 
     def open_stream(config: Config, killed_at: int = -1, change=lambda step, batch: batch):
         def batches(start: int):
@@ -66,19 +66,19 @@ def stream(make_batch):
 
 @pytest.fixture(scope="module")
 def finished(base_config, stream, tmp_path_factory):
-    """(state, workdir) of a run of six steps that nothing disturbed."""
+    """(state, workdir) of an uninterrupted run of six steps."""
     workdir = tmp_path_factory.mktemp("run")
     return train(base_config, str(workdir), stream(base_config), log=lambda line: None), workdir
 
 
 @pytest.fixture(scope="module")
 def eight_steps(base_config, stream, tmp_path_factory):
-    """The state of a run of eight steps that nothing disturbed."""
+    """The state of an uninterrupted run of eight steps."""
     workdir = str(tmp_path_factory.mktemp("eight"))
     return train(with_steps(base_config, 8), workdir, stream(base_config), lambda line: None)
 
 
-def test_what_a_run_leaves(finished, base_config):
+def test_state_and_files_of_a_run(finished, base_config):
     state, workdir = finished
     assert int(state.step) == 6 and int(state.skipped) == 0
     assert [row["step"] for row in rows(workdir)] == [1, 2, 3, 4, 5, 6]
@@ -91,7 +91,9 @@ def test_what_a_run_leaves(finished, base_config):
     assert max(jax.tree.leaves(moved)) > 1e-5
 
 
-def test_killed_and_resumed_is_uninterrupted(finished, base_config, stream, tmp_path):
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(
+    finished, base_config, stream, tmp_path
+):
     lines = []
     for killed_at in (3, 5):
         with pytest.raises(Killed):
@@ -104,9 +106,9 @@ def test_killed_and_resumed_is_uninterrupted(finished, base_config, stream, tmp_
         assert row["loss"] == expected["loss"] and row["grad_norm"] == expected["grad_norm"]
 
 
-def test_a_finished_run_is_left_as_it_is(finished, base_config, tmp_path):
+def test_a_finished_run_is_not_changed(finished, base_config, tmp_path):
     state, workdir = finished
-    again = train(base_config, str(workdir), lambda start: pytest.fail("asked for data"))
+    again = train(base_config, str(workdir), lambda start: pytest.fail("read data"))
     assert_same(again, state)
 
 
@@ -118,7 +120,7 @@ def test_loss_falls_on_a_repeated_batch(base_config, stream, make_batch, tmp_pat
     assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
 
 
-def test_an_update_that_is_not_finite_is_skipped_and_counted(base_config, stream, tmp_path):
+def test_a_non_finite_update_is_skipped_and_counted(base_config, stream, tmp_path):
     def spoil(step, batch):
         return {**batch, "image": batch["image"] * np.float32(np.nan)} if step == 1 else batch
 
@@ -136,7 +138,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(base_config, stream
 
 
 @pytest.mark.parametrize("damage", ["emptied", "garbled", "state removed"])
-def test_a_damaged_checkpoint_is_set_aside(
+def test_a_damaged_checkpoint_is_renamed_and_the_previous_one_used(
     finished, eight_steps, base_config, stream, tmp_path, damage
 ):
     shutil.copytree(finished[1], tmp_path / "run")
@@ -160,7 +162,7 @@ def test_a_damaged_checkpoint_is_set_aside(
     assert_same(state, eight_steps)
 
 
-def test_nothing_but_damaged_checkpoints_is_said(finished, base_config, stream, tmp_path):
+def test_only_damaged_checkpoints_are_an_error(finished, base_config, stream, tmp_path):
     shutil.copytree(finished[1], tmp_path / "run")
     for path in (tmp_path / "run" / "checkpoints").rglob("*"):
         if path.is_file():
@@ -183,14 +185,14 @@ def test_a_checkpoint_of_another_model_names_the_parameters(finished, base_confi
     assert "unexpected ['down_0_attention_self']['text_key_value']['kernel']" in message
 
 
-def test_a_batch_that_does_not_fit_the_devices(base_config, stream, tmp_path):
+def test_a_mesh_that_does_not_fit_the_devices_is_rejected(base_config, stream, tmp_path):
     mesh = dataclasses.replace(base_config.mesh, fsdp=3)
     with pytest.raises(ConfigError, match="config.mesh"):
         train(dataclasses.replace(base_config, mesh=mesh), str(tmp_path), stream(base_config))
 
 
 @pytest.mark.slow
-def test_three_real_kills_leave_no_trace(base_config, write_world, tmp_path):
+def test_a_run_killed_three_times_equals_an_uninterrupted_one(base_config, write_world, tmp_path):
     config = write_world(tmp_path, base_config, steps=300, every=10)
     environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
@@ -201,14 +203,14 @@ def test_three_real_kills_leave_no_trace(base_config, write_world, tmp_path):
         )
 
     assert start("whole").wait() == 0
-    draw = random.Random(0)
+    rng = random.Random(0)
     metrics = tmp_path / "killed" / "metrics.jsonl"
     for kill in range(3):
         process = start("killed")
-        target = 40 + 80 * kill  # steps after which this life may end
+        target = 40 + 80 * kill  # step after which the process is killed
         while process.poll() is None:
             if metrics.exists() and len(metrics.read_text().splitlines()) > target:
-                time.sleep(draw.uniform(0.0, 0.2))
+                time.sleep(rng.uniform(0.0, 0.2))
                 break
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
