@@ -1,11 +1,11 @@
-"""The evaluation `sweep`: draws and measures a grid of sampling settings for sets of stages."""
+"""The evaluation `sweep`: samples and measures a grid of sampling settings for sets of stages."""
 
 from __future__ import annotations
 
 import argparse
 
-from imagen_jax.cli import evaluate_features
-from imagen_jax.evaluation import sweep, sweep_report
+from imagen_jax.cli import evaluate_features, scorer_flag
+from imagen_jax.evaluation import charts, sweep, sweep_report
 from imagen_jax.evaluation.features import fid, networks
 from imagen_jax.evaluation.features.resizing import FILTERS
 from imagen_jax.evaluation.samples import EvaluationError
@@ -21,65 +21,74 @@ def add(parser: argparse.ArgumentParser) -> None:
         required=True,
         action="append",
         metavar="DIR[,DIR...]",
-        help="stage folders, base first; again for every other checkpoint or encoder",
+        help="stage folders, base first; repeat the flag for other checkpoints or encoders",
     )
     parser.add_argument(
-        "--names", default="", metavar="A[,B...]", help="what the --stages are called, one each"
+        "--names", default="", metavar="A[,B...]", help="names of the --stages, one each"
     )
     parser.add_argument(
         "--enlarge",
         default="",
         metavar="DIR",
-        help="super-resolution stage that enlarges, without text, what every set draws: to compare "
-        "base stages alone, also those of different text encoders",
+        help="super-resolution stage that upsamples the images of every set without text: compares "
+        "base stages alone, also with different text encoders",
     )
     parser.add_argument(
         "--grid",
         default="{}",
         metavar="JSON",
         help='lists of sampling fields by stage, e.g. \'{"base": {"guidance_weight": [1, 2, 4], '
-        '"thresholding": ["static", "dynamic"]}}\'; in place of a list: '
+        '"thresholding": ["static", "dynamic"]}}\'; instead of a list: '
         f"{' or '.join(sweep.PRESETS)}, the paper's guidance weights",
     )
     parser.add_argument(
         "--prompts", required=True, metavar="FILE", help="prompts: .txt, .csv or .jsonl"
     )
-    parser.add_argument("--limit", type=int, default=0, help="draw the first N prompts; 0: all")
+    parser.add_argument("--limit", type=int, default=0, help="sample the first N prompts; 0: all")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="seed of all noise")
-    parser.add_argument("--samples_per_prompt", type=int, default=1, help="pictures per prompt")
+    parser.add_argument("--samples_per_prompt", type=int, default=1, help="images per prompt")
     parser.add_argument(
         "--reference",
         default="",
         metavar="DIR",
-        help="real pictures; empty: shapes world, one for every row of --prompts",
+        help="real images; empty: one of the --scorer for every row of --prompts",
     )
+    scorer_flag.add(parser)
     parser.add_argument(
         "--features",
         default="random_convolutions",
         choices=list(networks.FEATURE_NETWORKS),
-        help="whose distance is measured; random_convolutions needs no weights and is no FID",
+        help="network of the Frechet distance; random_convolutions needs no weights and is no FID",
     )
     parser.add_argument("--features_from", default="", metavar="PATH", help="weights of --features")
     parser.add_argument(
-        "--filter", default="clean", choices=list(FILTERS), help="how Inception's input is resized"
+        "--filter", default="clean", choices=list(FILTERS), help="resizing of Inception's input"
     )
     parser.add_argument(
-        "--clip", default="", metavar="DIR", help="Hugging Face CLIP: score by it, not by alignment"
+        "--clip",
+        default="",
+        metavar="DIR",
+        help="Hugging Face CLIP: its score instead of alignment",
     )
     parser.add_argument(
-        "--resamples", type=int, default=fid.RESAMPLES, help="of the distances' intervals"
+        "--resamples",
+        type=int,
+        default=fid.RESAMPLES,
+        help="bootstrap resamples of the intervals",
     )
-    parser.add_argument("--title", default="", help="of the figure")
+    parser.add_argument("--title", default="", help="title of the figure")
     evaluate_features.add_batch_flags(parser)
 
 
 def run(flags: argparse.Namespace) -> None:
-    """Carries `evaluate sweep` out."""
-    asked = Sweep(
+    """Runs `evaluate sweep`."""
+    rows = prompts.read(flags.prompts)
+    grid_sweep = Sweep(
         stage_sets=_stage_sets(flags.stages, flags.names),
         grid=sweep.read_grid(flags.grid),
-        rows=prompts.read(flags.prompts),
+        rows=rows,
+        scorer=scorer_flag.find(flags, rows),
         limit=max(flags.limit, 0),
         **{
             name: getattr(flags, name)
@@ -87,20 +96,21 @@ def run(flags: argparse.Namespace) -> None:
             + ("features", "features_from", "filter", "clip", "resamples")
         },
     )
+    charts.check_installed()
     evaluate_features.start(flags)
-    cells = sweep.run(asked, flags.out, evaluate_features.say)
+    cells = sweep.run(grid_sweep, flags.out, evaluate_features.say)
     if distributed.is_first():
         print(sweep_report.write(cells, flags.out, flags.title), end="")
 
 
 def _stage_sets(stages: list[str], names: str) -> tuple[StageSet, ...]:
-    called = names.split(",") if names else ["stages"] if len(stages) == 1 else []
-    if len(called) != len(stages) or not all(name.isidentifier() for name in called):
+    split = names.split(",") if names else ["stages"] if len(stages) == 1 else []
+    if len(split) != len(stages) or not all(name.isidentifier() for name in split):
         raise EvaluationError(
             f"--names={names} must be {len(stages)} words of letters, digits and _, one for each "
             "of --stages"
         )
     return tuple(
         StageSet(name, tuple(folders.split(",")))
-        for name, folders in zip(called, stages, strict=True)
+        for name, folders in zip(split, stages, strict=True)
     )

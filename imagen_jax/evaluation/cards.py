@@ -1,4 +1,4 @@
-"""Cards of evaluations: JSON for programs, and beside it a Markdown table of the same fields."""
+"""Evaluation cards: a JSON file and a Markdown table of the same fields."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def format_card(card: Mapping[str, Any]) -> str:
 
 
 def lines_of(card: Mapping[str, Any]) -> list[list[str]]:
-    """Field and value as they are shown; a line for each stage. `card` itself is left out."""
+    """Fields and values as text, one line per stage, without the field `card`."""
     lines = []
     for field, value in card.items():
         if field == "stages":

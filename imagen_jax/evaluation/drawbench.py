@@ -1,6 +1,6 @@
-"""DrawBench (section 4.3): prompts in categories, eight pictures each, a sheet per category.
+"""DrawBench (Sec. 4.3): prompts in categories, eight images each, one sheet per category.
 
-The drawing itself is `sample`'s; raters compare two such folders with `rate_build`.
+`sample` generates the images; raters compare two such folders with `rate_build`.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.inference import prompts
 from imagen_jax.io import images
 
-# Side of a picture on a sheet, pixels: eight of them fill a screen's width.
+# Side of an image on a sheet, pixels: eight of them are as wide as a screen.
 SHEET_IMAGE_SIZE = 160
 
 
 def read_prompts(path: str) -> list[dict[str, Any]]:
-    """Rows with `prompt` and `category` of a prompt file.
+    """Reads the rows of a prompt file; each has `prompt` and `category`.
 
     Raises:
-      EvaluationError: a row without category, or a prompt twice in a category.
+      EvaluationError: a row without category, or a duplicate prompt in a category.
     """
     rows = prompts.read(path)
     seen = set()
@@ -45,10 +45,10 @@ def read_prompts(path: str) -> list[dict[str, Any]]:
 
 
 def write_sheets(folder: str) -> list[pathlib.Path]:
-    """Writes FOLDER/sheets/CATEGORY.png for a folder of samples: a row of pictures per prompt.
+    """Writes FOLDER/sheets/CATEGORY.png for a folder of samples: a row of images per prompt.
 
     Returns:
-      The files, by category.
+      The files, sorted by category.
     """
     categories: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for (prompt, category), rows in samples.by_prompt(folder).items():
@@ -67,13 +67,13 @@ def _sheet(
 ) -> UInt8[np.ndarray, "h w 3"]:
     columns = max(len(rows) for rows in of_prompts.values())
     blank = np.full((SHEET_IMAGE_SIZE, SHEET_IMAGE_SIZE, 3), 255, np.uint8)
-    pictures, captions = [], []
+    cells, captions = [], []
     for prompt, rows in of_prompts.items():
-        drawn = [_picture(folder, row["file"]) for row in rows]
-        pictures += drawn + [blank] * (columns - len(drawn))
+        loaded = [_load_image(folder, row["file"]) for row in rows]
+        cells += loaded + [blank] * (columns - len(loaded))
         captions += [prompt] + [""] * (columns - 1)
-    return images.grid(np.stack(pictures), columns, captions)
+    return images.grid(np.stack(cells), columns, captions)
 
 
-def _picture(folder: str, file: str) -> UInt8[np.ndarray, "h w 3"]:
+def _load_image(folder: str, file: str) -> UInt8[np.ndarray, "h w 3"]:
     return images.center_crop_resize(samples.load(folder, file), SHEET_IMAGE_SIZE)

@@ -1,14 +1,14 @@
-"""Intervals for a mean of ratings in which both the raters and the prompts are a sample.
+"""Intervals for a mean of ratings with raters and prompts as crossed random effects.
 
-Ratings of one rater agree more with each other than with another's, and so do ratings of one
-prompt; an interval that counts every rating as independent is far too narrow. Ratings are taken as
-exchangeable over raters and over prompts (crossed random effects, with gaps). Two ratings can share
-both, the rater, the prompt, or nothing, and the mean product of each sort of pair is an unbiased
-estimate of its moment, whatever is missing. That gives the variance of the mean over a new draw of
-raters and prompts (Gallas 2006, "One-shot estimate of MRMC variance: AUC"). On complete tables it
-is the two-way analysis of variance, (MS_rater + MS_prompt - MS_rest) / N, and with many of both the
-two-way cluster-robust variance of Cameron, Gelbach & Miller 2011. Components below zero are taken
-as zero, which without any such effects makes the interval somewhat too wide, never too narrow.
+Ratings of one rater are correlated, and so are ratings of one prompt; an interval for independent
+ratings is far too narrow. The model is exchangeable over raters and over prompts, with missing
+ratings. Two ratings share both, the rater, the prompt, or nothing; the mean product of each kind of
+pair is an unbiased estimate of its moment for any pattern of missing ratings. The moments give the
+variance of the mean over new raters and prompts (Gallas 2006, "One-shot estimate of MRMC variance:
+AUC"). On complete tables it equals the two-way analysis of variance, (MS_rater + MS_prompt -
+MS_rest) / N, and for many raters and prompts the two-way cluster-robust variance of Cameron,
+Gelbach & Miller 2011. Negative components are clipped to zero, which makes the interval slightly
+too wide if such effects are absent.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Mean = float | Float[np.ndarray, "*n"] | np.floating
 
 
 class Interval(NamedTuple):
-    """A mean in 0..1 with its 95% interval; arrays hold one per table."""
+    """A mean in 0..1 with its 95% interval, one per table."""
 
     mean: Float[np.ndarray, "*n"]
     low: Float[np.ndarray, "*n"]
@@ -32,25 +32,24 @@ class Interval(NamedTuple):
 
 
 def crossed_mean(ratings: Float[np.ndarray, "*n raters prompts"]) -> Interval:
-    """Mean of ratings, and its 95% interval over new raters and new prompts.
+    """Mean of ratings with its 95% interval over new raters and new prompts.
 
-    The interval is Wilson's score interval (1927) for as many independent ratings as would give the
-    estimated variance, with Student's quantile at Satterthwaite's degrees of freedom. Where all
-    ratings are 0 or all are 1 the variance cannot be estimated; then as many independent ratings
-    are assumed as there are raters or prompts, whichever are fewer.
+    The interval is Wilson's score interval (1927) for the number of independent ratings that has
+    the estimated variance, with Student's quantile at Satterthwaite's degrees of freedom. If all
+    ratings are 0 or all are 1, the variance cannot be estimated; the number of independent ratings
+    is then the smaller of the numbers of raters and prompts.
 
     Args:
-      ratings: values in 0..1, NaN where a rater did not rate a prompt; at least one is there.
+      ratings: values in 0..1, NaN for missing ratings; at least one rating.
 
     Returns:
-      An interval per table; [0, 1] where there is but one rater or one prompt, from which nothing
-      can be said about others.
+      An interval per table; [0, 1] for a single rater or a single prompt.
     """
     there = ~np.isnan(ratings)
     values = np.where(there, ratings, 0.0)
     count = there.sum((-2, -1)).astype(float)
     mean = values.sum((-2, -1)) / count
-    # Squared sizes of raters' and of prompts' rows: N^2 over them is the number of equal ones.
+    # Effective numbers of raters and prompts: N^2 over the sum of squared row (column) sizes.
     raters = count**2 / (there.sum(-1) ** 2).sum(-1)
     prompts = count**2 / (there.sum(-2) ** 2).sum(-1)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -66,15 +65,15 @@ def crossed_mean(ratings: Float[np.ndarray, "*n raters prompts"]) -> Interval:
     return Interval(*map(np.asarray, (mean, low, high)))
 
 
-def score_interval(mean: Mean, spread: Mean) -> tuple[Mean, Mean]:
+def score_interval(mean: Mean, scale: Mean) -> tuple[Mean, Mean]:
     """Ends of Wilson's score interval (1927) of a proportion, 0..1.
 
     Args:
       mean: the proportion.
-      spread: squared quantile over the number of independent ratings.
+      scale: squared quantile over the number of independent ratings.
     """
-    centre = (mean + spread / 2) / (1 + spread)
-    half = np.sqrt(spread * mean * (1 - mean) + spread**2 / 4) / (1 + spread)
+    centre = (mean + scale / 2) / (1 + scale)
+    half = np.sqrt(scale * mean * (1 - mean) + scale**2 / 4) / (1 + scale)
     return np.clip(centre - half, 0, mean), np.clip(centre + half, mean, 1)
 
 
@@ -87,7 +86,8 @@ def _variance(
     """Variance of the mean and its degrees of freedom.
 
     Args:
-      values: ratings, 0 where there is none; there: where there is one.
+      values: ratings, 0 if missing.
+      there: whether a rating exists.
       raters, prompts: their effective numbers.
     """
 
@@ -100,7 +100,7 @@ def _variance(
 
     sums, counts = pairs(values), pairs(there.astype(float))
     same, rater, prompt, nothing = (s / n for s, n in zip(sums, counts, strict=True))
-    # A component below zero is rounding up from chance: it is none.
+    # Negative variance components are clipped to zero.
     of_raters = np.maximum(rater - nothing, 0) / raters
     of_prompts = np.maximum(prompt - nothing, 0) / prompts
     rest = np.maximum(same - rater - prompt + nothing, 0) / counts[0]

@@ -1,4 +1,4 @@
-"""The paper's tables of results as data, to stand beside a run's own; all from arXiv:2205.11487."""
+"""The paper's result tables as data, for comparison with a run; all from arXiv:2205.11487."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""Puts a run's cards beside the paper's tables: OUT/report.md and OUT/report.html with pictures.
+"""Tables of a run's cards beside the paper's: OUT/report.md and OUT/report.html with samples.
 
 Cards are the JSON files of the evaluations: `fid30k.json`, those of `fid` and `clip_score`,
 `ratings.json` of `rate_score`, the report of `alignment`, and any
-`{"card": "fid30k", "fid": 9.1, "zero_shot": true}`, with `low` and `high` where the interval is
-known.
+`{"card": "fid30k", "fid": 9.1, "zero_shot": true}`, with `low` and `high` if the interval is known.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from imagen_jax.evaluation.raters import score
 from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.io import atomic, images
 
-PICTURES = 24
+MAX_IMAGES = 24
 Table = tuple[str, list[str], list[list[str]]]
 
 
@@ -33,33 +32,33 @@ def write(cards: Sequence[str], out: str, *, name: str, samples_dir: str = "") -
 
     Args:
       cards: JSON files.
-      out: folder.
-      name: of the run, in the tables.
-      samples_dir: a folder of samples whose first pictures are shown, one per prompt.
+      out: folder to write.
+      name: name of the run in the tables.
+      samples_dir: folder of samples; the first image of each prompt is shown.
 
     Returns:
       The Markdown.
 
     Raises:
-      EvaluationError: a file is no card.
+      EvaluationError: a file is not a card.
     """
     read = [_read_card(path) for path in cards]
     tables = [_fid_table(read, name), _human_table(read, name)]
     for card in read:
         tables += _RENDER[card["card"]](card)
     folder = pathlib.Path(out)
-    picture = ""
+    image = ""
     if samples_dir:
-        picture = "pictures.png"
-        images.save_png(folder / picture, _pictures(samples_dir), {"samples": samples_dir})
-    markdown = _markdown(tables, name, picture)
+        image = "pictures.png"
+        images.save_png(folder / image, _grid(samples_dir), {"samples": samples_dir})
+    markdown = _markdown(tables, name, image)
     atomic.write_text(folder / "report.md", markdown)
-    atomic.write_text(folder / "report.html", _html(tables, name, picture))
+    atomic.write_text(folder / "report.html", _html(tables, name, image))
     return markdown
 
 
 def score_tables(cards: Sequence[str]) -> str:
-    """What cards say of the run itself, as Markdown; "" for none. Raises EvaluationError."""
+    """The cards' own numbers as Markdown; "" for no cards. Raises EvaluationError."""
     lines = []
     for path in cards:
         card = _read_card(path)
@@ -96,7 +95,7 @@ def _fid_table(cards: Sequence[Mapping[str, Any]], name: str) -> Table:
             if "low" in card and "high" in card:
                 value += f" ({card['low']:.2f}-{card['high']:.2f})"
             if card.get("images", fid30k.COUNT) != fid30k.COUNT:
-                value += f", of {card['images']} pictures"
+                value += f", of {card['images']} images"
             rows.append((float(card["fid"]), f"**{name}**", bool(card["zero_shot"]), value))
     lines = [
         [model, "zero-shot" if zero_shot else "COCO", value]
@@ -125,7 +124,7 @@ def _human_table(cards: Sequence[Mapping[str, Any]], name: str) -> Table:
 
 
 def _rate_of(cards: Sequence[Mapping[str, Any]], question: str, subset: str) -> str:
-    """The rate of A, the run, in a group of a question's ratings; "" where no card has it."""
+    """The rate of A, the run, in a group of a question's ratings; "" if no card has it."""
     for card in cards:
         if card["card"] == "ratings" and question in card["questions"]:
             entry = card["questions"][question]["groups"].get(subset)
@@ -134,7 +133,7 @@ def _rate_of(cards: Sequence[Mapping[str, Any]], question: str, subset: str) -> 
 
 
 def _ratings_tables(card: Mapping[str, Any]) -> list[Table]:
-    """Preference rates by category, for the studies that the paper has no table of."""
+    """Preference rates by category."""
     tables = []
     for question, scores in card["questions"].items():
         columns = list(scores["groups"][score.ALL_PROMPTS]["rates"])
@@ -158,11 +157,11 @@ def _alignment_tables(card: Mapping[str, Any]) -> list[Table]:
         means = [f"{part['mean']:.2f}" if part else "-" for part in parts]
         lines.append([kind, means[0], interval, means[1], means[2], str(own["n"])])
     head = ["prompts", "exact", "95%", "ceiling", "chance", "n"]
-    return [("Alignment on the shapes world", head, lines)]
+    return [(card.get("title", "Alignment"), head, lines)]
 
 
 def _measured_table(card: Mapping[str, Any]) -> list[Table]:
-    """All that a card of pictures says: what was measured, and with what."""
+    """All fields of a card."""
     lines = cards_lib.lines_of(card)
     return [(f"Card {card['card']}", ["field", "value"], lines)] if len(lines) > 2 else []
 
@@ -183,8 +182,8 @@ _FIELDS = {
 }
 
 
-def _pictures(folder: str) -> np.ndarray:
-    groups = list(samples.by_prompt(folder).items())[:PICTURES]
+def _grid(folder: str) -> np.ndarray:
+    groups = list(samples.by_prompt(folder).items())[:MAX_IMAGES]
     side = drawbench.SHEET_IMAGE_SIZE
     shown = [
         images.center_crop_resize(samples.load(folder, rows[0]["file"]), side) for _, rows in groups
@@ -193,10 +192,10 @@ def _pictures(folder: str) -> np.ndarray:
     return images.grid(np.stack(shown), columns, [prompt for (prompt, _), _ in groups])
 
 
-def _markdown(tables: Sequence[Table], name: str, picture: str) -> str:
+def _markdown(tables: Sequence[Table], name: str, image: str) -> str:
     lines = [f"# {name}", ""]
-    if picture:
-        lines += [f"![Pictures of {name}]({picture})", ""]
+    if image:
+        lines += [f"![Samples of {name}]({image})", ""]
     for table in tables:
         lines += _markdown_table(*table)
     return "\n".join([*lines, f"Other models: {leaderboard.SOURCE}."]) + "\n"
@@ -214,13 +213,13 @@ STYLE = (
 )
 
 
-def _html(tables: Sequence[Table], name: str, picture: str) -> str:
+def _html(tables: Sequence[Table], name: str, image: str) -> str:
     parts = [
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(name)}</title>',
         f"<style>{STYLE}</style><h1>{html.escape(name)}</h1>",
     ]
-    if picture:
-        parts.append(f'<img src="{picture}" alt="Pictures drawn">')
+    if image:
+        parts.append(f'<img src="{image}" alt="Samples">')
     for title, head, rows in tables:
         parts.append(f"<h2>{html.escape(title)}</h2><table>")
         parts.append("<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in head) + "</tr>")

@@ -1,12 +1,11 @@
-"""Folders of pictures as the evaluations see them: what `sample` wrote, read and checked.
+"""Reads folders written by `sample`, the input of all evaluations.
 
-Pictures from elsewhere (originals, another model) take part by a samples.jsonl beside them, a line
-`{"file": "a.png", "prompt": "..."}` per picture.
+Images of other origin (real ones, another model's) need a samples.jsonl in their folder with one
+line `{"file": "a.png", "prompt": "..."}` per image.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 from typing import Any
@@ -14,11 +13,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from imagen_jax.io import images
+from imagen_jax.io import images, jsonl
 
 
 class EvaluationError(ValueError):
-    """An evaluation cannot be carried out; the message says which file and what to do."""
+    """An evaluation cannot run; the message names the file and the fix."""
 
 
 def read_rows(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -28,30 +27,26 @@ def read_rows(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
       Mappings with at least `file` and `prompt`.
 
     Raises:
-      EvaluationError: no such file, or a line without these.
+      EvaluationError: no such file, or a line without these fields.
     """
     path = pathlib.Path(folder) / "samples.jsonl"
     if not path.is_file():
         raise EvaluationError(f"no file {path}; give a folder written by `imagen sample`")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-            valid = all(isinstance(row[field], str) for field in ("file", "prompt"))
-        except (ValueError, KeyError, TypeError):
-            valid = False
-        if not valid:
+    for number, row in jsonl.read(path, default=None):
+        fields = row if isinstance(row, dict) else {}
+        if not all(isinstance(fields.get(name), str) for name in ("file", "prompt")):
             raise EvaluationError(f"{path} line {number} must be JSON with `file` and `prompt`")
         rows.append(row)
     if not rows:
-        raise EvaluationError(f"{path} is empty; sample at least one picture")
+        raise EvaluationError(f"{path} is empty; sample at least one image")
     return rows
 
 
 def by_prompt(folder: str | os.PathLike[str]) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """Rows of a folder under (prompt, category), each with its sample indices in order.
+    """Rows of a folder grouped by (prompt, category), sorted by prompt and sample index.
 
-    Rows without a category have the category "".
+    Rows without a category are in the category "".
     """
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in read_rows(folder):
@@ -63,13 +58,13 @@ def by_prompt(folder: str | os.PathLike[str]) -> dict[tuple[str, str], list[dict
 
 
 def load(folder: str | os.PathLike[str], file: str) -> UInt8[np.ndarray, "h w 3"]:
-    """The pixels of a picture of the folder.
+    """The pixels of an image of the folder.
 
     Raises:
-      EvaluationError: it is missing or damaged.
+      EvaluationError: the file is missing or damaged.
     """
     path = pathlib.Path(folder) / file
     try:
         return images.decode(path.read_bytes())
     except (OSError, images.ImageError) as error:
-        raise EvaluationError(f"cannot read picture {path}: {error}; sample again") from error
+        raise EvaluationError(f"cannot read image {path}: {error}; sample again") from error

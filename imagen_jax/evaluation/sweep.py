@@ -1,13 +1,13 @@
-"""Sweeps over sampling settings and checkpoints, as the curves of the paper's Figure 4 are made.
+"""Sweeps over sampling settings and checkpoints: the curves of the paper's Figure 4.
 
-Every set of stages draws the same prompts, with the same noise, for every choice from a grid of
-sampling settings. One choice of one set is a cell, a folder of its own:
+Every set of stages samples the same prompts with the same noise for every choice from a grid of
+sampling settings. One choice of one set is a cell, in a folder of its own:
 
     OUT/SET/CHOICE/{samples/, enlarged/, features/, cell.json}
 
-cell.json is written last: a cell that has one is finished and is not drawn again; of another the
-pictures that are whole are kept. Where one super-resolution stage enlarges what all sets drew, its
-pictures, in `enlarged/`, are measured. `sweep_report` makes the table and the figure.
+cell.json is written last: a cell that has one is skipped, in any other cell complete images are
+kept. With `enlarge`, one super-resolution stage upsamples the images of all sets, and its output in
+`enlarged/` is measured. `sweep_report` makes the table and the figure.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from imagen_jax.config.fields import unknown_name
 from imagen_jax.config.schema import Config
 from imagen_jax.evaluation import super_resolution
 from imagen_jax.evaluation.features import fid, fid30k, networks
-from imagen_jax.evaluation.features.extract import Pictures
+from imagen_jax.evaluation.features.extract import LazyImages
 from imagen_jax.evaluation.features.fid import FeatureExtractor, Reference
 from imagen_jax.evaluation.samples import EvaluationError
+from imagen_jax.evaluation.scorers import Scorer
 from imagen_jax.inference.cascade import Cascade
 from imagen_jax.inference.request import with_settings
-from imagen_jax.inference.sample import Job, sample
+from imagen_jax.inference.sample import SampleOptions, sample
 from imagen_jax.interop import hf_clip
 from imagen_jax.io import atomic, images
 from imagen_jax.parallel import distributed
 from imagen_jax.stages.folder import check_chain, load_stage, weights_hash
-from imagen_jax.worlds.shapes import alignment, scenes
 
 # Lists of a grid by name: the guidance weights of the curves of CLIP score against FID-10K.
 PRESETS: dict[str, tuple[float, ...]] = {
@@ -49,7 +49,7 @@ Grid = Mapping[str, Mapping[str, Sequence[Any]]]
 
 
 class StageSet(NamedTuple):
-    """Stage folders, base first, and what they are called."""
+    """Named stage folders, base first."""
 
     name: str
     folders: tuple[str, ...]
@@ -57,24 +57,25 @@ class StageSet(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """What is drawn and measured.
+    """A grid of sampling settings and how its cells are measured.
 
     Attributes:
-      stage_sets: checkpoints, or cascades with other encoders, that are compared.
-      grid: lists of values by stage and field of `SamplingConfig`; every choice is drawn.
-      rows: prompts; rows of the shapes world are scored for alignment.
-      limit: prompts that are drawn, the first ones; 0: all.
-      seed: of the noise.
-      samples_per_prompt: pictures per prompt.
-      batch_size: pictures at a time, drawn and looked at.
-      enlarge: folder of the super-resolution stage that enlarges, without text, what the sets drew
-        before it is measured; "": it is measured as it is.
-      reference: folder of real pictures; "": shapes world, a real picture for every row.
-      features: row of `feature_networks.FEATURE_NETWORKS`.
+      stage_sets: the compared checkpoints or cascades.
+      grid: lists of values by stage and field of `SamplingConfig`; every combination is sampled.
+      rows: prompt rows.
+      limit: number of prompts to sample, the first ones; 0: all.
+      seed: seed of the noise.
+      samples_per_prompt: images per prompt.
+      batch_size: images per batch, in sampling and in feature extraction.
+      enlarge: folder of a super-resolution stage that upsamples, without text, the images of all
+        sets before they are measured; "": none.
+      reference: folder of real images; "": the scorer's real image of every row.
+      features: row of `networks.FEATURE_NETWORKS`.
       features_from: file or folder of its weights.
       filter: inception: row of `resizing.FILTERS`.
       clip: Hugging Face CLIP folder for the CLIP score; "": none.
-      resamples: of the intervals of the distances.
+      resamples: bootstrap resamples of the distance intervals.
+      scorer: scores alignment if it can score every row; None: no alignment.
     """
 
     stage_sets: tuple[StageSet, ...]
@@ -91,25 +92,27 @@ class Sweep:
     filter: str = "clean"
     clip: str = ""
     resamples: int = fid.RESAMPLES
+    scorer: Scorer | None = None
 
     @property
-    def drawn(self) -> Sequence[Mapping[str, Any]]:
-        """The rows whose prompts are drawn."""
+    def sampled_rows(self) -> Sequence[Mapping[str, Any]]:
+        """The rows whose prompts are sampled."""
         return self.rows[: self.limit] if self.limit else self.rows
 
     @property
-    def has_objects(self) -> bool:
-        """Whether the rows say what the pictures should show."""
-        return all("objects" in row and "kind" in row for row in self.rows)
+    def row_scorer(self) -> Scorer | None:
+        """The scorer, if it can score every row."""
+        scorer = self.scorer
+        return scorer if scorer is not None and all(map(scorer.can_score, self.rows)) else None
 
 
 class Cell(NamedTuple):
-    """One choice of one set of stages.
+    """One choice of settings for one set of stages.
 
     Attributes:
       stages: the set.
-      settings: fields of `SamplingConfig` by stage name, as the grid has them.
-      values: the same by `STAGE.FIELD`, as the stages have them.
+      settings: fields of `SamplingConfig` by stage name, with the types of the grid.
+      values: the same by `STAGE.FIELD`, with the types of the configuration.
     """
 
     stages: StageSet
@@ -118,23 +121,23 @@ class Cell(NamedTuple):
 
     @property
     def folder(self) -> str:
-        """Its name below the folder of the set."""
+        """Folder name below the folder of the set."""
         words = [f"{key}={format_value(value)}" for key, value in self.values.items()]
         return re.sub(r"[^\w.=,-]+", "_", ",".join(words)) or "as_exported"
 
 
 def format_value(value: Any) -> str:
-    """A setting as it is shown."""
+    """A setting as text."""
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def read_grid(text: str) -> dict[str, dict[str, list[Any]]]:
     """Reads `{"base": {"guidance_weight": [1, 2], "steps": [25]}, "sr": {...}}`.
 
-    A name from PRESETS may stand in place of a list.
+    A name from PRESETS can replace a list.
 
     Raises:
-      EvaluationError: it is not of this form.
+      EvaluationError: the text has another form.
     """
     try:
         grid = json.loads(text)
@@ -156,11 +159,11 @@ def read_grid(text: str) -> dict[str, dict[str, list[Any]]]:
 
 
 def cells_of(sweep: Sweep, configs: Mapping[str, Sequence[Config]]) -> list[Cell]:
-    """All cells, set by set; of the grid's fields the first one varies slowest.
+    """All cells, set by set; the first field of the grid varies slowest.
 
     Raises:
-      ConfigError: a stage or field that is not there, or a value that it cannot have.
-      EvaluationError: a value or the name of a set is given twice.
+      ConfigError: unknown stage or field, or an invalid value.
+      EvaluationError: duplicate value or name of a set.
     """
     places = [(stage, field) for stage, given in sweep.grid.items() for field in given]
     lists = [sweep.grid[stage][field] for stage, field in places]
@@ -180,95 +183,105 @@ def cells_of(sweep: Sweep, configs: Mapping[str, Sequence[Config]]) -> list[Cell
     for name in names:
         if names.count(name) > 1:
             raise EvaluationError(
-                f"{' '.join(name)} is asked for twice; give every value of --grid and every name "
-                "of --names once"
+                f"{' '.join(name)} appears twice; give every value of --grid and every name of "
+                "--names once"
             )
     return cells
 
 
 def run(sweep: Sweep, out: str, log: Callable[[str], None] = print) -> list[dict[str, Any]]:
-    """Draws and measures every cell that `out` does not hold yet.
+    """Samples and measures every cell that `out` does not hold yet.
 
     Args:
-      sweep: what.
+      sweep: the cells.
       out: folder to write; several processes share it.
       log: receives progress lines.
 
     Returns:
-      What is in the cells' files, cell by cell.
+      The content of the cells' files, cell by cell.
 
     Raises:
       EvaluationError, SampleError: something is missing, or `out` holds cells of other settings.
-      ConfigError, StageError: the stages cannot be drawn with so.
+      ConfigError, StageError: the stages do not fit together, or not these settings.
     """
     folder = pathlib.Path(out)
     configs = {
         stages.name: [load_stage(path).config for path in stages.folders]
         for stages in sweep.stage_sets
     }
-    larger = [load_stage(sweep.enlarge).config] if sweep.enlarge else []
+    upsamplers = [load_stage(sweep.enlarge).config] if sweep.enlarge else []
     for chain in configs.values():
-        check_chain([*chain, *larger])
+        check_chain([*chain, *upsamplers])
     cells = cells_of(sweep, configs)
-    last = [_last_stage(configs), *larger][-1]
-    if not sweep.has_objects and not (sweep.clip and sweep.reference):
+    last = [_last_stage(configs), *upsamplers][-1]
+    if sweep.row_scorer is None and not (sweep.clip and sweep.reference):
         raise EvaluationError(
-            "--prompts are not rows of the shapes world, so there is nothing to score by; give "
-            "--clip=DIR and --reference=DIR"
+            "--scorer cannot score the rows of --prompts, so there is nothing to score by; give "
+            "--clip=DIR and --reference=DIR, or a --scorer of these prompts"
         )
     network, about = networks.load(sweep.features, sweep.features_from, sweep.filter)
     towers = hf_clip.read_towers(sweep.clip) if sweep.clip else None
-    look = FeatureExtractor(network, towers, folder / "features", sweep.batch_size, log)
-    reference = fid.compute_reference(look, _real_images(sweep, last), about)
+    extractor = FeatureExtractor(network, towers, folder / "features", sweep.batch_size, log)
+    reference = fid.compute_reference(extractor, _real_images(sweep, last), about)
     measured = about | {
         "reference_sha256": reference.about["reference_sha256"],
         "clip_sha256": towers.sha256 if towers else "",
         "resamples": sweep.resamples,
     }
-    asked = [_asked(sweep, cell, configs[cell.stages.name], measured) for cell in cells]
-    # All that can be refused is refused before anything is drawn.
-    found = [_finished(folder, *pair) for pair in zip(cells, asked, strict=True)]
-    log(f"{folder}: {sum(cell is not None for cell in found)} of {len(cells)} cells are there")
-    enlarger = super_resolution.load(sweep.enlarge) if sweep.enlarge and None in found else None
+    identities = [
+        _cell_identity(sweep, cell, configs[cell.stages.name], measured) for cell in cells
+    ]
+    # Every refusal comes before any sampling.
+    found = [_finished(folder, *pair) for pair in zip(cells, identities, strict=True)]
+    log(f"{folder}: {sum(cell is not None for cell in found)} of {len(cells)} cells exist")
+    upsampler = super_resolution.load(sweep.enlarge) if sweep.enlarge and None in found else None
     for stages in sweep.stage_sets:
-        wanted = [i for i, cell in enumerate(cells) if cell.stages == stages and found[i] is None]
-        if not wanted:
+        missing = [i for i, cell in enumerate(cells) if cell.stages == stages and found[i] is None]
+        if not missing:
             continue
-        cascade = Cascade.load(stages.folders)
-        for i in wanted:
+        cascades = Cascades(Cascade.load(stages.folders), upsampler)
+        for i in missing:
             log(f"cell {i + 1}/{len(cells)}: {stages.name} {cells[i].folder}")
-            numbers = _draw(sweep, cells[i], (cascade, enlarger), folder, look, reference, log)
-            found[i] = _write(folder, cells[i], asked[i], numbers)
+            numbers = _sample_cell(sweep, cells[i], cascades, folder, extractor, reference, log)
+            found[i] = _write(folder, cells[i], identities[i], numbers)
     return [cell for cell in found if cell is not None]
 
 
+class Cascades(NamedTuple):
+    """The cascade of a set, and the stage of `Sweep.enlarge` if there is one."""
+
+    stages: Cascade
+    upsampler: Cascade | None
+
+
 def _last_stage(configs: Mapping[str, Sequence[Config]]) -> Config:
-    """The stage that makes the pictures, one of those of all sets: they draw the same side."""
+    """The last stage of the first set; all sets must have its image size."""
     sizes = {name: chain[-1].data.image_size for name, chain in configs.items()}
     if len(set(sizes.values())) > 1:
-        raise EvaluationError(f"--stages draw pictures of different sides: {sizes}; give one size")
+        raise EvaluationError(f"--stages have different image sizes: {sizes}; give one size")
     return next(iter(configs.values()))[-1]
 
 
-def _real_images(sweep: Sweep, last: Config) -> Pictures:
-    """Those of --reference, or of the shapes world as the stage saw such pictures in training."""
+def _real_images(sweep: Sweep, last: Config) -> LazyImages:
+    """Images of --reference, or the scorer's, preprocessed as in training of the last stage."""
     size, filter = last.data.image_size, last.data.resize_filter
-    if sweep.reference:
+    scorer = sweep.row_scorer
+    if sweep.reference or scorer is None:
         return fid.load_images(sweep.reference, size)[0]
 
-    def load(number: int) -> np.ndarray:
-        rng = np.random.default_rng((alignment.SEED, number))
-        scene = scenes.scene_from_row(sweep.rows[number], rng)
-        return images.center_crop_resize(scenes.draw(scene), size, filter)
+    def load(index: int) -> np.ndarray:
+        return images.center_crop_resize(
+            scorer.real_image(sweep.rows[index], index=index), size, filter
+        )
 
-    return Pictures(len(sweep.rows), load)
+    return LazyImages(len(sweep.rows), load)
 
 
-def _asked(
+def _cell_identity(
     sweep: Sweep, cell: Cell, configs: Sequence[Config], measured: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """All that a cell's numbers hang on, as JSON has it."""
-    rows = "".join(json.dumps(dict(row), sort_keys=True) + "\n" for row in sweep.drawn)
+    """Everything that determines a cell's numbers, as JSON."""
+    rows = "".join(json.dumps(dict(row), sort_keys=True) + "\n" for row in sweep.sampled_rows)
     stages = {
         config.name: {
             "weights": weights_hash(path),
@@ -282,7 +295,7 @@ def _asked(
     about = {
         "seed": sweep.seed,
         "samples_per_prompt": sweep.samples_per_prompt,
-        "prompts": len(sweep.drawn),
+        "prompts": len(sweep.sampled_rows),
         "prompts_sha256": hashlib.sha256(rows.encode()).hexdigest(),
         **measured,
         "stages": stages,
@@ -294,64 +307,71 @@ def _asked(
     return json.loads(json.dumps(about))
 
 
-def _finished(folder: pathlib.Path, cell: Cell, asked: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What is in the cell's file; None where it is not drawn to the end."""
+def _finished(
+    folder: pathlib.Path, cell: Cell, identity: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """The content of the cell's file; None if the cell is incomplete."""
     file = folder / cell.stages.name / cell.folder / "cell.json"
     if not file.is_file():
         return None
     found = json.loads(file.read_text(encoding="utf-8"))
-    was, now = overrides.flat(found["asked"]), overrides.flat(asked)
+    was, now = overrides.flatten_fields(found["asked"]), overrides.flatten_fields(identity)
     for field in [*now, *was]:
         if was.get(field) != now.get(field):
             raise EvaluationError(
                 f"{file} was made with {field}={was.get(field)!r}, this run has "
-                f"{now.get(field)!r}; give another --out, or the arguments of before"
+                f"{now.get(field)!r}; give another --out, or the earlier arguments"
             )
     return found
 
 
-def _draw(
+def _sample_cell(
     sweep: Sweep,
     cell: Cell,
-    drawing: tuple[Cascade, Cascade | None],
+    cascades: Cascades,
     folder: pathlib.Path,
-    look: FeatureExtractor,
+    extractor: FeatureExtractor,
     reference: Reference,
     log: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Draws a cell, its cascade and what enlarges after it, and measures it."""
-    cascade, enlarger = drawing
-    where = folder / cell.stages.name / cell.folder
-    drawn_in = str(where / "samples")
-    job = Job(
+    """Samples a cell, upsamples its images where the sweep says so, and measures them."""
+    cell_folder = folder / cell.stages.name / cell.folder
+    samples_dir = str(cell_folder / "samples")
+    job = SampleOptions(
         seed=sweep.seed,
         samples_per_prompt=sweep.samples_per_prompt,
         batch_size=sweep.batch_size,
         stage_settings=cell.settings,
         checkpoint=",".join(cell.stages.folders),
     )
-    sample(cascade, sweep.drawn, drawn_in, job, log)
-    size = cascade.configs[-1].data.image_size
-    if enlarger is not None:
-        small, drawn_in = drawn_in, str(where / "enlarged")
-        size = enlarger.configs[-1].data.image_size
-        super_resolution.enlarge(
-            enlarger, small, drawn_in, seed=sweep.seed, batch_size=sweep.batch_size
+    sample(cascades.stages, sweep.sampled_rows, samples_dir, job, log)
+    size = cascades.stages.configs[-1].data.image_size
+    if cascades.upsampler is not None:
+        lowres_dir, samples_dir = samples_dir, str(cell_folder / "enlarged")
+        size = cascades.upsampler.configs[-1].data.image_size
+        super_resolution.upsample_samples(
+            cascades.upsampler,
+            lowres_dir,
+            samples_dir,
+            seed=sweep.seed,
+            batch_size=sweep.batch_size,
         )
-    look = look._replace(store=where / "features")
-    drawn, _ = fid.load_images(drawn_in, size)
-    numbers = fid.score(look, drawn, reference, sweep.resamples)
+    extractor = extractor._replace(store=cell_folder / "features")
+    generated, _ = fid.load_images(samples_dir, size)
+    numbers = fid.score(extractor, generated, reference, sweep.resamples)
     names = {"fid": "distance", "low": "distance_low", "high": "distance_high"}
     numbers = {names.get(name, name): value for name, value in numbers.items()}
-    if look.towers is not None:
-        numbers |= fid30k.clip_score_of(look, drawn, drawn_in, sweep.clip, look.towers)
-    if sweep.has_objects:
-        numbers["alignment"] = alignment.score_folder(drawn_in)
+    if extractor.towers is not None:
+        numbers |= fid30k.clip_score_of(
+            extractor, generated, samples_dir, sweep.clip, extractor.towers
+        )
+    if sweep.row_scorer is not None:
+        numbers["alignment"] = sweep.row_scorer.score_folder(samples_dir)
     return numbers
 
 
 def _write(
-    folder: pathlib.Path, cell: Cell, asked: Mapping[str, Any], numbers: Mapping[str, Any]
+    folder: pathlib.Path, cell: Cell, identity: Mapping[str, Any], numbers: Mapping[str, Any]
 ) -> dict[str, Any]:
     card = {
         "card": "sweep_cell",
@@ -359,7 +379,7 @@ def _write(
         "values": cell.values,
         "folder": f"{cell.stages.name}/{cell.folder}",
         "numbers": numbers,
-        "asked": asked,
+        "asked": identity,
     }
     if distributed.is_first():
         file = folder / cell.stages.name / cell.folder / "cell.json"

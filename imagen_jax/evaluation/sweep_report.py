@@ -1,24 +1,26 @@
-"""The table and the figure of a sweep: score against distance, as in the paper's Figure 4.
+"""Table and figure of a sweep: score against distance, as in the paper's Figure 4.
 
-A cell is on the front (Pareto) if no other has as good a score and as small a distance, one of them
-better. Lines lead along the grid's first field and are told apart by all the others.
+A cell is on the Pareto front if no other cell is at least as good in score and distance and better
+in one. Lines follow the grid's first field; there is one line per choice of the other fields.
 """
 
 from __future__ import annotations
 
 import pathlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from imagen_jax.evaluation import line_chart
-from imagen_jax.evaluation.canvas import Canvas
-from imagen_jax.evaluation.line_chart import Point
+from imagen_jax.evaluation import charts
+from imagen_jax.evaluation.charts import Point
 from imagen_jax.evaluation.sweep import format_value
 from imagen_jax.io import atomic, images
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 class Measurement(NamedTuple):
-    """A measured number with its 95% interval; None: it has none."""
+    """A measured number with its 95% interval; None: unknown."""
 
     value: float
     low: float | None
@@ -29,9 +31,9 @@ def write(cells: Sequence[dict[str, Any]], out: str, title: str = "") -> str:
     """Writes OUT/sweep.json, sweep.md, pareto.svg and pareto.png.
 
     Args:
-      cells: what `sweep.run` returned.
+      cells: result of `sweep.run`.
       out: folder.
-      title: above the figure; "": what is measured.
+      title: title of the figure; "": names the score and the distance.
 
     Returns:
       The table.
@@ -42,18 +44,18 @@ def write(cells: Sequence[dict[str, Any]], out: str, title: str = "") -> str:
     atomic.write_json(folder / "sweep.json", card)
     atomic.write_text(folder / "sweep.md", table)
     chart = plot(cells, title)
-    atomic.write_text(folder / "pareto.svg", chart.svg())
-    images.save_png(folder / "pareto.png", chart.pixels(), {})
+    atomic.write_text(folder / "pareto.svg", charts.to_svg(chart))
+    images.save_png(folder / "pareto.png", charts.to_pixels(chart), {})
     return table
 
 
 def score_name(cells: Sequence[dict[str, Any]]) -> str:
-    """What the cells are scored by: the CLIP score where there is one, else alignment."""
+    """The score of the cells: the CLIP score if present, else alignment."""
     return "clip_score" if "clip_score" in cells[0]["numbers"] else "alignment"
 
 
 def score(cell: dict[str, Any]) -> Measurement:
-    """A cell's CLIP score, or the share of its pictures in which everything is right."""
+    """A cell's CLIP score, or the share of its images in which everything is right."""
     numbers = cell["numbers"]
     if "clip_score" in numbers:
         return Measurement(*(numbers[f"clip_score{end}"] for end in ("", "_low", "_high")))
@@ -63,22 +65,22 @@ def score(cell: dict[str, Any]) -> Measurement:
 
 
 def distance(cell: dict[str, Any]) -> Measurement:
-    """A cell's Frechet distance to the real pictures."""
+    """A cell's Frechet distance to the real images."""
     return Measurement(*(cell["numbers"][f"distance{end}"] for end in ("", "_low", "_high")))
 
 
 def with_front(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The cells, each with `front`: whether no other is better in one and as good in both."""
-    places = [(score(cell).value, -distance(cell).value) for cell in cells]
+    """The cells, each with `front`: whether it is on the Pareto front."""
+    points = [(score(cell).value, -distance(cell).value) for cell in cells]
 
-    def beaten(own: tuple[float, float]) -> bool:
-        return any(p != own and all(a >= b for a, b in zip(p, own, strict=True)) for p in places)
+    def dominated(own: tuple[float, float]) -> bool:
+        return any(p != own and all(a >= b for a, b in zip(p, own, strict=True)) for p in points)
 
-    return [{**cell, "front": not beaten(own)} for cell, own in zip(cells, places, strict=True)]
+    return [{**cell, "front": not dominated(own)} for cell, own in zip(cells, points, strict=True)]
 
 
 def format_table(cells: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table of cells that know whether they are on the front."""
+    """A Markdown table of the cells of `with_front`."""
     name, about = score_name(cells), cells[0]["asked"]
     fields = list(cells[0]["values"])
     kinds = [k for k in cells[0]["numbers"].get("alignment", {}) if k != "all"]
@@ -92,23 +94,23 @@ def format_table(cells: Sequence[dict[str, Any]]) -> str:
         row += [f"{cell['numbers']['alignment'][kind]['exact']['mean']:.2f}" for kind in kinds]
         row += [f"{far.value:.4g}", _interval(far), "*" if cell["front"] else ""]
         lines.append("| " + " | ".join(row) + " |")
-    said = (
-        f"{about['prompts']} prompts, {about['samples_per_prompt']} of each; distance: Frechet's, "
+    legend = (
+        f"{about['prompts']} prompts, {about['samples_per_prompt']} images each; Frechet distance "
         f"of features {about['features']}; * on the front."
     )
-    return "\n".join([*lines, "", said]) + "\n"
+    return "\n".join([*lines, "", legend]) + "\n"
 
 
 def _interval(mark: Measurement) -> str:
     return "" if mark.low is None or mark.high is None else f"{mark.low:.3g}-{mark.high:.3g}"
 
 
-def plot(cells: Sequence[dict[str, Any]], title: str = "") -> Canvas:
-    """Distance over score, a line for every set and choice of the fields after the first."""
+def plot(cells: Sequence[dict[str, Any]], title: str = "") -> Figure:
+    """Distance over score, one line per set and choice of the fields after the first."""
     along = next(iter(cells[0]["values"]), "")
     labels = {
         "clip_score": "CLIP score: mean cosine",
-        "alignment": "alignment: share of pictures in which all is right",
+        "alignment": "alignment: share of images in which all is right",
     }
     lines: dict[str, list[Point]] = {}
     for cell in cells:
@@ -118,7 +120,7 @@ def plot(cells: Sequence[dict[str, Any]], title: str = "") -> Canvas:
         label = format_value(cell["values"][along]) if along else ""
         point = Point(found.value, far.value, far.low, far.high, label, found.low, found.high)
         lines.setdefault(" ".join([cell["set"], *varied]), []).append(point)
-    return line_chart.plot(
+    return charts.line_chart(
         lines,
         title=title
         or f"{labels[score_name(cells)].partition(':')[0]} against distance"

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from imagen_jax.io import images
-from imagen_jax.worlds.shapes import scenes as shapes
 
 
 @pytest.fixture
@@ -27,24 +26,5 @@ def write_samples(tmp_path):
                 )
         (folder / "samples.jsonl").write_text("\n".join(lines) + "\n")
         return str(folder)
-
-    return write
-
-
-@pytest.fixture
-def write_drawn():
-    """(folder, scenes, pictures, fields of objects to leave out) -> writes what `sample` would."""
-
-    def write(folder, scenes, pictures, drop=()):
-        with open(folder / "samples.jsonl", "w") as file:
-            for i, (scene, picture) in enumerate(zip(scenes, pictures, strict=True)):
-                name = f"{i:05}_00.png"
-                images.save_png(folder / name, picture, {})
-                row = {"file": name, "prompt_index": i, "sample_index": 0, "seed": 0}
-                row |= shapes.prompt_row(scene)
-                for thing in row["objects"]:
-                    for field in drop:
-                        del thing[field]
-                file.write(json.dumps(row) + "\n")
 
     return write

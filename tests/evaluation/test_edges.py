@@ -9,10 +9,11 @@ from PIL import Image, ImageFilter
 from imagen_jax.cli import main
 from imagen_jax.evaluation import edges
 from imagen_jax.worlds.shapes import scenes
+from tests.reference import scene_samples
 
 SCENES = [scenes.scene("held_out", i) for i in range(24)]
-LARGE = [scenes.draw(scene, 256) for scene in SCENES]
-SMALL = [scenes.draw(scene) for scene in SCENES]
+LARGE = [scenes.render(scene, 256) for scene in SCENES]
+SMALL = [scenes.render(scene) for scene in SCENES]
 
 
 def _bicubic(picture):
@@ -78,10 +79,10 @@ def test_a_lattice_is_a_seam_at_its_own_distance_and_grain_is_none():
 
 
 @pytest.fixture
-def folders(tmp_path, write_drawn):
+def folders(tmp_path):
     for name, pictures in (("large", LARGE), ("small", SMALL)):
         (tmp_path / name).mkdir()
-        write_drawn(tmp_path / name, SCENES[:6], pictures[:6])
+        scene_samples.write(tmp_path / name, SCENES[:6], pictures[:6])
     return tmp_path
 
 
@@ -98,7 +99,7 @@ def test_the_command_measures_what_a_stage_drew(folders, capsys):
     assert card["sharpness"]["drawn"] == pytest.approx(card["sharpness"]["real"], rel=0.05)
     assert card["sharpness"]["real"] > 3 * card["sharpness"]["bicubic"]
     assert set(card["seams"]["4"]) == set(card["seams"]["64"]) == {"drawn", "real"}
-    assert "sharper than bicubic: 1.000 of 6 pictures" in capsys.readouterr().out
+    assert "sharper than bicubic: 1.000 of 6 images" in capsys.readouterr().out
     for i, small in enumerate(SMALL[:6]):
         Image.fromarray(_bicubic(small)).save(folders / "large" / f"{i:05}_00.png")
     assert _run(folders) == 0

@@ -72,7 +72,7 @@ def test_blocks_change_nothing(monkeypatch):
 
 
 def test_what_cannot_be_compared():
-    with pytest.raises(EvaluationError, match="2 and 3 numbers"):
+    with pytest.raises(EvaluationError, match="size 2 and 3 cannot"):
         kid(np.zeros((4, 2)), np.zeros((4, 3)))
     with pytest.raises(EvaluationError, match="at least 4"):
         precision_recall(np.zeros((3, 2)), np.zeros((9, 2)))

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from imagen_jax.evaluation.features import extract, frechet, networks
-from imagen_jax.evaluation.features.extract import Pictures
+from imagen_jax.evaluation.features.extract import LazyImages
 from imagen_jax.evaluation.features.frechet import Statistics
 from imagen_jax.worlds.shapes import scenes
 from tests.reference import small_features
@@ -41,7 +41,7 @@ def test_parts_go_on_where_they_were(tmp_path):
         return pictures.load(number)
 
     with pytest.raises(KeyboardInterrupt):
-        run(Pictures(20, interrupted))
+        run(LazyImages(20, interrupted))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["0000000_6.npz", "0000006_6.npz"]
     times = {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
     parts = run(pictures)
@@ -55,7 +55,7 @@ def test_parts_go_on_where_they_were(tmp_path):
     again = run(pictures)
     assert again == parts and not lines
     # Another picture, a damaged part, another network.
-    changed = run(Pictures(20, lambda i: pictures.load(99 if i == 7 else i)))
+    changed = run(LazyImages(20, lambda i: pictures.load(99 if i == 7 else i)))
     assert changed.sha256 != parts.sha256 and not np.array_equal(changed.features()[7], expected[7])
     (tmp_path / "0000012_6.npz").write_bytes(b"PK")
     assert run(pictures) == parts
@@ -121,12 +121,12 @@ def singles():
         index += 1
         shape = scene.objects[0].shape
         if len(scene.objects) == 1 and shape in found and len(found[shape]) < 60:
-            found[shape].append(scenes.draw(scene))
+            found[shape].append(scenes.render(scene))
     return found
 
 
 def cloud(pictures, folder):
-    shown = Pictures(len(pictures), pictures.__getitem__)
+    shown = LazyImages(len(pictures), pictures.__getitem__)
     network = networks.random_convolutions()
     return extract.extract(shown, network, folder, batch_size=20, log=quiet).statistics()
 

@@ -58,7 +58,7 @@ def test_captions_are_drawn_by_the_written_rule(captioned):
     assert fid30k.select_captions(sources, 6, seed=4) != rows
     joined = "".join(row["prompt"] + "\n" for row in rows)
     assert fid30k.captions_sha256(rows) == hashlib.sha256(joined.encode()).hexdigest()
-    with pytest.raises(EvaluationError, match="9 usable pictures, --count=10"):
+    with pytest.raises(EvaluationError, match="9 usable images, --count=10"):
         fid30k.select_captions(sources, 10, seed=0)
 
 

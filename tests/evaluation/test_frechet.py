@@ -116,7 +116,7 @@ def test_files_that_hold_no_statistics(tmp_path, content, says):
 
 
 def test_what_cannot_be_compared():
-    with pytest.raises(EvaluationError, match="2 and 3 numbers"):
+    with pytest.raises(EvaluationError, match="size 2 and 3 cannot"):
         frechet.distance(gaussian(np.zeros(2), np.eye(2)), gaussian(np.zeros(3), np.eye(3)))
     with pytest.raises(EvaluationError, match="at least 2"):
         Statistics.of(np.zeros((1, 4))).gaussian()

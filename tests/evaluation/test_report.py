@@ -49,7 +49,7 @@ def test_cards_of_pictures_say_what_they_were_measured_with(tmp_path):
     for path, card in zip(paths, (fid30k, clip), strict=True):
         path.write_text(json.dumps(card))
     markdown = report.write([str(path) for path in paths], str(tmp_path / "out"), name="x")
-    assert "| **x** | zero-shot | **12.50** (12.00-13.00), of 7 pictures |" in markdown
+    assert "| **x** | zero-shot | **12.50** (12.00-13.00), of 7 images |" in markdown
     assert "| filter | clean |" in markdown and "| stage base | guidance_weight=2.0 |" in markdown
     assert "| clip_score | 0.25 |" in markdown
 

@@ -193,7 +193,7 @@ def test_one_stage_enlarges_what_all_sets_drew_and_hears_no_text(world, tmp_path
     assert main.main(flags(world, tmp_path, "--grid={}", f"--enlarge={world}/sr_late")) == 1
     assert "enlarge.weights=" in capsys.readouterr().err
     assert main.main(flags(world, tmp_path, "--grid={}", f"--enlarge={world}/early")) == 1
-    assert "wants" in capsys.readouterr().err
+    assert "gets an image of 8 px, expected no image" in capsys.readouterr().err
 
 
 def test_the_papers_lists_have_names():

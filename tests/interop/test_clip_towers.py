@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from imagen_jax.evaluation.features import clip_score, extract
-from imagen_jax.evaluation.features.extract import Pictures
+from imagen_jax.evaluation.features.extract import LazyImages
 from imagen_jax.interop import hf_clip, weights
 from imagen_jax.io import images
 
@@ -47,7 +47,7 @@ def test_preprocessing_equals_transformers(golden):
 
 def test_embeddings_and_cosines_equal_transformers(golden, towers, tmp_path):
     pytest.importorskip("tokenizers")
-    shown = Pictures(3, lambda i: golden[f"picture_{i}"])
+    shown = LazyImages(3, lambda i: golden[f"picture_{i}"])
     network = clip_score.image_network(towers)
     pictures = extract.extract(shown, network, tmp_path, batch_size=BATCH).features()
     captions = clip_score.embed_captions(

@@ -12,7 +12,7 @@ import sys
 import jax
 import numpy as np
 
-from imagen_jax.evaluation.features.extract import Network, Pictures
+from imagen_jax.evaluation.features.extract import LazyImages, Network
 
 
 @jax.jit
@@ -27,13 +27,13 @@ def patch_means() -> Network:
     return Network("patch means", lambda picture: picture.astype(np.float32), _means, {})
 
 
-def random_pictures(count: int, size: int = 16) -> Pictures:
+def random_pictures(count: int, size: int = 16) -> LazyImages:
     """Noise; each picture depends on its number alone."""
 
     def load(number: int) -> np.ndarray:
         return np.random.default_rng(number).integers(0, 256, (size, size, 3), dtype=np.uint8)
 
-    return Pictures(count, load)
+    return LazyImages(count, load)
 
 
 def main() -> None:

@@ -1,8 +1,7 @@
-"""Other distances of two clouds of features than Frechet's: KID, precision and recall, CMMD.
+"""Distances of two feature sets beside the Frechet distance: KID, precision and recall, CMMD.
 
-Arrays in, numbers out, on the host; the clouds may differ in size. Which network the features come
-from is said by the caller: Inception's pool for KID, a CLIP for CMMD; for precision and recall the
-authors took VGG-16, most others take Inception.
+All run on the host; the sets may differ in size. The caller chooses the network: Inception's pool
+for KID, a CLIP for CMMD; for precision and recall the authors use VGG-16, most others Inception.
 """
 
 from __future__ import annotations
@@ -14,10 +13,10 @@ from jaxtyping import Float
 
 from imagen_jax.evaluation.samples import EvaluationError
 
-KID_SUBSETS, KID_SIZE = 100, 1000  # As Binkowski et al. and all after them.
+KID_SUBSETS, KID_SIZE = 100, 1000  # Binkowski et al. (arXiv:1801.01401).
 NEIGHBOURS = 3
 CMMD_WIDTH, CMMD_SCALE = 10.0, 1000.0
-# Rows compared with all others at a time: some hundred megabytes for tens of thousands of pictures.
+# Rows per block of a distance matrix: some hundred megabytes for tens of thousands of images.
 _ROWS = 1024
 
 Features = Float[np.ndarray, "_ _"]
@@ -36,15 +35,15 @@ def kid(
     """Kernel Inception distance: unbiased squared MMD under (x.y / d + 1)^3 (arXiv:1801.01401).
 
     Args:
-      a, b: features of two clouds.
-      subsets: random subsets, drawn without replacement, whose estimates are averaged; where one
-        holds a whole cloud there is but one.
-      size: pictures of each cloud in a subset, at most all of the smaller one.
-      seed: of the subsets.
+      a, b: features of two sets.
+      subsets: number of random subsets, sampled without replacement; a single estimate is used if
+        `size` covers both sets.
+      size: images of each set in a subset, at most all of the smaller set.
+      seed: seed of the subsets.
 
     Returns:
-      The mean (0 on average for equal distributions, hence possibly below) and the standard error
-      of the mean over subsets, NaN where there is but one.
+      The mean (unbiased: 0 on average for equal distributions, possibly negative) and its standard
+      error over subsets, NaN for a single estimate.
     """
     _check(a, b, 2)
     if size >= max(len(a), len(b)):
@@ -74,8 +73,8 @@ class PrecisionRecall(NamedTuple):
     """Shares, 0..1.
 
     Attributes:
-      precision: of drawn pictures that lie among the real ones.
-      recall: of real pictures that lie among the drawn ones.
+      precision: of generated images inside the manifold of the real ones.
+      recall: of real images inside the manifold of the generated ones.
     """
 
     precision: float
@@ -83,27 +82,28 @@ class PrecisionRecall(NamedTuple):
 
 
 def precision_recall(
-    drawn: Features, real: Features, *, neighbours: int = NEIGHBOURS
+    generated: Features, real: Features, *, neighbours: int = NEIGHBOURS
 ) -> PrecisionRecall:
     """Improved precision and recall (arXiv:1904.06991, eq. 1 and 2).
 
-    A picture lies among others if it is no farther from one of them than that one's k-th nearest
-    neighbour in its own cloud. Both depend on the size of the clouds: compare equal ones.
+    An image is inside the manifold of a set if its distance to some member is at most that member's
+    distance to its k-th nearest neighbour in the set. Both depend on the set sizes; compare sets of
+    equal size.
 
     Args:
-      drawn, real: features of the two clouds, more than `neighbours` pictures each.
+      generated, real: features of the two sets, more than `neighbours` images each.
       neighbours: k.
     """
-    _check(drawn, real, neighbours + 1)
-    drawn, real = np.asarray(drawn, np.float64), np.asarray(real, np.float64)
-    precision = _share_among(drawn, real, neighbours)
-    return PrecisionRecall(precision, _share_among(real, drawn, neighbours))
+    _check(generated, real, neighbours + 1)
+    generated, real = np.asarray(generated, np.float64), np.asarray(real, np.float64)
+    precision = _share_inside(generated, real, neighbours)
+    return PrecisionRecall(precision, _share_inside(real, generated, neighbours))
 
 
-def _share_among(points: Features, others: Features, neighbours: int) -> float:
+def _share_inside(points: Features, others: Features, neighbours: int) -> float:
     radii = np.concatenate(
         [
-            # The nearest of all is the point itself.
+            # The nearest neighbour is the point itself.
             np.partition(_squared_distances(rows, others), neighbours, axis=1)[:, neighbours]
             for rows in _blocks(others)
         ]
@@ -115,12 +115,12 @@ def _share_among(points: Features, others: Features, neighbours: int) -> float:
 def cmmd(a: Features, b: Features) -> float:
     """CMMD: squared MMD of CLIP embeddings under a Gaussian kernel, times 1000 (arXiv:2401.09603).
 
-    Embeddings are brought to length 1; the kernel is exp(-|x - y|^2 / (2 * 10^2)). As in the
-    authors' program, the mean runs over all pairs, a picture with itself included, so that a cloud
-    has distance 0 to itself.
+    Embeddings are normalised to length 1; the kernel is exp(-|x - y|^2 / (2 * 10^2)). As in the
+    authors' program, the mean includes the pairs of an image with itself, so that a set has
+    distance 0 to itself.
 
     Args:
-      a, b: embeddings of two clouds. The authors' are of ViT-L/14 at 336 pixels.
+      a, b: embeddings of two sets. The authors use ViT-L/14 at 336 pixels.
     """
     _check(a, b, 1)
     a, b = (np.asarray(x, np.float64) for x in (a, b))
@@ -134,7 +134,7 @@ def cmmd(a: Features, b: Features) -> float:
 
 
 def _departure(squares: np.ndarray) -> np.ndarray:
-    """The kernel less 1, which cancels in an MMD but would cost it most of its digits."""
+    """Kernel minus 1. The 1 cancels in an MMD; omitting it avoids loss of precision."""
     return np.expm1(-squares / (2 * CMMD_WIDTH**2))
 
 
@@ -150,9 +150,7 @@ def _squared_distances(x: Features, y: Features) -> np.ndarray:
 def _check(a: Features, b: Features, least: int) -> None:
     if a.shape[1] != b.shape[1]:
         raise EvaluationError(
-            f"features of {a.shape[1]} and {b.shape[1]} numbers cannot be compared; use one network"
+            f"features of size {a.shape[1]} and {b.shape[1]} cannot be compared; use one network"
         )
     if min(len(a), len(b)) < least:
-        raise EvaluationError(
-            f"{len(a)} and {len(b)} pictures; at least {least} of each are needed"
-        )
+        raise EvaluationError(f"{len(a)} and {len(b)} images; at least {least} of each are needed")

@@ -1,9 +1,9 @@
-"""Features of many pictures, in parts on disk: what was computed once is not computed again.
+"""Feature extraction with a cache on disk.
 
-A part is a batch: its features beside the hash of its pixels. Whoever comes again, after a kill or
-with the same reference another day, reads the pictures, and computes only the parts whose pixels or
-network have changed. Several processes share a folder: part k is process k mod N's, and all of them
-read the whole at the end, so that no result depends on how many there were.
+A part is one batch: its features and the hashes of its pixels. A later call reads all images and
+computes only the parts whose pixels or network changed, so an interrupted run resumes and a
+reference is computed once. Several processes share a folder: process k mod N computes part k, and
+every process reads all parts at the end, so the result does not depend on N.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from imagen_jax.evaluation.features.frechet import Statistics
 from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.io import atomic
 
-PARTS_AT_ONCE = 128  # In memory for their sums; a merge costs as much as some hundred pictures.
-THREADS = 8  # That decode and resize; Pillow and NumPy let go of the interpreter meanwhile.
+PARTS_AT_ONCE = 128  # Parts in memory; merging statistics costs as much as some hundred images.
+THREADS = 8  # For decoding and resizing; Pillow and NumPy release the interpreter lock.
 
 
 class Network(NamedTuple):
-    """What makes features of pictures.
+    """A feature network with its preprocessing.
 
     Attributes:
-      fingerprint: of all that the features depend on but the pixels: weights, resizing.
-      prepare: pixels of one picture -> the network's input, on the host.
+      fingerprint: of everything but the pixels that determines the features: weights, resizing.
+      prepare: pixels of one image -> network input, on the host.
       apply: (params, inputs) -> features; compiled once.
-      params: the network's.
+      params: parameters of the network.
     """
 
     fingerprint: str
@@ -47,12 +47,12 @@ class Network(NamedTuple):
     params: Any
 
 
-class Pictures(NamedTuple):
-    """Pictures by number.
+class LazyImages(NamedTuple):
+    """Images loaded on demand.
 
     Attributes:
-      count: how many.
-      load: number -> pixels, from any thread.
+      count: number of images.
+      load: index -> pixels; thread-safe.
     """
 
     count: int
@@ -60,12 +60,12 @@ class Pictures(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """Features of pictures, as they lie on disk.
+    """Features on disk.
 
     Attributes:
       files: one per batch, in order.
-      sha256: of the pixels of all pictures.
-      count: pictures.
+      sha256: hash of the pixels of all images.
+      count: number of images.
     """
 
     files: tuple[pathlib.Path, ...]
@@ -73,36 +73,36 @@ class Parts(NamedTuple):
     count: int
 
     def features(self) -> Float[np.ndarray, "n d"]:
-        """All of them, float32."""
+        """All features, float32."""
         return _features(self.files)
 
     def statistics(self) -> Statistics:
-        """Their sums, merged block by block: at no time are all features in memory."""
+        """Their statistics, merged block by block; never holds all features in memory."""
         starts = range(0, len(self.files), PARTS_AT_ONCE)
         blocks = (self.files[i : i + PARTS_AT_ONCE] for i in starts)
         return frechet.merged(Statistics.of(_features(block)) for block in blocks)
 
 
 def extract(
-    pictures: Pictures,
+    lazy_images: LazyImages,
     network: Network,
     folder: str | os.PathLike[str],
     *,
     batch_size: int,
     log: Callable[[str], None] = print,
 ) -> Parts:
-    """Features of all pictures, on all devices of this process.
+    """Features of all images, on all devices of this process.
 
     Args:
-      pictures: what to look at.
-      network: what looks.
-      folder: for the parts; one that several processes share.
-      batch_size: pictures at a time.
+      lazy_images: the images.
+      network: the feature network.
+      folder: folder of the parts; several processes share it.
+      batch_size: images per part.
       log: receives progress lines.
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    starts = range(0, pictures.count, batch_size)
+    starts = range(0, lazy_images.count, batch_size)
     files = tuple(folder / f"{start:07d}_{batch_size}.npz" for start in starts)
     own = range(jax.process_index(), len(files), jax.process_count())
     mesh = Mesh(np.array(jax.local_devices()), ("data",))
@@ -111,13 +111,13 @@ def extract(
     with ThreadPoolExecutor(THREADS) as pool:
 
         def begin(k: int) -> list[Any]:
-            stop = min(starts[k] + batch_size, pictures.count)
-            return [pool.submit(_prepare, pictures, network, i) for i in range(starts[k], stop)]
+            stop = min(starts[k] + batch_size, lazy_images.count)
+            return [pool.submit(_prepare, lazy_images, network, i) for i in range(starts[k], stop)]
 
-        coming = begin(own[0]) if len(own) else []
+        pending = begin(own[0]) if len(own) else []
         for number, k in enumerate(own, 1):
-            prepared = [future.result() for future in coming]
-            coming = begin(own[number]) if number < len(own) else []
+            prepared = [future.result() for future in pending]
+            pending = begin(own[number]) if number < len(own) else []
             hashes = np.stack([sha256 for sha256, _ in prepared])
             if _holds(files[k], hashes, network.fingerprint):
                 continue
@@ -126,22 +126,22 @@ def extract(
             _write(files[k], features, hashes, network.fingerprint)
             computed += 1
             if computed == 1 or number % 20 == 0 or number == len(own):
-                done = min(starts[k] + batch_size, pictures.count)
-                log(f"features of {done}/{pictures.count} pictures")
+                done = min(starts[k] + batch_size, lazy_images.count)
+                log(f"features of {done}/{lazy_images.count} images")
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"features in {folder}")
     for file in files:
         if not file.is_file():
             raise EvaluationError(f"{file} is missing; all processes must see the same folder")
     hashes = hashlib.sha256(b"".join(_read(file)[1].tobytes() for file in files))
-    return Parts(files, hashes.hexdigest(), pictures.count)
+    return Parts(files, hashes.hexdigest(), lazy_images.count)
 
 
 def _prepare(
-    pictures: Pictures, network: Network, number: int
+    lazy_images: LazyImages, network: Network, index: int
 ) -> tuple[UInt8[np.ndarray, "32"], Callable[[], np.ndarray]]:
-    """The hash of a picture, and what makes the input of it if that is needed."""
-    pixels = np.ascontiguousarray(pictures.load(number))
+    """The hash of an image, and a function that computes its network input."""
+    pixels = np.ascontiguousarray(lazy_images.load(index))
     digest = hashlib.sha256(repr(pixels.shape).encode())
     digest.update(pixels.data)
     return np.frombuffer(digest.digest(), np.uint8), lambda: network.prepare(pixels)
@@ -150,12 +150,12 @@ def _prepare(
 def _apply(
     network: Network, params: Any, inputs: np.ndarray, batch_size: int, mesh: Mesh
 ) -> Float[np.ndarray, "n d"]:
-    """Features of a batch; it is filled up so that one shape is compiled and devices divide it."""
+    """Features of a batch, padded to one compiled shape that the devices divide."""
     devices = mesh.devices.size
     full = -(-batch_size // devices) * devices
     padded = np.concatenate([inputs, np.repeat(inputs[-1:], full - len(inputs), 0)])
     placed = jax.device_put(padded, NamedSharding(mesh, PartitionSpec("data")))
-    # Tensor cores' 10-bit products would move every score.
+    # The 10-bit mantissa of TF32 products would change every score.
     with jax.default_matmul_precision("highest"):
         return np.asarray(network.apply(params, placed))[: len(inputs)].astype(np.float32)
 
@@ -166,7 +166,7 @@ def _write(file: pathlib.Path, features: np.ndarray, hashes: np.ndarray, network
 
 
 def _read(file: pathlib.Path) -> tuple[np.ndarray, np.ndarray, str]:
-    """Features, hashes of the pictures, fingerprint of the network."""
+    """Features, hashes of the images, fingerprint of the network."""
     with np.load(file, allow_pickle=False) as part:
         return part["features"], part["hashes"], str(part["network"])
 
@@ -176,7 +176,7 @@ def _features(files: Sequence[pathlib.Path]) -> Float[np.ndarray, "n d"]:
 
 
 def _holds(file: pathlib.Path, hashes: np.ndarray, network: str) -> bool:
-    """Whether the file is whole and of these pictures and this network."""
+    """Whether the file is complete and belongs to these images and this network."""
     try:
         _, found, fingerprint = _read(file)
         return fingerprint == network and np.array_equal(found, hashes)

@@ -1,8 +1,8 @@
-"""FID and its relatives of a folder of pictures against a reference (Sec. 4, Table 1).
+"""FID, KID, precision and recall of a folder of images against a reference (Sec. 4, Table 1).
 
-A picture becomes the largest centred square of it, brought to one side by Pillow's bicubic filter
-(a square of that side stays as it is), then Inception's input by a named filter (resizing.py), then
-2048 features (features.py). The card says all that a score depends on.
+Preprocessing: largest centred square, resized to one size by Pillow's bicubic filter (unchanged if
+it has that size), resized to Inception's input by a named filter (resizing.py). Inception gives
+2048 features (extract.py). The card records everything that determines a score.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from imagen_jax.config.fields import unknown_name
-from imagen_jax.data.sources.folder import PICTURES, walk
+from imagen_jax.data.sources.folder import IMAGE_SUFFIXES, list_files
 from imagen_jax.evaluation import samples
 from imagen_jax.evaluation.features import clip_score, distances, extract, frechet
-from imagen_jax.evaluation.features.extract import Network, Parts, Pictures
+from imagen_jax.evaluation.features.extract import LazyImages, Network, Parts
 from imagen_jax.evaluation.features.frechet import Gaussian
 from imagen_jax.evaluation.features.resizing import FILTERS
 from imagen_jax.evaluation.samples import EvaluationError
@@ -29,22 +29,22 @@ from imagen_jax.io import images
 from imagen_jax.models.inception import Inception
 
 SQUARE_FILTER = "bicubic"
-# Resamples of the interval: its half width is then good to a tenth.
+# Bootstrap resamples: the interval's half width then has a relative error of about 10%.
 RESAMPLES = 50
-# Precision and recall depend on the number of pictures; so many are compared, or all if fewer.
+# Precision and recall depend on the number of images; at most this many of each are compared.
 PRECISION_RECALL_IMAGES = 10_000
 
 
 class Settings(NamedTuple):
-    """What a score is measured with.
+    """Settings of a measurement.
 
     Attributes:
-      inception: file of the weights.
+      inception: file of Inception's weights.
       filter: row of `resizing.FILTERS`.
-      size: side of the pictures, pixels; 0: the shorter side of the first drawn one.
+      size: side of the images, pixels; 0: the shorter side of the first sample.
       clip: Hugging Face CLIP folder for CMMD; "": none.
-      batch_size: pictures at a time.
-      resamples: of the interval.
+      batch_size: images per batch.
+      resamples: bootstrap resamples of the interval.
     """
 
     inception: str
@@ -56,13 +56,13 @@ class Settings(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """What drawn pictures are compared with.
+    """The reference of the distances.
 
     Attributes:
       gaussian: mean and covariance of its features.
-      about: what is known of it, for the card.
-      parts: its features; None where only statistics are there.
-      clip_parts: its CLIP embeddings, if asked for.
+      about: fields of the card.
+      parts: its features; None if only statistics are known.
+      clip_parts: its CLIP embeddings; None without a CLIP.
     """
 
     gaussian: Gaussian
@@ -72,16 +72,16 @@ class Reference(NamedTuple):
 
 
 @jax.jit
-def _inception_features(params: Any, pictures: Float[Array, "b h w 3"]) -> Float[Array, "b d"]:
-    features: Any = Inception().apply({"params": params}, pictures)
+def _inception_features(params: Any, inputs: Float[Array, "b h w 3"]) -> Float[Array, "b d"]:
+    features: Any = Inception().apply({"params": params}, inputs)
     return features
 
 
 def inception_network(path: str, filter: str) -> tuple[Network, dict[str, Any]]:
-    """Inception as `features.extract` wants it, and what the card says of it.
+    """Inception as a feature network, and its fields of the card.
 
     Raises:
-      EvaluationError: no such filter. WeightsError: the file does not hold FID's Inception.
+      EvaluationError: unknown filter. WeightsError: the file is not FID's Inception.
     """
     if filter not in FILTERS:
         raise EvaluationError(unknown_name("--filter", filter, list(FILTERS)))
@@ -96,37 +96,39 @@ def inception_network(path: str, filter: str) -> tuple[Network, dict[str, Any]]:
     return network, about
 
 
-def load_images(folder: str, size: int = 0) -> tuple[Pictures, int]:
-    """The pictures of a folder, made square.
+def load_images(folder: str, size: int = 0) -> tuple[LazyImages, int]:
+    """The images of a folder, cropped to squares and resized.
 
     Args:
-      folder: one with samples.jsonl, whose order holds, or any with picture files below it, by
-        name.
-      size: side, pixels; 0: the shorter side of the first one.
+      folder: folder with a samples.jsonl, in its order, or with image files at any depth, by name.
+      size: side, pixels; 0: the shorter side of the first image.
 
     Returns:
-      The pictures and their side.
+      The images and their side.
 
     Raises:
-      EvaluationError: no such folder, or no pictures in it.
+      EvaluationError: no such folder, or fewer than two images in it.
     """
     root = pathlib.Path(folder)
     if (root / "samples.jsonl").is_file():
         files = [row["file"] for row in samples.read_rows(folder)]
     elif root.is_dir():
-        found = [file.name for file in walk(root)]
-        files = [name for name in found if pathlib.PurePosixPath(name).suffix.lower() in PICTURES]
+        found = [file.name for file in list_files(root)]
+        files = [
+            name for name in found if pathlib.PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
+        ]
     else:
-        raise EvaluationError(f"{folder} is not a folder of pictures")
+        raise EvaluationError(f"{folder} is not a folder of images")
     if len(files) < 2:
-        raise EvaluationError(f"{folder} holds {len(files)} pictures; at least 2 are needed")
+        raise EvaluationError(f"{folder} holds {len(files)} images; at least 2 are needed")
     size = size or min(samples.load(folder, files[0]).shape[:2])
-    return Pictures(len(files), lambda i: square(samples.load(folder, files[i]), size)), size
+    load = lambda i: center_square(samples.load(folder, files[i]), size)  # noqa: E731
+    return LazyImages(len(files), load), size
 
 
-def square(picture: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """The rule by which any picture, drawn or real, gets its size."""
-    return images.center_crop_resize(picture, size, SQUARE_FILTER)
+def center_square(image: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray, "size size 3"]:
+    """Preprocessing of every image, generated or real."""
+    return images.center_crop_resize(image, size, SQUARE_FILTER)
 
 
 def evaluate(
@@ -137,36 +139,36 @@ def evaluate(
     *,
     log: Callable[[str], None] = print,
 ) -> tuple[dict[str, Any], Reference]:
-    """Scores a folder of drawn pictures.
+    """Scores a folder of generated images.
 
     Args:
-      samples_dir: folder of pictures.
-      reference: folder of real ones, or an .npz of statistics (see `frechet.load`).
-      store: folder for features, so that an interrupted run goes on.
-      settings: what is measured with.
+      samples_dir: folder of generated images.
+      reference: folder of real images, or an .npz of statistics (see `frechet.load`).
+      store: folder of the feature cache; an interrupted run resumes.
+      settings: settings of the measurement.
       log: receives progress lines.
 
     Returns:
       The card, and the reference, whose statistics can be saved.
 
     Raises:
-      EvaluationError, WeightsError: something is missing or does not belong together.
+      EvaluationError, WeightsError: something is missing or does not fit.
     """
     network, about = inception_network(settings.inception, settings.filter)
-    drawn, size = load_images(samples_dir, settings.size)
+    generated, size = load_images(samples_dir, settings.size)
     about["size"] = size
     towers = hf_clip.read_towers(settings.clip) if settings.clip else None
-    look = FeatureExtractor(network, towers, pathlib.Path(store), settings.batch_size, log)
+    extractor = FeatureExtractor(network, towers, pathlib.Path(store), settings.batch_size, log)
     if reference.endswith(".npz"):
         compared = read_reference(reference, about)
     else:
-        compared = compute_reference(look, load_images(reference, size)[0], about)
-    card = {"card": "fid", **score(look, drawn, compared, settings.resamples), **about}
+        compared = compute_reference(extractor, load_images(reference, size)[0], about)
+    card = {"card": "fid", **score(extractor, generated, compared, settings.resamples), **about}
     return card, compared
 
 
 class FeatureExtractor(NamedTuple):
-    """The networks that look at pictures, and where they leave what they saw."""
+    """Feature networks with the folder that caches their features."""
 
     network: Network
     towers: hf_clip.Towers | None
@@ -174,50 +176,50 @@ class FeatureExtractor(NamedTuple):
     batch_size: int
     log: Callable[[str], None]
 
-    def features(self, pictures: Pictures, name: str) -> Parts:
-        """Inception's features of the pictures called `name`."""
-        return self._extract(self.network, pictures, name)
+    def features(self, lazy_images: LazyImages, name: str) -> Parts:
+        """Features of the feature network, cached in the subfolder `name`."""
+        return self._extract(self.network, lazy_images, name)
 
-    def embeddings(self, pictures: Pictures, name: str) -> Parts | None:
-        """CLIP's of them, if there is a CLIP."""
+    def embeddings(self, lazy_images: LazyImages, name: str) -> Parts | None:
+        """CLIP embeddings; None without a CLIP."""
         if self.towers is None:
             return None
-        return self._extract(clip_score.image_network(self.towers), pictures, f"{name}_clip")
+        return self._extract(clip_score.image_network(self.towers), lazy_images, f"{name}_clip")
 
-    def _extract(self, network: Network, pictures: Pictures, name: str) -> Parts:
-        say = lambda line: self.log(f"{name}: {line}")  # noqa: E731
+    def _extract(self, network: Network, lazy_images: LazyImages, name: str) -> Parts:
+        log = lambda line: self.log(f"{name}: {line}")  # noqa: E731
         folder = self.store / name
-        return extract.extract(pictures, network, folder, batch_size=self.batch_size, log=say)
+        return extract.extract(lazy_images, network, folder, batch_size=self.batch_size, log=log)
 
 
 def compute_reference(
-    look: FeatureExtractor, pictures: Pictures, about: dict[str, Any]
+    extractor: FeatureExtractor, real: LazyImages, about: dict[str, Any]
 ) -> Reference:
-    """A reference of real pictures.
+    """The reference of a set of real images.
 
     Args:
-      look: the networks.
-      pictures: the real ones.
-      about: what is looked with, for the card.
+      extractor: the feature networks.
+      real: real images.
+      about: fields of the card that describe the networks.
     """
-    parts = look.features(pictures, "reference")
+    parts = extractor.features(real, "reference")
     known = {**about, "reference_sha256": parts.sha256, "reference_images": parts.count}
     gaussian = parts.statistics().gaussian()
-    return Reference(gaussian, known, parts, look.embeddings(pictures, "reference"))
+    return Reference(gaussian, known, parts, extractor.embeddings(real, "reference"))
 
 
 def read_reference(path: str, about: dict[str, Any]) -> Reference:
-    """A reference of statistics; one of ours must have been made with the same things.
+    """The reference of a file of statistics.
 
     Raises:
-      EvaluationError: it was made with another filter, network or size.
+      EvaluationError: a file of this program with another filter, network or size.
     """
     gaussian, known = frechet.load(path)
     for field in ("filter", "inception_sha256", "size"):
         if known and known.get(field) != about[field]:
             raise EvaluationError(
                 f"--reference={path} was made with {field}={known.get(field)}, not {about[field]}; "
-                "make it again, or measure as it was made"
+                "compute it again, or use its settings"
             )
     mine = {
         "reference_sha256": _sha256_of_file(path),
@@ -228,17 +230,17 @@ def read_reference(path: str, about: dict[str, Any]) -> Reference:
 
 
 def score(
-    look: FeatureExtractor, drawn: Pictures, reference: Reference, resamples: int
+    extractor: FeatureExtractor, generated: LazyImages, reference: Reference, resamples: int
 ) -> dict[str, Any]:
-    """The numbers of a card: distances of drawn pictures to a reference.
+    """The numbers of a card: distances of generated images to a reference.
 
     Args:
-      look: the networks.
-      drawn: the pictures.
-      reference: what they are compared with; without its features there is only the FID.
-      resamples: of the interval.
+      extractor: the feature networks.
+      generated: generated images.
+      reference: the reference; without its features only the FID is computed.
+      resamples: bootstrap resamples of the interval.
     """
-    parts = look.features(drawn, "samples")
+    parts = extractor.features(generated, "samples")
     own = parts.features()
     interval = frechet.distance_interval(own, reference.gaussian, resamples=resamples)
     numbers = {
@@ -257,23 +259,23 @@ def score(
         numbers |= {"kid": kid.value, "kid_error": _number(kid.error)}
         least = min(len(own), len(real), PRECISION_RECALL_IMAGES)
         if least > distances.NEIGHBOURS:
-            own, real = _some(own, least), _some(real, least)
+            own, real = _subset(own, least), _subset(real, least)
             numbers |= distances.precision_recall(own, real)._asdict()
             numbers["precision_recall_images"] = least
-    embedded = look.embeddings(drawn, "samples") if reference.clip_parts else None
+    embedded = extractor.embeddings(generated, "samples") if reference.clip_parts else None
     if embedded is not None and reference.clip_parts is not None:
         numbers["cmmd"] = distances.cmmd(embedded.features(), reference.clip_parts.features())
-        numbers["clip_sha256"] = look.towers.sha256 if look.towers else None
+        numbers["clip_sha256"] = extractor.towers.sha256 if extractor.towers else None
     return numbers
 
 
-def _some(cloud: np.ndarray, count: int) -> np.ndarray:
-    """As many pictures of a cloud, the same each time."""
-    return cloud[np.sort(np.random.default_rng(0).permutation(len(cloud))[:count])]
+def _subset(features: np.ndarray, count: int) -> np.ndarray:
+    """A fixed random subset of `count` rows."""
+    return features[np.sort(np.random.default_rng(0).permutation(len(features))[:count])]
 
 
 def _number(value: float) -> float | None:
-    """JSON knows no NaN."""
+    """None for NaN, which JSON lacks."""
     return None if np.isnan(value) else value
 
 

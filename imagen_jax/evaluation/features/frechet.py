@@ -1,8 +1,7 @@
-"""Frechet distance of two clouds of features (Heusel et al. 2017, arXiv:1706.08500).
+"""Frechet distance of two feature sets (Heusel et al. 2017, arXiv:1706.08500).
 
-Every cloud is summed up by its mean and covariance, in float64 on the host; clouds that are seen in
-parts are merged exactly. `distance` is what FID is made of (evaluation/fid.py); it does not care
-which network the features come from.
+A set is represented by its mean and covariance, in float64 on the host; statistics of parts are
+merged exactly. With Inception's features `distance` is the FID (features/fid.py).
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ from imagen_jax.io import atomic
 
 
 class Gaussian(NamedTuple):
-    """What a cloud of features is taken for.
+    """Mean and covariance of a feature set.
 
     Attributes:
       mean: of each feature.
-      covariance: unbiased, divided by count - 1 as by the other implementations.
-      count: pictures behind it; 0: the file does not say.
+      covariance: unbiased, divided by count - 1 as in the other implementations.
+      count: number of images; 0: unknown (absent from the file).
     """
 
     mean: Float[np.ndarray, " d"]
@@ -40,10 +39,10 @@ class Gaussian(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """Sums over a cloud, or a part of one.
+    """Sums over a feature set or a part of one.
 
     Attributes:
-      count: pictures.
+      count: number of images.
       mean: float64, of each feature.
       scatter: float64, sum of (x - mean)(x - mean)^T.
     """
@@ -54,14 +53,14 @@ class Statistics:
 
     @classmethod
     def of(cls, features: Float[np.ndarray, "n d"]) -> Statistics:
-        """Of one or more pictures' features."""
+        """Statistics of the features of one or more images."""
         features = np.asarray(features, np.float64)
         mean = features.mean(0)
         centred = features - mean
         return cls(len(features), mean, centred.T @ centred)
 
     def merge(self, other: Statistics) -> Statistics:
-        """Those of both together, exact (Chan, Golub & LeVeque 1983, eq. 2.1)."""
+        """Statistics of the union, exact (Chan, Golub & LeVeque 1983, eq. 2.1)."""
         count = self.count + other.count
         gap = other.mean - self.mean
         mean = self.mean + gap * (other.count / count)
@@ -69,14 +68,14 @@ class Statistics:
         return Statistics(count, mean, self.scatter + other.scatter + between)
 
     def gaussian(self) -> Gaussian:
-        """Mean and unbiased covariance. Raises EvaluationError for fewer than two pictures."""
+        """Mean and unbiased covariance. Raises EvaluationError for fewer than two images."""
         if self.count < 2:
-            raise EvaluationError(f"{self.count} picture has no covariance; give at least 2")
+            raise EvaluationError(f"{self.count} image has no covariance; give at least 2")
         return Gaussian(self.mean, self.scatter / (self.count - 1), self.count)
 
 
 def merged(parts: Iterable[Statistics]) -> Statistics:
-    """All parts as one, from the first to the last."""
+    """Statistics of all parts, merged in order."""
     return functools.reduce(Statistics.merge, parts)
 
 
@@ -85,15 +84,14 @@ def distance(a: Gaussian, b: Gaussian) -> float:
 
     |m_a - m_b|^2 + tr(C_a + C_b) - 2 tr((C_a^1/2 C_b C_a^1/2)^1/2). The last trace is the sum of
     the singular values of F_a^T F_b for any factors C = F F^T. Unlike the matrix square root of
-    C_a C_b, they are real, and as exact for covariances without full rank (fewer pictures than
-    features).
+    C_a C_b, it is real, and exact for rank-deficient covariances (fewer images than features).
     """
     _check_sizes(a, b)
     return _distance(a, b, _factor(b.covariance))
 
 
 def _distance(a: Gaussian, b: Gaussian, factor: Float[np.ndarray, "d r"]) -> float:
-    """`distance`, given the factor of b's covariance, which takes a while to find."""
+    """`distance` with a precomputed factor of b's covariance (expensive)."""
     gap = a.mean - b.mean
     overlap = np.linalg.svd(_factor(a.covariance).T @ factor, compute_uv=False).sum()
     total = gap @ gap + np.trace(a.covariance) + np.trace(b.covariance) - 2 * overlap
@@ -101,10 +99,10 @@ def _distance(a: Gaussian, b: Gaussian, factor: Float[np.ndarray, "d r"]) -> flo
 
 
 def _factor(covariance: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d r"]:
-    """F with F F^T = covariance and as many columns as its rank: Cholesky's, with pivots.
+    """F with F F^T = covariance and rank(covariance) columns: pivoted Cholesky decomposition.
 
-    Eigenvectors would give a factor as well, but take far longer. Pivots that are only rounding
-    would count by their square roots, which are not small: there it ends.
+    Eigenvectors would also give a factor, but take far longer. The decomposition stops at pivots
+    of the size of rounding errors, because their square roots would not be negligible.
     """
     symmetric = (covariance + covariance.T) / 2
     least = max(symmetric.diagonal().max(), 0) * len(symmetric) * np.finfo(np.float64).eps
@@ -118,8 +116,8 @@ def _factor(covariance: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d r"]:
 def _check_sizes(a: Gaussian, b: Gaussian) -> None:
     if a.mean.shape != b.mean.shape:
         raise EvaluationError(
-            f"features of {len(a.mean)} and {len(b.mean)} numbers cannot be compared; use the "
-            "network that the reference was made with"
+            f"features of size {len(a.mean)} and {len(b.mean)} cannot be compared; use the "
+            "network of the reference"
         )
 
 
@@ -134,53 +132,54 @@ class Interval(NamedTuple):
 def distance_interval(
     features: Float[np.ndarray, "n d"], reference: Gaussian, *, resamples: int, seed: int = 0
 ) -> Interval:
-    """Distance of pictures to a reference, and how far it would move for other such pictures.
+    """Distance of images to a reference, with a bootstrap interval over the images.
 
-    The interval is the distance plus and minus Student's quantile times the spread of the distances
-    of resampled pictures (bootstrap); the reference stays as it is. Their percentiles are of no
-    use: a resample repeats pictures, has a smaller covariance in effect and hence a larger
-    distance than the pictures themselves.
+    The interval is the distance plus and minus Student's quantile times the standard deviation of
+    the distances of bootstrap resamples; the reference is fixed. Percentiles are unsuitable: a
+    resample repeats images, has a smaller effective covariance and hence a larger distance than the
+    images themselves.
 
     Args:
-      features: of the pictures.
-      reference: what they are compared with.
-      resamples: how many times pictures are drawn with replacement, at least 2.
-      seed: of the draws.
+      features: features of the images.
+      reference: statistics of the reference.
+      resamples: number of bootstrap resamples, at least 2.
+      seed: seed of the resamples.
     """
     own = Statistics.of(features).gaussian()
     _check_sizes(own, reference)
     factor = _factor(reference.covariance)
     value = _distance(own, reference, factor)
     centred = np.asarray(features, np.float64) - own.mean
-    # Eigenvalues of F^T C F are the squared singular values, and C is a sum over pictures.
-    seen = centred @ factor
+    # The squared singular values are the eigenvalues of F^T C F, and C is a sum over images.
+    projected = centred @ factor
     norms, count = (centred**2).sum(1), len(centred)
-    drawn = []
+    distances = []
     for number in range(resamples):
-        draw = np.random.default_rng([seed, number]).multinomial(count, np.full(count, 1 / count))
-        rows = np.flatnonzero(draw)
-        weights = draw[rows].astype(np.float64)
-        shift, seen_shift = weights @ centred[rows] / count, weights @ seen[rows] / count
-        weighted = (seen[rows] - seen_shift) * np.sqrt(weights)[:, None]
+        rng = np.random.default_rng([seed, number])
+        repeats = rng.multinomial(count, np.full(count, 1 / count))
+        rows = np.flatnonzero(repeats)
+        weights = repeats[rows].astype(np.float64)
+        shift, projected_shift = weights @ centred[rows] / count, weights @ projected[rows] / count
+        weighted = (projected[rows] - projected_shift) * np.sqrt(weights)[:, None]
         few = len(weighted) < weighted.shape[1]
-        # W W^T and W^T W have the same eigenvalues but for zeros.
+        # W W^T and W^T W have the same non-zero eigenvalues.
         inner = weighted @ weighted.T if few else weighted.T @ weighted
         squares = np.linalg.eigvalsh(inner / (count - 1))
         overlap = np.sqrt(np.maximum(squares, 0)).sum()
         gap = own.mean + shift - reference.mean
         trace = (weights @ norms[rows] - count * shift @ shift) / (count - 1)
-        drawn.append(gap @ gap + trace + np.trace(reference.covariance) - 2 * overlap)
-    half = stats.t.ppf((1 + CONFIDENCE) / 2, resamples - 1) * np.std(drawn, ddof=1)
+        distances.append(gap @ gap + trace + np.trace(reference.covariance) - 2 * overlap)
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, resamples - 1) * np.std(distances, ddof=1)
     return Interval(value, max(value - float(half), 0.0), value + float(half))
 
 
 def save(path: str | os.PathLike[str], gaussian: Gaussian, about: Mapping[str, Any]) -> None:
-    """Writes an .npz that pytorch-fid, clean-fid and TTUR read too (`mu`, `sigma`).
+    """Writes an .npz that pytorch-fid, clean-fid and TTUR can read (`mu`, `sigma`).
 
     Args:
-      path: file to write, whole or not at all.
-      gaussian: what is saved.
-      about: JSON values, such as the network and the filter behind it.
+      path: file to write, atomically.
+      gaussian: the statistics.
+      about: JSON values such as the network and the filter.
     """
     with atomic.file(path) as partial, partial.open("wb") as file:
         np.savez(
@@ -193,13 +192,13 @@ def save(path: str | os.PathLike[str], gaussian: Gaussian, about: Mapping[str, A
 
 
 def load(path: str | os.PathLike[str]) -> tuple[Gaussian, dict[str, Any]]:
-    """Reads statistics as `save`, pytorch-fid, clean-fid or TTUR wrote them.
+    """Reads statistics written by `save`, pytorch-fid, clean-fid or TTUR.
 
     Returns:
-      Mean and covariance, and what `save` was told about them; {} for a file of others.
+      Mean and covariance, and the `about` of `save`; {} for files of other programs.
 
     Raises:
-      EvaluationError: no such file, or it holds no `mu` and `sigma` that belong together.
+      EvaluationError: no such file, or no matching `mu` and `sigma` in it.
     """
     try:
         with np.load(path, allow_pickle=False) as file:

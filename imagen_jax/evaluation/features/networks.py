@@ -1,8 +1,8 @@
-"""Networks whose features of pictures are compared, one row each: what FID needs, or its like.
+"""Feature networks of the Frechet distance, one row each.
 
-`random_convolutions` needs no file: where no trained network is at hand, it still tells clouds of
-small pictures apart. It says how alike pictures are in colours and coarse textures, not to a
-person; its distances are no FID and compare with its own alone.
+`random_convolutions` needs no weights and still separates sets of small images. It compares colours
+and coarse textures, not perceived similarity; its distances are no FID and are comparable only with
+one another.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from imagen_jax.io import images
 from imagen_jax.models.clip import ClipVisionConfig
 from imagen_jax.models.dinov2 import ImageFeatures
 
-# Channels of the layers: one picture has as many features as they are together, 56.
+# Channels of the layers; their sum, 56, is the number of features.
 RANDOM_CHANNELS = (8, 16, 32)
 RANDOM_KERNEL, RANDOM_SEED = 5, 0
 # By channel, 0..1.
@@ -35,11 +35,11 @@ IMAGENET_DEVIATION = np.array([0.229, 0.224, 0.225], np.float32)
 
 
 def random_convolutions() -> Network:
-    """Convolutions (5x5, stride 2, ReLU) whose weights a seed gives; nothing was learned.
+    """Untrained convolutions (5x5, stride 2, ReLU) with weights from a fixed seed.
 
-    Features are the means over the picture of every layer's channels, so pictures of any size have
-    equally many, but only those of one size compare. Weights are He's: normal, with a variance of
-    2 / (inputs to a channel); input is x / 128 - 1.
+    Features are the spatial means of every layer's channels; only images of one size are
+    comparable. Weights have He initialisation: normal with variance 2 / (inputs to a channel).
+    Input is x / 128 - 1.
     """
     rng, inputs, params = np.random.default_rng(RANDOM_SEED), 3, []
     for outputs in RANDOM_CHANNELS:
@@ -51,13 +51,13 @@ def random_convolutions() -> Network:
     return Network(f"random_convolutions {digest}", _to_input, _convolve, params)
 
 
-def _to_input(picture: UInt8[np.ndarray, "h w 3"]) -> Float[np.ndarray, "h w 3"]:
-    return picture.astype(np.float32) / 128 - 1
+def _to_input(image: UInt8[np.ndarray, "h w 3"]) -> Float[np.ndarray, "h w 3"]:
+    return image.astype(np.float32) / 128 - 1
 
 
 @jax.jit
-def _convolve(params: list[Array], pictures: Float[Array, "b h w 3"]) -> Float[Array, "b d"]:
-    x, means = pictures, []
+def _convolve(params: list[Array], x: Float[Array, "b h w 3"]) -> Float[Array, "b d"]:
+    means = []
     for kernel in params:
         x = jax.lax.conv_general_dilated(
             x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
@@ -69,7 +69,9 @@ def _convolve(params: list[Array], pictures: Float[Array, "b h w 3"]) -> Float[A
 
 def _random(file: str, filter: str) -> tuple[Network, dict[str, Any]]:
     if file:
-        raise EvaluationError(f"features random_convolutions have no file; got {file!r}, leave it")
+        raise EvaluationError(
+            f"features random_convolutions have no file; got {file!r}, leave --features_from empty"
+        )
     network = random_convolutions()
     return network, {"features_sha256": network.fingerprint.split()[1]}
 
@@ -85,18 +87,19 @@ def _clip(file: str, filter: str) -> tuple[Network, dict[str, Any]]:
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def dinov2_features(params: Any, pictures: Array, *, config: ClipVisionConfig) -> Array:
-    """Features of pictures as `to_dinov2` makes them."""
-    features: Any = ImageFeatures(config).apply({"params": params}, pictures)
+def dinov2_features(params: Any, inputs: Array, *, config: ClipVisionConfig) -> Array:
+    """Features of images preprocessed by `to_dinov2`."""
+    features: Any = ImageFeatures(config).apply({"params": params}, inputs)
     return features
 
 
-def to_dinov2(picture: UInt8[np.ndarray, "h w 3"]) -> Float[np.ndarray, "s s 3"]:
+def to_dinov2(image: UInt8[np.ndarray, "h w 3"]) -> Float[np.ndarray, "s s 3"]:
     """FD-DINOv2's input: 224 pixels (Pillow's bicubic), ImageNet's mean and deviation.
 
-    Differs from its authors' where the picture is not square: they squeeze it, here it was cut.
+    Differs from its authors' program for images that are not square: they are cropped here, and
+    squeezed there.
     """
-    square = images.center_crop_resize(picture, hf_dinov2.SIZE, "bicubic")
+    square = images.center_crop_resize(image, hf_dinov2.SIZE, "bicubic")
     return (square.astype(np.float32) / 255 - IMAGENET_MEAN) / IMAGENET_DEVIATION
 
 
@@ -116,11 +119,11 @@ FEATURE_NETWORKS: dict[str, Callable[[str, str], tuple[Network, dict[str, Any]]]
 
 
 def load(name: str, file: str = "", filter: str = "clean") -> tuple[Network, dict[str, Any]]:
-    """A row of FEATURE_NETWORKS as `features.extract` wants it, and what a card says of it.
+    """A row of FEATURE_NETWORKS, and its fields of a card.
 
     Args:
-      name: of the row.
-      file: of its weights: Inception's file, a Hugging Face CLIP or DINOv2 folder; "" for none.
+      name: name of the row.
+      file: weights: Inception's file, a Hugging Face CLIP or DINOv2 folder; "" for none.
       filter: inception: row of `resizing.FILTERS`.
 
     Raises:

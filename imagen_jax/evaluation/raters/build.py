@@ -1,8 +1,8 @@
-"""Makes a page on which raters compare two folders of pictures, blind (sections 4.2 and 4.3).
+"""Makes a page for blind comparison of two folders of images by raters (Sec. 4.2 and 4.3).
 
-OUT/page is what raters get: index.html, which needs nothing but a browser, and its pictures, under
-shuffled names and without metadata. OUT/key.json says which picture is whose and what the control
-questions should be answered; it stays with whoever runs the study, and `rate_score` needs it.
+OUT/page goes to raters: index.html, which needs only a browser, and pictures/ with shuffled names
+and without metadata. OUT/key.json maps images to folders and holds the expected answers of the
+control questions; it stays with the experimenter and is the input of `rate_score`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from imagen_jax.io import atomic, images
 
 PLAIN_COLORS = {"red": (215, 30, 30), "green": (30, 150, 50), "blue": (30, 60, 215)}
 CONTROL_SIZE = 256
-Picture = UInt8[np.ndarray, "h w 3"]
-# An item before it is laid out: its sides hold functions that load pictures.
+ImageArray = UInt8[np.ndarray, "h w 3"]
+# An item whose `sides` hold functions that load images.
 Item = dict[str, Any]
 
 
@@ -43,25 +43,25 @@ def build(
     """Writes OUT/page and OUT/key.json.
 
     Args:
-      folder_a, folder_b: folders of samples; what both drew is compared. For `photorealism` and
-        `alignment` B is the folder of originals.
+      folder_a, folder_b: folders of samples; prompts of both are compared. For `photorealism` and
+        `alignment`, B is the folder of real images.
       out: folder to write.
       study: a row of STUDIES.
-      names: of the two folders, for tables and charts; raters do not see them.
-      seed: of the order of items, of the sides, of picture names, of control questions.
-      controls: control items per item, at least one in each category unless it is 0.
+      names: names of the two folders in tables and charts; hidden from raters.
+      seed: seed of item order, sides, file names and control questions.
+      controls: control items per item, at least one in each category unless 0.
 
     Returns:
       The key.
 
     Raises:
-      EvaluationError: the folders have no prompt in common, or a picture cannot be read.
+      EvaluationError: the folders have no prompt in common, or an image cannot be read.
     """
     if not 0 <= controls <= 1:
-        raise EvaluationError(f"--controls={controls} must lie in 0..1, control items per item")
-    asked, rng = STUDIES[study], np.random.default_rng(seed)
-    items = _items(asked, folder_a, folder_b, rng)
-    items += _control_items(asked, items, controls, rng)
+        raise EvaluationError(f"--controls={controls} must be within 0..1 (control items per item)")
+    chosen, rng = STUDIES[study], np.random.default_rng(seed)
+    items = _items(chosen, folder_a, folder_b, rng)
+    items += _control_items(chosen, items, controls, rng)
     items = [items[i] for i in rng.permutation(len(items))]
     page = pathlib.Path(out) / "page"
     if page.exists() or (pathlib.Path(out) / "key.json").exists():
@@ -71,18 +71,18 @@ def build(
         "study": study,
         "names": list(names),
         "seed": seed,
-        "questions": [question.name for question in asked.questions],
+        "questions": [question.name for question in chosen.questions],
         "items": [{k: v for k, v in item.items() if k != "sides"} for item in items],
     }
     shown = [_shown(item, study) for item in items]
     key["id"] = hashlib.sha256(json.dumps([key, shown], sort_keys=True).encode()).hexdigest()[:16]
     atomic.write_json(pathlib.Path(out) / "key.json", key)
-    atomic.write_text(page / "index.html", _page(key, asked, shown))
+    atomic.write_text(page / "index.html", _page(key, chosen, shown))
     return key
 
 
 def _items(study: Study, folder_a: str, folder_b: str, rng: np.random.Generator) -> list[Item]:
-    """One item per prompt that both folders drew, or one per folder where they stand alone."""
+    """One item per prompt of both folders, or one per folder in studies of single images."""
     a, b = samples.by_prompt(folder_a), samples.by_prompt(folder_b)
     common = [key for key in a if key in b]
     if not common:
@@ -90,11 +90,11 @@ def _items(study: Study, folder_a: str, folder_b: str, rng: np.random.Generator)
             f"--samples_a={folder_a} and --samples_b={folder_b} have no prompt (and category) in "
             "common; sample both from the same prompts"
         )
-    # Half of the items have A on the left, so that a rater's leaning to a side cancels.
+    # Half of the items have A on the left, so a rater's side bias cancels.
     a_left = rng.permutation(len(common)) % 2 == 0
     items = []
     for (prompt, category), left in zip(common, a_left, strict=True):
-        count = min(study.pictures, len(a[prompt, category]), len(b[prompt, category]))
+        count = min(study.images_per_side, len(a[prompt, category]), len(b[prompt, category]))
         sides = {
             name: [_loader(folder, row["file"]) for row in rows[prompt, category][:count]]
             for name, folder, rows in (("A", folder_a, a), ("B", folder_b, b))
@@ -111,10 +111,10 @@ def _items(study: Study, folder_a: str, folder_b: str, rng: np.random.Generator)
 def _control_items(
     study: Study, items: Sequence[Item], share: float, rng: np.random.Generator
 ) -> list[Item]:
-    """Items whose answer is beyond doubt, whatever the folders hold.
+    """Items with a known answer.
 
-    Side by side: pictures of the study beside noise. Alone: a plain colour whose caption names
-    it (yes) or another one (no), in turn.
+    Side by side: images of the study beside noise. Single: a plain colour whose caption names it
+    (yes) or another colour (no), alternating.
     """
     controls = []
     for category in dict.fromkeys(item["category"] for item in items if share):
@@ -128,8 +128,8 @@ def _control_items(
                 sides = [real, noise] if first else [noise, real]
                 answer = "left" if first else "right"
             else:
-                said, other = (str(name) for name in rng.permutation(list(PLAIN_COLORS))[:2])
-                prompt, sides = f"A plain {said} picture.", [[_plain(said if first else other)]]
+                named, other = (str(name) for name in rng.permutation(list(PLAIN_COLORS))[:2])
+                prompt, sides = f"A plain {named} picture.", [[_plain(named if first else other)]]
                 answer = "yes" if first else "no"
             expected = {question.name: answer for question in study.questions}
             about = {"prompt": prompt, "category": category, "control": expected}
@@ -137,21 +137,21 @@ def _control_items(
     return controls
 
 
-def _loader(folder: str, file: str) -> Callable[[], Picture]:
+def _loader(folder: str, file: str) -> Callable[[], ImageArray]:
     return lambda: samples.load(folder, file)
 
 
-def _noise(seed: int, like: Callable[[], Picture]) -> Callable[[], Picture]:
-    """Noise of the size of another picture."""
+def _noise(seed: int, like: Callable[[], ImageArray]) -> Callable[[], ImageArray]:
+    """Noise of the size of another image."""
     return lambda: np.random.default_rng(seed).integers(0, 256, like().shape, dtype=np.uint8)
 
 
-def _plain(color: str) -> Callable[[], Picture]:
+def _plain(color: str) -> Callable[[], ImageArray]:
     return lambda: np.full((CONTROL_SIZE, CONTROL_SIZE, 3), PLAIN_COLORS[color], np.uint8)
 
 
 def _write_images(items: Sequence[Item], folder: pathlib.Path, rng: np.random.Generator) -> None:
-    """Writes every picture under a name that tells nothing, and puts it into its item."""
+    """Writes every image under a random name, and adds the names to the items."""
     total = sum(len(side) for item in items for side in item["sides"])
     numbers = iter(rng.permutation(total))
     for index, item in enumerate(items):
@@ -165,14 +165,14 @@ def _write_images(items: Sequence[Item], folder: pathlib.Path, rng: np.random.Ge
 
 
 def _shown(item: Item, study: str) -> dict[str, Any]:
-    """What the page is told about an item: not whose the pictures are, nor that it is a control."""
+    """The fields of an item on the page, without its folders and expected answer."""
     caption = item["prompt"] if STUDIES[study].shows_caption else ""
     return {"caption": caption, "category": item["category"], "pictures": item["pictures"]}
 
 
 def _page(key: dict[str, Any], study: Study, shown: Sequence[dict[str, Any]]) -> str:
-    """index.html: the template with its style, its script and the study put in."""
-    parts = importlib.resources.files("imagen_jax.evaluation") / "page"
+    """index.html: the template with style, script and study inserted."""
+    parts = importlib.resources.files("imagen_jax.evaluation.raters") / "page"
     questions = [
         {"name": question.name, "text": question.text, "answers": question.answers}
         for question in study.questions
@@ -182,7 +182,7 @@ def _page(key: dict[str, Any], study: Study, shown: Sequence[dict[str, Any]]) ->
     for mark, content in {
         "/*style*/": parts.joinpath("page.css").read_text(encoding="utf-8"),
         "/*script*/": parts.joinpath("page.js").read_text(encoding="utf-8"),
-        # Inside an attribute nothing a prompt says can end the element it stands in.
+        # Escaped inside an attribute, so a prompt cannot end the element.
         "<!--study-->": html.escape(json.dumps(data, ensure_ascii=False), quote=True),
     }.items():
         before, after = text.split(mark)

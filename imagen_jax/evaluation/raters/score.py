@@ -1,8 +1,8 @@
-"""Merges raters' result files into preference rates with intervals (sections 4.2 and 4.3).
+"""Merges raters' result files into preference rates with intervals (Sec. 4.2 and 4.3).
 
-Written rules: a rater who answers fewer than 80% of the control questions as expected, or none of
-them where the study has some, does not count. Where files of one rater answer a question twice, the
-file saved last holds. Intervals are of `intervals.crossed_mean`: over new raters and new prompts.
+Rules: a rater is excluded with fewer than 80% of the control questions answered as expected, or
+with none answered if the study has any. If two files of a rater answer the same question, the file
+saved last counts. Intervals are over new raters and new prompts (`intervals.crossed_mean`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float
 
 from imagen_jax.config.fields import unknown_name
-from imagen_jax.evaluation import bar_chart
+from imagen_jax.evaluation import charts
 from imagen_jax.evaluation.intervals import crossed_mean
 from imagen_jax.evaluation.raters.studies import STUDIES, VALUE, Study, names_people
 from imagen_jax.evaluation.samples import EvaluationError
@@ -29,7 +29,7 @@ ALL_PROMPTS, NO_PEOPLE = "all", "no people"
 
 
 class Rating(NamedTuple):
-    """One answer of one rater; `answer` in the words of studies.VALUE, `of` whose picture."""
+    """One answer of one rater; `answer` is a key of studies.VALUE, `of` the rated folder."""
 
     rater: str
     item: int
@@ -43,16 +43,16 @@ def score(key_file: str, result_files: Sequence[str | os.PathLike[str]]) -> dict
 
     Args:
       key_file: key.json of `rate_build`.
-      result_files: files that raters saved, or folders of them.
+      result_files: result files of raters, or folders of them.
 
     Returns:
-      `questions` maps each question to `agreement` and to `groups` (all, the no-people subset where
-      it is another one, every category), each with numbers of raters, prompts and ratings and with
-      `rates`: side by side the shares of A, indifferent and B; alone the mean of yes / somewhat /
-      no as 1 / 0.5 / 0 for A and for B. A rate is `mean`, `low`, `high` in 0..1.
+      `questions` maps each question to `agreement` and to `groups` (all, the no-people subset if it
+      differs, every category), each with numbers of raters, prompts and ratings and with `rates`:
+      for side-by-side studies the shares of A, indifferent and B, otherwise the mean of yes /
+      somewhat / no as 1 / 0.5 / 0 for A and for B. A rate is `mean`, `low`, `high` in 0..1.
 
     Raises:
-      EvaluationError: a file is not of this study, or no rater counts.
+      EvaluationError: a file belongs to another study, or every rater is excluded.
     """
     key = _read_key(key_file)
     answers = _merge([_read_result(path, key) for path in _expand(result_files)])
@@ -60,7 +60,7 @@ def score(key_file: str, result_files: Sequence[str | os.PathLike[str]]) -> dict
     ratings = _ratings(key, {k: v for k, v in answers.items() if k[0] not in excluded})
     if not ratings:
         raise EvaluationError(
-            f"--results: no rater counts; left out: {json.dumps(excluded, ensure_ascii=False)}"
+            f"--results: no rater counts; excluded: {json.dumps(excluded, ensure_ascii=False)}"
         )
     raters = {rating.rater for rating in ratings}
     return {
@@ -94,12 +94,12 @@ def _expand(paths: Sequence[str | os.PathLike[str]]) -> list[pathlib.Path]:
     for path in map(pathlib.Path, paths):
         files += sorted(path.glob("*.json")) if path.is_dir() else [path]
     if not files:
-        raise EvaluationError(f"--results={','.join(map(str, paths))}: no .json files there")
+        raise EvaluationError(f"--results={','.join(map(str, paths))} has no .json files")
     return files
 
 
 def _read_result(path: pathlib.Path, key: Mapping[str, Any]) -> dict[str, Any]:
-    """A result file whose every answer fits the study."""
+    """Reads a result file and checks every answer against the study."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         study, rater, answers = result["study"], result["rater"], list(result["answers"])
@@ -130,7 +130,7 @@ Answers = dict[tuple[str, int, str], str]
 
 
 def _merge(results: Sequence[Mapping[str, Any]]) -> Answers:
-    """(rater, item, question) -> answer; a later file overrules an earlier one."""
+    """(rater, item, question) -> answer; a later file overrides an earlier one."""
     merged: Answers = {}
     for result in sorted(results, key=lambda result: result["saved"].timestamp()):
         for answer in result["answers"]:
@@ -139,7 +139,7 @@ def _merge(results: Sequence[Mapping[str, Any]]) -> Answers:
 
 
 def _excluded(key: Mapping[str, Any], answers: Answers) -> dict[str, str]:
-    """Raters who do not count, and why."""
+    """Excluded raters with the reason."""
     right: dict[str, list[bool]] = {rater: [] for rater, _, _ in answers}
     for (rater, item, question), answer in answers.items():
         if expected := key["items"][item]["control"].get(question):
@@ -156,7 +156,7 @@ def _excluded(key: Mapping[str, Any], answers: Answers) -> dict[str, str]:
 
 
 def _ratings(key: Mapping[str, Any], answers: Answers) -> list[Rating]:
-    """Answers to what is no control question, sides put back to the folders they show."""
+    """Answers to all questions but controls, with sides mapped back to folders."""
     ratings = []
     for (rater, number, question), answer in sorted(answers.items()):
         item = key["items"][number]
@@ -208,7 +208,7 @@ def _score_group(ratings: Sequence[Rating], study: Study) -> dict[str, Any]:
 
 
 def _table(cells: Sequence[tuple[str, int, float]]) -> Float[np.ndarray, "raters items"]:
-    """Values by rater and item, NaN where there is none."""
+    """Values by rater and item, NaN if missing."""
     raters = {rater: i for i, rater in enumerate(sorted({rater for rater, _, _ in cells}))}
     items = {item: i for i, item in enumerate(sorted({item for _, item, _ in cells}))}
     table = np.full((len(raters), len(items)), np.nan)
@@ -224,16 +224,16 @@ def _agreement(ratings: Sequence[Rating]) -> dict[str, float | None]:
 
 
 def agreement(codes: Float[np.ndarray, "raters items"]) -> dict[str, float | None]:
-    """How far raters agree on items.
+    """Agreement of raters.
 
     Args:
-      codes: a number per answer, NaN where a rater did not answer.
+      codes: a number per answer, NaN for a missing answer.
 
     Returns:
-      `pairs`: share of pairs of ratings of one item that are the same, each item counting by its
-      ratings; `alpha`: Krippendorff's nominal alpha (2011, "Computing Krippendorff's
-      Alpha-Reliability"): 1 is full agreement, 0 chance. None where no item has two ratings, or,
-      for alpha, where all answers are the same.
+      `pairs`: share of equal pairs of ratings of an item, items weighted by their ratings; `alpha`:
+      Krippendorff's nominal alpha (2011, "Computing Krippendorff's Alpha-Reliability"): 1 is full
+      agreement, 0 is chance. None if no item has two ratings, or, for alpha, if all answers are
+      equal.
     """
     kinds = np.unique(codes[~np.isnan(codes)])
     counts = np.stack([(codes == kind).sum(0) for kind in kinds], -1).astype(float)
@@ -264,14 +264,15 @@ def write(card: Mapping[str, Any], out: str) -> None:
             for group, entry in scores["groups"].items()
         }
         title = f"{question}: {card['names'][0]} and {card['names'][1]}, 95% intervals"
-        atomic.write_text(folder / f"{question}.svg", bar_chart.draw(bars, title))
+        chart = charts.bar_chart(bars, title=title)
+        atomic.write_text(folder / f"{question}.svg", charts.to_svg(chart))
 
 
 def format_card(card: Mapping[str, Any]) -> str:
-    """The card as Markdown: a table per question, in percent."""
+    """The card as Markdown, one table per question, in percent."""
     lines = [f"# {card['study']}: {card['names'][0]} (A) and {card['names'][1]} (B)", ""]
     lines.append(f"{card['raters']} raters count; rule: {card['rule']}.")
-    lines += [f"Left out: {rater}, {why}." for rater, why in card["excluded"].items()]
+    lines += [f"Excluded: {rater}, {why}." for rater, why in card["excluded"].items()]
     for question, scores in card["questions"].items():
         columns = list(scores["groups"][ALL_PROMPTS]["rates"])
         lines += ["", f"## {question}", ""]
@@ -284,7 +285,7 @@ def format_card(card: Mapping[str, Any]) -> str:
         words = {k: "-" if v is None else f"{v:.2f}" for k, v in scores["agreement"].items()}
         lines.append("")
         lines.append(
-            f"Agreement: {words['pairs']} of pairs the same, Krippendorff's alpha {words['alpha']}."
+            f"Agreement: {words['pairs']} of pairs equal, Krippendorff's alpha {words['alpha']}."
         )
     return "\n".join(lines) + "\n"
 

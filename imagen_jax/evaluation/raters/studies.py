@@ -1,8 +1,8 @@
-"""What raters are asked: the paper's three studies (section 4.2, 4.3) as data.
+"""The paper's three human studies (Sec. 4.2 and 4.3) as data.
 
-`drawbench`: a model's pictures of a prompt beside another's, two questions, A / indifferent / B.
-`photorealism`: a drawn picture beside the original (COCO); 50% cannot be told apart.
-`alignment`: one picture and its caption, yes / somewhat / no, which count 100 / 50 / 0.
+`drawbench`: two models' images of a prompt side by side, two questions, A / indifferent / B.
+`photorealism`: a generated image beside the real one (COCO); 50% is indistinguishable.
+`alignment`: one image and its caption, yes / somewhat / no, which count 100 / 50 / 0.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import re
 
 CHOICE = (("left", "Left"), ("indifferent", "I am indifferent"), ("right", "Right"))
 YES_NO = (("yes", "Yes"), ("somewhat", "Somewhat"), ("no", "No"))
-# What an answer counts, 0..1; `left` and `right` become A and B first.
+# Value of an answer, 0..1; `left` and `right` are mapped to A and B first.
 VALUE = {"A": 1.0, "indifferent": 0.5, "B": 0.0, "yes": 1.0, "somewhat": 0.5, "no": 0.0}
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A question and its answers: (value in the result file, words on the page)."""
+    """A question and its answers: (value in the result file, text on the page)."""
 
     name: str
     text: str
@@ -27,10 +27,10 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """What an item shows: pictures of both folders side by side, or one picture by itself."""
+    """Layout of an item: images of both folders side by side, or a single image."""
 
     side_by_side: bool
-    pictures: int  # at most so many of a folder per item
+    images_per_side: int  # at most
     shows_caption: bool
     questions: tuple[Question, ...]
 
@@ -38,7 +38,7 @@ class Study:
 STUDIES = {
     "drawbench": Study(
         side_by_side=True,
-        pictures=8,
+        images_per_side=8,
         shows_caption=True,
         questions=(
             Question("fidelity", "Which set of images is of higher quality?", CHOICE),
@@ -49,7 +49,7 @@ STUDIES = {
     ),
     "photorealism": Study(
         side_by_side=True,
-        pictures=1,
+        images_per_side=1,
         shows_caption=False,
         questions=(
             Question(
@@ -61,7 +61,7 @@ STUDIES = {
     ),
     "alignment": Study(
         side_by_side=False,
-        pictures=1,
+        images_per_side=1,
         shows_caption=True,
         questions=(
             Question("description", "Does the caption accurately describe the image?", YES_NO),
@@ -69,7 +69,7 @@ STUDIES = {
     ),
 }
 
-# The paper's list; "player" stands there as "(sport) player".
+# The paper's list; it has "(sport) player" for "player".
 _PEOPLE_WORDS = """
 man men woman women person people child adult adults boy boys girl girls guy lady ladies someone
 toddler player workers spectators
@@ -78,5 +78,5 @@ PEOPLE = frozenset(_PEOPLE_WORDS.split())
 
 
 def names_people(prompt: str) -> bool:
-    """Whether a prompt holds one of the words that the paper's no-people subset leaves out."""
+    """Whether a prompt has a word that the paper's no-people subset excludes."""
     return not PEOPLE.isdisjoint(re.findall(r"[a-z]+", prompt.lower()))

@@ -1,9 +1,8 @@
-"""Text alignment on the shapes world: does a picture show what its prompt asks for?
+"""Text alignment on the shapes world: whether an image shows what its prompt specifies.
 
-`score` compares what `reading` finds in a picture with a prompt row; `evaluate` does so for a
-folder of samples and puts two yardsticks beside every number: the `ceiling` (real pictures of the
-same rows) and the `chance` (the same pictures, rows shuffled). It stands for the paper's human
-alignment ratings (section 4.3), as `fid` does for fidelity.
+`score` compares the objects that `reading` detects with a prompt row. `evaluate` scores a folder of
+samples beside two yardsticks: the `ceiling` (real images of the same rows) and the `chance` (the
+same samples, rows shuffled). It replaces the paper's human alignment ratings (Sec. 4.3).
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from imagen_jax.evaluation import intervals, samples
 from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.worlds.shapes import scenes
 from imagen_jax.worlds.shapes.letters import LETTERS
-from imagen_jax.worlds.shapes.reading import Detection, Reading, read
+from imagen_jax.worlds.shapes.reading import Detection, Detections, detect_objects
 
 ATTRIBUTES = (
     "exact",
@@ -37,75 +36,80 @@ ATTRIBUTES = (
     "order",
     "spelling",
 )
-# A word is level if the middles of its letters lie within this of each other, pixels of 64.
+# Largest vertical distance of the letter centres of a level word, pixels of a 64-pixel image.
 MAX_UNEVENNESS = 3.0
 SEED = 0
+TITLE = "Alignment on the shapes world"
 Score = dict[str, bool | None]
 _PARTS = ("scores", "ceiling", "chance")
 _NORMAL_QUANTILE = 1.96
 
 
 def score(image: UInt8[np.ndarray, "size size 3"], row: Mapping[str, Any]) -> Score:
-    """Compares a picture with a prompt row.
+    """Compares an image with a prompt row.
 
     Args:
       image: RGB, 0..255.
-      row: `objects` (shape, color, and size unless the prompt does not name it) and `relation`; of
-        the kind "word", the objects are its letters from left to right.
+      row: `objects` (shape, color, and size if the prompt names it) and `relation`; for the kind
+        "word", the objects are its letters from left to right.
 
     Returns:
-      A truth value for each of ATTRIBUTES: colour, shape and size say that the kinds present are
-      the ones asked for; binding that every asked object is there as one; relation that it holds
-      beyond doubt; order that it holds rather than its mirror image; spelling that the letters read
-      from left to right, and level, are the word; exact that all is right and nothing else is in
-      the picture. None where the row does not ask (size, relation, spelling), and for order where
-      the colours are wrong or the two objects cannot be told apart.
+      A truth value for each of ATTRIBUTES.
+      colour, shape, size: the set of values in the image equals that of the row.
+      count: the number of objects is right.
+      binding: every expected object is present as one object.
+      relation: it holds, and the offset along its axis exceeds the one across.
+      order: the relation holds rather than its mirror image.
+      spelling: the letters from left to right, on one level, are the word.
+      exact: everything is right, and the image shows nothing else.
+      None if the row does not specify the attribute (size, relation, spelling), and for order if
+      colours are wrong or the two objects cannot be distinguished.
     """
-    return compare(_read_for(row, image), row)
+    return compare(_detect_for(row, image), row)
 
 
-def _read_for(row: Mapping[str, Any], image: UInt8[np.ndarray, "size size 3"]) -> Reading:
-    return read(image, LETTERS if row.get("kind") == "word" else scenes.SHAPES)
+def _detect_for(row: Mapping[str, Any], image: UInt8[np.ndarray, "size size 3"]) -> Detections:
+    return detect_objects(image, LETTERS if row.get("kind") == "word" else scenes.SHAPES)
 
 
-def compare(reading: Reading, row: Mapping[str, Any]) -> Score:
-    """`score` for a picture that was read already."""
-    found, asked = reading.objects, row["objects"]
+def compare(detections: Detections, row: Mapping[str, Any]) -> Score:
+    """`score` for given detections."""
+    found, expected = detections.objects, row["objects"]
     marks: Score = {
-        "colour": {thing.color for thing in found} == {thing["color"] for thing in asked},
-        "shape": {thing.shape for thing in found} == {thing["shape"] for thing in asked},
-        "size": _sizes_agree(found, asked),
-        "count": len(found) == len(asked),
-        "binding": _all_bound(found, asked),
+        "colour": {thing.color for thing in found} == {thing["color"] for thing in expected},
+        "shape": {thing.shape for thing in found} == {thing["shape"] for thing in expected},
+        "size": _sizes_agree(found, expected),
+        "count": len(found) == len(expected),
+        "binding": _all_bound(found, expected),
         "relation": None,
         "order": None,
-        "spelling": _spells(found, asked) if row.get("kind") == "word" else None,
+        "spelling": _spells(found, expected) if row.get("kind") == "word" else None,
     }
     if row.get("relation"):
-        along, across = _distance(found, asked, row["relation"])
+        along, across = _distance(found, expected, row["relation"])
         marks["relation"] = along > across
         marks["order"] = along > 0 if marks["colour"] and not math.isnan(along) else None
     right = all(mark for mark in marks.values() if mark is not None)
-    return {"exact": right and reading.strays == 0, **marks}
+    return {"exact": right and detections.strays == 0, **marks}
 
 
-def _sizes_agree(found: Sequence[Detection], asked: Sequence[Mapping[str, Any]]) -> bool | None:
-    named = {thing["size"] for thing in asked if thing.get("size")}
+def _sizes_agree(found: Sequence[Detection], expected: Sequence[Mapping[str, Any]]) -> bool | None:
+    named = {thing["size"] for thing in expected if thing.get("size")}
     if not named:
         return None
     seen = {thing.size for thing in found}
-    all_named = all(thing.get("size") for thing in asked)
+    all_named = all(thing.get("size") for thing in expected)
     return seen == named if all_named else named <= seen
 
 
-def _all_bound(found: Sequence[Detection], asked: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether every asked object is one of those found, no object serving twice."""
+def _all_bound(found: Sequence[Detection], expected: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the expected objects can be matched one-to-one with detections."""
     free = list(found)
-    # Objects with a named size first: the others can take what is left.
-    for thing in sorted(asked, key=lambda thing: not thing.get("size")):
-        wanted = (thing["color"], thing["shape"], thing.get("size"))
+    # Objects with a named size first; the others match any remaining size.
+    for thing in sorted(expected, key=lambda thing: not thing.get("size")):
+        values = (thing["color"], thing["shape"], thing.get("size"))
         fitting = [
-            f for f in free if wanted in ((f.color, f.shape, f.size), (f.color, f.shape, None))
+            f for f in free if values in ((f.color, f.shape, f.size), (f.color, f.shape, None))
         ]
         if not fitting:
             return False
@@ -113,21 +117,21 @@ def _all_bound(found: Sequence[Detection], asked: Sequence[Mapping[str, Any]]) -
     return True
 
 
-def _spells(found: Sequence[Detection], asked: Sequence[Mapping[str, Any]]) -> bool:
+def _spells(found: Sequence[Detection], expected: Sequence[Mapping[str, Any]]) -> bool:
     heights = [thing.y for thing in found]
     level = bool(found) and max(heights) - min(heights) <= MAX_UNEVENNESS
     letters = [thing.shape for thing in sorted(found, key=lambda thing: thing.x)]
-    return level and letters == [thing["shape"] for thing in asked]
+    return level and letters == [thing["shape"] for thing in expected]
 
 
 def _distance(
-    found: Sequence[Detection], asked: Sequence[Mapping[str, Any]], relation: Mapping[str, Any]
+    found: Sequence[Detection], expected: Sequence[Mapping[str, Any]], relation: Mapping[str, Any]
 ) -> tuple[float, float]:
-    """How far the first object lies in the relation's direction, and how far beside it, pixels.
+    """Offset between the two objects along the relation's direction and across it, pixels.
 
-    Objects are told by colour, or by shape where the colours are equal; NaN if they cannot be.
+    Objects are identified by colour, or by shape if the colours are equal; NaN if ambiguous.
     """
-    first, second = asked[relation["first"]], asked[relation["second"]]
+    first, second = expected[relation["first"]], expected[relation["second"]]
     key = "color" if first["color"] != second["color"] else "shape"
     firsts = [thing for thing in found if getattr(thing, key) == first[key]]
     seconds = [thing for thing in found if getattr(thing, key) == second[key]]
@@ -140,37 +144,41 @@ def _distance(
 
 
 def evaluate(samples_dir: str | os.PathLike[str], by: str = "kind") -> dict[str, Any]:
-    """Scores the pictures of a folder that `sample` wrote.
+    """Scores the images of a folder written by `sample`.
 
     Args:
-      samples_dir: holds samples.jsonl, whose rows have `file` and every field of a prompt row.
-      by: field of the rows that tells the kinds of prompt apart: kind, or DrawBench's category.
+      samples_dir: holds samples.jsonl, whose rows have `file` and the fields of a prompt row.
+      by: row field that groups the prompts: kind, or DrawBench's category.
 
     Returns:
-      `pictures` and `kinds`: for each kind of prompt and for all together `n` and, under `scores`,
-      `ceiling` (real pictures of the same rows and size) and `chance` (rows shuffled within the
-      kind; for order the relation's word alone), the mean, 95% Wilson interval and n of every
-      attribute. The interval is over prompts, whose pictures belong together.
+      `title`, `pictures` and `kinds`: for each group and for `all` `n` and, under `scores`,
+      `ceiling` (real images of the same rows and size) and `chance` (rows shuffled within the
+      group; for order only the relation's word), the mean, 95% Wilson interval and n of every
+      attribute. The interval is over prompts.
 
     Raises:
-      EvaluationError: a file is missing or a row does not say what the picture should show.
+      EvaluationError: a file is missing, or a row does not specify its image.
     """
     folder = pathlib.Path(samples_dir)
     rows = _read_rows(folder, by)
     by_kind: dict[str, list[_Sample]] = {}
     for index, row in enumerate(rows):
-        drawn, rng = _load(folder, row["file"]), np.random.default_rng((SEED, index))
-        real = scenes.draw(scenes.scene_from_row(row, rng), len(drawn))
-        sample = _Sample(row, _read_for(row, drawn), _read_for(row, real))
+        generated, rng = _load(folder, row["file"]), np.random.default_rng((SEED, index))
+        real = scenes.render(scenes.scene_from_row(row, rng), len(generated))
+        sample = _Sample(row, _detect_for(row, generated), _detect_for(row, real))
         by_kind.setdefault(row[by], []).append(sample)
     report = {kind: _marks_of(by_kind[kind]) for kind in sorted(by_kind)}
     if len(report) > 1:
         report["all"] = [marks for parts in report.values() for marks in parts]
-    return {"pictures": len(rows), "kinds": {kind: _tally(m) for kind, m in report.items()}}
+    return {
+        "title": TITLE,
+        "pictures": len(rows),
+        "kinds": {kind: _tally(m) for kind, m in report.items()},
+    }
 
 
 def score_folder(samples_dir: str | os.PathLike[str]) -> dict[str, dict[str, dict[str, float]]]:
-    """The scores of `evaluate` alone, by kind of prompt: its yardsticks cost as much again.
+    """The `scores` of `evaluate` by kind of prompt, without yardsticks, in half the time.
 
     Raises:
       EvaluationError: as `evaluate`.
@@ -189,23 +197,23 @@ def score_folder(samples_dir: str | os.PathLike[str]) -> dict[str, dict[str, dic
 @dataclasses.dataclass(frozen=True)
 class _Sample:
     row: Mapping[str, Any]
-    drawn: Reading
-    real: Reading
+    generated: Detections
+    real: Detections
 
 
 def _marks_of(samples: Sequence[_Sample]) -> list[tuple[str, dict[str, Score]]]:
-    """Prompt and marks of the pictures of one kind: own, of the real pictures, by chance."""
+    """Prompt and marks of the samples of one group: their own, of real images, by chance."""
     others = [sample.row for sample in samples]
     random.Random(SEED).shuffle(others)
     marks = []
     for sample, other in zip(samples, others, strict=True):
-        by_chance = compare(sample.drawn, other)
+        by_chance = compare(sample.generated, other)
         if sample.row.get("relation") and other.get("relation"):
-            # Another row's colours are hardly ever right; its word alone asks about order.
+            # The colours of another row are hardly ever right; only its word tests order.
             word = other["relation"]["word"]
-            turned = {**sample.row, "relation": {**sample.row["relation"], "word": word}}
-            by_chance["order"] = compare(sample.drawn, turned)["order"]
-        own, real = compare(sample.drawn, sample.row), compare(sample.real, sample.row)
+            reworded = {**sample.row, "relation": {**sample.row["relation"], "word": word}}
+            by_chance["order"] = compare(sample.generated, reworded)["order"]
+        own, real = compare(sample.generated, sample.row), compare(sample.real, sample.row)
         prompt = str(sample.row.get("prompt_index", sample.row["prompt"]))
         marks.append((prompt, {"scores": own, "ceiling": real, "chance": by_chance}))
     return marks
@@ -219,27 +227,27 @@ def _tally(marks: Sequence[tuple[str, Mapping[str, Score]]]) -> dict[str, Any]:
 def _rates(marks: Sequence[tuple[str, Score]]) -> dict[str, dict[str, float]]:
     rates = {}
     for attribute in ATTRIBUTES:
-        asked = [(p, hit) for p, mark in marks if (hit := mark[attribute]) is not None]
-        if asked:
-            n, mean = len(asked), sum(value for _, value in asked) / len(asked)
-            independent = effective_sample_size(asked)
+        hits = [(p, hit) for p, mark in marks if (hit := mark[attribute]) is not None]
+        if hits:
+            n, mean = len(hits), sum(value for _, value in hits) / len(hits)
+            independent = effective_sample_size(hits)
             low, high = wilson(mean * independent, independent)
             rates[attribute] = {"mean": mean, "low": low, "high": high, "n": n}
     return rates
 
 
 def effective_sample_size(marks: Sequence[tuple[str, bool]]) -> float:
-    """How many independent pictures would tell as much as these of (prompt, mark).
+    """Number of independent images with the same variance of the mean as these (prompt, mark).
 
-    From the variance of the mean over prompts; at least as many as there are prompts, at most as
-    many as there are pictures, and these where every prompt has one.
+    Estimated from the variance over prompts; at least the number of prompts, at most the number of
+    images, and equal to it if every prompt has one image.
     """
     n, mean = len(marks), sum(mark for _, mark in marks) / len(marks)
     sums: dict[str, float] = {}
     for prompt, mark in marks:
         sums[prompt] = sums.get(prompt, 0.0) + mark - mean
     squares = sum(total**2 for total in sums.values())
-    if not 0 < mean < 1:  # No variance to go by.
+    if not 0 < mean < 1:  # The variance cannot be estimated.
         return float(len(sums))
     return float(min(max(n**2 * mean * (1 - mean) / max(squares, 1e-9), len(sums)), n))
 
@@ -251,7 +259,7 @@ def wilson(hits: float, n: float) -> tuple[float, float]:
 
 
 def _read_rows(folder: pathlib.Path, by: str) -> list[dict[str, Any]]:
-    """The folder's rows, each of which says what its picture should show."""
+    """The folder's rows, checked by `_check_row`."""
     rows = samples.read_rows(folder)
     for number, row in enumerate(rows, 1):
         try:
@@ -265,7 +273,7 @@ def _read_rows(folder: pathlib.Path, by: str) -> list[dict[str, Any]]:
 
 
 def _check_row(row: Mapping[str, Any], by: str) -> None:
-    """Raises ValueError where a row does not say what the picture should show."""
+    """Raises ValueError if a row does not specify its image."""
     for field in (by, "objects"):
         if not row.get(field):
             raise ValueError(f"no {field!r}")
@@ -279,14 +287,14 @@ def _check_row(row: Mapping[str, Any], by: str) -> None:
         if relation["word"] not in scenes.AXIS:
             raise ValueError(unknown_name("relation.word", relation["word"], scenes.RELATIONS))
         if {relation["first"], relation["second"]} - set(range(len(row["objects"]))):
-            raise ValueError(f"relation {relation} names an object that is not there")
+            raise ValueError(f"relation {relation} names an object that does not exist")
 
 
 def _load(folder: pathlib.Path, file: str) -> UInt8[np.ndarray, "size size 3"]:
     pixels = samples.load(folder, file)
     if pixels.shape[0] != pixels.shape[1]:
         raise EvaluationError(
-            f"{folder / file} has shape {pixels.shape[:2]}; pictures must be square"
+            f"{folder / file} has shape {pixels.shape[:2]}; images must be square"
         )
     return pixels
 

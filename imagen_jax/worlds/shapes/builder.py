@@ -1,38 +1,35 @@
-"""The shapes world as a TFDS data set, and the one command that puts any TFDS data set on disk.
+"""The shapes world as TFDS data sets, with prompt files and text for `pretrain_text`.
 
-`prepare` is the start of the data flow: what it writes (TFRecord files and, for the shapes world,
-prompt files for `sample`) is all that the later steps read. Examples keep their order, so that
-record i of a split is `shapes.scene(split, i)`.
+`data/sources/tfds_build.py` writes them to disk. Examples keep their order: record i of a split is
+`scenes.scene(split, i)`.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import tensorflow_datasets as tfds
 
-from imagen_jax.config.fields import ConfigError
-from imagen_jax.io import atomic, images
+from imagen_jax.io import images
 from imagen_jax.worlds.shapes import scenes as shapes
 from imagen_jax.worlds.shapes import words as shapes_words
 
 PROMPT_SPLITS = ("seen_test", "held_out")
-CORPUS_LINES = 20_000  # Lines of paraphrases.jsonl.
+MAX_LINES = 20_000  # Of a text file.
 RELATION_IMAGES = 12_000
 
 
 class ShapesWorld(tfds.core.GeneratorBasedBuilder):
     """Coloured shapes with captions: single objects, counts and relations, 64x64."""
 
-    SIZE = shapes.PICTURE
+    SIZE = shapes.IMAGE_SIZE
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "First release."}
-    # There is nothing to download; looking for checksums, TFDS would import a package
-    # (importlib_resources) that it does not require.
+    # Nothing is downloaded. TFDS's search for checksums would import importlib_resources, which
+    # TFDS does not require.
     url_infos = None
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -62,16 +59,21 @@ class ShapesWorld(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
         for index in range(self._count(split)):
             scene = self._scene(split, index)
-            png = images.encode_png(shapes.draw(scene, self.SIZE))
+            png = images.encode_png(shapes.render(scene, self.SIZE))
             row = json.dumps(shapes.prompt_row(scene))
             yield index, {"image": png, "caption": scene.caption, "row": row}
+
+    def text_files(self) -> Mapping[str, Iterable[Any]]:
+        """Prompts of the test splits, kinds in equal parts first, and text for `pretrain_text`."""
+        prompts = {f"prompts_{split}.jsonl": _prompt_rows(split) for split in PROMPT_SPLITS}
+        return _limited({**prompts, "paraphrases.jsonl": _world_groups()})
 
 
 class ShapesWorld256(ShapesWorld):
     """The first scenes of every split again, 256x256: `shapes_world256`.
 
-    A stage that learns from crops has thousands of each picture; a quarter of the scenes is drawn
-    in a quarter of the time.
+    A quarter of the scenes: training on crops sees thousands of crops of each image, and the
+    images are written in a quarter of the time.
     """
 
     SIZE = 256
@@ -79,12 +81,16 @@ class ShapesWorld256(ShapesWorld):
     def _count(self, split: str) -> int:
         return shapes.SPLITS[split] // 4
 
+    def text_files(self) -> Mapping[str, Iterable[Any]]:
+        """No text files: `shapes_world` has them."""
+        return {}
+
 
 class ShapesRelations(ShapesWorld):
-    """More scenes to train on, all of two objects in a relation: `shapes_relations`.
+    """Additional training scenes, all of two objects in a relation: `shapes_relations`.
 
-    Two different objects and who is where take more pictures to learn than what is alone; a mixture
-    with `shapes_world` has the share of them that its rates say. Captions name both sizes.
+    Relations need more training images than single objects; the rates of a mixture with
+    `shapes_world` set their share. Captions name both sizes.
     """
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
@@ -95,9 +101,13 @@ class ShapesRelations(ShapesWorld):
         del split
         return RELATION_IMAGES
 
+    def text_files(self) -> Mapping[str, Iterable[Any]]:
+        """No text files: `shapes_world` has them."""
+        return {}
+
 
 class ShapesWords(ShapesWorld):
-    """Pictures of words of three letters: `shapes_words`."""
+    """Images of words of three letters: `shapes_words`."""
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
         del dl_manager
@@ -109,69 +119,33 @@ class ShapesWords(ShapesWorld):
     def _scene(self, split: str, index: int) -> shapes.Scene:
         return shapes_words.scene(split, index)
 
-
-def prepare(data_dir: str, name: str) -> None:
-    """Writes a TFDS data set to disk; what is there already is kept.
-
-    Args:
-      data_dir: folder for the files; for the shapes world also `prompts_seen_test.jsonl` and
-        `prompts_held_out.jsonl`, whose first N rows hold the kinds of prompt in equal parts, and
-        `paraphrases.jsonl`, text for `pretrain_text`; for its words `prompts_words.jsonl`, held-out
-        ones, and `paraphrases_words.jsonl`, every fourth line of words, the others of the world.
-      name: registered name of a builder, e.g. shapes_world.
-
-    Raises:
-      ConfigError: no builder of that name.
-    """
-    tfds.disable_progress_bar()
-    try:
-        builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
-    except tfds.core.registered.DatasetNotFoundError as error:  # pyright: ignore[reportAttributeAccessIssue]
-        raise ConfigError(
-            f"config.data.name={name!r} is no TFDS data set; try shapes_world, "
-            "or import the module that defines the builder"
-        ) from error
-    builder.download_and_prepare(
-        download_config=tfds.download.DownloadConfig(try_download_gcs=False),
-        file_format=tfds.core.FileFormat.TFRECORD,
-    )
-    for file, values in _TEXTS.get(name, dict)().items():
-        lines = (json.dumps(value) + "\n" for value in itertools.islice(values, CORPUS_LINES))
-        atomic.write_text(pathlib.Path(data_dir) / file, "".join(lines))
+    def text_files(self) -> Mapping[str, Iterable[Any]]:
+        """Held-out prompts, and text of which every fourth line is about words."""
+        held_out = range(shapes_words.SPLITS["held_out"])
+        scenes = (shapes_words.scene("held_out", index) for index in held_out)
+        numbers, world = range(shapes_words.SPLITS["train"]), _world_groups()
+        words = (shapes_words.paraphrases("train", index) for index in numbers)
+        mixed = itertools.chain.from_iterable(zip(world, world, world, words, strict=False))
+        rows = map(shapes.prompt_row, scenes)
+        return _limited({"prompts_words.jsonl": rows, "paraphrases_words.jsonl": mixed})
 
 
-def _world_texts() -> dict[str, Iterable[Any]]:
-    """Files of prompts and of text for `pretrain_text`, by name, a value for every line."""
-    prompts = {f"prompts_{split}.jsonl": _prompt_rows(split) for split in PROMPT_SPLITS}
-    return {**prompts, "paraphrases.jsonl": _world_groups()}
-
-
-def _words_texts() -> dict[str, Iterable[Any]]:
-    """The same of `shapes_words`."""
-    held_out = range(shapes_words.SPLITS["held_out"])
-    scenes = (shapes_words.scene("held_out", index) for index in held_out)
-    numbers, world = range(shapes_words.SPLITS["train"]), _world_groups()
-    words = (shapes_words.paraphrases("train", index) for index in numbers)
-    mixed = itertools.chain.from_iterable(zip(world, world, world, words, strict=False))
-    rows = map(shapes.prompt_row, scenes)
-    return {"prompts_words.jsonl": rows, "paraphrases_words.jsonl": mixed}
-
-
-_TEXTS = {ShapesWorld.name: _world_texts, ShapesWords.name: _words_texts}
+def _limited(files: Mapping[str, Iterable[Any]]) -> dict[str, Iterable[Any]]:
+    return {name: itertools.islice(values, MAX_LINES) for name, values in files.items()}
 
 
 def _prompt_rows(split: str) -> Iterator[dict[str, Any]]:
-    """Of all scenes of a split, the kinds in turns."""
+    """Prompt rows of all scenes of a split, kinds interleaved."""
     scenes = [shapes.scene(split, index) for index in range(shapes.SPLITS[split])]
     by_kind = [[scene for scene in scenes if scene.kind == kind] for kind in shapes.KINDS]
-    taken_in_turns = itertools.chain(*itertools.zip_longest(*by_kind))
-    return (shapes.prompt_row(scene) for scene in taken_in_turns if scene)
+    interleaved = itertools.chain(*itertools.zip_longest(*by_kind))
+    return (shapes.prompt_row(scene) for scene in interleaved if scene)
 
 
 def _world_groups() -> Iterator[tuple[str, ...]]:
     """Text about the first training scenes, for `pretrain_text`."""
     return (
-        shapes.paraphrases("train", index, turn)
+        shapes.paraphrases("train", index, round_index)
         for index in range(shapes.SPLITS["train"])
-        for turn in range(shapes.PARAPHRASE_ROUNDS[shapes.scene("train", index).kind])
+        for round_index in range(shapes.PARAPHRASE_ROUNDS[shapes.scene("train", index).kind])
     )

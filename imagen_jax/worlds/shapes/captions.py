@@ -1,4 +1,4 @@
-"""How the shapes world talks: what can be said of objects, templates, the sentence of a scene."""
+"""Captions of the shapes world: objects, relations, templates and the sentence of a scene."""
 
 from __future__ import annotations
 
@@ -63,17 +63,17 @@ TEMPLATES = {
         'this picture says "{w}" in {c}',
     ),
 }
-# Said in text alone, never of a picture: what a plural is a plural of.
+# Templates of the text corpus only, never of image captions: the singular of a counted object.
 SINGULAR_TEMPLATES = ("{n} things, each {a}", "{a}, {n} times", "each of {n} things is {a}")
 
-# The same for a relation: who is where.
+# Text corpus only: the positions of a relation's objects.
 POSITION_TEMPLATES = (
     "{x} {p} and then {y} {q}",
     "{y} {q} and then {x} {p}",
     "{p} {x} and then {q} {y}",
     "{q} {y} and then {p} {x}",
 )
-# The same for a word: which letters, where.
+# Text corpus only: the letters of a word by position.
 SPELLING_TEMPLATES = (
     'first "{l[0]}", second "{l[1]}", third "{l[2]}", all {c}',
     'third "{l[2]}", second "{l[1]}", first "{l[0]}", all {c}',
@@ -110,15 +110,15 @@ def sentence(
     rng: np.random.Generator,
     templates: Sequence[str] = (),
 ) -> str:
-    """One of the kind's templates, filled in.
+    """A random template of the kind with the objects filled in.
 
     Args:
       kind: single, count, relation or word.
-      objects: what is shown; of a count, all alike; of a word, its letters.
+      objects: the objects; equal ones for a count, letters for a word.
       relation: `objects[first]` is `word` `objects[second]`.
-      sizes_named: whether sizes are said.
-      rng: draws the template, digits or words, and the full stop.
-      templates: to choose from; none: the kind's.
+      sizes_named: whether the sentence names sizes.
+      rng: samples the template, digits or words, and the full stop.
+      templates: candidates; empty: those of the kind.
     """
     templates = templates or TEMPLATES[kind]
     template = templates[int(rng.integers(len(templates)))]

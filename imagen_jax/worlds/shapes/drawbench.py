@@ -1,9 +1,9 @@
-"""DrawBench in the shapes world: prompts in the paper's categories, each with what it asks for.
+"""DrawBench for the shapes world: prompts in the paper's categories, with the expected objects.
 
-Nine of the paper's eleven categories (section 4.3, Table A.1) have a counterpart here. The rows
-carry `objects` and `relation`, so that `alignment` reads whether a picture shows them. The prompts
-are what the network is given, wrong letters and unknown words included. Not carried: DALL-E and
-Reddit, which collect prompts of other people.
+Nine of the paper's eleven categories (Sec. 4.3, Table A.1) have a counterpart. Rows have `objects`
+and `relation`, so that `alignment` can score samples. Prompts are passed to the model as they are,
+with misspellings and unknown words. Without counterpart: DALL-E and Reddit, collections of
+third-party prompts.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import numpy as np
 from imagen_jax.worlds.shapes import scenes, words
 from imagen_jax.worlds.shapes.captions import RELATIONS, Object, Relation, sentence
 
-PROMPTS = 32  # per category
+PROMPTS_PER_CATEGORY = 32
 SEED = 0
-# Scenes from here on are in no data set.
+# Scenes from this index on are in no data set.
 FIRST_SCENE = 1_000_000
 
-# Words for the same that no caption has.
+# Synonyms that no caption has.
 RARE = {
     "red": "crimson",
     "green": "emerald",
@@ -41,7 +41,7 @@ RARE = {
     "medium": "mid-sized",
     "large": "huge",
 }
-# Longer than any caption; the fields are those of `shapes_captions.TEMPLATES`.
+# Longer than any caption; fields as in `captions.TEMPLATES`.
 DESCRIPTIONS = {
     "single": (
         "in the picture there is one thing and nothing else, the thing is {a}",
@@ -63,10 +63,10 @@ Rows = Iterator[dict[str, Any]]
 
 
 def rows() -> list[dict[str, Any]]:
-    """The prompts, PROMPTS of each category, always the same.
+    """The prompts, PROMPTS_PER_CATEGORY of each category; deterministic.
 
     Returns:
-      Prompt rows as `shapes.prompt_row` gives them, without positions, and with `category`.
+      Rows of `scenes.prompt_row` without positions and with `category`.
     """
     found = []
     for number, (category, make) in enumerate(CATEGORIES.items()):
@@ -75,7 +75,7 @@ def rows() -> list[dict[str, Any]]:
             if row["prompt"] not in seen:
                 seen.add(row["prompt"])
                 found.append({"category": category, **row})
-            if len(seen) == PROMPTS:
+            if len(seen) == PROMPTS_PER_CATEGORY:
                 break
     return found
 
@@ -94,18 +94,18 @@ def _row(
     *,
     sizes_named: bool = True,
     templates: Sequence[str] = (),
-    said: Sequence[Object] = (),
+    worded_objects: Sequence[Object] = (),
 ) -> dict[str, Any]:
-    """A prompt row; `said` are the objects in the words of the prompt, none: in the world's."""
-    prompt = sentence(kind, said or objects, relation, sizes_named, rng, templates)
+    """A prompt row; `worded_objects`: the objects in the prompt's words, if these differ."""
+    prompt = sentence(kind, worded_objects or objects, relation, sizes_named, rng, templates)
     row = scenes.prompt_row(scenes.Scene(kind, tuple(objects), relation, prompt, sizes_named))
     for thing in row["objects"]:
-        del thing["x"], thing["y"]  # The prompt does not say where.
+        del thing["x"], thing["y"]  # The prompt does not name positions.
     return row
 
 
 def _colors(rng: np.random.Generator) -> Rows:
-    """Every colour on every shape, no size."""
+    """Every colour with every shape, without size."""
     for color in scenes.COLORS:
         for shape in scenes.SHAPES:
             thing = Object(shape, color, "medium")
@@ -113,7 +113,7 @@ def _colors(rng: np.random.Generator) -> Rows:
 
 
 def _conflicting(rng: np.random.Generator) -> Rows:
-    """What training contradicts: colours and sizes that it never showed on the shape."""
+    """Combinations of colour, size and shape absent from training."""
     while True:
         for scene in _scenes("held_out", "single"):
             yield _row("single", scene.objects, None, rng)
@@ -129,7 +129,7 @@ def _scenes(split: str, *kinds: str) -> Iterator[scenes.Scene]:
 
 
 def _of_scenes(kind: str) -> Callable[[np.random.Generator], Rows]:
-    """Combinations that were held out: a number of an object, or a statement."""
+    """Held-out combinations: a number of an object, or a statement."""
 
     def make(rng: np.random.Generator) -> Rows:
         for scene in _scenes("held_out", kind):
@@ -139,14 +139,14 @@ def _of_scenes(kind: str) -> Callable[[np.random.Generator], Rows]:
 
 
 def _descriptions(rng: np.random.Generator) -> Rows:
-    """Long sentences about scenes like those of training."""
+    """Long sentences about scenes of training combinations."""
     for scene in _scenes("seen_test", *scenes.KINDS):
         templates = DESCRIPTIONS[scene.kind]
         yield _row(scene.kind, scene.objects, scene.relation, rng, templates=templates)
 
 
 def _compositional(rng: np.random.Generator) -> Rows:
-    """Pairs that differ only by who is where: the same words, the roles exchanged."""
+    """Pairs with the same words and exchanged roles of the objects."""
     for scene in _scenes("seen_test", "relation"):
         first, second = scene.objects
         word = RELATIONS[rng.integers(len(RELATIONS))]
@@ -158,7 +158,7 @@ def _compositional(rng: np.random.Generator) -> Rows:
 
 
 def _text(rng: np.random.Generator) -> Rows:
-    """Words that no training picture shows."""
+    """Words absent from training images."""
     index = FIRST_SCENE
     while True:
         scene = words.scene("held_out", index)
@@ -167,24 +167,25 @@ def _text(rng: np.random.Generator) -> Rows:
 
 
 def _misspellings(rng: np.random.Generator) -> Rows:
-    """A slip of a finger in colour, shape and size."""
+    """A typing error in each of colour, shape and size."""
     return _reworded(rng, lambda word: _misspelt(word, rng))
 
 
 def _rare_words(rng: np.random.Generator) -> Rows:
-    """Words that the language model never read."""
+    """Synonyms absent from the language model's training text."""
     return _reworded(rng, RARE.__getitem__)
 
 
 def _reworded(rng: np.random.Generator, reword: Callable[[str], str]) -> Rows:
     for scene in _scenes("seen_test", "single", "count"):
         thing = scene.objects[0]
-        said = Object(reword(thing.shape), reword(thing.color), reword(thing.size))
-        yield _row(scene.kind, scene.objects, None, rng, said=[said] * len(scene.objects))
+        worded = Object(reword(thing.shape), reword(thing.color), reword(thing.size))
+        count = len(scene.objects)
+        yield _row(scene.kind, scene.objects, None, rng, worded_objects=[worded] * count)
 
 
 def _misspelt(word: str, rng: np.random.Generator) -> str:
-    """The word with two letters exchanged, one left out or one doubled; never the first."""
+    """The word with two letters exchanged, one omitted or one doubled; the first is unchanged."""
     at = int(rng.integers(1, len(word) - 1))
     rest = {0: word[at + 1] + word[at] + word[at + 2 :], 1: word[at + 1 :], 2: word[at] + word[at:]}
     wrong = word[:at] + rest[int(rng.integers(3))]

@@ -1,9 +1,8 @@
-"""The oracle text encoder of the shapes world: the objects that a caption names, as they are.
+"""Oracle text encoder of the shapes world: the attributes of the objects that a caption names.
 
-For ablations only. One token per object, each a few one-hot groups: colour, shape, size (or that
-none is named), how many of it there are, and its place in the relation. It reads the captions of
-the shapes world by their grammar and nothing else, and so tells how well a picture model could draw
-if its language model understood every sentence: the ceiling for any encoder learned from text.
+For ablations only. One token per object of one-hot groups: colour, shape, size (or none), count and
+position in the relation. It parses the captions of the shapes world by their grammar, and gives an
+upper bound for text encoders: the alignment of a model that understands every caption.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 NUMBERS = {"two": "2", "three": "3", "four": "4"}
 MAX_OBJECTS = 2
-DIM = 32  # The 25 places of GROUPS and seven that stay zero.
-# Every token has the norm of a T5 vector of this width: one per channel, root mean square.
+DIM = 32  # 25 channels of GROUPS, one for the end token, the others zero.
+# Every token has the norm of a T5 vector of this width: root mean square 1.
 SCALE = (DIM / len(GROUPS)) ** 0.5
 
 _OBJECT = re.compile(
@@ -44,10 +43,9 @@ _NUMBER = re.compile(rf"\b({'|'.join(NUMBERS)}|[234])\b")
 
 
 def read(caption: str) -> list[dict[str, str]]:
-    """The objects of a caption in the order of their mention, one name of each group.
+    """The objects of a caption in order of mention, with one value per group.
 
-    Two mentions in a relation: "A above B" puts A above, and so do "above B is A" and "B has A
-    above it".
+    In a relation, "A above B", "above B is A" and "B has A above it" all place A above.
     """
     text = caption.lower()
     mentions = list(_OBJECT.finditer(text))[:MAX_OBJECTS]
@@ -60,34 +58,34 @@ def read(caption: str) -> list[dict[str, str]]:
     relation = _RELATION.search(text)
     if relation and len(objects) == MAX_OBJECTS:
         word, opposite = relation[1], OPPOSITE[relation[1]]
-        said_of_second = relation[2] or relation.start() < mentions[0].start()
-        places = (opposite, word) if said_of_second else (word, opposite)
+        describes_second = relation[2] or relation.start() < mentions[0].start()
+        places = (opposite, word) if describes_second else (word, opposite)
         for thing, place in zip(objects, places, strict=True):
             thing["place"] = place
     return objects
 
 
 class OracleEncoder:
-    """One vector per object that the caption names, and one for the end of the caption."""
+    """One vector per object of the caption, and one for the end of the caption."""
 
     dim = DIM
 
     def __init__(self, config: TextConfig):
-        """Takes `max_len` from the configuration; there are no weights."""
+        """Reads `max_len` of the configuration; there are no weights."""
         if config.max_len <= MAX_OBJECTS:
             raise ConfigError(f"config.text.max_len={config.max_len} must be at least 3")
         self.max_len = config.max_len
 
     def fingerprint(self) -> dict[str, str | int]:
-        """The row, and the names it knows."""
+        """Name, groups and length."""
         return {"encoder": "shapes_oracle", "groups": str(GROUPS), "max_len": self.max_len}
 
     def token_count(self, caption: str) -> int:
-        """Objects and the end mark."""
+        """Number of objects plus the end token."""
         return len(read(caption)) + 1
 
     def tokenize(self, captions: Sequence[str]) -> TokenBatch:
-        """Ids of B captions padded to max_len: 1 is the end, others a number per kind of object."""
+        """Ids of B captions padded to max_len: 1 is the end, others index kinds of objects."""
         ids = np.zeros((len(captions), self.max_len), np.int32)
         for row, caption in enumerate(captions):
             for place, thing in enumerate(read(caption)):
@@ -101,7 +99,7 @@ class OracleEncoder:
     def encode(
         self, ids: Int[Array | np.ndarray, "b l"], mask: Bool[Array | np.ndarray, "b l"]
     ) -> Float[Array, "b l d"]:
-        """Joined one-hot groups, of the norm of a T5 vector; the end has a channel of its own."""
+        """Concatenated one-hot groups with the norm of a T5 vector; the end has its own channel."""
         left, parts = jnp.maximum(jnp.asarray(ids) - 2, 0), []
         for names in reversed(GROUPS.values()):
             parts.insert(0, jax.nn.one_hot(left % len(names), len(names)))
@@ -113,10 +111,10 @@ class OracleEncoder:
         return SCALE * vectors * jnp.asarray(mask)[..., None]
 
     def flops(self, length: int) -> float:
-        """None worth counting."""
+        """Zero: negligible."""
         return 0.0
 
 
 def load(config: TextConfig, mesh: Mesh | None = None) -> OracleEncoder:
-    """The row of `TEXT_ENCODERS`; needs no path."""
+    """The encoder; config.path is not used."""
     return OracleEncoder(config)

@@ -1,8 +1,8 @@
-"""Reading a picture of the shapes world without any learned model: which objects are in it.
+"""Object detection in images of the shapes world, without a learned model.
 
-Objects are the components of what is not background; their colour is a vote of the pixels, their
-shape and size the drawn template that overlaps them best. `alignment` compares what was read with
-what a prompt asks for.
+Objects are the connected components of non-background pixels. Their colour is a majority vote of
+the interior pixels; their shape and size are those of the rendered template with the largest
+overlap. `alignment` compares the detections with a prompt row.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from PIL import Image
 from imagen_jax.worlds.shapes import scenes
 from imagen_jax.worlds.shapes.letters import LETTERS
 
-# Distance in RGB from which a pixel is not background; grain of 6/255 stays below a quarter of it.
+# RGB distance above which a pixel is not background; noise of 6/255 is below a quarter of it.
 PRESENCE = 48.0
 MIN_STRAY_AREA = 2
 MIN_OBJECT_AREA = 40
-# An interior pixel votes for the nearest colour unless that is farther than this.
+# An interior pixel votes for the nearest colour within this RGB distance.
 MAX_COLOR_DISTANCE = 75.0
 MIN_PURITY = 0.9
-# Mean distance of the outline from the template's, pixels, the same for all shapes and sizes: an
-# IoU would forgive a large ragged shape, and ask more of a cross, all outline, than of a circle.
+# Mean distance of the outline from the template's, pixels. Unlike an IoU threshold it is equally
+# strict for all shapes and sizes: IoU tolerates large ragged shapes and penalises long outlines.
 MAX_ROUGHNESS = 0.28
-# Letters are thin, and an O is nearly a D.
+# Smaller for letters: they are thin, and O is similar to D.
 MIN_IOU_LEAD = {scenes.SHAPES: 0.03, LETTERS: 0.01}
-# Equivalent radii beyond the range of sizes by more than this factor have no size.
+# Largest factor between an equivalent radius and the nearest size.
 MAX_SIZE_RATIO = 1.25
 
 _BACKGROUND = np.array(scenes.BACKGROUND, np.float32)
@@ -39,7 +39,7 @@ _PALETTE = np.array(list(scenes.COLORS.values()), np.float32)
 
 
 class _Form(NamedTuple):
-    """Area in squared radii, length of the outline and place of the centroid in radii."""
+    """Area in squared radii; outline length and centroid offset in radii."""
 
     area: float
     outline: float
@@ -60,13 +60,13 @@ _FORMS = {
         8 * scenes.CROSS_ARM,
     ),
 }
-# Templates are tried off by so much: right and down in pixels, radius as a factor.
+# Search grid of the template fit: offsets right and down in pixels, factor of the radius.
 _NUDGES = ((-0.5, 0.0, 0.5), (-0.5, 0.0, 0.5), (0.94, 0.96, 0.98, 1.0, 1.02, 1.04, 1.06))
 
 
 @dataclasses.dataclass(frozen=True)
 class Detection:
-    """An object that was read; None where the picture is not clear. x, y in pixels of 64."""
+    """A detected object; None for ambiguous attributes. x, y in pixels of a 64-pixel image."""
 
     shape: str | None
     color: str | None
@@ -78,26 +78,26 @@ class Detection:
 
 
 @dataclasses.dataclass(frozen=True)
-class Reading:
-    """What is in a picture: its objects and the number of specks that are none."""
+class Detections:
+    """Objects of an image, and the number of components too small to be one."""
 
     objects: tuple[Detection, ...]
     strays: int
 
 
-def read(
+def detect_objects(
     image: UInt8[np.ndarray, "size size 3"], names: tuple[str, ...] = scenes.SHAPES
-) -> Reading:
-    """Reads the objects of a picture.
+) -> Detections:
+    """Detects the objects of an image.
+
+    All thresholds refer to 64 pixels. Images of another size are resized to it (box filter), so one
+    detector serves all stages of a cascade; `evaluation.edges` measures finer detail.
 
     Args:
       image: RGB, 0..255.
-      names: of the shapes that are looked for: `shapes.SHAPES` or `letters.LETTERS`.
-
-    All thresholds are in pixels of 64. Pictures of another size are resized to that (box filter),
-    so that one instrument reads all stages of a cascade; what is finer is `edges`' to see.
+      names: candidate shapes: `scenes.SHAPES` or `letters.LETTERS`.
     """
-    side = scenes.PICTURE
+    side = scenes.IMAGE_SIZE
     if image.shape[:2] != (side, side):
         image = np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BOX))
     pixels = image.astype(np.float32)
@@ -106,29 +106,29 @@ def read(
     for component in components(present):
         area = np.count_nonzero(component)
         if area >= MIN_OBJECT_AREA:
-            objects.append(_read_object(pixels, component, names))
+            objects.append(_detect(pixels, component, names))
         elif area >= MIN_STRAY_AREA:
             strays += 1
-    return Reading(tuple(objects), strays)
+    return Detections(tuple(objects), strays)
 
 
 def components(mask: Bool[np.ndarray, "height width"]) -> list[Bool[np.ndarray, "height width"]]:
-    """The connected parts of a mask, each as a mask of its own; diagonal neighbours connect."""
-    # A pixel takes the largest label around it, then that label's own: labels travel in leaps.
+    """The connected components of a mask (8-connectivity), each as a mask."""
+    # Each pixel takes the largest label around it, then that label's label (pointer jumping).
     height, width = mask.shape
     labels = np.arange(1, mask.size + 1).reshape(mask.shape) * mask
     while True:
         padded = np.pad(labels, 1)
         around = [padded[i : i + height, j : j + width] for i in range(3) for j in range(3)]
-        spread = np.maximum.reduce(around) * mask
-        spread = np.append(0, spread)[spread]
-        if np.array_equal(spread, labels):
+        updated = np.maximum.reduce(around) * mask
+        updated = np.append(0, updated)[updated]
+        if np.array_equal(updated, labels):
             return [labels == label for label in np.unique(labels[mask])]
-        labels = spread
+        labels = updated
 
 
-def _read_object(pixels: np.ndarray, component: np.ndarray, names: tuple[str, ...]) -> Detection:
-    # The outline lies half-way between the background and the object's own colour.
+def _detect(pixels: np.ndarray, component: np.ndarray, names: tuple[str, ...]) -> Detection:
+    # The outline is half-way between the background and the object's colour.
     away = np.median(pixels[_interior(component)], axis=0) - _BACKGROUND
     mask = component & ((pixels - _BACKGROUND) @ away > 0.5 * (away @ away))
     shape, radius, iou = _fit(mask, names)
@@ -139,14 +139,14 @@ def _read_object(pixels: np.ndarray, component: np.ndarray, names: tuple[str, ..
 
 
 def _interior(mask: np.ndarray) -> np.ndarray:
-    """Pixels whose four neighbours belong to the mask too; the mask itself if there are none."""
+    """Pixels whose four neighbours are in the mask; the mask itself if there are none."""
     padded = np.pad(mask, 1)
     sides = padded[2:, 1:-1] & padded[:-2, 1:-1] & padded[1:-1, 2:] & padded[1:-1, :-2]
     return mask & sides if (mask & sides).any() else mask
 
 
 def _vote(pixels: np.ndarray) -> tuple[str | None, float]:
-    """Name of the colour most of the pixels [n, 3] have (None if impure), and their share."""
+    """Majority colour of the pixels [n, 3] (None below MIN_PURITY), and its share."""
     distance = np.linalg.norm(pixels[:, None] - _PALETTE, axis=-1)
     nearest = np.where(distance.min(1) <= MAX_COLOR_DISTANCE, distance.argmin(1), len(_PALETTE))
     counts = np.bincount(nearest, minlength=len(_PALETTE) + 1)
@@ -156,9 +156,9 @@ def _vote(pixels: np.ndarray) -> tuple[str | None, float]:
 
 
 def _fit(mask: np.ndarray, names: tuple[str, ...]) -> tuple[str | None, float, float]:
-    """Shape (None if no template fits clearly), radius in pixels, overlap with the best template.
+    """Shape (None without a clear fit), radius in pixels, overlap with the best template.
 
-    Templates get the area and centroid of the mask, give or take half a pixel and 6%.
+    Templates have the area and centroid of the mask, varied by _NUDGES.
     """
     rows, columns = np.nonzero(mask)
     top, left = rows.min() - 1, columns.min() - 1
@@ -171,14 +171,14 @@ def _fit(mask: np.ndarray, names: tuple[str, ...]) -> tuple[str | None, float, f
         x = columns.mean() - left + shift_x - form.right * radius
         y = rows.mean() - top + shift_y - form.below * radius
         dx, dy = np.arange(window.shape[1]) - x, np.arange(window.shape[0])[:, None] - y
-        # Single precision: this line is most of the time a picture takes.
+        # Single precision: this line takes most of the time per image.
         template = (
             scenes.coverage(shape, *(np.asarray(v, np.float32) for v in (radius, dx, dy))) > 0.5
         )
         iou = (template & window).sum((1, 2)) / (template | window).sum((1, 2))
         overlap[shape], radii[shape] = float(iou.max()), float(radius.ravel()[iou.argmax()])
     second, best = sorted(overlap, key=lambda shape: overlap[shape])[-2:]
-    # What the two do not share is a strip along the outline.
+    # The symmetric difference is a strip along the outline.
     roughness = (1 - overlap[best]) * radii[best] * forms[best].area / forms[best].outline
     clear = roughness <= MAX_ROUGHNESS and overlap[best] - overlap[second] >= MIN_IOU_LEAD[names]
     return (best if clear else None), radii[best], overlap[best]
@@ -186,14 +186,14 @@ def _fit(mask: np.ndarray, names: tuple[str, ...]) -> tuple[str | None, float, f
 
 @functools.cache
 def _form(shape: str) -> _Form:
-    """A letter's is measured on a large drawing of it."""
+    """Geometry of a shape; that of a letter is measured on a large rendering."""
     if shape in _FORMS:
         return _FORMS[shape]
     radius = 100.0
     across = np.arange(-1.5 * radius, 1.5 * radius) + 0.5
     alpha = scenes.coverage(shape, radius, across[None, :], across[:, None])
     area = alpha.sum()
-    # Along the outline coverage goes from 0 to 1, whichever way that faces.
+    # Coverage rises from 0 to 1 across the outline, in any direction.
     outline = np.hypot(*np.gradient(alpha)).sum()
     right, below = ((alpha.sum(axis) * across).sum() / area / radius for axis in (0, 1))
     return _Form(area / radius**2, outline / radius, right, below)

@@ -1,13 +1,12 @@
-"""The shapes world: coloured shapes drawn from captioned scenes, a data set without a download.
+"""The shapes world: images of coloured shapes with captions, a data set without a download.
 
-A scene is a pure function of (split, index), a picture a pure function of the scene. The world is
-small enough to learn in minutes and strict enough to measure what the paper is about (Imagen,
-section 4.3, DrawBench): does the picture show the colours, counts and relations that the text asks
-for, also in combinations that were never drawn while training? Scenes become TFRecord files in
-`data.shapes_builder`; `evaluation.alignment` reads pictures back.
+A scene is a pure function of (split, index), and its image a pure function of the scene. A model
+learns the world in minutes, and its samples can be scored exactly for the attributes of DrawBench
+(Imagen, Sec. 4.3): colours, counts and relations, also in combinations absent from training.
+`builder` writes scenes as TFRecord files; `alignment` scores images.
 
-Coordinates: x to the right, y down, in pixels; pixel i covers [i, i + 1), so the picture's centre
-is (32, 32). An object's x, y is the centre of its bounding box.
+Coordinates: x to the right, y down, in pixels; pixel i covers [i, i + 1), so the image centre is
+(32, 32). An object's x, y is the centre of its bounding box.
 """
 
 from __future__ import annotations
@@ -39,12 +38,12 @@ VERSION = 1
 SPLITS = {"train": 20_000, "seen_test": 1_000, "held_out": 1_000}
 MIXTURE = {"single": 0.45, "count": 0.35, "relation": 0.20}
 KINDS = tuple(MIXTURE)
-# Scenes beside those of SPLITS: more to train on, relations alone, all sizes named.
+# Split of additional training scenes: relations only, all sizes named.
 MORE_RELATIONS = "relations"
 
-PICTURE = 64
+IMAGE_SIZE = 64
 MARGIN = 2.0
-# One pixel more than the three promised: an antialiased edge reaches half a pixel outwards.
+# Three visible pixels plus one: an antialiased edge extends half a pixel outwards on each side.
 GAP = 4.0
 BACKGROUND = (22, 22, 26)
 COLORS = {
@@ -59,7 +58,7 @@ COLORS = {
 }
 SIZES = {"small": 7.25, "medium": 9.1, "large": 11.5}
 
-# Lengths in radii, chosen for similar area at equal size.
+# Lengths in radii; the shapes have similar areas at equal size.
 SQUARE_HALF = math.sqrt(math.pi) / 2
 TRIANGLE_HALF = 1.15
 CROSS_ARM = 1.15
@@ -67,27 +66,35 @@ CROSS_HALF_WIDTH = 0.4
 SHAPES = ("circle", "square", "triangle", "cross")
 EXTENT = {"circle": 1.0, "square": SQUARE_HALF, "triangle": TRIANGLE_HALF, "cross": CROSS_ARM}
 EXTENT |= dict.fromkeys(letters.LETTERS, letters.EXTENT)
-# From letter to letter of a word, in radii: wider than the font's cells, so that none touch.
+# Distance of adjacent letters in radii: wider than the font's cells, so that letters do not touch.
 LETTER_PITCH = 1.75
 
-# In a relation the offset across the axis is at most this share of the distance along it.
+# Largest offset across the axis of a relation, as a share of the distance along it.
 MAX_SLANT = 0.5
 PLACEMENT_TRIES = 64
 
 PARAPHRASES = 4
 POSITION_SHARE = 0.7
-# Who is where takes more text to learn than what is there.
+# Paraphrase rounds per kind: object order needs more text than object identity.
 PARAPHRASE_ROUNDS = {"single": 1, "count": 1, "relation": 12}
-PARAPHRASE_STREAM = 99  # Apart from the splits, whose numbers stand in its place.
+PARAPHRASE_STREAM = 99  # Seed component; differs from the split indices used in its position.
 
 
 class ShapesError(ValueError):
-    """A scene was asked for that the world does not have."""
+    """A scene that does not exist or does not fit into the image."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What a picture shows and says; `sizes_named` tells whether the caption names the sizes."""
+    """Objects of an image and its caption.
+
+    Attributes:
+      kind: single, count, relation or word.
+      objects: the objects with their positions.
+      relation: relation of two objects; None for other kinds.
+      caption: the sentence.
+      sizes_named: whether the caption names the sizes.
+    """
 
     kind: str
     objects: tuple[Object, ...]
@@ -96,13 +103,13 @@ class Scene:
     sizes_named: bool
 
 
-@functools.lru_cache(maxsize=1)  # Paraphrases ask for the same one again and again.
+@functools.lru_cache(maxsize=1)  # `paraphrases` requests the same scene repeatedly.
 def scene(split: str, index: int) -> Scene:
-    """The scene with number `index` of a split, always the same one.
+    """The scene at `index` of a split; deterministic.
 
     Args:
-      split: train, seen_test (other scenes of the same combinations), held_out (combinations that
-        the others never show, a third of each kind) or relations (more scenes for training).
+      split: train, seen_test (other scenes of the training combinations), held_out (combinations
+        absent from the other splits, kinds in equal parts) or relations (more training scenes).
       index: 0 or more.
 
     Raises:
@@ -122,7 +129,7 @@ def scene(split: str, index: int) -> Scene:
         objects, relation = _compose(kind, rng)
         if _is_novel(objects, relation) == novel:
             break
-    # Without its size a prompt about a held-out object would read like one of the training set.
+    # Without its size, the prompt of a held-out object would be a prompt of the training set.
     novel_by_size = novel and not (relation and _is_held_statement(objects, relation))
     sizes_named = bool(rng.random() < SIZE_NAMED_SHARE[kind]) or novel_by_size
     sizes_named |= split == MORE_RELATIONS
@@ -130,20 +137,20 @@ def scene(split: str, index: int) -> Scene:
     return Scene(kind, _place(objects, relation, rng), relation, caption, sizes_named)
 
 
-def paraphrases(split: str, index: int, turn: int = 0) -> tuple[str, ...]:
-    """PARAPHRASES captions that say the same of a scene; its own is the first.
+def paraphrases(split: str, index: int, round_index: int = 0) -> tuple[str, ...]:
+    """PARAPHRASES equivalent captions of a scene; its own caption is the first.
 
-    Most of those of a relation tell who is where, "a above and then b below", and half of the rest
-    are its mirror image, "b below a" for "a above b". Half of those of a number name one of the
-    objects: "each of two things is a cross" for "two crosses".
+    For relations, most name the positions ("a above and then b below"), and half of the others are
+    mirrored ("b below a" for "a above b"). For counts, half name a single object ("each of two
+    things is a cross" for "two crosses").
 
     Args:
-      split: of the scene.
-      index: of the scene.
-      turn: the same scene is put otherwise in another turn.
+      split: split of the scene.
+      index: index of the scene.
+      round_index: other rounds give other captions.
     """
     shown = scene(split, index)
-    stream = (VERSION, PARAPHRASE_STREAM, list(SPLITS).index(split), index, turn)
+    stream = (VERSION, PARAPHRASE_STREAM, list(SPLITS).index(split), index, round_index)
     rng = np.random.default_rng(stream)
     captions = [shown.caption]
     while len(captions) < PARAPHRASES:
@@ -154,56 +161,56 @@ def paraphrases(split: str, index: int, turn: int = 0) -> tuple[str, ...]:
             relation = Relation(OPPOSITE[relation.word], relation.second, relation.first)
         elif shown.kind == "count" and rng.random() < 0.5:
             templates = SINGULAR_TEMPLATES
-        said = shown.kind, shown.objects, relation, shown.sizes_named
-        captions.append(sentence(*said, rng, templates))
+        content = shown.kind, shown.objects, relation, shown.sizes_named
+        captions.append(sentence(*content, rng, templates))
     return tuple(captions)
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether a scene, no word, has an object, number or statement that training never shows."""
+    """Whether a scene has an object, number or statement absent from training; not for words."""
     return _is_novel(scene.objects, scene.relation)
 
 
-def draw(scene: Scene, size: int = PICTURE) -> UInt8[np.ndarray, "size size 3"]:
-    """The antialiased picture of a scene, 0..255.
+def render(scene: Scene, size: int = IMAGE_SIZE) -> UInt8[np.ndarray, "size size 3"]:
+    """The antialiased image of a scene, 0..255.
 
     Args:
-      scene: what is shown; its lengths are in pixels of 64.
-      size: side of the picture, pixels; an edge is one of them wide at any size.
+      scene: the scene; its lengths are in pixels of a 64-pixel image.
+      size: side of the image, pixels; an edge is one pixel wide at any size.
     """
-    picture = np.empty((size, size, 3), np.float32)
-    picture[:] = BACKGROUND
-    scale = size / PICTURE
+    image = np.empty((size, size, 3), np.float32)
+    image[:] = BACKGROUND
+    scale = size / IMAGE_SIZE
     for thing in scene.objects:
         x, y, radius = scale * thing.x, scale * thing.y, scale * SIZES[thing.size]
         reach = radius * EXTENT[thing.shape] + 1
         left, top = max(math.floor(x - reach), 0), max(math.floor(y - reach), 0)
-        window = picture[top : math.ceil(y + reach), left : math.ceil(x + reach)]
+        window = image[top : math.ceil(y + reach), left : math.ceil(x + reach)]
         dx = np.arange(window.shape[1], dtype=np.float32) + (left + 0.5 - x)
         dy = np.arange(window.shape[0], dtype=np.float32) + (top + 0.5 - y)
         alpha = coverage(thing.shape, radius, dx[None, :], dy[:, None])[..., None]
         window += alpha * (np.array(COLORS[thing.color], np.float32) - window)
-    return np.rint(picture).astype(np.uint8)
+    return np.rint(image).astype(np.uint8)
 
 
 def place_word(objects: Sequence[Object], rng: np.random.Generator) -> tuple[Object, ...]:
-    """Letters, all large, in a line from left to right, somewhere in the picture.
+    """Places letters, all large, in a row from left to right at a random position.
 
     Raises:
-      ShapesError: they do not fit into the picture.
+      ShapesError: the letters do not fit into the image.
     """
     radius = SIZES["large"]
     width = radius * (letters.CELL + LETTER_PITCH * (len(objects) - 1))
-    room = PICTURE - 2 * MARGIN - np.array([width, 2 * radius * letters.EXTENT])
+    room = IMAGE_SIZE - 2 * MARGIN - np.array([width, 2 * radius * letters.EXTENT])
     if room.min() < 0:
-        raise ShapesError(f"{len(objects)} letters do not fit into the picture; at most 3 do")
+        raise ShapesError(f"{len(objects)} letters do not fit into the image; at most 3 do")
     x, y = MARGIN + radius * np.array([letters.CELL / 2, letters.EXTENT]) + room * rng.random(2)
     centres = np.array([(x + radius * LETTER_PITCH * i, y) for i in range(len(objects))])
     return _at([dataclasses.replace(thing, size="large") for thing in objects], centres)
 
 
 def prompt_row(scene: Scene) -> dict[str, Any]:
-    """The scene as a row of `prompts.jsonl`; `size` is None where the caption does not name it."""
+    """The scene as a row of `prompts.jsonl`; `size` is None if the caption does not name it."""
     hidden = {} if scene.sizes_named else {"size": None}
     objects = [dataclasses.asdict(thing) | hidden for thing in scene.objects]
     relation = dataclasses.asdict(scene.relation) if scene.relation else None
@@ -211,24 +218,24 @@ def prompt_row(scene: Scene) -> dict[str, Any]:
 
 
 def scene_from_row(row: Mapping[str, Any], rng: np.random.Generator) -> Scene:
-    """A scene that fulfils a prompt row.
+    """A scene that satisfies a prompt row.
 
-    The row's own positions are used where sizes and positions are complete and fit; otherwise
-    unnamed sizes are drawn (equal ones for equal objects) and the objects placed anew.
+    Uses the row's positions if all sizes and positions are given and fit; otherwise samples unnamed
+    sizes (equal ones for equal objects) and new positions.
 
     Raises:
-      ShapesError: the objects do not fit into the picture.
+      ShapesError: the objects do not fit into the image.
     """
     named = all(thing.get("size") for thing in row["objects"])
     sizes: dict[tuple[str, str], str] = {}
     objects = []
     for thing in row["objects"]:
-        drawn = sizes.setdefault((thing["shape"], thing["color"]), str(rng.choice(list(SIZES))))
+        sampled = sizes.setdefault((thing["shape"], thing["color"]), str(rng.choice(list(SIZES))))
         position = (float(thing.get("x") or 0), float(thing.get("y") or 0))
-        size = thing.get("size") or drawn
+        size = thing.get("size") or sampled
         objects.append(Object(thing["shape"], thing["color"], size, *position))
-    said = row.get("relation")
-    relation = Relation(said["word"], said["first"], said["second"]) if said else None
+    fields = row.get("relation")
+    relation = Relation(fields["word"], fields["first"], fields["second"]) if fields else None
     if row["kind"] == "word":
         return Scene("word", place_word(objects, rng), None, row["prompt"], False)
     placed = tuple(objects) if named and _fits(objects) else _place(objects, relation, rng)
@@ -303,7 +310,7 @@ def _is_novel(objects: Sequence[Object], relation: Relation | None) -> bool:
 
 
 def _is_held_object(thing: Object) -> bool:
-    """One sixth of the (colour, shape, size) triples, every colour, shape and size among them."""
+    """One sixth of the (colour, shape, size) triples, with every colour, shape and size."""
     color, shape, size = _indices(thing)
     return (color + 2 * shape + 3 * size) % 6 == 0
 
@@ -315,7 +322,7 @@ def _is_held_number(number: int, thing: Object) -> bool:
 
 
 def _is_held_statement(objects: Sequence[Object], relation: Relation) -> bool:
-    """One sixth of the statements; "a above b" and "b below a" are the same one."""
+    """One sixth of the statements; "a above b" and "b below a" are the same statement."""
     first, second = objects[relation.first], objects[relation.second]
     if relation.word in ("right of", "below"):
         first, second = second, first
@@ -336,7 +343,7 @@ def _place(
 
 
 def _at(objects: Sequence[Object], centres: np.ndarray) -> tuple[Object, ...]:
-    # Two decimals are what a prompt row shows; rounding here makes the row the whole truth.
+    # Rounded as in prompt rows, so that a row determines its scene.
     return tuple(
         dataclasses.replace(thing, x=round(float(x), 2), y=round(float(y), 2))
         for thing, (x, y) in zip(objects, centres, strict=True)
@@ -351,11 +358,11 @@ def _extents(objects: Sequence[Object]) -> np.ndarray:
 def _related_centres(
     extents: np.ndarray, relation: Relation, rng: np.random.Generator
 ) -> np.ndarray:
-    """Centres [2, 2] for which the relation holds beyond doubt, see MAX_SLANT."""
+    """Centres [2, 2] for which the relation holds with an offset of at most MAX_SLANT."""
     along = AXIS[relation.word]
     forward = relation.word in ("left of", "above")
     low, high = (relation.first, relation.second) if forward else (relation.second, relation.first)
-    centres, lowest, highest = np.empty((2, 2)), MARGIN + extents, PICTURE - MARGIN - extents
+    centres, lowest, highest = np.empty((2, 2)), MARGIN + extents, IMAGE_SIZE - MARGIN - extents
     distance = rng.uniform(extents.sum() + GAP, highest[high] - lowest[low])
     centres[low, along] = rng.uniform(lowest[low], highest[high] - distance)
     centres[high, along] = centres[low, along] + distance
@@ -368,18 +375,18 @@ def _related_centres(
 
 
 def _scattered_centres(extents: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Centres [n, 2], uniform among those that keep the gap; in quadrants where that is rare."""
+    """Centres [n, 2], uniform among those that keep the gap; in quadrants if none is found."""
     number = len(extents)
-    lowest, highest = MARGIN + extents[:, None], PICTURE - MARGIN - extents[:, None]
+    lowest, highest = MARGIN + extents[:, None], IMAGE_SIZE - MARGIN - extents[:, None]
     tries = rng.uniform(lowest, highest, size=(PLACEMENT_TRIES, number, 2))
     fitting = np.flatnonzero(_are_apart(tries, extents))
     if len(fitting):
         return tries[fitting[0]]
     if number > 4:
-        raise ShapesError(f"{number} objects do not fit into the picture; at most 4 always do")
+        raise ShapesError(f"{number} objects do not fit into the image; at most 4 always do")
     cells = rng.permutation(4)[:number]
-    corner = np.stack([cells % 2, cells // 2], axis=1) * (PICTURE - 2 * MARGIN + GAP) / 2
-    room = (PICTURE - 2 * MARGIN - GAP) / 2 - 2 * extents[:, None]
+    corner = np.stack([cells % 2, cells // 2], axis=1) * (IMAGE_SIZE - 2 * MARGIN + GAP) / 2
+    room = (IMAGE_SIZE - 2 * MARGIN - GAP) / 2 - 2 * extents[:, None]
     return lowest + corner + rng.random((number, 2)) * room
 
 
@@ -393,6 +400,6 @@ def _are_apart(centres: np.ndarray, extents: np.ndarray) -> np.ndarray | np.bool
 def _fits(objects: Sequence[Object]) -> bool:
     extents = _extents(objects)
     centres = np.array([(thing.x, thing.y) for thing in objects])
-    inside = np.abs(centres - PICTURE / 2).max(-1) <= PICTURE / 2 - MARGIN - extents + 0.01
+    inside = np.abs(centres - IMAGE_SIZE / 2).max(-1) <= IMAGE_SIZE / 2 - MARGIN - extents + 0.01
     # Rounded positions may miss the gap by a hundredth.
     return bool(inside.all() and _are_apart(centres, extents - 0.01))

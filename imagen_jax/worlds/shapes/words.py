@@ -1,8 +1,8 @@
 """Words in the shapes world: three large letters of one colour, for DrawBench's category Text.
 
-A word is consonant, vowel, consonant: CAT and SUN, and many that mean nothing. Every sixth is held
-out, so that whoever draws it has to spell. A scene is one of `shapes`, its objects the letters from
-left to right; as there, a pure function of (split, index).
+A word is consonant, vowel, consonant: CAT, SUN, and many without meaning. One sixth of the words is
+held out and tests spelling. A scene is a `scenes.Scene` whose objects are the letters from left to
+right, a pure function of (split, index).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 from imagen_jax.worlds.shapes import scenes
 from imagen_jax.worlds.shapes.captions import SPELLING_TEMPLATES, Object, sentence
 
-# Letters that stand clear of the next one at 64 pixels.
+# Letters that do not touch their neighbours at 64 pixels.
 CONSONANTS = "BCDFGHLMNPST"
 VOWELS = "AEIOU"
 SPLITS = {"train": 12_000, "held_out": 300}
@@ -21,10 +21,10 @@ _STREAM, _PARAPHRASE_STREAM = 7, 77
 
 
 def scene(split: str, index: int) -> scenes.Scene:
-    """The word with number `index` of a split, always the same one.
+    """The word at `index` of a split; deterministic.
 
     Args:
-      split: train or held_out (words that training never shows).
+      split: train or held_out (words absent from training).
       index: 0 or more.
 
     Raises:
@@ -45,7 +45,7 @@ def scene(split: str, index: int) -> scenes.Scene:
 
 
 def paraphrases(split: str, index: int) -> tuple[str, ...]:
-    """`shapes.PARAPHRASES` captions that say the same of a word; its own is the first.
+    """`scenes.PARAPHRASES` equivalent captions of a word; its own caption is the first.
 
     Most of the others spell it: 'first "s", second "u", third "n", all red'.
     """
@@ -60,7 +60,7 @@ def paraphrases(split: str, index: int) -> tuple[str, ...]:
 
 
 def is_held_out(word: str) -> bool:
-    """Whether training never shows a word of three letters: one sixth of them."""
+    """Whether a three-letter word is absent from training: one sixth of them."""
     first, middle, last = (
         letters.index(letter)
         for letters, letter in zip((CONSONANTS, VOWELS, CONSONANTS), word, strict=True)

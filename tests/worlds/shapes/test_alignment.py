@@ -10,7 +10,8 @@ from PIL import Image, ImageFilter
 from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.worlds.shapes import alignment
 from imagen_jax.worlds.shapes import scenes as shapes
-from imagen_jax.worlds.shapes.reading import components, read
+from imagen_jax.worlds.shapes.reading import components, detect_objects
+from tests.reference import scene_samples
 
 PER_SPLIT = 150
 BACKGROUND = np.array(shapes.BACKGROUND, np.uint8)
@@ -30,12 +31,12 @@ def _exact(pictures, scenes):
 
 
 def _with(scene, *objects):
-    return shapes.draw(dataclasses.replace(scene, objects=tuple(objects)))
+    return shapes.render(dataclasses.replace(scene, objects=tuple(objects)))
 
 
 def _bitten(scene, rng):
     """A disc is missing from the outline of every object."""
-    picture = shapes.draw(scene)
+    picture = shapes.render(scene)
     y, x = np.mgrid[:64, :64] + 0.5
     for thing in scene.objects:
         radius = shapes.SIZES[thing.size]
@@ -50,13 +51,13 @@ def _bitten(scene, rng):
 
 def _jagged(scene, rng):
     """Every row of pixels is shifted by up to two."""
-    picture = shapes.draw(scene)
+    picture = shapes.render(scene)
     return np.stack([np.roll(line, rng.integers(-2, 3), axis=0) for line in picture])
 
 
 def _frayed(scene, rng):
     """Pixels within two of the outline are background or colour at random."""
-    picture = shapes.draw(scene)
+    picture = shapes.render(scene)
     for thing in scene.objects:
         dx, dy = np.arange(64) + 0.5 - thing.x, np.arange(64)[:, None] + 0.5 - thing.y
         radius = shapes.SIZES[thing.size]
@@ -87,7 +88,7 @@ def _wrong_color(scene, rng):
 def _two_tone(scene, rng):
     """The left half of the first object has another colour."""
     first, *_ = scene.objects
-    picture, other = shapes.draw(scene), _wrong_color(scene, rng)
+    picture, other = shapes.render(scene), _wrong_color(scene, rng)
     half = int(first.x)
     reach = int(1.5 * shapes.SIZES[first.size])
     window = np.s_[max(int(first.y) - reach, 0) : int(first.y) + reach, max(half - reach, 0) : half]
@@ -103,7 +104,7 @@ def _wrong_shape(scene, rng):
 
 def _extra(scene, rng):
     """One more small object where there is room; None if there is none."""
-    picture = shapes.draw(scene)
+    picture = shapes.render(scene)
     for x, y in rng.integers(12, 53, (500, 2)):
         if (picture[y - 11 : y + 11, x - 11 : x + 11] == BACKGROUND).all():
             first = scene.objects[0]
@@ -126,7 +127,7 @@ def _swapped(scene, rng):
 def test_real_pictures_pass(kind):
     scenes = _scenes((kind,), 400)
     assert len(scenes) >= 180
-    assert _exact([shapes.draw(scene) for scene in scenes], scenes) >= 0.995
+    assert _exact([shapes.render(scene) for scene in scenes], scenes) >= 0.995
 
 
 def _grain(picture, rng):
@@ -140,7 +141,7 @@ def _blur(picture, rng):
 @pytest.mark.parametrize("degrade", [_grain, _blur])
 def test_grain_and_softness_are_forgiven(degrade):
     rng, scenes = np.random.default_rng(0), _scenes()
-    assert _exact([degrade(shapes.draw(scene), rng) for scene in scenes], scenes) >= 0.95
+    assert _exact([degrade(shapes.render(scene), rng) for scene in scenes], scenes) >= 0.95
 
 
 @pytest.mark.parametrize(
@@ -177,7 +178,7 @@ def test_raggedness_is_seen_in_every_shape(garble):
 
 def test_reading_recovers_the_scene():
     for scene in _scenes()[::5]:
-        reading = read(shapes.draw(scene))
+        reading = detect_objects(shapes.render(scene))
         assert len(reading.objects) == len(scene.objects)
         for thing in scene.objects:
             near = min(reading.objects, key=lambda f: np.hypot(f.x - thing.x, f.y - thing.y))
@@ -187,9 +188,11 @@ def test_reading_recovers_the_scene():
 
 def test_larger_pictures_are_read_at_the_checker_s_own_size():
     scenes = _scenes(per_split=30)
-    assert _exact([shapes.draw(scene, 256) for scene in scenes], scenes) >= 0.98
+    assert _exact([shapes.render(scene, 256) for scene in scenes], scenes) >= 0.98
     for scene in scenes[:5]:
-        small, large = (sorted(read(shapes.draw(scene, n)).objects, key=str) for n in (64, 256))
+        small, large = (
+            sorted(detect_objects(shapes.render(scene, n)).objects, key=str) for n in (64, 256)
+        )
         assert [(f.color, f.shape, f.size) for f in small] == [
             (f.color, f.shape, f.size) for f in large
         ]
@@ -197,16 +200,18 @@ def test_larger_pictures_are_read_at_the_checker_s_own_size():
     garbled = [_wrong_shape(scene, np.random.default_rng(0)) for scene in scenes]
     enlarged = [np.asarray(Image.fromarray(p).resize((256, 256), 3)) for p in garbled]
     assert _exact(enlarged, scenes) <= 0.05
-    speck = shapes.draw(shapes.scene("held_out", 0), 256)
+    speck = shapes.render(shapes.scene("held_out", 0), 256)
     speck[240:248, 240:252] = (245, 245, 245)
-    assert read(speck).strays == 1
+    assert detect_objects(speck).strays == 1
 
 
-def test_the_ceiling_is_of_the_samples_size(tmp_path, write_drawn, monkeypatch):
+def test_the_ceiling_is_of_the_samples_size(tmp_path, monkeypatch):
     scenes, sizes = [shapes.scene("held_out", i) for i in range(3)], []
-    write_drawn(tmp_path, scenes, [shapes.draw(scene, 256) for scene in scenes])
-    draw = shapes.draw
-    monkeypatch.setattr(shapes, "draw", lambda scene, size: sizes.append(size) or draw(scene, size))
+    scene_samples.write(tmp_path, scenes, [shapes.render(scene, 256) for scene in scenes])
+    render = shapes.render
+    monkeypatch.setattr(
+        shapes, "render", lambda scene, size: sizes.append(size) or render(scene, size)
+    )
     report = alignment.evaluate(tmp_path)
     assert sizes == [256] * 3
     assert report["kinds"]["all"]["scores"]["exact"] == report["kinds"]["all"]["ceiling"]["exact"]
@@ -214,10 +219,10 @@ def test_the_ceiling_is_of_the_samples_size(tmp_path, write_drawn, monkeypatch):
 
 def test_specks_are_strays():
     scene = shapes.scene("held_out", 0)
-    picture = shapes.draw(scene)
-    assert read(picture).strays == 0
+    picture = shapes.render(scene)
+    assert detect_objects(picture).strays == 0
     picture[60:62, 60:63] = (245, 245, 245)
-    assert read(picture).strays == 1
+    assert detect_objects(picture).strays == 1
     assert not alignment.score(picture, shapes.prompt_row(scene))["exact"]
 
 
@@ -280,11 +285,11 @@ def test_named_sizes_must_be_met_by_the_right_object():
     assert alignment.score(_red_and_blue((30.0, 45.0), (34.0, 15.0)), row)["exact"]
 
 
-def test_evaluate_reports_scores_between_ceiling_and_chance(tmp_path, write_drawn):
+def test_evaluate_reports_scores_between_ceiling_and_chance(tmp_path):
     scenes = [shapes.scene("held_out", i) for i in range(120)]
     blank = _with(scenes[0])
-    pictures = [blank if i % 6 == 0 else shapes.draw(scene) for i, scene in enumerate(scenes)]
-    write_drawn(tmp_path, scenes, pictures)
+    pictures = [blank if i % 6 == 0 else shapes.render(scene) for i, scene in enumerate(scenes)]
+    scene_samples.write(tmp_path, scenes, pictures)
     report = alignment.evaluate(tmp_path)
     assert report["pictures"] == 120 and list(report["kinds"]) == [
         "count",
@@ -306,9 +311,9 @@ def test_evaluate_reports_scores_between_ceiling_and_chance(tmp_path, write_draw
     assert any(line.split()[:3] == ["single", "exact", "0.50"] for line in lines)
 
 
-def test_rows_without_positions_and_sizes_have_a_ceiling_too(tmp_path, write_drawn):
+def test_rows_without_positions_and_sizes_have_a_ceiling_too(tmp_path):
     scenes = [shapes.scene("seen_test", i) for i in range(20)]
-    write_drawn(tmp_path, scenes, map(shapes.draw, scenes), drop=("x", "y", "size"))
+    scene_samples.write(tmp_path, scenes, map(shapes.render, scenes), drop=("x", "y", "size"))
     report = alignment.evaluate(tmp_path)["kinds"]["all"]
     assert report["ceiling"]["exact"]["mean"] == 1 and report["scores"]["exact"]["mean"] == 1
     alone = alignment.score_folder(tmp_path)
@@ -336,9 +341,9 @@ def test_pictures_of_one_prompt_belong_together():
     assert 0.91 <= np.mean(hits) <= 0.99
 
 
-def test_scores_are_told_apart_by_any_field(tmp_path, write_drawn):
+def test_scores_are_told_apart_by_any_field(tmp_path):
     scenes = [shapes.scene("seen_test", i) for i in range(4)]
-    write_drawn(tmp_path, scenes, map(shapes.draw, scenes))
+    scene_samples.write(tmp_path, scenes, map(shapes.render, scenes))
     lines = (tmp_path / "samples.jsonl").read_text().splitlines()
     rows = [json.loads(line) | {"category": f"c{i % 2}"} for i, line in enumerate(lines)]
     (tmp_path / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -347,11 +352,11 @@ def test_scores_are_told_apart_by_any_field(tmp_path, write_drawn):
         alignment.evaluate(tmp_path, by="sort")
 
 
-def test_faults_are_named(tmp_path, write_drawn):
+def test_faults_are_named(tmp_path):
     with pytest.raises(EvaluationError, match="no file .*samples.jsonl"):
         alignment.evaluate(tmp_path)
     scenes = [shapes.scene("seen_test", 0)]
-    write_drawn(tmp_path, scenes, map(shapes.draw, scenes))
+    scene_samples.write(tmp_path, scenes, map(shapes.render, scenes))
     (tmp_path / "00000_00.png").unlink()
     with pytest.raises(EvaluationError, match="00000_00.png"):
         alignment.evaluate(tmp_path)
@@ -361,7 +366,7 @@ def test_faults_are_named(tmp_path, write_drawn):
     for objects, message in (
         ([], "line 1: no 'objects'"),
         ([dog], "shape='dog' is not one of circle"),
-        ([circle], "names an object that is not there"),
+        ([circle], "names an object that does not exist"),
     ):
         (tmp_path / "samples.jsonl").write_text(json.dumps({**row, "objects": objects}))
         with pytest.raises(EvaluationError, match=message):

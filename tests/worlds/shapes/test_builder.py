@@ -12,6 +12,7 @@ from imagen_jax.worlds.shapes import words
 
 tfds = pytest.importorskip("tensorflow_datasets")
 shapes_builder = pytest.importorskip("imagen_jax.worlds.shapes.builder")
+tfds_build = pytest.importorskip("imagen_jax.data.sources.tfds_build")
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +20,7 @@ def data_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shapes, "SPLITS", {"train": 40, "seen_test": 9, "held_out": 9})
-        shapes_builder.prepare(str(folder), "shapes_world")
+        tfds_build.prepare(str(folder), "shapes_world")
     return folder
 
 
@@ -34,7 +35,7 @@ def test_records_are_the_scenes_in_order(data_dir):
         examples = list(tfds.as_numpy(builder.as_dataset(split=split)))
         for index, example in enumerate(examples):
             scene = shapes.scene(split, index)
-            np.testing.assert_array_equal(example["image"], shapes.draw(scene))
+            np.testing.assert_array_equal(example["image"], shapes.render(scene))
             assert example["caption"].decode() == scene.caption
             assert json.loads(example["row"]) == shapes.prompt_row(scene)
 
@@ -62,26 +63,26 @@ def test_preparing_again_changes_nothing(data_dir):
     before = [(path.stat().st_mtime_ns, path.read_bytes()) for path in files]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shapes, "SPLITS", {"train": 40, "seen_test": 9, "held_out": 9})
-        shapes_builder.prepare(str(data_dir), "shapes_world")
+        tfds_build.prepare(str(data_dir), "shapes_world")
     assert before == [(path.stat().st_mtime_ns, path.read_bytes()) for path in files]
 
 
 def test_the_large_world_is_the_first_scenes_again(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shapes, "SPLITS", {"train": 9, "seen_test": 4, "held_out": 4})
-        shapes_builder.prepare(str(tmp_path), "shapes_world256")
+        tfds_build.prepare(str(tmp_path), "shapes_world256")
         shown = tfds.builder("shapes_world256", data_dir=str(tmp_path)).as_dataset(split="train")
     examples = list(tfds.as_numpy(shown))
     assert len(examples) == 2
     for index, example in enumerate(examples):
         scene = shapes.scene("train", index)
-        np.testing.assert_array_equal(example["image"], shapes.draw(scene, 256))
+        np.testing.assert_array_equal(example["image"], shapes.render(scene, 256))
         assert example["caption"].decode() == scene.caption
 
 
 def test_more_relations_are_other_scenes_of_seen_combinations(tmp_path, monkeypatch):
     monkeypatch.setattr(shapes_builder, "RELATION_IMAGES", 30)
-    shapes_builder.prepare(str(tmp_path), "shapes_relations")
+    tfds_build.prepare(str(tmp_path), "shapes_relations")
     builder = tfds.builder("shapes_relations", data_dir=str(tmp_path))
     assert list(builder.info.splits) == ["train"]
     captions = [e["caption"].decode() for e in tfds.as_numpy(builder.as_dataset(split="train"))]
@@ -96,7 +97,7 @@ def test_more_relations_are_other_scenes_of_seen_combinations(tmp_path, monkeypa
 
 def test_words_are_held_out_of_pictures_and_text(tmp_path, monkeypatch):
     monkeypatch.setattr(words, "SPLITS", {"train": 30, "held_out": 6})
-    shapes_builder.prepare(str(tmp_path), "shapes_words")
+    tfds_build.prepare(str(tmp_path), "shapes_words")
     builder = tfds.builder("shapes_words", data_dir=str(tmp_path))
     captions = {
         split: [e["caption"].decode() for e in tfds.as_numpy(builder.as_dataset(split=split))]
@@ -115,4 +116,4 @@ def test_words_are_held_out_of_pictures_and_text(tmp_path, monkeypatch):
 
 def test_unknown_names_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="config.data.name='shapes_wrld'"):
-        shapes_builder.prepare(str(tmp_path), "shapes_wrld")
+        tfds_build.prepare(str(tmp_path), "shapes_wrld")

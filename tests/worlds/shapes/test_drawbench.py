@@ -5,7 +5,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from imagen_jax.evaluation import drawbench as shapes_drawbench
+from imagen_jax.evaluation import drawbench
 from imagen_jax.inference import prompts
 from imagen_jax.worlds.shapes import alignment, scenes
 from imagen_jax.worlds.shapes import drawbench as shapes_drawbench
@@ -35,18 +35,20 @@ def test_the_file_is_what_the_function_writes(rows, tmp_path):
 
 def test_categories_are_of_one_size(rows):
     categories = {category: len(_of(rows, category)) for category in shapes_drawbench.CATEGORIES}
-    assert set(categories.values()) == {shapes_drawbench.PROMPTS} and len(categories) == 9
+    assert (
+        set(categories.values()) == {shapes_drawbench.PROMPTS_PER_CATEGORY} and len(categories) == 9
+    )
     assert len(rows) == sum(categories.values())
 
 
 def test_real_pictures_pass_and_those_of_other_prompts_do_not(rows):
     rng = np.random.default_rng(0)
     some = rows[::4]
-    right = [alignment.score(scenes.draw(_scene(row)), row)["exact"] for row in some]
+    right = [alignment.score(scenes.render(_scene(row)), row)["exact"] for row in some]
     assert np.mean(right) >= 0.98
     order = rng.permutation(len(some))
     wrong = [
-        alignment.score(scenes.draw(_scene(some[i])), r)["exact"]
+        alignment.score(scenes.render(_scene(some[i])), r)["exact"]
         for i, r in zip(order, some, strict=True)
     ]
     assert np.mean(wrong) <= 0.1

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.text import TextConfig
+from imagen_jax.inference.cascade import Cascade
+from imagen_jax.stages.folder import write_stage
 from imagen_jax.text import encoders
 from imagen_jax.worlds.shapes import oracle_encoder, scenes
 
@@ -74,3 +79,15 @@ def test_vectors_are_one_per_object_and_all_different():
 def test_too_short_a_length_is_refused():
     with pytest.raises(ConfigError, match=r"config.text.max_len=2 must be at least 3"):
         encoders.load_text_encoder(TextConfig(encoder="shapes_oracle", max_len=2))
+
+
+def test_a_stage_folder_that_names_the_encoder_loads(base_config, random_params, tmp_path):
+    model = dataclasses.replace(base_config.model, text_dim=oracle_encoder.DIM)
+    text = TextConfig(encoder="shapes_oracle", max_len=8)
+    config = dataclasses.replace(base_config, model=model, text=text)
+    write_stage(tmp_path / "base", random_params(config), config, {})
+    saved = json.loads((tmp_path / "base" / "config.json").read_text())
+    assert saved["text"]["encoder"] == "shapes_oracle"
+    cascade = Cascade.load([str(tmp_path / "base")])
+    emb, mask = cascade.embed(["a red cross above a blue cross"])
+    assert emb.shape[2] == oracle_encoder.DIM and mask.sum() == 3

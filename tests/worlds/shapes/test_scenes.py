@@ -120,7 +120,7 @@ def test_pictures_keep_gaps_and_margins(train):
         masks = []
         for thing in scene.objects:
             alone = scenes.Scene(scene.kind, (thing,), None, "", True)
-            masks.append((scenes.draw(alone) != scenes.BACKGROUND).any(-1))
+            masks.append((scenes.render(alone) != scenes.BACKGROUND).any(-1))
         for i, mask in enumerate(masks):
             assert mask.any() and not mask[:1].any() and not mask[-1:].any()
             assert not mask[:, :1].any() and not mask[:, -1:].any()
@@ -190,7 +190,7 @@ def test_areas_grow_with_size_and_are_alike_among_shapes():
     for shape in scenes.SHAPES:
         for size in scenes.SIZES:
             thing = scenes.Object(shape, "white", size, 32.3, 31.6)
-            picture = scenes.draw(scenes.Scene("single", (thing,), None, "", True))
+            picture = scenes.render(scenes.Scene("single", (thing,), None, "", True))
             area[shape, size] = float((picture[..., 0] - 22.0).sum() / (245 - 22))
     for size in scenes.SIZES:
         sizes = [area[shape, size] for shape in scenes.SHAPES]
@@ -201,12 +201,12 @@ def test_areas_grow_with_size_and_are_alike_among_shapes():
 
 def test_larger_pictures_show_the_same_with_edges_as_thin(train):
     for scene in train[:20]:
-        small, large = scenes.draw(scene), scenes.draw(scene, 256)
+        small, large = scenes.render(scene), scenes.render(scene, 256)
         reduced = large.reshape(64, 4, 64, 4, 3).mean((1, 3))
         # Only the antialiasing of outlines is another one.
         assert np.abs(reduced - small).mean() < 0.5
     thing = scenes.Object("square", "white", "large", 32.1, 32.1)
-    row = scenes.draw(scenes.Scene("single", (thing,), None, "", True), 256)[128, :, 0]
+    row = scenes.render(scenes.Scene("single", (thing,), None, "", True), 256)[128, :, 0]
     assert set(np.unique(row)) >= {22, 245} and np.count_nonzero((row > 22) & (row < 245)) <= 2
 
 

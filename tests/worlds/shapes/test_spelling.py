@@ -8,6 +8,7 @@ from PIL import Image, ImageFilter
 
 from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.worlds.shapes import alignment, scenes, words
+from tests.reference import scene_samples
 
 SCENES = [words.scene("held_out", index) for index in range(24)]
 
@@ -27,7 +28,7 @@ def _grainy(picture):
 
 @pytest.mark.parametrize("degrade", [np.asarray, _softened, _grainy])
 def test_real_words_pass(degrade):
-    found = [_marks(degrade(scenes.draw(scene)), scene)["exact"] for scene in SCENES]
+    found = [_marks(degrade(scenes.render(scene)), scene)["exact"] for scene in SCENES]
     assert np.mean(found) >= 0.95
 
 
@@ -36,7 +37,7 @@ def test_every_letter_of_the_font_is_told_from_every_other():
     for word in ("ABC", "DEF", "GHI", "JKL", "MNO", "PRS", "TUV", "WXY", "ZOD"):
         letters = [scenes.Object(letter, "red", "large") for letter in word]
         scene = scenes.Scene("word", scenes.place_word(letters, rng), None, "", False)
-        assert _marks(scenes.draw(scene), scene)["shape"], word
+        assert _marks(scenes.render(scene), scene)["shape"], word
 
 
 def _replaced(scene, at, **changes):
@@ -50,15 +51,15 @@ def test_each_fault_has_its_mark():
     for scene in SCENES[:8]:
         at, old = int(rng.integers(3)), {thing.shape for thing in scene.objects}
         letter = str(rng.choice([c for c in words.CONSONANTS if c not in old]))
-        wrong = _marks(scenes.draw(_replaced(scene, at, shape=letter)), scene)
+        wrong = _marks(scenes.render(_replaced(scene, at, shape=letter)), scene)
         assert wrong["colour"] and not (wrong["spelling"] or wrong["shape"] or wrong["exact"])
         color = next(c for c in scenes.COLORS if c != scene.objects[0].color)
-        mixed = _marks(scenes.draw(_replaced(scene, at, color=color)), scene)
+        mixed = _marks(scenes.render(_replaced(scene, at, color=color)), scene)
         assert mixed["spelling"] and not (mixed["colour"] or mixed["exact"])
         two = dataclasses.replace(scene, objects=scene.objects[:2])
-        short = _marks(scenes.draw(two), scene)
+        short = _marks(scenes.render(two), scene)
         assert not (short["spelling"] or short["count"])
-        up = _marks(scenes.draw(_replaced(scene, 1, y=scene.objects[1].y + 5)), scene)
+        up = _marks(scenes.render(_replaced(scene, 1, y=scene.objects[1].y + 5)), scene)
         assert up["binding"] and not (up["spelling"] or up["exact"])
 
 
@@ -68,22 +69,22 @@ def test_a_word_backwards_has_all_letters_and_no_spelling():
             dataclasses.replace(thing, shape=other.shape)
             for thing, other in zip(scene.objects, scene.objects[::-1], strict=True)
         )
-        marks = _marks(scenes.draw(dataclasses.replace(scene, objects=turned)), scene)
+        marks = _marks(scenes.render(dataclasses.replace(scene, objects=turned)), scene)
         same = scene.objects[0].shape == scene.objects[2].shape
         assert marks["binding"] and marks["spelling"] == marks["exact"] == same
 
 
-def test_a_folder_of_words_is_scored(tmp_path, write_drawn):
-    pictures = [scenes.draw(scene) for scene in SCENES]
+def test_a_folder_of_words_is_scored(tmp_path):
+    pictures = [scenes.render(scene) for scene in SCENES]
     pictures[:6] = [np.zeros_like(pictures[0])] * 6
-    write_drawn(tmp_path, SCENES, pictures)
+    scene_samples.write(tmp_path, SCENES, pictures)
     tally = alignment.evaluate(tmp_path)["kinds"]["word"]
     assert tally["scores"]["spelling"]["mean"] == tally["scores"]["exact"]["mean"] == 0.75
     assert tally["ceiling"]["exact"]["mean"] >= 0.95 and tally["chance"]["exact"]["mean"] < 0.2
 
 
-def test_a_word_of_shapes_is_refused(tmp_path, write_drawn):
+def test_a_word_of_shapes_is_refused(tmp_path):
     scene = _replaced(SCENES[0], 0, shape="circle")
-    write_drawn(tmp_path, [scene], [scenes.draw(SCENES[0])])
+    scene_samples.write(tmp_path, [scene], [scenes.render(SCENES[0])])
     with pytest.raises(EvaluationError, match="shape='circle'"):
         alignment.evaluate(tmp_path)

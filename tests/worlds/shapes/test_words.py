@@ -69,7 +69,7 @@ def test_no_paraphrase_of_training_has_a_held_out_word():
 
 def test_letters_stand_apart_inside_the_picture_and_in_one_colour(scenes):
     for scene in scenes["train"][:60]:
-        picture = shapes.draw(scene)
+        picture = shapes.render(scene)
         lit = np.abs(picture.astype(int) - shapes.BACKGROUND).sum(-1) > 0
         margin = int(shapes.MARGIN) - 1
         assert not lit[:margin].any() and not lit[-margin:].any()
@@ -100,7 +100,7 @@ def test_letters_are_the_font_s():
 
 def test_larger_pictures_show_the_same(scenes):
     for scene in scenes["train"][:10]:
-        small, large = (shapes.draw(scene, size) for size in (64, 256))
+        small, large = (shapes.render(scene, size) for size in (64, 256))
         again = np.asarray(Image.fromarray(large).resize((64, 64), Image.Resampling.BOX))
         assert np.abs(again.astype(int) - small).mean() < 1.0
 
