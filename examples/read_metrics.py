@@ -14,8 +14,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from imagen_jax.evaluation import line_chart
-from imagen_jax.evaluation.line_chart import Point
+from imagen_jax.evaluation import charts
+from imagen_jax.evaluation.charts import Point
 from imagen_jax.io import jsonl
 
 Row = dict[str, Any]
@@ -74,8 +74,8 @@ def main() -> None:
     print("\n".join(summary(rows)))
     if flags.chart:
         lines = {name: smoothed(rows, name, flags.window) for name in ("loss", "x0_mse")}
-        chart = line_chart.draw(lines, title=flags.workdir, x_label="step", y_label="loss")
-        pathlib.Path(flags.chart).write_text(chart)
+        chart = charts.line_chart(lines, title=flags.workdir, x_label="step", y_label="loss")
+        pathlib.Path(flags.chart).write_text(charts.to_svg(chart))
 
 
 if __name__ == "__main__":
