@@ -1,4 +1,4 @@
-"""Settings of the whole suite, the tiny stages its tests train, sample and split, a browser."""
+"""Fixtures of the whole suite: compilation settings, tiny stages, tiny data sets, a browser."""
 
 import contextlib
 import json
@@ -9,7 +9,7 @@ import signal
 import subprocess
 import time
 
-# Read once, when JAX and TensorFlow are imported.
+# JAX and TensorFlow read these when they are imported.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -38,7 +38,7 @@ from imagen_jax.data.embeddings.store import (
     write_unit,
 )
 from imagen_jax.parallel import partitioning
-from imagen_jax.stages import stage
+from imagen_jax.stages.network import init_params
 
 SIZE, LENGTH, DIM = 8, 4, 8
 
@@ -74,9 +74,9 @@ SR = dataclasses.replace(
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_compilation(tmp_path_factory):
-    """Tiny models run in no time: what the suite waits for is the compiler."""
+    """Short compilation: with tiny models most of the suite's time is the compiler's."""
     base = tmp_path_factory.getbasetemp()
-    # The workers of pytest-xdist have folders side by side and compile the same programs.
+    # The workers of pytest-xdist compile the same programs, so they share a cache.
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update("jax_compilation_cache_dir", str(shared / "xla"))
@@ -85,7 +85,7 @@ def quick_compilation(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def base_config() -> Config:
-    """The tiny base stage: 8x8 pictures, 4 text tokens of width 8."""
+    """The tiny base stage: 8x8 images, 4 text tokens of width 8."""
     return BASE
 
 
@@ -97,7 +97,7 @@ def sr_config() -> Config:
 
 @pytest.fixture(scope="session")
 def make_batch():
-    """(config, seed) -> one batch of random pictures and text of 1..4 tokens."""
+    """(config, seed) -> one batch of random images and text embeddings of 1 to 4 tokens."""
 
     def make(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
         rng = np.random.default_rng(seed)
@@ -118,10 +118,10 @@ def make_batch():
 
 @pytest.fixture(scope="session")
 def random_params():
-    """config -> parameters none of which is zero, so that every path of the network counts."""
+    """config -> random parameters without zeros, so that every layer affects the output."""
 
     def make(config: Config, seed: int = 0):
-        shapes = jax.eval_shape(lambda: stage.init_params(config, jax.random.key(0)))
+        shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
         rng = np.random.default_rng(seed)
         return jax.tree.map(
             lambda leaf: (
@@ -143,17 +143,17 @@ def get_config(name=""):
 
 @pytest.fixture(scope="session")
 def write_world():
-    """Makes a folder of 12 pictures, their embeddings and a configuration file for `train`."""
+    """Writes a folder of 12 images, their embeddings and a configuration file for `train`."""
 
     def write(folder: pathlib.Path, config: Config, steps: int, every: int) -> pathlib.Path:
         rng = np.random.default_rng(0)
-        pictures = folder / "pictures"
-        pictures.mkdir()
+        image_folder = folder / "pictures"
+        image_folder.mkdir()
         captions = [f"picture {i}" for i in range(12)]
         for i, caption in enumerate(captions):
             pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(pictures / f"{i}.png")
-            (pictures / f"{i}.txt").write_text(caption)
+            Image.fromarray(pixels).save(image_folder / f"{i}.png")
+            (image_folder / f"{i}.txt").write_text(caption)
         store = folder / "embeddings"
         store.mkdir()
         vectors = [rng.normal(size=(3, DIM)).astype(ml_dtypes.bfloat16) for _ in captions]
@@ -164,7 +164,7 @@ def write_world():
         data = dataclasses.replace(
             config.data,
             kind="folder",
-            path=str(pictures),
+            path=str(image_folder),
             embeddings=str(store),
             loader="numpy",
             max_quarantined=0.5,
@@ -183,9 +183,9 @@ def write_world():
 
 
 class Browser:
-    """A page in headless Chromium, driven through its DevTools pipe.
+    """A page in headless Chromium, controlled through its DevTools pipe.
 
-    Messages are JSON, each ended by a zero byte.
+    Messages are JSON, terminated by a zero byte.
     """
 
     def __init__(self, executable: str, folder, size=(1400, 900)):
@@ -218,7 +218,7 @@ class Browser:
     def _message(self):
         while b"\0" not in self._buffer:
             part = os.read(self._read, 1 << 20)
-            assert part, "the browser has gone"
+            assert part, "the browser has exited"
             self._buffer += part
         message, self._buffer = self._buffer.split(b"\0", 1)
         return json.loads(message)
@@ -253,15 +253,15 @@ class Browser:
     def wait(self, expression: str, seconds: float = 20):
         end = time.monotonic() + seconds
         while not self.value(expression):
-            assert time.monotonic() < end, f"never came: {expression}"
+            assert time.monotonic() < end, f"not true within {seconds} s: {expression}"
             time.sleep(0.05)
 
     def press(self, key: str) -> None:
         codes = {"Enter": 13, "Backspace": 8, "Tab": 9}
         text = "\r" if key == "Enter" else key if len(key) == 1 else ""
-        about = {"key": key, "windowsVirtualKeyCode": codes.get(key, ord(key[0]))}
-        self.call("Input.dispatchKeyEvent", type="keyDown", text=text, **about)
-        self.call("Input.dispatchKeyEvent", type="keyUp", **about)
+        event = {"key": key, "windowsVirtualKeyCode": codes.get(key, ord(key[0]))}
+        self.call("Input.dispatchKeyEvent", type="keyDown", text=text, **event)
+        self.call("Input.dispatchKeyEvent", type="keyUp", **event)
 
     def type(self, text: str) -> None:
         self.call("Input.insertText", text=text)
@@ -276,7 +276,7 @@ class Browser:
         self.call("Input.dispatchMouseEvent", type="mouseReleased", **at)
 
     def close(self) -> None:
-        # The browser's own children are in its process group.
+        # The browser's child processes are in its process group.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -286,7 +286,7 @@ class Browser:
 
 @pytest.fixture
 def browser(tmp_path):
-    """Headless Chromium with no network but loopback; skipped where there is none."""
+    """Headless Chromium with access to loopback only; skips the test without Chromium."""
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
     executable = next(filter(None, map(shutil.which, names)), None)
     if not executable:

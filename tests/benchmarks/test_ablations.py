@@ -16,7 +16,7 @@ import contrastive_text
 from ablation_runs import Training
 
 from imagen_jax.config.overrides import load
-from imagen_jax.stages import stage as stage_lib
+from imagen_jax.stages.network import init_params
 
 ABLATION = ablations.Ablation(
     {"off": ablations.Arm(()), "on": ablations.Arm(())},
@@ -45,7 +45,7 @@ def rows():
     return ablations.tabulate(ABLATION, cells)
 
 
-def test_rows_have_students_interval_over_the_seeds(rows):
+def test_rows_have_the_student_interval_over_the_seeds(rows):
     assert [row["choice"] for row in rows] == [
         {"arm": "off", "sr.aug_level": 0.0},
         {"arm": "on", "sr.aug_level": 0.0},
@@ -58,16 +58,16 @@ def test_rows_have_students_interval_over_the_seeds(rows):
     np.testing.assert_allclose(found["mean"] + found["half"], expected.high)
 
 
-def test_differences_are_paired_by_seed_and_only_from_the_arm_compared_with(rows):
+def test_differences_from_the_reference_arm_are_paired_by_seed(rows):
     assert rows[0]["differences"] == {}
     np.testing.assert_allclose(rows[1]["differences"]["right"]["seeds"], [0.2, 0.3, 0.1])
     np.testing.assert_allclose(rows[2]["differences"]["right"]["seeds"], [0.1, 0.2, 0.0])
-    # Pairing takes what the seeds share out: the interval is narrower than that of the values.
+    # Pairing removes the variance shared by a seed's arms, so the interval is narrower.
     paired, alone = (rows[1][part]["right"]["half"] for part in ("differences", "measures"))
     assert paired < alone
 
 
-def test_what_was_not_asked_in_any_picture_is_left_out(rows):
+def test_measures_without_applicable_images_are_omitted(rows):
     order = rows[0]["measures"]["order"]
     assert order == {"seeds": [0.5, None, None], "mean": 0.5, "half": None}
     assert rows[1]["differences"]["order"]["seeds"] == [0.25, None, None]
@@ -78,7 +78,7 @@ def test_what_was_not_asked_in_any_picture_is_left_out(rows):
     assert "(+0.20 ± 0.25)" in table[3] and "(+0.25)" in table[3]
 
 
-def test_costs_stand_without_differences_and_an_arm_alone_without_interval():
+def test_costs_have_no_differences_and_a_single_seed_has_no_interval():
     cells = [
         {**cell(arm, 0.0, 0, 0.5, None, 1.0), "cost": {"parameters": count}}
         for arm, count in (("off", 1_500_000), ("on", 990))
@@ -89,7 +89,7 @@ def test_costs_stand_without_differences_and_an_arm_alone_without_interval():
     assert table[2:] == ["| off | 1,500,000 | 0.50 |", "| on | 990 | 0.50 (+0.00) |"]
 
 
-def test_arms_differ_in_what_they_are_named_for_and_in_nothing_else():
+def test_arms_differ_only_in_the_field_of_their_ablation():
     differs = {
         "encoder_size": {"encoder"},
         "thresholding": set(),
@@ -105,11 +105,11 @@ def test_arms_differ_in_what_they_are_named_for_and_in_nothing_else():
         assert len({arm.stages for arm in arms}) == len(arms)
         for arm in arms:
             assert [training.stage for training in arm.stages] == ["base", "sr"][: len(arm.stages)]
-            # What comes before the last stage is shared, and so are all seeds.
+            # All arms share the seeds and the stages before the last one.
             assert arm.stages[:-1] == arms[0].stages[:-1]
             own, first = arm.stages[-1]._asdict(), arms[0].stages[-1]._asdict()
             assert {field for field in own if own[field] != first[field]} <= differs[name]
-        # Without the choice that rows are compared with, there is nothing to compare.
+        # Every arm must have the reference setting among its choices.
         choices = [
             {
                 f"{stage}.{field}": values
@@ -124,7 +124,7 @@ def test_arms_differ_in_what_they_are_named_for_and_in_nothing_else():
 
 @pytest.fixture
 def runs(tmp_path):
-    """Runs on a corpus of one line, whose commands are kept and make no more than their files."""
+    """Runs on a corpus of one line; commands are recorded and create only their output files."""
 
     class Dry(ablation_runs.Runs):
         def _imagen(self, verb, training, *flags):
@@ -153,7 +153,7 @@ TRAININGS = {
 }
 
 
-def test_trainings_are_shared_and_named_by_all_that_they_differ_in(runs):
+def test_trainings_are_shared_and_named_by_their_settings(runs):
     every = {training._replace(seed=seed) for training in TRAININGS for seed in (0, 1)}
     folders = {runs.stage(training) for training in every}
     assert len(folders) == len(every)
@@ -161,7 +161,7 @@ def test_trainings_are_shared_and_named_by_all_that_they_differ_in(runs):
     encoders = {training.encoder for training in every}
     assert verbs.count("train") == verbs.count("export") == len(every)
     assert verbs.count("embed") == len(encoders) == len(ablation_runs.ENCODERS)
-    # The oracle learns nothing, and one encoder learns from pictures.
+    # The oracle is not trained, and one encoder is trained on images.
     assert verbs.count("pretrain_text") == len(encoders) - 2
     assert verbs.count("contrastive_text") == 1
     before = len(runs.commands)
@@ -169,30 +169,30 @@ def test_trainings_are_shared_and_named_by_all_that_they_differ_in(runs):
     assert len(runs.commands) == before
 
 
-def test_every_variant_is_of_use():
+def test_every_variant_is_used():
     assert {training.variant for training in TRAININGS} == set(ablation_runs.VARIANTS)
 
 
 @pytest.mark.parametrize(
     ("stage", "variant"), sorted({(training.stage, training.variant) for training in TRAININGS})
 )
-def test_every_variant_is_a_stage_that_can_be_made(runs, stage, variant):
+def test_every_variant_has_a_valid_configuration(runs, stage, variant):
     flags = runs._flags(Training(stage, variant=variant, seed=3))
     changes = [flag.removeprefix("--config.") for flag in flags[1:]]
     config = load(flags[0].removeprefix("--config="), [*changes, "model.text_dim=8"])
     assert config.seed == 3 and config.train.steps == runs.steps[stage]
-    assert jax.eval_shape(functools.partial(stage_lib.init_params, config), jax.random.key(0))
+    assert jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
     for field, value in ablation_runs.VARIANTS[variant].items():
         section, name = field.split(".")
         assert getattr(getattr(config, section), name) == value
 
 
-def test_another_corpus_is_another_folder(runs, tmp_path):
+def test_another_corpus_gives_another_folder(runs, tmp_path):
     (tmp_path / "paraphrases.jsonl").write_text('["a red cross"]\n')
     assert ablation_runs.Runs(str(tmp_path / "out"), str(tmp_path)).folder != runs.folder
 
 
-def test_contrast_is_least_where_every_caption_is_most_like_its_picture():
+def test_the_contrastive_loss_is_minimal_for_matching_pairs():
     eye, scale = np.eye(4, dtype=np.float32), np.float32(np.log(50.0))
     matched = contrastive_text.contrast(3 * eye, eye, scale)
     assert 0 <= matched < 1e-6 < contrastive_text.contrast(eye, eye[::-1], scale)

@@ -1,4 +1,4 @@
-"""The commands of docs/sampling.md, on a cascade that has learned nothing."""
+"""The benchmark commands of docs/sampling.md, on an untrained cascade."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ def command(*arguments: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def given(base_config, sr_config, random_params, write_world, tmp_path_factory):
+def cascade_flags(base_config, sr_config, random_params, write_world, tmp_path_factory):
     """--stages and --prompts of a tiny cascade 16 -> 64 with its text encoder."""
     folder = tmp_path_factory.mktemp("cascade")
     small = PretrainTextConfig(emb_dim=8, num_layers=1, num_heads=1, mlp_dim=8, steps=1)
@@ -61,13 +61,13 @@ def given(base_config, sr_config, random_params, write_world, tmp_path_factory):
         ("classifier_guidance", 12, ["classifier_guidance"]),
     ],
 )
-def test_a_figure_and_its_table(given, tmp_path, name, points, charts):
+def test_a_figure_and_its_table(cascade_flags, tmp_path, name, points, charts):
     docs, out = tmp_path / "docs", tmp_path / "out"
     (docs / "images").mkdir(parents=True)
     page = f"before\n<!-- begin {name} -->\nstale\n<!-- end {name} -->\nafter\n"
     (docs / "sampling.md").write_text(page)
     steps = ["--steps=2"] if name == "classifier_guidance" else []
-    command(f"benchmarks/{name}.py", *given, *steps, f"--out={out}", f"--docs={docs}")
+    command(f"benchmarks/{name}.py", *cascade_flags, *steps, f"--out={out}", f"--docs={docs}")
     record = json.loads((out / f"{name}.json").read_text())
     assert len(record["points"]) == points and record["prompts"] == PROMPTS
     table = (docs / "sampling.md").read_text()

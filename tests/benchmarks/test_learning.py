@@ -1,4 +1,4 @@
-"""benchmarks/learning.py: scores of a base stage's kept checkpoints, as a table and a picture."""
+"""benchmarks/learning.py: scores of a base stage's kept checkpoints, as a table and a chart."""
 
 import pathlib
 import sys
@@ -16,7 +16,7 @@ def cell(step, seed, exact):
     return {"arm": step, "seed": seed, "values": {}, "numbers": {"alignment": kinds}}
 
 
-def test_every_kept_checkpoint_is_drawn_in_the_order_of_training(tmp_path, monkeypatch):
+def test_every_kept_checkpoint_is_scored_in_order_of_steps(tmp_path, monkeypatch):
     run = tmp_path / "demo"
     for name in ("2500", "10000", "5000", "9.tmp"):
         (run / "base" / "checkpoints" / name).mkdir(parents=True)
@@ -40,14 +40,14 @@ def test_every_kept_checkpoint_is_drawn_in_the_order_of_training(tmp_path, monke
     ]
 
 
-def test_the_picture_has_a_point_for_every_step_and_no_impossible_interval():
+def test_the_chart_has_a_point_for_every_step_and_intervals_within_0_and_1():
     cells = [cell(step, seed, exact) for step, exact in ((10, 0.2), (20, 0.9)) for seed in (0, 1)]
     cells[-1]["numbers"]["alignment"]["single"]["exact"]["mean"] = 1.0
     rows = tabulate(Ablation({}, {}, ALL_KINDS, 6, learning.MEASURES), cells)
     assert [row["choice"] for row in rows] == [{"arm": 10}, {"arm": 20}]
     found = rows[1]["measures"]["one object"]
     assert found["mean"] == 0.95 and found["mean"] + found["half"] > 1.0
-    assert rows[1]["measures"]["order"]["mean"] is None  # No picture had the right colours.
+    assert rows[1]["measures"]["order"]["mean"] is None  # No image has the right colours.
 
     svg = learning.chart(rows).svg()
     assert svg.count("<circle") == 2 * sum("exact" in path for path in learning.MEASURES.values())

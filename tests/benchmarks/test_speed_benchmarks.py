@@ -1,4 +1,4 @@
-"""The benchmarks of docs/performance.md run to their end, at sizes that say nothing of speed."""
+"""The benchmarks of docs/performance.md run to completion, at sizes too small to measure speed."""
 
 import json
 import os
@@ -14,7 +14,7 @@ BATCH = "--config.data.batch_size=2"
 
 
 def run(script: str, *arguments: str) -> dict:
-    """The JSON line that a benchmark prints last."""
+    """The last JSON line of a benchmark's output."""
     done = subprocess.run(
         [sys.executable, f"benchmarks/{script}", *arguments],
         cwd=SOURCE,
@@ -32,7 +32,7 @@ def positive(seconds: dict[str, float]) -> bool:
 
 
 @pytest.mark.slow
-def test_gpu_script_runs_to_its_end_without_one(tmp_path):
+def test_the_gpu_script_runs_without_a_gpu(tmp_path):
     out = tmp_path / "gpu.json"
     found = run("gpu.py", "--tiny", f"--out={out}")
     assert json.loads(out.read_text()).items() <= found.items()
@@ -49,7 +49,7 @@ def test_shapes_step(tmp_path):
     found = run("shapes_step.py", "--repeats=1", BATCH, *NETWORK)
     kinds = {row["kind"]: row for row in found["convolutions"]}
     assert set(kinds) == {"forward", "gradient of input", "gradient of kernel"}
-    # Every kernel has a gradient; the first convolution's input needs none.
+    # Every kernel has a gradient; the input of the first convolution has none.
     assert kinds["forward"]["count"] == kinds["gradient of kernel"]["count"]
     assert kinds["forward"]["count"] == kinds["gradient of input"]["count"] + 1
     assert positive(found["step"]["seconds"]) and found["fraction"] > 0
@@ -67,9 +67,9 @@ def test_programs_and_checkpoints():
         "--config.sampling.steps=2",
     )
     forward, train, sample = found["rows"]
-    # The gradient costs two more of the forward pass; the compiler also counts what is no product.
+    # The gradient costs two forward passes; the compiler also counts elementwise operations.
     assert train["flops"] == pytest.approx(3 * forward["flops"], rel=0.15)
-    # Two guided steps: the network for twice as many pictures, each.
+    # Two guided steps, each of them the network on a batch of 2B.
     assert sample["flops"] == pytest.approx(4 * forward["flops"], rel=0.05)
     assert train["compiler_flops"] > 0.9 * train["flops"]
     found = run("checkpoints.py", "--repeats=1", *NETWORK)

@@ -1,4 +1,4 @@
-"""The programs of examples/, run as their docstrings say, on tiny data."""
+"""The programs of examples/, run with the commands of their docstrings on tiny data."""
 
 import ast
 import dataclasses
@@ -25,7 +25,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
 def example(name: str, *arguments: str) -> str:
-    """Runs it; returns what it printed."""
+    """Runs an example; returns its output."""
     done = subprocess.run(
         [sys.executable, f"examples/{name}.py", *map(str, arguments)],
         cwd=ROOT,
@@ -50,19 +50,19 @@ def write_encoder(folder: pathlib.Path, dim: int) -> str:
 
 
 @pytest.fixture
-def pictures(tmp_path) -> pathlib.Path:
-    """A folder of 8 captioned pictures."""
-    folder, rng = tmp_path / "pictures", np.random.default_rng(0)
+def image_folder(tmp_path) -> pathlib.Path:
+    """A folder of 8 captioned images."""
+    folder, rng = tmp_path / "images", np.random.default_rng(0)
     folder.mkdir()
     for i in range(8):
         pixels = rng.integers(0, 256, (40, 40, 3), np.uint8)
         Image.fromarray(pixels).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(f"picture {i}")
+        (folder / f"{i}.txt").write_text(f"image {i}")
     return folder
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
-def test_an_example_is_short_listed_and_run_here(path):
+def test_an_example_is_short_listed_and_tested(path):
     assert len(path.read_text().splitlines()) < 150
     assert f"[{path.name}]({path.name})" in (ROOT / "examples" / "README.md").read_text()
     names = [
@@ -75,29 +75,31 @@ def test_an_example_is_short_listed_and_run_here(path):
 
 @pytest.mark.slow
 def test_custom_data_learns_its_colours(tmp_path):
-    said = example("custom_data", f"--workdir={tmp_path}")
-    right, whole = map(int, said.splitlines()[-1].split(": ")[1].split(" have")[0].split(" of "))
-    assert whole == 12 and right >= 10, said
+    output = example("custom_data", f"--workdir={tmp_path}")
+    correct, total = map(
+        int, output.splitlines()[-1].split(": ")[1].split(" have")[0].split(" of ")
+    )
+    assert total == 12 and correct >= 10, output
     assert (tmp_path / "grid.png").is_file()
 
 
 @pytest.mark.slow
-def test_custom_sampler_draws_beside_the_others(base_config, random_params, tmp_path):
+def test_custom_sampler_samples_with_every_sampler(base_config, random_params, tmp_path):
     text = TextConfig(encoder="bytes", path=write_encoder(tmp_path / "text", 8), max_len=16)
     config = dataclasses.replace(base_config, text=text)
     write_stage(tmp_path / "base", random_params(config), config, {})
     flags = [f"--stage={tmp_path / 'base'}", "--prompt=a", f"--out={tmp_path / 'sheet.png'}"]
-    said = example("custom_sampler", *flags, "--count=2", "--steps=4")
-    names = [line.split(":")[0] for line in said.splitlines()]
+    output = example("custom_sampler", *flags, "--count=2", "--steps=4")
+    names = [line.split(":")[0] for line in output.splitlines()]
     assert names == ["ddpm", "ddim", "dpmpp_2m", "heun", "averaged_ddim"]
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.height > 2 * sheet.width
 
 
 @pytest.mark.slow
-def test_a_custom_stage_is_trained_and_exported(pictures, tmp_path):
+def test_a_custom_stage_is_trained_and_exported(image_folder, tmp_path):
     text, workdir, out = (tmp_path / name for name in ("text", "run", "stage"))
-    where = [f"--config.data.path={pictures}", f"--config.data.embeddings={tmp_path / 'emb'}"]
+    where = [f"--config.data.path={image_folder}", f"--config.data.embeddings={tmp_path / 'emb'}"]
     where += ["--config=examples/custom_stage.py:middle", f"--config.text.path={text}"]
     where += ["--config.pretrain_text.steps=2", "--config.train.steps=2"]
     where += ["--config.data.batch_size=4"]
@@ -114,10 +116,10 @@ def test_a_custom_stage_is_trained_and_exported(pictures, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_stage_of_ifs_shape_is_trained_and_goes_back(pictures, tmp_path):
+def test_a_stage_of_ifs_architecture_is_trained_and_exported(image_folder, tmp_path):
     unet = write_if("base", tmp_path / "unet")
     text = write_encoder(tmp_path / "text", 24)
-    flags = [f"--unet={unet}", f"--text={text}", "--encoder=bytes", f"--pictures={pictures}"]
+    flags = [f"--unet={unet}", f"--text={text}", "--encoder=bytes", f"--pictures={image_folder}"]
     out = tmp_path / "out"
     example("finetune_if", *flags, f"--workdir={out}", "--steps=2", "--batch_size=2")
     before, after = (
@@ -130,7 +132,7 @@ def test_a_stage_of_ifs_shape_is_trained_and_goes_back(pictures, tmp_path):
     assert trained.config.text.fingerprint
 
 
-def test_read_metrics_says_what_is_in_the_rows(tmp_path):
+def test_read_metrics_summarises_the_rows(tmp_path):
     rows = [
         {"step": k, "loss": 2.0 / k, "x0_mse": 1.0 / k, "skipped": 1, "images_per_second": 50.0}
         | {"data_wait": 0.25, "loss/logsnr_-2_0": 0.5}
@@ -139,7 +141,7 @@ def test_read_metrics_says_what_is_in_the_rows(tmp_path):
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "metrics.jsonl").write_text(text + '{"step": 21, "lo')
     chart = tmp_path / "loss.svg"
-    said = example("read_metrics", f"--workdir={tmp_path}", f"--chart={chart}")
-    assert "steps 1 to 20, 20 rows" in said and "50.0 images/s, 25.0% of the time" in said
-    assert "1 updates skipped" in said and "loss at logsnr -2 .. 0: 0.5" in said
+    output = example("read_metrics", f"--workdir={tmp_path}", f"--chart={chart}")
+    assert "steps 1 to 20, 20 rows" in output and "50.0 images/s, 25.0% of the time" in output
+    assert "1 updates skipped" in output and "loss at logsnr -2 .. 0: 0.5" in output
     assert chart.read_text().count("<circle") == 40
