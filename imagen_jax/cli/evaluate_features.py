@@ -1,4 +1,4 @@
-"""The evaluations that look at pictures through a network: fid, fid30k, clip_score."""
+"""The evaluations with feature networks: fid, fid30k, clip_score."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from imagen_jax.parallel import distributed
 
 def add_fid(parser: argparse.ArgumentParser) -> None:
     """Flags of `evaluate fid`."""
-    parser.add_argument("--samples", required=True, metavar="DIR", help="folder of pictures")
+    parser.add_argument("--samples", required=True, metavar="DIR", help="folder of images")
     parser.add_argument(
-        "--reference", required=True, metavar="DIR|FILE.npz", help="real pictures, or mu and sigma"
+        "--reference", required=True, metavar="DIR|FILE.npz", help="real images, or mu and sigma"
     )
     _add_networks(parser)
     add_batch_flags(parser)
     parser.add_argument("--out", required=True, metavar="FILE.json", help="card to write")
     parser.add_argument(
-        "--save_reference", default="", metavar="FILE.npz", help="keep mu and sigma of --reference"
+        "--save_reference", default="", metavar="FILE.npz", help="write mu and sigma of --reference"
     )
 
 
 def run_fid(flags: argparse.Namespace) -> None:
-    """Carries `evaluate fid` out."""
+    """Runs `evaluate fid`."""
     start(flags)
     card, reference = fid.evaluate(
-        flags.samples, flags.reference, _store(flags.out), _settings(flags), log=say
+        flags.samples, flags.reference, _store(flags.out), _settings(flags), log=log_once
     )
     if distributed.is_first():
         if flags.save_reference:
@@ -53,28 +53,28 @@ def add_fid30k(parser: argparse.ArgumentParser) -> None:
         "--splits", default=",".join(fid30k.SPLITS), help="TFDS: splits of the reference"
     )
     parser.add_argument(
-        "--max_quarantined", type=float, default=0.05, help="share of unusable pictures allowed"
+        "--max_quarantined", type=float, default=0.05, help="largest share of unusable images"
     )
     parser.add_argument(
         "--count", type=int, default=fid30k.COUNT, help="captions; fewer make a larger FID"
     )
-    parser.add_argument("--caption_seed", type=int, default=0, help="seed of the captions' draw")
+    parser.add_argument("--caption_seed", type=int, default=0, help="seed of the caption selection")
     parser.add_argument(
-        "--trained_on_coco", action="store_true", help="not zero-shot, whatever the stages say"
+        "--trained_on_coco", action="store_true", help="mark the card as not zero-shot"
     )
     _add_networks(parser)
     sample_verb.add_sampling(parser, samples_per_prompt=1)
 
 
 def run_fid30k(flags: argparse.Namespace) -> None:
-    """Carries `evaluate fid30k` out."""
+    """Runs `evaluate fid30k`."""
     if flags.samples_per_prompt != 1 or flags.limit:
         raise EvaluationError(
-            "FID-30K draws one picture per caption and all captions; leave --samples_per_prompt "
-            "and --limit, give --count"
+            "FID-30K has one sample per caption for all captions; omit --samples_per_prompt and "
+            "--limit, give --count"
         )
     start(flags)
-    # What is missing should be said before a day of drawing.
+    # Load the networks first, so that a missing file fails before sampling.
     fid.inception_network(flags.inception, flags.filter)
     if flags.clip:
         hf_clip.read_towers(flags.clip)
@@ -82,15 +82,15 @@ def run_fid30k(flags: argparse.Namespace) -> None:
     rows = fid30k.select_captions(sources, flags.count, flags.caption_seed)
     fid30k.write_captions(rows, flags.out)
     folder = str(pathlib.Path(flags.out) / "samples")
-    # The devices are set up already, and cannot be once more.
-    drawing = argparse.Namespace(**{**vars(flags), "out": folder, "cpu_devices": 1})
-    sample_verb.sample_rows(drawing, rows)
+    # `start` has set up the devices, which is possible only once.
+    sampling_flags = argparse.Namespace(**{**vars(flags), "out": folder, "cpu_devices": 1})
+    sample_verb.sample_rows(sampling_flags, rows)
     settings = sample_verb.read_settings(flags.stage_settings)
     configs = with_settings(sample_verb.read_configs(flags.stages), settings, "--stage_settings")
     about = fid30k.about_run(rows, configs, flags.caption_seed, flags.seed)
     about |= {"negative_prompt": flags.negative_prompt, "guides": flags.guides}
     about["zero_shot"] = about["zero_shot"] and not flags.trained_on_coco
-    card = fid30k.evaluate(flags.out, sources, _settings(flags), about, log=say)
+    card = fid30k.evaluate(flags.out, sources, _settings(flags), about, log=log_once)
     if distributed.is_first():
         cards.write(card, str(pathlib.Path(flags.out) / "fid30k.json"))
         print(cards.format_card(card), end="")
@@ -107,10 +107,10 @@ def add_clip_score(parser: argparse.ArgumentParser) -> None:
 
 
 def run_clip_score(flags: argparse.Namespace) -> None:
-    """Carries `evaluate clip_score` out."""
+    """Runs `evaluate clip_score`."""
     start(flags)
     card = clip_score.evaluate(
-        flags.samples, flags.clip, _store(flags.out), batch_size=flags.batch_size, log=say
+        flags.samples, flags.clip, _store(flags.out), batch_size=flags.batch_size, log=log_once
     )
     if distributed.is_first():
         cards.write(card, flags.out)
@@ -122,25 +122,25 @@ def _add_networks(parser: argparse.ArgumentParser) -> None:
         "--inception", required=True, metavar="FILE", help=f"{PUBLIC_FILE}, or .safetensors of it"
     )
     parser.add_argument(
-        "--filter", default="clean", choices=list(FILTERS), help="how Inception's input is resized"
+        "--filter", default="clean", choices=list(FILTERS), help="resizing of Inception's input"
     )
     parser.add_argument(
-        "--size", type=int, default=0, help="side of all pictures; 0: that of the drawn ones"
+        "--size", type=int, default=0, help="side of all images, pixels; 0: that of the samples"
     )
     parser.add_argument(
         "--clip",
         default="",
         metavar="DIR",
-        help="Hugging Face CLIP: also CMMD, and in fid30k the CLIP score",
+        help="Hugging Face CLIP: adds CMMD, and to fid30k the CLIP score",
     )
     parser.add_argument(
-        "--resamples", type=int, default=fid.RESAMPLES, help="of the bootstrap of the interval"
+        "--resamples", type=int, default=fid.RESAMPLES, help="bootstrap resamples of the interval"
     )
 
 
 def add_batch_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags that say how much is done at a time."""
-    parser.add_argument("--batch_size", type=int, default=32, help="pictures at a time")
+    """Flags of batch size and devices."""
+    parser.add_argument("--batch_size", type=int, default=32, help="images per batch")
     wiring.add_cpu_devices(parser)
 
 
@@ -156,7 +156,7 @@ def _settings(flags: argparse.Namespace) -> fid.Settings:
 
 
 def start(flags: argparse.Namespace) -> None:
-    """Checks numbers, sets the devices up and joins the other processes."""
+    """Checks numeric flags, sets up the devices and joins the other processes."""
     wiring.check_least(flags, 0, "size")
     wiring.check_least(flags, 1, "batch_size", "cpu_devices", "samples_per_prompt")
     wiring.check_least(flags, 2, "resamples", "count")
@@ -165,11 +165,11 @@ def start(flags: argparse.Namespace) -> None:
 
 
 def _store(out: str) -> pathlib.Path:
-    """Where features are kept: a folder beside the card."""
+    """Folder of the feature cache, beside the card."""
     return pathlib.Path(out).with_suffix(".features")
 
 
-def say(line: str) -> None:
-    """Prints a progress line, once for all processes."""
+def log_once(line: str) -> None:
+    """Prints a progress line on the first process."""
     if distributed.is_first():
         print(line, flush=True)

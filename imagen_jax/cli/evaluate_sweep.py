@@ -98,7 +98,7 @@ def run(flags: argparse.Namespace) -> None:
     )
     charts.check_installed()
     evaluate_features.start(flags)
-    cells = sweep.run(grid_sweep, flags.out, evaluate_features.say)
+    cells = sweep.run(grid_sweep, flags.out, evaluate_features.log_once)
     if distributed.is_first():
         print(sweep_report.write(cells, flags.out, flags.title), end="")
 
