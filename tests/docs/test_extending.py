@@ -1,16 +1,51 @@
-"""docs/extending.md: its examples run, in order, as one program; the schema knows all rows."""
+"""docs/extending.md: its examples run in order as one program; registries decide on names."""
 
-import inspect
-import re
+import dataclasses
 import subprocess
 import sys
 
-from imagen_jax.config import data, schema
+import pytest
+
+from imagen_jax.config import data, overrides
+from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.sampling import SamplingConfig
 from imagen_jax.data.sources import registry
 from imagen_jax.diffusion import process, samplers, thresholding
-from imagen_jax.stages import stage
+from imagen_jax.stages import network
+from imagen_jax.stages.names import check_names
 from tests.reference.pages import ALL, ROOT
+
+# The fields that `check_names` checks, with their registries.
+REGISTRIES = {
+    "model.name": network.MODELS,
+    "diffusion.schedule": process.SCHEDULES,
+    "diffusion.aug_schedule": process.SCHEDULES,
+    "diffusion.loss_weight": process.LOSS_WEIGHTS,
+    "sampling.sampler": samplers.SAMPLERS,
+    "sampling.thresholding": thresholding.THRESHOLDS,
+}
+CONFIG_FILE = """
+from imagen_jax.config import overrides
+from imagen_jax.config.schema import Config
+
+def get_config(name=""):
+    return overrides.to_config_dict(Config())
+"""
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory):
+    """A configuration file with all defaults."""
+    path = tmp_path_factory.mktemp("config") / "default.py"
+    path.write_text(CONFIG_FILE)
+    return str(path)
+
+
+def load(config_file, field, name):
+    """The configuration with another name in a field, checked as the commands do."""
+    config = overrides.load(config_file, [f"{field}={name}"])
+    check_names(config)
+    return config
 
 
 def test_the_examples_run():
@@ -24,20 +59,45 @@ def test_the_examples_run():
     assert done.returncode == 0, done.stderr
 
 
-def choices(section: type, field: str) -> set[str]:
-    """The names that the schema accepts for a field."""
-    source = inspect.getsource(section)
-    call = re.search(rf'check_choice\(\s*"[\w.]*\.{field}",[^()]*\(([^)]*)\)', source)
-    assert call, f"{section.__name__} does not check {field}"
-    return set(re.findall(r'"(\w+)"', call[1]))
+@pytest.mark.parametrize("field", REGISTRIES)
+def test_an_unknown_name_is_refused_with_the_nearest_one(config_file, field):
+    row = sorted(REGISTRIES[field])[0]
+    with pytest.raises(ConfigError) as error:
+        load(config_file, field, f"{row}z")
+    message = str(error.value)
+    assert message.startswith(f"config.{field}={f'{row}z'!r} is not one of ")
+    assert all(name in message for name in REGISTRIES[field])
+    assert message.endswith(f"did you mean {row!r}?") and "\n" not in message
 
 
-def test_the_schema_accepts_the_rows_that_there_are():
-    diffusion = schema.DiffusionConfig
-    assert choices(diffusion, "schedule") == set(process.SCHEDULES)
-    assert choices(diffusion, "aug_schedule") == set(process.SCHEDULES)
-    assert choices(diffusion, "loss_weight") == set(process.LOSS_WEIGHTS)
-    assert choices(SamplingConfig, "sampler") == set(samplers.SAMPLERS)
-    assert choices(SamplingConfig, "thresholding") == set(thresholding.THRESHOLDS)
-    assert choices(schema.ModelConfig, "name") == set(stage.MODELS)
+@pytest.mark.parametrize("field", REGISTRIES)
+def test_a_row_added_at_run_time_is_accepted(config_file, field, monkeypatch):
+    with pytest.raises(ConfigError):
+        load(config_file, field, "new_row")
+    rows = REGISTRIES[field]
+    monkeypatch.setitem(rows, "new_row", next(iter(rows.values())))
+    section, name = field.split(".")
+    assert getattr(getattr(load(config_file, field, "new_row"), section), name) == "new_row"
+
+
+def test_an_unknown_prediction_is_refused(config_file):
+    with pytest.raises(ConfigError, match="did you mean 'x0'"):
+        load(config_file, "diffusion.prediction", "x00")
+
+
+def test_every_row_can_be_configured(config_file):
+    for field, rows in REGISTRIES.items():
+        for name in rows:
+            load(config_file, field, name)
+
+
+def test_the_options_of_a_sampler_are_fields_and_arguments():
+    fields = {field.name for field in dataclasses.fields(SamplingConfig)}
+    assert samplers.OPTIONS.keys() <= samplers.SAMPLERS.keys()
+    for name, options in samplers.OPTIONS.items():
+        assert set(options) <= fields
+        samplers.make_sampler(SamplingConfig(sampler=name))
+
+
+def test_the_schema_names_every_kind_of_source():
     assert set(data.KINDS) == set(registry.SOURCES)
