@@ -71,7 +71,7 @@ setuptools.setup(
         "pillow>=12",
         "scipy>=1.14",
         "jaxtyping>=0.3",
-        "safetensors>=0.5",
+        "safetensors>=0.8",
         "sentencepiece>=0.2",
         "tensorboardX>=2.6",
         "etils[epath]>=1.9",

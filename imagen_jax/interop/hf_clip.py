@@ -1,9 +1,9 @@
 """CLIP in the Hugging Face layout: `config.json` beside safetensors or torch weights.
 
-For the text encoder (`open_tensors`) whole CLIP models and text towers saved alone are read, with
-or without the prefix `text_model.`; the last layer and the final norm must be there but are not
-used: `models.clip.TextTower` stops one layer before. For the CLIP score (`read_towers`) the model
-must be whole. Their kernels are transposed.
+`open_tensors`, for the text encoder, reads whole CLIP models and separate text towers, with or
+without the prefix `text_model.`. The last layer and the final norm must exist but are not used:
+`models.clip.TextTower` ends one layer earlier. `read_towers`, for the CLIP score, needs the whole
+model. Kernels are transposed in the files.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from imagen_jax.models import clip
 from imagen_jax.models.clip import ClipTextConfig, ClipVisionConfig
 from imagen_jax.parallel import partitioning
 
-# Our field -> theirs, and what a configuration without it means.
+# Field -> field of config.json, and its default there.
 _FIELDS = {
     "vocab_size": ("vocab_size", 49408),
     "emb_dim": ("hidden_size", 512),
@@ -57,7 +57,7 @@ _PARTS = {
     "down": "mlp.fc2",
 }
 
-# What the embeddings have outside of their layers: in the text tower, and in the picture tower.
+# Parameters outside the layers, of the text tower and of the image tower.
 _TEXT_NAMES = {
     "token_embedder/embedding": "text_model.embeddings.token_embedding.weight",
     "position_embedder": "text_model.embeddings.position_embedding.weight",
@@ -69,7 +69,7 @@ _VISION_NAMES = {
     "class_embedder": "vision_model.embeddings.class_embedding",
     "patch_embedder/kernel": "vision_model.embeddings.patch_embedding.weight",
     "position_embedder": "vision_model.embeddings.position_embedding.weight",
-    # The misspelling is theirs.
+    # Misspelled in the files.
     "first_norm/scale": "vision_model.pre_layrnorm.weight",
     "first_norm/bias": "vision_model.pre_layrnorm.bias",
     "final_norm/scale": "vision_model.post_layernorm.weight",
@@ -77,21 +77,21 @@ _VISION_NAMES = {
     "projection/kernel": "visual_projection.weight",
 }
 
-# Of no use to the text encoder: a buffer of old files, and the head of the contrastive loss.
+# Not used by the text encoder: a buffer of old files, and the projection of the contrastive loss.
 _IGNORED = ("embeddings.position_ids", "text_projection.weight")
 
 
 def open_tensors(
     folder: str | pathlib.Path,
 ) -> tuple[ClipTextConfig, dict[str, weights.Tensor]]:
-    """The text tower's shape, and its float32 parameters by path, read one at a time when asked.
+    """The text tower's shape, and its float32 parameters by path, not read yet.
 
     Args:
       folder: holds config.json and model.safetensors or pytorch_model.bin, whole or sharded.
 
     Raises:
       WeightsError: a file is missing or damaged, the model is not a CLIP, or its parameters do not
-        fit its config.json (every missing, extra and wrong-shape one is named).
+        match its config.json (every missing, extra and wrong-shape one is named).
     """
     folder = pathlib.Path(folder)
     values = _read_config(folder / "config.json")
@@ -107,13 +107,13 @@ def open_tensors(
     for name in _IGNORED:
         found.pop(name, None)
     used = _expected(config)
-    # The last layer, which `models.clip` does without, is the next one of a deeper tower.
-    everything = _expected(dataclasses.replace(config, num_layers=config.num_layers + 1))
+    # The last layer, which `TextTower` omits, is the next layer of a deeper tower.
+    whole_tower = _expected(dataclasses.replace(config, num_layers=config.num_layers + 1))
     final = {f"final_layer_norm.{kind}": (config.emb_dim,) for kind in ("weight", "bias")}
     weights.check_parameters(
         folder,
         {name: tensor.shape for name, tensor in found.items()},
-        {name: shape for _, (name, shape) in everything.items()} | final,
+        {name: shape for _, (name, shape) in whole_tower.items()} | final,
     )
     return config, {
         path: weights.Tensor(
@@ -129,7 +129,7 @@ class Towers(NamedTuple):
 
     Attributes:
       text, vision: shapes of its towers.
-      projection_dim: numbers of an embedding.
+      projection_dim: width of an embedding.
       text_params: of `models.clip.TextEmbedding`, float32.
       vision_params: of `models.clip.ImageEmbedding`, float32.
       sha256: of all values.
@@ -150,7 +150,7 @@ def read_towers(folder: str | pathlib.Path) -> Towers:
       folder: holds config.json and model.safetensors or pytorch_model.bin, whole or sharded.
 
     Raises:
-      WeightsError: as `open_tensors`, also where the model has no picture tower.
+      WeightsError: as `open_tensors`, also if the model has no image tower.
     """
     folder = pathlib.Path(folder)
     path = folder / "config.json"
@@ -162,7 +162,7 @@ def read_towers(folder: str | pathlib.Path) -> Towers:
     dim = int(values.get("projection_dim", 512))
     keep = lambda name: not name.endswith("position_ids") and name != "logit_scale"  # noqa: E731
     found = weights.open_folder(folder, keep=keep)
-    flat, digest = weights.read_as(folder, found, _expected_towers(text, vision, dim), _ours)
+    flat, digest = weights.read_as(folder, found, _expected_towers(text, vision, dim), _transpose)
     tree = weights.unflatten(flat)
     return Towers(text, vision, dim, tree["text"], tree["vision"], digest)
 
@@ -170,12 +170,12 @@ def read_towers(folder: str | pathlib.Path) -> Towers:
 def _expected_towers(
     text: ClipTextConfig, vision: ClipVisionConfig, dim: int
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Our path, after text/ or vision/ -> their name and shape."""
+    """Parameter path, after text/ or vision/ -> name and shape in the files."""
     ids = np.zeros((1, 2), np.int32)
-    picture = np.zeros((1, vision.image_size, vision.image_size, 3), np.float32)
+    image = np.zeros((1, vision.image_size, vision.image_size, 3), np.float32)
     towers = {
         "text": (clip.TextEmbedding(text, dim), (ids, ids == 0), _TEXT_NAMES),
-        "vision": (clip.ImageEmbedding(vision, dim), (picture,), _VISION_NAMES),
+        "vision": (clip.ImageEmbedding(vision, dim), (image,), _VISION_NAMES),
     }
     expected = {}
     for tower, (module, inputs, names) in towers.items():
@@ -187,14 +187,14 @@ def _expected_towers(
 
 
 def _foreign_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Their order of axes of our parameter."""
+    """Shape of a parameter in the files."""
     if path == "patch_embedder/kernel":
         return (shape[3], shape[2], shape[0], shape[1])
     return shape[::-1] if path.endswith("/kernel") else shape
 
 
 def _expected(config: ClipTextConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Our path -> their name and shape, of all that `models.clip` uses."""
+    """Parameter path of `TextTower` -> name and shape in the files."""
     leaves: Mapping = weights.flatten(partitioning.unbox(clip.boxed_shapes(config)))
     return {
         path: (_foreign_name(path), _foreign_shape(path, leaf.shape))
@@ -203,7 +203,7 @@ def _expected(config: ClipTextConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def _foreign_name(path: str) -> str:
-    """Their name of our parameter, e.g. layers_2/attention/query/kernel."""
+    """Name in the files of a parameter such as layers_2/attention/query/kernel."""
     if path == "token_embedder/embedding":
         return "embeddings.token_embedding.weight"
     if path == "position_embedder":
@@ -213,17 +213,17 @@ def _foreign_name(path: str) -> str:
 
 
 def _read(path: str, tensor: weights.Tensor) -> np.ndarray:
-    return np.ascontiguousarray(_ours(path, np.asarray(tensor.read()).astype(np.float32)))
+    return np.ascontiguousarray(_transpose(path, np.asarray(tensor.read()).astype(np.float32)))
 
 
-def _ours(path: str, array: np.ndarray) -> np.ndarray:
+def _transpose(path: str, array: np.ndarray) -> np.ndarray:
     if path.endswith("patch_embedder/kernel"):
         return array.transpose(2, 3, 1, 0)
     return array.T if path.endswith("/kernel") else array
 
 
 def _read_config(path: pathlib.Path) -> dict[str, Any]:
-    """Their whole configuration."""
+    """The content of config.json."""
     values = weights.read_config(path, "a Hugging Face CLIP folder")
     kind = values.get("model_type")
     if kind not in ("clip", "clip_text_model"):
@@ -236,8 +236,8 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
 def _fields(
     values: Mapping[str, Any], names: Mapping[str, tuple[str, Any]], path: pathlib.Path
 ) -> dict[str, Any]:
-    """Our fields of a tower from their configuration of it."""
-    fields = {ours: values.get(theirs, old) for ours, (theirs, old) in names.items()}
+    """Fields of a tower's configuration from its section of config.json."""
+    fields = {field: values.get(name, default) for field, (name, default) in names.items()}
     if fields["activation"] not in clip.ACTIVATIONS:
         raise weights.WeightsError(
             f"{path}: hidden_act={fields['activation']!r}, expected one of "

@@ -1,9 +1,9 @@
 """DINOv2 in the Hugging Face layout: `config.json` beside safetensors or torch weights.
 
-The public weights have places for pictures of 518 pixels. For the 224 of FD-DINOv2 they are brought
-to the smaller grid when they are read, as transformers does in every call: torch's bicubic
-interpolation, cell centre to cell centre. (The authors' own program stretches that grid by a tenth
-of a cell, which moves features a little.)
+The position embeddings of the public weights are for images of 518 pixels. For the 224 pixels of
+FD-DINOv2 they are interpolated when they are read, as transformers does in every call: torch's
+bicubic interpolation with aligned cell centres. (The authors' program scales that grid by a tenth
+of a cell, which changes features slightly.)
 """
 
 from __future__ import annotations
@@ -44,56 +44,56 @@ _PARTS = {
 
 
 def read(folder: str | pathlib.Path, size: int) -> tuple[ClipVisionConfig, dict[str, Any], str]:
-    """A DINOv2 for pictures of one side.
+    """A DINOv2 for images of one size.
 
     Args:
       folder: holds config.json and model.safetensors or pytorch_model.bin, whole or sharded.
-      size: side of the pictures, pixels; a multiple of the patches'.
+      size: side of the images, pixels; a multiple of the patch size.
 
     Returns:
-      Its shape, the float32 parameters of `models.dinov2.ImageFeatures`, and the hash of all
-      values in the file that are used.
+      Its shape, the float32 parameters of `models.dinov2.ImageFeatures`, and the SHA-256 of the
+      values in the files that are used.
 
     Raises:
-      WeightsError: a file is missing or damaged, the model is not a DINOv2 with an ordinary
-        feed-forward layer, or its parameters do not fit its config.json (every one is named).
+      WeightsError: a file is missing or damaged, the model is not a DINOv2 with an ungated
+        feed-forward layer, or its parameters do not match its config.json (all are named).
     """
     folder = pathlib.Path(folder)
-    theirs = _read_config(folder / "config.json")
+    published = _read_config(folder / "config.json")
     unused = ("mask_token", "classifier.weight", "classifier.bias")
     found = weights.open_folder(folder, keep=lambda name: not name.endswith(unused))
-    # Models with a head have it before every name.
+    # Models with a head have this prefix.
     found = {name.removeprefix("dinov2."): tensor for name, tensor in found.items()}
-    flat, digest = weights.read_as(folder, found, _expected(theirs), _ours)
-    flat["places"] = resize_position_embedding(flat["places"], size // theirs.patch_size)
-    config = dataclasses.replace(theirs, image_size=size)
+    flat, digest = weights.read_as(folder, found, _expected(published), _transpose)
+    flat["places"] = resize_position_embedding(flat["places"], size // published.patch_size)
+    config = dataclasses.replace(published, image_size=size)
     return config, weights.unflatten(flat), digest
 
 
 def resize_position_embedding(
-    places: Float[np.ndarray, "n d"], side: int
+    embedding: Float[np.ndarray, "n d"], side: int
 ) -> Float[np.ndarray, "m d"]:
-    """Vectors of the whole and of a square grid of patches, for a grid of `side` patches."""
-    old = round((len(places) - 1) ** 0.5)
+    """Position embeddings for `side` x `side` patches; the first row, the class token's, stays."""
+    old = round((len(embedding) - 1) ** 0.5)
     if old == side:
-        return places
+        return embedding
     matrix = bicubic(old, side)
-    grid = places[1:].reshape(old, old, -1)
+    grid = embedding[1:].reshape(old, old, -1)
     resized = np.einsum("ia,jb,abd->ijd", matrix, matrix, grid).reshape(side * side, -1)
-    return np.concatenate([places[:1], resized]).astype(np.float32)
+    return np.concatenate([embedding[:1], resized]).astype(np.float32)
 
 
 def bicubic(old: int, new: int) -> Float[np.ndarray, "new old"]:
-    """Weights of torch's bicubic interpolation: no antialiasing, the border goes on beyond it.
+    """Weights of torch's bicubic interpolation: no antialiasing, replicated border.
 
     The kernel is Keys' (1981) with a = -0.75; value i is taken at (i + 1/2) old / new - 1/2.
     """
     a, matrix = -0.75, np.zeros((new, old))
     for i in range(new):
-        place = (i + 0.5) * old / new - 0.5
-        first = int(np.floor(place)) - 1
+        position = (i + 0.5) * old / new - 0.5
+        first = int(np.floor(position)) - 1
         for tap in range(first, first + 4):
-            x = abs(place - tap)
+            x = abs(position - tap)
             if x <= 1:
                 weight = (a + 2) * x**3 - (a + 3) * x**2 + 1
             else:
@@ -112,7 +112,7 @@ def _read_config(path: pathlib.Path) -> ClipVisionConfig:
     if values.get("use_swiglu_ffn") or activation not in ACTIVATIONS:
         raise weights.WeightsError(
             f"{path}: use_swiglu_ffn={values.get('use_swiglu_ffn')}, hidden_act={activation!r}; "
-            "the gated form (ViT-g) is not read; take ViT-L/14, as FD-DINOv2 does"
+            "the gated feed-forward layer (ViT-g) is not supported; use ViT-L/14, as FD-DINOv2 does"
         )
     width = values.get("hidden_size", 768)
     return ClipVisionConfig(
@@ -128,9 +128,9 @@ def _read_config(path: pathlib.Path) -> ClipVisionConfig:
 
 
 def _expected(config: ClipVisionConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Our path -> their name and shape."""
-    picture = np.zeros((1, config.image_size, config.image_size, 3), np.float32)
-    boxed = jax.eval_shape(ImageFeatures(config).init, jax.random.key(0), picture)["params"]
+    """Parameter path -> name and shape in the files."""
+    image = np.zeros((1, config.image_size, config.image_size, 3), np.float32)
+    boxed = jax.eval_shape(ImageFeatures(config).init, jax.random.key(0), image)["params"]
     leaves = weights.flatten(partitioning.unbox(boxed))
     return {
         path: (_foreign_name(path), _foreign_shape(path, leaf.shape))
@@ -157,7 +157,7 @@ def _foreign_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[::-1] if path.endswith("/kernel") else shape
 
 
-def _ours(path: str, array: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+def _transpose(path: str, array: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
     if path == "patches/kernel":
         return array.transpose(2, 3, 1, 0)
     if path in ("whole", "places"):

@@ -1,8 +1,8 @@
 """T5 encoders in the Hugging Face layout: `config.json` beside safetensors or torch weights.
 
-`load` brings a published T5 (v1.0 or v1.1, encoder alone or the whole model) to this project's
-names; `save` writes ours so that this module and Hugging Face's own library read it back. Their
-kernels are transposed and their relative bias is [buckets, heads].
+`load` converts a published T5 (v1.0 or v1.1, with or without decoder) to the parameter names
+of `models.t5`; `save` writes a folder that `load` and Hugging Face's library read. In the files
+kernels are transposed and the relative bias is [buckets, heads].
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from imagen_jax.interop import weights
 from imagen_jax.models import t5
 from imagen_jax.parallel import partitioning
 
-# Their name of the activation -> ours. "gelu_new" is the tanh form, as "gated-gelu" implies.
+# feed_forward_proj -> mlp_activations. "gelu_new" and "gated-gelu" are the tanh form.
 _FEED_FORWARD = {
     "gated-gelu": ("gelu", "linear"),
     "gated-relu": ("relu", "linear"),
@@ -41,7 +41,7 @@ _FIELDS = {
     "norm_eps": "layer_norm_epsilon",
 }
 
-# Published configurations older than these fields mean the values below.
+# Values of published configurations that are older than these fields.
 _OLD_DEFAULTS = {
     "relative_attention_num_buckets": 32,
     "relative_attention_max_distance": 128,
@@ -50,9 +50,7 @@ _OLD_DEFAULTS = {
 }
 
 
-_UMT5 = (
-    ", whose layers each have a relative bias of their own; only T5 v1.0, v1.1 and ByT5 are read"
-)
+_UMT5 = ", which has a relative bias per layer; only T5 v1.0, v1.1 and ByT5 are read"
 
 
 def load(folder: str | pathlib.Path) -> tuple[T5Config, dict[str, Any]]:
@@ -66,31 +64,31 @@ def load(folder: str | pathlib.Path) -> tuple[T5Config, dict[str, Any]]:
 
     Raises:
       WeightsError: a file is missing or damaged, the model is not a T5, or its parameters do not
-        fit its config.json (every missing, extra and wrong-shape one is named).
+        match its config.json (every missing, extra and wrong-shape one is named).
     """
     config, tensors = open_tensors(folder)
     return config, weights.unflatten({path: tensor.read() for path, tensor in tensors.items()})
 
 
 def open_tensors(folder: str | pathlib.Path) -> tuple[T5Config, dict[str, weights.Tensor]]:
-    """As `load`, but by path (`layers_0/mlp/wo/kernel`) and read one at a time, when asked."""
+    """As `load`, by path (`layers_0/mlp/wo/kernel`); each tensor is read by `Tensor.read`."""
     folder = pathlib.Path(folder)
     config = _read_config(folder / "config.json")
     found = weights.open_folder(
         folder, keep=lambda name: name == "shared.weight" or name.startswith("encoder.")
     )
-    # The encoder's table is the shared one under a second name.
+    # The encoder's embedding table has a second name.
     tied = found.pop("encoder.embed_tokens.weight", None)
     if tied is not None:
         found.setdefault("shared.weight", tied)
     if "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight" in found:
-        raise weights.WeightsError(f"{folder} holds a umT5{_UMT5}")
+        raise weights.WeightsError(f"{folder} is a umT5{_UMT5}")
     expected = weights.flatten(t5.parameter_shapes(config))
     names = {path: _foreign_name(path) for path in expected}
     weights.check_parameters(
         folder,
         {name: tensor.shape for name, tensor in found.items()},
-        {names[path]: _turn(path, leaf.shape) for path, leaf in expected.items()},
+        {names[path]: _foreign_shape(path, leaf.shape) for path, leaf in expected.items()},
     )
     return config, {
         path: weights.Tensor(leaf.shape, functools.partial(_read, path, found[names[path]]))
@@ -99,19 +97,19 @@ def open_tensors(folder: str | pathlib.Path) -> tuple[T5Config, dict[str, weight
 
 
 def _read(path: str, tensor: weights.Tensor) -> np.ndarray:
-    return _ours(path, tensor.read())
+    return _transposed(path, tensor.read())
 
 
 def save(folder: str | pathlib.Path, config: T5Config, params: dict[str, Any]) -> None:
-    """Writes config.json and model.safetensors; `load` gives the same float32 values back.
+    """Writes config.json and model.safetensors; `load` returns the same float32 values.
 
     Args:
-      folder: made if missing.
+      folder: created if missing.
       config: shape of the encoder.
-      params: its parameters, as `load` or `T5Encoder.init` gives them.
+      params: parameters as of `load` or `T5Encoder.init`.
 
     Raises:
-      WeightsError: the parameters do not fit the configuration.
+      WeightsError: the parameters do not match the configuration.
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -122,7 +120,7 @@ def save(folder: str | pathlib.Path, config: T5Config, params: dict[str, Any]) -
         {path: np.shape(array) for path, array in flat.items()},
         {path: leaf.shape for path, leaf in expected.items()},
     )
-    arrays = {_foreign_name(path): _ours(path, array) for path, array in flat.items()}
+    arrays = {_foreign_name(path): _transposed(path, array) for path, array in flat.items()}
     weights.write_safetensors(folder / "model.safetensors", arrays)
     (folder / "config.json").write_text(json.dumps(_foreign_config(config), indent=2) + "\n")
 
@@ -131,7 +129,7 @@ def _read_config(path: pathlib.Path) -> T5Config:
     values = _OLD_DEFAULTS | weights.read_config(path, "a Hugging Face T5 folder")
     kind = values.get("model_type")
     if kind == "umt5":
-        raise weights.WeightsError(f"{path} describes a umT5{_UMT5}")
+        raise weights.WeightsError(f"{path} is of a umT5{_UMT5}")
     if kind != "t5":
         raise weights.WeightsError(f"{path}: model_type={kind!r}, expected 't5'")
     missing = sorted(name for name in _FIELDS.values() if name not in values)
@@ -168,7 +166,7 @@ def _foreign_config(config: T5Config) -> dict[str, Any]:
 
 
 def _foreign_name(path: str) -> str:
-    """Their name of our parameter, e.g. layers_2/mlp/wo/kernel."""
+    """Name in the files of a parameter such as layers_2/mlp/wo/kernel."""
     parts = path.split("/")
     if parts[0] == "token_embedder":
         return "shared.weight"
@@ -185,15 +183,15 @@ def _foreign_name(path: str) -> str:
     return f"{block}.layer.{sublayer}.layer_norm.weight"
 
 
-def _turned(path: str) -> bool:
+def _is_transposed(path: str) -> bool:
     return path.endswith(("/kernel", "/rel_embedding"))
 
 
-def _turn(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape[::-1] if _turned(path) else shape
+def _foreign_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape[::-1] if _is_transposed(path) else shape
 
 
-def _ours(path: str, array: np.ndarray) -> np.ndarray:
-    """The array in the other layout (the exchange is its own inverse), float32."""
+def _transposed(path: str, array: np.ndarray) -> np.ndarray:
+    """The array in the other layout, float32; its own inverse."""
     array = np.asarray(array).astype(np.float32)
-    return np.ascontiguousarray(array.T) if _turned(path) else array
+    return np.ascontiguousarray(array.T) if _is_transposed(path) else array

@@ -1,7 +1,7 @@
-"""The fields of diffusers' `UNet2DConditionModel` as a ModelConfig, and back, for DeepFloyd IF.
+"""Fields of diffusers' `UNet2DConditionModel` as a ModelConfig, and back, for DeepFloyd IF.
 
-What a configuration asks for and our U-Net has not is refused with the name of the field; so is
-what our U-Net can do and diffusers' cannot.
+A value that `models.unet.UNet` does not support is an error that names the field; likewise a value
+of ModelConfig that diffusers does not support.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from typing import Any
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import ModelConfig
 from imagen_jax.interop import weights
+from imagen_jax.models.unet import UNet
 
-DIFFUSERS_VERSION = "0.42.1"  # the one whose fields are written
+DIFFUSERS_VERSION = "0.42.1"  # Version whose fields are written.
 
-# Fields of which our U-Net has one value only; the first ones are diffusers' defaults, too.
+# Fields with one supported value; the first ones are also diffusers' defaults.
 _ONLY = {
     "center_input_sample": False,
     "flip_sin_to_cos": True,
@@ -31,14 +32,14 @@ _ONLY = {
     "time_embedding_type": "positional",
     "timestep_post_act": None,
     "time_cond_proj_dim": None,
-    # IF's own choices:
+    # Values of IF:
     "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
     "cross_attention_norm": "group_norm",
     "resnet_time_scale_shift": "scale_shift",
     "addition_embed_type": "text",
     "encoder_hid_dim_type": "text_proj",
 }
-# What diffusers takes for the other fields where they are not written down.
+# Defaults of diffusers for the other fields.
 _DEFAULTS = {
     "mid_block_type": "UNetMidBlock2DCrossAttn",
     "cross_attention_norm": None,
@@ -68,7 +69,7 @@ _DEFAULTS = {
     "time_embedding_act_fn": None,
     "time_embedding_dim": None,
 }
-# Fields that change nothing in a network of IF's blocks, and what is written for them.
+# Fields without effect for the blocks of IF, and the values that are written.
 _WITHOUT_EFFECT = {
     "addition_time_embed_dim": None,
     "downsample_padding": 1,
@@ -79,7 +80,7 @@ _WITHOUT_EFFECT = {
     "upcast_attention": False,
     "use_linear_projection": False,
 }
-# Blocks of the way down and of the way up, by whether they attend.
+# Blocks of encoder and decoder, by whether they have attention.
 _DOWN = {False: "ResnetDownsampleBlock2D", True: "SimpleCrossAttnDownBlock2D"}
 _UP = {False: "ResnetUpsampleBlock2D", True: "SimpleCrossAttnUpBlock2D"}
 _ACTIVATIONS = {"gelu": "gelu", "silu": "swish", "swish": "swish"}
@@ -92,14 +93,14 @@ def read_config(folder: str | pathlib.Path) -> dict[str, Any]:
 
 
 def model_config(given: Mapping[str, Any], where: str) -> ModelConfig:
-    """Our configuration of the network that diffusers' fields describe.
+    """ModelConfig of a UNet2DConditionModel.
 
     Args:
-      given: fields of a UNet2DConditionModel; those not given have diffusers' defaults.
-      where: how to call them in messages.
+      given: its fields; missing ones have diffusers' defaults.
+      where: name of the file for messages.
 
     Raises:
-      WeightsError: names the field that asks for something else than our U-Net has.
+      WeightsError: `UNet` does not support the value of a field; the field is named.
     """
     values = _ONLY | _DEFAULTS | _WITHOUT_EFFECT | dict(given)
     if values["encoder_hid_dim_type"] is None and values["encoder_hid_dim"] is not None:
@@ -112,16 +113,16 @@ def model_config(given: Mapping[str, Any], where: str) -> ModelConfig:
 
 
 def _check(values: Mapping[str, Any]) -> None:
-    """Raises ValueError for the first field that asks for something our U-Net has not."""
+    """Raises ValueError for the first field whose value `UNet` does not support."""
 
-    def require(fits: bool, field: str, wanted: Any) -> None:
-        if not fits:
-            raise ValueError(f"{field}={values[field]!r} cannot be represented, only {wanted}")
+    def require(supported: bool, field: str, expected: Any) -> None:
+        if not supported:
+            raise ValueError(f"{field}={values[field]!r} cannot be represented, only {expected}")
 
     name = "UNet2DConditionModel"
     require(values.get("_class_name", name) == name, "_class_name", name)
-    for field, wanted in _ONLY.items():
-        require(values[field] == wanted, field, repr(wanted))
+    for field, expected in _ONLY.items():
+        require(values[field] == expected, field, repr(expected))
     for field in values.keys() - _ONLY.keys() - _DEFAULTS.keys() - _WITHOUT_EFFECT.keys():
         require(field.startswith("_") or values[field] is None, field, "fields known here")
 
@@ -129,13 +130,13 @@ def _check(values: Mapping[str, Any]) -> None:
     for block in down:
         require(block in _DOWN.values(), "down_block_types", " and ".join(_DOWN.values()))
     mirrored = [_UP[block == _DOWN[True]] for block in reversed(down)]
-    require(list(up) == mirrored, "up_block_types", f"those of the way down, {mirrored}")
+    require(list(up) == mirrored, "up_block_types", f"those of down_block_types, {mirrored}")
     channels = values["block_out_channels"]
     require(len(channels) == len(down), "block_out_channels", f"{len(down)}, one per level")
 
     activation, lowres = values["act_fn"], values["class_embed_type"] is not None
     require(activation in _ACTIVATIONS, "act_fn", ", ".join(_ACTIVATIONS))
-    # The embedding's activation: in front of each block's own layer, or once for all.
+    # The activation of the embedding is applied in each block, or once for all blocks.
     act, skip = values["time_embedding_act_fn"], values["resnet_skip_time_act"]
     require(act in (None, activation), "time_embedding_act_fn", f"None or {activation!r}")
     require(skip == (act is not None), "resnet_skip_time_act", act is not None)
@@ -143,8 +144,9 @@ def _check(values: Mapping[str, Any]) -> None:
     same = values["mid_block_scale_factor"] == divisor
     require(same, "mid_block_scale_factor", f"resnet_out_scale_factor={divisor}")
     require(values["class_embed_type"] in (None, "timestep"), "class_embed_type", "'timestep'")
-    wanted = 6 if lowres else 3
-    require(values["in_channels"] == wanted, "in_channels", f"{wanted} with this class_embed_type")
+    channels = 6 if lowres else 3
+    fits = values["in_channels"] == channels
+    require(fits, "in_channels", f"{channels} with this class_embed_type")
     require(values["out_channels"] in (3, 6), "out_channels", "3 or 6")
     heads = "addition_embed_type_num_heads"
     for field in ("encoder_hid_dim", "cross_attention_dim", "norm_num_groups", heads):
@@ -155,7 +157,7 @@ def _check(values: Mapping[str, Any]) -> None:
 
 
 def _levels(values: Mapping[str, Any], field: str) -> tuple[Any, ...]:
-    """A field that is given once for all levels, or level by level."""
+    """A field with one value for all levels or one per level, as a value per level."""
     value, levels = values[field], len(values["down_block_types"])
     value = tuple(value) if isinstance(value, (list, tuple)) else (value,) * levels
     if len(value) != levels:
@@ -188,6 +190,7 @@ def _translate(values: Mapping[str, Any]) -> ModelConfig:
         num_groups=values["norm_num_groups"],
         embed_dim=values["time_embedding_dim"] or 4 * values["block_out_channels"][0],
         residual_divisor=float(values["resnet_out_scale_factor"]),
+        skip_scale=1.0,
         dropout=float(values["dropout"]),
         lowres=values["class_embed_type"] is not None,
         out_channels=values["out_channels"],
@@ -195,14 +198,19 @@ def _translate(values: Mapping[str, Any]) -> ModelConfig:
 
 
 def diffusers_config(config: ModelConfig, sample_size: int | None) -> dict[str, Any]:
-    """diffusers' fields of our network.
+    """Fields of diffusers for a network.
+
+    Args:
+      config: shape of a `UNet`.
+      sample_size: side of the images, pixels.
 
     Raises:
-      WeightsError: diffusers has no such network; the field is named.
+      WeightsError: diffusers does not support the value of a field; the field is named.
     """
-    _check_ours(config)
+    config = config.with_defaults(UNet.DEFAULTS)
+    _check_model(config)
     activation = {"gelu": "gelu", "swish": "silu"}[config.activation]
-    # The same network either way; IF's SR networks, which have a divisor, have it so.
+    # Both values describe the same network; IF's SR networks, which have a divisor, use this one.
     once = config.residual_divisor != 1.0
     return (
         _ONLY
@@ -235,9 +243,9 @@ def diffusers_config(config: ModelConfig, sample_size: int | None) -> dict[str, 
     )
 
 
-def _check_ours(config: ModelConfig) -> None:
-    """Raises WeightsError for the first field that diffusers has not."""
-    wanted_values = {
+def _check_model(config: ModelConfig) -> None:
+    """Raises WeightsError for the first field whose value diffusers does not support."""
+    required = {
         "name": "unet",
         "text_conditioning": "concat",
         "text_pooling": "token",
@@ -247,38 +255,40 @@ def _check_ours(config: ModelConfig) -> None:
         "skip_scale": 1.0,
         "lowres_residual": False,
     }
-    for field, wanted in wanted_values.items():
+    for field, expected in required.items():
         got = getattr(config, field)
-        if got != wanted:
+        if got != expected:
             raise weights.WeightsError(
-                f"config.model.{field}={got!r} cannot be represented in diffusers, only {wanted!r}"
+                f"config.model.{field}={got!r} cannot be represented in diffusers, only "
+                f"{expected!r}"
             )
     if not config.text_width:
         raise weights.WeightsError(
-            "config.model.text_width=0 cannot be represented in diffusers; project the text"
+            "config.model.text_width=0 cannot be represented in diffusers; set the width of "
+            "the projection"
         )
-    *_, (_, middle_text) = places = _places(config)
-    if not middle_text or any(pixels and not text for pixels, text in places):
+    *_, (_, middle_text) = attends = _attends(config)
+    if not middle_text or any(pixels and not text for pixels, text in attends):
         raise weights.WeightsError(
             f"config.model.cross_attention={config.cross_attention} cannot be represented in "
-            "diffusers: text must be attended to in the middle and wherever pixels are"
+            "diffusers; the middle and every level with self-attention need cross-attention"
         )
 
 
-def _places(config: ModelConfig) -> list[tuple[bool, ...]]:
-    """Whether pixels and text are attended to, at each level and in the middle."""
+def _attends(config: ModelConfig) -> list[tuple[bool, ...]]:
+    """(self-attention, cross-attention) of each level and of the middle."""
     middle = config.middle_attention or (config.self_attention[-1], config.cross_attention[-1])
     return [*zip(config.self_attention, config.cross_attention, strict=True), middle]
 
 
 def _only_text(config: ModelConfig) -> dict[str, Any]:
-    """diffusers' fields that say where text alone is attended to."""
-    places = _places(config)
-    text_only = [not pixels for pixels, text in places if text]
-    # One answer for all places, where all that attend agree.
+    """diffusers' fields for levels with cross-attention only."""
+    attends = _attends(config)
+    text_only = [not pixels for pixels, text in attends if text]
+    # One value if all levels with attention agree.
     if len(set(text_only)) == 1:
         return {"only_cross_attention": text_only[0], "mid_block_only_cross_attention": None}
-    each = [text and not pixels for pixels, text in places[:-1]]
+    each = [text and not pixels for pixels, text in attends[:-1]]
     return {"only_cross_attention": each, "mid_block_only_cross_attention": text_only[-1]}
 
 

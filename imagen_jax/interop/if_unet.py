@@ -1,10 +1,10 @@
-"""DeepFloyd IF's U-Nets, both ways: diffusers' `UNet2DConditionModel` folders <-> our U-Net.
+"""DeepFloyd IF's U-Nets: diffusers' `UNet2DConditionModel` folders <-> `models.unet.UNet`.
 
-IF has ADM's topology, as Imagen's base model has, with choices of its own that `ModelConfig` names
-(`text_norm=group`, `noise_embedding=steps`, ...): `if_config` translates those, this module the
-parameters. Their kernels are [out, in, h, w], ours [h, w, in, out]; their keys and values are two
-layers each, ours one. The channels of an SR stage's input have the same order here and there:
-noisy picture, then upsampled low-res picture.
+IF has ADM's topology, like Imagen's base model, with variants that `ModelConfig` selects
+(`text_norm=group`, `noise_embedding=steps`, ...). `if_config` translates the fields, this module
+the parameters. Kernels of diffusers are [out, in, h, w], those of `UNet` [h, w, in, out]; keys and
+values are two layers in diffusers and one in `UNet`. The input channels of an SR stage have the
+same order in both: noisy image, then upsampled low-resolution image.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ WEIGHT_FILES = (
     "diffusion_pytorch_model.fp16.safetensors",
 )
 
-# Our name of a layer -> theirs; a pair of theirs is one layer of ours, side by side.
+# Layer of `UNet` -> layers of diffusers, concatenated along the output channels.
 _CONDITIONING = {
     "noise/hidden": ("time_embedding.linear_1",),
     "noise/out": ("time_embedding.linear_2",),
@@ -73,8 +73,8 @@ def load(folder: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
       The shape of the network, and its float32 parameters as nested dicts of NumPy arrays.
 
     Raises:
-      WeightsError: a file is missing or damaged, the configuration asks for something else than
-        our U-Net has (the field is named), or the parameters do not fit the configuration.
+      WeightsError: a file is missing or damaged, `UNet` does not support the value of a field (the
+        field is named), or the parameters do not match the configuration.
     """
     folder = pathlib.Path(folder)
     config = model_config(read_config(folder), str(folder / "config.json"))
@@ -83,12 +83,12 @@ def load(folder: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
     names = {path: _names(path, config) for path in shapes}
     expected: dict[str, tuple[int, ...]] = {}
     for path, leaf in shapes.items():
-        # A view of one number has a shape to be turned, and costs nothing.
-        parts = _theirs(path, np.broadcast_to(np.float32(0), leaf.shape), names[path])
+        # A broadcast scalar: the shape of the transposed array without its memory.
+        parts = _to_diffusers(path, np.broadcast_to(np.float32(0), leaf.shape), names[path])
         expected |= {name: part.shape for name, part in parts.items()}
     found = {name: array.shape for name, array in arrays.items()}
     weights.check_parameters(folder, found, expected)
-    flat = {path: _ours(path, [arrays[n] for n in theirs]) for path, theirs in names.items()}
+    flat = {path: _from_diffusers(path, [arrays[n] for n in own]) for path, own in names.items()}
     return config, weights.unflatten(flat)
 
 
@@ -103,19 +103,20 @@ def save(
     """Writes config.json and diffusion_pytorch_model.safetensors for diffusers.
 
     Args:
-      folder: made if missing.
+      folder: created if missing.
       config: shape of the network.
-      params: its parameters, as `load` or `UNet.init` gives them.
-      sample_size: side of the pictures, pixels.
-      source: the config.json the network once came with; written again if it still describes it,
-        so that fields without effect come back as they were.
+      params: parameters of `UNet` as nested dicts of plain arrays.
+      sample_size: side of the images, pixels.
+      source: config.json of the imported network; written unchanged if it still describes
+        `config`, so that fields without effect are kept.
 
     Raises:
-      WeightsError: diffusers has no such network (the field is named), or the parameters do not
-        fit the configuration.
+      WeightsError: diffusers does not support the network (the field is named), or the parameters
+        do not match the configuration.
     """
     values = diffusers_config(config, sample_size)
-    network = dataclasses.replace(config, dtype="float32", remat="none")
+    network = config.with_defaults(UNet.DEFAULTS)
+    network = dataclasses.replace(network, dtype="float32", remat="none")
     if source is not None and model_config(source, "the imported config.json") == network:
         values = dict(source)
     flat = weights.flatten(jax.device_get(params))
@@ -126,7 +127,7 @@ def save(
     )
     arrays: dict[str, np.ndarray] = {}
     for path, array in flat.items():
-        arrays |= _theirs(path, np.asarray(array), _names(path, config))
+        arrays |= _to_diffusers(path, np.asarray(array), _names(path, config))
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights.write_safetensors(folder / WEIGHT_FILES[0], arrays)
@@ -134,7 +135,7 @@ def save(
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape of each of our parameters, by path."""
+    """Shapes of the parameters of `UNet`, by path."""
     side = 2 ** (len(config.channels) - 1)
     one = jnp.zeros((1,))
     arguments = (
@@ -149,7 +150,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _names(path: str, config: ModelConfig) -> tuple[str, ...]:
-    """Their names of one of our parameters, e.g. up_2_0_attention_self/key_value/kernel."""
+    """Names in diffusers of a parameter such as up_2_0_attention_self/key_value/kernel."""
     top, *inner, leaf = path.split("/")
     last = len(config.channels) - 1
     if path == "cond/pooling/position":
@@ -166,34 +167,35 @@ def _names(path: str, config: ModelConfig) -> tuple[str, ...]:
 
 
 def _block(top: str, last: int) -> str:
-    """Their name of one of our blocks; theirs count levels of the way up from the middle."""
-    place, attention, _ = top.partition("_attention_")
-    if place.startswith("middle"):
-        index = 1 if place == "middle_out" else 0
+    """Name in diffusers of a block; diffusers counts the levels of the decoder from the middle."""
+    block, attention, _ = top.partition("_attention_")
+    if block.startswith("middle"):
+        index = 1 if block == "middle_out" else 0
         return f"mid_block.attentions.{index}" if attention else f"mid_block.resnets.{index}"
-    way, level, index = place.split("_")
-    blocks = f"{way}_blocks.{level if way == 'down' else last - int(level)}"
+    direction, level, index = block.split("_")
+    blocks = f"{direction}_blocks.{level if direction == 'down' else last - int(level)}"
     if index == "resample":
-        return f"{blocks}.{'downsamplers' if way == 'down' else 'upsamplers'}.0"
+        return f"{blocks}.{'downsamplers' if direction == 'down' else 'upsamplers'}.0"
     return f"{blocks}.{'attentions' if attention else 'resnets'}.{index}"
 
 
-def _turn(kernel: np.ndarray) -> np.ndarray:
+def _transpose(kernel: np.ndarray) -> np.ndarray:
     """[h, w, in, out] as [out, in, h, w], or [in, out] as [out, in]."""
     return kernel.transpose(3, 2, 0, 1) if kernel.ndim == 4 else kernel.T
 
 
-def _turn_back(kernel: np.ndarray) -> np.ndarray:
+def _transpose_back(kernel: np.ndarray) -> np.ndarray:
+    """Inverse of `_transpose`."""
     return kernel.transpose(2, 3, 1, 0) if kernel.ndim == 4 else kernel.T
 
 
-def _ours(path: str, arrays: Sequence[np.ndarray]) -> np.ndarray:
-    arrays = [_turn_back(a) if path.endswith("/kernel") else a for a in arrays]
+def _from_diffusers(path: str, arrays: Sequence[np.ndarray]) -> np.ndarray:
+    arrays = [_transpose_back(a) if path.endswith("/kernel") else a for a in arrays]
     joined = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1)
     return np.ascontiguousarray(joined, np.float32)
 
 
-def _theirs(path: str, array: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
+def _to_diffusers(path: str, array: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
     parts = np.split(array, len(names), axis=-1)
-    turned = [_turn(part) if path.endswith("/kernel") else part for part in parts]
-    return dict(zip(names, turned, strict=True))
+    arrays = [_transpose(part) if path.endswith("/kernel") else part for part in parts]
+    return dict(zip(names, arrays, strict=True))

@@ -1,8 +1,8 @@
-"""The public T5 checkpoints, read natively: a msgpack tree whose large leaves are zarr folders.
+"""The public t5x checkpoints: a msgpack tree whose large leaves are zarr folders.
 
-`checkpoint_N/checkpoint` maps names to arrays or to a description of where one lies; the arrays
-lie beside it in `target.encoder.layers_0...` folders. Only the encoder is read. Names and shapes
-are those of `models.t5`, hence nothing is transposed.
+`checkpoint_N/checkpoint` maps names to arrays or to tensorstore descriptions of arrays in folders
+`target.encoder.layers_0...` beside it. Only the encoder is read. Names and shapes are those of
+`models.t5`; nothing is transposed.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ def load(folder: str | pathlib.Path, t5_config: T5Config) -> tuple[T5Config, dic
     """Reads the encoder of a t5x checkpoint.
 
     Args:
-      folder: a `checkpoint_N` folder, local or any address tensorstore knows (`gs://...`).
-      t5_config: shape of the encoder; the checkpoint itself does not record it.
+      folder: a `checkpoint_N` folder, local or at an address that tensorstore reads (`gs://...`).
+      t5_config: shape of the encoder; the checkpoint does not record it.
 
     Returns:
       `t5_config`, and float32 parameters as nested dicts of NumPy arrays (bfloat16 is widened).
 
     Raises:
-      WeightsError: the folder is no such checkpoint, it is damaged or incomplete, or its
-        parameters do not fit `t5_config` (every missing, extra and wrong-shape one is named).
+      WeightsError: the folder is not a t5x checkpoint, is damaged or incomplete, or its parameters
+        do not match `t5_config` (every missing, extra and wrong-shape one is named).
     """
     tensors = open_tensors(folder, t5_config)
     flat = {path: tensor.read() for path, tensor in tensors.items()}
@@ -43,7 +43,7 @@ def load(folder: str | pathlib.Path, t5_config: T5Config) -> tuple[T5Config, dic
 
 
 def open_tensors(folder: str | pathlib.Path, t5_config: T5Config) -> dict[str, weights.Tensor]:
-    """As `load`, but by path (`layers_0/mlp/wo/kernel`) and read one at a time, when asked."""
+    """As `load`, by path (`layers_0/mlp/wo/kernel`); each tensor is read by `Tensor.read`."""
     store = open_store(str(folder))
     leaves = _encoder_leaves(_read_tree(store, folder), folder)
     expected = weights.flatten(t5.parameter_shapes(t5_config))
@@ -60,7 +60,7 @@ def open_tensors(folder: str | pathlib.Path, t5_config: T5Config) -> dict[str, w
 
 
 def read_file(address: str) -> bytes | None:
-    """A file, local or at any address tensorstore knows; None where there is none."""
+    """Content of a file, local or at an address that tensorstore reads; None if it is missing."""
     if "://" not in address:
         path = pathlib.Path(address)
         return path.read_bytes() if path.is_file() else None
@@ -69,7 +69,7 @@ def read_file(address: str) -> bytes | None:
 
 
 def open_store(folder: str) -> ts.KvStore:
-    """The files of a folder. Raises WeightsError for an address that tensorstore does not know."""
+    """The files of a folder. Raises WeightsError for an address that tensorstore cannot open."""
     if "://" not in folder:
         path = f"{pathlib.Path(folder).absolute()}/"
         return ts.KvStore.open({"driver": "file", "path": path}).result()
@@ -88,7 +88,7 @@ def _read_key(store: ts.KvStore, folder: Any, name: str) -> bytes | None:
 
 
 def _read_tree(store: ts.KvStore, folder: Any) -> Mapping[str, Any]:
-    """The parameters' tree as written in the msgpack file."""
+    """The parameter tree of the msgpack file."""
     content = _read_key(store, folder, "checkpoint")
     if content is None:
         raise weights.WeightsError(
@@ -113,7 +113,7 @@ def _array(code: int, data: bytes) -> np.ndarray:
 
 
 def _encoder_leaves(target: Mapping[str, Any], folder: Any) -> dict[str, Any]:
-    """Our path -> inline array or tensorstore description, encoder only.
+    """Parameter path -> inline array or tensorstore description, encoder only.
 
     Raises:
       WeightsError: the layout is umT5's.
@@ -121,14 +121,14 @@ def _encoder_leaves(target: Mapping[str, Any], folder: Any) -> dict[str, Any]:
     encoder = target.get("encoder", {})
     if "encoder" in encoder:
         raise weights.WeightsError(
-            f"{folder} holds a umT5 or scanned T5: its layers are stacked in one array "
-            "(target.encoder.encoder); only T5 v1.0, v1.1 and ByT5 with a layer each are read"
+            f"{folder} is a umT5 or scanned T5 with layers stacked in one array "
+            "(target.encoder.encoder); only T5 v1.0, v1.1 and ByT5 with separate layers are read"
         )
     leaves = _flatten({**encoder, "token_embedder": target.get("token_embedder", {})})
     if any(re.match(r"layers_\d+/.*rel_embedding", path) for path in leaves):
         raise weights.WeightsError(
-            f"{folder} holds a umT5: its layers each have a relative bias of their own "
-            "(layers_N.relpos_bias); only T5 v1.0, v1.1 and ByT5 with one for all are read"
+            f"{folder} is a umT5 with a relative bias per layer (layers_N.relpos_bias); only T5 "
+            "v1.0, v1.1 and ByT5 with one relative bias are read"
         )
     return leaves
 
@@ -143,15 +143,15 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _leaf_array(store: ts.KvStore, folder: Any, path: str, leaf: Any) -> Any:
-    """An inline array, or an opened but unread zarr array; None where its folder is missing."""
+    """An inline array, or an opened zarr array; None if its folder is missing."""
     if not isinstance(leaf, Mapping):
         return leaf
-    # The address on record is that of the machine which wrote it; the folder's name is the key.
+    # The recorded address is that of the machine that wrote it; the key is the folder's name.
     root = "" if path.startswith("token_embedder") else "encoder."
     name = f"target.{root}{path.replace('/', '.')}/"
     if _read_key(store, folder, f"{name}.zarray") is None:
         return None
-    # A chunk that was not copied is an error, not zeros.
+    # A missing chunk is an error, not zeros.
     spec = {"driver": "zarr", "kvstore": (store / name).spec(), "fill_missing_data_reads": False}
     try:
         return ts.open(spec, open=True, read=True).result()

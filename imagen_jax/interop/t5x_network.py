@@ -1,7 +1,7 @@
-"""t5x's own network as a text encoder, where t5x is installed (`launch/install_t5x.sh`).
+"""t5x's own network as a text encoder; needs t5x (`launch/install_t5x.sh`).
 
-The same shapes, parameter names and checkpoints as `models.t5`, run by the code that trained the
-public weights: what ours is compared with. t5x is imported when an encoder is made.
+Shapes, parameter names and checkpoints are those of `models.t5`. The code is that which trained the
+public weights; `models.t5` is compared with it. t5x is imported when an encoder is made.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from imagen_jax.config.text import T5Config
 
 @dataclasses.dataclass(frozen=True)
 class T5xConfig(T5Config):
-    """A T5's shape, to be run by t5x."""
+    """Shape of a T5 encoder that t5x's network computes."""
 
 
 class T5xEncoder(NamedTuple):
@@ -37,10 +37,10 @@ class T5xEncoder(NamedTuple):
     def apply(
         self, variables: Mapping[str, Any], ids: Int[Array, "b l"], mask: Bool[Array, "b l"]
     ) -> Float[Array, "b l d"]:
-        """float32 vectors, zero at padding, as `models.t5.T5Encoder` gives them."""
+        """float32 vectors, zero at padding, as of `models.t5.T5Encoder`."""
         encoder = dict(variables["params"])
         params = {"token_embedder": encoder.pop("token_embedder"), "encoder": encoder}
-        # t5x takes id 0, and nothing else, for padding.
+        # For t5x padding is id 0.
         encoded = self.transformer.apply(
             {"params": params}, jnp.where(mask, ids, 0), enable_dropout=False, method=self.encode
         )
@@ -48,10 +48,10 @@ class T5xEncoder(NamedTuple):
 
 
 def make_encoder(config: T5xConfig) -> T5xEncoder:
-    """The encoder of that shape.
+    """t5x's encoder of a shape.
 
     Raises:
-      ConfigError: t5x is not installed, or the shape has what t5x's network lacks.
+      ConfigError: t5x is not installed, or its network does not support the shape.
     """
     try:
         network = importlib.import_module("t5x.examples.t5.network")

@@ -1,9 +1,8 @@
-"""Tensors from torch's pickles, without torch and without running what a pickle asks for.
+"""Tensors from torch's pickles, without torch and without executing the pickle.
 
-A pickle is a program that may call any importable function. This reader knows the four names a
-saved `state_dict` of tensors needs and refuses every other. Two containers are known: the zip
-archive of torch 1.6 and later, and the stream of pickles before it. Of either, tensors are read one
-at a time.
+A pickle can call any importable function. This reader allows the four names that a saved
+`state_dict` of tensors uses and rejects all others. It reads both containers, the zip archive of
+torch 1.6 and later and the older stream of pickles, one tensor at a time.
 """
 
 from __future__ import annotations
@@ -38,10 +37,10 @@ _STREAM_MAGIC = 0x1950A86A20F9469CFC6C
 
 
 class RefusedError(pickle.UnpicklingError):
-    """The pickle asks for something that is not a tensor."""
+    """The pickle refers to something that is not a tensor."""
 
 
-# What reading a damaged file may raise.
+# Exceptions that a damaged file may raise.
 ERRORS = (
     pickle.UnpicklingError,
     ValueError,
@@ -63,15 +62,15 @@ class Tensor(NamedTuple):
 
 
 def open_tensors(path: pathlib.Path, keep: Callable[[str], bool]) -> dict[str, Tensor]:
-    """The tensors of a saved `state_dict` whose names `keep` accepts; none is read yet.
+    """The tensors of a saved `state_dict` whose names `keep` accepts; values are not read.
 
     Raises:
-      RefusedError: the file asks for anything but tensors.
-      Exception: one of `ERRORS`, if it is damaged; reading a tensor may raise one, too.
+      RefusedError: the file contains anything but tensors.
+      Exception: one of `ERRORS`, if the file is damaged; also raised by `Tensor.read`.
     """
     tensors = _open_zip(path) if zipfile.is_zipfile(path) else _open_stream(path)
     if not isinstance(tensors, dict):
-        raise ValueError(f"it holds a {type(tensors).__name__}, not a dict of tensors")
+        raise ValueError(f"it contains a {type(tensors).__name__}, not a dict of tensors")
     tensors = tensors.get("state_dict", tensors)
     return {
         name: tensor
@@ -81,7 +80,7 @@ def open_tensors(path: pathlib.Path, keep: Callable[[str], bool]) -> dict[str, T
 
 
 class _Storage:
-    """A flat buffer in the file; `read` is set once its place is known."""
+    """A flat buffer in the file; `read` is set once its offset is known."""
 
     def __init__(self, dtype: np.dtype, read: Callable[[], bytes] = bytes):
         self.dtype = dtype
@@ -89,7 +88,7 @@ class _Storage:
 
 
 def _tensor(storage: _Storage, offset: int, shape: tuple, strides: tuple, *_: Any) -> Tensor:
-    """What a pickled tensor becomes.
+    """Stands in for torch._utils._rebuild_tensor_v2.
 
     `np.ndarray` checks that the strides stay within the buffer.
     """
@@ -107,7 +106,7 @@ def _parameter(tensor: Any, *_: Any) -> Any:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows tensors, their storages and ordered dicts; refuses every other name."""
+    """Allows tensors, their storages and ordered dicts; rejects every other name."""
 
     def __init__(self, file: io.BufferedIOBase, storage: Callable[[np.dtype, str], _Storage]):
         super().__init__(file, encoding="utf-8")
@@ -121,9 +120,9 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
             return _parameter
         if module == "torch" and name in _STORAGES:
-            # The bare name: a string cannot be tampered with by the rest of the pickle.
+            # A string: the rest of the pickle cannot modify it.
             return name
-        raise RefusedError(f"it asks for {module}.{name}; only tensors are read")
+        raise RefusedError(f"it refers to {module}.{name}; only tensors are read")
 
     def persistent_load(self, pid: Any) -> _Storage:
         kind, name, key, _, _, *view = pid
@@ -136,7 +135,7 @@ def _open_zip(path: pathlib.Path) -> Any:
     archive = zipfile.ZipFile(path)
     root = next((n for n in archive.namelist() if n.endswith("data.pkl")), None)
     if root is None:
-        raise ValueError("the archive holds no data.pkl")
+        raise ValueError("the archive has no data.pkl")
     root = root.removesuffix("data.pkl")
     if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
         raise ValueError("it was written on a big-endian machine")
@@ -164,7 +163,7 @@ def _open_stream(path: pathlib.Path) -> Any:
             storages[key].read = _part_of(path, file.tell(), size)
             file.seek(size, os.SEEK_CUR)
         if file.tell() > path.stat().st_size:
-            raise EOFError("it is cut short")
+            raise EOFError("it is truncated")
     return tensors
 
 

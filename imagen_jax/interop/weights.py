@@ -1,10 +1,9 @@
-"""Weight files on disk: safetensors, and torch's pickles read without torch or trust.
+"""Weight files: safetensors (by the `safetensors` package) and torch pickles (without torch).
 
-Every reader gives the tensors it was asked for by name and touches no others, so that the encoder
-of a 45 GB encoder-decoder costs its own size only. `open_folder` reads none before it is told to:
-thus a model goes onto a mesh without ever being whole in a host's memory. Foreign names and layouts
-are the business of the modules beside this one, which also use `check_parameters` to say in one
-line what a checkpoint lacks.
+Tensors are selected by name; others are not read, so the encoder of a 45 GB encoder-decoder costs
+only its own size. `open_folder` reads no tensor before `Tensor.read`, so a model can be placed on a
+mesh without being whole in host memory. The other modules of this package map foreign names and
+layouts; `check_parameters` compares them with what a network expects.
 """
 
 from __future__ import annotations
@@ -19,11 +18,14 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import safetensors
+import safetensors.numpy
 
 from imagen_jax.interop import torch_pickle
 from imagen_jax.interop.torch_pickle import Tensor
 from imagen_jax.io import atomic
 
+# dtypes of safetensors.
 _DTYPES = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
@@ -36,30 +38,26 @@ _DTYPES = {
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
 }
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-
-# Above this a header is not a header; the same bound as the format's own library.
-_MAX_HEADER_BYTES = 100_000_000
 
 
 class WeightsError(ValueError):
-    """A weight file is missing, damaged or does not fit; the message is one line."""
+    """A weight file is missing, damaged or of another network; the message is one line."""
 
 
 def read_safetensors(
     path: str | pathlib.Path, keep: Callable[[str], bool] = lambda name: True
 ) -> dict[str, np.ndarray]:
-    """Reads the tensors whose name `keep` accepts.
+    """Maps the tensors whose name `keep` accepts.
 
     Args:
       path: a `.safetensors` file.
-      keep: which names to read.
+      keep: which names to map.
 
     Returns:
-      Read-only arrays mapped from the file, by name.
+      Read-only arrays by name, mapped from the file: values are read when they are accessed.
 
     Raises:
-      WeightsError: the file is damaged or cut short.
+      WeightsError: the file is damaged or truncated.
     """
     path = pathlib.Path(path)
     entries = _entries(path, keep)
@@ -73,7 +71,7 @@ def read_safetensors(
 def open_safetensors(
     path: str | pathlib.Path, keep: Callable[[str], bool] = lambda name: True
 ) -> dict[str, Tensor]:
-    """As `read_safetensors`, but each tensor is read when asked, into memory of its own."""
+    """As `read_safetensors`, but `Tensor.read` copies a tensor into its own memory."""
     path = pathlib.Path(path)
 
     def tensor(start: int, dtype: np.dtype, shape: tuple[int, ...]) -> Tensor:
@@ -87,58 +85,52 @@ def open_safetensors(
 def _entries(
     path: pathlib.Path, keep: Callable[[str], bool]
 ) -> dict[str, tuple[int, np.dtype, tuple[int, ...]]]:
-    """First byte in the file, dtype and shape of each tensor. Raises WeightsError."""
+    """First byte in the file, dtype and shape of each tensor that `keep` accepts.
+
+    `safe_open` parses the header and checks that the tensors fill the rest of the file without
+    gaps, so the offsets follow from the sizes in file order.
+
+    Raises:
+      WeightsError: the file is damaged, or a tensor has an unknown dtype.
+    """
+    sizes: dict[str, int] = {}
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
     try:
-        length_of_file = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(8)
-            length = int.from_bytes(start, "little")
-            if len(start) < 8 or length > min(_MAX_HEADER_BYTES, length_of_file - 8):
-                raise ValueError("the header is longer than the file")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        body = length_of_file - 8 - length
-        expected = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        if expected != body:
-            raise ValueError(f"{body} bytes of tensors, the header promises {expected}")
-        return {name: _entry(entry, 8 + length) for name, entry in header.items() if keep(name)}
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        with safetensors.safe_open(path, framework="np") as file:
+            for name in file.offset_keys():
+                view = file.get_slice(name)
+                dtype, shape = view.get_dtype(), tuple(view.get_shape())
+                found[name] = dtype, shape
+                if dtype not in _DTYPES:
+                    raise WeightsError(
+                        f"{path}: tensor {name!r} has dtype {dtype}, expected one of "
+                        f"{', '.join(_DTYPES)}"
+                    )
+                sizes[name] = math.prod(shape) * _DTYPES[dtype].itemsize
+    except safetensors.SafetensorError as error:
         raise WeightsError(f"{path} is not a whole safetensors file: {error}") from error
-
-
-def _entry(entry: Mapping[str, Any], body: int) -> tuple[int, np.dtype, tuple[int, ...]]:
-    start, end = entry["data_offsets"]
-    dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
-    if not 0 <= start <= end or end - start != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"shape {shape} does not fill bytes {start} to {end}")
-    return body + start, dtype, shape
+    start, entries = path.stat().st_size - sum(sizes.values()), {}
+    for name, (dtype, shape) in found.items():
+        if keep(name):
+            entries[name] = start, _DTYPES[dtype], shape
+        start += sizes[name]
+    return entries
 
 
 def write_safetensors(path: str | pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes arrays in the order of their names; the same arrays give the same bytes.
+    """Writes arrays atomically; equal arrays give equal bytes.
 
     Args:
       path: file to write.
       arrays: NumPy (or host) arrays by name.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    blobs, offset = [], 0
-    for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name]).reshape(np.shape(arrays[name]))
-        header[name] = {
-            "dtype": _DTYPE_NAMES[array.dtype],
-            "shape": list(array.shape),
-            "data_offsets": [offset, offset + array.nbytes],
-        }
-        offset += array.nbytes
-        blobs.append(array)
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    # Under another name first: the arrays may be mapped from the very file that is written.
-    with atomic.file(path) as temporary, temporary.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for blob in blobs:
-            file.write(blob.tobytes())
+    ordered = {
+        name: np.ascontiguousarray(arrays[name]).reshape(np.shape(arrays[name]))
+        for name in sorted(arrays)
+    }
+    # A temporary file: the arrays may be mapped from the file that is replaced.
+    with atomic.file(path) as temporary:
+        safetensors.numpy.save_file(ordered, temporary, metadata={"format": "pt"})
 
 
 def read_torch(
@@ -151,7 +143,7 @@ def read_torch(
       keep: which names to return.
 
     Raises:
-      WeightsError: the file is damaged, or asks for anything but tensors.
+      WeightsError: the file is damaged, or contains anything but tensors.
     """
     tensors = open_torch(path, keep)
     return {name: np.array(tensor.read()) for name, tensor in tensors.items()}
@@ -160,14 +152,14 @@ def read_torch(
 def open_torch(
     path: str | pathlib.Path, keep: Callable[[str], bool] = lambda name: True
 ) -> dict[str, Tensor]:
-    """As `read_torch`, but each tensor is read when asked."""
+    """As `read_torch`, but each tensor is read by `Tensor.read`."""
     path = pathlib.Path(path)
 
     def guarded(call: Callable[[], Any]) -> Any:
         try:
             return call()
         except torch_pickle.RefusedError as error:
-            raise WeightsError(f"{path} is refused: {error}") from error
+            raise WeightsError(f"{path} is rejected: {error}") from error
         except torch_pickle.ERRORS as error:
             raise WeightsError(f"{path} is not a whole torch file of tensors: {error}") from error
 
@@ -193,7 +185,7 @@ def open_folder(
     names: Iterable[str] = ("model.safetensors", "pytorch_model.bin"),
     keep: Callable[[str], bool] = lambda name: True,
 ) -> dict[str, Tensor]:
-    """Opens the first of `names` that the folder has, whole or sharded (`NAME.index.json`).
+    """Opens the first of `names` that exists in the folder, whole or sharded (`NAME.index.json`).
 
     Args:
       folder: a Hugging Face model folder.
@@ -201,7 +193,7 @@ def open_folder(
       keep: which tensors to open.
 
     Raises:
-      WeightsError: none of the files is there, a shard is missing, or a file is damaged.
+      WeightsError: none of the files exists, a shard is missing, or a file is damaged.
     """
     folder = pathlib.Path(folder)
     for name in names:
@@ -224,7 +216,7 @@ def _open_shards(index: pathlib.Path, keep: Callable[[str], bool]) -> dict[str, 
         raise WeightsError(f"{index} is not an index of weight shards: {error}") from error
     tensors: dict[str, Tensor] = {}
     for file in sorted({file for name, file in files.items() if keep(name)}):
-        # Only the name: an index must not point outside its folder.
+        # File name only: an index must not refer to files outside its folder.
         path = index.parent / pathlib.PurePath(file).name
         if not path.is_file():
             raise WeightsError(f"{index} names the shard {path.name}, which is missing")
@@ -233,10 +225,14 @@ def _open_shards(index: pathlib.Path, keep: Callable[[str], bool]) -> dict[str, 
 
 
 def read_config(path: pathlib.Path, kind: str) -> dict[str, Any]:
-    """The config.json of a foreign model; `kind` says in messages of what folder it is.
+    """The config.json of a foreign model.
+
+    Args:
+      path: the file.
+      kind: description of its folder for messages.
 
     Raises:
-      WeightsError: it is missing, or no JSON object.
+      WeightsError: it is missing, or not a JSON object.
     """
     if not path.is_file():
         raise WeightsError(f"{path} is missing; {kind} has one")
@@ -274,17 +270,17 @@ def read_as(
     convert: Callable[[str, np.ndarray], np.ndarray],
     unread: Mapping[str, tuple[int, ...]] | None = None,
 ) -> tuple[dict[str, np.ndarray], str]:
-    """Foreign tensors as our float32 parameters.
+    """Converts foreign tensors to float32 parameters.
 
     Args:
       source: file or folder, for messages.
-      found: their name -> tensor.
-      expected: our path -> their name and shape.
-      convert: (our path, their values) -> our values.
-      unread: names and shapes that must be there and are not used.
+      found: foreign name -> tensor.
+      expected: parameter path -> foreign name and shape.
+      convert: (parameter path, foreign values) -> values.
+      unread: names and shapes of tensors that must exist and are not used.
 
     Returns:
-      Our path -> values, and the SHA-256 of all paths and values.
+      Parameter path -> values, and the SHA-256 of all paths and values.
 
     Raises:
       WeightsError: as `check_parameters`.
@@ -292,11 +288,11 @@ def read_as(
     shapes = {name: tensor.shape for name, tensor in found.items()}
     check_parameters(source, shapes, {**dict(expected.values()), **(unread or {})})
     digest, flat = hashlib.sha256(), {}
-    for ours, (theirs, _) in sorted(expected.items()):
-        values = np.asarray(found[theirs].read()).astype(np.float32)
-        flat[ours] = np.ascontiguousarray(convert(ours, values))
-        digest.update(ours.encode())
-        digest.update(flat[ours].data)
+    for path, (name, _) in sorted(expected.items()):
+        values = np.asarray(found[name].read()).astype(np.float32)
+        flat[path] = np.ascontiguousarray(convert(path, values))
+        digest.update(path.encode())
+        digest.update(flat[path].data)
     return flat, digest.hexdigest()
 
 
@@ -323,4 +319,4 @@ def check_parameters(
         if names
     ]
     if parts:
-        raise WeightsError(f"{source} does not fit its configuration; {'; '.join(parts)}")
+        raise WeightsError(f"{source} does not match its configuration; {'; '.join(parts)}")

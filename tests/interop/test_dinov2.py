@@ -156,7 +156,7 @@ def test_a_row_of_the_feature_networks(folder, monkeypatch):
     ("change", "says"),
     [
         ({"model_type": "vit"}, "expected 'dinov2'"),
-        ({"use_swiglu_ffn": True}, "take ViT-L/14"),
+        ({"use_swiglu_ffn": True}, "use ViT-L/14"),
         ({"num_hidden_layers": 3}, "missing: encoder.layer.2.attention"),
         ({"mlp_ratio": 4}, "wrong shape: encoder.layer.0.mlp.fc1"),
     ],

@@ -14,9 +14,12 @@ import pytest
 
 from imagen_jax.diffusion import process, samplers
 from imagen_jax.export import convert
-from imagen_jax.inference import cascade
+from imagen_jax.inference.stage_sampler import image_keys
 from imagen_jax.models.conditioning import cosine_steps
-from imagen_jax.stages import stage
+from imagen_jax.stages.conditioning import Conditioning, Text, null_text
+from imagen_jax.stages.denoiser import make_denoiser
+from imagen_jax.stages.folder import load_stage
+from imagen_jax.stages.stage import Stage
 from tests.interop.test_if_unet import CASES, folders  # noqa: F401
 from tests.reference.if_unet import make_weights
 
@@ -38,7 +41,7 @@ def both(folders, tmp_path_factory):  # noqa: F811
         (root / case / convert.SOURCE).unlink()
         convert.export_diffusers(str(root / case), str(root / f"{case}_out"), lambda line: None)
         network = diffusers.UNet2DConditionModel.from_pretrained(root / f"{case}_out")
-        pairs[case] = cascade.load_stage(str(root / case)), network.eval()
+        pairs[case] = load_stage(str(root / case)), network.eval()
     return pairs
 
 
@@ -64,10 +67,8 @@ def theirs(network, z, text, mask, lowres=None):
         clip_sample=False,
     )
     scheduler.set_timesteps(STEPS)
-    null_text, null_mask = stage.drop_text(
-        jnp.asarray(text), jnp.asarray(mask), jnp.ones(len(text), bool)
-    )
-    texts = torch.from_numpy(np.concatenate([text, null_text]))
+    null_emb, null_mask = null_text(Text(jnp.asarray(text), jnp.asarray(mask)))
+    texts = torch.from_numpy(np.concatenate([text, null_emb]))
     masks = torch.from_numpy(np.concatenate([mask, null_mask]))
     conditions = {"encoder_attention_mask": masks}
     if lowres is not None:  # diffusers takes no mask where pixels attend to text alone
@@ -83,7 +84,7 @@ def theirs(network, z, text, mask, lowres=None):
     return scheduler.timesteps.numpy(), z.permute(0, 2, 3, 1).numpy()
 
 
-def ours(trained: cascade.Stage, timesteps, z, text, mask, lowres=None):
+def ours(trained: Stage, timesteps, z, text, mask, lowres=None):
     table = cosine_steps().astype(np.float32)
     config = dataclasses.replace(
         trained.config,
@@ -97,12 +98,13 @@ def ours(trained: cascade.Stage, timesteps, z, text, mask, lowres=None):
 
     @jax.jit
     def draw(params):
-        given = {"text_emb": jnp.asarray(text), "text_mask": jnp.asarray(mask)}
+        conditioning = Conditioning(Text(jnp.asarray(text), jnp.asarray(mask)))
         if lowres is not None:
-            given |= {"lowres": jnp.asarray(lowres), "aug_level": level}
-        denoise = stage.denoiser(params, config, **given)
+            logsnr = process.aug_logsnr(level, config.diffusion)
+            conditioning = Conditioning(conditioning.text, jnp.asarray(lowres), logsnr)
+        denoise = make_denoiser(Stage(config, params), conditioning)
         levels = jnp.append(table[timesteps], table[0] + 1.0)
-        keys = cascade.image_keys(0, [0] * len(z), range(len(z)))
+        keys = image_keys(0, [0] * len(z), range(len(z)))
         return samplers.sample_loop(samplers.ddim(), denoise, jnp.asarray(z), levels, keys)
 
     with jax.default_matmul_precision("highest"):

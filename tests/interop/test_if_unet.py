@@ -13,11 +13,15 @@ import numpy as np
 import pytest
 
 from imagen_jax.cli import main
-from imagen_jax.inference import cascade
+from imagen_jax.inference.cascade import Cascade
+from imagen_jax.inference.stage_sampler import image_keys, sample_stage
 from imagen_jax.interop import if_config, if_unet, weights
 from imagen_jax.models.conditioning import cosine_steps
 from imagen_jax.models.unet import UNet
-from imagen_jax.stages import stage
+from imagen_jax.stages.conditioning import Text
+from imagen_jax.stages.folder import check_chain, load_stage
+from imagen_jax.stages.loss import loss_fn
+from imagen_jax.stages.stage import Stage
 from tests.reference.if_unet import make_weights
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "if_unet"
@@ -108,14 +112,14 @@ def test_every_place_may_attend_in_its_own_way():
     assert if_config.diffusers_config(config, values["sample_size"]) == values
 
 
-def imported(folders, tmp_path) -> list[cascade.Stage]:
+def imported(folders, tmp_path) -> list[Stage]:
     stages = []
     for case in CASES:
         flags = [f"--src={folders[case]}", f"--out={tmp_path / case}"]
         flags += ["--image_size=32"] if case == "sr" else []
         assert main.main(["import", "if", *flags]) == 0
-        stages.append(cascade.load_stage(str(tmp_path / case)))
-    cascade.check_chain([stage.config for stage in stages])
+        stages.append(load_stage(str(tmp_path / case)))
+    check_chain([stage.config for stage in stages])
     return stages
 
 
@@ -125,14 +129,14 @@ def test_imported_stages_can_be_trained_and_sampled(folders, tmp_path, index):
     config, params = imported(folders, tmp_path)[index]
     params = jax.tree.map(jnp.asarray, params)
     n, size, low = 2, config.data.image_size, config.data.lowres_size
-    text = (jnp.zeros((n, 77, 24)), jnp.ones((n, 77), bool))
+    text = Text(jnp.zeros((n, 77, 24)), jnp.ones((n, 77), bool))
     batch = {"image": jnp.zeros((n, size, size, 3)), "text_emb": text[0], "text_mask": text[1]}
     lowres = {"lowres": jnp.zeros((n, low, low, 3))} if low else {}
     key = jax.random.key(0)
-    loss, _ = jax.eval_shape(lambda: stage.loss_fn(params, batch | lowres, key, config))
+    loss, _ = jax.eval_shape(lambda: loss_fn(params, batch | lowres, key, config))
     assert loss.shape == ()
-    keys = cascade.image_keys(0, [0, 1], [0, 0])
-    drawn = jax.eval_shape(lambda: cascade.sample_stage(params, config, *text, keys, **lowres))
+    keys = image_keys(0, [0, 1], [0, 0])
+    drawn = jax.eval_shape(lambda: sample_stage(params, config, text, keys, **lowres))
     assert drawn.shape == (n, size, size, 3)
 
 
@@ -147,7 +151,7 @@ def test_an_imported_cascade_draws(folders, tmp_path):
         )
         for s in imported(folders, tmp_path)
     ]
-    chain = cascade.Cascade(stages)
+    chain = Cascade(stages)
     small, large = chain.sample_stages(text_emb=text, text_mask=np.ones((1, 77), bool))
     assert small.shape == (1, 8, 8, 3) and large.shape == (1, 32, 32, 3) and large.std() > 1
 
@@ -219,6 +223,18 @@ def test_what_diffusers_has_not_is_named(base, tmp_path, change):
     with pytest.raises(weights.WeightsError, match=f"config.model.{next(iter(change))}="):
         if_unet.save(tmp_path / "out", dataclasses.replace(config, **change), params, sample_size=8)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_skip_scale_left_to_the_network_is_that_of_diffusers(base, tmp_path):
+    config, params = base
+    assert config.skip_scale == 1.0
+    source = if_config.diffusers_config(config, 8) | {"upcast_attention": True}
+    for skip_scale in (1.0, None):
+        network = dataclasses.replace(config, skip_scale=skip_scale)
+        if_unet.save(tmp_path, network, params, sample_size=8, source=source)
+        # The source still describes the network, so it is written with its field without effect.
+        assert json.loads((tmp_path / "config.json").read_text()) == source
+        assert if_unet.load(tmp_path)[0] == config
 
 
 def test_bad_flags(folders, tmp_path, capsys):

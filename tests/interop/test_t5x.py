@@ -122,7 +122,10 @@ def test_inline_arrays_are_read(copy):
     ("change", "message"),
     [
         (lambda encoder: {"encoder": encoder}, "stacked"),
-        (lambda encoder: {"layers_0": {"relpos_bias": encoder["relpos_bias"]}}, "of their own"),
+        (
+            lambda encoder: {"layers_0": {"relpos_bias": encoder["relpos_bias"]}},
+            "relative bias per layer",
+        ),
     ],
 )
 def test_umt5_layouts_are_refused(copy, change, message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import pathlib
 import shutil
@@ -14,6 +15,7 @@ import msgpack
 import numpy as np
 import pytest
 
+from imagen_jax.config import plugins
 from imagen_jax.config import schema as config_lib
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.text import T5Config, TextConfig
@@ -221,6 +223,32 @@ def test_what_an_address_lacks_is_said(folder, change, message):
 def test_errors_name_field_and_fix(config, message):
     with pytest.raises(ConfigError, match=message):
         encoders.load_text_encoder(config)
+
+
+def test_an_encoder_of_another_package_is_found_by_its_path():
+    config = TextConfig(encoder="tests.reference.fake_encoder:load", max_len=4)
+    encoder = encoders.load_text_encoder(config)
+    assert encoder.fingerprint() == {"encoder": "fake"}
+    assert isinstance(encoder, encoders.TextEncoder)
+    for name in ("tests.reference.fake_encoder:missing", "tests.no_such_module:load"):
+        with pytest.raises(ConfigError, match=f"config.text.encoder='{name}'.*cannot be imported"):
+            encoders.load_text_encoder(TextConfig(encoder=name))
+
+
+def test_an_encoder_of_another_package_is_found_by_its_entry_point(monkeypatch):
+    point = importlib.metadata.EntryPoint(
+        "fake", "tests.reference.fake_encoder:load", plugins.TEXT_ENCODERS
+    )
+
+    def entry_points(group):
+        return [point] if group == plugins.TEXT_ENCODERS else []
+
+    monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
+    assert encoders.load_text_encoder(TextConfig(encoder="fake")).fingerprint() == {
+        "encoder": "fake"
+    }
+    with pytest.raises(ConfigError, match="'fakes' is not one of t5, .*fake; did you mean 'fake'"):
+        encoders.load_text_encoder(TextConfig(encoder="fakes"))
 
 
 def test_a_damaged_vocabulary_is_named(folder, tmp_path):

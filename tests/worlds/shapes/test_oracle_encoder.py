@@ -1,4 +1,4 @@
-"""The oracle encoder of the shapes world reads every caption for what it says."""
+"""The oracle encoder parses every caption of the shapes world."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from imagen_jax.worlds.shapes import oracle_encoder, scenes
 
 
 def said(scene):
-    """What the caption of a scene says: objects without order, names as in GROUPS."""
+    """The content of a scene's caption: unordered objects, names as in GROUPS."""
     named = scene.sizes_named
     if scene.relation:
         word = scene.relation.word
@@ -35,7 +35,7 @@ def read(caption):
 
 
 def placed(text):
-    """What a text says that only `pretrain_text` reads: "left red cross and then right ..."."""
+    """The content of a text of `pretrain_text`: "left red cross and then right ..."."""
     words = {word.split()[0]: word for word in scenes.RELATIONS}
     things = set()
     for half in text.rstrip(".").split(" and then "):
@@ -47,7 +47,7 @@ def placed(text):
 
 
 @pytest.mark.parametrize("split", scenes.SPLITS)
-def test_captions_and_their_paraphrases_are_read_for_what_they_say(split):
+def test_captions_and_paraphrases_are_parsed(split):
     for index in range(300):
         scene = scenes.scene(split, index)
         captions = scenes.paraphrases(split, index)
@@ -57,7 +57,7 @@ def test_captions_and_their_paraphrases_are_read_for_what_they_say(split):
             assert understood == said(scene), caption
 
 
-def test_names_are_those_of_the_world():
+def test_names_equal_those_of_the_world():
     groups = oracle_encoder.GROUPS
     assert groups["color"] == tuple(scenes.COLORS) and groups["shape"] == scenes.SHAPES
     assert groups["size"][1:] == tuple(scenes.SIZES) and groups["place"][1:] == scenes.RELATIONS
@@ -76,7 +76,7 @@ def test_vectors_are_one_per_object_and_all_different():
     assert (distance[~np.eye(5, dtype=bool)] > 1).all()
 
 
-def test_too_short_a_length_is_refused():
+def test_too_short_a_length_is_rejected():
     with pytest.raises(ConfigError, match=r"config.text.max_len=2 must be at least 3"):
         encoders.load_text_encoder(TextConfig(encoder="shapes_oracle", max_len=2))
 
