@@ -1,6 +1,7 @@
-"""Serves a cascade on a page and as a JSON API; see docs/serving.md.
+"""Serves a cascade as a web page and a JSON API; see docs/serving.md.
 
-On loopback unless told otherwise. There are no accounts: whoever reaches the address can draw.
+It listens on loopback by default. There are no accounts: everyone who reaches the address can
+sample.
 """
 
 from __future__ import annotations
@@ -14,20 +15,20 @@ from imagen_jax.serving.http_request import Limits
 
 # flag -> (field of Limits, help)
 LIMITS = {
-    "batch_size": ("batch", "pictures drawn at a time"),
-    "max_queue": ("queue", "requests that wait; more are answered 429"),
-    "max_samples": ("samples", "pictures of one request"),
+    "batch_size": ("batch", "images sampled at a time"),
+    "max_queue": ("queue", "requests that may wait; further ones are answered 429"),
+    "max_samples": ("samples", "images of one request"),
     "max_steps": ("steps", "denoising steps of a stage"),
-    "keep": ("pictures", "pictures kept in --out; older ones are deleted"),
+    "keep": ("kept_images", "images kept in --out; older ones are deleted"),
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
     wiring.add_stages(parser)
-    parser.add_argument("--out", required=True, help="folder for the pictures")
+    parser.add_argument("--out", required=True, help="folder for the images")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    parser.add_argument("--port", type=int, default=8000, help="0: any that is free")
+    parser.add_argument("--port", type=int, default=8000, help="0: any free port")
     wiring.add_cpu_devices(parser)
     parser.add_argument("--text_encoder", default="", help="encoder folder, if it has moved")
     for flag, (field, text) in LIMITS.items():
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(flags: argparse.Namespace) -> None:
-    """Carries the verb out."""
+    """Runs the verb."""
     wiring.check_least(flags, 1, *LIMITS, "cpu_devices")
     if not 0 <= flags.port < 65536:
         raise ConfigError(f"--port={flags.port} must be from 0 to 65535")

@@ -1,7 +1,7 @@
-"""The pictures a server keeps: ID.png with its settings in text chunks, and ID.json beside it.
+"""The folder of finished images: ID.png with its settings in text chunks, and ID.json beside it.
 
-Identifiers are random, never made of anything a client sent. The newest `keep` pictures stay, over
-restarts too; other files in the folder are not touched.
+Identifiers are random and never derived from a client's input. The newest `keep` images are kept,
+also when the server restarts; other files in the folder are not touched.
 """
 
 from __future__ import annotations
@@ -26,10 +26,15 @@ _FILE = re.compile(r"([0-9a-f]{32})\.json")
 
 
 class Gallery:
-    """Pictures in a folder, newest last."""
+    """Images in a folder, ordered by the time they were added."""
 
     def __init__(self, folder: str | os.PathLike, keep: int):
-        """Reads what an earlier server left; the folder is made if it is missing."""
+        """Reads the images of earlier servers.
+
+        Args:
+          folder: made if it is missing.
+          keep: number of images to keep.
+        """
         self._folder = pathlib.Path(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._keep = keep
@@ -39,38 +44,39 @@ class Gallery:
             match = _FILE.fullmatch(file.name)
             if match and file.with_suffix(".png").is_file():
                 with contextlib.suppress(ValueError, KeyError, TypeError):
-                    about = json.loads(file.read_text(encoding="utf-8"))
-                    found[match[1]] = {**about, "id": match[1], "created": str(about["created"])}
-        self._about = dict(sorted(found.items(), key=lambda item: item[1]["created"]))
-        self._forget()
+                    settings = json.loads(file.read_text(encoding="utf-8"))
+                    created = str(settings["created"])
+                    found[match[1]] = {**settings, "id": match[1], "created": created}
+        self._settings = dict(sorted(found.items(), key=lambda item: item[1]["created"]))
+        self._delete_oldest()
 
-    def add(self, picture: UInt8[ndarray, "h w 3"], about: Mapping[str, Any]) -> str:
-        """Keeps a picture with its settings, a JSON object; returns its identifier."""
+    def add(self, image: UInt8[ndarray, "h w 3"], settings: Mapping[str, Any]) -> str:
+        """Writes an image with its settings, a JSON object; returns its identifier."""
         identifier = secrets.token_hex(16)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
-        about = {**about, "id": identifier, "created": now}
-        text = json.dumps(about, ensure_ascii=False)
-        chunks = {k: v if isinstance(v, str) else json.dumps(v) for k, v in about.items()}
-        images.save_png(self._folder / f"{identifier}.png", picture, chunks)
+        settings = {**settings, "id": identifier, "created": now}
+        text = json.dumps(settings, ensure_ascii=False)
+        chunks = {k: v if isinstance(v, str) else json.dumps(v) for k, v in settings.items()}
+        images.save_png(self._folder / f"{identifier}.png", image, chunks)
         atomic.write_text(self._folder / f"{identifier}.json", text)
         with self._lock:
-            self._about[identifier] = about
-            self._forget()
+            self._settings[identifier] = settings
+            self._delete_oldest()
         return identifier
 
     def newest(self, count: int) -> list[dict[str, Any]]:
-        """Settings of the newest pictures, newest first."""
+        """Settings of the newest images, newest first."""
         with self._lock:
-            return list(self._about.values())[: -count - 1 : -1]
+            return list(self._settings.values())[: -count - 1 : -1]
 
     def file(self, identifier: str) -> pathlib.Path | None:
-        """The picture's file, if there is such a picture."""
+        """The image's file; None: there is no such image."""
         with self._lock:
-            known = identifier in self._about
+            known = identifier in self._settings
         return self._folder / f"{identifier}.png" if known else None
 
-    def _forget(self) -> None:
-        for identifier in list(self._about)[: max(len(self._about) - self._keep, 0)]:
-            del self._about[identifier]
+    def _delete_oldest(self) -> None:
+        for identifier in list(self._settings)[: max(len(self._settings) - self._keep, 0)]:
+            del self._settings[identifier]
             for suffix in (".json", ".png"):
                 (self._folder / f"{identifier}{suffix}").unlink(missing_ok=True)

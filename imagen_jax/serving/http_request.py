@@ -1,44 +1,61 @@
-"""What a client may ask for: JSON, checked field by field before anything is queued.
+"""Validation of HTTP requests: headers, size and time of the body, and its JSON, field by field.
 
-Everything in a body is a stranger's: each message is one line and names field, got and expected.
+Every message is one line with field, got and expected, and repeats at most SHOWN characters of a
+wrong value, all printable. Nothing is queued before a request has passed.
 """
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
-import math
 import secrets
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 from imagen_jax.config.fields import unknown_name
 from imagen_jax.config.schema import Config
 from imagen_jax.inference.request import MAX_SEED
 
+LOOPBACK = ("localhost", "127.0.0.1", "::1")  # values of the header Host, without the port
+MAX_HEADER_BYTES = 16 * 1024
+BODY_SECONDS = 10.0  # time within which the whole body must arrive
+DRAIN_FACTOR = 256  # of a body that is too large, this many times the limit is read and discarded
 FIELDS = ("prompt", "negative_prompt", "seed", "samples", "stages")
 SETTINGS = ("steps", "guidance_weight")
-SHOWN = 60  # characters of a wrong value that a message repeats
+SHOWN = 60
+
+CLOSE = {"connection": "close"}
 
 
 class ClientRequestError(ValueError):
-    """A request that is refused; the message says why, in one line."""
+    """A request that is refused; the message says why.
+
+    Attributes:
+      status: of the HTTP response.
+      headers: further headers of the response.
+    """
+
+    def __init__(self, message: str, status: int = 400, headers: Mapping[str, str] | None = None):
+        super().__init__(message)
+        self.status, self.headers = status, dict(headers or {})
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Of one request, and of the server.
+    """Limits of one request and of the server.
 
     Attributes:
-      samples: pictures of a request.
+      samples: images of a request.
       steps: denoising steps of a stage.
       guidance_weight: largest weight.
       prompt: characters.
-      body: bytes of a request.
-      queue: requests that wait; more are answered 429.
-      batch: pictures in one call of the model.
-      pictures: pictures kept in the folder; older ones are deleted.
+      body: bytes of a request's body.
+      queue: requests that wait; further ones are answered 429.
+      batch: images in one call of the model.
+      kept_images: images kept in the folder; older ones are deleted.
     """
 
     samples: int = 8
@@ -48,19 +65,19 @@ class Limits:
     body: int = 16 * 1024
     queue: int = 64
     batch: int = 8
-    pictures: int = 1000
+    kept_images: int = 1000
 
 
 @dataclasses.dataclass(frozen=True)
-class Order:
-    """A checked request.
+class ClientRequest:
+    """A validated request; the field names are those of the JSON API.
 
     Attributes:
-      prompt: what to draw.
-      negative_prompt: what to lead away from; "": nothing.
+      prompt: text to generate images for.
+      negative_prompt: text that guidance moves away from; "": none.
       seed: 0 to MAX_SEED.
-      samples: pictures.
-      stages: sampling fields by stage, all of SETTINGS for all stages.
+      samples: number of images.
+      stages: values of all SETTINGS, for every stage by name.
     """
 
     prompt: str
@@ -70,16 +87,141 @@ class Order:
     stages: Mapping[str, Mapping[str, Any]]
 
 
-def parse(body: bytes, configs: Sequence[Config], limits: Limits) -> Order:
-    """Reads and checks a body.
+class Guard:
+    """ASGI middleware: refuses requests of other sites and adds security headers to all responses.
+
+    A page of another site can send requests to a server on loopback. With DNS rebinding it can also
+    read the responses; the header Host then has that site's name. Origin, if sent, is that site.
+    """
+
+    HEADERS = (
+        (b"x-content-type-options", b"nosniff"),
+        (b"x-frame-options", b"DENY"),
+        (b"referrer-policy", b"no-referrer"),
+        (b"cross-origin-resource-policy", b"same-origin"),
+    )
+
+    def __init__(self, app: Any, hosts: Collection[str]):
+        """Wraps an ASGI application.
+
+        Args:
+          app: answers the requests that pass.
+          hosts: accepted names in the header Host; empty: any.
+        """
+        self._app, self._hosts = app, hosts
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answers one request."""
+
+        async def send_guarded(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                names = {name for name, _ in message["headers"]}
+                added = [*self.HEADERS]
+                if b"cache-control" not in names:
+                    added.append((b"cache-control", b"no-store"))
+                if b"content-security-policy" not in names:
+                    added.append((b"content-security-policy", b"default-src 'none'"))
+                message = {**message, "headers": [*message["headers"], *added]}
+            await send(message)
+
+        if scope["type"] != "http":
+            return
+        try:
+            check_site(scope["headers"], self._hosts)
+        except ClientRequestError as error:
+            headers = [(b"content-type", b"application/json")]
+            start = {"type": "http.response.start", "status": error.status, "headers": headers}
+            await send_guarded(start)
+            await send_guarded({"type": "http.response.body", "body": error_body(str(error))})
+        else:
+            await self._app(scope, receive, send_guarded)
+
+
+def error_body(message: str) -> bytes:
+    """The JSON body of a refusal."""
+    return json.dumps({"error": message}, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def check_site(headers: Sequence[tuple[bytes, bytes]], hosts: Collection[str]) -> None:
+    """Checks the headers Host and Origin.
 
     Args:
-      body: JSON object with `prompt` and, if wanted, the other FIELDS.
-      configs: of the stages; what a request does not say is as they have it.
+      headers: of the request, names in lower case.
+      hosts: accepted names in the header Host; empty: any.
+
+    Raises:
+      ClientRequestError: the request is for another name, or comes from another site's page.
+    """
+    values = {name: value.decode("latin-1") for name, value in headers}
+    host, origin = values.get(b"host", ""), values.get(b"origin")
+    if hosts and _host_name(host) not in hosts:
+        raise ClientRequestError(
+            f"header Host={_short(host)} is not a name of this server, expected one of "
+            f"{', '.join(hosts)}"
+        )
+    if origin is not None and _network_location(origin) != host:
+        raise ClientRequestError(
+            f"header Origin={_short(origin)} is another site, expected http://{_short(host)}", 403
+        )
+
+
+async def read_request(
+    headers: Mapping[str, str],
+    receive: Callable[[], Awaitable[Mapping[str, Any]]],
+    configs: Sequence[Config],
+    limits: Limits,
+) -> ClientRequest:
+    """Reads and validates a request for images.
+
+    Args:
+      headers: of the request.
+      receive: ASGI callable that returns the next message.
+      configs: of the stages.
       limits: of one request.
 
     Raises:
-      ClientRequestError: it is not JSON, a field is unknown, or a value cannot be.
+      ClientRequestError: the content type, the body or a value is refused.
+    """
+    content_type = headers.get("content-type", "").split(";")[0].strip()
+    if content_type != "application/json":
+        raise ClientRequestError(
+            f"content-type={_short(content_type)} must be application/json", 415
+        )
+    return parse(await _read_body(receive, limits.body), configs, limits)
+
+
+async def _read_body(receive: Callable[[], Awaitable[Mapping[str, Any]]], limit: int) -> bytes:
+    """Returns the body; at most `limit` bytes of it are held in memory at any time."""
+    body, size, more = b"", 0, True
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            # Excess bytes are drained up to a limit, so that the client can read the response.
+            while more and size <= DRAIN_FACTOR * limit:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientRequestError("the client disconnected", headers=CLOSE)
+                part, more = message.get("body", b""), message.get("more_body", False)
+                size += len(part)
+                body = body + part if size <= limit else b""
+    except TimeoutError:
+        raise ClientRequestError(
+            f"the body must arrive within {BODY_SECONDS:g} s", 408, CLOSE
+        ) from None
+    if size > limit:
+        raise ClientRequestError(f"the body must have at most {limit} bytes", 413, CLOSE)
+    return body
+
+
+def parse(body: bytes, configs: Sequence[Config], limits: Limits) -> ClientRequest:
+    """Parses and validates a body.
+
+    Args:
+      body: JSON object with `prompt` and any of the other FIELDS.
+      configs: of the stages; their sampling settings are the defaults.
+      limits: of one request.
+
+    Raises:
+      ClientRequestError: the body is not JSON, a field is unknown, or a value is invalid.
     """
     try:
         values = json.loads(body)
@@ -90,13 +232,13 @@ def parse(body: bytes, configs: Sequence[Config], limits: Limits) -> Order:
     _check_names("", values, FIELDS)
     prompt = _text("prompt", values.get("prompt", ""), limits)
     if not prompt:
-        raise ClientRequestError("prompt must be a text that is not empty")
+        raise ClientRequestError("prompt must be a string that is not empty")
     stages = values.get("stages", {})
     if not isinstance(stages, dict):
         raise ClientRequestError(f"stages={_shown(stages)} must be an object, settings by stage")
     _check_names("stages.", stages, [config.name for config in configs])
     seed = values.get("seed")
-    return Order(
+    return ClientRequest(
         prompt=prompt,
         negative_prompt=_text("negative_prompt", values.get("negative_prompt", ""), limits),
         seed=secrets.randbelow(MAX_SEED + 1)
@@ -108,6 +250,7 @@ def parse(body: bytes, configs: Sequence[Config], limits: Limits) -> Order:
 
 
 def _settings(config: Config, values: Any, limits: Limits) -> dict[str, Any]:
+    """Values of all SETTINGS of one stage."""
     where = f"stages.{config.name}"
     if not isinstance(values, dict):
         raise ClientRequestError(
@@ -118,7 +261,7 @@ def _settings(config: Config, values: Any, limits: Limits) -> dict[str, Any]:
     steps = values.get("steps", min(defaults.steps, limits.steps))
     weight = values.get("guidance_weight", min(defaults.guidance_weight, limits.guidance_weight))
     number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-    if not number or not math.isfinite(weight) or not 0 <= weight <= limits.guidance_weight:
+    if not number or not 0 <= weight <= limits.guidance_weight:  # NaN and infinity are not.
         raise ClientRequestError(
             f"{where}.guidance_weight={_shown(weight)} must be a number from 0 to "
             f"{limits.guidance_weight:g}"
@@ -134,30 +277,27 @@ def _check_names(where: str, values: Mapping[str, Any], names: Sequence[str]) ->
 
 
 def _text(field: str, value: Any, limits: Limits) -> str:
-    """A text of one line, its white space collapsed."""
+    """A string, each run of white space replaced by one space."""
     if not isinstance(value, str):
-        raise ClientRequestError(f"{field}={_shown(value)} must be a text")
+        raise ClientRequestError(f"{field}={_shown(value)} must be a string")
     if len(value) > limits.prompt:
         raise ClientRequestError(
-            f"{field} has {len(value)} characters, at most {limits.prompt} are read"
+            f"{field} has {len(value)} characters, expected at most {limits.prompt}"
         )
     text = " ".join(value.split())
-    # Control characters are nothing to draw, and half of a surrogate pair is no text.
     if any(unicodedata.category(character) in ("Cc", "Cs") for character in text):
-        raise ClientRequestError(f"{field} has control characters, or half of a surrogate pair")
+        raise ClientRequestError(f"{field} must not have control characters or lone surrogates")
     return text
 
 
 def _integer(field: str, value: Any, low: int, high: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise ClientRequestError(
-            f"{field}={_shown(value)} must be a whole number from {low} to {high}"
-        )
+        raise ClientRequestError(f"{field}={_shown(value)} must be an integer from {low} to {high}")
     return value
 
 
 def _shown(value: Any) -> str:
-    """A value in a message, cut short."""
+    """A value as JSON, shortened for a message."""
     if isinstance(value, int) and abs(value) > 10**SHOWN:
         return "a huge number"
     return _short(json.dumps(value))
@@ -166,3 +306,19 @@ def _shown(value: Any) -> str:
 def _short(text: str) -> str:
     printable = "".join(c if c.isprintable() else "?" for c in text)
     return printable if len(printable) <= SHOWN else printable[:SHOWN] + "..."
+
+
+def _host_name(host: str) -> str:
+    """The name in a Host header, without the port; "" if it is malformed."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def _network_location(origin: str) -> str:
+    """Host and port in an Origin header; "" if it is malformed."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return ""

@@ -1,4 +1,4 @@
-"""Binds the address, starts the worker and runs the application until it is told to stop."""
+"""Binds the address, starts the worker and runs the application until SIGINT or SIGTERM."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ import uvicorn
 from imagen_jax.inference.cascade import Cascade
 from imagen_jax.serving.app import Guard, make_app
 from imagen_jax.serving.gallery import Gallery
-from imagen_jax.serving.http_request import Limits
-from imagen_jax.serving.protocol import LingeringProtocol
+from imagen_jax.serving.http_request import LOOPBACK, MAX_HEADER_BYTES, Limits
+from imagen_jax.serving.protocol import lingering
 from imagen_jax.serving.worker import Worker
 
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
-CONNECTIONS = 256  # more are answered 503
-HEADER_BYTES = 16 * 1024
+MAX_CONNECTIONS = 256  # further ones are answered 503
 
 
 def serve(
@@ -34,24 +32,24 @@ def serve(
     """Serves until SIGINT or SIGTERM.
 
     Args:
-      cascade: what draws, all of it in memory.
-      out: folder for the pictures.
+      cascade: samples the images; all of it is in memory.
+      out: folder for the images.
       host: address to listen on; on loopback, only names of loopback are answered.
-      port: 0: any that is free.
+      port: 0: any free port.
       limits: of a request and of the server.
-      checkpoint: where the stages came from, for the record.
+      checkpoint: the stage folders, recorded with every image.
       log: receives lines.
 
     Raises:
-      OSError: the address cannot be bound, or the folder not be made.
+      OSError: the address cannot be bound, or the folder cannot be made.
     """
-    gallery = Gallery(out, limits.pictures)
+    gallery = Gallery(out, limits.kept_images)
     worker = Worker(cascade, gallery, limits, checkpoint=checkpoint, log=log)
     app = make_app(worker, gallery, cascade.configs, limits, LOOPBACK if _local(host) else ())
     with _listen(host, port) as listening:
         name = f"[{host}]" if ":" in host else host
         log(f"http://{name}:{listening.getsockname()[1]}")
-        # uvicorn, once closed, sends itself the signal again: the worker is to end first.
+        # uvicorn raises the signal again once it has stopped; the worker must stop before that.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: None)
         worker.start()
@@ -62,27 +60,29 @@ def serve(
 
 
 def http_server(app: Guard) -> uvicorn.Server:
-    """What speaks HTTP for the application, without anything it does not need."""
+    """Configures uvicorn for the application."""
     config = uvicorn.Config(
         app,
-        http=LingeringProtocol,
+        http="h11",
         ws="none",
         lifespan="off",
-        # Its warnings are about clients, who could fill a disk with them.
+        # Clients cause its warnings, and could fill a disk with them.
         log_level="error",
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        limit_concurrency=CONNECTIONS,
+        limit_concurrency=MAX_CONNECTIONS,
         timeout_keep_alive=5,
         timeout_graceful_shutdown=2,
-        h11_max_incomplete_event_size=HEADER_BYTES,
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
     )
+    config.load()
+    config.http_protocol_class = lingering(config.http_protocol_class)
     return uvicorn.Server(config)
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A socket bound to the address; that of a name that cannot be resolved is an OSError too."""
+    """A socket bound to the address. Raises OSError, also for a name that cannot be resolved."""
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     listening = socket.socket(family, kind, protocol)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

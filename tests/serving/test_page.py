@@ -1,4 +1,4 @@
-"""The page, used in headless Chromium as a person would."""
+"""The page in headless Chromium."""
 
 import base64
 import json
@@ -22,7 +22,7 @@ def fill(browser, selector: str, text: str) -> None:
     browser.type(text)
 
 
-def test_draw_look_and_draw_again(browser, start_server, tmp_path):
+def test_generate_and_repeat(browser, start_server, tmp_path):
     server = start_server(tmp_path / "out")
     browser.open(f"http://127.0.0.1:{server.client.port}/")
     browser.wait("document.querySelectorAll('#stages tr').length === 2")
@@ -33,7 +33,7 @@ def test_draw_look_and_draw_again(browser, start_server, tmp_path):
     fill(browser, "#prompt", EVIL)
     fill(browser, "#samples", "2")
     fill(browser, "#seed", "41")
-    # Long enough to be seen.
+    # Enough steps for the progress to be visible.
     fill(browser, "[data-stage=base] .steps", "250")
     browser.click("#draw")
     browser.wait("document.querySelectorAll('.job progress').length === 1")
@@ -55,7 +55,7 @@ def test_draw_look_and_draw_again(browser, start_server, tmp_path):
     path = tmp_path / "page.png"
     path.write_bytes(base64.b64decode(browser.call("Page.captureScreenshot")["data"]))
 
-    # Again with these settings gives the same pictures.
+    # Again with these settings gives the same images.
     fill(browser, "#prompt", "something else")
     browser.click("#reset")
     assert value(browser, "#prompt") == value(browser, "#seed") == ""
@@ -65,18 +65,17 @@ def test_draw_look_and_draw_again(browser, start_server, tmp_path):
     browser.click("#draw")
     browser.wait("document.querySelectorAll('figure').length === 4", seconds=120)
     newest = server.client.get("/api/pictures")["pictures"]
-    pictures = [(tmp_path / "out" / f"{about['id']}.png") for about in newest]
-    levels = [pixels(path) for path in pictures]
+    levels = [pixels(tmp_path / "out" / f"{about['id']}.png") for about in newest]
     assert levels[0] == levels[2] and levels[1] == levels[3] and levels[0] != levels[1]
 
-    # What the server refuses is said on the page.
+    # The page shows the server's refusal.
     fill(browser, "#prompt", "a" * 10)
     browser.value("document.getElementById('samples').max = ''")
     fill(browser, "#samples", "99")
     browser.click("#draw")
     browser.wait("!document.getElementById('problem').hidden")
-    said = browser.value("document.getElementById('problem').textContent")
-    assert said == "samples=99 must be a whole number from 1 to 8"
+    message = browser.value("document.getElementById('problem').textContent")
+    assert message == "samples=99 must be an integer from 1 to 8"
 
     assert browser.value("document.title") == "Imagen", "a prompt ran as a script"
     assert all("400 (Bad Request)" in problem for problem in browser.problems), browser.problems

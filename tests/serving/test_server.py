@@ -1,4 +1,4 @@
-"""The server among clients that mean well and others: good orders drawn, bad ones a 4xx."""
+"""The server with valid and invalid requests: images for the former, a 4xx for the latter."""
 
 import concurrent.futures
 import contextlib
@@ -20,8 +20,8 @@ from imagen_jax.inference.cascade import Cascade, Progress
 from imagen_jax.io import images
 from imagen_jax.serving.app import make_app
 from imagen_jax.serving.gallery import Gallery
-from imagen_jax.serving.http_request import Limits
-from imagen_jax.serving.server import LOOPBACK, http_server
+from imagen_jax.serving.http_request import LOOPBACK, Limits
+from imagen_jax.serving.server import http_server
 from imagen_jax.serving.worker import Worker
 
 EVIL = "</script><img src=x onerror=\"document.title='evil'\">"
@@ -34,7 +34,7 @@ GOOD = [
     {"prompt": "ein Hund 🐕", "stages": {"base": {"steps": 7}, "sr": {"steps": 2}}},
     {"prompt": "a " * 500, "stages": {"base": {"guidance_weight": 9.25}}},
 ]
-# What is sent, as (method, path, body, headers); each must be answered by a 4xx.
+# (method, path, body, headers) of requests; the response to each must be a 4xx.
 JSON = {"content-type": "application/json"}
 BAD = [
     ("POST", "/api/jobs", b"", JSON),
@@ -46,6 +46,7 @@ BAD = [
     ("POST", "/api/jobs", b'{"prompt": "a"}', {}),
     ("POST", "/api/jobs", b'{"prompt": "a"}', JSON | {"origin": "http://evil.example"}),
     ("POST", "/api/jobs", b'{"prompt": "a"}', JSON | {"origin": "null"}),
+    ("POST", "/api/jobs", b'{"prompt": "a"}', JSON | {"origin": "http://[::1"}),
     ("POST", "/api/jobs", b'{"prompt": "a"}', JSON | {"host": "evil.example"}),
     ("GET", "/api/pictures", None, {"host": "rebound.example:8000"}),
     ("GET", "/", None, {"host": "[::1"}),
@@ -66,6 +67,7 @@ BAD = [
         {"stages": {"base": {"steps": -1}}},
         {"stages": {"../../etc/passwd": {}}},
         {"stages": {"sr": {"guidance_weight": float("nan")}}},
+        {"stages": {"sr": {"guidance_weight": 10**400}}},
         {"samples": 10**6},
         {"seed": 10**300},
         {"prompt": "a\ud800"},
@@ -84,26 +86,29 @@ GARBAGE = [
 
 
 class Quick(Cascade):
-    """Plain pictures at once: what stands around the drawing is under test."""
+    """Returns constant images at once; the server around it is under test."""
 
     def __init__(self, configs):
         self.configs = configs
 
-    def sample(self, prompts=(), *, on_progress, seed=(), sample_indices=(), **_):
+    def sample(self, request, *, on_progress, **_):
         time.sleep(0.002)
-        estimates = np.zeros((len(prompts), 8, 8, 3), np.float32)
-        on_progress(Progress("base", 0, 2, 1, 4, np.arange(len(prompts)), estimates))
-        if "break" in prompts:
+        count = len(request.prompts)
+        estimates = np.zeros((count, 8, 8, 3), np.float32)
+        on_progress(Progress("base", 0, 2, 1, 4, np.arange(count), estimates))
+        if "break" in request.prompts:
             raise RuntimeError("the device is on fire")
-        levels = [(s + 7 * k) % 256 for s, k in zip(seed, sample_indices, strict=True)]
+        seeds = np.broadcast_to(request.seed, count)
+        indices = request.sample_indices or [0] * count
+        levels = [(s + 7 * k) % 256 for s, k in zip(seeds, indices, strict=True)]
         return np.array([np.full((8, 8, 3), level, np.uint8) for level in levels])
 
 
 @pytest.fixture
 def quick(base_config, sr_config, tmp_path, make_client):
-    """(client, folder, worker) of a server that draws at once."""
-    limits, configs = Limits(pictures=50, queue=8), [base_config, sr_config]
-    gallery, lines = Gallery(tmp_path / "out", limits.pictures), []
+    """(client, folder, worker, lines) of a server that samples at once."""
+    limits, configs = Limits(kept_images=50, queue=8), [base_config, sr_config]
+    gallery, lines = Gallery(tmp_path / "out", limits.kept_images), []
     worker = Worker(Quick(configs), gallery, limits, checkpoint="here", log=lines.append)
     app = make_app(worker, gallery, configs, limits, LOOPBACK)
     server = http_server(app)
@@ -116,10 +121,10 @@ def quick(base_config, sr_config, tmp_path, make_client):
     worker.stop()
 
 
-def order(client, asked) -> dict:
-    """Orders pictures and waits for them; comes again when there are too many."""
+def generate(client, request) -> dict:
+    """Requests images and waits for them; tries again while the queue is full."""
     while True:
-        status, headers, body = client.post(asked)
+        status, headers, body = client.post(request)
         if status != 429:
             break
         assert len(body.splitlines()) == 1 and int(headers["retry-after"]) >= 1
@@ -129,33 +134,33 @@ def order(client, asked) -> dict:
     while job["state"] in ("waiting", "drawing"):
         time.sleep(0.02)
         job = client.get(f"/api/jobs/{job['id']}")
-    assert job["state"] == "done" and len(job["pictures"]) == asked.get("samples", 1), job
+    assert job["state"] == "done" and len(job["pictures"]) == request.get("samples", 1), job
     return job
 
 
 def misbehave(client, what) -> None:
     if isinstance(what, bytes):
-        answer = b""
+        response = b""
         with contextlib.suppress(ConnectionError):
-            answer = client.raw(what)
-        assert re.match(rb"HTTP/1\.1 4\d\d ", answer), (what[:60], answer[:200])
+            response = client.raw(what)
+        assert re.match(rb"HTTP/1\.1 4\d\d ", response), (what[:60], response[:200])
         return
     method, path, body, headers = what
-    status, answered, text = client.call(method, path, body, **headers)
+    status, returned, text = client.call(method, path, body, **headers)
     assert 400 <= status < 500, (method, path[:60], body and body[:60], status)
     assert len(text.splitlines()) == 1 and len(text) < 500, text
-    assert b"<" not in text or answered["content-type"] == "application/json"
+    assert b"<" not in text or returned["content-type"] == "application/json"
 
 
 def crowd(client, requests: int, clients: int, seed: int) -> list[dict]:
-    """A third of the requests are bad; returns the jobs of the others."""
+    """Sends requests of which a third are invalid; returns the jobs of the others."""
     rng = random.Random(seed)
     turns = [
         rng.choice([*BAD, *GARBAGE]) if n % 3 == 2 else rng.choice(GOOD) for n in range(requests)
     ]
 
     def one(what):
-        return order(client, what) if isinstance(what, dict) else misbehave(client, what)
+        return generate(client, what) if isinstance(what, dict) else misbehave(client, what)
 
     with concurrent.futures.ThreadPoolExecutor(clients) as pool:
         return [job for job in pool.map(one, turns) if job]
@@ -165,7 +170,7 @@ def files(folder: pathlib.Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
-def test_good_and_bad_ones_together(quick, tmp_path):
+def test_valid_and_invalid_requests_together(quick, tmp_path):
     client, out, worker, _ = quick
     worker.start()
     jobs = crowd(client, 60, 8, seed=0)
@@ -180,15 +185,15 @@ def test_good_and_bad_ones_together(quick, tmp_path):
     for about in newest[:5]:
         status, headers, body = client.call("GET", f"/pictures/{about['id']}.png")
         assert status == 200 and headers["content-type"] == "image/png"
-        with Image.open(io.BytesIO(body)) as picture:
+        with Image.open(io.BytesIO(body)) as image:
             level = (about["seed"] + 7 * about["sample_index"]) % 256
-            assert np.asarray(picture).ravel()[0] == level
-            assert picture.text["prompt"] == about["prompt"]
-            assert picture.text["checkpoint"] == "here"
+            assert np.asarray(image).ravel()[0] == level
+            assert image.text["prompt"] == about["prompt"]
+            assert image.text["checkpoint"] == "here"
 
 
-def test_a_refused_client_can_read_why(quick):
-    """Also when it had not sent all of it yet: a reset would take the answer from it."""
+def test_a_refused_client_can_read_the_response(quick):
+    """Also while it is still sending: a reset of the connection would discard the response."""
     client, _, _, _ = quick
     with socket.create_connection(("127.0.0.1", client.port), timeout=30) as connection:
         connection.sendall(b"GET /" + b"a" * 20_000)
@@ -201,10 +206,25 @@ def test_a_refused_client_can_read_why(quick):
     assert json.loads(rest.split(b"\r\n\r\n")[1]) == {"error": "Invalid HTTP request received."}
 
 
+def test_malformed_bytes_after_the_response_close_the_connection(quick, caplog):
+    client, _, _, _ = quick
+    head = (
+        b"POST /api/jobs HTTP/1.1\r\nHost: localhost\r\nContent-Type: text/plain\r\n"
+        b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", client.port), timeout=30) as connection:
+        connection.sendall(head)
+        assert connection.recv(12) == b"HTTP/1.1 415"
+        connection.sendall(b"not a length\r\n")
+        rest = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert rest.count(b"HTTP/1.1") == 0
+    assert not [record for record in caplog.records if record.name == "asyncio"]
+
+
 def test_the_queue_is_bounded_and_batches_are_shared(quick):
     client, _, worker, _ = quick
     jobs = []
-    for _ in range(8):  # The worker has not been started: they wait.
+    for _ in range(8):  # The worker has not started, so they wait.
         status, _, body = client.post({"prompt": "a", "samples": 2})
         assert status == 202
         jobs.append(json.loads(body))
@@ -213,7 +233,6 @@ def test_the_queue_is_bounded_and_batches_are_shared(quick):
     assert status == 429 and headers["retry-after"] == "2"
     assert json.loads(body) == {"error": "8 requests wait; try again in a few seconds"}
     assert client.get("/api/health") == {"status": "warming up", "waiting": 8}
-    # Orders of other settings are not drawn with the first one's.
     worker.start()
     for job in jobs:
         while (state := client.get(f"/api/jobs/{job['id']}")["state"]) != "done":
@@ -221,7 +240,7 @@ def test_the_queue_is_bounded_and_batches_are_shared(quick):
     assert client.get("/api/health") == {"status": "ready", "waiting": 0}
 
 
-def test_a_drawing_that_fails_is_said_and_the_next_one_is_drawn(quick):
+def test_a_failed_job_is_reported_and_the_next_one_is_sampled(quick):
     client, _, worker, lines = quick
     worker.start()
     _, _, body = client.post({"prompt": "break"})
@@ -230,7 +249,7 @@ def test_a_drawing_that_fails_is_said_and_the_next_one_is_drawn(quick):
         job = client.get(f"/api/jobs/{job['id']}")
     assert job["state"] == "failed" and job["pictures"] == []
     assert any("the device is on fire" in line for line in lines)
-    order(client, {"prompt": "a cat"})
+    generate(client, {"prompt": "a cat"})
 
 
 def test_the_page_and_its_headers(quick):
@@ -262,17 +281,17 @@ def test_two_hundred_requests_from_twenty_clients(start_server, stage_folders, t
         jobs = crowd(client, 200, 20, seed=turn)
         resident.append(server.resident())
         print(
-            f"{len(jobs)} of 200 drawn in {time.monotonic() - started:.1f} s, "
+            f"{len(jobs)} of 200 sampled in {time.monotonic() - started:.1f} s, "
             f"{resident[-1] / 2**20:.1f} MiB resident"
         )
         assert len(jobs) == 134
-    # All programs are compiled and all caches full after two turns.
+    # All programs are compiled and all caches are full after two turns.
     assert resident[-1] - resident[1] < 8 * 2**20, resident
     assert {path.split("/")[0] for path in files(tmp_path)} == {"out"}
     assert len(files(tmp_path / "out")) == 2 * 60
 
-    # A picture is what `sample` draws with the same seed.
-    job = order(client, {"prompt": "a cat", "samples": 3, "seed": 11})
+    # An image is what `sample` generates with the same seed.
+    job = generate(client, {"prompt": "a cat", "samples": 3, "seed": 11})
     flags = [f"--stages={stage_folders}", "--prompt=a cat", "--seed=11", "--samples_per_prompt=3"]
     assert main.main(["sample", *flags, f"--out={tmp_path / 'sampled'}"]) == 0
     for k, identifier in enumerate(job["pictures"]):
@@ -295,8 +314,8 @@ def test_two_hundred_requests_from_twenty_clients(start_server, stage_folders, t
         (["--stages=/nowhere"], "has no config.json"),
     ],
 )
-def test_flags_that_are_refused(flags, says, tmp_path, capsys):
-    given = [f"--stages={tmp_path}", f"--out={tmp_path / 'out'}", *flags]
-    assert main.main(["serve", *given]) == 1
+def test_invalid_flags_are_rejected(flags, says, tmp_path, capsys):
+    arguments = [f"--stages={tmp_path}", f"--out={tmp_path / 'out'}", *flags]
+    assert main.main(["serve", *arguments]) == 1
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1 and says in error and not (tmp_path / "out").exists()
