@@ -116,7 +116,7 @@ def sample(config: Config, where: topology.Slice) -> tuple[plan.Program, Callabl
     """All steps of the stage's sampler for one batch."""
     batch = config.data.batch_size
     program = plan.sample_program(config, where, batch)
-    whole = dataclasses.replace(config, data=config.data.whole())
+    whole = dataclasses.replace(config, data=config.data.uncropped())
     mesh = partitioning.make_mesh(MeshConfig(), where.devices)
     params = fresh_params(whole, partitioning.replicated(mesh))
     rows = partitioning.batch_sharding(mesh)

@@ -24,6 +24,7 @@ from imagen_jax.config.schema import Config
 def get_config(name: str = "base") -> ml_collections.ConfigDict:
     """Values of `base`, `sr` or `sr2`."""
     c = overrides.to_config_dict(Config())
+    c.data.name = "shapes_world"
     c.data.path = "runs/demo/data"
     c.data.embeddings = "runs/demo/embeddings"
     c.text.path = "runs/demo/text"

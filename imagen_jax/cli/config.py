@@ -10,6 +10,7 @@ import argparse
 from imagen_jax.cli import config_help
 from imagen_jax.config import overrides
 from imagen_jax.config.describe import describe
+from imagen_jax.stages.names import check_names
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,4 +20,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(flags: argparse.Namespace) -> None:
     """Carries the verb out."""
-    print("\n".join(describe(overrides.load(flags.config, flags.overrides))))
+    config = overrides.load(flags.config, flags.overrides)
+    check_names(config)
+    print("\n".join(describe(config)))

@@ -1,4 +1,4 @@
-"""The section `data` of the schema: where captioned pictures lie, how a batch is made of them."""
+"""The section `data` of the schema: sources of captioned images, and how batches are built."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_BLOCK = 10_000  # Examples within which a mixture's rates hold exactly.
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
-    """One source of captioned pictures."""
+    """One source of captioned images."""
 
     kind: str = doc(
         "tfds", "Kind of source: tfds, folder, tfrecord, webdataset or parquet.", compiled=False
@@ -29,19 +29,22 @@ class SourceConfig:
         compiled=False,
     )
     name: str = doc(
-        "shapes_world", "tfds: BUILDER, BUILDER/CONFIG, either with :VERSION.", compiled=False
+        "",
+        "tfds: BUILDER[/CONFIG][:VERSION]; BUILDER is a name of TFDS, an entry point of "
+        "imagen_jax.tfds_builders, or package.module:ClassName.",
+        compiled=False,
     )
     split: str = doc("train", "tfds: split to read.", compiled=False)
     image_key: str = doc(
-        "image", "tfds, tfrecord, parquet: name of the encoded picture.", compiled=False
+        "image", "tfds, tfrecord, parquet: name of the encoded image.", compiled=False
     )
     caption_key: str = doc(
         "caption",
         "tfds, tfrecord, parquet: name of the text, nested ones as captions/text; webdataset: "
-        "field of the .json. Where a picture has several captions one is drawn in every epoch.",
+        "field of the .json. Of several captions of an image, each epoch samples one.",
         compiled=False,
     )
-    min_size: int = doc(0, "Pictures with a shorter side are quarantined, pixels.", compiled=False)
+    min_size: int = doc(0, "Images with a shorter side are quarantined, pixels.", compiled=False)
     max_quarantined: float = doc(
         0.05,
         "Share of unusable records above which a run stops, 0..1.",
@@ -50,7 +53,7 @@ class SourceConfig:
     )
     check: str = doc(
         "decode",
-        "What the index pass does with every picture: decode it, or read its header.",
+        "What the index pass does with every image: decode it, or read its header.",
         learns=False,
     )
 
@@ -72,7 +75,7 @@ class ComponentConfig(SourceConfig):
 
 
 def mixture_block(rates: dict[str, float]) -> dict[str, int]:
-    """The smallest whole numbers of examples that have exactly these rates.
+    """Numbers of examples in the smallest block that has exactly these rates.
 
     Raises:
       ConfigError: no block of at most MAX_BLOCK examples has them.
@@ -94,43 +97,43 @@ def mixture_block(rates: dict[str, float]) -> dict[str, int]:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(SourceConfig):
-    """Which pictures and captions are read, and how a batch is made of them."""
+    """Which images and captions are read, and how a batch is built from them."""
 
-    # Left out of the hash, by which jax.jit tells configurations apart: a dict has none.
+    # Excluded from __hash__ (a dict is unhashable); jax.jit uses the hash of a static config.
     mixture: dict[str, ComponentConfig] = dataclasses.field(
         default_factory=dict,
         hash=False,
         metadata={
-            "doc": "Sources by a name of your choice, read together at their rates; {}: the one "
+            "doc": "Sources by a name of your choice, read together at their rates; {}: the "
             "source that the fields above describe."
         },
     )
-    image_size: int = doc(64, "Side of the picture the stage learns to draw, pixels.")
-    lowres_size: int = doc(0, "Side of the low-resolution conditioning picture, pixels; 0: none.")
+    image_size: int = doc(64, "Side of the images in a training batch, pixels.")
+    lowres_size: int = doc(0, "Side of the low-resolution conditioning image, pixels; 0: none.")
     resize_filter: str = doc(
         "box", "Antialiased resize filter: box, bilinear, bicubic or lanczos.", compiled=False
     )
     fit: str = doc(
         "center_crop",
-        "How a picture becomes a square: center_crop, random_crop (a square as large as possible, "
-        "at another place in every epoch) or pad (the whole picture between white bars).",
+        "How an image becomes square: center_crop, random_crop (the largest square, at a position "
+        "sampled in each epoch) or pad (the whole image, with white bars).",
     )
     crop_from: int = doc(
         0,
-        "Side to which pictures are brought, pixels, before a random crop of image_size is cut; "
+        "Side to which images are resized, pixels, before a random crop of image_size; "
         "0: image_size, no crop.",
     )
     flip: bool = doc(
-        False, "Mirror half of the examples, but none whose caption speaks of left or right."
+        False, "Mirror half of the examples, except those whose caption mentions left or right."
     )
     embeddings: str = doc(
         "", "Folder of the embedding store written by `embed`.", learns=False, compiled=False
     )
     fingerprint: str = doc(
-        "", "Set by `train`: which records were learned from, in which order.", compiled=False
+        "", "Set by `train`: identifies the training records and their order.", compiled=False
     )
-    batch_size: int = doc(32, "Pictures per step over all devices and hosts.")
-    max_text_len: int = doc(32, "Text tokens a batch is padded or cut to.")
+    batch_size: int = doc(32, "Images per step over all devices and hosts.")
+    max_text_len: int = doc(32, "Text tokens per example, padded or truncated.")
     loader: str = doc(
         "seqio",
         "seqio (tf.data) or numpy (same batches without TensorFlow).",
@@ -138,7 +141,7 @@ class DataConfig(SourceConfig):
         compiled=False,
     )
     prefetch: int = doc(
-        2, "Batches prepared ahead of the step, side by side.", learns=False, compiled=False
+        2, "Batches prepared ahead of the step, in parallel.", learns=False, compiled=False
     )
 
     def __post_init__(self) -> None:
@@ -164,14 +167,14 @@ class DataConfig(SourceConfig):
             mixture_block({name: source.rate for name, source in self.mixture.items()})
 
     def sources(self) -> dict[str, ComponentConfig]:
-        """The sources of the mixture; one without a path lies where `path` says."""
+        """The sources of the mixture; an empty path of a source is replaced by `path`."""
         return {
             name: dataclasses.replace(source, path=source.path or self.path)
             for name, source in self.mixture.items()
         }
 
-    def whole(self) -> DataConfig:
-        """The same with whole pictures in place of crops: what a stage draws."""
+    def uncropped(self) -> DataConfig:
+        """The same for whole images in place of crops: the sizes that a stage samples."""
         if not self.crop_from:
             return self
         lowres_size = self.lowres_size * self.crop_from // self.image_size

@@ -63,13 +63,13 @@ def without_effect(cls: type, effect: Literal["learns", "compiled"]) -> tuple[st
 
 
 def check_choice(field: str, value: str, choices: Sequence[str]) -> None:
-    """Raises ConfigError when `value` is none of `choices`."""
+    """Raises ConfigError unless `value` is one of `choices`."""
     if value not in choices:
         raise ConfigError(unknown_name(f"config.{field}", value, choices))
 
 
 def unknown_name(field: str, value: str, choices: Sequence[str]) -> str:
-    """The one message for a name that is not among the known ones: lists them and the closest."""
+    """The message for an unknown name: lists the known ones and suggests the nearest."""
     near = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1, cutoff=0.0)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"{field}={value!r} is not one of {', '.join(map(str, choices))}{hint}"

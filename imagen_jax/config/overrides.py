@@ -1,8 +1,8 @@
-"""The way of a configuration: to a locked ml_collections ConfigDict, through overrides, and back.
+"""Conversion between Config dataclasses, locked ml_collections ConfigDicts, overrides and JSON.
 
-Dataclass default -> `configs/*.py` mutates a locked ConfigDict -> command-line overrides ->
-dataclass again, checked, in the CLI. A ConfigDict never passes the CLI, so a misspelled field
-fails before anything is compiled.
+Dataclass defaults -> `configs/*.py` changes a locked ConfigDict -> command-line overrides ->
+checked dataclass. Only the CLI and configuration files use a ConfigDict, so a misspelled field
+fails before compilation.
 """
 
 from __future__ import annotations
@@ -47,15 +47,16 @@ def _coerce(path: str, hint: Any, value: Any) -> Any:
         return float(value)
     if typing.get_origin(hint) is None and type(value) is hint:
         return value
-    wanted = getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint)
-    raise ConfigError(f"{path}={value!r} must be of type {wanted}, got {type(value).__name__}")
+    expected = (
+        getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint)
+    )
+    raise ConfigError(f"{path}={value!r} must be of type {expected}, got {type(value).__name__}")
 
 
 def from_dict(cls: type, values: Any, path: str = "config") -> Any:
     """Builds dataclass `cls` from a mapping; checks names and types.
 
-    A field that is not there has its default, so that a configuration saved before the field was
-    introduced can still be read.
+    A missing field gets its default, so that configurations saved before it existed still load.
 
     Raises:
       ConfigError: an unknown field, or a value of the wrong type.
@@ -69,7 +70,7 @@ def from_dict(cls: type, values: Any, path: str = "config") -> Any:
 
 
 def from_config_dict(values: ml_collections.ConfigDict) -> Config:
-    """The dataclass again; checks everything. Raises ConfigError."""
+    """The checked dataclass of a ConfigDict. Raises ConfigError."""
     return from_dict(Config, values.to_dict())
 
 
@@ -147,39 +148,55 @@ NOT_COMPILED_FIELDS = without_effect(Config, "compiled")
 
 
 def changes(saved: Config, given: Config) -> dict[str, tuple[Any, Any]]:
-    """The fields that differ and change what is learned: path -> (saved, given).
+    """The fields that differ and change what a run learns: path -> (saved, given).
 
-    `train.steps` counts only where the learning rate follows from it; a fingerprint that is missing
-    on one side cannot differ.
+    `train.steps` counts only when the learning rate depends on it. A fingerprint that is missing on
+    one side does not count.
     """
-    harmless: set[str] = set(NOT_LEARNED_FIELDS)
+    ignored: set[str] = set(NOT_LEARNED_FIELDS)
     if given.optimizer.schedule in ("constant", "rsqrt"):
-        harmless.add("train.steps")
-    olds, news = flat(dataclasses.asdict(saved)), flat(dataclasses.asdict(given))
-    # A mixture may have gained or lost sources: what is on one side only is None on the other.
+        ignored.add("train.steps")
+    olds, news = (
+        flatten_fields(dataclasses.asdict(saved)),
+        flatten_fields(dataclasses.asdict(given)),
+    )
+    # A mixture may have gained or lost sources: a field of one side only is None on the other.
     pairs = {path: (olds.get(path), news.get(path)) for path in {**olds, **news}}
     return {
         path: (old, new)
         for path, (old, new) in pairs.items()
         if old != new
-        and not matches_any_field(path, harmless)
+        and not matches_any_field(path, ignored)
         and not (path.endswith("fingerprint") and not (old and new))
+        and not (_is_source_name(path) and not _names_differ(path, olds, news))
     }
 
 
+def _is_source_name(path: str) -> bool:
+    return fnmatch.fnmatchcase(path, "data.name") or fnmatch.fnmatchcase(
+        path, "data.mixture.*.name"
+    )
+
+
+def _names_differ(path: str, olds: Mapping[str, Any], news: Mapping[str, Any]) -> bool:
+    """Whether the name of a source changed: only tfds has one; earlier versions saved a default."""
+    kind = f"{path.removesuffix('name')}kind"
+    return "tfds" in (olds.get(kind), news.get(kind)) and bool(olds.get(path) and news.get(path))
+
+
 def matches_any_field(path: str, names: Collection[str]) -> bool:
-    """Whether a field, or a section that it is in, is among `names`, in which * is any part."""
+    """Whether a field, or a section that contains it, matches one of `names`; * is any one name."""
     parts = path.split(".")
     above = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
     return any(fnmatch.fnmatchcase(field, name) for field in above for name in names)
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one: path -> value."""
+def flatten_fields(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one mapping: path -> value."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         path = f"{prefix}{name}"
-        found |= flat(value, f"{path}.") if isinstance(value, dict) else {path: value}
+        found |= flatten_fields(value, f"{path}.") if isinstance(value, dict) else {path: value}
     return found
 
 
@@ -276,7 +293,7 @@ def load(spec: str, assignments: Sequence[str] = ()) -> Config:
 
 
 def _complete(values: ml_collections.ConfigDict) -> None:
-    """Gives the sources of a mixture all their fields, so that overrides reach them too."""
+    """Completes the sources of a mixture with default fields, so that overrides reach them."""
     for name, given in values.data.mixture.items():
         source = from_dict(ComponentConfig, given, f"config.data.mixture.{name}")
         with values.data.mixture.unlocked():
@@ -289,7 +306,7 @@ def to_json(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
-# Fields of earlier versions whose meaning is gone; a saved configuration may still have them.
+# Fields of earlier versions without a meaning today; saved configurations may contain them.
 RETIRED = ("pretrain_text.mask_rate", "pretrain_text.max_captions")
 
 

@@ -1,4 +1,4 @@
-"""The section `sampling` of the schema: how a trained stage draws."""
+"""The section `sampling` of the schema: sampler, guidance and thresholding of a stage."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from imagen_jax.config.fields import ConfigError, doc
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """How a trained stage draws: sampler, guidance (`guidance.guide`), thresholding."""
+    """How a trained stage samples; `diffusion.guidance` explains the guidance fields."""
 
     sampler: str = doc("ddpm", "Row of sampling.SAMPLERS: ddpm, ddim, dpmpp_2m or heun.")
     steps: int = doc(256, "Denoising steps.")
@@ -22,26 +22,26 @@ class SamplingConfig:
         "outside, for example ((-4, 0), (4, 1)); (): 1 everywhere.",
     )
     guidance_interval: tuple[float, ...] = doc(
-        (), "(low, high): guide only where low <= logsnr < high, nats; (): everywhere."
+        (), "(low, high): guide only for low <= logsnr < high, nats; (): always."
     )
     guidance_oscillate_after: int = doc(
-        -1, "Guide so many steps, from then on every second one alone; -1: all."
+        -1, "Steps with guidance, after which every second step has it; -1: all steps have it."
     )
     guidance_rescale: float = doc(
-        0.0, "How far the guided x0 gets the deviation of the conditional one, 0 (off) .. 1."
+        0.0, "Guidance rescale phi: share of the conditional x0's standard deviation, 0 (off) .. 1."
     )
     guidance_parallel: float = doc(
-        1.0, "APG: factor on the part of guidance parallel to the conditional x0; 1: off."
+        1.0, "APG: factor on the guidance component parallel to the conditional x0; 1: off."
     )
     guidance_norm: float = doc(
-        0.0, "APG: longest difference of the two x0, root of the sum of squares; 0: any length."
+        0.0, "APG: maximal L2 norm of the difference of the two x0; 0: no limit."
     )
     thresholding: str = doc("dynamic", "Row of thresholding.THRESHOLDS: none, static or dynamic.")
     threshold_percentile: float = doc(99.5, "dynamic: percentile p of |x0|, 0..100.")
     threshold_cap: float = doc(
-        0.0, "dynamic: largest divisor, at least 1; what lies beyond is cut off. 0: no cap."
+        0.0, "dynamic: largest divisor, at least 1; larger values are clipped. 0: no cap."
     )
-    aug_level: float = doc(0.0, "SR stages: noise on the low-resolution picture, 0..1.")
+    aug_level: float = doc(0.0, "SR stages: noise on the low-resolution image, 0..1.")
 
     def __post_init__(self) -> None:
         self._check("steps", self.steps >= 1, "at least 1")

@@ -1,8 +1,8 @@
 """The configuration schema: frozen dataclasses, read and written by `overrides`.
 
 A run is one `Config`. Every field has its documentation and unit in its metadata (`doc`), from
-which `imagen config` and the reference are generated. The sections `data`, `sampling` and `text` are
-in modules of their own.
+which `imagen config` and the reference are generated. The sections `data`, `sampling` and `text`
+are in modules of their own.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ class ModelConfig:
     )
     position_embedding: bool = doc(
         False,
-        "Whether attention is told where a pixel is by a learned vector (ViT), which fixes the "
-        "picture's size; else convolutions alone tell it.",
+        "Add a learned position embedding to the input of attention (as in ViT); fixes the "
+        "image size.",
     )
     text_pooling: str = doc(
         "attention",
-        "Pooled text vector: attention, mean, or token (IF: a token of its own that sees the "
-        "padding, too).",
+        "Pooled text vector: attention, mean, or token (IF: an extra token that also attends to "
+        "padding).",
     )
     pooling_heads: int = doc(64, "token pooling: attention heads.")
     text_norm: str = doc(
@@ -75,8 +75,8 @@ class ModelConfig:
         "Factor on skip connections; None: the network's own (unet 1, efficient_unet 2**-0.5).",
     )
     dropout: float = doc(0.0, "Dropout in the residual blocks, 0..1.")
-    lowres: bool = doc(False, "Whether the input carries a low-resolution picture (SR stages).")
-    lowres_residual: bool = doc(False, "Add the low-resolution picture to the output (x0 only).")
+    lowres: bool = doc(False, "Whether the input includes a low-resolution image (SR stages).")
+    lowres_residual: bool = doc(False, "Add the low-resolution image to the output (x0 only).")
     text_dim: int = doc(0, "Width of the text embeddings; 0: that of the encoder.")
     out_channels: int = doc(
         3, "Channels of the output; those after the third (IF's learned variance) are not used."
@@ -84,8 +84,8 @@ class ModelConfig:
     dtype: str = doc("float32", "Activation dtype; parameters are always float32.")
     remat: str = doc(
         "none",
-        "What the backward pass computes again instead of keeping it: none, blocks (inside each "
-        "residual and attention block) or full (inside whole levels, and their blocks in turn).",
+        "Activations that the backward pass recomputes: none, blocks (inside each residual and "
+        "attention block) or full (inside whole levels, and inside their blocks).",
         learns=False,
     )
 
@@ -146,11 +146,11 @@ class DiffusionConfig:
     loss_weight: str = doc("eps", "Row of diffusion.LOSS_WEIGHTS.")
     cond_drop_prob: float = doc(0.1, "Probability of training without text, 0..1.")
     aug_level_max: float = doc(
-        1.0, "SR stages: aug_level is drawn from U(0, aug_level_max) while training, 0..1."
+        1.0, "SR stages: training samples aug_level from U(0, aug_level_max), 0..1."
     )
     aug_schedule: str = doc("cosine", "Schedule that turns aug_level into noise.")
     aug_noise_size: str = doc(
-        "image", "SR stages: aug_level noise has pixels of the image, or larger ones of the lowres."
+        "image", "SR stages: resolution of the aug_level noise: image, or lowres (upsampled)."
     )
 
     def __post_init__(self) -> None:
@@ -184,7 +184,7 @@ MAX_SIGMA_REL = 0.28  # The mean over the whole run, the widest average, has 12*
 
 
 def check_sigma_rel(field: str, sigma_rel: float) -> None:
-    """Raises ConfigError when `field` is no relative width of a power-function average."""
+    """Raises ConfigError unless `sigma_rel` is a relative width of a power-function average."""
     if not 0.0 < sigma_rel < MAX_SIGMA_REL:
         raise ConfigError(
             f"{field}={sigma_rel} must be a relative width above 0 and below {MAX_SIGMA_REL}; "
@@ -235,15 +235,15 @@ class TrainConfig:
 
     steps: int = doc(2_500_000, "Training steps.")
     accumulation: int = doc(
-        1, "Parts a batch is split into, one after the other, to save memory.", learns=False
+        1, "Sequential parts of a batch (gradient accumulation), to save memory.", learns=False
     )
     init_from: str = doc("", "Stage folder whose parameters a new run starts from; empty: none.")
     overfit_batch: bool = doc(
-        False, "Repeat the first batch, then draw it: can it learn at all.", compiled=False
+        False, "Repeat the first batch, a test whether the stage can learn.", compiled=False
     )
     nan_patience: int = doc(
         10,
-        "Steps in a row that may not be finite before a roll-back.",
+        "Consecutive steps that may be non-finite before a roll-back.",
         learns=False,
         compiled=False,
     )
@@ -255,7 +255,7 @@ class TrainConfig:
     )
     profile_at: int = doc(
         0,
-        "Step from which a profile is taken; 0: only when SIGUSR1 asks.",
+        "First step of a profile; 0: only on SIGUSR1.",
         learns=False,
         compiled=False,
     )
@@ -269,24 +269,26 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """When the state is saved and which saves are kept."""
+    """When the state is saved and which checkpoints are kept."""
 
     every: int = doc(5_000, "Steps between saves; the last step is always saved.")
     keep: int = doc(3, "Newest checkpoints kept.")
-    keep_every: int = doc(0, "Checkpoints of every so many steps are kept for good; 0: none.")
+    keep_every: int = doc(0, "Steps between checkpoints that are never deleted; 0: none.")
     keep_best: int = doc(0, "Checkpoints with the lowest best_metric that are kept; 0: none.")
     best_metric: str = doc("loss", "Metric of the last report that keep_best compares.")
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices and how arrays are laid over them."""
+    """Devices and how arrays are sharded over them."""
 
-    data: int = doc(-1, "Devices along the data axis; -1: all that are left.")
-    fsdp: int = doc(1, "Devices along the fsdp axis: batch and parameters are both split.")
-    tensor: int = doc(1, "Devices along the tensor axis: channels are split.")
+    data: int = doc(-1, "Devices along the data axis; -1: all remaining devices.")
+    fsdp: int = doc(1, "Devices along the fsdp axis, which shards batch and parameters.")
+    tensor: int = doc(1, "Devices along the tensor axis, which shards channels.")
     cpu_devices: int = doc(
-        1, "Virtual devices made of the host's cores where no accelerator is.", compiled=False
+        1,
+        "CPU devices that the host's cores are split into, without an accelerator.",
+        compiled=False,
     )
 
 
@@ -296,22 +298,24 @@ class Config:
 
     name: str = doc("stage", "Name of the stage, used in reports.", learns=False, compiled=False)
     seed: int = doc(0, "Seed of initialisation, data order, noise and drop-out.")
-    data: DataConfig = section(DataConfig, "Pictures and captions.")
+    data: DataConfig = section(DataConfig, "Images, captions and batches.")
     text: TextConfig = section(TextConfig, "Frozen text encoder.")
     pretrain_text: PretrainTextConfig = section(
-        PretrainTextConfig, "Training of a small encoder.", learns=False, compiled=False
+        PretrainTextConfig, "Pre-training of a small text encoder.", learns=False, compiled=False
     )
     embed: EmbedConfig = section(EmbedConfig, "Embedding store.", learns=False, compiled=False)
     model: ModelConfig = section(ModelConfig, "U-Net.")
     diffusion: DiffusionConfig = section(DiffusionConfig, "Noise process and loss.")
-    optimizer: OptimizerConfig = section(OptimizerConfig, "Optimizer.")
-    ema: EmaConfig = section(EmaConfig, "Moving average.")
-    train: TrainConfig = section(TrainConfig, "Training run.")
+    optimizer: OptimizerConfig = section(OptimizerConfig, "Optimizer and learning rate.")
+    ema: EmaConfig = section(EmaConfig, "Moving averages of the parameters.")
+    train: TrainConfig = section(TrainConfig, "Length of the run, accumulation, reports.")
     checkpoint: CheckpointConfig = section(
         CheckpointConfig, "Checkpoints.", learns=False, compiled=False
     )
-    mesh: MeshConfig = section(MeshConfig, "Devices.", learns=False)
-    sampling: SamplingConfig = section(SamplingConfig, "Drawing.", learns=False, compiled=False)
+    mesh: MeshConfig = section(MeshConfig, "Devices and sharding.", learns=False)
+    sampling: SamplingConfig = section(
+        SamplingConfig, "Sampler, guidance, thresholding.", learns=False, compiled=False
+    )
 
     def __post_init__(self) -> None:
         if self.model.lowres != bool(self.data.lowres_size):
@@ -328,6 +332,6 @@ class Config:
         if self.model.position_embedding and self.data.crop_from:
             raise ConfigError(
                 "config.model.position_embedding=True does not go with "
-                f"config.data.crop_from={self.data.crop_from}: a place in a crop is none in the "
-                "picture; set either to its default"
+                f"config.data.crop_from={self.data.crop_from}: positions in a crop differ from "
+                "those in the image; set either to its default"
             )

@@ -32,7 +32,7 @@ class TextConfig:
     )
     dtype: str = doc(
         "float32",
-        "Of the encoder's parameters and activations: float32, bfloat16.",
+        "Dtype of the encoder's parameters and activations: float32 or bfloat16.",
         learns=False,
         compiled=False,
     )
@@ -43,10 +43,12 @@ class TextConfig:
         compiled=False,
     )
     max_len: int = doc(
-        32, "Longest prompt, tokens including the end mark; longer ones are cut.", compiled=False
+        32,
+        "Most tokens of a prompt, with the end token; longer prompts are truncated.",
+        compiled=False,
     )
     fingerprint: str = doc(
-        "", "Set by `train`: which encoder made the embeddings learned from.", compiled=False
+        "", "Set by `train`: identifies the encoder of the training embeddings.", compiled=False
     )
 
     def __post_init__(self) -> None:
@@ -78,7 +80,7 @@ class T5Config:
 class PretrainTextConfig:
     """Pre-training of a small T5 encoder from captions alone (`pretrain_text`)."""
 
-    vocab_size: int = doc(1000, "Wanted SentencePiece pieces; fewer when the text has fewer.")
+    vocab_size: int = doc(1000, "SentencePiece pieces, at most; fewer when the text has fewer.")
     emb_dim: int = doc(128, "Width of the encoder.")
     num_layers: int = doc(4, "Encoder layers.")
     num_heads: int = doc(4, "Attention heads.")
@@ -86,19 +88,22 @@ class PretrainTextConfig:
     steps: int = doc(400, "Training steps.")
     batch_size: int = doc(64, "Captions per step.")
     learning_rate: float = doc(3e-3, "Peak learning rate of Adam.")
-    context: int = doc(2, "Every word's vector predicts the words up to this far to each side.")
+    context: int = doc(2, "Words to each side that the vector of a word predicts.")
     corpus: str = doc(
-        "", "JSON lines, each a list of paraphrases; '': the captions of each training picture."
+        "", "JSON lines, each a list of paraphrases; '': the captions of each training image."
     )
-    max_groups: int = doc(20_000, "Pictures, or lines of the corpus, that are read.")
+    max_groups: int = doc(20_000, "Most images, or lines of the corpus, that are read.")
 
 
 @dataclasses.dataclass(frozen=True)
 class EmbedConfig:
     """The ragged embedding store (`embed`)."""
 
-    unit_size: int = doc(256, "Unique captions per unit of work, the piece that is written whole.")
-    dtype: str = doc("bfloat16", "Stored numbers: bfloat16, or int8 (half; error: see manifest).")
+    unit_size: int = doc(256, "Unique captions per unit of work; a unit is one file.")
+    dtype: str = doc(
+        "bfloat16",
+        "Stored numbers: bfloat16, or int8 (half the size; the manifest gives the error).",
+    )
     patience: float = doc(60.0, "Seconds of silence after which another worker takes over a unit.")
 
     def __post_init__(self) -> None:

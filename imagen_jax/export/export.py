@@ -177,7 +177,7 @@ def _write(
     config, params = stage
     text_path = config.text.path and str(pathlib.Path(config.text.path).absolute())
     text = dataclasses.replace(config.text, path=text_path)
-    config = dataclasses.replace(config, text=text, data=config.data.whole())
+    config = dataclasses.replace(config, text=text, data=config.data.uncropped())
     with atomic.folder(folder) as temporary:
         copied = dataclasses.replace(config, text=copy_encoder(text, temporary))
         texts = {CARD_FILE: model_card.format_card(copied, params=params, **card)}

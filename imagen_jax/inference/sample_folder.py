@@ -96,7 +96,7 @@ def _difference(key: str, old: str, new: str) -> str:
     """The first value that differs, of a JSON chunk its field, as `before, this run has now`."""
     was, now = ({key: text} for text in (old, new))
     if key in ("config", "settings") and old:
-        was, now = (overrides.flat(json.loads(text), f"{key}.") for text in (old, new))
+        was, now = (overrides.flatten_fields(json.loads(text), f"{key}.") for text in (old, new))
     name = next(name for name in [*now, *was] if was.get(name) != now.get(name))
     return f"{name}={was.get(name)!r}, this run has {now.get(name)!r}"
 

@@ -49,7 +49,7 @@ def identity(config: Config, devices: list[jax.Device]) -> dict[str, Any]:  # py
         "topology.processes": len({d.process_index for d in devices}),
         "topology.shape": _shape(devices),
     }
-    fields = overrides.flat(dataclasses.asdict(config))
+    fields = overrides.flatten_fields(dataclasses.asdict(config))
     return described | {
         f"config.{path}": value
         for path, value in fields.items()

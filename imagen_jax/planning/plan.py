@@ -162,7 +162,7 @@ def sample_program(config: Config, where: Slice, batch: int) -> Program:
     Every chip has all parameters and draws its part of the pictures.
     """
     # A stage that learned from crops draws the whole picture.
-    config = dataclasses.replace(config, data=config.data.whole())
+    config = dataclasses.replace(config, data=config.data.uncropped())
     mesh = partitioning.make_mesh(MeshConfig(), where.devices)
     rows, whole = _rows(mesh, batch), partitioning.replicated(mesh)
     shapes = batch_shapes(

@@ -88,6 +88,21 @@ def test_config_with_an_unknown_name_lists_the_valid_ones(config, capsys):
     )
 
 
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("sampling.sampler=ddmp", "config.sampling.sampler='ddmp' is not one of"),
+        ("diffusion.loss_weight=minsnr", "did you mean 'min_snr'?"),
+        ("model.name=unett", "config.model.name='unett' is not one of unet, efficient_unet"),
+    ],
+)
+@pytest.mark.parametrize("verb", [["config"], ["prepare"], ["train", "--workdir=run"]])
+def test_an_unknown_row_is_rejected_before_anything_else(config, verb, override, says, capsys):
+    assert main.main([*verb, f"--config={config}", f"--config.{override}"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and says in lines[0]
+
+
 @pytest.mark.parametrize("verb", ["train", "config", "prepare", "plan"])
 def test_help_shows_sections_and_presets(verb, capsys):
     with pytest.raises(SystemExit):

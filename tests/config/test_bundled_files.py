@@ -21,7 +21,7 @@ from imagen_jax.training.state import TrainState, create_state
 
 ROOT = pathlib.Path(__file__).parents[2]
 FILES = sorted((ROOT / "configs").glob("*.py"))
-# The paper's have tests of their own, test_imagen_configs.py.
+# test_imagen_configs.py tests those of the paper.
 CONFIGS = [
     f"{path.name}:{name}"
     for path in FILES
@@ -31,10 +31,9 @@ CONFIGS = [
 
 
 def shrunk(config: Config) -> Config:
-    """What a step depends on, with every width, count and size at its least.
+    """The fields that a step depends on, with every width, count and size at its minimum.
 
-    Of the levels the last remains, which has all the kinds of layers: several of them are the
-    business of tests/models.
+    The last level remains, which has all kinds of layers; tests/models cover several levels.
     """
     model = config.model
     levels = 1
@@ -54,14 +53,14 @@ def shrunk(config: Config) -> Config:
     size = model.patch_size * 2**levels
     lowres = size // 2 if config.data.lowres_size else 0
     data = DataConfig(image_size=size, lowres_size=lowres, batch_size=2, max_text_len=4)
-    # A value that the program is the same for, so that files which share a network share it.
+    # The same value for all files, so that files with equal networks share one program.
     diffusion = dataclasses.replace(config.diffusion, aug_level_max=0.5)
     return Config(data=data, model=model, diffusion=diffusion, optimizer=config.optimizer)
 
 
 @functools.cache
 def stepped(config: Config, make_batch) -> tuple[TrainState, dict]:
-    """State and report after one step; the files share networks, which are compiled once."""
+    """State and report after one step; files with equal networks share the compiled step."""
     rule = optimizer.make_optimizer(config.optimizer, 10)
     params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     state = create_state(
@@ -96,14 +95,14 @@ def test_unknown_name_in_a_bundled_file_lists_the_valid_names(file):
     assert "did you mean" in message and "\n" not in message
 
 
-def test_a_stage_that_learned_from_crops_draws_whole_pictures():
+def test_a_stage_trained_on_crops_samples_whole_images():
     crops = DataConfig(image_size=256, lowres_size=64, crop_from=1024)
-    whole = crops.whole()
+    whole = crops.uncropped()
     assert (whole.image_size, whole.lowres_size, whole.crop_from) == (1024, 256, 0)
-    assert whole.whole() is whole
+    assert whole.uncropped() is whole
     for name in ("imagen.py:sr_1024", "shapes.py:sr2"):
         config = overrides.load(str(ROOT / "configs" / name))
-        whole = config.data.whole()
+        whole = config.data.uncropped()
         assert whole.image_size == 4 * config.data.image_size == 4 * whole.lowres_size
         assert not any(config.model.self_attention) and any(config.model.cross_attention)
         assert config.model.text_conditioning == "cross"
@@ -114,7 +113,7 @@ def test_a_stage_that_learned_from_crops_draws_whole_pictures():
 
 
 @pytest.mark.parametrize("name", ["folder.py:base", "folder.py:sr", "coco.py:base", "coco.py:sr"])
-def test_other_data_need_nothing_of_the_demo(name):
+def test_other_data_do_not_depend_on_the_demo(name):
     config = overrides.load(str(ROOT / "configs" / name))
     assert "runs/demo" not in overrides.to_json(config)
 

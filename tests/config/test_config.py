@@ -1,4 +1,4 @@
-"""The schema, its way through ConfigDict and JSON, its errors, and every configuration file."""
+"""The schema, its conversion to ConfigDict and JSON, overrides, and errors."""
 
 import copy
 import dataclasses
@@ -35,7 +35,7 @@ def test_round_trips(sr_config):
     assert hash(sr_config) == hash(overrides.from_json(overrides.to_json(sr_config)))
 
 
-def test_fingerprint_tells_configurations_apart(base_config):
+def test_different_configurations_have_different_fingerprints(base_config):
     again = overrides.from_json(overrides.to_json(base_config))
     assert overrides.fingerprint(again) == overrides.fingerprint(base_config)
     other = dataclasses.replace(base_config, seed=1)
@@ -92,15 +92,13 @@ def test_overrides_take_the_type_of_the_field():
         ("model.lowres=1", "must be true or false"),
         ("model.lowres=true", "contradicts config.data.lowres_size=0"),
         ("model.lowres_residual=true", "needs config.diffusion.prediction='x0'"),
-        ("sampling.sampler=ddmp", "did you mean 'ddpm'?"),
         ("sampling.steps=0", "must be at least 1"),
         ("data.lowres_size=15", "must divide"),
         ("data.batch_size=0", "must be at least 1"),
         ("optimizer.name=sgd", "is not one of adam, adamw, adafactor, lion"),
-        ("diffusion.loss_weight=minsnr", "did you mean 'min_snr'?"),
     ],
 )
-def test_what_is_refused(assignment, says):
+def test_invalid_overrides(assignment, says):
     with pytest.raises(ConfigError) as error:
         overridden(assignment)
     assert says in str(error.value) and "\n" not in str(error.value)
@@ -218,7 +216,7 @@ def test_sources_of_a_mixture_are_overridden_by_name(mixture):
     assert hash(config) == hash(overrides.from_json(overrides.to_json(config)))
 
 
-def test_a_source_without_a_path_lies_where_the_data_are(mixture):
+def test_a_source_without_a_path_has_the_path_of_the_section(mixture):
     config = overrides.load(mixture, ["data.path=/shared", "data.mixture.coco.path="])
     assert {name: s.path for name, s in config.data.sources().items()} == {
         "coco": "/shared",

@@ -16,7 +16,7 @@ def changed(*assignments: str) -> Config:
 def test_every_field_is_listed_once_with_its_meaning():
     lines = describe.describe(Config())
     listed = [line.split()[0] for line in lines]
-    expected = overrides.flat(dataclasses.asdict(Config()))
+    expected = overrides.flatten_fields(dataclasses.asdict(Config()))
     assert set(listed) == {f"config.{path}" for path in expected} | {"config.data.mixture"}
     assert len(listed) == len(set(listed))
     (line,) = (line for line in lines if line.split()[0] == "config.diffusion.logsnr_min")

@@ -43,7 +43,7 @@ NOT_COMPILED = (
 )
 def test_the_metadata_selects_the_listed_fields(derived, listed):
     config = Config(data=DataConfig(mixture={"own": ComponentConfig()}))
-    paths = overrides.flat(dataclasses.asdict(config))
+    paths = overrides.flatten_fields(dataclasses.asdict(config))
     found, expected = (
         {path for path in paths if overrides.matches_any_field(path, names)}
         for names in (derived, listed)

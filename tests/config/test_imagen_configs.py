@@ -1,7 +1,4 @@
-"""The paper's models at full size, by shapes alone: counts, shardings, whole pictures.
-
-That each of them takes a step when shrunk is in test_config.py.
-"""
+"""The paper's models at full size, by shapes alone: counts, shardings, whole images."""
 
 from __future__ import annotations
 
@@ -17,9 +14,10 @@ from jax.sharding import AbstractMesh, AxisType
 
 from imagen_jax.config import overrides
 from imagen_jax.config.schema import Config
-from imagen_jax.inference import cascade
+from imagen_jax.inference.stage_sampler import image_keys, sample_stage
 from imagen_jax.parallel import partitioning
-from imagen_jax.stages import stage
+from imagen_jax.stages.conditioning import Text
+from imagen_jax.stages.network import init_params
 from imagen_jax.training.optimizer import make_optimizer
 from imagen_jax.training.state import create_state, state_shardings
 
@@ -42,7 +40,7 @@ def load(name: str) -> Config:
 
 @functools.cache
 def boxed_params(name: str):
-    return jax.eval_shape(lambda: stage.init_params(load(name), jax.random.key(0)))
+    return jax.eval_shape(lambda: init_params(load(name), jax.random.key(0)))
 
 
 @pytest.mark.parametrize(
@@ -54,7 +52,7 @@ def test_number_of_parameters(name):
 
 @pytest.mark.parametrize("name", STAGES)
 @pytest.mark.parametrize("mesh_shape", [(1, 128, 1), (2, 8, 8)], ids=str)
-def test_nothing_large_stays_whole_under_fsdp(name, mesh_shape):
+def test_every_large_array_is_sharded_under_fsdp(name, mesh_shape):
     """Parameters, averages and optimizer slots of more than a megabyte, at full size."""
     config = load(name)
     mesh = AbstractMesh(mesh_shape, partitioning.AXES, (AxisType.Auto,) * 3)
@@ -79,22 +77,21 @@ def test_nothing_large_stays_whole_under_fsdp(name, mesh_shape):
     assert whole == []
 
 
-def test_the_third_stage_learns_from_crops_and_draws_whole_pictures():
-    """Nothing in it knows the size: the same parameters take 256 -> 1024."""
+def test_the_third_stage_trains_on_crops_and_samples_whole_images():
+    """No parameter depends on the image size: the same ones upsample 256 -> 1024."""
     config = load("sr_1024")
     assert not any(config.model.self_attention)
-    data = config.data.whole()
+    data = config.data.uncropped()
     assert (config.data.image_size, config.data.lowres_size) == (256, 64)
     assert (data.image_size, data.lowres_size) == (1024, 256)
     whole = dataclasses.replace(config, data=data)
     params = partitioning.unbox(boxed_params("sr_1024"))
     drawn = jax.eval_shape(
-        lambda params: cascade.sample_stage(
+        lambda params: sample_stage(
             params,
             whole,
-            jnp.zeros((1, 8, 4096)),
-            jnp.ones((1, 8), bool),
-            cascade.image_keys(0, [0], [0]),
+            Text(jnp.zeros((1, 8, 4096)), jnp.ones((1, 8), bool)),
+            image_keys(0, [0], [0]),
             jnp.zeros((1, 256, 256, 3)),
         ),
         params,
