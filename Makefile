@@ -9,20 +9,20 @@ STAMP := $(VENV)/.installed
 help:  ## List the commands.
 	@grep -E '^[a-z0-9_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-install: $(STAMP)  ## Set up .venv with the package and all it needs, at the tested versions.
+install: $(STAMP)  ## Set up .venv with the package and its dependencies at the tested versions.
 
 $(STAMP): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[data,dev]'
 	@touch $(STAMP)
 
-demo: install  ## Train a text-to-image cascade from nothing and draw held-out prompts (minutes).
+demo: install  ## Train a text-to-image cascade from scratch and sample held-out prompts (minutes).
 	bash launch/demo.sh runs/demo
 
-demo_long: install  ## The same with about twice the training and more pictures of who is where.
+demo_long: install  ## The same with more than twice the training and more spatial relations.
 	bash launch/demo.sh runs/demo_long configs/shapes_long.py
 
-demo_256: install  ## After the demo: train a third stage on crops and draw 256x256 pictures.
+demo_256: install  ## After the demo: train a third stage on crops and sample 256x256 images.
 	bash launch/demo_256.sh runs/demo
 
 test: install  ## Run the default tests.
@@ -38,7 +38,7 @@ TOOLS := $(VENV)/.tools
 COVERED := --cov --cov-report=term-missing:skip-covered
 .PHONY: tools types docs coverage coverage-slow
 
-tools: $(TOOLS)  ## Add what types, docs, coverage and pre-commit need.
+tools: $(TOOLS)  ## Install the tools of types, docs, coverage and pre-commit.
 
 $(TOOLS): $(STAMP)
 	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[data,dev,tools]'
@@ -50,11 +50,11 @@ types: tools  ## Check types.
 docs: tools  ## Build the documentation into build/docs; a warning is an error.
 	$(VENV)/bin/python -m sphinx -W --keep-going -q -E -b html docs build/docs
 
-coverage: tools  ## Run the default tests; report the lines of the package that none reaches.
+coverage: tools  ## Run the default tests; report the lines of the package that no test executes.
 	$(VENV)/bin/python -m pytest -q -m 'not slow' -n 2 --dist loadfile $(COVERED)
 
-coverage-slow: tools  ## After coverage: add what the slow tests reach (an hour or more).
+coverage-slow: tools  ## After coverage: add the slow tests (an hour or more).
 	$(VENV)/bin/python -m pytest -q -m slow --cov-append $(COVERED)
 
-clean:  ## Remove the virtual environment and what runs left.
+clean:  ## Remove the virtual environment, runs and build outputs.
 	rm -rf $(VENV) runs build docs/generated *.egg-info

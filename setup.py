@@ -75,13 +75,12 @@ setuptools.setup(
         "sentencepiece>=0.2",
         "tensorboardX>=2.6",
         "etils[epath]>=1.9",
-        # jax.export writes with it.
+        # jax.export imports it.
         "flatbuffers>=24",
     ],
     extras_require={
-        # The seqio input and the TFDS builders; without it the loader `numpy` reads the same
-        # batches (config.data.loader).
-        # importlib_resources: TFDS imports it and does not say so.
+        # The seqio input and the TFDS builders; config.data.loader=numpy reads the same batches
+        # without it. importlib_resources: TFDS imports it without declaring it.
         "data": [
             "tensorflow>=2.21,<2.22",
             "seqio==0.0.20",
@@ -96,7 +95,7 @@ setuptools.setup(
         "serve": ["starlette>=1.10,<2", "uvicorn>=0.54"],
         # Charts (evaluate sweep, evaluate rate_score).
         "eval": ["matplotlib>=3.10,<4"],
-        # What tests (importorskip) and benchmarks compare with; never needed.
+        # Peers of tests (importorskip) and benchmarks; optional.
         "peers": ["torch", "transformers", "diffusers", "imagen-pytorch"],
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         "cuda": ["jax[cuda13]>=0.10,<0.12"],
@@ -121,7 +120,7 @@ setuptools.setup(
             "pre-commit>=4",
             "pyright[nodejs]>=1.1.410",
             "pytest-cov>=7",
-            # The last that Python 3.11 has, so that both build the same pages.
+            # The last version for Python 3.11, so that every Python builds the same pages.
             "sphinx>=9.0,<9.1",
         ],
     },
