@@ -1,5 +1,5 @@
 "use strict";
-// All words that come from the server are shown as text, never as HTML.
+// Strings from the server are shown as text, never as HTML.
 
 const find = (id) => document.getElementById(id);
 const make = (tag, values = {}, ...children) => {
@@ -8,20 +8,20 @@ const make = (tag, values = {}, ...children) => {
   return element;
 };
 const pause = (milliseconds) => new Promise((resume) => setTimeout(resume, milliseconds));
-const POLL = 400;
-const SMALL = 256; // pictures up to this side are shown with their pixels
+const POLL = 400; // milliseconds
+const SMALL = 256; // images up to this side are shown with sharp pixels
 
-let about;
-let size = 0; // side of the last stage's pictures
+let about; // stages and limits, from /api/about
+let size = 0; // side of the last stage's images, pixels
 
 async function call(path, options) {
-  const answer = await fetch(path, options);
-  const body = await answer.json();
-  if (!answer.ok) throw new Error(body.error);
+  const response = await fetch(path, options);
+  const body = await response.json();
+  if (!response.ok) throw new Error(body.error);
   return body;
 }
 
-function say(problem) {
+function showProblem(problem) {
   find("problem").textContent = problem;
   find("problem").hidden = !problem;
 }
@@ -32,10 +32,10 @@ function fill(settings) {
   find("samples").value = settings.samples ?? 1;
   find("seed").value = settings.seed ?? "";
   for (const stage of about.stages) {
-    const given = settings.stages?.[stage.name] ?? stage;
+    const values = settings.stages?.[stage.name] ?? stage;
     for (const name of ["steps", "guidance_weight"]) {
       find("stages").querySelector(`[data-stage="${CSS.escape(stage.name)}"] .${name}`).value =
-        Math.min(given[name], about.limits[name]);
+        Math.min(values[name], about.limits[name]);
     }
   }
 }
@@ -58,7 +58,7 @@ function showStages() {
   }));
 }
 
-function asked() {
+function readForm() {
   const stages = {};
   for (const row of find("stages").children) {
     stages[row.dataset.stage] = {
@@ -72,15 +72,15 @@ function asked() {
   return settings;
 }
 
-async function draw(event) {
+async function generate(event) {
   event.preventDefault();
-  say("");
+  showProblem("");
   try {
-    const job = await call("/api/jobs", { method: "POST", body: JSON.stringify(asked()),
+    const job = await call("/api/jobs", { method: "POST", body: JSON.stringify(readForm()),
       headers: { "content-type": "application/json" } });
     await follow(job);
   } catch (error) {
-    say(error.message);
+    showProblem(error.message);
   }
 }
 
@@ -94,46 +94,46 @@ async function follow(job) {
   try {
     for (; job.state === "waiting" || job.state === "drawing"; job = await call(`/api/jobs/${job.id}`)) {
       bar.value = job.progress;
-      doing.textContent = job.state === "waiting" ? `waiting, ${job.ahead} before it` : job.doing;
+      doing.textContent = job.state === "waiting" ? `waiting, ${job.ahead} ahead` : job.doing;
       image.hidden = !job.preview;
-      // A changed address, or the browser shows the estimate it has.
+      // The changing address makes the browser load the new estimate.
       if (job.preview) image.src = `/api/jobs/${job.id}/preview.png?at=${job.progress}`;
       await pause(POLL);
     }
-    if (job.state === "failed") throw new Error("This could not be drawn; the server's log says why.");
+    if (job.state === "failed") throw new Error("Sampling failed; the server's log has the reason.");
   } finally {
     box.remove();
-    await showPictures();
+    await showImages();
   }
 }
 
-function settingsOf(picture) {
-  const stages = Object.entries(picture.stages)
-    .map(([name, given]) => `${name}: ${given.steps} steps, guidance ${given.guidance_weight}`);
-  const not = picture.negative_prompt ? [`not: ${picture.negative_prompt}`] : [];
-  const number = picture.samples > 1 ? ` · ${picture.sample_index + 1} of ${picture.samples}` : "";
-  return [...not, `seed ${picture.seed}${number}`, ...stages].join("\n");
+function settingsOf(image) {
+  const stages = Object.entries(image.stages)
+    .map(([name, values]) => `${name}: ${values.steps} steps, guidance ${values.guidance_weight}`);
+  const negative = image.negative_prompt ? [`negative prompt: ${image.negative_prompt}`] : [];
+  const number = image.samples > 1 ? ` · ${image.sample_index + 1} of ${image.samples}` : "";
+  return [...negative, `seed ${image.seed}${number}`, ...stages].join("\n");
 }
 
-function card(picture) {
-  const address = `/pictures/${picture.id}.png`;
-  const image = make("img", { src: address, alt: picture.prompt, loading: "lazy",
+function card(image) {
+  const address = `/pictures/${image.id}.png`;
+  const element = make("img", { src: address, alt: image.prompt, loading: "lazy",
     className: size <= SMALL ? "small" : "" });
-  const again = make("button", { type: "button", textContent: "Again with these settings" });
-  again.addEventListener("click", () => {
-    fill(picture);
-    say("");
+  const reuse = make("button", { type: "button", textContent: "Use these settings" });
+  reuse.addEventListener("click", () => {
+    fill(image);
+    showProblem("");
     window.scrollTo({ top: 0, behavior: "smooth" });
     find("prompt").focus();
   });
-  const lines = settingsOf(picture).split("\n").map((line) => make("div", { textContent: line }));
+  const lines = settingsOf(image).split("\n").map((line) => make("div", { textContent: line }));
   return make("figure", {},
-    make("a", { href: address, target: "_blank", rel: "noopener" }, image),
-    make("figcaption", {}, make("p", { textContent: picture.prompt }),
-      make("div", { className: "settings" }, ...lines), again));
+    make("a", { href: address, target: "_blank", rel: "noopener" }, element),
+    make("figcaption", {}, make("p", { textContent: image.prompt }),
+      make("div", { className: "settings" }, ...lines), reuse));
 }
 
-async function showPictures() {
+async function showImages() {
   const { pictures } = await call("/api/pictures");
   find("gallery").replaceChildren(...pictures.map(card));
   find("empty").hidden = pictures.length > 0;
@@ -145,7 +145,7 @@ async function watch() {
       const { status, waiting } = await call("/api/health");
       find("health").textContent = waiting ? `${status}, ${waiting} waiting` : status;
     } catch {
-      find("health").textContent = "the server does not answer";
+      find("health").textContent = "no response from the server";
     }
     await pause(5 * POLL);
   }
@@ -155,10 +155,10 @@ async function start() {
   about = await call("/api/about");
   showStages();
   fill({});
-  find("ask").addEventListener("submit", draw);
-  find("reset").addEventListener("click", () => { fill({}); say(""); });
-  await showPictures();
+  find("ask").addEventListener("submit", generate);
+  find("reset").addEventListener("click", () => { fill({}); showProblem(""); });
+  await showImages();
   watch();
 }
 
-start().catch((error) => say(error.message));
+start().catch((error) => showProblem(error.message));
