@@ -24,6 +24,8 @@ from typing import Any
 
 from etils import epath
 
+from imagen_jax.io import paths
+
 STALE_AFTER = 3600.0  # Seconds without a write, after which a temporary folder's writer is dead.
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Of <fcntl.h> and <linux/fs.h>.
 
@@ -114,7 +116,7 @@ def check_replaceable(out: str, mark: str, kind: str) -> pathlib.Path:
     Raises:
       OutputError: a file, or a folder that holds something else.
     """
-    path = pathlib.Path(out).absolute()
+    path = paths.local(out, "--out").absolute()
     taken = any(path.iterdir()) if path.is_dir() else path.exists()
     if taken and not (path / mark).is_file():
         raise OutputError(f"--out={out} exists and is no {kind}; name a new one")

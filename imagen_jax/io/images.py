@@ -1,8 +1,9 @@
-"""Pictures as arrays: bytes -> uint8 -> [-1, 1] and back, resizing, crops, grids, PNG files.
+"""Images as arrays: bytes -> uint8 -> [-1, 1] and back, resizing, crops, grids, PNG files.
 
-Everything that reads or writes a picture goes through here: the data pipeline (decode, crop,
-resize on the host), the cascade (`upsample` in the graph, `to_uint8` at its end) and the reports
-(`grid`, `save_png`). The paper is silent about filters; host resizing is antialiased.
+Used by the data pipeline (decoding, cropping and resizing on the host), the cascade (`upsample` on
+the device, `to_uint8` at its end) and the reports (`grid`, `save_png`).
+
+Paper is silent: resize filters. Host resizing is antialiased.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ from imagen_jax.io import atomic
 
 AnyArray = TypeVar("AnyArray", Array, np.ndarray)
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, the latter two exclusive
-# A JPEG's bytes and a rectangle -> its pixels; ImageError where that cannot be done.
+# A JPEG file and a rectangle -> the pixels; raises ImageError if it cannot decode the file.
 DecodeJpegBox = Callable[[bytes, Box], np.ndarray]
 
-# Larger pictures are mistakes or attacks. Pillow would only warn of them.
+# Larger images are mistakes or attacks; Pillow would only warn.
 MAX_PIXELS = 89_478_485
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
@@ -49,14 +50,14 @@ RESIZE_FILTERS: dict[str, Image.Resampling] = {
 
 
 class ImageError(ValueError):
-    """Bytes that are not a usable picture; the message says why in a few words."""
+    """Bytes are not a usable image; the message gives the reason in a few words."""
 
 
 def to_float(image: UInt8[AnyArray, "*b 3"]) -> Float[AnyArray, "*b 3"]:
     """Maps uint8 0..255 to float32 [-1, 1], NumPy in NumPy out, JAX in JAX out.
 
-    The numerator 2x - 255 is exact and the product is the only rounding, so that NumPy, XLA and
-    TensorFlow give the same bits whatever they fuse.
+    The numerator 2x - 255 is exact and the product rounds once, so NumPy, XLA and TensorFlow give
+    the same bits with any fusion.
 
     Args:
       image: pixels, any leading shape.
@@ -69,70 +70,69 @@ def to_float(image: UInt8[AnyArray, "*b 3"]) -> Float[AnyArray, "*b 3"]:
 
 
 def to_uint8(image: Float[AnyArray, "*b 3"]) -> UInt8[AnyArray, "*b 3"]:
-    """Inverse of `to_float`: rounds to the nearest of 0..255; values beyond [-1, 1] are clipped."""
+    """Inverse of `to_float`: rounds to the nearest of 0..255; clips to [-1, 1]."""
     xp: Any = jnp if isinstance(image, jax.Array) else np
     return xp.clip(xp.round((image + 1.0) * 127.5), 0.0, 255.0).astype(xp.uint8)
 
 
 def decode(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
-    """Decodes a picture file to RGB as a viewer shows it.
+    """Decodes an image file to RGB as viewers show it.
 
-    EXIF orientation is applied, transparency is laid over white, 16-bit grey is scaled to 8 bits,
-    CMYK and palettes are converted, and of an animation the first frame is taken. The name of the
-    file does not matter.
+    Applies EXIF orientation, composites transparency over white, scales 16-bit grey to 8 bits,
+    converts CMYK and palettes, and takes the first frame of an animation. The format is detected
+    from the content.
 
     Raises:
-      ImageError: empty, damaged or truncated data, data that is no picture, or one of more than
-        MAX_PIXELS.
+      ImageError: empty, damaged or truncated data, not an image, or more than MAX_PIXELS.
     """
-    with _opened(data) as picture:
-        picture.load()
-        return np.asarray(_to_rgb(ImageOps.exif_transpose(picture)))
+    with _opened(data) as image:
+        image.load()
+        return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
 
 
 @contextlib.contextmanager
 def _opened(data: bytes) -> Iterator[Image.Image]:
-    """The picture with its header read; whatever goes wrong inside becomes a ImageError."""
+    """Opens an image and reads its header; all errors in the context become ImageError."""
     if not data:
         raise ImageError("unreadable (empty)")
     try:
-        with Image.open(io.BytesIO(data)) as picture:
-            if picture.width * picture.height > MAX_PIXELS:
-                size = f"{picture.width} x {picture.height}"
+        with Image.open(io.BytesIO(data)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                size = f"{image.width} x {image.height}"
                 raise ImageError(f"too large ({size} px, at most {MAX_PIXELS:,} in all)")
-            yield picture
+            yield image
     except ImageError:
         raise
     except UnidentifiedImageError:
-        raise ImageError("wrong type (not a picture)") from None
+        raise ImageError("wrong type (not an image)") from None
     except Image.DecompressionBombError:
         raise ImageError(f"too large (at most {MAX_PIXELS:,} pixels in all)") from None
-    # Pillow's format plug-ins raise whatever their parsers stumble over (SyntaxError included).
+    # The parsers of Pillow's plug-ins raise many types, SyntaxError included.
     except Exception as error:
         raise ImageError(f"unreadable ({error})") from None
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I"):
-        levels = np.asarray(picture).astype(np.int64)
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        levels = np.asarray(image).astype(np.int64)
         if levels.min(initial=0) < 0 or levels.max(initial=0) > 65535:
             raise ImageError("wrong type (more than 16 bits per channel)")
-        picture = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
-    if picture.mode == "F":
+        image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
+    if image.mode == "F":
         raise ImageError("wrong type (floating-point pixels)")
-    if picture.has_transparency_data:
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture.convert("RGBA"))
-    return picture.convert("RGB")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
 
 
-class Look(NamedTuple):
-    """What a look at a picture file tells.
+class ImageInfo(NamedTuple):
+    """Properties of an image file.
 
     Attributes:
-      size: width and height as shown, pixels.
-      format: Pillow's name of it, such as JPEG.
-      notes: what `decode` had to do to make plain RGB of it.
+      size: width and height after EXIF rotation, pixels.
+      format: name in Pillow, such as JPEG.
+      notes: conversions that `decode` applies.
     """
 
     size: tuple[int, int]
@@ -140,58 +140,62 @@ class Look(NamedTuple):
     notes: tuple[str, ...]
 
 
-def look(data: bytes, through: str) -> Look:
-    """Examines a picture file: all of it ("decode"), or its header alone ("header").
+def inspect_image(data: bytes, mode: str) -> ImageInfo:
+    """Checks an image file.
+
+    Args:
+      data: the file.
+      mode: "decode" checks the whole file; "header" only the header, which misses later damage.
 
     Raises:
-      ImageError: it cannot be used; the header alone does not tell damage further in.
+      ImageError: see `decode`.
     """
-    with _opened(data) as picture:
-        turned = picture.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
-        sixteen = picture.mode.startswith("I") or any(
-            ";16" in str(t.args) for t in getattr(picture, "tile", ())
+    with _opened(data) as image:
+        rotated = image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+        is_16_bit = image.mode.startswith("I") or any(
+            ";16" in str(t.args) for t in getattr(image, "tile", ())
         )
-        # MPO is what phones call a JPEG with a second one behind it.
-        frames = 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)
+        # MPO: a JPEG followed by a second one, written by phones.
+        frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
         notes = {
-            "turned by EXIF": turned,
-            "converted from CMYK": picture.mode == "CMYK",
-            "converted from 16 bits": sixteen,
+            "rotated by EXIF": rotated,
+            "converted from CMYK": image.mode == "CMYK",
+            "converted from 16 bits": is_16_bit,
             f"first frame alone (of {frames})": frames > 1,
-            "transparency over white": picture.has_transparency_data,
+            "transparency over white": image.has_transparency_data,
         }
-        size = picture.size
-        if turned and picture.getexif()[ExifTags.Base.Orientation] > 4:
-            size = (picture.height, picture.width)
-        if through == "decode":
-            picture.load()
-            size = _to_rgb(ImageOps.exif_transpose(picture)).size
-        found = tuple(remark for remark, holds in notes.items() if holds)
-        return Look(size, picture.format or "", found)
+        size = image.size
+        if rotated and image.getexif()[ExifTags.Base.Orientation] > 4:
+            size = (image.height, image.width)
+        if mode == "decode":
+            image.load()
+            size = _to_rgb(ImageOps.exif_transpose(image)).size
+        found = tuple(note for note, applies in notes.items() if applies)
+        return ImageInfo(size, image.format or "", found)
 
 
 def decode_box(
     data: bytes, choose: Callable[[int, int], Box], decode_jpeg_box: DecodeJpegBox | None = None
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Decodes a rectangle of a picture: the pixels `decode` gives there.
+    """Decodes a rectangle of an image; equals that part of `decode`.
 
     Args:
-      data: a picture file.
+      data: an image file.
       choose: width and height in pixels -> the rectangle.
-      decode_jpeg_box: decodes a rectangle of a JPEG without the rest, if there is such a thing;
-        None: all is decoded and the rectangle cut out. The pixels are the same.
+      decode_jpeg_box: decodes only a rectangle of a JPEG, to the same pixels; None: decodes the
+        whole image.
 
     Raises:
       ImageError: see `decode`.
     """
     if decode_jpeg_box is not None:
-        with _opened(data) as picture:
-            plain = picture.format in ("JPEG", "MPO") and picture.mode in ("L", "RGB")
-            turned = picture.getexif().get(ExifTags.Base.Orientation, 1) != 1
-            width, height = picture.size
-        if plain and not turned:
+        with _opened(data) as image:
+            plain = image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB")
+            rotated = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+            width, height = image.size
+        if plain and not rotated:
             left, top, right, bottom = choose(width, height)
-            # Colour is interpolated between neighbours: the rim of a rectangle needs one more.
+            # Chroma is interpolated between neighbours: one more pixel on each side.
             outer = (max(left - 1, 0), max(top - 1, 0), min(right + 1, width))
             outer = (*outer, min(bottom + 1, height))
             with contextlib.suppress(ImageError):
@@ -209,13 +213,13 @@ def resize_box(
     filter: str,
     box: tuple[float, float, float, float] | None = None,
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Resizes a rectangle of a picture with an antialiased filter.
+    """Resizes a rectangle of an image with an antialiased filter.
 
     Args:
-      image: pixels; those around the rectangle count where the filter reaches them.
+      image: pixels; the filter also reads pixels around the rectangle.
       size: width and height of the result, pixels.
       filter: a row of RESIZE_FILTERS.
-      box: left, top, right, bottom in pixels, fractions allowed; None: the whole picture.
+      box: left, top, right, bottom in pixels, fractions allowed; None: the whole image.
     """
     return np.asarray(Image.fromarray(image).resize(size, RESIZE_FILTERS[filter], box=box))
 
@@ -223,10 +227,10 @@ def resize_box(
 def resize_host(
     image: UInt8[np.ndarray, "h w 3"], size: int, filter: str = "box"
 ) -> UInt8[np.ndarray, "size size 3"]:
-    """Resizes to a square with an antialiased filter; a picture of that size passes unchanged.
+    """Resizes to a square with an antialiased filter; returns an image of that size unchanged.
 
     Args:
-      image: pixels; a picture that is not square is squeezed, see `center_crop_resize`.
+      image: pixels; the aspect ratio is not kept, see `center_crop_resize`.
       size: side of the result, pixels.
       filter: a row of RESIZE_FILTERS.
     """
@@ -246,10 +250,10 @@ def center_crop_resize(
 
 
 def upsample(images: Float[Array, "b h w 3"], size: int) -> Float[Array, "b size size 3"]:
-    """Enlarges pictures bilinearly in the graph: the low-resolution conditioning of an SR stage.
+    """Upsamples images bilinearly on the device, for the conditioning of an SR stage.
 
     Args:
-      images: pictures in [-1, 1].
+      images: in [-1, 1].
       size: side of the result, pixels; at least h.
     """
     return jax.image.resize(images, (images.shape[0], size, size, 3), "bilinear")
@@ -261,13 +265,13 @@ def grid(
     captions: Sequence[str] | None = None,
     scale: int = 1,
 ) -> UInt8[np.ndarray, "rows cols 3"]:
-    """One picture of many, row by row, each with its caption underneath.
+    """Arranges images in a grid, row by row, each with its caption underneath.
 
     Args:
-      images: pictures of one size.
-      columns: pictures per row.
-      captions: one per picture, wrapped to the picture's width; None: no text.
-      scale: whole-number enlargement without smoothing, so that small pictures can be looked at.
+      images: images of one size.
+      columns: images per row.
+      captions: one per image, wrapped to the width of the image; None: no text.
+      scale: integer factor of nearest-neighbour upsampling.
     """
     images = images.repeat(scale, axis=1).repeat(scale, axis=2)
     count, height, width, _ = images.shape
@@ -291,7 +295,7 @@ def _wrap(caption: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.Ima
 
 
 def encode_png(image: UInt8[np.ndarray, "h w 3"]) -> bytes:
-    """The picture as a PNG file."""
+    """Encodes an image as a PNG file."""
     file = io.BytesIO()
     Image.fromarray(image).save(file, format="png")
     return file.getvalue()
@@ -300,10 +304,10 @@ def encode_png(image: UInt8[np.ndarray, "h w 3"]) -> bytes:
 def save_png(
     path: str | os.PathLike, image: UInt8[np.ndarray, "h w 3"], text: Mapping[str, str]
 ) -> None:
-    """Writes a PNG with text chunks; a reader never sees a half-written file.
+    """Writes a PNG file with text chunks, atomically.
 
     Args:
-      path: the file; its folder is made if it is missing.
+      path: the file; missing parent folders are created.
       image: pixels.
       text: keyword -> value, any Unicode.
     """

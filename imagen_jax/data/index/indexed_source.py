@@ -1,0 +1,100 @@
+"""Random access to the usable records of one source.
+
+The index pass (scan.py) runs once and is cached beside the data: it stores the location of every
+usable record and rejects the others. The order of the data is then arithmetic on record numbers
+(`batches/order.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from imagen_jax.config.fields import ConfigError
+from imagen_jax.data.batches.order import permute
+from imagen_jax.data.index.table import Table
+from imagen_jax.data.sources.records import Decode, Quarantine, Reader, Record
+from imagen_jax.io import images
+
+
+class IndexedSource:
+    """Random access to captioned images.
+
+    Attributes:
+      fingerprint: hash of all keys, sizes and captions, 16 hex digits.
+      report: rejected records; grows when an image fails to decode later.
+    """
+
+    def __init__(
+        self,
+        *,
+        table: Table,
+        reader: Reader,
+        report: Quarantine,
+        log: Callable[[str], None] = print,
+    ) -> None:
+        """Wraps the result of an index pass.
+
+        Args:
+          table: the usable records.
+          reader: reads the encoded image of one.
+          report: the rejected records.
+          log: called with one line per record that is found damaged later.
+        """
+        self._table = table
+        self._reader = reader
+        self._log = log
+        self._broken: set[int] = set()
+        self.report = report
+        self.fingerprint = table.fingerprint
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def captions(self, i: int) -> tuple[str, ...]:
+        """The captions of record i; decodes no image."""
+        return self._table.captions(i)
+
+    def hashes(self) -> np.ndarray:
+        """Hashes of the captions of all records, as in the embedding store."""
+        return self._table.hashes()
+
+    def order(self, g: Int[np.ndarray, " k"], seed: int) -> Int[np.ndarray, " k"]:
+        """Record numbers of the examples g of a run, shuffled anew in every epoch."""
+        n = len(self)
+        return permute(g % n, g // n, n=n, seed=seed)
+
+    def order_spec(self) -> dict[str, Any]:
+        """JSON values that, with the seed, determine the record of every example."""
+        return {"examples": len(self), "source": self.fingerprint}
+
+    def record(self, i: int, decode: Decode = images.decode) -> Record:
+        """Record i, or the next one that decodes if it was damaged after the index pass.
+
+        The replacement is fixed, so record numbers do not shift. The report lists damaged records.
+
+        Args:
+          i: 0..len - 1.
+          decode: encoded image -> pixels, or the part of them that is needed.
+
+        Raises:
+          ConfigError: no record decodes.
+        """
+        for offset in range(len(self)):
+            at = (i + offset) % len(self)
+            if at in self._broken:
+                continue
+            key = self._table.key(at)
+            try:
+                data = self._reader.read(key, self._table.location(at))
+                if len(data) != self._table.size(at):
+                    raise images.ImageError("changed since the index was made")
+                return Record(key, decode(data), self._table.captions(at))
+            except (images.ImageError, OSError) as error:
+                self._broken.add(at)
+                self.report.add(key, str(error))
+                self._log(f"{key}: {error}; the next record is used in its place")
+        raise ConfigError("config.data.path: no record can be decoded any more")
