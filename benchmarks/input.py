@@ -25,6 +25,7 @@ import numpy as np
 from PIL import Image
 
 from imagen_jax.config.data import DataConfig
+from imagen_jax.data.batches import loaders
 from imagen_jax.data.batches.pipeline import Pipeline
 from imagen_jax.data.embeddings.store import (
     EmbeddingStore,
@@ -86,7 +87,7 @@ def write_world(folder, side, count):
 
 def rates(stream, seconds, repeats):
     """Sorted images/s of `repeats` measurements, and the median number of cores in use."""
-    batches = iter(stream.batches(0))
+    batches = loaders.batches(stream)
     for _ in range(2 * stream.data.prefetch + 1):
         next(batches)
     found, used = [], []

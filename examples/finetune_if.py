@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import pathlib
 
 from imagen_jax.config import overrides
 from imagen_jax.config.schema import CheckpointConfig, Config, OptimizerConfig, TrainConfig
+from imagen_jax.data.batches import loaders
 from imagen_jax.data.batches.pipeline import Pipeline
 from imagen_jax.data.embeddings.embed import embed
 from imagen_jax.data.embeddings.store import EmbeddingStore
@@ -79,7 +81,8 @@ def main() -> None:
     pipeline = Pipeline(open_source(config.data), store, config.data, config.seed)
     config = with_data(config, store.dim, store.fingerprint, pipeline.fingerprint())
     run = f"{flags.workdir}/run"
-    train(config, run, pipeline.batches, step_info=pipeline.about)
+    batches = functools.partial(loaders.batches, pipeline)
+    train(config, run, batches, step_info=pipeline.step_info)
 
     trained = export(run, f"{flags.workdir}/stage")
     convert.export_diffusers(f"{flags.workdir}/stage", f"{flags.workdir}/unet")

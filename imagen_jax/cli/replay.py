@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import functools
 
 from imagen_jax.cli import wiring
 from imagen_jax.config.schema import CheckpointConfig
+from imagen_jax.data.batches import loaders
 from imagen_jax.training.checkpoint import Checkpoints
 from imagen_jax.training.replay import replay
 
@@ -23,4 +25,5 @@ def run(flags: argparse.Namespace) -> None:
     checkpoints.close()
     wiring.set_up_devices(config.mesh.cpu_devices)
     pipeline = wiring.open_pipeline(config)
-    replay(config, flags.workdir, flags.step, pipeline.batches, encode=pipeline.encode)
+    batches = functools.partial(loaders.batches, pipeline)
+    replay(config, flags.workdir, flags.step, batches, encode=pipeline.encode)

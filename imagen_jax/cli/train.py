@@ -7,11 +7,13 @@ Several processes: see launch/, or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSE
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 
 import jax
 
 from imagen_jax.cli import wiring
+from imagen_jax.data.batches import loaders
 from imagen_jax.parallel import distributed
 from imagen_jax.parallel.preemption import Preemption
 from imagen_jax.training.train import train, with_data
@@ -48,9 +50,9 @@ def run(flags: argparse.Namespace) -> None:
         train(
             config,
             flags.workdir,
-            pipeline.batches,
+            functools.partial(loaders.batches, pipeline),
             allow_changes=[name for name in flags.allow_changes.split(",") if name],
-            step_info=pipeline.about,
+            step_info=pipeline.step_info,
             encode=pipeline.encode,
             preemption=preemption,
             compiled_step=flags.compiled,

@@ -16,6 +16,7 @@ import numpy as np
 from etils import epath
 
 from imagen_jax.config.schema import TrainConfig
+from imagen_jax.io import atomic
 
 # Further facts about the batch of a step, saved with a fault: records, captions.
 StepInfoFn = Callable[[int], Mapping[str, Any]]
@@ -94,12 +95,9 @@ class Faults:
         values = {"step": step, "loss": _number(report["loss"]), **self._step_info(step)}
         values["block_norms"] = norms
         arrays: dict[str, Any] = dict(batch)
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("wb") as file:
+        with atomic.file(path.with_suffix(".npz")) as temporary, temporary.open("wb") as file:
             np.savez(file, **arrays)
-        temporary.replace(path.with_suffix(".npz"))
-        temporary.write_text(json.dumps(values, indent=2) + "\n")
-        temporary.replace(path)
+        atomic.write_json(path, values)
         return path
 
 

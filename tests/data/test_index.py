@@ -5,6 +5,7 @@ import os
 import pathlib
 import shutil
 import struct
+import sys
 
 import numpy as np
 import pytest
@@ -73,7 +74,7 @@ def test_the_zoo_keeps_the_good_and_names_every_bad_one(zoo):
     expected = {
         "cut.jpg": "unreadable",
         "zero.png": "unreadable (empty)",
-        "page.jpg": "wrong type (not a picture)",
+        "page.jpg": "wrong type (not an image)",
         "photo.heic": "wrong type (.heic)",
         "dot.png": "too small",
         "small.png": "too small (12 px",
@@ -118,7 +119,7 @@ def test_a_wrong_folder_is_named(path):
 
 
 def test_an_empty_folder_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="no pictures"):
+    with pytest.raises(ConfigError, match="no images"):
         registry.open_source(folder_config(tmp_path))
 
 
@@ -295,13 +296,12 @@ def test_a_data_set_that_is_not_there_is_built(tmp_path, monkeypatch):
     scenes = [shapes.scene("held_out", i) for i in range(5)]
     assert [source.captions(i) for i in range(5)] == [(scene.caption,) for scene in scenes]
     for i, scene in enumerate(scenes):
-        np.testing.assert_array_equal(source.record(i).image, shapes.draw(scene))
+        np.testing.assert_array_equal(source.record(i).image, shapes.render(scene))
 
 
 def test_without_tensorflow_the_way_out_is_named(tmp_path, monkeypatch):
-    def absent(name):
-        raise ModuleNotFoundError("No module named x", name="tensorflow_datasets")
-
-    monkeypatch.setattr(tfds_files.importlib, "import_module", absent)
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    monkeypatch.delitem(sys.modules, "imagen_jax.data.sources.tfds_build", raising=False)
+    monkeypatch.delattr("imagen_jax.data.sources.tfds_build", raising=False)
     with pytest.raises(ConfigError, match="tensorflow_datasets.*install tensorflow"):
         registry.open_source(tfds_config(tmp_path))

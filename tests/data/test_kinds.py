@@ -177,8 +177,8 @@ NOTED = {
     "b_long.png": "long caption (5000 words",
     "b_png_inside.jpg": "wrong extension (.jpg on a PNG)",
     "b_sixteen.png": "converted from 16 bits",
-    "b_turned.jpg": "turned by EXIF",
-    "я_кириллица.png": "name beyond ASCII",
+    "b_turned.jpg": "rotated by EXIF",
+    "я_кириллица.png": "name not in ASCII",
 }
 REJECTED = {
     "b_cut.jpg": "unreadable",
@@ -200,7 +200,7 @@ def test_the_report_names_everything_that_is_odd(packed, pictures):
     for names, expected in ((found, REJECTED), (noted, NOTED)):
         for name, reason in expected.items():
             assert names[name].startswith(reason), (name, names[name])
-    assert "used: " in lines[0] and "1 turned by EXIF" in lines[0]
+    assert "used: " in lines[0] and "1 rotated by EXIF" in lines[0]
     assert source.report.rejected and dict(source.report.rejected).keys() == REJECTED.keys()
 
 
@@ -211,7 +211,7 @@ def test_every_kind_judges_alike(packed, name):
         report = registry.open_source(packed[package], log=lambda line: None).report
         reasons.append([why for _, why in report.rejected])
         notes = [note for pairs in report.notes.values() for _, note in pairs]
-        notes = [n for n in notes if not n.startswith(("name beyond", "wrong extension"))]
+        notes = [n for n in notes if not n.startswith(("name not in", "wrong extension"))]
         reasons.append(sorted(notes))
     assert reasons[0] == reasons[2] and reasons[1] == reasons[3]
 
@@ -220,9 +220,9 @@ def test_uncompressed_parquet_is_read_in_place(packed, monkeypatch):
     source = registry.open_source(packed["plain"], log=lambda line: None)
     monkeypatch.setattr(type(source._reader), "_group", None)
     assert len([source.record(i) for i in range(len(source))]) == 15
-    assert all(source._table.place(i)[1] >= 0 for i in range(len(source)))
+    assert all(source._table.location(i)[1] >= 0 for i in range(len(source)))
     packed_source = registry.open_source(packed["struct"], log=lambda line: None)
-    assert all(packed_source._table.place(i)[1] < 0 for i in range(len(packed_source)))
+    assert all(packed_source._table.location(i)[1] < 0 for i in range(len(packed_source)))
 
 
 def test_large_compressed_row_groups_are_reported(packed, monkeypatch, tmp_path, pictures):

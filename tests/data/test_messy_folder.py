@@ -40,10 +40,10 @@ def spoil(folder: pathlib.Path) -> dict[str, str]:
         "bad/sixteen.png": (grey.getvalue(), "converted from 16 bits"),
         "bad/moving.gif": (gif.getvalue(), "first frame alone"),
         "bad/pixel.png": (png(1, 1), "too small"),
-        "bad/turned.jpg": (png(16, 16, kind="jpeg", exif=exif), "turned by EXIF"),
+        "bad/turned.jpg": (png(16, 16, kind="jpeg", exif=exif), "rotated by EXIF"),
         "bad/silent.png": (png(16, 16, seed=1), "no caption"),
         "bad/long.png": (png(16, 16, seed=2), "long caption (5000 words"),
-        "bad/кот.png": (png(16, 16, seed=3), "name beyond ASCII"),
+        "bad/кот.png": (png(16, 16, seed=3), "name not in ASCII"),
     }
     (folder / "bad").mkdir()
     for name, (data, _) in files.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import pathlib
@@ -17,6 +18,7 @@ from imagen_jax.cli import wiring
 from imagen_jax.config import overrides as config_io
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.text import T5Config, TextConfig
+from imagen_jax.data.batches import loaders
 from imagen_jax.data.embeddings import embed
 from imagen_jax.data.sources.registry import open_source
 from imagen_jax.interop import hf_t5
@@ -63,7 +65,8 @@ def run(config, workdir, steps=4):
     store = pipeline.store
     config = with_data(config, store.dim, store.fingerprint, pipeline.fingerprint())
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
-    return train(config, str(workdir), pipeline.batches, lambda line: None, encode=pipeline.encode)
+    batches = functools.partial(loaders.batches, pipeline)
+    return train(config, str(workdir), batches, lambda line: None, encode=pipeline.encode)
 
 
 def test_a_batch_is_what_the_store_gives(stored, on_the_fly):
@@ -133,7 +136,7 @@ def test_seqio_gives_the_same_tokens(on_the_fly):
     pytest.importorskip("imagen_jax.data.batches.tasks")
     data = dataclasses.replace(on_the_fly.data, loader="seqio")
     pipeline = wiring.open_pipeline(dataclasses.replace(on_the_fly, data=data))
-    for step, batch in itertools.islice(enumerate(pipeline.batches(5), 5), 2):
+    for step, batch in itertools.islice(enumerate(loaders.batches(pipeline, 5), 5), 2):
         expected = pipeline.batch_at(step)
         assert batch.keys() == expected.keys()
         for name, value in expected.items():

@@ -2,13 +2,14 @@
 
 import dataclasses
 import itertools
+import sys
 import threading
 
 import numpy as np
 import pytest
 
 from imagen_jax.config.fields import ConfigError
-from imagen_jax.data.batches import pipeline as pipeline_lib
+from imagen_jax.data.batches import loaders
 from imagen_jax.data.batches.order import permute
 from imagen_jax.data.batches.pipeline import Pipeline
 from imagen_jax.data.embeddings import store as embeddings
@@ -127,7 +128,7 @@ def test_cached_pictures_are_the_decoded_ones(world, stream):
 
 def test_prefetched_batches_start_anywhere_and_stop_cleanly(stream):
     before = threading.active_count()
-    batches = stream.batches(11)
+    batches = loaders.batches(stream, 11)
     for step in range(11, 16):
         equal(next(batches), stream.batch_at(step))
     batches.close()
@@ -137,7 +138,7 @@ def test_prefetched_batches_start_anywhere_and_stop_cleanly(stream):
 def test_an_error_in_the_background_reaches_the_loop(world):
     data, source, store = world
     stream = Pipeline(source, store, data, seed=0)
-    batches = stream.batches(0)
+    batches = loaders.batches(stream, 0)
     next(batches)
     stream.store = None
     with pytest.raises(AttributeError):
@@ -174,9 +175,8 @@ def test_without_tensorflow_the_way_out_is_named(world, stream, monkeypatch):
     data, source, store = world
     seqio_data = dataclasses.replace(data, loader="seqio")
 
-    def absent(name):
-        raise ModuleNotFoundError("No module named 'seqio'", name="seqio")
-
-    monkeypatch.setattr(pipeline_lib.importlib, "import_module", absent)
+    monkeypatch.setitem(sys.modules, "seqio", None)
+    monkeypatch.delitem(sys.modules, "imagen_jax.data.batches.tasks", raising=False)
+    monkeypatch.delattr("imagen_jax.data.batches.tasks", raising=False)
     with pytest.raises(ConfigError, match="'seqio'.*loader=numpy"):
-        Pipeline(source, store, seqio_data, seed=4).batches(0)
+        loaders.batches(Pipeline(source, store, seqio_data, seed=4))

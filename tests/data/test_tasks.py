@@ -6,6 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
+from imagen_jax.data.batches import loaders
 from imagen_jax.data.batches.pipeline import Pipeline
 
 seqio = pytest.importorskip("seqio")
@@ -28,18 +29,18 @@ def same(batch: dict, expected: dict) -> None:
 
 @pytest.mark.parametrize("start", [0, 10**9])
 def test_seqio_batches_are_batch_at_from_any_step(stream, start):
-    for step, batch in itertools.islice(enumerate(stream.batches(start), start), 7):
+    for step, batch in itertools.islice(enumerate(loaders.batches(stream, start), start), 7):
         same(batch, stream.batch_at(step))
 
 
 def test_a_base_stage_has_no_low_resolution_picture(stream):
     data = dataclasses.replace(stream.data, image_size=16, lowres_size=0)
     base = Pipeline(stream.source, stream.store, data, seed=9)
-    same(next(base.batches(3)), base.batch_at(3))
+    same(next(loaders.batches(base, 3)), base.batch_at(3))
 
 
 def test_hosts_read_their_own_part(stream):
-    parts = [next(stream.for_host(h, 2).batches(5)) for h in range(2)]
+    parts = [next(loaders.batches(stream.for_host(h, 2), 5)) for h in range(2)]
     whole = stream.batch_at(5)
     same({n: np.concatenate([p[n] for p in parts]) for n in whole}, whole)
 

@@ -29,8 +29,8 @@ def photo(width: int, height: int, kind: str = "jpeg", seed: int = 0, **options)
     return buffer.getvalue()
 
 
-def drawn(count: int, seed: int = 0) -> list[view.Draw]:
-    return view.draws(order.random_bits(np.arange(count), seed))
+def augmentations(count: int, seed: int = 0) -> list[view.Augmentation]:
+    return view.sample_augmentations(order.random_bits(np.arange(count), seed))
 
 
 @pytest.mark.parametrize(
@@ -55,11 +55,11 @@ def test_words_that_a_mirror_makes_untrue(caption, expected):
 
 
 def test_numbers_of_an_example_are_uniform_and_independent():
-    draws = np.array([[d.square, d.left, d.top, d.flip] for d in drawn(4000)])
+    draws = np.array([[d.square, d.left, d.top, d.flip] for d in augmentations(4000)])
     assert (draws[:, :3] >= 0).all() and (draws[:, :3] < 1).all()
     np.testing.assert_allclose(draws.mean(axis=0), 0.5, atol=0.03)
     assert np.abs(np.corrcoef(draws.T) - np.eye(4)).max() < 0.05
-    other = np.array([d.left for d in drawn(4000, seed=1)])
+    other = np.array([d.left for d in augmentations(4000, seed=1)])
     assert abs(np.corrcoef(other, draws[:, 1])[0, 1]) < 0.05
 
 
@@ -72,10 +72,10 @@ def test_a_crop_is_the_crop_of_the_whole_picture(size, resize_filter):
     encoded = photo(*size)
     whole = images.center_crop_resize(images.decode(encoded), 256, resize_filter).astype(int)
     corners = set()
-    for draw in drawn(8):
-        left, top = view.crop_corner(data, draw)
+    for augmentation in augmentations(8):
+        left, top = view.crop_corner(data, augmentation)
         corners.add((left, top))
-        crop = view.show(encoded, data, draw)
+        crop = view.decode_view(encoded, data, augmentation)
         # Rounding of fractional positions: a level at most.
         assert np.abs(crop - whole[top : top + 64, left : left + 64]).max() <= 1
         if min(size) == 256:
@@ -87,16 +87,16 @@ def test_the_small_picture_of_a_crop_is_the_crop_of_the_small_picture():
     data = DataConfig(image_size=64, lowres_size=16, crop_from=256)
     encoded = photo(256, 256, "png")
     small = images.resize_host(images.decode(encoded), 64)
-    for draw in drawn(6):
-        left, top = view.crop_corner(data, draw)
-        lowres = images.resize_host(view.show(encoded, data, draw), 16)
+    for augmentation in augmentations(6):
+        left, top = view.crop_corner(data, augmentation)
+        lowres = images.resize_host(view.decode_view(encoded, data, augmentation), 16)
         left, top = left // 4, top // 4
         np.testing.assert_array_equal(lowres, small[top : top + 16, left : left + 16])
 
 
 def test_crops_reach_both_edges():
     data = DataConfig(image_size=64, crop_from=128)
-    corners = [view.crop_corner(data, draw) for draw in drawn(2000)]
+    corners = [view.crop_corner(data, augmentation) for augmentation in augmentations(2000)]
     assert {left for left, _ in corners} == {top for _, top in corners} == set(range(65))
 
 
@@ -107,8 +107,8 @@ def test_random_squares_lie_all_along_the_longer_side():
         buffer = io.BytesIO()
         Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "png")
         seen = collections.Counter()
-        for draw in drawn(200):
-            square = view.show(buffer.getvalue(), data, draw)
+        for augmentation in augmentations(200):
+            square = view.decode_view(buffer.getvalue(), data, augmentation)
             line = square[0, :, 0] if axis == 1 else square[:, 0, 0]
             np.testing.assert_array_equal(line, np.arange(10) + line[0])
             seen[int(line[0])] += 1
@@ -117,16 +117,18 @@ def test_random_squares_lie_all_along_the_longer_side():
 
 def test_padding_shows_the_whole_picture_between_white_bars():
     data = DataConfig(image_size=16, fit="pad")
-    square = view.show(photo(64, 32, "png"), data, drawn(1)[0])
+    square = view.decode_view(photo(64, 32, "png"), data, augmentations(1)[0])
     assert square.shape == (16, 16, 3)
     assert (square[:4] == 255).all() and (square[12:] == 255).all()
     whole = images.resize_box(images.decode(photo(64, 32, "png")), (16, 8), "box")
     np.testing.assert_array_equal(square[4:12], whole)
     cut = dataclasses.replace(data, image_size=8, crop_from=16)
-    corner = view.crop_corner(cut, drawn(1)[0])
+    corner = view.crop_corner(cut, augmentations(1)[0])
     part = square[corner[1] : corner[1] + 8, corner[0] : corner[0] + 8]
-    np.testing.assert_array_equal(view.show(photo(64, 32, "png"), cut, drawn(1)[0]), part)
-    assert view.show(photo(200, 1, "png"), data, drawn(1)[0]).shape == (16, 16, 3)
+    np.testing.assert_array_equal(
+        view.decode_view(photo(64, 32, "png"), cut, augmentations(1)[0]), part
+    )
+    assert view.decode_view(photo(200, 1, "png"), data, augmentations(1)[0]).shape == (16, 16, 3)
 
 
 @pytest.mark.parametrize(
@@ -147,17 +149,21 @@ def test_tensorflow_decodes_a_rectangle_to_the_same_pixels(options):
 
     for seed, size in enumerate([(64, 64), (131, 90), (97, 203), (33, 48)]):
         encoded = photo(*size, seed=seed, quality=85, **options)
-        for draw in drawn(5, seed):
-            expected = view.show(encoded, data, draw)
-            np.testing.assert_array_equal(view.show(encoded, data, draw, counted), expected)
+        for augmentation in augmentations(5, seed):
+            expected = view.decode_view(encoded, data, augmentation)
+            np.testing.assert_array_equal(
+                view.decode_view(encoded, data, augmentation, counted), expected
+            )
     assert len(used) == 20
     for encoded in (photo(90, 70, exif=turned), photo(90, 70, "png"), photo(90, 70)[:-500]):
-        for draw in drawn(2):
+        for augmentation in augmentations(2):
             try:
-                expected = view.show(encoded, data, draw)
+                expected = view.decode_view(encoded, data, augmentation)
             except images.ImageError:
                 continue
-            np.testing.assert_array_equal(view.show(encoded, data, draw, counted), expected)
+            np.testing.assert_array_equal(
+                view.decode_view(encoded, data, augmentation, counted), expected
+            )
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +243,7 @@ def test_half_of_the_pictures_are_mirrored_but_none_that_says_left(two):
     )
     mirrored, others = [], 0
     for step in range(40):
-        records = stream.about(step)["records"]
+        records = stream.step_info(step)["records"]
         for i, a, b in zip(
             records, stream.batch_at(step)["image"], plain.batch_at(step)["image"], strict=True
         ):

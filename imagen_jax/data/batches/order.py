@@ -1,11 +1,11 @@
-"""Which record example g of a run is: arithmetic on g, nothing remembered, nothing stored."""
+"""The order of the data: a stateless permutation of the example index g."""
 
 from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Float, Int, UInt64
 
-ROUNDS = 6  # Of the Feistel network; four already pass for random.
+ROUNDS = 6  # Of the Feistel network; four already give a pseudorandom permutation.
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -19,16 +19,16 @@ def mix(x: UInt64[np.ndarray, " k"]) -> UInt64[np.ndarray, " k"]:
 def permute(
     position: Int[np.ndarray, " k"], epoch: Int[np.ndarray, " k"], *, n: int, seed: int
 ) -> Int[np.ndarray, " k"]:
-    """The place of each position in its epoch's shuffled order, without storing that order.
+    """The record at each position of the shuffled order of its epoch, without storing the order.
 
-    A Feistel network permutes the smallest even-bit range that holds n; results beyond n are put
-    through it again (cycle walking) until they fall below.
+    A Feistel network permutes the smallest range of an even number of bits that includes n; results
+    of n or more are permuted again (cycle walking).
 
     Args:
       position: 0..n-1.
       epoch: epoch of each position, at least 0.
       n: size of the data set.
-      seed: picks the family of permutations.
+      seed: selects the family of permutations.
 
     Returns:
       0..n-1; for any one epoch and seed a bijection of `position`.
@@ -52,12 +52,12 @@ def permute(
 def random_bits(g: Int[np.ndarray, " k"], seed: int) -> UInt64[np.ndarray, " k"]:
     """64 random bits for each example.
 
-    Not the permutation's hash: what is drawn for an example must not follow from its position.
+    Uses another hash than the permutation: augmentations must not depend on the record.
     """
     return mix(mix(g.astype(np.uint64) + GOLDEN) ^ np.uint64(seed % 2**64))
 
 
 def uniform(bits: UInt64[np.ndarray, " k"], stream: int) -> Float[np.ndarray, " k"]:
-    """Numbers in [0, 1) from an example's bits; another `stream` gives independent ones."""
+    """Uniform numbers in [0, 1) from the bits of examples; streams are independent."""
     offset = np.uint64(stream * int(GOLDEN) % 2**64)
     return (mix(bits + offset) >> np.uint64(11)) * 2.0**-53

@@ -1,8 +1,8 @@
-"""The seqio registration of a pipeline: source, task, feature converter, batches.
+"""The seqio loader: source, task, feature converter and batches of a pipeline.
 
-The source is an endless stream without state: it reads through `Pipeline.examples_at`, so that the
-order, the sharding and the start at any step are the pipeline's. Hence no shuffling, caching or
-repeating by seqio, whose buffers would tie the order to one process's past.
+The source is a stateless, endless stream that reads through `Pipeline.examples_at`, so the pipeline
+determines order, sharding and start step. seqio does not shuffle, cache or repeat: its buffers
+would make the order depend on the history of a process.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from imagen_jax.config import overrides
 from imagen_jax.data.batches.pipeline import Batch, Pipeline
 from imagen_jax.io import images
 
-# Start-up messages of TensorFlow are of no use here; its errors reach Python as exceptions.
+# Hides TensorFlow's start-up messages; its errors are raised as exceptions.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
 @contextlib.contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """Drops what is written to stderr: TensorFlow speaks before it reads its settings."""
+    """Discards stderr: TensorFlow prints before it reads its log level."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
@@ -44,20 +44,20 @@ SPLIT = "train"
 
 
 def _confine_tensorflow() -> None:
-    """Leaves the accelerators to JAX and most of the host's threads to the training."""
+    """Reserves the accelerators for JAX and most host threads for training."""
     for kind in ("GPU", "TPU"):
         tf.config.set_visible_devices([], kind)
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(2)
 
 
-# It refuses where TensorFlow already runs in this process, as its user has set it up.
+# Raises if TensorFlow is already initialised in this process; then its settings stay.
 with _silent_stderr(), contextlib.suppress(RuntimeError):
     _confine_tensorflow()
 
 
 def decode_jpeg_box(data: bytes, box: images.Box) -> np.ndarray:
-    """Decodes a rectangle of a JPEG and not the rest; the pixels are Pillow's, rim left aside.
+    """Decodes a rectangle of a JPEG only; equals Pillow's pixels except at the border.
 
     Raises:
       images.ImageError: TensorFlow cannot decode it.
@@ -73,21 +73,21 @@ def decode_jpeg_box(data: bytes, box: images.Box) -> np.ndarray:
 
 
 class StreamSource(seqio.DataSource):
-    """The examples of a pipeline from a step on, as a seqio data source."""
+    """The examples of a pipeline from a start step, as a seqio data source."""
 
     def __init__(self, pipeline: Pipeline, start_step: int = 0) -> None:
-        """Wraps `pipeline`; a shard of the source is a host of the pipeline."""
+        """Wraps `pipeline`; shards of the source are hosts of the pipeline."""
         self._pipeline = pipeline
         self._start_step = start_step
         super().__init__(splits=(SPLIT,), caching_permitted=False, performs_internal_shuffling=True)
 
     @property
     def supports_arbitrary_sharding(self) -> bool:
-        """Any number of hosts that divides the batch."""
+        """True: any number of hosts that divides the batch size."""
         return True
 
     def list_shards(self, split: str) -> Sequence[str]:
-        """One nominal shard; hosts are told apart by arithmetic."""
+        """One nominal shard; the pipeline computes the examples of each host."""
         return [split]
 
     def get_dataset(
@@ -98,7 +98,7 @@ class StreamSource(seqio.DataSource):
         shard_info: seqio.ShardInfo | None = None,
         **unused: object,
     ) -> tf.data.Dataset:
-        """The examples of one host; the pipeline decides the order, not `shuffle` and `seed`."""
+        """The examples of one host in the pipeline's order; ignores `shuffle` and `seed`."""
         del split, shuffle, seed, unused
         host, hosts = self._pipeline.host, self._pipeline.hosts
         if shard_info is not None:
@@ -116,7 +116,7 @@ class StreamSource(seqio.DataSource):
             shaped = zip(specs.items(), values, strict=True)
             return {name: tf.ensure_shape(value, spec.shape) for (name, spec), value in shaped}
 
-        # A whole batch per call: crossing into Python for each picture costs more than reading it.
+        # One call per batch: a Python call per image costs more than reading the image.
         steps = tf.data.Dataset.counter(start=self._start_step)
         ahead = max(pipeline.data.prefetch, 1)
         return steps.map(load, num_parallel_calls=ahead, deterministic=True).unbatch()
@@ -134,7 +134,7 @@ def _stored_specs(pipeline: Pipeline) -> dict[str, tf.TensorSpec]:
 
 
 def drop_padding(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """Preprocessor: keeps the text of the real tokens, one example in, one out."""
+    """Preprocessor: removes padding tokens and the mask."""
 
     def drop(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         count = tf.math.count_nonzero(example.pop("text_mask"))
@@ -148,8 +148,8 @@ def register(pipeline: Pipeline) -> str:
     name = f"imagen_{overrides.fingerprint([pipeline.fingerprint(), vars(pipeline.data)])}"
     if name in seqio.TaskRegistry.names():
         seqio.TaskRegistry.remove(name)
-    pictures = ("image", "lowres") if pipeline.data.lowres_size else ("image",)
-    features = {name: seqio.ContinuousFeature(dtype=tf.uint8, rank=3) for name in pictures}
+    image_names = ("image", "lowres") if pipeline.data.lowres_size else ("image",)
+    features = {name: seqio.ContinuousFeature(dtype=tf.uint8, rank=3) for name in image_names}
     shape, dtype = pipeline.store.spec(pipeline.data.max_text_len)
     features[pipeline.store.feature] = seqio.ContinuousFeature(
         dtype=tf.as_dtype(dtype), rank=len(shape)
@@ -165,11 +165,11 @@ def register(pipeline: Pipeline) -> str:
 
 
 def imagen_batches(pipeline: Pipeline, start_step: int = 0) -> Iterator[Batch]:
-    """The batches of this host from a step on, without end; bit for bit `Pipeline.batch_at`.
+    """This host's batches from a step on, without end; bit for bit `Pipeline.batch_at`.
 
     Args:
-      pipeline: what to read.
-      start_step: the first step wanted; reaching it costs nothing.
+      pipeline: makes the examples.
+      start_step: first step; starting late costs nothing.
 
     Returns:
       An iterator of image, lowres (SR stages), text_emb (or text_ids) and text_mask as NumPy

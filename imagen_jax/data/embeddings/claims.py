@@ -1,9 +1,9 @@
-"""Claims on pieces of work by workers that share nothing but a folder.
+"""Claims on units of work by workers that share only a folder.
 
-A claim is a file that only one worker can create. While its owner works, a thread touches the file;
-one that has not been touched for `patience` seconds, by the clock of whoever waits for it, belongs
-to a worker that died, and may be overtaken by a claim of the next generation, which again only one
-worker can create. Clocks of different machines are never compared.
+A claim is a file that only one worker can create. A thread of its owner touches the file; a claim
+that is not touched for `patience` seconds, by the clock of the waiting worker, belongs to a dead
+worker. A claim of the next generation, which again only one worker can create, replaces it. Clocks
+of different machines are never compared.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import socket
 import threading
 import time
 
-_HEARTBEATS = 6  # Signs of life within the patience of others.
+_HEARTBEATS = 6  # Number of touches within `patience`.
 
 
 class Claims:
-    """The claims that one worker sees and makes; a context in which it shows its signs of life."""
+    """The claims of one worker; a context manager that touches the claim it holds."""
 
     def __init__(self, folder: pathlib.Path, patience: float) -> None:
-        """Claims on files of `folder`; `patience` in seconds, the same for all workers."""
+        """Claims files of `folder`; `patience` in seconds, the same for all workers."""
         self._folder, self._patience = folder, patience
         self._held: pathlib.Path | None = None
         self._seen: dict[pathlib.Path, tuple[int, float]] = {}
@@ -40,7 +40,7 @@ class Claims:
             self._held.unlink(missing_ok=True)
 
     def take(self, name: str) -> bool:
-        """Claims `name`; False where a living worker has it."""
+        """Claims `name`; False if a live worker holds it."""
         generation = 0
         while self._path(name, generation).exists():
             generation += 1
@@ -56,7 +56,7 @@ class Claims:
         return True
 
     def release(self, name: str) -> None:
-        """Gives up the claim on `name`, and those of dead workers with it: the work is done."""
+        """Removes all claims on `name`, those of dead workers included: the work is done."""
         self._held = None
         generation = 0
         while (path := self._path(name, generation)).exists():
@@ -68,7 +68,7 @@ class Claims:
         return self._folder / f".{name}.claim{generation}"
 
     def _is_stale(self, path: pathlib.Path) -> bool:
-        """Whether its owner has shown no sign of life for as long as this worker waits."""
+        """Whether the claim was not touched for `patience` seconds of this worker's clock."""
         try:
             touched, now = path.stat().st_mtime_ns, time.monotonic()
         except FileNotFoundError:
@@ -83,6 +83,6 @@ class Claims:
         while not self._stop.wait(self._patience / _HEARTBEATS):
             held = self._held
             if held is not None:
-                # Overtaken, or just released.
+                # Replaced by another worker's claim, or just released.
                 with contextlib.suppress(FileNotFoundError):
                     os.utime(held)

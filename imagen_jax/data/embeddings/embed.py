@@ -1,10 +1,10 @@
 """`embed`: encodes every distinct caption once and stores the result (Imagen, Sec. 2.5).
 
-Captions are grouped by token count rounded up to a multiple of 8 and then ordered by hash; a unit
-of `unit_size` captions of one group is encoded in one call of fixed shape and written as one file.
-A unit's bytes thus depend on nothing but its captions, the encoder and the kind of devices, so that
-a killed run goes on where it stopped. Any number of workers on any number of hosts may share the
-folder: each claims a unit before it encodes it (`data.claims`), and takes over what dead ones held.
+Captions are grouped by token count rounded up to a multiple of 8 and sorted by hash; a unit of
+`unit_size` captions of one group is encoded in one call of fixed shape and written as one file. The
+bytes of a unit depend only on its captions, the encoder and the kind of device, so a killed run
+resumes with the missing units. Any number of workers on any number of hosts may share the folder:
+each claims a unit before encoding it (claims.py), and takes over the units of dead workers.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ import numpy as np
 
 from imagen_jax.data.embeddings import store, unit_file
 from imagen_jax.data.embeddings.claims import Claims
+from imagen_jax.io import paths
 from imagen_jax.text.encoders import TextEncoder
 
-BUCKET = 8  # Tokens: the step between the lengths that are compiled.
-CHUNK = 4096  # Captions tokenized at a time, to bound the memory.
+BUCKET = 8  # Tokens; compiled lengths are its multiples.
+CHUNK = 4096  # Captions tokenized at a time, which bounds memory.
 REPORT_EVERY = 20.0  # Seconds between progress lines.
-POLL_EVERY = 0.5  # Seconds between two looks at the units that others hold.
+POLL_EVERY = 0.5  # Seconds between checks for units of other workers.
 
 
 class UnitOfWork(NamedTuple):
-    """A unit of work: padded length in tokens, captions and their real tokens."""
+    """A unit to encode: padded length in tokens, captions, number of real tokens."""
 
     length: int
     captions: list[str]
@@ -38,7 +39,7 @@ class UnitOfWork(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Units of work, and what is known before encoding."""
+    """All units, with counts of distinct captions, tokens and truncated captions."""
 
     units: list[UnitOfWork]
     unique: int
@@ -47,7 +48,7 @@ class Plan(NamedTuple):
 
 
 def plan_units(captions: Sequence[str], encoder: TextEncoder, unit_size: int) -> Plan:
-    """Splits the distinct captions into units; the same ones whatever the order of `captions`."""
+    """Splits the distinct captions into units; independent of the order of `captions`."""
     unique = sorted(set(captions), key=store.caption_hash)
     groups: dict[int, list[tuple[str, int]]] = collections.defaultdict(list)
     truncated = 0
@@ -83,11 +84,11 @@ def _describe(
 def estimate(
     captions: Sequence[str], encoder: TextEncoder, unit_size: int, dtype: str = "bfloat16"
 ) -> dict[str, int | float]:
-    """What `embed` will do, before it does anything.
+    """Estimates the work of `embed` without encoding.
 
     Returns:
-      captions, unique (distinct captions), truncated (captions), tokens, padded_tokens (that go
-      through the encoder), units, bytes (of embeddings) and flops (of the encoder).
+      captions, unique (distinct captions), truncated (captions), tokens, padded_tokens (inputs of
+      the encoder), units, bytes (of embeddings) and flops (of the encoder).
     """
     return _describe(captions, plan_units(captions, encoder, unit_size), encoder, unit_size, dtype)
 
@@ -102,26 +103,27 @@ def embed(
     dtype: str = "bfloat16",
     patience: float = 60.0,
 ) -> dict[str, int | float]:
-    """Writes the embedding store of `captions`; finished units are kept.
+    """Writes the embedding store of `captions`; skips units that exist.
 
     Args:
-      captions: texts; repeated ones are encoded once.
+      captions: repeated ones are encoded once.
       encoder: a frozen text encoder.
       out: folder of the store.
-      unit_size: captions per unit, the batch of one call of the encoder.
-      log: receives progress lines.
-      dtype: of the stored numbers, bfloat16 or int8.
-      patience: seconds of silence after which another worker takes over a unit.
+      unit_size: captions per unit, the batch size of the encoder.
+      log: called with progress lines.
+      dtype: of the stored values, bfloat16 or int8.
+      patience: seconds without a sign of life after which a unit is taken over.
 
     Returns:
-      What `estimate` returns, and computed (units that this worker encoded).
+      The result of `estimate`, and computed (units encoded by this worker).
 
     Raises:
-      EmbeddingError: no captions, or the encoder gives NaN or infinite values.
+      EmbeddingError: no captions, or the encoder returns NaN or infinite values.
+      PathError: a path with a scheme such as gs://.
     """
     if not captions:
         raise store.EmbeddingError("there are no captions to embed; check config.data")
-    folder = pathlib.Path(out)
+    folder = paths.local(out, "config.data.embeddings")
     folder.mkdir(parents=True, exist_ok=True)
     plan = plan_units(captions, encoder, unit_size)
     if plan.truncated:
@@ -134,14 +136,14 @@ def embed(
     work = dict(zip(names, plan.units, strict=True))
     progress = _Progress(folder, work, log)
 
-    def do(name: str) -> None:
+    def encode(name: str) -> None:
         unit = work[name]
         rows = _encode_unit(encoder, unit.captions, unit.length, unit_size)
         store.write_unit(folder / name, unit.captions, rows, dtype)
         progress.add(unit)
 
     with Claims(folder, patience) as claims:
-        _share(names, folder, claims, do, progress.wait)
+        _share(names, folder, claims, encode, progress.wait)
     rows = [store.describe_unit(folder / name) for name in names]
     store.write_manifest(folder, rows, fingerprint)
     _clean_up(folder, names)
@@ -157,20 +159,20 @@ def _share(
     names: Sequence[str],
     folder: pathlib.Path,
     claims: Claims,
-    do: Callable[[str], None],
+    encode: Callable[[str], None],
     wait: Callable[[Sequence[str]], None],
 ) -> None:
-    """Does what no other worker does, until all of `names` are in the folder."""
-    # Workers begin at different units, so that they rarely meet.
+    """Encodes the units that no other worker claims, until all `names` are in the folder."""
+    # Workers start at random units, so they rarely compete for one.
     first = int.from_bytes(os.urandom(4), "little") % len(names)
     pending = [*names[first:], *names[:first]]
     while pending:
         for name in pending:
             if (folder / name).exists() or not claims.take(name):
                 continue
-            # Looked at again: it may have been finished just before it was claimed.
+            # Checked again: another worker may have finished it just before the claim.
             if not (folder / name).exists():
-                do(name)
+                encode(name)
             claims.release(name)
         pending = [name for name in pending if not (folder / name).exists()]
         if pending:
@@ -178,7 +180,7 @@ def _share(
 
 
 class _Progress:
-    """What this worker did, how fast, and when all workers together will be done."""
+    """Counts the units of this worker; reports throughput and remaining time of all workers."""
 
     def __init__(
         self, folder: pathlib.Path, work: dict[str, UnitOfWork], log: Callable[[str], None]
@@ -189,13 +191,13 @@ class _Progress:
         self._left_at_start = self._left()[1]
 
     def _left(self) -> tuple[int, int]:
-        """Units and tokens that are not in the folder yet."""
-        there = set(os.listdir(self._folder))
-        missing = [unit for name, unit in self._work.items() if name not in there]
+        """Number of units missing in the folder, and their tokens."""
+        written = set(os.listdir(self._folder))
+        missing = [unit for name, unit in self._work.items() if name not in written]
         return len(missing), sum(unit.tokens for unit in missing)
 
     def add(self, unit: UnitOfWork) -> None:
-        """Counts a unit; prints a line now and then."""
+        """Counts a unit; logs a line every `REPORT_EVERY` seconds."""
         self.units += 1
         self._captions += len(unit.captions)
         self._tokens += unit.tokens
@@ -211,7 +213,7 @@ class _Progress:
         )
 
     def wait(self, pending: Sequence[str]) -> None:
-        """Waits a moment for units that other workers hold."""
+        """Sleeps `POLL_EVERY` seconds while other workers hold the pending units."""
         now = time.monotonic()
         if now - self._reported >= REPORT_EVERY:
             self._reported = now
@@ -219,7 +221,7 @@ class _Progress:
         time.sleep(POLL_EVERY)
 
     def summary(self) -> str:
-        """This worker's part."""
+        """Units, seconds and throughput of this worker."""
         return f"here {self.units} units in {self._seconds():.1f} s, {self._rates()}"
 
     def _seconds(self) -> float:
@@ -231,7 +233,7 @@ class _Progress:
 
 
 def _clean_up(folder: pathlib.Path, names: Sequence[str]) -> None:
-    """Removes what killed workers left of units that are there: half files, claims."""
+    """Removes temporary files and claims of killed workers for units that exist."""
     done = set(names)
     for path in folder.glob(".unit_*.bin.*"):
         if path.name[1:].partition(".bin.")[0] + ".bin" in done:
@@ -252,5 +254,5 @@ def _encode_unit(
     encoded = np.asarray(jax.device_get(encoder.encode(ids, mask)))
     rows = [row[m] for row, m in zip(encoded[: len(captions)], mask, strict=False)]
     if not all(np.isfinite(row).all() for row in rows):
-        raise store.EmbeddingError("the text encoder gives NaN or infinite values")
+        raise store.EmbeddingError("the text encoder returns NaN or infinite values")
     return rows

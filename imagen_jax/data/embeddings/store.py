@@ -1,10 +1,10 @@
-"""The ragged store of text embeddings, keyed by caption hash and read by memory map.
+"""The ragged store of text embeddings, keyed by caption hash and memory-mapped.
 
-`embed` writes it once, a unit of captions at a time; the pipeline looks captions up in it. Only the
-real tokens are kept: 20 tokens of 4096 channels are 164 kB in bfloat16, 82 kB in int8; padded to
-128 they would be 1 MB. The paper too encodes its captions ahead of training (Imagen, Sec. 2.5).
+`embed` writes it once, one unit of captions at a time; the pipeline looks captions up. Only real
+tokens are stored: 20 tokens of 4096 channels are 164 kB in bfloat16 and 82 kB in int8; padded to
+128 tokens they are 1 MB. The paper also encodes captions before training (Imagen, Sec. 2.5).
 
-A folder holds unit files (`unit_file.py`) and `manifest.json`, which declares them complete.
+A folder holds unit files (`unit_file.py`) and, once complete, `manifest.json`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from imagen_jax.data.embeddings.unit_file import (
     unit_name,
     write_unit,
 )
+from imagen_jax.io import paths
 
 __all__ = [
     "EmbeddingError",
@@ -44,11 +45,11 @@ __all__ = [
 ]
 
 MANIFEST = "manifest.json"
-MAX_OPEN_UNITS = 1024  # Unit files mapped at a time; a process may only have so many maps.
+MAX_OPEN_UNITS = 1024  # Mapped unit files; the number of maps of a process is limited.
 
 
 def write_manifest(folder: pathlib.Path, units: Sequence[Unit], fingerprint: dict) -> None:
-    """Declares a store complete; it appears whole or not at all, the same whoever writes it."""
+    """Writes `manifest.json`, which marks a store as complete; equal for all workers."""
     headers = [read_header(folder / u.file) for u in units]
     norm = sum(h.squared_norm for h in headers)
     error = (sum(h.squared_error for h in headers) / norm) ** 0.5 if norm else 0.0
@@ -58,7 +59,7 @@ def write_manifest(folder: pathlib.Path, units: Sequence[Unit], fingerprint: dic
         "dtype": headers[0].dtype,
         "captions": sum(u.captions for u in units),
         "tokens": sum(u.tokens for u in units),
-        # Root of summed squares, stored minus exact over exact; not known of older units (NaN).
+        # Root of the summed squared error over the squared norm; NaN in units of the first layout.
         "relative_rms_error": error if error == error else None,
         "units": [u._asdict() for u in units],
     }
@@ -69,10 +70,10 @@ class EmbeddingStore:
     """Embeddings by caption.
 
     Attributes:
-      feature: what a batch carries.
+      feature: name of the text in a batch.
       dim: width D.
-      fingerprint: what the encoder said of itself when the store was written.
-      captions: number of captions held.
+      fingerprint: of the encoder that wrote the store.
+      captions: number of captions.
     """
 
     feature = "text_emb"
@@ -84,7 +85,7 @@ class EmbeddingStore:
         self.dim: int = manifest["dim"]
         self.fingerprint: dict = manifest["fingerprint"]
         self.captions: int = manifest["captions"]
-        # Mapped when first needed, the least used ones let go.
+        # Maps a unit on first use; closes the least recently used one.
         self._rows = functools.lru_cache(MAX_OPEN_UNITS)(
             lambda number: Rows(folder / manifest["units"][number]["file"])
         )
@@ -102,16 +103,17 @@ class EmbeddingStore:
 
     @classmethod
     def open(cls, path: str, expected_fingerprint: dict | None = None) -> EmbeddingStore:
-        """Opens a finished store.
+        """Opens a complete store.
 
         Args:
           path: its folder.
-          expected_fingerprint: of the encoder in use; None: any store will do.
+          expected_fingerprint: of the encoder in use; None: not checked.
 
         Raises:
-          EmbeddingError: no store, an unfinished or damaged one, or one of another encoder.
+          EmbeddingError: no store, an incomplete or damaged one, or one of another encoder.
+          PathError: a path with a scheme such as gs://.
         """
-        folder = pathlib.Path(path)
+        folder = paths.local(path, "config.data.embeddings")
         if not path or not folder.is_dir():
             raise EmbeddingError(f"config.data.embeddings={path!r} is no store; run `imagen embed`")
         if not (folder / MANIFEST).exists():
@@ -126,7 +128,7 @@ class EmbeddingStore:
         return cls(folder, manifest)
 
     def verify(self) -> None:
-        """Reads every unit and compares its hash. Raises EmbeddingError naming the damaged one."""
+        """Reads every unit and compares its hash. Raises EmbeddingError: a damaged unit."""
         for row in self._manifest["units"]:
             path = self._folder / row["file"]
             hashes = {describe_unit(path, reread=reread).sha256 for reread in (False, True)}
@@ -134,17 +136,17 @@ class EmbeddingStore:
                 raise EmbeddingError(f"{path} is damaged; delete it and run `imagen embed`")
 
     def missing(self, captions: Iterable[str]) -> list[str]:
-        """Those of the captions that the store does not hold, each once."""
+        """The captions that the store lacks, each once."""
         unique = list(dict.fromkeys(captions))
         known = self._keys[self._find(unique)] == _hashes(unique)
         return [caption for caption, is_known in zip(unique, known, strict=True) if not is_known]
 
     def spec(self, max_text_len: int) -> tuple[tuple[int, ...], str]:
-        """Shape and dtype of one example's embeddings, padded."""
+        """Shape and dtype of the padded embeddings of one example."""
         return (max_text_len, self.dim), "bfloat16"
 
-    def holds(self, hashes: np.ndarray) -> Bool[np.ndarray, " k"]:
-        """Whether the store has each of the captions with these hashes (S16)."""
+    def contains(self, hashes: np.ndarray) -> Bool[np.ndarray, " k"]:
+        """Whether the store has the captions with these hashes (S16)."""
         rows = np.searchsorted(self._keys, hashes).clip(max=len(self._keys) - 1)
         return self._keys[rows] == hashes
 
@@ -178,7 +180,7 @@ class EmbeddingStore:
         return text_emb, np.arange(max_text_len) < counts[:, None]
 
     def _find(self, captions: Sequence[str]) -> np.ndarray:
-        """Table row of each caption; of an absent one, any row."""
+        """Table row of each caption; any row for a missing one."""
         return np.searchsorted(self._keys, _hashes(captions)).clip(max=len(self._keys) - 1)
 
 

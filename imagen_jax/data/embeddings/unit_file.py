@@ -1,14 +1,14 @@
-"""One unit of an embedding store as a file: the captions of one call of the encoder.
+"""A unit of an embedding store as a file: the captions of one call of the encoder.
 
-Only the real tokens are kept. A file: 64 bytes of header (tag; captions, tokens and width as u64;
-dtype; squared error and squared norm of what was stored, float64), one 16-byte hash per caption,
-one i32 token count per caption, the rows of all tokens, and the SHA-256 of all before. Rows are
-bfloat16, or int8 behind a float32 rms per channel and a float32 scale per token:
+Only real tokens are stored. A file holds a header of 64 bytes (tag; captions, tokens and width as
+u64; dtype; squared error and squared norm of the rows, float64), a 16-byte hash per caption, an i32
+token count per caption, the rows of all tokens, and the SHA-256 of the preceding bytes. Rows are
+bfloat16, or a float32 rms per channel, a float32 scale per token and int8 values:
 
     row[t, c] = rms[c] * scale[t] * q[t, c]
 
-The rms takes care of the few channels in which T5's vectors are large; without it all others would
-be rounded away. Files of the first layout (a header of 32 bytes, bfloat16, no hash) are still read.
+T5 embeddings are large in a few channels; without the rms all other channels would round to zero.
+Files of the first layout (a header of 32 bytes, bfloat16, no hash) are still read.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _SHA_BYTES = 32
 
 
 class EmbeddingError(ValueError):
-    """An embedding store that is missing, incomplete, damaged or made by another encoder."""
+    """An embedding store is missing, incomplete, damaged or of another encoder."""
 
 
 class Unit(NamedTuple):
-    """A finished unit file, as listed in the manifest."""
+    """A unit file as listed in the manifest."""
 
     file: str
     sha256: str
@@ -46,16 +46,16 @@ class Unit(NamedTuple):
 
 
 class Header(NamedTuple):
-    """What a unit file says of itself.
+    """The header of a unit file.
 
     Attributes:
       captions: number of captions.
       tokens: number of real tokens.
       dim: width D.
       dtype: of the rows, bfloat16 or int8.
-      squared_error: summed over all numbers, of what is stored; NaN in files of the first layout.
-      squared_norm: summed square of what was to be stored.
-      start: first byte behind the header.
+      squared_error: sum over all values of (stored - exact)^2; NaN in files of the first layout.
+      squared_norm: sum over all values of exact^2; NaN in files of the first layout.
+      start: offset of the first byte after the header.
     """
 
     captions: int
@@ -68,12 +68,12 @@ class Header(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """First byte of the rows."""
+        """Offset of the rows."""
         return self.start + (HASH_BYTES + 4) * self.captions
 
     @property
     def end(self) -> int:
-        """First byte behind the rows."""
+        """Offset of the first byte after the rows."""
         return self.rows + bytes_of_rows(self.tokens, self.dim, self.dtype)
 
 
@@ -88,7 +88,7 @@ def caption_hash(text: str) -> bytes:
 
 
 def unit_name(captions: Iterable[str], **settings: Any) -> str:
-    """File name of a unit: a hash of its captions and of all that its bytes depend on."""
+    """File name of a unit: a hash of its captions and of all settings that change its bytes."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for caption in captions:
         digest.update(caption_hash(caption))
@@ -101,13 +101,13 @@ def write_unit(
     rows: Sequence[Float[np.ndarray, "_ d"]],
     dtype: str = "bfloat16",
 ) -> None:
-    """Writes a unit file; it appears whole or not at all, whoever else writes the same one.
+    """Writes a unit file atomically.
 
     Args:
       path: the file, named by `unit_name`.
       captions: at least one.
       rows: embeddings of the real tokens of each caption.
-      dtype: how to store them, bfloat16 or int8.
+      dtype: of the stored rows, bfloat16 or int8.
     """
     counts = np.array([len(r) for r in rows], "<i4")
     exact = np.concatenate(rows).astype(np.float32)
@@ -139,7 +139,7 @@ def publish_file(path: pathlib.Path, content: bytes) -> None:
 def quantize(
     exact: Float32[np.ndarray, "t d"],
 ) -> tuple[Float32[np.ndarray, " d"], Float32[np.ndarray, " t"], Int8[np.ndarray, "t d"]]:
-    """rms per channel, scale per token, and the numbers in -127..127."""
+    """rms per channel, scale per token, and values in -127..127."""
     rms = np.sqrt(np.mean(np.square(exact), axis=0, dtype=np.float64)).astype(np.float32)
     rms[rms == 0] = 1.0
     even = exact / rms
@@ -151,12 +151,12 @@ def quantize(
 def dequantize(
     rms: Float32[np.ndarray, " d"], scale: Float32[np.ndarray, " t"], q: Int8[np.ndarray, "t d"]
 ) -> Float32[np.ndarray, "t d"]:
-    """Inverse of `quantize`, up to its rounding."""
+    """Inverse of `quantize` up to rounding."""
     return q.astype(np.float32) * scale[:, None] * rms
 
 
 def read_header(path: pathlib.Path) -> Header:
-    """The header, checked against the file's length. Raises EmbeddingError."""
+    """Reads the header and checks the length of the file. Raises EmbeddingError."""
     header, size = None, 0
     try:
         with path.open("rb") as file:
@@ -182,7 +182,7 @@ def describe_unit(path: pathlib.Path, *, reread: bool = False) -> Unit:
 
     Args:
       path: the file.
-      reread: compute the hash from what is on disk now, not take that which was written.
+      reread: compute the hash from the content instead of reading the stored one.
 
     Raises:
       EmbeddingError: the file is damaged.
@@ -204,7 +204,7 @@ def describe_unit(path: pathlib.Path, *, reread: bool = False) -> Unit:
 
 
 class Rows:
-    """The rows of a unit file, mapped into memory."""
+    """The rows of a unit file, memory-mapped."""
 
     def __init__(self, path: pathlib.Path) -> None:
         """Opens the file. Raises EmbeddingError."""
@@ -220,7 +220,7 @@ class Rows:
             self._rows = raw[4 * (header.dim + header.tokens) :].view(np.int8).reshape(shape)
 
     def __getitem__(self, tokens: slice) -> np.ndarray:
-        """The rows of some tokens, bfloat16."""
+        """The rows of a range of tokens, bfloat16."""
         if self._scales is None:
             return self._rows[tokens]
         rms, scale = self._scales
@@ -228,7 +228,7 @@ class Rows:
 
 
 def read_keys(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes `S16[n]` and token counts `i4[n]` of a unit's captions. Raises EmbeddingError."""
+    """Hashes S16[n] and token counts i4[n] of the captions. Raises EmbeddingError."""
     header = read_header(path)
     with path.open("rb") as file:
         file.seek(header.start)

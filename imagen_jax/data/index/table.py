@@ -1,7 +1,7 @@
-"""The table of an index: one row per usable record, in columns that are read by memory map.
+"""The table of an index: one row per usable record, in memory-mapped columns.
 
-Ten million records with one caption of 60 letters each are about 2 GB on disk and, since nothing
-is read before it is asked for, next to nothing in memory.
+Ten million records with one caption of 60 letters each take about 2 GB on disk; pages are read on
+access, so little memory is used.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ Location = tuple[int, int, int]
 
 
 class TableWriter:
-    """Collects rows; keeps about as many bytes as the table will have."""
+    """Collects rows in memory, about as many bytes as the table will have."""
 
     def __init__(self) -> None:
         self._keys, self._texts, self._hashes = bytearray(), bytearray(), bytearray()
         self._numbers = {name: array.array("q") for name in Table.NUMBERS}
         self._digest = hashlib.sha256(b"[")
 
-    def append(self, key: str, captions: Sequence[str], size: int, place: Location) -> None:
+    def append(self, key: str, captions: Sequence[str], size: int, location: Location) -> None:
         """Adds a record.
 
         Args:
           key: its stable name.
           captions: at least one.
-          size: bytes of its encoded picture.
-          place: what its reader needs to find it again.
+          size: bytes of its encoded image.
+          location: where its reader finds the image.
         """
         numbers = self._numbers
         self._digest.update(b", " if numbers["sizes"] else b"")
@@ -47,7 +47,7 @@ class TableWriter:
         numbers["key_ends"].append(len(self._keys))
         numbers["caption_ends"].append(len(numbers["text_ends"]))
         numbers["sizes"].append(size)
-        numbers["places"].extend(place)
+        numbers["places"].extend(location)
 
     def finish(self) -> Table:
         """The table of all rows."""
@@ -89,16 +89,16 @@ class Table:
         return tuple(self._text("texts", *self._span("text_ends", k)) for k in range(first, last))
 
     def size(self, i: int) -> int:
-        """Bytes of the encoded picture of record i."""
+        """Bytes of the encoded image of record i."""
         return int(self._columns["sizes"][i])
 
-    def place(self, i: int) -> Location:
-        """Where record i lies, as its reader understands it."""
+    def location(self, i: int) -> Location:
+        """Location of the image of record i, in the terms of its reader."""
         file, offset, size = self._columns["places"][3 * i : 3 * i + 3].tolist()
         return file, offset, size
 
     def hashes(self) -> np.ndarray:
-        """Hashes of all captions in order, S16 as the embedding store has them."""
+        """Hashes of all captions in order, S16 as in the embedding store."""
         return self._columns["hashes"].view(f"S{HASH_BYTES}")
 
     def save(self, folder: pathlib.Path) -> None:
@@ -109,7 +109,7 @@ class Table:
 
     @classmethod
     def load(cls, folder: pathlib.Path) -> Table:
-        """Opens what `save` wrote; nothing is read yet."""
+        """Memory-maps the files written by `save`."""
         names = ("keys", "texts", "hashes", *cls.NUMBERS)
         columns = {name: _open(folder / f"{name}.npy") for name in names}
         return cls((folder / "fingerprint.txt").read_text(), **columns)
@@ -123,7 +123,7 @@ class Table:
 
 
 def _open(path: pathlib.Path) -> np.ndarray:
-    # As plain arrays: slicing a np.memmap costs several times as much.
+    # A plain array on the same memory: slicing a np.memmap is several times slower.
     return np.asarray(np.load(path, mmap_mode="r"))
 
 

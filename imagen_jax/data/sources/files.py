@@ -1,4 +1,4 @@
-"""The files of a source that has several, and reading a piece out of one of them."""
+"""Finds the files of a source and reads byte ranges from them."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ MAX_OPEN_FILES = 512  # Files; common limits on open files begin at 1024.
 
 
 def find(path: str, suffixes: Sequence[str]) -> list[pathlib.Path]:
-    """The files that `config.data.path` names, sorted.
+    """Finds the files that `config.data.path` names, sorted.
 
     Args:
       path: a file, a folder or a pattern with *, ? or [].
-      suffixes: what file names in a folder end with.
+      suffixes: suffixes of the files in a folder.
 
     Raises:
-      ConfigError: there are none.
+      ConfigError: no files.
     """
     if os.path.isfile(path):
         return [pathlib.Path(path)]
     if os.path.isdir(path):
         names = sorted(p for p in pathlib.Path(path).rglob("*") if p.name.endswith(tuple(suffixes)))
-        wanted = f"no file ending with {' or '.join(suffixes)}"
+        problem = f"no file ending with {' or '.join(suffixes)}"
     else:
         names = sorted(map(pathlib.Path, glob.glob(path, recursive=True)))
-        wanted = "no such file or folder"
+        problem = "no such file or folder"
     found = [name for name in names if name.is_file()]
     if not found:
         raise ConfigError(
-            f"config.data.path={path!r}: {wanted}; give a file, a folder or a pattern such as "
+            f"config.data.path={path!r}: {problem}; give a file, a folder or a pattern such as "
             f"'folder/*{suffixes[0]}'"
         )
     return found
 
 
 def cache_folder(path: str, files: Sequence[pathlib.Path]) -> pathlib.Path:
-    """Where the index of the files of `path` belongs: beside them, by the name of the pattern."""
+    """Folder of the index of `path`: beside the files, named after the file or pattern."""
     if os.path.isdir(path):
         return pathlib.Path(path) / CACHE
     parent = os.path.commonpath([file.absolute().parent for file in files])
@@ -52,19 +52,19 @@ def cache_folder(path: str, files: Sequence[pathlib.Path]) -> pathlib.Path:
 
 
 def names(files: Sequence[pathlib.Path]) -> list[str]:
-    """A name for each file that tells it from the others, short where that is enough."""
+    """A unique name for each file: its base name if these are unique, else its path."""
     short = [file.name for file in files]
     return short if len(set(short)) == len(short) else [file.as_posix() for file in files]
 
 
 def stats(files: Sequence[pathlib.Path]) -> list[tuple[str, int, int]]:
-    """Name, size and time of change of each file: when these differ, the index is made anew."""
+    """Name, size and modification time of each file; the index is rebuilt when they change."""
     status = [file.stat() for file in files]
     return [(n, s.st_size, s.st_mtime_ns) for n, s in zip(names(files), status, strict=True)]
 
 
 class Files:
-    """Reads pieces of files, from several threads at once."""
+    """Reads byte ranges of files; thread-safe."""
 
     def __init__(self, paths: Sequence[pathlib.Path]) -> None:
         self.paths = list(paths)
@@ -72,7 +72,7 @@ class Files:
         self._lock = threading.Lock()
 
     def read(self, number: int, offset: int, size: int) -> bytes:
-        """`size` bytes of file `number` from `offset` on. Raises ImageError if there are less."""
+        """Reads `size` bytes of file `number` at `offset`. Raises ImageError: it is shorter."""
         if len(self.paths) <= MAX_OPEN_FILES:
             with self._lock:
                 if number not in self._open:

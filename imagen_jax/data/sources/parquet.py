@@ -1,11 +1,11 @@
-"""Parquet files with encoded pictures and captions in columns.
+"""Parquet files with encoded images and captions in columns.
 
-The picture column holds bytes or, as Hugging Face writes it, a struct with a field `bytes`; the
-caption column text or lists of text. Where a picture's bytes stand in the file as they are (no
-compression, which gains nothing on pictures), the index pass notes their offset and reading one is
-a `pread`. Otherwise Parquet has no random access to a value: the whole row group is unpacked for
-it. The last few are kept, which helps a scan; a shuffled read unpacks one per picture, and the
-report says how large they are.
+The image column holds bytes or Hugging Face's struct with a field `bytes`; the caption column holds
+strings or lists of strings. In an uncompressed column the index pass finds the offset of every
+image, and a read is one `pread` (compression saves nothing on encoded images). A compressed column
+has no random access: a read decompresses the whole row group. The last row groups are cached, which
+helps sequential reads only; a shuffled read decompresses one row group per image, and the report
+notes its size.
 """
 
 from __future__ import annotations
@@ -22,17 +22,16 @@ from imagen_jax.data.index.table import Location
 from imagen_jax.data.sources import files
 from imagen_jax.data.sources.records import Item, texts_of
 
-MAX_CACHED_BYTES = 512 << 20  # Of unpacked row groups; the one that was read last is always kept.
-LARGE_ROW_GROUP_BYTES = (
-    4 << 20
-)  # Bytes; unpacking a larger one takes longer than decoding the picture.
+MAX_CACHED_BYTES = 512 << 20  # Of decompressed row groups; the last one is always kept.
+# Bytes; decompressing a larger row group takes longer than decoding the image.
+LARGE_ROW_GROUP_BYTES = 4 << 20
 
 
-class Tables:
-    """Parquet files as a kind of source; see `records.Reader`."""
+class ParquetReader:
+    """Reader of Parquet files; see `records.Reader`."""
 
     def __init__(self, source: SourceConfig) -> None:
-        """Finds the files. Raises ConfigError: there are none, or no pyarrow."""
+        """Finds the files. Raises ConfigError: no files, or pyarrow is not installed."""
         try:
             self._pq = importlib.import_module("pyarrow.parquet")
             self._compute = importlib.import_module("pyarrow.compute")
@@ -48,7 +47,7 @@ class Tables:
         self._lock = threading.Lock()
 
     def scan(self) -> Iterator[Item]:
-        """The rows in the order of the files. Raises ConfigError for an absent column."""
+        """Lists the rows in the order of the files. Raises ConfigError: a missing column."""
         for number, name in enumerate(files.names(self._files.paths)):
             try:
                 table = self._pq.ParquetFile(self._files.paths[number])
@@ -62,13 +61,13 @@ class Tables:
                     yield item._replace(key=f"{name}__{row}")
                     row += 1
 
-    def read(self, key: str, place: Location) -> bytes:
-        """The picture at `place`: file, offset, bytes; or file, -1 - row group, row."""
+    def read(self, key: str, location: Location) -> bytes:
+        """The image at `location`: file number, offset, bytes; or file number, -1 - group, row."""
         del key
-        number, where, row = place
-        if where >= 0:
-            return self._files.read(number, where, row)
-        return self._group(number, -1 - where)[row].as_py()
+        number, offset, size_or_row = location
+        if offset >= 0:
+            return self._files.read(number, offset, size_or_row)
+        return self._group(number, -1 - offset)[size_or_row].as_py()
 
     def _check_columns(self, names: list[str]) -> None:
         for field in ("image_key", "caption_key"):
@@ -77,33 +76,33 @@ class Tables:
                 raise ConfigError(unknown_name(f"config.data.{field}", name, names))
 
     def _group_items(self, table: Any, number: int, group: int) -> Iterator[Item]:
-        """The rows of a row group, their keys left to the caller."""
+        """The rows of a row group with empty keys."""
         captions = table.read_row_group(group, columns=[self._source.caption_key])[0].to_pylist()
-        pictures = self._group(number, group)
+        images = self._group(number, group)
         chunk = self._raw_chunk(table, number, group)
         notes = ()
-        if chunk is None and pictures.nbytes > LARGE_ROW_GROUP_BYTES:
-            size = f"{pictures.nbytes / 2**20:.0f} MB are unpacked for each picture"
+        if chunk is None and images.nbytes > LARGE_ROW_GROUP_BYTES:
+            size = f"{images.nbytes / 2**20:.0f} MB are decompressed for each image"
             notes = (f"compressed row group ({size}; write it with compression='none')",)
         at = 0
-        for row, (value, texts) in enumerate(zip(pictures, captions, strict=True)):
-            place = (number, -1 - group, row)
+        for row, (value, texts) in enumerate(zip(images, captions, strict=True)):
+            location = (number, -1 - group, row)
             if not value.is_valid:
-                yield Item("", texts_of(texts), fault="no picture")
+                yield Item("", texts_of(texts), fault="no image")
                 continue
             if chunk is not None:
                 data = value.as_py()
                 found = chunk[1].find(data, at)
-                # Equal pictures may be stored once, then the first one is found again.
+                # Equal images may be stored once; then search from the start.
                 found = chunk[1].find(data) if found < 0 else found
                 if found >= 0:
-                    place, at = (number, chunk[0] + found, len(data)), found + len(data)
-                else:  # An encoding that takes values apart.
+                    location, at = (number, chunk[0] + found, len(data)), found + len(data)
+                else:  # An encoding that does not store values contiguously.
                     chunk = None
-            yield Item("", texts_of(texts), place, notes=notes)
+            yield Item("", texts_of(texts), location, notes=notes)
 
     def _raw_chunk(self, table: Any, number: int, group: int) -> tuple[int, bytes] | None:
-        """Offset and bytes of the pictures' column in a row group, if they are not compressed."""
+        """Offset and bytes of the image column in a row group; None: it is compressed."""
         columns = table.metadata.row_group(group)
         for index in range(columns.num_columns):
             column = columns.column(index)
@@ -118,26 +117,26 @@ class Tables:
         return None
 
     def _group(self, number: int, group: int) -> Any:
-        """The pictures of a row group as a chunked Arrow array of bytes."""
+        """The encoded images of a row group, a chunked Arrow array of bytes."""
         with self._lock:
             if (number, group) in self._groups:
                 self._groups.move_to_end((number, group))
                 return self._groups[number, group]
             table = self._pq.ParquetFile(self._files.paths[number])
-            pictures = table.read_row_group(group, columns=[self._source.image_key])[0]
-            fields = getattr(pictures.type, "names", None)
+            images = table.read_row_group(group, columns=[self._source.image_key])[0]
+            fields = getattr(images.type, "names", None)
             if fields:
                 if "bytes" not in fields:
                     raise ConfigError(
                         f"config.data.image_key={self._source.image_key!r} is a struct of "
                         f"{', '.join(fields)}; one with a field 'bytes' is needed"
                     )
-                pictures = self._compute.struct_field(pictures, "bytes")
-            self._groups[number, group] = pictures
+                images = self._compute.struct_field(images, "bytes")
+            self._groups[number, group] = images
             while len(self._groups) > 1 and _size(self._groups) > MAX_CACHED_BYTES:
                 self._groups.popitem(last=False)
-            return pictures
+            return images
 
 
 def _size(groups: dict[tuple[int, int], Any]) -> int:
-    return sum(pictures.nbytes for pictures in groups.values())
+    return sum(images.nbytes for images in groups.values())

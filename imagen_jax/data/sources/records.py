@@ -1,7 +1,7 @@
-"""What an index pass finds: usable records, and a report that names all that is not quite right.
+"""Types between the readers of a source and its index: records, items, the quarantine report.
 
-Shared by the readers of the kinds of source (folder.py, tfrecord.py, ...) and by scan.py, which
-makes an index of what they say.
+A reader (folder.py, tfrecord.py, ...) yields an `Item` per record; `index/scan.py` checks each one
+and builds the index from them.
 """
 
 from __future__ import annotations
@@ -19,16 +19,15 @@ from imagen_jax.config.fields import ConfigError
 from imagen_jax.data.index.table import Location
 from imagen_jax.io import images, jsonl
 
-SMALLEST_SIDE = 8  # Pixels; smaller pictures are placeholders and tracking pixels, not content.
-LONG_CAPTION = 256  # Words; T5 learned from 512 tokens, Imagen from fewer.
-NAMED = 1000  # Remarks of one sort that are listed by name; all are counted.
-
+SMALLEST_SIDE = 8  # Pixels; smaller images are placeholders or tracking pixels.
+LONG_CAPTION = 256  # Words; T5 was trained on 512 tokens, Imagen uses fewer.
+MAX_LISTED = 1000  # Notes of one kind that the report lists by name; all are counted.
 
 Decode = Callable[[bytes], UInt8[np.ndarray, "h w 3"]]
 
 
 class Record(NamedTuple):
-    """One picture (pixels, RGB) with all its captions."""
+    """One image (RGB pixels) with all its captions."""
 
     key: str
     image: UInt8[np.ndarray, "h w 3"]
@@ -36,54 +35,54 @@ class Record(NamedTuple):
 
 
 class Item(NamedTuple):
-    """What a reader says of a record before anyone looks at its picture.
+    """A record as its reader lists it, before its image is read.
 
     Attributes:
       key: stable name of the record.
-      captions: as they are found; none, or empty ones, are for scan.py to judge.
-      place: what the reader needs to find the picture again.
-      fault: why the record cannot be used, if the reader knows.
-      notes: what is odd about it, although it can be used.
+      captions: as found; `index/scan.py` rejects a record with no or only empty captions.
+      location: where the reader finds the image.
+      fault: why the record cannot be used; "": unknown to the reader.
+      notes: deviations of a usable record, for the report.
     """
 
     key: str
     captions: tuple[str, ...] = ()
-    place: Location = (0, 0, 0)
+    location: Location = (0, 0, 0)
     fault: str = ""
     notes: tuple[str, ...] = ()
 
 
 @runtime_checkable
 class Reader(Protocol):
-    """A kind of source: what there is, and how one picture of it is read.
+    """A kind of source: lists its records and reads the image of one.
 
     Attributes:
       cache: folder for the index.
-      identity: JSON values; where they differ, the index is made anew.
+      identity: JSON values; the index is rebuilt when they change.
     """
 
     cache: pathlib.Path
     identity: list[Any]
 
     def scan(self) -> Iterator[Item]:
-        """All records in their order, without looking at pictures."""
+        """Lists all records in their order, without reading images."""
         ...
 
-    def read(self, key: str, place: Location) -> bytes:
-        """The encoded picture of a record, from any thread. Raises ImageError or OSError."""
+    def read(self, key: str, location: Location) -> bytes:
+        """Reads the encoded image of a record; thread-safe. Raises ImageError or OSError."""
         ...
 
 
 @dataclasses.dataclass
 class Quarantine:
-    """The records that are not used, each by name with the reason; nothing is dropped silently.
+    """Report of an index: rejected records with reasons, and notes on usable ones.
 
     Attributes:
-      rejected: (name, reason) of every record that is not used.
-      total: records, used or not.
-      notes: by sort of remark, (name, remark) of the first `NAMED` records that are used all the
-        same: converted, turned, wrongly named, captioned at length.
-      noted: by sort of remark, how many there are.
+      rejected: (name, reason) of every rejected record.
+      total: number of records, rejected ones included.
+      notes: by kind, (name, note) of the first `MAX_LISTED` usable records with a note: converted,
+        rotated, wrong extension, long caption.
+      noted: by kind, the number of notes.
     """
 
     rejected: list[tuple[str, str]] = dataclasses.field(default_factory=list)
@@ -92,32 +91,32 @@ class Quarantine:
     noted: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def add(self, key: str, reason: str) -> None:
-        """Names a record that is not used; `reason` is a kind with details in brackets."""
+        """Adds a rejected record; `reason` is a kind with details in brackets."""
         self.rejected.append((key, reason))
 
-    def note(self, key: str, remark: str) -> None:
-        """Names a record that is used although it is odd; `remark` is a kind with details."""
-        sort = _kind(remark)
-        self.noted[sort] = self.noted.get(sort, 0) + 1
-        if self.noted[sort] <= NAMED:
-            self.notes.setdefault(sort, []).append((key, remark))
+    def note(self, key: str, note: str) -> None:
+        """Adds a note on a usable record; `note` is a kind with details in brackets."""
+        kind = _kind(note)
+        self.noted[kind] = self.noted.get(kind, 0) + 1
+        if self.noted[kind] <= MAX_LISTED:
+            self.notes.setdefault(kind, []).append((key, note))
 
     @property
     def share(self) -> float:
-        """Share of all records that are not used, 0..1."""
+        """Share of rejected records, 0..1."""
         return len(self.rejected) / max(self.total, 1)
 
     def counts(self) -> dict[str, int]:
-        """Number of records per kind of reason, most frequent first."""
+        """Number of rejected records per kind of reason, most frequent first."""
         return dict(collections.Counter(_kind(why) for _, why in self.rejected).most_common())
 
     def names(self, limit: int) -> str:
-        """The first names with their reasons, in one line."""
+        """The first `limit` rejected records with their reasons, in one line."""
         shown = ", ".join(f"{key}: {reason}" for key, reason in self.rejected[:limit])
         return shown + (", ..." if len(self.rejected) > limit else "")
 
     def summary(self) -> str:
-        """A line for people: how many, why, the first of them; and what is odd about others."""
+        """One line: number and kinds of rejected records, the first five, and counts of notes."""
         parts = []
         if self.rejected:
             counts = ", ".join(f"{number} {kind}" for kind, number in self.counts().items())
@@ -126,28 +125,28 @@ class Quarantine:
                 f"{self.names(5)}"
             )
         if self.noted:
-            parts.append("used: " + ", ".join(f"{n} {sort}" for sort, n in self.noted.items()))
+            parts.append("used: " + ", ".join(f"{n} {kind}" for kind, n in self.noted.items()))
         return "; ".join(parts) or f"all {self.total} records usable"
 
     def as_json(self) -> dict[str, Any]:
-        """What is written for the user, beside the data."""
+        """Content of `quarantine.json`, written beside the index."""
         listed = [pair for pairs in self.notes.values() for pair in pairs]
         return {
             "total": self.total,
             "counts": self.counts(),
             "records": [{"name": key, "reason": reason} for key, reason in self.rejected],
             "used_all_the_same": self.noted,
-            "notes": [{"name": key, "note": remark} for key, remark in listed],
+            "notes": [{"name": key, "note": note} for key, note in listed],
         }
 
     def check(self, limit: float, field: str = "config.data") -> None:
-        """Stops a run that would train on too small a rest.
+        """Checks that enough records are usable.
 
         Raises:
-          ConfigError: the share is above `limit`, or nothing is left.
+          ConfigError: the share of rejected records is above `limit`, or no record is usable.
         """
         if self.total == 0:
-            raise ConfigError(f"{field}.path holds no pictures; check the path and the kind")
+            raise ConfigError(f"{field}.path holds no images; check the path and the kind")
         if self.share > limit or len(self.rejected) == self.total:
             raise ConfigError(
                 f"{field}.max_quarantined={limit:g} but {self.share:.1%} of the records "
@@ -161,72 +160,73 @@ def _kind(reason: str) -> str:
 
 
 def caption_fault(captions: tuple[str, ...]) -> str:
-    """Why these captions cannot be used, or nothing."""
+    """Why these captions cannot be used; "" if they can."""
     if not captions:
         return "no caption"
     return "" if any(c.strip() for c in captions) else "empty caption"
 
 
 def size_fault(side: int, min_size: int) -> str:
-    """Why a picture whose shorter side is `side` pixels cannot be used, or nothing."""
+    """Why an image whose shorter side is `side` pixels cannot be used; "" if it can."""
     limit = max(min_size, SMALLEST_SIDE)
-    return f"too small ({side} px, at least {limit} wanted)" if side < limit else ""
+    return f"too small ({side} px, at least {limit} required)" if side < limit else ""
 
 
 def caption_notes(captions: tuple[str, ...]) -> list[str]:
-    """What is odd about captions that are used."""
+    """Notes on usable captions."""
     words = max(len(text.split()) for text in captions)
-    return (
-        [f"long caption ({words} words; a batch holds the first)"] if words > LONG_CAPTION else []
-    )
+    return [f"long caption ({words} words, cut in batches)"] if words > LONG_CAPTION else []
 
 
 def clean(captions: tuple[str, ...]) -> tuple[str, ...]:
-    """The captions without surrounding white space, without the empty ones."""
+    """Strips white space and removes empty captions."""
     return tuple(c.strip() for c in captions if c.strip())
 
 
 def texts_of(value: Any) -> tuple[str, ...]:
-    """Captions from a JSON or Arrow value: a text, a list of texts, or neither."""
+    """Captions of a JSON or Arrow value: a string, a list of strings, or anything else (none)."""
     if isinstance(value, (list, tuple)):
         return tuple(str(text) for text in value if text is not None)
     return (value,) if isinstance(value, str) else ()
 
 
+CAPTION_LINES = 2  # Increased when `lines_of` changes; part of a reader's identity.
+
+
 def lines_of(text: str) -> tuple[str, ...]:
-    """Captions from the text file of a picture: one per line."""
+    """Captions of an image's text file: one per line."""
     return tuple(jsonl.split_lines(text) or [""])
 
 
 @runtime_checkable
 class AnySource(Protocol):
-    """What the pipeline reads: one source, or several as one (index.Source, mixture.Mixture)."""
+    """What the pipeline reads: an `IndexedSource`, or a `Mixture` of several."""
 
     fingerprint: str
 
     @property
     def report(self) -> Quarantine:
-        """The records that are not used."""
+        """Rejected records and notes."""
         ...
 
     def __len__(self) -> int: ...
 
     def captions(self, i: int) -> tuple[str, ...]:
-        """The captions of record i; no picture is decoded."""
+        """The captions of record i; decodes no image."""
         ...
 
     def hashes(self) -> np.ndarray:
-        """Hashes of the captions of all records, as the embedding store has them."""
+        """Hashes of the captions of all records, as in the embedding store."""
         ...
 
     def record(self, i: int, decode: Decode = images.decode) -> Record:
-        """Record i; if it is damaged, another one by a fixed rule."""
+        """Record i; a damaged one is replaced by another, by a fixed rule."""
         ...
 
     def order(self, g: Int[np.ndarray, " k"], seed: int) -> Int[np.ndarray, " k"]:
-        """The records that are examples g of a run."""
+        """Record numbers of the examples g of a run."""
         ...
 
-    def about(self) -> dict[str, Any]:
-        """What decides, beside the seed, which record an example is."""
+    def order_spec(self) -> dict[str, Any]:
+        """JSON values that, with the seed, determine the record of every example."""
         ...

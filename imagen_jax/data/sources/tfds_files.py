@@ -1,7 +1,7 @@
-"""The files of a prepared TFDS data set, found and read without TFDS.
+"""Finds and reads the files of a prepared TFDS data set without TFDS.
 
-A builder's folder says in `dataset_info.json` which files hold which split. TFRecord files are read
-by tfrecord.py; ArrayRecord files, which need the package `array_record`, here.
+`dataset_info.json` in the folder of a builder lists the files of each split. TFRecord files are
+read by tfrecord.py; ArrayRecord files, which need the package `array_record`, by this module.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import pathlib
 import re
 import threading
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
+from imagen_jax.config import plugins
 from imagen_jax.config.data import SourceConfig
 from imagen_jax.config.fields import ConfigError, unknown_name
 from imagen_jax.data.index.table import Location
@@ -20,11 +22,11 @@ from imagen_jax.data.sources import files
 from imagen_jax.data.sources.records import Item, Reader
 from imagen_jax.data.sources.tfrecord import FeatureNames, TFRecords
 
-TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"  # TFDS's usual file names.
+TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"  # TFDS's default file names.
 
 
 def open_tfds(source: SourceConfig) -> Reader:
-    """The files of `source.split` as a kind of source; built first if they are not there.
+    """Opens the files of `source.split`; builds a missing data set first.
 
     Raises:
       ConfigError: no such data set, split or file.
@@ -36,38 +38,77 @@ def open_tfds(source: SourceConfig) -> Reader:
     return reader
 
 
+class DatasetName(NamedTuple):
+    """The parts of `config.data.name`: BUILDER, BUILDER/CONFIG, either with :VERSION.
+
+    Attributes:
+      builder: TFDS name, entry point, or package.module:ClassName.
+      config: "" for the only configuration.
+      version: such as 1.0.0; "" for the newest.
+    """
+
+    builder: str
+    config: str
+    version: str
+
+    @property
+    def folder(self) -> str:
+        """Folder of the builder in the data_dir: its TFDS name, of a class in snake case."""
+        if not plugins.is_path(self.builder):
+            return self.builder
+        class_name = re.split(r"[:.]", self.builder)[-1]
+        # tfds.core.naming.camelcase_to_snakecase.
+        words = re.sub(r"(.)([A-Z][a-z0-9]+)", r"\1_\2", class_name)
+        return re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", words).lower()
+
+
+def parse_name(name: str) -> DatasetName:
+    """Splits `config.data.name`. Raises ConfigError: it is empty."""
+    if not name:
+        raise ConfigError(
+            "config.data.name is empty, but config.data.kind='tfds' needs a data set: "
+            "BUILDER[/CONFIG][:VERSION], for example coco_captions/2014"
+        )
+    path, version = name, ""
+    if re.search(r":\d+\.\d+\.\d+$", name):
+        path, _, version = name.rpartition(":")
+    builder, _, config = path.partition("/")
+    return DatasetName(builder, config, version)
+
+
 def find(source: SourceConfig) -> pathlib.Path:
-    """The folder of the newest (or the named) version; the data set is built if it is not there.
+    """The folder of the newest, or the given, version; builds a missing data set.
 
     Args:
-      source: `path` is the data_dir, `name` is BUILDER or BUILDER/CONFIG, with :VERSION or without.
+      source: `path` is the data_dir, `name` as in `DatasetName`.
 
     Raises:
-      ConfigError: it is not there and cannot be built.
+      ConfigError: no data set of that name in the folder, and it cannot be built.
     """
-    name, _, version = source.name.partition(":")
-    folder = _newest(pathlib.Path(source.path) / name, version)
+    name = parse_name(source.name)
+    parent = pathlib.Path(source.path) / name.folder / name.config
+    folder = _newest(parent, name.version)
     if folder is None:
         try:
-            builder = importlib.import_module("imagen_jax.worlds.shapes.builder")
+            from imagen_jax.data.sources import tfds_build
         except ImportError as error:
             raise ConfigError(
                 f"config.data.path={source.path!r} holds no {source.name!r}, and building it needs "
                 f"the module {error.name!r}; install tensorflow and tensorflow-datasets, or copy "
                 "the prepared data set there"
             ) from None
-        builder.prepare(source.path, name)
-        folder = _newest(pathlib.Path(source.path) / name, version)
+        tfds_build.prepare(source.path, "/".join(filter(None, name[:2])))
+        folder = _newest(parent, name.version)
     if folder is None:
         raise ConfigError(f"config.data.name={source.name!r} is not in {source.path!r}")
     return folder
 
 
 def _newest(folder: pathlib.Path, version: str) -> pathlib.Path | None:
-    """The version's folder; of a builder with one configuration, also without its name.
+    """The folder of a version; the configuration may be omitted if there is only one.
 
     Raises:
-      ConfigError: there are several configurations.
+      ConfigError: several configurations.
     """
     found = _versions(folder, version)
     if not found and folder.is_dir():
@@ -89,10 +130,10 @@ def _versions(folder: pathlib.Path, version: str) -> list[pathlib.Path]:
 
 
 def shards(folder: pathlib.Path, split: str) -> tuple[str, dict[pathlib.Path, int]]:
-    """The format and files of a split in order, each with the number of records it must hold.
+    """The format of a split, and its files in order with their number of records.
 
     Raises:
-      ConfigError: no such split, a missing file, or a format that is not read.
+      ConfigError: no such split, a missing file, or an unsupported format.
     """
     info = json.loads((folder / "dataset_info.json").read_text())
     file_format = info.get("fileFormat", "tfrecord")
@@ -123,12 +164,12 @@ def shards(folder: pathlib.Path, split: str) -> tuple[str, dict[pathlib.Path, in
 
 
 class ArrayRecords:
-    """ArrayRecord files of Examples as a kind of source; see `records.Reader`."""
+    """Reader of ArrayRecord files of Examples; see `records.Reader`."""
 
     cache: pathlib.Path  # Set by `open_tfds`.
 
     def __init__(self, source: SourceConfig, shards: Mapping[pathlib.Path, int]) -> None:
-        """Raises ConfigError when the package is not there."""
+        """Opens the files. Raises ConfigError: array_record is not installed."""
         try:
             module = importlib.import_module("array_record.python.array_record_module")
         except ImportError as error:
@@ -143,25 +184,25 @@ class ArrayRecords:
         self.identity = [files.stats(paths), source.image_key, source.caption_key]
 
     def scan(self) -> Iterator[Item]:
-        """The records in the order of the files. Raises ConfigError for an absent feature."""
+        """Lists the records in the order of the files. Raises ConfigError: a missing feature."""
         names = FeatureNames(self._source)
         for number, (name, reader) in enumerate(zip(self._names, self._readers, strict=True)):
             for index in range(reader.num_records()):
                 (first, last), captions = names.find(self._example(number, index))
-                # A record is unpacked as a whole: its number, and where in it the picture ends.
-                place = (number, index, (first << 32) + last - first)
-                yield Item(f"{name}__{index}", captions, place)
+                # File number, record number, and offset and size of the image in the record.
+                location = (number, index, (first << 32) + last - first)
+                yield Item(f"{name}__{index}", captions, location)
         names.check()
 
-    def read(self, key: str, place: Location) -> bytes:
-        """The picture at `place`: file, record, offset and bytes within the record."""
+    def read(self, key: str, location: Location) -> bytes:
+        """The image at `location`: file number, record number, offset and size in the record."""
         del key
-        number, index, span = place
+        number, index, span = location
         first, size = span >> 32, span & 0xFFFFFFFF
         return bytes(self._example(number, index)[first : first + size])
 
     def _example(self, number: int, index: int) -> memoryview:
-        with self._lock:  # A reader has one position.
+        with self._lock:  # Readers are not thread-safe.
             return memoryview(self._readers[number].read([index])[0])
 
 

@@ -1,6 +1,6 @@
 """TFRecord files of serialised `tf.train.Example`s, without TensorFlow.
 
-One pass over the files notes where every picture lies; afterwards a picture is a `pread`. The
+One pass over the files stores the offset of every image; each later read is one `pread`. The
 framing is length (u64), its checksum (u32), data, checksum (u32); of an Example only the byte lists
 are read.
 """
@@ -19,7 +19,7 @@ from imagen_jax.data.sources.records import Item
 
 
 class TFRecords:
-    """TFRecord files as a kind of source; see `records.Reader`."""
+    """Reader of TFRecord files; see `records.Reader`."""
 
     def __init__(
         self, source: SourceConfig, shards: Mapping[pathlib.Path, int] | None = None
@@ -28,8 +28,8 @@ class TFRecords:
 
         Args:
           source: path, image_key, caption_key.
-          shards: the files, each with the number of records it must hold; None: those of
-            `source.path`, of any length.
+          shards: the files with their number of records; None: the files of `source.path`, of any
+            length.
         """
         paths = (
             files.find(source.path, [".tfrecord", ".tfrecords"]) if shards is None else [*shards]
@@ -40,10 +40,10 @@ class TFRecords:
         self.identity = [files.stats(paths), source.image_key, source.caption_key]
 
     def scan(self) -> Iterator[Item]:
-        """The records in the order of the files.
+        """Lists the records in the order of the files.
 
         Raises:
-          ConfigError: an absent feature; with known lengths also a file that is cut short.
+          ConfigError: a missing feature; with `shards` also a truncated file.
         """
         names = FeatureNames(self._source)
         paths = self._files.paths
@@ -65,44 +65,44 @@ class TFRecords:
                 )
         names.check()
 
-    def read(self, key: str, place: Location) -> bytes:
-        """The picture at `place`: file, offset, bytes."""
+    def read(self, key: str, location: Location) -> bytes:
+        """The image at `location`: file number, offset, bytes."""
         del key
-        return self._files.read(*place)
+        return self._files.read(*location)
 
 
 class TruncatedError(ConfigError):
-    """A file ends within a record, or is no TFRecord file at all."""
+    """A file ends within a record, or is not a TFRecord file."""
 
 
 class FeatureNames:
-    """Finds the picture and the captions of one Example after the other.
+    """Finds the image and the captions in Examples.
 
-    A record may lack a feature, which is its own fault; if all do, the configuration is wrong.
+    A record without a feature is rejected; if no record has it, the configuration is wrong.
     """
 
-    CHECK_AFTER = 100  # Records after which an absent feature is taken for a wrong name.
+    CHECK_AFTER = 100  # Records without a feature after which its name is an error.
 
     def __init__(self, source: SourceConfig) -> None:
-        """Looks for `source.image_key` and `source.caption_key`."""
-        self._wanted = {"image_key": source.image_key, "caption_key": source.caption_key}
+        """Takes the feature names from `source.image_key` and `source.caption_key`."""
+        self._feature_names = {"image_key": source.image_key, "caption_key": source.caption_key}
         self._seen: set[str] = set()
         self._count = 0
 
     def find(self, payload: memoryview) -> tuple[tuple[int, int], tuple[str, ...]]:
-        """Where in an Example its picture lies ((0, 0): there is none), and its captions."""
+        """Span of the image in an Example ((0, 0): no image), and the captions."""
         features = parse_example(payload)
         self._seen |= features.keys()
         self._count += 1
         if self._count == self.CHECK_AFTER:
             self.check()
-        spans = features.get(self._wanted["caption_key"], ())
+        spans = features.get(self._feature_names["caption_key"], ())
         texts = tuple(str(payload[a:b], "utf-8", "replace") for a, b in spans)
-        return (features.get(self._wanted["image_key"]) or [(0, 0)])[0], texts
+        return (features.get(self._feature_names["image_key"]) or [(0, 0)])[0], texts
 
     def check(self) -> None:
-        """Raises ConfigError when one of the features was in none of the records."""
-        for field, name in self._wanted.items():
+        """Raises ConfigError when no record had one of the features."""
+        for field, name in self._feature_names.items():
             if self._count and name not in self._seen:
                 raise ConfigError(unknown_name(f"config.data.{field}", name, sorted(self._seen)))
 
@@ -111,7 +111,7 @@ def read_frames(path: pathlib.Path) -> Iterator[tuple[int, memoryview]]:
     """Yields (offset of the data in the file, data) of every record of a TFRecord file.
 
     Raises:
-      TruncatedError: the file ends within a record, or begins with none.
+      TruncatedError: the file ends within a record, or does not begin with one.
     """
     size, offset = path.stat().st_size, 0
     with path.open("rb") as file:
@@ -132,7 +132,7 @@ def parse_example(payload: memoryview) -> dict[str, list[tuple[int, int]]]:
     """Byte-list features of a serialised `tf.train.Example`: name -> (start, end) of each value.
 
     Protocol-buffer path: Example.features(1) . feature(1, a map: key 1, value 2) . bytes_list(1) .
-    value(1). A feature of another type, or with no value, maps to an empty list.
+    value(1). A feature of another type or without a value maps to an empty list.
     """
     found: dict[str, list[tuple[int, int]]] = {}
     for features in _fields(payload, (0, len(payload)), 1):
@@ -147,8 +147,10 @@ def parse_example(payload: memoryview) -> dict[str, list[tuple[int, int]]]:
     return found
 
 
-def _fields(data: memoryview, span: tuple[int, int], wanted: int) -> Iterator[tuple[int, int]]:
-    """Spans of the length-delimited fields numbered `wanted` of the message at `span`."""
+def _fields(
+    data: memoryview, span: tuple[int, int], field_number: int
+) -> Iterator[tuple[int, int]]:
+    """Spans of the length-delimited fields `field_number` of the message at `span`."""
     at, end = span
     while at < end:
         tag, at = _varint(data, at)
@@ -157,7 +159,7 @@ def _fields(data: memoryview, span: tuple[int, int], wanted: int) -> Iterator[tu
             _, at = _varint(data, at)
         elif kind == 2:
             length, at = _varint(data, at)
-            if tag >> 3 == wanted:
+            if tag >> 3 == field_number:
                 yield at, at + length
             at += length
         else:

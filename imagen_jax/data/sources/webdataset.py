@@ -1,8 +1,8 @@
-"""Tar files of pictures with their captions beside them (webdataset shards).
+"""Uncompressed tar files of images with captions beside them (webdataset shards).
 
 `NAME.jpg` belongs to `NAME.txt` (captions, one per line) or `NAME.json` (an object with the caption
-in `config.data.caption_key`, `text` or `caption`). One pass over the headers notes where every
-picture lies; afterwards a picture is a `pread`, since tar files are not compressed.
+in `config.data.caption_key`, `text` or `caption`). One pass over the headers stores the offset of
+every image; each later read of an image is one `pread`.
 """
 
 from __future__ import annotations
@@ -15,25 +15,26 @@ from collections.abc import Iterator
 from imagen_jax.config.data import SourceConfig
 from imagen_jax.data.index.table import Location
 from imagen_jax.data.sources import files
-from imagen_jax.data.sources.folder import PICTURES, SIDECAR_SUFFIXES
-from imagen_jax.data.sources.records import Item, lines_of, texts_of
+from imagen_jax.data.sources.folder import IMAGE_SUFFIXES, SIDECAR_SUFFIXES
+from imagen_jax.data.sources.records import CAPTION_LINES, Item, lines_of, texts_of
 
-OTHERS = SIDECAR_SUFFIXES | {".cls", ".npy", ".pyd", ".id"}  # What else lies in such shards.
+# Suffixes of files in such shards that are not records.
+NON_IMAGE_SUFFIXES = SIDECAR_SUFFIXES | {".cls", ".npy", ".pyd", ".id"}
 
 
 class WebDatasetReader:
-    """Tar files as a kind of source; see `records.Reader`."""
+    """Reader of tar files; see `records.Reader`."""
 
     def __init__(self, source: SourceConfig) -> None:
-        """Finds the files. Raises ConfigError when there are none."""
+        """Finds the files. Raises ConfigError: no files."""
         paths = files.find(source.path, [".tar"])
         self._caption_key = source.caption_key
         self._files = files.Files(paths)
         self.cache = files.cache_folder(source.path, paths)
-        self.identity = [files.stats(paths), source.caption_key]
+        self.identity = [files.stats(paths), source.caption_key, CAPTION_LINES]
 
     def scan(self) -> Iterator[Item]:
-        """The pictures in the order of the files."""
+        """Lists the images in the order of the files."""
         for number, name in enumerate(files.names(self._files.paths)):
             members, fault = self._members(number)
             if fault:
@@ -42,22 +43,22 @@ class WebDatasetReader:
             for member in members:
                 path = pathlib.PurePosixPath(member.name)
                 suffix = path.suffix.lower()
-                if suffix in PICTURES and member.isfile():
+                if suffix in IMAGE_SUFFIXES and member.isfile():
                     texts = captions.get(str(path.with_suffix("")), captions.get(_key(path), ()))
-                    place = (number, member.offset_data, member.size)
-                    yield Item(f"{name}/{member.name}", texts, place)
-                elif suffix in PICTURES:
+                    location = (number, member.offset_data, member.size)
+                    yield Item(f"{name}/{member.name}", texts, location)
+                elif suffix in IMAGE_SUFFIXES:
                     yield Item(f"{name}/{member.name}", fault="no regular file (a link)")
-                elif suffix not in OTHERS:
+                elif suffix not in NON_IMAGE_SUFFIXES:
                     yield Item(f"{name}/{member.name}", fault=f"wrong type ({suffix})")
 
-    def read(self, key: str, place: Location) -> bytes:
-        """The picture at `place`: file, offset, bytes."""
+    def read(self, key: str, location: Location) -> bytes:
+        """The image at `location`: file number, offset, bytes."""
         del key
-        return self._files.read(*place)
+        return self._files.read(*location)
 
     def _members(self, number: int) -> tuple[list[tarfile.TarInfo], str]:
-        """All files in a shard up to where it is damaged, and that damage."""
+        """All files in a shard before the first damage, and a description of the damage."""
         path, found = self._files.paths[number], []
         end = path.stat().st_size
         try:
@@ -72,9 +73,9 @@ class WebDatasetReader:
         return found, ""
 
     def _captions(self, number: int, members: list[tarfile.TarInfo]) -> dict[str, tuple[str, ...]]:
-        """Captions by name without suffix and, as webdataset has it, by name up to the first dot.
+        """Captions by name without suffix and, as in webdataset, by name up to the first dot.
 
-        Texts come before JSON, which img2dataset writes beside them with the same caption.
+        .txt has priority over .json: img2dataset writes both with the same caption.
         """
         found: dict[str, tuple[str, ...]] = {}
         for suffix in (".txt", ".json"):
