@@ -20,9 +20,9 @@ def tools(tmp_path):
 
 @pytest.fixture
 def recorder(tools, tmp_path):
-    """The folder of stand-ins that only note how they were called, and `calls()` to read that."""
+    """A folder of stand-ins that record their arguments, and `calls()`, which returns them."""
     notes = tmp_path / "calls"
-    # In one write, as several may note something at once.
+    # In one write, as several stand-ins may run at once.
     note = f'echo "$(printf \'%s\\x1f\' "${{0##*/}}" "$@")" >>{notes}'
     names = ("gcloud", "git", "mkdir", "sbatch", "scontrol", "xpk")
     folder = tools(**dict.fromkeys(names, note), kubectl=f"{note}; cat >{notes}.stdin")

@@ -9,7 +9,7 @@ from tests.reference.launch import CASCADE, ROOT, command, launch, until, variab
 
 @pytest.fixture
 def python(tools, tmp_path):
-    """A stand-in for Python whose training of stage x does what `python(x=shell code)` says."""
+    """A stand-in for Python; python(x=shell code) sets what the training of stage x does."""
 
     def make(**stages):
         cases = " ".join(f"*.py:{name}) {code} ;;" for name, code in stages.items())
@@ -64,7 +64,7 @@ def test_a_cascade_submits_every_stage(recorder, tmp_path):
         ("--job-name=imagen-base", "--config=configs/shapes.py:base"),
         ("--job-name=imagen-sr-2", "--config=configs/shapes.py:sr_2"),
     ]
-    # A launcher that refuses its options is a stage that failed.
+    # A launcher that rejects its options counts as a failed stage.
     result = launch(*CASCADE, *slurm[:1], slurm[3], path=folder)
     assert result.returncode == 2 and calls() == []
     assert "--gpus_per_node is missing" in (tmp_path / "c/base.log").read_text()

@@ -1,4 +1,4 @@
-"""The demo's promise: prompts that were held out of training, drawn and read without a model."""
+"""The demo: held-out prompts are sampled and scored without a learned model."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.mark.slow
-def test_demo_draws_what_held_out_prompts_ask_for(run: pathlib.Path):
+def test_demo_samples_match_held_out_prompts(run: pathlib.Path):
     assert (run / "grid.png").is_file()
     samples = [json.loads(line) for line in (run / "samples" / "samples.jsonl").open()]
     assert len(samples) > 300
@@ -50,7 +50,7 @@ def test_the_third_stage_needs_the_first_two(tmp_path: pathlib.Path):
 
 
 @pytest.mark.slow
-def test_the_third_stage_draws_the_same_sharper(run: pathlib.Path):
+def test_the_third_stage_keeps_content_and_sharpens_edges(run: pathlib.Path):
     _launch("demo_256.sh", run)
 
     assert (run / "grid_256.png").is_file()

@@ -1,4 +1,4 @@
-"""A user's own folder, from pictures to pictures: eight photographs, trained until memorised."""
+"""launch/folder.sh on a user's folder: eight photographs, trained until memorised."""
 
 import json
 import os
@@ -67,5 +67,5 @@ def test_eight_photographs_are_memorised(tmp_path: pathlib.Path):
 
 
 def _psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of two uint8 pictures, dB."""
+    """Peak signal-to-noise ratio of two uint8 images, dB."""
     return float(10 * np.log10(255**2 / np.mean((a.astype(float) - b) ** 2)))

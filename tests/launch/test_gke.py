@@ -1,4 +1,4 @@
-"""launch/gke_jobset.sh: the job it makes for Kubernetes."""
+"""launch/gke_jobset.sh: the JobSet that it applies."""
 
 import pytest
 import yaml
@@ -28,7 +28,7 @@ def test_jobset_restarts_after_75_and_after_a_lost_machine(name):
     (rule,) = jobset["spec"]["failurePolicy"]["rules"]
     assert rule["action"] == "RestartJobSetAndIgnoreMaxRestarts"
     assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
-    # Kubernetes refuses a podFailurePolicy with another restartPolicy; pods must not be retried.
+    # Kubernetes rejects a podFailurePolicy with another restartPolicy; pods must not be retried.
     assert (pod["restartPolicy"], job["backoffLimit"]) == ("Never", 0)
 
 
@@ -62,7 +62,7 @@ def test_jobset_of_gpu_nodes():
     assert (pod["terminationGracePeriodSeconds"], pod["serviceAccountName"]) == (60, "s")
     assert pod["nodeSelector"] == {"cloud.google.com/gke-accelerator": "nvidia-h100-80gb"}
     assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
-    # $$ is how Kubernetes is told $.
+    # Kubernetes reads $$ as $.
     assert container["command"][0] == "py"
     assert container["command"][-1] == OVERRIDE[0].replace("$", "$$")
 
@@ -91,7 +91,7 @@ def test_placeholders_are_checked(old, new, says, tmp_path, recorder):
     assert result.stderr == f"gke_jobset.sh: {template}: {says}\n"
 
 
-def test_a_value_is_not_taken_for_a_placeholder():
+def test_a_placeholder_inside_a_value_is_not_expanded():
     result = launch(*GKE, *GPU_NODES, "--image=${NAME}", "--dry_run")
     _, pod = job_of(yaml.safe_load(result.stdout))
     assert pod["containers"][0]["image"] == "${NAME}"

@@ -1,4 +1,4 @@
-"""launch/local_processes.sh and keep_running.sh: several processes as one, and again after 75."""
+"""launch/local_processes.sh and keep_running.sh: several processes of a run, restarts after 75."""
 
 import pathlib
 import signal
@@ -11,17 +11,17 @@ from tests.reference.launch import ROOT, command, launch, until, variables
 
 
 def running(marker):
-    """How many processes have the marker in their command line."""
+    """Number of processes with the marker in their command line."""
     found = 0
     for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
         try:
             found += marker.encode() in path.read_bytes()
-        except OSError:  # it has just ended
+        except OSError:  # the process has just ended
             continue
     return found
 
 
-def test_local_processes_say_who_they_are():
+def test_local_processes_prefix_their_lines():
     says = 'echo "$JAX_PROCESS_ID/$JAX_NUM_PROCESSES $JAX_COORDINATOR_ADDRESS $JAX_PLATFORMS"'
     result = launch("local_processes.sh", 3, "bash", "-c", f"{says}; echo error >&2")
     assert result.returncode == 0
@@ -41,7 +41,7 @@ def test_local_processes_say_who_they_are():
         ("exit 0", 0),
         ("exit 3", 3),
         ("kill -KILL $$", 137),
-        # The one that failed is told, not the ones that it pulled down.
+        # The process that failed is reported, not those that ended because of it.
         ("[ $JAX_PROCESS_ID = 2 ] && exit 9; sleep 0.2; exit 4", 9),
         ("[ $JAX_PROCESS_ID = 0 ] || exit 0; sleep 0.3; exit 5", 5),
         ("exit 75", 75),
@@ -61,7 +61,7 @@ def test_the_others_end_when_one_fails(tmp_path):
     assert until(lambda: running(marker) == 0, seconds=2)
 
 
-def test_processes_that_do_not_listen_are_killed_with_their_children(tmp_path):
+def test_processes_that_ignore_sigterm_are_killed_with_their_children(tmp_path):
     marker = f"{tmp_path}/marker"
     deaf = f"trap '' TERM; tail -f /dev/null {marker} & sleep 100"
     (tmp_path / "marker").touch()
@@ -70,7 +70,7 @@ def test_processes_that_do_not_listen_are_killed_with_their_children(tmp_path):
     assert until(lambda: running(marker) == 0, seconds=2)
 
 
-def test_processes_that_save_are_not_disturbed():
+def test_processes_that_save_get_no_signal():
     code = "[ $JAX_PROCESS_ID = 0 ] && exit 75; trap 'echo disturbed' TERM; sleep 0.5; echo saved"
     result = launch("local_processes.sh", 2, "bash", "-c", f"{code}; exit 75")
     assert (result.returncode, result.stdout) == (75, "[1] saved\n")
@@ -81,7 +81,7 @@ LISTENS += "while :; do sleep 0.05; done"
 
 
 def signalled(argv, number, *, times, line="ready"):
-    """Starts a command, signals it once it wrote `line` so often; (exit status, all it wrote)."""
+    """Starts a command, signals it after some outputs of `line`; returns (exit status, output)."""
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     # Tests in the background of a shell ignore SIGINT, and bash cannot undo that.
     heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
@@ -107,7 +107,7 @@ def test_signals_reach_all_processes_once(number, says, status):
     ]
 
 
-def test_keep_running_starts_again_after_75_alone(tmp_path):
+def test_keep_running_restarts_only_after_75(tmp_path):
     code = f"echo run >>{tmp_path}/runs; [ $(wc -l <{tmp_path}/runs) -lt 3 ] && exit 75; exit 4"
     result = launch("keep_running.sh", "--delay=0", "bash", "-c", code)
     assert result.returncode == 4
@@ -118,12 +118,12 @@ def test_keep_running_starts_again_after_75_alone(tmp_path):
 @pytest.mark.parametrize(
     ("number", "says", "status"), [(signal.SIGTERM, "TERM", 75), (signal.SIGINT, "INT", 6)]
 )
-def test_keep_running_ends_when_asked(number, says, status):
+def test_keep_running_ends_on_a_signal(number, says, status):
     argv = command("keep_running.sh", "--delay=0", "bash", "-c", LISTENS)
     assert signalled(argv, number, times=1) == (status, f"ready\ngot {says}\n")
 
 
-def test_keep_running_ends_when_asked_between_two_runs():
+def test_keep_running_ends_on_a_signal_between_two_runs():
     argv = command("keep_running.sh", "--delay=60", "bash", "-c", "echo runs; exit 75")
     status, output = signalled(argv, signal.SIGTERM, times=1, line="starting again in 60 s")
     assert status == 75 and output.count("runs") == 1

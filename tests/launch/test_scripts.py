@@ -1,4 +1,4 @@
-"""The launch scripts: what they would run, what their help says, and how they are written.
+"""The launch scripts: --dry_run, --help, shellcheck and file modes.
 
 IMAGEN_UPDATE_SNAPSHOTS=1 rewrites the snapshots of --dry_run.
 """
@@ -94,7 +94,7 @@ def test_help_names_every_option(script):
         assert f"--{name}" in result.stdout, name
 
 
-def test_shellcheck_has_nothing_to_say():
+def test_shellcheck():
     shellcheck = pathlib.Path(sys.executable).with_name("shellcheck")
     paths = [ROOT / "launch" / name for name in SCRIPTS]
     result = subprocess.run([shellcheck, "-x", "-P", "SCRIPTDIR", *paths], **CAPTURE)

@@ -1,4 +1,4 @@
-"""launch/slurm_job.sh: what runs on the nodes, and when it is queued again."""
+"""launch/slurm_job.sh: the command on the nodes, and when the job is queued again."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from tests.reference.launch import ODD, launch
 
 
 @pytest.mark.parametrize("status", [0, 1, 75, 137])
-def test_slurm_queues_again_after_75_alone(status, recorder, tools, tmp_path):
+def test_slurm_queues_again_only_after_75(status, recorder, tools, tmp_path):
     folder, calls = recorder
     tools(srun=f"printf '%s\\n' \"$@\" >{tmp_path}/srun; exit {status}")
     job = {"SLURM_JOB_ID": "42", "SLURM_CPUS_PER_TASK": "8"}

@@ -1,4 +1,4 @@
-"""launch/tpu_vm.sh and what it starts on each worker of a slice."""
+"""launch/tpu_vm.sh, and launch/tpu_vm_worker.sh on each worker of a slice."""
 
 import pytest
 
@@ -13,7 +13,7 @@ from tests.reference.launch import CASES, ROOT, launch, until
         (["", "CREATING", "READY"], ["create"]),
     ],
 )
-def test_resume_makes_what_is_gone(states, does, recorder, tools, tmp_path):
+def test_resume_creates_a_missing_slice(states, does, recorder, tools, tmp_path):
     folder, calls = recorder
     (tmp_path / "states").write_text("\n".join(states) + "\n")
     record = (folder / "gcloud").read_text()
@@ -52,7 +52,7 @@ def worker(tmp_path, tools):
     run("stop")
 
 
-def test_worker_runs_on_without_the_connection_until_stopped(worker):
+def test_worker_continues_without_the_connection_until_stopped(worker):
     run, folder = worker
     log = folder / "train.log"
     trains = "trap 'echo saved; exit 75' TERM; env | grep ^JAX_; while :; do sleep 0.05; done"
@@ -67,13 +67,13 @@ def test_worker_runs_on_without_the_connection_until_stopped(worker):
     again = run("start", "true")
     assert again.returncode == 1 and "already running" in again.stderr
     assert run("stop").returncode == 0
-    # It saved and ended with 75, and yet was not started again.
+    # It saved and ended with 75, and was not restarted.
     assert log.read_text().splitlines()[-1] == "saved"
     assert run("stop").returncode == 0
     assert run("start", "true").returncode == 0
 
 
-def test_worker_that_is_alone_is_told_of_no_others(worker):
+def test_a_single_worker_gets_no_coordinator(worker):
     run, folder = worker
     run("start", "bash", "-c", "echo begins; env | grep ^JAX_; echo ends", workers=1)
     assert until(lambda: (folder / "train.log").read_text() == "begins\nends\n")

@@ -1,4 +1,4 @@
-"""The launch scripts as the tests call them: one command of each kind, and what it takes to run it.
+"""The launch scripts as the tests call them: one command of each kind, and functions to run it.
 
 Snapshots of --dry_run are in `tests/launch/snapshots/`.
 """
@@ -11,7 +11,7 @@ import time
 ROOT = pathlib.Path(__file__).parents[2]
 SNAPSHOTS = ROOT / "tests" / "launch" / "snapshots"
 
-# Every kind of character that a shell, JSON or YAML reads in its own way.
+# Every character with a special meaning in a shell, JSON or YAML.
 ODD = 'it\'s "a" $HOME `run`; #1 \\ {x} & *'
 SLICE = ["--name=base", "--zone=us-central2-b"]
 MAKE = ["--accelerator=v6e-16", "--runtime=v2-alpha-tpuv6e"]
@@ -65,7 +65,7 @@ CAPTURE = {"capture_output": True, "text": True, "timeout": 30}
 
 
 def launch(script, *arguments, path=None, cwd=ROOT, **environment):
-    """Runs a script to its end; `path` is a folder of programs to be found before all others."""
+    """Runs a script to its end; `path` is a folder in front of PATH."""
     return subprocess.run(
         command(script, *arguments), cwd=cwd, env=variables(path, environment), **CAPTURE
     )
@@ -81,7 +81,7 @@ def variables(path=None, extra=None):
 
 
 def until(condition, seconds=10):
-    """Waits until the condition holds; says whether it did."""
+    """Waits until the condition holds; returns whether it did."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if condition():
