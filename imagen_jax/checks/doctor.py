@@ -1,7 +1,7 @@
-"""`doctor`: looks before a run at what otherwise costs days of it.
+"""`doctor`: checks configuration, data and devices before a run.
 
-Every check asks the parts that the run will use, on a random sample where all would take too long,
-and answers with lines that are ok, a warning or a failure; the latter two say what to do.
+Every check uses the code of the run, on a random subset if the whole takes too long, and yields
+lines with the status ok, warning or failed; the latter two name the fix.
 """
 
 from __future__ import annotations
@@ -31,20 +31,21 @@ from imagen_jax.data.sources.registry import open_source
 from imagen_jax.interop.weights import WeightsError
 from imagen_jax.io import images
 from imagen_jax.parallel import partitioning
+from imagen_jax.stages.network import with_defaults
 from imagen_jax.text.encoders import TextEncoder, load_text_encoder
 from imagen_jax.training.checkpoint import CheckpointError, Checkpoints
 from imagen_jax.training.optimizer import make_optimizer
 from imagen_jax.training.train import abstract_state, with_data
 
-SAMPLE = 100  # Pictures that are decoded.
-CAPTIONS = 5_000  # Captions that are read and counted in tokens.
-LEVELS = 255
-# What a check may run into and says in one line; anything else is a fault of this program.
+SAMPLE_SIZE = 100  # Images that are decoded.
+CAPTIONS = 5_000  # Captions that are tokenized.
+MAX_PIXEL_VALUE = 255
+# Errors that become a line of the report; any other exception is a bug.
 EXPECTED_ERRORS = (ConfigError, EmbeddingError, CheckpointError, WeightsError, OSError)
 
 
 class DoctorError(ValueError):
-    """Something would fail or spoil the run; the lines before say what and what to do."""
+    """A check failed; the lines printed before name the fix."""
 
 
 Status = Literal["ok", "warning", "failed"]
@@ -61,7 +62,7 @@ class Finding(NamedTuple):
 
 @dataclasses.dataclass
 class CheckContext:
-    """What the checks have opened so far; None where that failed."""
+    """Objects that earlier checks have opened; None if that failed."""
 
     config: Config
     workdir: str | None
@@ -78,9 +79,9 @@ def doctor(
     """Runs all checks.
 
     Args:
-      config: of the run.
-      workdir: of the run; None: what concerns it is left out, with a warning.
-      log: receives each line as it is found.
+      config: configuration of the run.
+      workdir: folder of the run; None: its checks are skipped with a warning.
+      log: called with each line.
 
     Returns:
       All findings in the order of the checks.
@@ -99,7 +100,7 @@ def doctor(
 
 
 def check_devices(context: CheckContext) -> Lines:
-    """Devices, mesh, and whether the batch divides over them."""
+    """Devices, mesh, and whether the batch size is divisible."""
     config = context.config
     devices = jax.devices()
     kinds = {device.device_kind for device in devices}
@@ -108,72 +109,68 @@ def check_devices(context: CheckContext) -> Lines:
     partitioning.check_batch_size(config.data.batch_size, mesh, config.train.accumulation)
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
     per_device = config.data.batch_size // partitioning.batch_devices(mesh)
-    yield "ok", f"mesh {axes}; {per_device} pictures of a batch per device"
+    yield "ok", f"mesh {axes}; {per_device} images of a batch per device"
 
 
 def check_images(context: CheckContext) -> Lines:
-    """The source opens; a random sample decodes and uses its range of values."""
+    """The source opens; random images decode and use the range of values."""
     data = context.config.data
     context.source = source = open_source(data, log=lambda line: None)
     report = source.report
-    # Above the limit it would not have opened; half-way there it is worth a look.
+    # Above the limit the source does not open; a warning from half of it.
     limit = max([data.max_quarantined, *(s.max_quarantined for s in data.mixture.values())])
     status = "warning" if report.share > limit / 2 else "ok"
-    hint = "; `imagen prepare` names them" if report.rejected else ""
+    hint = "; `imagen prepare` lists them" if report.rejected else ""
     yield status, f"{len(source):,} usable, {len(report.rejected)} of {report.total} not{hint}"
 
     before = len(report.rejected)
-    chosen = context.rng.integers(0, len(source), SAMPLE)
+    chosen = context.rng.integers(0, len(source), SAMPLE_SIZE)
     begin = time.perf_counter()
-    pictures = [source.record(int(i)).image for i in chosen]
-    each = (time.perf_counter() - begin) / SAMPLE * 1e3
+    pixels = [source.record(int(i)).image for i in chosen]
+    each = (time.perf_counter() - begin) / SAMPLE_SIZE * 1e3
     broken = source.report.rejected[before:]
     if broken:
-        yield (
-            "failed",
-            f"{len(broken)} of {SAMPLE} no longer decode, such as {broken[0][0]}: {broken[0][1]}; "
-            "repair or remove them, the next start makes the index anew",
-        )
+        first, error = broken[0]
+        text = f"{len(broken)} of {SAMPLE_SIZE} no longer decode, such as {first}: {error}"
+        yield "failed", f"{text}; repair or remove them, the next start rebuilds the index"
     else:
-        yield "ok", f"{SAMPLE} random ones decode, {each:.1f} ms each"
-    sides = [min(p.shape[:2]) for p in pictures]
-    wanted = data.crop_from or data.image_size
-    small = float(np.mean([side < wanted for side in sides]))
-    if small:
+        yield "ok", f"{SAMPLE_SIZE} random ones decode, {each:.1f} ms each"
+    sides = [min(p.shape[:2]) for p in pixels]
+    needed = data.crop_from or data.image_size
+    too_small = float(np.mean([side < needed for side in sides]))
+    if too_small:
         yield (
             "warning",
-            f"{small:.0%} have a shorter side below {wanted} px and are enlarged; leave them out "
-            f"with --config.data.min_size={wanted}",
+            f"{too_small:.0%} have a shorter side below {needed} px and are upsampled; exclude "
+            f"them with --config.data.min_size={needed}",
         )
-    yield from _value_range(pictures)
+    yield from _value_range(pixels)
 
 
-def _value_range(pictures: list[np.ndarray]) -> Lines:
-    low, high = min(p.min() for p in pictures), max(p.max() for p in pictures)
-    flat = float(np.mean([p.max() - p.min() <= 2 for p in pictures]))
+def _value_range(pixels: list[np.ndarray]) -> Lines:
+    low, high = min(p.min() for p in pixels), max(p.max() for p in pixels)
+    flat = float(np.mean([p.max() - p.min() <= 2 for p in pixels]))
     floats = images.to_float(np.stack([low, high] * 3).reshape(2, 3))
-    span = f"levels {low}..{high} of {LEVELS}, as float {floats.min():.2f}..{floats.max():.2f}"
+    as_float = f"as float {floats.min():.2f}..{floats.max():.2f}"
+    span = f"levels {low}..{high} of {MAX_PIXEL_VALUE}, {as_float}"
     if high <= 2:
-        yield (
-            "failed",
-            f"{span}: all but black, saved from floats in [0, 1]? Multiply by 255 before saving",
-        )
+        yield "failed", f"{span}: nearly black; if saved from floats in [0, 1], multiply by 255"
     elif flat > 0.5:
         yield "failed", f"{flat:.0%} are of one colour; check image_key and how they were saved"
     elif high < 128 or low > 127:
-        yield "warning", f"{span}: half of the range is never used; check how they were saved"
+        yield "warning", f"{span}: half of the range is unused; check how they were saved"
     elif flat > 0.02:
-        yield "warning", f"{flat:.0%} are of one colour, placeholders perhaps; remove them"
+        yield "warning", f"{flat:.0%} are of one colour; remove them if they are placeholders"
     else:
         yield "ok", span
 
 
 def check_captions(context: CheckContext) -> Lines:
-    """How many captions, how many distinct ones, how long."""
-    config, source = context.config, _opened(context.source, "the pictures")
+    """Number of captions, of distinct ones, and their lengths."""
+    config, source = context.config, _opened(context.source, "the images")
     hashes = source.hashes()
     unique = len(np.unique(hashes))
-    text = f"{len(hashes):,} captions of {len(source):,} pictures, {unique:,} distinct"
+    text = f"{len(hashes):,} captions of {len(source):,} images, {unique:,} distinct"
     if unique == 1 and len(source) > 1:
         yield "failed", f"{text}; check --config.data.caption_key"
     else:
@@ -187,20 +184,23 @@ def check_captions(context: CheckContext) -> Lines:
     yield (
         "warning" if empty > 0.01 * source.report.total else "ok",
         f"words: median {words[0]}, 90% up to {words[1]}, 99% up to {words[2]}, longest "
-        f"{words[3]}; {empty} pictures have none",
+        f"{words[3]}; {empty} images have none",
     )
     if config.data.flip:
         share = np.mean([mentions_side(t) for t in texts])
-        yield "ok", f"{share:.1%} speak of left or right and are never mirrored"
+        yield "ok", f"{share:.1%} mention left or right and are never mirrored"
 
 
 def check_text(context: CheckContext) -> Lines:
-    """The encoder loads; how many captions it cuts."""
+    """The encoder loads; share of captions that it cuts."""
     config = context.config
     if not config.text.path:
-        yield "warning", "no encoder named, any embeddings are taken; set --config.text.path"
+        yield (
+            "warning",
+            "no encoder given, any embeddings are used; set --config.text.path",
+        )
         return
-    # As `train` does: only an encoder that works while training lies on the mesh.
+    # As in `train`: only an encoder that runs during training is placed on the mesh.
     mesh = partitioning.make_mesh(config.mesh) if config.text.on_the_fly else None
     context.encoder = encoder = load_text_encoder(config.text, mesh)
     yield "ok", f"{config.text.path}: width {encoder.dim}, up to {encoder.max_len} tokens"
@@ -215,7 +215,7 @@ def check_text(context: CheckContext) -> Lines:
 
 
 def check_embeddings(context: CheckContext) -> Lines:
-    """The store is whole, of this encoder and width, and has every caption."""
+    """The store is complete, has the encoder and width of the run, and has every caption."""
     config = context.config
     if config.text.on_the_fly:
         context.store = store = TokenSource(_opened(context.encoder, "the text encoder"))
@@ -226,21 +226,21 @@ def check_embeddings(context: CheckContext) -> Lines:
         yield (
             "failed",
             f"width {store.dim}, but config.model.text_dim={config.model.text_dim}; set it to 0 "
-            "(that of the store) or embed with the encoder meant",
+            "(that of the store) or embed with the intended encoder",
         )
-    source = _opened(context.source, "the pictures")
+    source = _opened(context.source, "the images")
     context.pipeline = Pipeline(source, store, config.data, config.seed)
     if isinstance(store, TokenSource):
-        yield "ok", f"none stored, captions are encoded while training, width {store.dim}"
+        yield "ok", f"none stored, captions are encoded during training, width {store.dim}"
         return
-    whose = "of the encoder named" if context.encoder else "of an encoder that is not named"
-    yield "ok", f"{store.captions:,} captions, width {store.dim}, {whose}"
-    yield "ok", "every caption of the pictures is there"
+    encoder = "of the configured encoder" if context.encoder else "of an unchecked encoder"
+    yield "ok", f"{store.captions:,} captions, width {store.dim}, {encoder}"
+    yield "ok", "has every caption of the images"
     yield from _check_mask(context, store)
 
 
 def _check_mask(context: CheckContext, store: EmbeddingStore) -> Lines:
-    """Mask against length: real tokens have vectors, the rest is zero."""
+    """Mask and vectors agree: real tokens have vectors, others are zero."""
     length = context.config.data.max_text_len
     texts = _some_captions(context, 256)
     text_emb, mask = store.lookup(texts, length)
@@ -249,18 +249,16 @@ def _check_mask(context: CheckContext, store: EmbeddingStore) -> Lines:
     if not np.isfinite(text_emb).all() or (np.abs(text_emb).max(axis=-1)[mask] == 0).any():
         yield "failed", "some tokens have zero or infinite vectors; delete the store, embed again"
     elif text_emb[~mask].any() or (counts == 0).any():
-        yield "failed", "the mask does not say which tokens are real; delete the store, embed again"
+        yield "failed", "mask and vectors disagree; delete the store, embed again"
     elif context.encoder and any(
         count != min(context.encoder.token_count(text), context.encoder.max_len, length)
         for count, text in zip(counts, texts, strict=True)
     ):
-        yield "failed", "token counts are not the encoder's; delete the store and embed again"
+        yield "failed", "token counts differ from the encoder's; delete the store, embed again"
     else:
         full = float((counts == length).mean())
-        yield (
-            "ok",
-            f"mask agrees with the vectors; median {np.median(counts):.0f} of {length} tokens",
-        )
+        median = f"{np.median(counts):.0f} of {length}"
+        yield "ok", f"mask agrees with the vectors; median {median} tokens"
         if full > 0.2:
             yield (
                 "warning",
@@ -270,7 +268,7 @@ def _check_mask(context: CheckContext, store: EmbeddingStore) -> Lines:
 
 
 def check_batch(context: CheckContext) -> Lines:
-    """A batch is made, and how fast one thread makes it."""
+    """A batch can be made; images per second of one thread."""
     pipeline = _opened(context.pipeline, "the embeddings")
     pipeline.batch_at(0)
     begin = time.perf_counter()
@@ -279,17 +277,17 @@ def check_batch(context: CheckContext) -> Lines:
     shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in batch.items())
     low, high = float(batch["image"].min()), float(batch["image"].max())
     if low < -1 or high > 1:
-        yield "failed", f"pictures in [{low:.2f}, {high:.2f}] instead of [-1, 1]"
-    yield "ok", f"{shapes}; {rate:.0f} pictures/s by one thread"
+        yield "failed", f"images in [{low:.2f}, {high:.2f}], expected [-1, 1]"
+    yield "ok", f"{shapes}; {rate:.0f} images/s in one thread"
 
 
 def check_workdir(context: CheckContext) -> Lines:
-    """The workdir can be written and has room for the run."""
+    """The workdir is writable and has space for the run."""
     if context.workdir is None:
         yield "warning", "not checked; give --workdir"
         return
     if "://" in context.workdir:
-        yield "warning", "a bucket: neither rights nor room are checked"
+        yield "warning", "a bucket: permissions and space are not checked"
         return
     folder = pathlib.Path(context.workdir)
     probe = folder / f".doctor_{uuid.uuid4().hex}"
@@ -306,14 +304,14 @@ def check_workdir(context: CheckContext) -> Lines:
     finally:
         if not existed and folder.is_dir():
             folder.rmdir()
-    yield "ok", f"{folder} can be written"
+    yield "ok", f"{folder} is writable"
     state = _state_bytes(context)
     if state is None:
-        yield "warning", "room is not checked; set config.model.text_dim or mend the embeddings"
+        yield "warning", "space is not checked; set config.model.text_dim or repair the embeddings"
         return
     needed = state * _saves(context.config)
     line = f"{free / 1e9:.1f} GB free, checkpoints take up to {needed / 1e9:.3g} GB"
-    fix = "; make room, or lower --config.checkpoint.keep, keep_best or raise keep_every"
+    fix = "; free space, lower --config.checkpoint.keep or keep_best, or raise keep_every"
     if free < needed:
         yield "failed", line + fix
     else:
@@ -321,14 +319,14 @@ def check_workdir(context: CheckContext) -> Lines:
 
 
 def _saves(config: Config) -> int:
-    """Checkpoints on disk at a time, the one that is being written included."""
+    """Largest number of checkpoints on disk, including the one being written."""
     settings = config.checkpoint
-    for_good = config.train.steps // settings.keep_every if settings.keep_every else 0
-    return settings.keep + 1 + settings.keep_best + for_good
+    permanent = config.train.steps // settings.keep_every if settings.keep_every else 0
+    return settings.keep + 1 + settings.keep_best + permanent
 
 
 def _state_bytes(context: CheckContext) -> int | None:
-    """Bytes of the state of the run; None where the width of the text is not known."""
+    """Bytes of the state of the run; None if the width of the text is unknown."""
     config = _with_width(context)
     if not config.model.text_dim:
         return None
@@ -339,7 +337,7 @@ def _state_bytes(context: CheckContext) -> int | None:
 
 
 def check_checkpoint(context: CheckContext) -> Lines:
-    """The newest checkpoint of the workdir is whole and the configuration goes on from it."""
+    """The newest checkpoint of the workdir is complete and the configuration can resume it."""
     if context.workdir is None or not (pathlib.Path(context.workdir) / "checkpoints").is_dir():
         yield "ok", "none yet"
         return
@@ -350,12 +348,12 @@ def check_checkpoint(context: CheckContext) -> Lines:
         yield "ok", "none yet"
         return
     saved = checkpoints.restore_config(step)
-    changes = overrides.changes(saved, config)
+    changes = overrides.changes(with_defaults(saved), with_defaults(config))
     for field, (old, new) in changes.items():
         yield (
             "failed",
             f"config.{field}={new!r}, but {context.workdir} was trained with {old!r}; set it back "
-            f"or mean it: --allow_changes={field}",
+            f"or allow the change with --allow_changes={field}",
         )
     mesh = partitioning.make_mesh(saved.mesh if config.mesh != saved.mesh else config.mesh)
     with jax.set_mesh(mesh):
@@ -367,7 +365,7 @@ def check_checkpoint(context: CheckContext) -> Lines:
 
 
 def _with_width(context: CheckContext) -> Config:
-    """The configuration with what `train` would fill in."""
+    """The configuration with the fields that `train` fills in."""
     config, pipeline = context.config, context.pipeline
     if pipeline is None or context.store is None:
         return config
@@ -375,20 +373,20 @@ def _with_width(context: CheckContext) -> Config:
 
 
 def _some_captions(context: CheckContext, count: int) -> list[str]:
-    source = _opened(context.source, "the pictures")
+    source = _opened(context.source, "the images")
     chosen = context.rng.integers(0, len(source), count)
     return list(dict.fromkeys(source.captions(int(i))[0] for i in chosen))
 
 
-def _opened(part, what: str):
+def _opened(part, name: str):
     if part is None:
-        raise ConfigError(f"not checked, since {what} could not be opened; see above")
+        raise ConfigError(f"not checked, because {name} could not be opened; see above")
     return part
 
 
 CHECKS: dict[str, Callable[[CheckContext], Lines]] = {
     "devices": check_devices,
-    "pictures": check_images,
+    "images": check_images,
     "captions": check_captions,
     "text": check_text,
     "embeddings": check_embeddings,

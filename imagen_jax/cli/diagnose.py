@@ -1,4 +1,4 @@
-"""Contact sheets of trained stages beside real pictures, and the colour shift of each SR stage."""
+"""Contact sheets of samples of each stage beside real images; colour shift of each SR stage."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from imagen_jax.cli import wiring
 from imagen_jax.config.schema import Config
 from imagen_jax.data.sources.registry import open_source
 from imagen_jax.io import images
-from imagen_jax.stages.folder import Stage, check_chain, load_stage
+from imagen_jax.stages.folder import check_chain, load_stage
+from imagen_jax.stages.stage import Stage
 from imagen_jax.text.encoders import embed_prompts, load_text_encoder
 
 
@@ -21,12 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     wiring.add_config(parser)
     wiring.add_stages(parser)
     parser.add_argument("--out", required=True, help="folder to write")
-    parser.add_argument("--pictures", type=int, default=8, help="pictures per sheet")
+    parser.add_argument("--pictures", type=int, default=8, help="images per sheet")
     parser.add_argument("--seed", type=int, default=0, help="seed of all noise")
 
 
 def run(flags: argparse.Namespace) -> None:
-    """Carries the verb out."""
+    """Runs the verb."""
     config = wiring.load_config(flags)
     wiring.check_least(flags, 1, "pictures")
     stages = [load_stage(path) for path in flags.stages.split(",")]
@@ -44,17 +45,17 @@ def run(flags: argparse.Namespace) -> None:
         max_len=stages[0].config.data.max_text_len,
     )
     words = {"text_emb": text_emb, "text_mask": text_mask}
-    pictures = [source.record(index).image for index in chosen]
-    examples = [words | _sized(pictures, stage, config) for stage in stages]
+    originals = [source.record(index).image for index in chosen]
+    examples = [words | _resized(originals, stage, config) for stage in stages]
     diagnose(stages, examples, captions, flags.out, seed=flags.seed)
 
 
-def _sized(pictures: list[np.ndarray], stage: Stage, config: Config) -> dict[str, np.ndarray]:
-    """The pictures as `stage` should draw them and, for an SR stage, what it is given."""
+def _resized(originals: list[np.ndarray], stage: Stage, config: Config) -> dict[str, np.ndarray]:
+    """The images at the size of the stage and, for an SR stage, at its low resolution."""
     sizes, resize_filter = stage.config.data, config.data.resize_filter
-    large = [images.center_crop_resize(p, sizes.image_size, resize_filter) for p in pictures]
-    sized = {"image": images.to_float(np.stack(large))}
+    large = [images.center_crop_resize(p, sizes.image_size, resize_filter) for p in originals]
+    resized = {"image": images.to_float(np.stack(large))}
     if sizes.lowres_size:
-        small = [images.resize_host(p, sizes.lowres_size, resize_filter) for p in large]
-        sized["lowres"] = images.to_float(np.stack(small))
-    return sized
+        lowres = [images.resize_host(p, sizes.lowres_size, resize_filter) for p in large]
+        resized["lowres"] = images.to_float(np.stack(lowres))
+    return resized

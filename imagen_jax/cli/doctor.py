@@ -1,4 +1,4 @@
-"""Checks a configuration, its data and its workdir before a run; every failure says what to do.
+"""Checks a configuration, its data and its workdir before a run; every failure names its fix.
 
 Exit status 1 when a check failed.
 """
@@ -14,11 +14,11 @@ from imagen_jax.cli import wiring
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
     wiring.add_config(parser)
-    parser.add_argument("--workdir", help="folder of the run that is to start or go on")
+    parser.add_argument("--workdir", help="folder of the run to start or resume")
 
 
 def run(flags: argparse.Namespace) -> None:
-    """Carries the verb out."""
+    """Runs the verb."""
     findings = doctor(wiring.load_config(flags), flags.workdir)
     failed = [finding for finding in findings if finding.status == "failed"]
     if failed:

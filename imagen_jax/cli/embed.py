@@ -1,7 +1,7 @@
-"""Computes the text embeddings of a data set's captions, once, into `config.data.embeddings`.
+"""Computes the text embeddings of the captions of a data set into `config.data.embeddings`.
 
-Killed and started again it goes on. More workers, on this or other hosts that see the folder, are
-the same command again: each unit of captions is encoded by one of them.
+After an interruption the same command resumes. Run it several times, on this host or on others with
+the same folder, for several workers: each unit of captions is encoded by one of them.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--estimate",
         action="store_true",
-        help="say how many captions, tokens, bytes and chip-hours it will be, write nothing",
+        help="print the number of captions, tokens, bytes and chip-hours; write nothing",
     )
     parser.add_argument(
         "--flop_rate",
         type=float,
         default=8e13,
-        help="FLOP/s that a chip does, for --estimate (default: 8e13, 40%% of a TPU v5e)",
+        help="FLOP/s of a chip, for --estimate (default: 8e13, 40%% of a TPU v5e)",
     )
 
 
 def run(flags: argparse.Namespace) -> None:
-    """Carries the verb out."""
+    """Runs the verb."""
     config = wiring.load_config(flags)
     source = open_source(config.data)
     captions = [text for i in range(len(source)) for text in source.captions(i)]

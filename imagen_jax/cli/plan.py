@@ -1,4 +1,4 @@
-"""Memory, FLOPs, communication, time and cost of a run on a TPU slice that is not there.
+"""Memory, FLOPs, communication, time and cost of a run on a TPU slice, without the slice.
 
 Compiles the real train step, sampler or text encoder with libtpu (pip install 'imagen_jax[tpu]');
 the base model of the paper takes some minutes. Slices have Cloud TPU's names: v4-128 and v5p-128
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch",
         type=int,
         default=0,
-        help="pictures (embed: captions) at a time, over all chips; "
+        help="images (embed: captions) at a time, over all chips; "
         "default: config.data.batch_size for train, else one per device",
     )
     parser.add_argument(
@@ -59,12 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(flags: argparse.Namespace) -> None:
-    """Carries the verb out."""
+    """Runs the verb."""
     if not 0.0 < flags.mfu <= 1.0:
         raise ConfigError(f"--mfu={flags.mfu} must be above 0 and at most 1; try 0.4")
     wiring.check_least(flags, 0, "batch")
     if flags.save and flags.stage != "train":
-        raise ConfigError(f"--save={flags.save} keeps a train step, got --stage={flags.stage}")
+        raise ConfigError(f"--save={flags.save} needs --stage=train, got --stage={flags.stage}")
     where, config = _open(flags)
     if flags.stage != "embed":
         config = with_text_dim(config)
@@ -80,7 +80,7 @@ def run(flags: argparse.Namespace) -> None:
 
 
 def _open(flags: argparse.Namespace) -> tuple[topology.Slice, Config]:
-    """The slice, and the configuration checked; JAX itself computes on the CPU meanwhile."""
+    """The slice and the configuration; for a named slice JAX computes on the CPU."""
     if flags.topology == "here":
         config = wiring.load_config(flags)
         return topology.this_machine(), config
@@ -90,14 +90,15 @@ def _open(flags: argparse.Namespace) -> tuple[topology.Slice, Config]:
 
 
 def with_text_dim(config: Config) -> Config:
-    """The configuration with the width of its text; a run that is not told it asks the store."""
+    """The configuration with `model.text_dim`, read from the embedding store if it is 0."""
     if config.model.text_dim:
         return config
     try:
         dim = EmbeddingStore.open(config.data.embeddings).dim
     except EmbeddingError as error:
         raise ConfigError(
-            "config.model.text_dim=0 must be the width of the text embeddings, or these be there; "
+            "config.model.text_dim=0 must be the width of the text embeddings, or the store of "
+            "config.data.embeddings must exist; "
             f"try --config.model.text_dim=4096 (T5-XXL): {error}"
         ) from error
     return dataclasses.replace(config, model=dataclasses.replace(config.model, text_dim=dim))
@@ -106,7 +107,7 @@ def with_text_dim(config: Config) -> Config:
 def _make(
     flags: argparse.Namespace, config: Config, where: topology.Slice, options: Mapping[str, Any]
 ) -> Plan:
-    """The plan that the flags ask for."""
+    """The plan for the flags."""
     if flags.stage == "train":
         if flags.batch:
             data = dataclasses.replace(config.data, batch_size=flags.batch)
@@ -124,7 +125,7 @@ def _make(
 def _save(made: Plan, path: str) -> None:
     """Writes the compiled step."""
     if made.compiled is None:
-        raise ConfigError(f"--save={path}: the step does not fit, so there is nothing to save")
+        raise ConfigError(f"--save={path}: the step does not fit and is not saved")
     config = made.program.config
     mesh = partitioning.make_mesh(config.mesh, made.slice.devices)
     size = compiled.save(path, made.compiled, compiled.identity(config, list(mesh.devices.flat)))

@@ -1,4 +1,4 @@
-"""Trains a SentencePiece vocabulary and a small T5 encoder on the captions of a data set alone."""
+"""Trains a SentencePiece vocabulary and a small T5 encoder on captions or a text corpus."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(flags: argparse.Namespace) -> None:
-    """Carries the verb out."""
+    """Runs the verb."""
     config = wiring.load_config(flags)
     settings = config.pretrain_text
     if settings.corpus:

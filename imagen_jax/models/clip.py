@@ -1,15 +1,14 @@
-"""CLIP's two towers (Radford et al. 2021): the paper's other text encoder, and its CLIP score.
+"""CLIP's two towers (Radford et al. 2021): a text encoder of the paper, and the CLIP score.
 
-As a text encoder (Imagen, Sec. 2.1) it is `TextTower`: the penultimate layer of ViT-L/14's text
-tower, that is what the last layer but one puts out, before the last layer and the final norm, which
-serve the contrastive loss. The paper does not say whether that norm applies; the picture model has
-a layer norm of its own on its text (Sec. 2.5).
+Text encoder (Imagen, Sec. 2.1): `TextTower` gives the output of the penultimate layer of
+ViT-L/14's text tower, without the last layer and the final norm. Paper is silent on the final norm;
+the U-Nets apply a LayerNorm to their text (Sec. 2.5).
 
-For the score (evaluation/clip_score.py) `TextEmbedding` and `ImageEmbedding` bring captions and
-pictures into one space, in which the cosine tells how well they go together.
+CLIP score (`evaluation.features.clip_score`): `TextEmbedding` and `ImageEmbedding` map captions and
+images to one space; the score is their cosine.
 
-Both towers are the same pre-norm Transformer (`Layer`); the text tower's attention is causal, so
-that padding behind a token never reaches it.
+Both towers are the same pre-norm Transformer (`Layer`). The attention of the text tower is causal,
+so padding does not affect the tokens before it.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ _SMALL = nn.initializers.normal(0.02)
 
 @dataclasses.dataclass(frozen=True)
 class ClipTextConfig:
-    """Shape of a CLIP text tower; that of ViT-L/14 by default."""
+    """Shape of a CLIP text tower, by default that of ViT-L/14."""
 
     vocab_size: int = doc(49408, "Rows of the embedding table.")
     emb_dim: int = doc(768, "Width of the residual stream.")
@@ -50,9 +49,9 @@ class ClipTextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ClipVisionConfig:
-    """Shape of a CLIP picture tower; that of ViT-L/14 by default."""
+    """Shape of a CLIP image tower, by default that of ViT-L/14."""
 
-    image_size: int = doc(224, "Side of a picture, pixels.")
+    image_size: int = doc(224, "Side of an image, pixels.")
     patch_size: int = doc(14, "Side of a patch, pixels.")
     emb_dim: int = doc(1024, "Width of the residual stream.")
     num_layers: int = doc(24, "Layers.")
@@ -95,12 +94,12 @@ class SelfAttention(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and feed-forward, each normalised before and added after.
+    """Pre-norm residual attention and feed-forward.
 
     Attributes:
       config: shape of the tower.
-      branch_scale: whether a learned factor per channel scales what is added (DINOv2's LayerScale,
-        arXiv:2103.17239).
+      branch_scale: whether a learned factor per channel scales each residual branch (DINOv2's
+        LayerScale, arXiv:2103.17239).
     """
 
     config: TowerConfig
@@ -127,14 +126,14 @@ class Layer(nn.Module):
 
 
 def layer_norm(config: TowerConfig, name: str) -> nn.LayerNorm:
-    """LayerNorm; Flax keeps its statistics in float32."""
+    """LayerNorm with float32 statistics."""
     return nn.LayerNorm(epsilon=config.norm_eps, dtype=config.dtype, name=name)
 
 
 def _text_layers(
     tower: TextTower | TextEmbedding, tokens: Int[Array | np.ndarray, "b l"], count: int
 ) -> Float[Array, "b l d"]:
-    """What the first `count` layers make of tokens; the parameters are those of `tower`."""
+    """Output of the first `count` layers; the parameters belong to `tower`."""
     cfg, length = tower.config, tokens.shape[1]
     if length > cfg.positions:
         raise ValueError(f"{length} tokens, but the tower has {cfg.positions} positions")
@@ -146,8 +145,8 @@ def _text_layers(
         embedding_init=table_init,
         name="token_embedder",
     )(tokens)
-    places = tower.param("position_embedder", _SMALL, (cfg.positions, cfg.emb_dim))
-    x = x + places[:length].astype(cfg.dtype)
+    positions = tower.param("position_embedder", _SMALL, (cfg.positions, cfg.emb_dim))
+    x = x + positions[:length].astype(cfg.dtype)
     causal = np.tri(length, dtype=bool)
     for i in range(count):
         x = Layer(cfg, name=f"layers_{i}")(x, causal)
@@ -155,7 +154,7 @@ def _text_layers(
 
 
 class TextTower(nn.Module):
-    """The text half of CLIP up to the last layer but one."""
+    """CLIP's text tower up to the penultimate layer."""
 
     config: ClipTextConfig
 
@@ -166,19 +165,19 @@ class TextTower(nn.Module):
         """Embeds token ids.
 
         Args:
-          tokens: ids in [0, vocab_size), from the start mark to the end mark; whatever stands at
-            padding has no effect.
+          tokens: ids in [0, vocab_size), from the start token to the end token; ids at padding have
+            no effect.
           mask: True at real tokens.
 
         Returns:
-          float32 vectors of the last layer but one, not normed; zero at padding.
+          float32 outputs of the penultimate layer, without final norm; zero at padding.
         """
         x = _text_layers(self, tokens, self.config.num_layers - 1)
         return jnp.where(mask[..., None], x.astype(jnp.float32), 0.0)
 
 
 class TextEmbedding(nn.Module):
-    """A caption as one vector: all layers, final norm, the end mark's vector, projection."""
+    """A caption as one vector: all layers, final norm, projection of the end token."""
 
     config: ClipTextConfig
     projection_dim: int
@@ -187,7 +186,7 @@ class TextEmbedding(nn.Module):
     def __call__(
         self, tokens: Int[Array | np.ndarray, "b l"], mask: Bool[Array | np.ndarray, "b l"]
     ) -> Float[Array, "b d"]:
-        """Embeds captions, from the start mark to the end mark; not brought to length 1."""
+        """Embeds captions, from the start token to the end token; not normalised."""
         x = _text_layers(self, tokens, self.config.num_layers)
         end = x[jnp.arange(len(x)), mask.sum(1) - 1]
         end = layer_norm(self.config, "final_norm")(end)
@@ -195,14 +194,14 @@ class TextEmbedding(nn.Module):
 
 
 class ImageEmbedding(nn.Module):
-    """A picture as one vector: patches, a token for the whole, whose last vector is projected."""
+    """An image as one vector: the projected output of a class token beside the patches."""
 
     config: ClipVisionConfig
     projection_dim: int
 
     @nn.compact
-    def __call__(self, pictures: Float[Array | np.ndarray, "b s s 3"]) -> Float[Array, "b d"]:
-        """Embeds pictures, `image_size` on a side and normalised; not brought to length 1."""
+    def __call__(self, images: Float[Array | np.ndarray, "b s s 3"]) -> Float[Array, "b d"]:
+        """Embeds standardised images of side `image_size`; the result is not normalised."""
         cfg = self.config
         patch = (cfg.patch_size, cfg.patch_size)
         x = nn.Conv(
@@ -213,17 +212,17 @@ class ImageEmbedding(nn.Module):
             use_bias=False,
             dtype=cfg.dtype,
             name="patch_embedder",
-        )(pictures)
+        )(images)
         x = x.reshape(len(x), -1, cfg.emb_dim)
-        whole = self.param("class_embedder", _SMALL, (cfg.emb_dim,)).astype(cfg.dtype)
-        x = jnp.concatenate([jnp.broadcast_to(whole, (len(x), 1, cfg.emb_dim)), x], 1)
-        places = self.param("position_embedder", _SMALL, (x.shape[1], cfg.emb_dim))
-        x = layer_norm(cfg, "first_norm")(x + places.astype(cfg.dtype))
-        everywhere = np.ones((x.shape[1], x.shape[1]), bool)
+        class_token = self.param("class_embedder", _SMALL, (cfg.emb_dim,)).astype(cfg.dtype)
+        x = jnp.concatenate([jnp.broadcast_to(class_token, (len(x), 1, cfg.emb_dim)), x], 1)
+        positions = self.param("position_embedder", _SMALL, (x.shape[1], cfg.emb_dim))
+        x = layer_norm(cfg, "first_norm")(x + positions.astype(cfg.dtype))
+        mask = np.ones((x.shape[1], x.shape[1]), bool)
         for i in range(cfg.num_layers):
-            x = Layer(cfg, name=f"layers_{i}")(x, everywhere)
-        whole = layer_norm(cfg, "final_norm")(x[:, 0])
-        return _projection(self.projection_dim, cfg.dtype)(whole).astype(jnp.float32)
+            x = Layer(cfg, name=f"layers_{i}")(x, mask)
+        pooled = layer_norm(cfg, "final_norm")(x[:, 0])
+        return _projection(self.projection_dim, cfg.dtype)(pooled).astype(jnp.float32)
 
 
 def _projection(features: int, dtype: str) -> nn.Dense:
@@ -231,7 +230,7 @@ def _projection(features: int, dtype: str) -> nn.Dense:
 
 
 def init_params(config: ClipTextConfig, key: Key[Array, ""]) -> Any:
-    """Fresh float32 parameters, each boxed with its logical axis names."""
+    """Random float32 parameters, each boxed with its logical axis names."""
     ids = jnp.zeros((1, 2), jnp.int32)
     return TextTower(config).init(key, ids, ids == 0)["params"]
 

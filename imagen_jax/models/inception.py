@@ -1,9 +1,9 @@
-"""The InceptionV3 whose last pool FID is measured in (Szegedy et al. 2015, arXiv:1512.00567).
+"""InceptionV3 (Szegedy et al. 2015, arXiv:1512.00567): FID uses the features of its last pool.
 
-It is the network of TensorFlow's frozen graph of 2015-12-05, which the TTUR authors chose, and it
-differs from today's InceptionV3: average pools do not count the padding, and the last block has a
-maximum pool in place of an average. Names of blocks and convolutions are those of the public torch
-port. Its classifier (1008 outputs) has no part in FID.
+The network of TensorFlow's frozen graph of 2015-12-05, as used by the TTUR authors. Unlike later
+versions of InceptionV3, average pools do not count the padding, and the last block has a maximum
+pool instead of an average pool. Names of blocks and convolutions are those of the public torch
+port. The classifier (1008 outputs) is omitted.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-INPUT_SIZE = 299  # Side of its pictures, pixels; smaller ones down to 75 pass through as well.
-FEATURES = 2048  # Numbers of the last pool, called pool3.
+INPUT_SIZE = 299  # Side of the images, pixels; the network accepts sides from 75.
+FEATURES = 2048  # Channels of the last pool, pool3.
 NORM_EPS = 1e-3
 
-# Output channels and kernel (height, width) of one convolution after another.
+# Output channels and kernel (height, width) of consecutive convolutions.
 Chain = Sequence[tuple[int, int, int]]
 
 
 class ConvNorm(nn.Module):
-    """Convolution without bias, batch norm as it was learned, ReLU."""
+    """Convolution without bias, batch norm with fixed statistics, ReLU."""
 
     features: int
     kernel: tuple[int, int]
@@ -51,10 +51,10 @@ class ConvNorm(nn.Module):
 
 
 def _chain(x: Array, name: str, convolutions: Chain) -> Array:
-    """Convolutions NAME_1, NAME_2, ...; a single one is NAME."""
+    """Convolutions NAME_1, NAME_2, ...; a single one is called NAME."""
     for number, (features, height, width) in enumerate(convolutions, 1):
-        own = name if len(convolutions) == 1 else f"{name}_{number}"
-        x = ConvNorm(features, (height, width), name=own)(x)
+        full_name = name if len(convolutions) == 1 else f"{name}_{number}"
+        x = ConvNorm(features, (height, width), name=full_name)(x)
     return x
 
 
@@ -63,7 +63,7 @@ def _halve(x: Array, name: str, features: int) -> Array:
 
 
 def _average(x: Array) -> Array:
-    """Of 3x3 pixels; those beyond the border do not count."""
+    """3x3 average pool that does not count the padding."""
     return nn.avg_pool(x, (3, 3), (1, 1), "SAME", count_include_pad=False)
 
 
@@ -72,7 +72,7 @@ def _half_maximum(x: Array) -> Array:
 
 
 class BlockA(nn.Module):
-    """35x35 pixels: 5x5 and two 3x3 side by side."""
+    """35x35 pixels: parallel 5x5 and two 3x3 convolutions."""
 
     pool_features: int
 
@@ -138,7 +138,7 @@ class BlockD(nn.Module):
 
 
 class BlockE(nn.Module):
-    """8x8: 3x3 as 1x3 beside 3x1."""
+    """8x8: 3x3 as parallel 1x3 and 3x1."""
 
     pool: str
 
@@ -164,14 +164,14 @@ class BlockE(nn.Module):
 
 
 class Inception(nn.Module):
-    """Pictures to the 2048 numbers of the last pool."""
+    """Images to the 2048 features of the last pool."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w 3"]) -> Float[Array, "b 2048"]:
-        """Features of pictures.
+        """Features of images.
 
         Args:
-          x: float32 pictures in about [-1, 1], `INPUT_SIZE` on a side.
+          x: float32 images in about [-1, 1], of side `INPUT_SIZE`.
         """
         x = _halve(x, "Conv2d_1a_3x3", 32)
         x = ConvNorm(32, (3, 3), padding="VALID", name="Conv2d_2a_3x3")(x)

@@ -1,9 +1,9 @@
-"""T5's encoder: tokens in, one vector per token out (Raffel et al. 2020; section 2.1 of the paper).
+"""T5's encoder: one vector per token (Raffel et al. 2020; Imagen, Sec. 2.1).
 
-A pre-norm Transformer without biases whose only notion of place is a bucketed relative position
-bias, computed once and added to the attention logits of every layer. `text.py` runs it frozen;
-`pretrain_text.py` trains a small one. Parameter names are those of the public t5x checkpoints; each
-kernel names its logical axes, so that `partitioning` can lay an XXL over a mesh.
+A pre-norm Transformer without biases. Positions enter only by a bucketed relative position bias,
+computed once and added to the attention logits of every layer. `text.encoders` runs it frozen;
+`training.pretrain_text` trains a small one. Parameter names are those of the public t5x
+checkpoints; each kernel names its logical axes for `partitioning.RULES`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _FAN_IN = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 
 
 def _v1_1(emb_dim: int, mlp_dim: int, layers: int, heads: int, vocab_size: int = 32128) -> T5Config:
-    """T5 v1.1 and what has its shape: gated gelu, 64 channels per head."""
+    """T5 v1.1 and models of its form: gated gelu, 64 channels per head."""
     return T5Config(
         vocab_size=vocab_size,
         emb_dim=emb_dim,
@@ -43,7 +43,7 @@ def _v1_1(emb_dim: int, mlp_dim: int, layers: int, heads: int, vocab_size: int =
 
 
 def _v1_0(emb_dim: int, mlp_dim: int, layers: int, heads: int, head_dim: int = 64) -> T5Config:
-    """The original T5: one relu."""
+    """T5 v1.0: relu."""
     return T5Config(
         emb_dim=emb_dim,
         num_layers=layers,
@@ -54,8 +54,8 @@ def _v1_0(emb_dim: int, mlp_dim: int, layers: int, heads: int, head_dim: int = 6
     )
 
 
-# Encoders of the public checkpoints (`config.text.preset`): shapes only, weights are downloaded by
-# the user. The paper's is t5_v1_1_xxl.
+# Shapes of the public encoders (`config.text.preset`); the user downloads the weights. Imagen uses
+# t5_v1_1_xxl.
 T5_PRESETS: dict[str, T5Config] = {
     "t5_v1_1_small": _v1_1(512, 1024, layers=8, heads=6),
     "t5_v1_1_base": _v1_1(768, 2048, layers=12, heads=12),
@@ -83,11 +83,11 @@ T5_PRESETS: dict[str, T5Config] = {
 def relative_position_bucket(
     relative: Int[np.ndarray, "q k"], *, num_buckets: int, max_distance: int
 ) -> Int[np.ndarray, "q k"]:
-    """Bucket of each signed distance: exact when near, logarithmic when far.
+    """Bucket of each signed distance: exact for small, logarithmic for large distances.
 
     Args:
       relative: key position minus query position, tokens.
-      num_buckets: buckets over both directions; the upper half is for keys that come later.
+      num_buckets: buckets of both directions; the upper half is for keys after the query.
       max_distance: distance from which all positions share the last bucket, tokens.
 
     Returns:
@@ -96,7 +96,7 @@ def relative_position_bucket(
     half = num_buckets // 2
     exact = half // 2
     distance = np.abs(relative)
-    # float32 as in the reference: a distance on a bucket's edge must fall on the same side.
+    # float32 as in the reference, for equal rounding at the edges of buckets.
     ratio = np.log(np.maximum(distance, 1).astype(np.float32) / exact) / math.log(
         max_distance / exact
     )
@@ -111,7 +111,7 @@ def _dense(
     axes: tuple[str, str],
     init: nn.initializers.Initializer = _FAN_IN,
 ) -> nn.Dense:
-    """Linear layer without bias; `axes` name its kernel's."""
+    """Linear layer without bias; `axes` are the logical axes of its kernel."""
     kernel_init = nn.with_logical_partitioning(init, axes)
     return nn.Dense(
         features, use_bias=False, dtype=config.dtype, kernel_init=kernel_init, name=name
@@ -119,7 +119,7 @@ def _dense(
 
 
 class RMSNorm(nn.Module):
-    """`x / rms(x) * scale`, in float32: no mean is subtracted and there is no bias."""
+    """`x / rms(x) * scale` in float32, without mean and bias."""
 
     config: T5Config
 
@@ -132,7 +132,7 @@ class RMSNorm(nn.Module):
 
 
 class RelativeBias(nn.Module):
-    """One learned number per head and bucket of distance."""
+    """A learned bias per head and bucket of distance."""
 
     config: T5Config
 
@@ -165,7 +165,7 @@ class SelfAttention(nn.Module):
             y = _dense(cfg.num_heads * cfg.head_dim, name, cfg, ("embed", "mlp"), init)(x)
             return y.reshape(*x.shape[:2], cfg.num_heads, cfg.head_dim)
 
-        # T5 has no 1/sqrt(head_dim) in the logits: it is part of the query's initial scale.
+        # T5 has no 1/sqrt(head_dim) in the logits; the query's initial scale includes it.
         small = nn.initializers.variance_scaling(1 / cfg.head_dim, "fan_in", "truncated_normal")
         query, key, value = heads("query", small), heads("key", _FAN_IN), heads("value", _FAN_IN)
         logits = jnp.einsum("bqhc,bkhc->bhqk", query, key, preferred_element_type=jnp.float32)
@@ -182,18 +182,18 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
         cfg = self.config
-        many = len(cfg.mlp_activations) > 1
+        gated = len(cfg.mlp_activations) > 1
         hidden = 1.0
         for i, activation in enumerate(cfg.mlp_activations):
             if activation not in ACTIVATIONS:
                 raise ValueError(unknown_name("mlp_activations", activation, list(ACTIVATIONS)))
-            y = _dense(cfg.mlp_dim, f"wi_{i}" if many else "wi", cfg, ("embed", "mlp"))(x)
+            y = _dense(cfg.mlp_dim, f"wi_{i}" if gated else "wi", cfg, ("embed", "mlp"))(x)
             hidden = hidden * ACTIVATIONS[activation](y)
         return _dense(cfg.emb_dim, "wo", cfg, ("mlp", "embed"))(hidden)
 
 
 class EncoderLayer(nn.Module):
-    """Attention and feed-forward, each normalised before and added after."""
+    """Pre-norm residual attention and feed-forward."""
 
     config: T5Config
 
@@ -209,7 +209,7 @@ class EncoderLayer(nn.Module):
 
 
 class T5Encoder(nn.Module):
-    """The encoder half of T5, v1.0 (relu) or v1.1 (gated gelu) by its configuration."""
+    """The encoder of T5, v1.0 (relu) or v1.1 (gated gelu) by its configuration."""
 
     config: T5Config
 
@@ -220,7 +220,7 @@ class T5Encoder(nn.Module):
         """Embeds token ids.
 
         Args:
-          tokens: ids in [0, vocab_size); whatever stands at padding has no effect.
+          tokens: ids in [0, vocab_size); ids at padding have no effect.
           mask: True at real tokens.
 
         Returns:
@@ -237,7 +237,7 @@ class T5Encoder(nn.Module):
             name="token_embedder",
         )(tokens)
         bias = RelativeBias(cfg, name="relpos_bias")(tokens.shape[1])[None]
-        # Finite, so that a caption without any real token gives zeros rather than NaN.
+        # Finite, so that a caption without real tokens gives zeros and not NaN.
         bias = jnp.where(mask[:, None, None, :], bias, -1e9)
         for i in range(cfg.num_layers):
             x = EncoderLayer(cfg, name=f"layers_{i}")(x, bias)
@@ -246,7 +246,7 @@ class T5Encoder(nn.Module):
 
 
 def init_params(config: T5Config, key: Key[Array, ""]) -> Any:
-    """Fresh float32 parameters, each boxed with its logical axis names."""
+    """Random float32 parameters, each boxed with its logical axis names."""
     ids = jnp.zeros((1, 2), jnp.int32)
     return T5Encoder(config).init(key, ids, ids == 0)["params"]
 
@@ -257,7 +257,7 @@ def boxed_shapes(config: T5Config) -> dict:
 
 
 def parameter_shapes(config: T5Config) -> dict:
-    """The tree of parameter shapes (`jax.ShapeDtypeStruct`) that `config` asks for."""
+    """The tree of parameter shapes (`jax.ShapeDtypeStruct`) of `config`."""
     return nn.meta.unbox(boxed_shapes(config))
 
 

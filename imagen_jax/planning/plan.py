@@ -1,8 +1,8 @@
-"""`plan`: what a run needs, from compiling the very programs it runs for devices that are not here.
+"""`plan`: memory, FLOPs and communication of a run, from compiling it without its devices.
 
-A `Program` is the train step, one stage's sampler or the text encoder, traced with the shapes and
-shardings of the real thing. `compile_program` asks the compiler for memory and communication;
-FLOPs are counted from the trace (`flops`), because the compiler takes a loop's body once.
+A `Program` is the train step, the sampler of a stage or the text encoder, traced with the shapes
+and shardings of the run. `compile_program` reads memory and communication from the compiler. FLOPs
+are counted from the trace (`flops`), because the compiler counts the body of a loop once.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from imagen_jax.training.optimizer import make_optimizer
 from imagen_jax.training.step import jit_train_step, model_flops
 from imagen_jax.training.train import abstract_state
 
-# XLA's effort level O0, by its number, which is the form that JAX 0.10 and 0.11 both take. The
-# program is there five to twenty times sooner, and takes rather more memory than it will.
+# XLA's effort level O0, by its number, which JAX 0.10 and 0.11 both accept. Compilation is five to
+# twenty times faster, and the program takes somewhat more memory than that of the run.
 QUICK = {"optimization_level": 9}
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-# What XLA says of a program that is too large: "Used 20.1G of 15.7G hbm", or of its temporaries.
+# XLA's messages for a program that is too large: "Used 20.1G of 15.7G hbm", or its temporaries.
 _USED = re.compile(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm")
 _TEMPORARIES = re.compile(r"HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds")
 
@@ -47,17 +47,17 @@ class Program(NamedTuple):
     """One program of a run, traced for a slice.
 
     Attributes:
-      stage: train, sample or embed.
+      kind: train, sample or embed.
       config: the configuration it was traced from.
-      batch: pictures (embed: captions) it works on at a time, over all devices.
-      params: parameters of its network.
-      traced: ready to be lowered.
-      arguments: bytes that go in, per device.
-      flops: of one run over all devices, what is computed again in the backward pass included.
-      model_flops: the same without that: what MFU counts.
+      batch: images (embed: captions) per run, over all devices.
+      params: number of parameters of its network.
+      traced: the traced program.
+      arguments: bytes of its arguments, per device.
+      flops: FLOPs of one run over all devices, including recomputation in the backward pass.
+      model_flops: FLOPs without recomputation, as counted by MFU.
     """
 
-    stage: str
+    kind: str
     config: Config
     batch: int
     params: int
@@ -69,16 +69,19 @@ class Program(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What one run of a program takes, per chip.
+    """Memory and communication of one run of a program, per chip.
 
     Attributes:
-      arguments, temporaries, outputs, code: bytes of HBM: what goes in (train: state and batch),
-        what is kept only while it runs, results that have no argument's place, the program itself.
-      peak: bytes at the worst moment. Where the program does not fit, what the compiler said it
-        would take.
-      collectives: by kind; None where the program does not fit, and there is none to look at.
-      compile_seconds: how long the compiler took.
-      compiled: the executable.
+      program: the program.
+      slice: the devices it was compiled for.
+      arguments: bytes of HBM of the arguments (train: state and batch).
+      temporaries: bytes of HBM of temporaries.
+      outputs: bytes of HBM of results that do not alias an argument.
+      code: bytes of HBM of the program.
+      peak: bytes of HBM at the maximum; from the compiler's message if the program does not fit.
+      collectives: by kind; None if the program does not fit.
+      compile_seconds: duration of the compilation.
+      compiled: the executable; None if the program does not fit.
     """
 
     program: Program
@@ -101,7 +104,7 @@ class Plan:
         return self.program.flops / self.slice.chips
 
     def as_json(self) -> dict[str, Any]:
-        """The plan's numbers, bytes and FLOPs, as `--json` writes them."""
+        """The numbers of the plan, bytes and FLOPs, as `--json` writes them."""
         return {
             "topology": self.slice.name,
             "chips": self.slice.chips,
@@ -119,10 +122,10 @@ class Plan:
 
 
 def train_program(config: Config, where: Slice) -> Program:
-    """The train step of `config` as `train` jits it.
+    """The train step of `config` as in `train`.
 
     Raises:
-      ConfigError: mesh or batch do not fit the slice.
+      ConfigError: mesh or batch size do not match the slice.
     """
     mesh = partitioning.make_mesh(config.mesh, where.devices)
     partitioning.check_batch_size(config.data.batch_size, mesh, config.train.accumulation)
@@ -157,14 +160,14 @@ def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def sample_program(config: Config, where: Slice, batch: int) -> Program:
-    """The sampler of one stage, all its denoising steps, as `sample` runs it.
+    """The sampler of one stage with all its denoising steps, as in `sample`.
 
-    Every chip has all parameters and draws its part of the pictures.
+    Parameters are replicated; the images are sharded over the chips.
     """
-    # A stage that learned from crops draws the whole picture.
+    # A stage trained on crops samples whole images.
     config = dataclasses.replace(config, data=config.data.uncropped())
     mesh = partitioning.make_mesh(MeshConfig(), where.devices)
-    rows, whole = _rows(mesh, batch), partitioning.replicated(mesh)
+    rows, replicated = _rows(mesh, batch), partitioning.replicated(mesh)
     shapes = batch_shapes(
         dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=batch))
     )
@@ -173,7 +176,7 @@ def sample_program(config: Config, where: Slice, batch: int) -> Program:
     given = _with_sharding(shapes, rows)
     text = Text(given["text_emb"], given["text_mask"])
     params = jax.eval_shape(lambda: init_params(config, jax.random.key(config.seed)))
-    params = _with_sharding(partitioning.unbox(params), whole)
+    params = _with_sharding(partitioning.unbox(params), replicated)
     low = given.get("lowres")
     traced = stage_sampler.sample_stage.trace(params, config, text, given["keys"], low)
     inputs = (params, text, given["keys"], low)
@@ -181,10 +184,10 @@ def sample_program(config: Config, where: Slice, batch: int) -> Program:
 
 
 def embed_program(config: Config, where: Slice, batch: int) -> Program:
-    """The text encoder's forward pass over captions of the greatest length, as `embed` lays it.
+    """The text encoder's forward pass over captions of the greatest length, sharded as in `embed`.
 
     Raises:
-      ConfigError: `text.preset` names no encoder, or mesh or batch do not fit the slice.
+      ConfigError: `text.preset` is not an encoder, or mesh or batch size do not match the slice.
     """
     if config.text.preset not in t5.T5_PRESETS:
         raise ConfigError(
@@ -195,7 +198,7 @@ def embed_program(config: Config, where: Slice, batch: int) -> Program:
     rows = _rows(mesh, batch)
     boxed = t5.boxed_shapes(shape)
     params = jax.tree.map(
-        lambda leaf, lies: jax.ShapeDtypeStruct(leaf.shape, shape.dtype, sharding=lies),
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, shape.dtype, sharding=sharding),
         partitioning.unbox(boxed),
         partitioning.param_shardings(boxed, mesh),
     )
@@ -209,7 +212,7 @@ def embed_program(config: Config, where: Slice, batch: int) -> Program:
 
 
 def _rows(mesh: Mesh, batch: int) -> NamedSharding:
-    """How a batch is split over the devices."""
+    """Sharding of a batch over the devices. Raises ConfigError if it is not divisible."""
     devices = partitioning.batch_devices(mesh)
     if batch % devices:
         nearest = max(round(batch / devices), 1) * devices
@@ -225,12 +228,12 @@ def program(
     """A traced program with its counts.
 
     Args:
-      name: what it is called.
-      config: what it was traced from.
-      batch: pictures or captions at a time.
-      traced: ready to be lowered.
+      name: its kind.
+      config: the configuration it was traced from.
+      batch: images or captions per run.
+      traced: the traced program.
       params: the network's parameters among the inputs, arrays or shapes.
-      inputs: all that goes in, arrays or shapes, with their shardings.
+      inputs: all arguments, arrays or shapes, with their shardings.
     """
     total = flops.count(traced.jaxpr)
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -249,7 +252,7 @@ def _with_sharding(shapes: Any, sharding: NamedSharding) -> Any:
 
 @contextlib.contextmanager
 def _no_cache() -> Iterator[None]:
-    """Compiles anew: a program from JAX's cache lacks on CPU what serialising it needs."""
+    """Compilation without JAX's cache: on CPU, programs from the cache cannot be serialised."""
     used = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
     _use_cache(False)
     try:
@@ -260,18 +263,18 @@ def _no_cache() -> Iterator[None]:
 
 def _use_cache(setting: bool) -> None:
     jax.config.update("jax_enable_compilation_cache", setting)
-    compilation_cache.reset_cache()  # JAX reads the setting but once.
+    compilation_cache.reset_cache()  # JAX reads the setting once.
 
 
 def compile_program(
     program: Program, where: Slice, options: Mapping[str, Any] | None = None
 ) -> Plan:
-    """Compiles a program and reads off what it takes; a program that is too large is a plan, too.
+    """Compiles a program; a program that does not fit also gives a plan.
 
     Args:
-      program: of one of the functions above.
+      program: a program of this module.
       where: the slice it was traced for.
-      options: further options of the compiler, such as QUICK.
+      options: compiler options, such as QUICK.
     """
     per_chip = len(where.devices) // where.chips
     begin = time.monotonic()
@@ -306,7 +309,7 @@ def compile_program(
 
 
 def _too_large(program: Program, where: Slice, message: str, seconds: float) -> Plan:
-    """The plan of a program that the compiler refused, from its message."""
+    """The plan of a program that does not fit, from the compiler's message."""
     per_chip = len(where.devices) // where.chips
     arguments = program.arguments
     used, of_temporaries = _USED.search(message), _TEMPORARIES.search(message)
@@ -315,7 +318,7 @@ def _too_large(program: Program, where: Slice, message: str, seconds: float) -> 
     elif of_temporaries:
         peak = arguments + int(float(of_temporaries[1]) * _UNITS[of_temporaries[2]])
     else:
-        raise ConfigError(f"the program does not fit {where.name}; the compiler says: {message}")
+        raise ConfigError(f"the program does not fit {where.name}; compiler message: {message}")
     return Plan(
         program,
         where,

@@ -1,4 +1,4 @@
-"""A plan in words and money: what to book, for how long, and whether it fits."""
+"""A plan as text: memory, FLOPs, communication, time and cost."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from imagen_jax.parallel.peaks import peak_flops
 from imagen_jax.parallel.topology import GIB
 from imagen_jax.planning.plan import Plan
 
-UNITS = {"train": "picture", "sample": "picture", "embed": "caption"}
+UNITS = {"train": "image", "sample": "image", "embed": "caption"}
 WHAT = {"train": "train step", "sample": "sampler", "embed": "text encoder"}
 
 
 class Estimate(NamedTuple):
-    """Time and money at a given MFU.
+    """Time and cost at a given MFU.
 
     Attributes:
-      seconds: of one run of the program.
-      rate: pictures (captions) per second, all chips together.
-      days: of the whole training run; None for the other stages.
-      chip_hours: of the whole training run; else of 1000 pictures, or a million captions.
-      cost: of those chip-hours; None where no price was given.
+      seconds: duration of one run of the program.
+      rate: images (captions) per second, over all chips.
+      days: duration of the training run; None for the other kinds.
+      chip_hours: of the training run, of 1000 images, or of a million captions.
+      cost: of these chip-hours; None without a price.
     """
 
     seconds: float
@@ -31,26 +31,25 @@ class Estimate(NamedTuple):
 
 
 def estimate(plan: Plan, mfu: float, price: float | None) -> Estimate | None:
-    """Time and money; None where the chip's peak is not known.
+    """Time and cost; None if the chip's peak FLOP/s is unknown.
 
     Args:
       plan: of one program.
-      mfu: useful FLOPs as a share of the chips' peak, 0..1. What a backward pass computes again is
-        not useful.
-      price: per chip-hour.
+      mfu: model FLOPs as a share of the chips' peak, 0..1; recomputation does not count.
+      price: cost of a chip-hour.
     """
     peak = peak_flops(plan.slice.devices[0].device_kind)
     if peak is None:
         return None
     program = plan.program
     seconds = program.model_flops / (mfu * peak * len(plan.slice.devices))
-    if program.stage == "train":
+    if program.kind == "train":
         days = program.config.train.steps * seconds / 86_400
         chip_hours = days * 24 * plan.slice.chips
     else:
         days = None
-        many = 1e3 if program.stage == "sample" else 1e6
-        chip_hours = many / program.batch * seconds * plan.slice.chips / 3600
+        count = 1e3 if program.kind == "sample" else 1e6
+        chip_hours = count / program.batch * seconds * plan.slice.chips / 3600
     cost = None if price is None else price * chip_hours
     return Estimate(seconds, program.batch / seconds, days, chip_hours, cost)
 
@@ -65,19 +64,19 @@ def _head(plan: Plan) -> list[str]:
     config, devices = program.config, len(where.devices)
     each = program.batch / where.chips
     lines = [
-        f"{config.name}: {WHAT[program.stage]} on {where.name}, "
+        f"{config.name}: {WHAT[program.kind]} on {where.name}, "
         f"{where.chips} chips of {where.devices[0].device_kind}"
         + (f" ({devices} devices)" if devices != where.chips else ""),
-        f"{program.params:,} parameters; {program.batch} {UNITS[program.stage]}s at a time, "
+        f"{program.params:,} parameters; {program.batch} {UNITS[program.kind]}s at a time, "
         f"{each:g} per chip",
     ]
-    if program.stage != "sample":
+    if program.kind != "sample":
         mesh = config.mesh
         data = devices // (mesh.fsdp * mesh.tensor) if mesh.data == -1 else mesh.data
         lines.append(f"mesh data={data} fsdp={mesh.fsdp} tensor={mesh.tensor}")
-    if program.stage == "train":
+    if program.kind == "train":
         lines.append(f"remat={config.model.remat}, accumulation={config.train.accumulation}")
-    elif program.stage == "embed":
+    elif program.kind == "embed":
         lines.append(f"{config.text.preset} in {config.text.dtype}, {config.text.max_len} tokens")
     else:
         settings = config.sampling
@@ -107,19 +106,19 @@ def _memory(plan: Plan) -> list[str]:
 
 def _work(plan: Plan, mfu: float, price: float | None) -> list[str]:
     program, chips = plan.program, plan.slice.chips
-    unit = UNITS[program.stage]
+    unit = UNITS[program.kind]
     again = program.flops / program.model_flops - 1
     lines = [
         f"{'TFLOP per chip':<22}{plan.flops_per_chip / 1e12:>10.4g}   "
         f"{program.model_flops / program.batch / 1e12:.3g} per {unit}"
-        + (f", and {again:.0%} more computed again" if again > 0.005 else "")
+        + (f", and {again:.0%} more recomputed" if again > 0.005 else "")
     ]
     if plan.collectives:
         lines += ["", f"{'sent, per chip':<22}{'GiB':>10}   operations"]
         lines += [f"  {c.kind:<20}{c.bytes / GIB:>10.2f}   {c.count}" for c in plan.collectives]
     guess = estimate(plan, mfu, price)
     if guess is None:
-        return [*lines, "", "no time: the peak of this device is not known"]
+        return [*lines, "", "no time: the peak FLOP/s of this device is unknown"]
     lines += [
         "",
         f"at {mfu:.0%} MFU",
@@ -130,7 +129,7 @@ def _work(plan: Plan, mfu: float, price: float | None) -> list[str]:
         whole = f"{program.config.train.steps:,} steps"
         lines.append(f"  {'days':<20}{guess.days:>10.1f}   {whole}")
     else:
-        whole = "1000 pictures" if program.stage == "sample" else "a million captions"
+        whole = "1000 images" if program.kind == "sample" else "a million captions"
     hours = f"{guess.chip_hours:,.0f}" if guess.chip_hours >= 100 else f"{guess.chip_hours:.3g}"
     lines.append(f"  {'chip-hours':<20}{hours:>10}   {whole}")
     if guess.cost is not None:

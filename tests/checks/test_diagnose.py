@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from imagen_jax.checks import diagnose
-from imagen_jax.inference.cascade import Cascade, Stage
+from imagen_jax.inference.cascade import Cascade
+from imagen_jax.stages.stage import Stage
 
 
 def test_a_cast_is_measured_and_detail_is_not():

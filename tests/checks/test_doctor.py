@@ -80,10 +80,10 @@ def test_a_healthy_run(trained, capsys):
     before = sorted((trained / "run").rglob("*"))
     assert main.main(["doctor", f"--config={trained}/tiny.py", f"--workdir={trained}/run"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert sorted((trained / "run").rglob("*")) == before, "a look changes nothing"
+    assert sorted((trained / "run").rglob("*")) == before, "doctor changes nothing"
     assert {line.split()[0] for line in lines} == {"ok", "warning"}
     assert [line for line in lines if line.startswith("warning")] == [
-        "warning  text         no encoder named, any embeddings are taken; set --config.text.path"
+        "warning  text         no encoder given, any embeddings are used; set --config.text.path"
     ]
     text = "\n".join(lines)
     for part in ("12 usable", "levels", "12 distinct", "mask agrees", "step 2 can be read", "free"):
@@ -94,8 +94,8 @@ def test_failures_are_counted_and_give_status_one(healthy, tmp_path, capsys):
     flags = [f"--config={tmp_path}/tiny.py", f"--config.data.path={tmp_path}/nothing"]
     assert main.main(["doctor", *flags]) == 1
     captured = capsys.readouterr()
-    assert "failed   pictures     config.data.path=" in captured.out
-    assert "failed   captions     not checked, since the pictures" in captured.out
+    assert "failed   images       config.data.path=" in captured.out
+    assert "failed   captions     not checked, because the images" in captured.out
     assert captured.err.startswith("imagen doctor: 4 of") and captured.err.count("\n") == 1
 
 
@@ -112,21 +112,21 @@ def test_pictures_that_broke_since_the_index(healthy, monkeypatch):
         path.write_bytes(b"?" * status.st_size)
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     name, text = only_failure(found(healthy))
-    assert name == "pictures" and "no longer decode" in text and "repair or remove" in text
+    assert name == "images" and "no longer decode" in text and "repair or remove" in text
 
 
 @pytest.mark.parametrize(
     ("paint", "status", "says"),
     [
-        (lambda p: p > 127, "failed", "Multiply by 255"),
+        (lambda p: p > 127, "failed", "multiply by 255"),
         (lambda p: p * 0 + 77, "failed", "of one colour; check image_key"),
-        (lambda p: p // 3, "warning", "half of the range is never used"),
-        (lambda p: p // 3 + 150, "warning", "half of the range is never used"),
+        (lambda p: p // 3, "warning", "half of the range is unused"),
+        (lambda p: p // 3 + 150, "warning", "half of the range is unused"),
     ],
 )
 def test_values_that_use_no_range(healthy, paint, status, says):
     repaint(healthy, paint)
-    texts = found(healthy)["pictures"].get(status, [])
+    texts = found(healthy)["images"].get(status, [])
     assert any(says in text for text in texts), texts
 
 
@@ -134,8 +134,8 @@ def test_some_pictures_of_one_colour_and_small_ones(healthy):
     path = pathlib.Path(healthy.data.path) / "3.png"
     Image.new("RGB", (8, 8), "grey").save(path)
     table = found(with_data(healthy, image_size=16))
-    texts = table["pictures"]["warning"]
-    assert any("of one colour, placeholders" in text for text in texts)
+    texts = table["images"]["warning"]
+    assert any("of one colour; remove them if they are placeholders" in text for text in texts)
     assert any("min_size=16" in text for text in texts)
 
 
@@ -144,10 +144,10 @@ def test_many_quarantined_pictures_are_a_warning_and_more_a_failure(healthy):
     for i in range(4):
         (folder / f"silent_{i}.png").write_bytes((folder / "1.png").read_bytes())
     table = found(with_data(healthy, max_quarantined=0.4))
-    assert "4 of 16 not; `imagen prepare` names them" in table["pictures"]["warning"][0]
-    assert any("4 pictures have none" in text for text in table["captions"]["warning"])
+    assert "4 of 16 not; `imagen prepare` lists them" in table["images"]["warning"][0]
+    assert any("4 images have none" in text for text in table["captions"]["warning"])
     table = found(with_data(healthy, max_quarantined=0.1))
-    assert "max_quarantined" in table["pictures"]["failed"][0]
+    assert "max_quarantined" in table["images"]["failed"][0]
 
 
 def test_one_caption_for_all(healthy):
@@ -160,7 +160,7 @@ def test_one_caption_for_all(healthy):
 def test_captions_of_left_and_right_are_counted(healthy):
     (pathlib.Path(healthy.data.path) / "0.txt").write_text("left of a picture")
     texts = found(with_data(healthy, flip=True))["captions"]["ok"]
-    assert any("8.3% speak of left or right" in text for text in texts)
+    assert any("8.3% mention left or right" in text for text in texts)
 
 
 def test_embeddings_that_are_not_there_or_incomplete(healthy):
@@ -236,7 +236,7 @@ def with_encoder(healthy, monkeypatch):
 def test_another_encoder_and_masks_that_are_not_its_own(with_encoder):
     config, encoder = with_encoder
     table = found(config)
-    assert "token counts are not the encoder's" in table["embeddings"]["failed"][0]
+    assert "token counts differ from the encoder's" in table["embeddings"]["failed"][0]
     assert "100.0% of" in table["text"]["warning"][0] and "max_len" in table["text"]["warning"][0]
     write_store(config, lambda rows: [np.concatenate([row, row[:1]]) for row in rows])
     assert "failed" not in found(config)["embeddings"]
