@@ -26,6 +26,8 @@ from imagen_jax.evaluation import edges
 from imagen_jax.inference import prompts
 from imagen_jax.inference.cascade import Cascade
 from imagen_jax.io import images
+from imagen_jax.worlds.shapes import scenes
+from imagen_jax.worlds.shapes.scorer import SCORER
 
 SEED = 0
 
@@ -67,7 +69,7 @@ def main() -> None:
     out = pathlib.Path(flags.out)
     write(out / "small", rows, small)
     write(out / "large", rows, large)
-    card = edges.evaluate(out / "large", out / "small", flags.crop)
+    card = edges.evaluate(out / "large", out / "small", flags.crop, scorer=SCORER)
     (out / "edges.json").write_text(json.dumps(card, indent=1) + "\n")
     print(edges.format_table(card))
 

@@ -74,4 +74,4 @@ def test_a_figure_and_its_table(cascade_flags, tmp_path, name, points, charts):
     assert table.startswith("before\n") and table.endswith("after\n") and "stale" not in table
     assert table.count("\n| ") >= 10
     for chart in charts:
-        assert "<circle" in (docs / "images" / f"{chart}.svg").read_text()
+        assert "<use " in (docs / "images" / f"{chart}.svg").read_text()
