@@ -57,7 +57,7 @@ def without_effect(cls: type, effect: Literal["learns", "compiled"]) -> tuple[st
             inner, prefix = typing.get_args(inner)[1], f"{field.name}.*"
         if not field.metadata.get(effect, True):
             found.append(field.name)
-        elif dataclasses.is_dataclass(inner):
+        elif isinstance(inner, type) and dataclasses.is_dataclass(inner):
             found += [f"{prefix}.{path}" for path in without_effect(inner, effect)]
     return tuple(found)
 
