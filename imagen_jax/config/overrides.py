@@ -259,7 +259,9 @@ def _where(file: str, error: Exception) -> str:
     """The file and its line that raised `error`."""
     if isinstance(error, SyntaxError):
         return f"{file}, line {error.lineno}"
-    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+    path = str(pathlib.Path(file).absolute())  # As importlib has it in a traceback.
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename in (file, path)]
     return f"{file}, line {lines[-1]}" if lines else file
 
 

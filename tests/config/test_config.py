@@ -165,6 +165,17 @@ def test_a_config_file_with_a_mistake(tmp_path, body, says):
     assert str(error.value) == f"--config={path}:nope: {tmp_path}/{says}"
 
 
+def test_the_line_of_a_file_with_a_relative_path(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("def get_config():\n    return 1 / 0\n")
+    monkeypatch.chdir(tmp_path)
+    for file in ("mine.py", "./mine.py"):
+        with pytest.raises(ConfigError) as error:
+            overrides.load(file)
+        assert str(error.value) == f"--config={file}: {file}, line 2: ZeroDivisionError: " + (
+            "division by zero"
+        )
+
+
 def test_names_of_a_file_that_declares_none(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("def get_config(name=''):\n    return {}\n")
