@@ -11,8 +11,8 @@ for `sr2`. Result: 0.94 of the held-out prompts of one object are exact, 0.68 of
 spatial relations (README.md).
 
 data.loader is numpy, which gives the batches of seqio bit for bit: the core that reads is the core
-that trains, and from images of 64 pixels it reads 2,367 images/s per core, seqio 706
-(`benchmarks/input.py`, docs/data.md).
+that trains. A batch of `base` takes 4.3 ms of its time with numpy and 8.0 ms with seqio (400
+batches, median of three interleaved runs), a step 76 ms.
 """
 
 import ml_collections
