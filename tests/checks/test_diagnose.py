@@ -41,6 +41,6 @@ def test_sheets_of_a_cascade(base_config, sr_config, make_batch, random_params, 
     report = json.loads((tmp_path / "colour_shift.json").read_text())
     assert report["sr"]["true"]["rms"] == dataclasses.asdict(shifts["sr"]["true"])["rms"]
     base, sr = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("base", "sr"))
-    # Two rows against three: the super-resolution stage is shown from true and from drawn.
+    # Two rows against three: the SR stage is sampled from true and from generated images.
     assert sr.shape[0] > 1.5 * base.shape[0] > 0
     assert any("colour cast" in line for line in lines)

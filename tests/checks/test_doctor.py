@@ -1,4 +1,4 @@
-"""doctor.py: a healthy run has no failure; each fault is made real, found, and told how to mend."""
+"""doctor: a healthy run has no failure; each planted fault is found, with its fix."""
 
 import dataclasses
 import os
@@ -25,7 +25,7 @@ FINGERPRINT = {"encoder": "fake", "max_len": 4}
 
 @pytest.fixture
 def healthy(write_world, base_config, tmp_path) -> Config:
-    """A configuration with pictures and embeddings; the file is `tiny.py` beside them."""
+    """A configuration with images and embeddings; the file is `tiny.py` beside them."""
     return load(str(write_world(tmp_path, base_config, steps=2, every=1)))
 
 
@@ -105,7 +105,7 @@ def test_a_batch_or_mesh_that_does_not_fit(healthy):
     assert name == "devices" and "config.mesh" in text
 
 
-def test_pictures_that_broke_since_the_index(healthy, monkeypatch):
+def test_images_that_broke_since_the_index(healthy, monkeypatch):
     found(healthy)
     for path in sorted(pathlib.Path(healthy.data.path).glob("*.png"))[:3]:
         status = path.stat()
@@ -130,7 +130,7 @@ def test_values_that_use_no_range(healthy, paint, status, says):
     assert any(says in text for text in texts), texts
 
 
-def test_some_pictures_of_one_colour_and_small_ones(healthy):
+def test_some_images_of_one_colour_and_small_ones(healthy):
     path = pathlib.Path(healthy.data.path) / "3.png"
     Image.new("RGB", (8, 8), "grey").save(path)
     table = found(with_data(healthy, image_size=16))
@@ -139,7 +139,7 @@ def test_some_pictures_of_one_colour_and_small_ones(healthy):
     assert any("min_size=16" in text for text in texts)
 
 
-def test_many_quarantined_pictures_are_a_warning_and_more_a_failure(healthy):
+def test_many_quarantined_images_are_a_warning_and_more_a_failure(healthy):
     folder = pathlib.Path(healthy.data.path)
     for i in range(4):
         (folder / f"silent_{i}.png").write_bytes((folder / "1.png").read_bytes())
@@ -194,7 +194,7 @@ def test_captions_that_fill_the_length(healthy):
 
 
 class Letters:
-    """An encoder of one token per letter, as far as doctor asks."""
+    """An encoder with one token per letter and the methods that doctor calls."""
 
     dim, max_len = 8, 4
 

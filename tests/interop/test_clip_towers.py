@@ -1,4 +1,4 @@
-"""CLIP as a score: both towers, preprocessing and cosines against transformers; what is refused.
+"""CLIP score: both towers, preprocessing and cosines against transformers; rejected files.
 
 The golden files are transformers' own (tests/reference/make_clip_golden.py); with the extra `peers`
 the shape of ViT-B/32 is compared too.
@@ -84,7 +84,7 @@ def test_a_folder_of_samples_has_a_score_and_goes_on_where_it_was(golden, tmp_pa
     assert "features of" not in capsys.readouterr().out
 
 
-def test_pictures_of_one_prompt_do_not_narrow_the_interval():
+def test_images_of_one_prompt_do_not_narrow_the_interval():
     rng = np.random.default_rng(0)
     by_prompt = rng.normal(0.3, 0.05, 50)
     once = clip_score.mean_over_prompts(by_prompt, np.arange(50))

@@ -61,7 +61,7 @@ def folder(tmp_path_factory):
     return path
 
 
-def by_numpy(w, pictures):
+def by_numpy(w, images):
     """The network in float64, place by place, as its paper and transformers have it."""
 
     def norm(x, name):
@@ -87,11 +87,11 @@ def by_numpy(w, pictures):
         return near if d <= 1 else far
 
     found = []
-    for picture in pictures:
+    for image in images:
         tokens = [w["embeddings.cls_token"][0, 0] + w["embeddings.position_embeddings"][0, 0]]
         for row in range(NEW):
             for column in range(NEW):
-                patch = picture[row * PATCH :, column * PATCH :][:PATCH, :PATCH].transpose(2, 0, 1)
+                patch = image[row * PATCH :, column * PATCH :][:PATCH, :PATCH].transpose(2, 0, 1)
                 kernel_weights = w["embeddings.patch_embeddings.projection.weight"]
                 vector = (kernel_weights * patch).sum((1, 2, 3))
                 vector = vector + w["embeddings.patch_embeddings.projection.bias"]
@@ -120,14 +120,14 @@ def by_numpy(w, pictures):
 def test_equals_the_plain_form_on_a_smaller_grid(folder):
     config, params, sha256 = hf_dinov2.read(folder, NEW * PATCH)
     assert (config.image_size, len(sha256)) == (NEW * PATCH, 64)
-    pictures = np.random.default_rng(1).normal(size=(2, NEW * PATCH, NEW * PATCH, 3))
+    images = np.random.default_rng(1).normal(size=(2, NEW * PATCH, NEW * PATCH, 3))
     tensors = {
         name: np.asarray(value, np.float64)
         for name, value in weights.read_safetensors(folder / "model.safetensors").items()
     }
     with jax.default_matmul_precision("highest"):
-        ours = networks.dinov2_features(params, pictures.astype(np.float32), config=config)
-    expected = by_numpy(tensors, pictures.astype(np.float32))
+        ours = networks.dinov2_features(params, images.astype(np.float32), config=config)
+    expected = by_numpy(tensors, images.astype(np.float32))
     assert np.abs(expected).max() > 1
     np.testing.assert_allclose(ours, expected, atol=1e-5)
 
@@ -161,7 +161,7 @@ def test_a_row_of_the_feature_networks(folder, monkeypatch):
         ({"mlp_ratio": 4}, "wrong shape: encoder.layer.0.mlp.fc1"),
     ],
 )
-def test_other_networks_are_refused(folder, tmp_path, change, says):
+def test_other_networks_are_rejected(folder, tmp_path, change, says):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | change))
     (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
     with pytest.raises(weights.WeightsError, match=says):
@@ -170,7 +170,7 @@ def test_other_networks_are_refused(folder, tmp_path, change, says):
 
 @pytest.mark.slow
 def test_equals_transformers(tmp_path):
-    """ViT-L/14's widths and first layers, its places for 518 pixels, pictures of 224."""
+    """ViT-L/14's widths and first layers, its position embeddings for 518 pixels, images of 224."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     config = transformers.Dinov2Config(
         hidden_size=1024,
@@ -187,11 +187,11 @@ def test_equals_transformers(tmp_path):
             parameter.add_(0.02 * torch.randn_like(parameter))
     model.save_pretrained(tmp_path)
     network, _ = networks.load("dinov2", str(tmp_path))
-    pictures = np.random.default_rng(0).normal(size=(2, 224, 224, 3)).astype(np.float32)
+    images = np.random.default_rng(0).normal(size=(2, 224, 224, 3)).astype(np.float32)
     with torch.no_grad():
-        theirs = model(pixel_values=torch.tensor(pictures.transpose(0, 3, 1, 2))).pooler_output
+        theirs = model(pixel_values=torch.tensor(images.transpose(0, 3, 1, 2))).pooler_output
     with jax.default_matmul_precision("highest"):
-        ours = np.asarray(network.apply(network.params, pictures))
+        ours = np.asarray(network.apply(network.params, images))
     gap = np.abs(ours - theirs.numpy()).max()
     print(f"DINOv2: largest difference {gap:.1e}")
     assert gap < 1e-4

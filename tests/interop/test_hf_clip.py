@@ -1,4 +1,4 @@
-"""CLIP's text tower: parity with transformers, vocabulary included, and what is refused."""
+"""CLIP's text tower: parity with transformers, including its vocabulary; rejected files."""
 
 from __future__ import annotations
 
@@ -126,14 +126,14 @@ def test_every_misfit_is_named(copy):
         ({"hidden_act": "swish"}, "hidden_act='swish', expected one of quick_gelu, gelu"),
     ],
 )
-def test_other_models_are_refused(copy, change, message):
+def test_other_models_are_rejected(copy, change, message):
     values = json.loads((copy / "config.json").read_text()) | change
     (copy / "config.json").write_text(json.dumps(values))
     with pytest.raises(weights.WeightsError, match=message):
         hf_clip.open_tensors(copy)
 
 
-def test_more_tokens_than_places_are_refused():
+def test_more_tokens_than_positions_are_rejected():
     with pytest.raises(ConfigError, match="config.text.max_len=33 must be at most 32"):
         encoders.load_text_encoder(dataclasses.replace(CONFIG, max_len=33))
 

@@ -99,7 +99,7 @@ def test_every_misfit_is_named(copy):
         ({"feed_forward_proj": "gated-swish"}, "feed_forward_proj='gated-swish'"),
     ],
 )
-def test_other_models_are_refused(copy, change, message):
+def test_other_models_are_rejected(copy, change, message):
     values = json.loads((copy / "config.json").read_text()) | change
     (copy / "config.json").write_text(json.dumps(values))
     with pytest.raises(weights.WeightsError, match=message):
@@ -124,7 +124,7 @@ def test_shards_of_torch_files_are_joined(tmp_path):
     assert_equal_trees(hf_t5.load(tmp_path)[1], hf_t5.load(V11)[1])
 
 
-def test_an_empty_folder_is_refused(tmp_path, copy):
+def test_an_empty_folder_is_rejected(tmp_path, copy):
     with pytest.raises(weights.WeightsError, match="config.json is missing"):
         hf_t5.load(tmp_path)
     (copy / "model.safetensors").unlink()
@@ -237,7 +237,7 @@ class Malice:
         return os.mkdir, ("malice",)
 
 
-def test_a_torch_file_that_runs_code_is_refused(tmp_path, monkeypatch):
+def test_a_torch_file_that_runs_code_is_rejected(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with zipfile.ZipFile("zip.bin", "w") as archive:
         archive.writestr("archive/data.pkl", pickle.dumps({"shared.weight": Malice()}))
@@ -312,7 +312,7 @@ def test_the_older_torch_stream_is_read(tmp_path, torch_names):
     assert_equal_trees(arrays, expected | {"tail": np.float32([30, 40])})
 
 
-def test_a_short_stream_is_refused_before_anything_is_read(tmp_path, torch_names):
+def test_a_short_stream_is_rejected_before_anything_is_read(tmp_path, torch_names):
     state = {"w": _Stored(torch_names, "k", 4, (4,), (1,))}
     write_stream(tmp_path / "short.bin", state, {"k": np.ones(4, np.float32)})
     content = (tmp_path / "short.bin").read_bytes()
@@ -321,7 +321,7 @@ def test_a_short_stream_is_refused_before_anything_is_read(tmp_path, torch_names
         weights.open_torch(tmp_path / "short.bin")
 
 
-def test_strides_beyond_the_storage_are_refused(tmp_path, torch_names):
+def test_strides_beyond_the_storage_are_rejected(tmp_path, torch_names):
     state = {"w": _Stored(torch_names, "k", 4, (100, 100), (100, 1))}
     write_stream(tmp_path / "far.bin", state, {"k": np.ones(4, np.float32)})
     with pytest.raises(weights.WeightsError, match="is not a whole torch file"):

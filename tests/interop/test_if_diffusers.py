@@ -1,4 +1,4 @@
-"""DeepFloyd IF beside diffusers itself: it loads our export, and both draw the same pictures.
+"""DeepFloyd IF against diffusers: it loads the export, and both sample the same images.
 
 Needs torch and diffusers, the extra `peers`.
 """
@@ -27,7 +27,7 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
 STEPS, WEIGHT, PERCENTILE = 10, 3.0, 95.0
-NOISE_STEP = 250  # of the low-res picture
+NOISE_STEP = 250  # of the low-resolution image
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def ours(trained: Stage, timesteps, z, text, mask, lowres=None):
         level = level_of(table[NOISE_STEP], config.diffusion, len(z))
 
     @jax.jit
-    def draw(params):
+    def sample(params):
         conditioning = Conditioning(Text(jnp.asarray(text), jnp.asarray(mask)))
         if lowres is not None:
             logsnr = process.aug_logsnr(level, config.diffusion)
@@ -108,7 +108,7 @@ def ours(trained: Stage, timesteps, z, text, mask, lowres=None):
         return samplers.sample_loop(samplers.ddim(), denoise, jnp.asarray(z), levels, keys)
 
     with jax.default_matmul_precision("highest"):
-        return np.asarray(draw(trained.params))
+        return np.asarray(sample(trained.params))
 
 
 def level_of(logsnr: float, config, count: int) -> jax.Array:
@@ -131,6 +131,6 @@ def test_ten_ddim_steps_agree(both, case):
         lowres = rng.uniform(-1, 1, z.shape).astype(np.float32)
         mask = np.ones_like(mask)
     timesteps, expected = theirs(network, z, text, mask, lowres)
-    drawn = ours(trained, timesteps, z, text, mask, lowres)
-    assert np.abs(drawn - expected).max() < 1e-3
+    generated = ours(trained, timesteps, z, text, mask, lowres)
+    assert np.abs(generated - expected).max() < 1e-3
     assert expected.std() > 0.1 and np.abs(expected).max() <= 1.0

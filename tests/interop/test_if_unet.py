@@ -1,4 +1,4 @@
-"""DeepFloyd IF's U-Nets: parity with diffusers' outputs, round trips, refusals."""
+"""DeepFloyd IF's U-Nets: parity with diffusers' outputs, round trips, rejected values."""
 
 from __future__ import annotations
 
@@ -136,12 +136,12 @@ def test_imported_stages_can_be_trained_and_sampled(folders, tmp_path, index):
     loss, _ = jax.eval_shape(lambda: loss_fn(params, batch | lowres, key, config))
     assert loss.shape == ()
     keys = image_keys(0, [0, 1], [0, 0])
-    drawn = jax.eval_shape(lambda: sample_stage(params, config, text, keys, **lowres))
-    assert drawn.shape == (n, size, size, 3)
+    sampled = jax.eval_shape(lambda: sample_stage(params, config, text, keys, **lowres))
+    assert sampled.shape == (n, size, size, 3)
 
 
 @pytest.mark.slow
-def test_an_imported_cascade_draws(folders, tmp_path):
+def test_an_imported_cascade_samples(folders, tmp_path):
     text = np.random.default_rng(0).normal(size=(1, 77, 24)).astype(np.float32)
     stages = [
         s._replace(
@@ -218,7 +218,7 @@ def test_what_cannot_be_represented_is_named(tmp_path, capsys, field, value):
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_what_diffusers_has_not_is_named(base, tmp_path, change):
+def test_what_diffusers_does_not_support_is_named(base, tmp_path, change):
     config, params = base
     with pytest.raises(weights.WeightsError, match=f"config.model.{next(iter(change))}="):
         if_unet.save(tmp_path / "out", dataclasses.replace(config, **change), params, sample_size=8)

@@ -128,7 +128,7 @@ def test_inline_arrays_are_read(copy):
         ),
     ],
 )
-def test_umt5_layouts_are_refused(copy, change, message):
+def test_umt5_layouts_are_rejected(copy, change, message):
     tree = msgpack.unpackb((copy / "checkpoint").read_bytes(), strict_map_key=False)
     target = tree["optimizer"]["target"]
     target["encoder"] = change(target["encoder"])

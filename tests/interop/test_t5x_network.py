@@ -39,7 +39,7 @@ def test_t5x_and_ours_give_the_golden_vectors(dtype):
     assert not vectors[~mask].any()
 
 
-def test_what_t5x_lacks_is_refused():
+def test_shapes_that_t5x_does_not_support_are_rejected():
     pytest.importorskip("t5x")
     config = t5x_network.T5xConfig(**{**dataclasses.asdict(CONFIG), "relative_max_distance": 64})
     with pytest.raises(ConfigError, match="has relative_max_distance=128, the weights have 64"):

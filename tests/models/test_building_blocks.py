@@ -1,4 +1,4 @@
-"""The layers that are our own, against other implementations of the same formulas."""
+"""Layers against other implementations of the same formulas."""
 
 import flax.linen as nn
 import jax
@@ -15,7 +15,7 @@ def normal(*shape, seed=0, mean=0.0, std=1.0):
 
 
 def value_and_slopes(function, *arrays):
-    """What a function gives, and the gradients of a sum of it that weighs all parts differently."""
+    """Output of a function, and the gradients of a weighted sum of it."""
     out = function(*arrays)
     weight = normal(*out.shape, seed=9)
     slopes = jax.grad(lambda *a: jnp.vdot(weight, function(*a)), tuple(range(len(arrays))))
@@ -90,8 +90,8 @@ def test_attention(dtype, masked):
     assert_same(*(jax.tree.map(jnp.float32, leaves) for leaves in (found, expected)), tolerance)
 
 
-def test_attention_takes_nothing_from_masked_keys():
-    """However large they are; where all are masked, all count alike."""
+def test_masked_keys_have_no_effect_on_attention():
+    """Even if they are large; if all keys are masked, the result is the mean of the values."""
     query, key, value = (normal(1, n, 2, 8, seed=n) for n in (5, 7, 7))
     none = attention.softmax_attention(query, key, value, jnp.zeros((1, 7), bool))
     mean = jnp.broadcast_to(value.mean(1, keepdims=True), none.shape)

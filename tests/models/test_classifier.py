@@ -1,4 +1,4 @@
-"""The noise-aware classifier: what its probabilities, its loss and its gradient are."""
+"""The noise-aware classifier: probabilities, loss and gradient."""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ NETWORK = classifier.Classifier(
 
 @pytest.fixture(scope="module")
 def params():
-    """None of them zero, so that every path of the network counts."""
+    """Parameters that are not zero, so every path of the network contributes."""
     example = jnp.zeros((1, 8, 8, 3)), jnp.zeros(1)
     shapes = jax.eval_shape(lambda: NETWORK.init(jax.random.key(0), *example)["params"])
     rng = np.random.default_rng(0)
@@ -44,12 +44,12 @@ def test_probabilities_of_all_classes_sum_to_one():
     pairs = [(a, b) for a in range(3) for b in range(2)]
     each = [classifier.log_prob(logits, jnp.tile(jnp.array(pair), (4, 1))) for pair in pairs]
     np.testing.assert_allclose(np.exp(each).sum(axis=0), 1.0, rtol=1e-5)
-    # Where the second is not asked, its classes are summed over.
+    # Without a label of the second attribute its classes are summed over.
     first = classifier.log_prob(logits, jnp.tile(jnp.array([1, -1]), (4, 1)))
     np.testing.assert_allclose(np.exp(first), np.exp(each[2]) + np.exp(each[3]), rtol=1e-5)
 
 
-def test_guidance_by_it_raises_the_asked_probability_of_each_picture_alone(params):
+def test_classifier_guidance_raises_the_probability_of_the_labels_per_image(params):
     labels = jnp.array([[0, 1], [2, -1], [1, 0]])
     z = jnp.asarray(np.random.default_rng(2).normal(size=(3, 8, 8, 3)), jnp.float32)
     logsnr = jnp.array([-1.0, 0.0, 2.0])
@@ -69,17 +69,17 @@ def test_guidance_by_it_raises_the_asked_probability_of_each_picture_alone(param
     assert (after > before).all()
     others, _, _ = change(z.at[0].set(-z[0]), logsnr)
     np.testing.assert_allclose(others[1:], added[1:], atol=1e-6)
-    # It depends on how much noise it is told of.
+    # It depends on the noise level.
     _, other, _ = change(z, logsnr + 1.0)
     assert float(jnp.abs(other - before).min()) > 1e-4
 
 
-def test_a_classifier_that_knows_nothing_has_the_loss_of_chance(params):
+def test_a_classifier_with_zero_logits_has_the_loss_of_chance(params):
     logits = {name: jax.tree.map(jnp.zeros_like, params[name]) for name in ("logits_0", "logits_1")}
     x0 = jnp.asarray(np.random.default_rng(3).uniform(-1, 1, (4, 8, 8, 3)), jnp.float32)
     given = (NETWORK, x0, jnp.array([[0, 0], [1, 1], [2, 0], [0, -1]]), jax.random.key(1))
     losses = jax.jit(lambda p: classifier.loss_fn(p, *given, DiffusionConfig()))
-    # Three pictures ask for both, one for the first alone.
+    # Three images have both labels, one has the first only.
     chance = np.log(3.0) + 0.75 * np.log(2.0)
     assert float(losses({**params, **logits})) == pytest.approx(chance, rel=1e-5)
     assert float(losses(params)) != pytest.approx(chance, rel=0.01)

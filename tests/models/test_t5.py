@@ -1,4 +1,4 @@
-"""T5's encoder: agreement with t5x, and what must and must not influence a vector."""
+"""T5's encoder: agreement with t5x, and what does and does not influence a vector."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_unknown_activation_is_named():
 
 @pytest.mark.parametrize(
     ("preset", "billions"),
-    # With decoders of as many (byt5: a third as many) layers: 11.1, 11.3, 0.060 and 12.9.
+    # With decoders of equally many (byt5: a third as many) layers: 11.1, 11.3, 0.060 and 12.9.
     [("t5_v1_1_xxl", 4.76), ("t5_11b", 4.87), ("t5_small", 0.035), ("byt5_xxl", 8.99)],
 )
 def test_presets_have_the_published_sizes(preset, billions):
@@ -85,8 +85,8 @@ def test_presets_have_the_published_sizes(preset, billions):
     assert sum(leaf.size for leaf in leaves) / 1e9 == pytest.approx(billions, rel=0.01)
 
 
-def test_every_large_parameter_of_the_xxl_is_split():
-    """A name that the rules lack, or a layer without names, would leave its kernel whole."""
+def test_every_large_parameter_of_the_xxl_is_sharded():
+    """A layer without logical axis names would have a replicated kernel."""
     mesh = AbstractMesh((1, 4, 2), partitioning.AXES, (AxisType.Auto,) * 3)
     boxed = t5.boxed_shapes(t5.T5_PRESETS["t5_v1_1_xxl"])
     shardings = jax.tree.leaves(partitioning.param_shardings(boxed, mesh))

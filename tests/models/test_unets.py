@@ -1,4 +1,4 @@
-"""Both U-Nets: what their output depends on, and what it must not depend on."""
+"""Both U-Nets: what their output depends on and what it does not depend on."""
 
 import dataclasses
 import itertools
@@ -27,8 +27,8 @@ TINY = ModelConfig(
     embed_dim=16,
     text_dim=DIM,
 )
-# The four ways of the paper's ablation (tokens beside the pixels, in a layer of their own, and the
-# two poolings alone), each with one network at least, and poolings with both.
+# The four variants of the paper's ablation (concatenated tokens, cross-attention, and the two
+# poolings alone), each with at least one network, and poolings with both.
 MODES = [
     ("unet", "concat", "attention"),
     ("unet", "cross", "mean"),
@@ -51,7 +51,7 @@ def arguments(channels: int, seed: int = 0) -> dict[str, jax.Array]:
 
 
 def random_like(shapes, seed: int = 0):
-    """Parameters none of which is zero: a fresh network ends in zeros, which would hide all."""
+    """Parameters that are not zero: the last layer is initialised with zeros."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(
         lambda leaf: jnp.asarray(
@@ -92,7 +92,7 @@ def test_output_and_what_it_depends_on(network):
 
     changes = {
         "z": inputs["z"].at[:, 0, 0, 0].add(1.0),
-        "the low-res picture": {"z": inputs["z"].at[:, 3, 3, 5].add(1.0)},
+        "the low-res image": {"z": inputs["z"].at[:, 3, 3, 5].add(1.0)},
         "logsnr": inputs["logsnr"] + 0.5,
         "lowres_logsnr": inputs["lowres_logsnr"] - 0.5,
         "text_emb": inputs["text_emb"].at[:, 0].multiply(-1.0),
@@ -110,8 +110,8 @@ def test_masked_tokens_are_inert(network):
     np.testing.assert_array_equal(run(text_emb=text_emb), run())
 
 
-def test_attention_knows_places_by_the_position_embedding_alone():
-    """Pixels in another order are attended to alike, except for their positions."""
+def test_attention_depends_on_positions_only_through_the_position_embedding():
+    """Permuting the pixels permutes the output, unless positions are embedded."""
     x = jax.random.normal(jax.random.key(0), (1, 4, 4, 8))
     swapped = x.reshape(1, 16, 8)[:, ::-1].reshape(x.shape)
     for positions in (False, True):
@@ -125,7 +125,7 @@ def test_attention_knows_places_by_the_position_embedding_alone():
         assert np.allclose(out, other, atol=1e-5) is not positions
 
 
-def test_pictures_of_a_batch_do_not_see_each_other(network):
+def test_images_of_a_batch_are_independent(network):
     run, inputs = network
     changed = {name: value.at[1].set(value[0]) for name, value in inputs.items()}
     np.testing.assert_allclose(run(**changed)[0], run()[0], rtol=1e-5, atol=1e-6)
@@ -156,7 +156,7 @@ def test_every_parameter_is_used():
         assert not unused, (name, unused)
 
 
-def test_a_fresh_residual_stage_answers_the_lowres_picture():
+def test_an_untrained_residual_stage_outputs_the_lowres_image():
     config = dataclasses.replace(TINY, name="efficient_unet", lowres=True, lowres_residual=True)
     apply, params = build(config)
     params["conv_out"] = jax.tree.map(jnp.zeros_like, params["conv_out"])

@@ -1,4 +1,4 @@
-"""Meshes: what does not fit is refused; a step is the same however it is split."""
+"""Meshes: errors for sizes that do not divide; a sharded step equals the unsharded one."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def test_a_mesh_that_does_not_fit_the_devices():
 
 
 def run(config, optimizer: str):
-    """What tests/reference/sharded_step.py found."""
+    """The result of tests/reference/sharded_step.py."""
     program = [sys.executable, "-m", "tests.reference.sharded_step"]
     result = subprocess.run(
         [*program, overrides.to_json(config), optimizer],
@@ -63,7 +63,7 @@ def steps(base_config):
 
 
 def check_equal(step):
-    # Only the order of the sums differs: 1e-7 per operation, some hundred of them in a row.
+    # Only the order of the sums differs: 1e-7 per operation, about a hundred in sequence.
     assert abs(step["loss"]) < 1e-5 and abs(step["grad_norm"]) < 1e-5
     assert step.get("gradient_error", 0.0) < 1e-4
     assert step["update_error"] < 1e-4
@@ -71,7 +71,7 @@ def check_equal(step):
 
 
 @pytest.mark.parametrize("mesh", ["data2_fsdp4", "data4_tensor2", "data2_fsdp2_tensor2"])
-def test_a_split_step_is_the_whole_step(steps, mesh):
+def test_a_sharded_step_equals_the_unsharded_step(steps, mesh):
     assert "gradient_error" in steps[mesh]
     check_equal(steps[mesh])
 
@@ -84,12 +84,12 @@ def test_a_split_step_is_the_whole_step(steps, mesh):
         ("data2_fsdp2_tensor2", [3, 3, 4, 4], [8, 8]),
     ],
 )
-def test_parameters_averages_and_moments_are_truly_split(steps, mesh, conv, dense):
+def test_parameters_averages_and_moments_are_sharded(steps, mesh, conv, dense):
     assert steps[mesh]["shards"] == {"conv": conv, "ema": conv, "dense": dense, "mu": dense}
 
 
 @pytest.mark.slow
-def test_factored_slots_are_split_along_the_axis_they_have_left(base_config):
+def test_factored_slots_are_sharded_along_their_remaining_axis(base_config):
     step = run(base_config, "adafactor")["data2_fsdp2_tensor2"]
     check_equal(step)
     shards = step["shards"]
@@ -97,20 +97,20 @@ def test_factored_slots_are_split_along_the_axis_they_have_left(base_config):
 
 
 def test_constraints_on_activations_take_effect(steps):
-    """All that goes in lies whole on each device: 8 pictures, 4 heads."""
+    """Every device has all inputs: 8 images, 4 heads."""
     assert steps["unconstrained"] == [[8, 4]]
     assert steps["constrained"] == [[2, 2]]
 
 
-def test_a_slot_of_another_shape_is_whole():
-    whole = jax.sharding.NamedSharding(mesh_of(1, 4, 2), PartitionSpec("fsdp", "tensor"))
+def test_a_slot_of_another_shape_is_replicated():
+    sharding = jax.sharding.NamedSharding(mesh_of(1, 4, 2), PartitionSpec("fsdp", "tensor"))
     for slot, spec in [
         ((8, 6), ("fsdp", "tensor")),
         ((8,), ("fsdp",)),
         ((6,), ("tensor",)),
         ((1,), ()),
     ]:
-        assert partitioning.slot_sharding(slot, (8, 6), whole).spec == PartitionSpec(*spec)
+        assert partitioning.slot_sharding(slot, (8, 6), sharding).spec == PartitionSpec(*spec)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_a_tensor_axis_that_does_not_divide_heads(fields, tensor, nearest):
     assert message.endswith(f"; try {nearest}")
 
 
-def test_batches_are_split_over_data_and_fsdp():
+def test_batches_are_sharded_over_data_and_fsdp():
     sharding = partitioning.batch_sharding(mesh_of(2, 4, 2))
     assert sharding.spec == PartitionSpec(("data", "fsdp"))
     assert sharding.shard_shape((16, 8, 8, 3)) == (2, 8, 8, 3)

@@ -1,4 +1,4 @@
-"""Names of TPU slices: what they stand for, and what is said of names that do not exist."""
+"""Names of TPU slices: their meaning, and errors for unknown names."""
 
 import sys
 

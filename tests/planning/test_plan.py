@@ -28,7 +28,7 @@ KEYS = {"topology", "chips", "params", "hbm_per_chip", "flops_per_chip_step", "c
 
 
 class Chip:
-    """The little of a JAX device that a report asks for."""
+    """The attributes of a JAX device that a report uses."""
 
     def __init__(self, device_kind: str):
         self.device_kind = device_kind
@@ -64,7 +64,7 @@ def make_plan(base_config):
 
 def test_time_and_cost_of_the_paper_s_base_model(make_plan):
     guess = estimate(make_plan(), mfu=0.4, price=2.0)
-    # 8 pictures of 4.7 TFLOP on each chip of 275 TFLOP/s, of which 40% are used.
+    # 8 images of 4.7 TFLOP on each chip of 275 TFLOP/s at 40% MFU.
     assert guess.seconds == pytest.approx(8 * 4.7 / (0.4 * 275))
     assert guess.rate / 256 == pytest.approx(0.4 * 275 / 4.7)
     assert guess.days == pytest.approx(2.5e6 * guess.seconds / 86400)
@@ -74,10 +74,10 @@ def test_time_and_cost_of_the_paper_s_base_model(make_plan):
     assert estimate(make_plan(kind="cpu"), mfu=0.4, price=1.0) is None
 
 
-def test_chip_hours_of_a_thousand_pictures(make_plan):
+def test_chip_hours_of_a_thousand_images(make_plan):
     guess = estimate(make_plan("sample", batch=512, useful=512 * 1e14), mfu=0.5, price=3.0)
     assert guess.days is None
-    # A thousand pictures of 100 TFLOP at 137.5 TFLOP/s per chip.
+    # A thousand images of 100 TFLOP at 137.5 TFLOP/s per chip.
     assert guess.chip_hours == pytest.approx(1000 * 100 / 137.5 / 3600)
     assert guess.cost == pytest.approx(3 * guess.chip_hours)
 
@@ -86,7 +86,7 @@ def test_a_report_says_what_to_book(make_plan):
     text = report(make_plan(), 0.4, 3.22)
     for words in (
         "256 chips of TPU v4",
-        "2048 pictures at a time, 8 per chip",
+        "2048 images at a time, 8 per chip",
         "remat=none, accumulation=1",
         "it fits",
         "50% more computed again",
@@ -108,21 +108,21 @@ def test_json_has_the_agreed_keys(make_plan):
 @pytest.mark.parametrize("room", [0.5, 1, 1.5, 2, 3, 7.9, 8, 100, 1023, 5000])
 @pytest.mark.parametrize("bend", [0.0, 0.3, -0.3])
 def test_the_largest_power_of_two_that_fits(make_plan, room, bend):
-    """Against trying all; also where memory is no straight line of the pictures."""
-    asked = []
+    """Against an exhaustive search, also if memory is not linear in images."""
+    tried = []
 
     def plan_of(part: int) -> Plan:
-        asked.append(part)
+        tried.append(part)
         peak = int((4 + part * (1 + bend * math.tanh(part / 8))) * GIB)
         made = make_plan(peak=peak)
         return dataclasses.replace(made, slice=made.slice._replace(hbm=int((4 + room) * GIB)))
 
     fitting = [2**i for i in range(11) if plan_of(2**i).fits]
-    asked.clear()
+    tried.clear()
     found = largest_batch_per_device(plan_of)
     assert found.fits == bool(fitting)
     assert found.peak == plan_of(max(fitting, default=1)).peak
-    assert len(asked) <= 8
+    assert len(tried) <= 8
 
 
 @pytest.fixture(scope="module")
@@ -155,9 +155,9 @@ def test_samplers_and_collectives_on_real_devices(on_devices):
     assert by_kind["all-reduce"] == {"kind": "all-reduce", "count": 5, "bytes": 5 * 16 * 16 * 4}
     assert by_kind["all-gather"] == {"kind": "all-gather", "count": 1, "bytes": 32 * 16 * 4}
     assert found["sample"]["fits"] and found["sample"]["chips"] == 4
-    # Devices that have the whole network and pictures of their own have nothing to send.
+    # With replicated parameters and sharded images there is no communication.
     assert found["data_parallel"]["fits"] and found["data_parallel"]["collectives"] == []
-    # The room was for one more picture per device, not for three more.
+    # Memory suffices for one more image per device, not for three more.
     assert found["largest_batch"] == 8 and found["largest"]["fits"]
     assert any("does not fit" in line for line in found["lines"]) or len(found["lines"]) == 3
 
@@ -169,7 +169,7 @@ def test_a_train_step_on_real_devices_and_the_search_for_one(on_devices):
     assert train["hbm_per_chip"]["arguments"] == found["arguments"]
     assert 0.5 < train["flops_per_chip_step"] / found["compiler_flops"] < 1.5
     assert {"all-gather", "all-reduce"} <= {c["kind"] for c in train["collectives"]}
-    # There was room for 8 pictures and not for 16; what computes least is the answer.
+    # Memory suffices for 8 images and not for 16; the plan with the fewest FLOPs is the result.
     assert found["found"]["fits"] and found["found_batch"] == 8
     assert (found["found_remat"], found["found_accumulation"]) == ("none", 1)
     tried = [line.split()[:3] for line in found["lines"]]
@@ -220,8 +220,8 @@ def test_the_width_of_the_text_is_the_stores_unless_it_is_given(base_config, tmp
     given = base_config
     data = dataclasses.replace(given.data, embeddings=str(tmp_path / "store"))
     model = dataclasses.replace(given.model, text_dim=0)
-    asked = dataclasses.replace(given, data=data, model=model)
-    assert plan_verb.with_text_dim(asked).model.text_dim == DIM
+    config = dataclasses.replace(given, data=data, model=model)
+    assert plan_verb.with_text_dim(config).model.text_dim == DIM
     assert plan_verb.with_text_dim(given) == given
 
 

@@ -1,4 +1,4 @@
-"""Text encoders: tokens, end marks and cuts, fingerprints, prompts, and clear errors."""
+"""Text encoders: tokens, end tokens and cuts, fingerprints, prompts, errors."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def encoder(folder):
     return encoders.load_text_encoder(TextConfig(path=str(folder), max_len=8))
 
 
-def test_tokens_end_with_the_end_mark_cut_or_not(encoder):
+def test_tokens_end_with_the_end_token_cut_or_not(encoder):
     batch = encoder.tokenize(["a red circle", "", "a red circle above a blue square and more"])
     lengths = batch.mask.sum(1)
     assert batch.ids.dtype == np.int32 and batch.ids.shape == batch.mask.shape == (3, 8)
@@ -61,7 +61,7 @@ def test_tokens_end_with_the_end_mark_cut_or_not(encoder):
         assert batch.mask[row, :length].all()
 
 
-def test_a_caption_that_just_fits_is_not_called_cut(encoder):
+def test_a_caption_of_exactly_max_len_is_not_cut(encoder):
     batch = encoder.tokenize(["a red circle above a blue square"])
     assert batch.mask.sum() == encoder.token_count("a red circle above a blue square") == 8
     assert batch.truncated == ()
@@ -107,7 +107,7 @@ def test_a_cut_prompt_is_named_once(encoder, max_len):
         encoders.embed_prompts(encoder, ["red", ""], batch_size=2, max_len=max_len)
 
 
-def test_each_difference_shows_in_its_own_field_of_the_fingerprint(folder, encoder, tmp_path):
+def test_each_difference_changes_its_field_of_the_fingerprint(folder, encoder, tmp_path):
     base = encoder.fingerprint()
     assert base == encoders.load_text_encoder(TextConfig(path=str(folder), max_len=8)).fingerprint()
     json.dumps(base)
@@ -157,7 +157,7 @@ def test_a_t5x_folder_is_an_encoder_too(tmp_path):
     with pytest.raises(ConfigError, match="has no spiece.model"):
         encoders.load_text_encoder(config)
     (tmp_path / "spiece.model").write_bytes(pretrain_text.train_vocabulary(CAPTIONS, 1000))
-    # The weights load; only the golden table is too small for any vocabulary with byte pieces.
+    # The weights load; the golden table is too small for a vocabulary with byte pieces.
     with pytest.raises(ConfigError, match=r"vocabulary has \d+ pieces.*table 128 rows"):
         encoders.load_text_encoder(config)
 
@@ -186,7 +186,7 @@ def test_a_t5x_checkpoint_at_an_address_with_preset_and_vocabulary(
     vocabulary = f"file://{folder}/spiece.model"
     config = TextConfig(path=address, preset="tiny", vocabulary=vocabulary, max_len=8)
     assert encoders.load_text_encoder(config).fingerprint() == encoder.fingerprint()
-    # Beside the checkpoint both are found without being named.
+    # Beside the checkpoint both are found.
     (tmp_path / "t5_config.json").write_text(json.dumps(dataclasses.asdict(TINY)))
     shutil.copy(folder / "spiece.model", tmp_path)
     for path in (address, f"{tmp_path}/checkpoint_7"):
@@ -207,7 +207,7 @@ def test_a_t5x_checkpoint_at_an_address_with_preset_and_vocabulary(
         ({"path": "gss://bucket/checkpoint_1", "preset": "t5_small"}, "gss://.*cannot be opened"),
     ],
 )
-def test_what_an_address_lacks_is_said(folder, change, message):
+def test_a_missing_file_at_an_address_is_named(folder, change, message):
     with pytest.raises(ValueError, match=message):
         encoders.load_text_encoder(dataclasses.replace(TextConfig(path=str(folder)), **change))
 
@@ -258,6 +258,6 @@ def test_a_damaged_vocabulary_is_named(folder, tmp_path):
         encoders.load_text_encoder(TextConfig(path=str(tmp_path / "t5")))
 
 
-def test_max_len_must_hold_a_token_and_the_end_mark(folder):
+def test_max_len_must_hold_a_token_and_the_end_token(folder):
     with pytest.raises(config_lib.ConfigError, match="config.text.max_len=1 must be at least 2"):
         encoders.load_text_encoder(TextConfig(path=str(folder), max_len=1))

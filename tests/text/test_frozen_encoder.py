@@ -1,4 +1,4 @@
-"""Encoders over a mesh: split, in bfloat16, never whole in a host's memory; and their hash."""
+"""Encoders on a mesh: sharded, in bfloat16, never whole in host memory; and their hash."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LARGE = T5Config(
 
 @pytest.fixture(scope="module")
 def on_mesh(tmp_path_factory):
-    """What tests/reference/encoder_on_mesh.py found of LARGE."""
+    """The result of tests/reference/encoder_on_mesh.py for LARGE."""
     folder = tmp_path_factory.mktemp("large")
     rng = np.random.default_rng(0)
     params = jax.tree.map(
@@ -46,7 +46,7 @@ def on_mesh(tmp_path_factory):
     return json.loads(result.stdout)
 
 
-def test_parameters_are_split_and_in_bfloat16(on_mesh):
+def test_parameters_are_sharded_and_in_bfloat16(on_mesh):
     assert on_mesh["dtypes"] == ["bfloat16"]
     assert on_mesh["bytes"] > 100e6
     assert on_mesh["bytes_per_device"] < on_mesh["bytes"] / 8 * 1.01
@@ -54,13 +54,13 @@ def test_parameters_are_split_and_in_bfloat16(on_mesh):
 
 
 def test_the_model_is_never_whole_in_a_hosts_memory_beside_the_devices(on_mesh):
-    # The devices' part is this host's memory, too. On top come the tensor under way, as stored,
-    # transposed and cast, and the tracing of the model; all of it as stored would be twice as much.
+    # The devices use this host's memory, too. In addition: one tensor as stored, transposed and
+    # cast, and the trace of the model. The whole model as stored would be twice as much.
     assert on_mesh["bytes"] < on_mesh["grown"] < on_mesh["bytes"] + 100e6
 
 
 def test_vectors_do_not_depend_on_the_mesh(on_mesh):
-    # Sums in another order and rounded to bfloat16.
+    # Order of the sums, rounded to bfloat16.
     assert on_mesh["scale"] > 0.01
     assert on_mesh["error"] < 0.1 * on_mesh["scale"]
 
@@ -84,7 +84,7 @@ def golden(dtype: str = "float32") -> FrozenEncoder:
 
 
 def test_the_hash_of_an_encoder_stays():
-    """Stores written before know their encoder by it."""
+    """Earlier stores identify their encoder by it."""
     untouched, placed = golden(), golden()
     assert placed.params
     for encoder in (untouched, placed):
@@ -94,7 +94,7 @@ def test_the_hash_of_an_encoder_stays():
     assert golden("bfloat16").fingerprint() != untouched.fingerprint()
 
 
-def test_bfloat16_is_as_near_as_its_precision():
+def test_bfloat16_has_the_error_of_its_precision():
     batch = golden().tokenize(["caption", "of"])
     exact, rounded = (
         np.asarray(golden(dtype).encode(batch.ids, batch.mask))[batch.mask]
