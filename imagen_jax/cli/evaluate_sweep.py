@@ -48,6 +48,13 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="seed of all noise")
     parser.add_argument("--samples_per_prompt", type=int, default=1, help="images per prompt")
+    _add_measures(parser)
+    parser.add_argument("--title", default="", help="title of the figure")
+    evaluate_features.add_batch_flags(parser)
+
+
+def _add_measures(parser: argparse.ArgumentParser) -> None:
+    """Flags of score and distance."""
     parser.add_argument(
         "--reference",
         default="",
@@ -77,8 +84,6 @@ def add(parser: argparse.ArgumentParser) -> None:
         default=fid.RESAMPLES,
         help="bootstrap resamples of the intervals",
     )
-    parser.add_argument("--title", default="", help="title of the figure")
-    evaluate_features.add_batch_flags(parser)
 
 
 def run(flags: argparse.Namespace) -> None:

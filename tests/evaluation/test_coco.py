@@ -49,7 +49,7 @@ def write_mocked(
       data_dir: where the data set's folder is made.
       file_format: tfrecord or array_record.
       splits: which examples are in which split; None: all in `train`.
-      smallest: pictures with a shorter side are left out, pixels.
+      smallest: images with a shorter side are omitted, pixels.
     """
     splits = splits or {"train": slice(None)}
     with tfds.testing.mock_data(num_examples=COUNT):
@@ -72,7 +72,7 @@ def write_mocked(
     writer = tfds.core.SequentialWriter(info, max_examples_per_shard=5, file_format=file_format)
     writer.initialize_splits(list(splits))
     for example in examples:
-        # The mock draws the length of each list on its own; real ones belong together.
+        # The mock samples the length of each list separately; real ones are equal.
         for name in ("captions", "objects"):
             length = min(map(len, example[name].values()))
             example[name] = {key: value[:length] for key, value in example[name].items()}
@@ -96,7 +96,7 @@ def overrides(data_dir: pathlib.Path, run_dir: pathlib.Path) -> list[str]:
 
 
 def assert_same_records(source, examples) -> None:
-    """The records are those examples whose pictures are not tiny, captions and size alike."""
+    """The records are the examples with images that are not tiny, with their captions and sizes."""
     large = [e for e in examples if min(e["image"].shape[:2]) >= 8]
     assert len(source) == len(large) > COUNT / 2
     for i, example in enumerate(large):
@@ -105,7 +105,7 @@ def assert_same_records(source, examples) -> None:
         assert source.record(i).image.shape == example["image"].shape
 
 
-def test_pictures_are_those_that_tfds_reads(mocked, tmp_path):
+def test_images_equal_those_of_tfds(mocked, tmp_path):
     data_dir, examples = mocked
     source = open_source(load("configs/coco.py:base", overrides(data_dir, tmp_path)).data)
     assert_same_records(source, examples)
@@ -113,9 +113,9 @@ def test_pictures_are_those_that_tfds_reads(mocked, tmp_path):
     rows = tfds.builder_from_directory(folder).as_dataset(
         split="train", decoders={"image": tfds.decode.SkipDecoding()}
     )
-    pictures = [images.decode(row["image"]) for row in tfds.as_numpy(rows)]
-    for i, picture in enumerate(p for p in pictures if min(p.shape[:2]) >= 8):
-        np.testing.assert_array_equal(source.record(i).image, picture)
+    decoded = [images.decode(row["image"]) for row in tfds.as_numpy(rows)]
+    for i, image in enumerate(p for p in decoded if min(p.shape[:2]) >= 8):
+        np.testing.assert_array_equal(source.record(i).image, image)
 
 
 @pytest.mark.slow
@@ -134,7 +134,7 @@ def test_from_mocked_coco_to_a_trained_stage(mocked, tmp_path, capsys):
     assert "step 3 can be read" in out
 
 
-def test_array_record_files_are_read_alike(mocked, tmp_path):
+def test_array_record_files_give_the_same_records(mocked, tmp_path):
     pytest.importorskip("array_record")
     examples = write_mocked(tmp_path, "array_record")
     fields = overrides(tmp_path, tmp_path)
@@ -147,7 +147,7 @@ def test_array_record_files_are_read_alike(mocked, tmp_path):
         np.testing.assert_array_equal(source.record(i).image, other.record(i).image)
 
 
-def test_a_builder_with_several_configurations_wants_a_name(mocked, tmp_path):
+def test_a_builder_with_several_configurations_needs_a_name(mocked, tmp_path):
     for name in ("2014", "2017"):
         shutil.copytree(mocked[0] / "coco_captions" / "2014", tmp_path / "coco_captions" / name)
     data = load("configs/coco.py:base", overrides(mocked[0], tmp_path)).data

@@ -1,4 +1,4 @@
-"""`evaluate drawbench` and then the raters' page, as a person would type them, on a tiny stage."""
+"""`evaluate drawbench` and `rate_build` on a tiny stage."""
 
 import json
 
@@ -43,15 +43,15 @@ def test_from_a_csv_to_a_page(stage_folder, tmp_path, capsys):
     assert "must be two names" in capsys.readouterr().err
 
 
-def test_prompts_that_say_what_they_ask_for_are_scored(stage_folder, tmp_path, capsys):
+def test_rows_with_objects_are_scored(stage_folder, tmp_path, capsys):
     thing = {"shape": "circle", "color": "red", "size": None}
-    said = {"kind": "single", "objects": [thing], "relation": None}
-    rows = [{"prompt": f"{c} circle", "category": c, **said} for c in ("Colors", "Rare Words")]
+    content = {"kind": "single", "objects": [thing], "relation": None}
+    rows = [{"prompt": f"{c} circle", "category": c, **content} for c in ("Colors", "Rare Words")]
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
     flags = [f"--prompts={tmp_path / 'prompts.jsonl'}", f"--stages={stage_folder}"]
-    out = tmp_path / "drawn"
+    out = tmp_path / "samples"
     assert main.main(["evaluate", "drawbench", *flags, f"--out={out}"]) == 0
     card = json.loads((out / "alignment.json").read_text())
     assert card["pictures"] == 16 and [*card["kinds"]] == ["Colors", "Rare Words", "all"]
-    assert card["kinds"]["Colors"]["scores"]["exact"]["mean"] == 0  # Random weights draw noise.
+    assert card["kinds"]["Colors"]["scores"]["exact"]["mean"] == 0  # Random weights give noise.
     assert "Rare Words  exact" in capsys.readouterr().out

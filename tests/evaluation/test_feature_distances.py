@@ -1,4 +1,4 @@
-"""KID, precision and recall, CMMD: against their definitions, and where the answer is known."""
+"""KID, precision and recall, CMMD: against their definitions and known values."""
 
 import itertools
 import math
@@ -13,7 +13,7 @@ from imagen_jax.evaluation.samples import EvaluationError
 RNG = np.random.default_rng(0)
 
 
-def test_kid_is_its_definition():
+def test_kid_equals_its_definition():
     a, b = RNG.normal(size=(7, 3)), RNG.normal(size=(5, 3)) + 1
 
     def k(x, y):
@@ -36,7 +36,7 @@ def test_kid_over_subsets_has_no_bias():
     assert kid(a, b, subsets=50, size=100) == same
 
 
-def test_precision_and_recall_tell_what_is_missing_from_what_is_wrong():
+def test_precision_and_recall_separate_missing_from_wrong():
     left, right = RNG.normal(size=(2, 400, 2)) + np.array([[[-30]], [[30]]])
     both = np.concatenate([left, right])
     half = precision_recall(RNG.normal(size=(400, 2)) - 30, both)
@@ -45,14 +45,14 @@ def test_precision_and_recall_tell_what_is_missing_from_what_is_wrong():
     assert more.precision == 0.5 and more.recall == 1.0
 
 
-def test_precision_with_a_border_that_is_known():
+def test_precision_with_a_known_border():
     real = np.array([[0.0], [1.0], [2.0], [10.0]])
     # Third neighbours are 10, 9, 8 and 10 away: 18.5 is within 8.5 of the last, 20.5 of none.
-    drawn = np.array([[18.5], [20.5], [-9.5], [-10.5]])
-    assert precision_recall(drawn, real).precision == 0.5
+    generated = np.array([[18.5], [20.5], [-9.5], [-10.5]])
+    assert precision_recall(generated, real).precision == 0.5
 
 
-def test_cmmd_is_its_definition():
+def test_cmmd_equals_its_definition():
     a, b = RNG.normal(size=(6, 4)), RNG.normal(size=(9, 4)) + 0.5
     x, y = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (a, b))
 
@@ -71,7 +71,7 @@ def test_blocks_change_nothing(monkeypatch):
     assert cmmd(a, b) == pytest.approx(whole[1], rel=1e-9)
 
 
-def test_what_cannot_be_compared():
+def test_incompatible_features_are_rejected():
     with pytest.raises(EvaluationError, match="size 2 and 3 cannot"):
         kid(np.zeros((4, 2)), np.zeros((4, 3)))
     with pytest.raises(EvaluationError, match="at least 4"):

@@ -1,7 +1,6 @@
-"""`evaluate fid` and `evaluate fid30k` as a user runs them: rules, refusals, cards, a kill.
+"""`evaluate fid` and `evaluate fid30k`: caption selection, errors, cards, resuming.
 
-Inception has random weights: what is tested is that all that a card depends on is done, kept and
-said, not the quality of a picture.
+Inception has random weights: the tests cover the bookkeeping of a card, not the quality of images.
 """
 
 import hashlib
@@ -33,7 +32,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def captioned(tmp_path_factory):
-    """A folder of 9 pictures with one to three captions each."""
+    """A folder of 9 images with one to three captions each."""
     folder = tmp_path_factory.mktemp("captioned")
     rng = np.random.default_rng(0)
     for i in range(9):
@@ -43,7 +42,7 @@ def captioned(tmp_path_factory):
     return folder
 
 
-def test_captions_are_drawn_by_the_written_rule(captioned):
+def test_captions_are_selected_by_the_documented_rule(captioned):
     (source,) = sources = fid30k.open_data(str(captioned))
     rows = fid30k.select_captions(sources, 6, seed=3)
     digests = {i: hashlib.sha256(f"3/{i}".encode()).digest() for i in range(9)}
@@ -62,7 +61,7 @@ def test_captions_are_drawn_by_the_written_rule(captioned):
         fid30k.select_captions(sources, 10, seed=0)
 
 
-def test_a_folder_of_other_captions_is_refused(captioned, tmp_path):
+def test_a_folder_of_other_captions_is_rejected(captioned, tmp_path):
     sources = fid30k.open_data(str(captioned))
     fid30k.write_captions(fid30k.select_captions(sources, 4, 0), tmp_path)
     fid30k.write_captions(fid30k.select_captions(sources, 4, 0), tmp_path)
@@ -70,26 +69,26 @@ def test_a_folder_of_other_captions_is_refused(captioned, tmp_path):
         fid30k.write_captions(fid30k.select_captions(sources, 5, 0), tmp_path)
 
 
-def test_reference_pictures_are_centred_squares_of_the_drawn_size(captioned):
-    pictures = fid30k.load_images(fid30k.open_data(str(captioned)), 16)
-    assert pictures.count == 9
+def test_reference_images_are_centred_squares_of_the_sample_size(captioned):
+    real = fid30k.load_images(fid30k.open_data(str(captioned)), 16)
+    assert real.count == 9
     whole = images.decode((captioned / "2.png").read_bytes())
     square = Image.fromarray(whole[:, 4:26]).resize((16, 16), Image.Resampling.BICUBIC)
-    np.testing.assert_array_equal(pictures.load(2), np.asarray(square))
+    np.testing.assert_array_equal(real.load(2), np.asarray(square))
     of_folder, size = fid.load_images(str(captioned), 16)
     assert (of_folder.count, size) == (9, 16)
     np.testing.assert_array_equal(of_folder.load(2), np.asarray(square))
     assert fid.load_images(str(captioned))[1] == 20
 
 
-def test_stages_that_learned_from_coco_are_not_zero_shot():
+def test_stages_trained_on_coco_are_not_zero_shot():
     coco = DataConfig(kind="tfds", name="coco_captions/2014")
     assert fid30k.trained_on_coco(Config(data=coco))
     assert fid30k.trained_on_coco(Config(data=DataConfig(kind="folder", path="data/COCO_train")))
     assert not fid30k.trained_on_coco(Config())
 
 
-def test_statistics_made_otherwise_are_refused(tmp_path):
+def test_statistics_of_other_settings_are_rejected(tmp_path):
     about = {"filter": "clean", "inception_sha256": "a", "size": 64}
     gaussian = frechet.Statistics.of(np.random.default_rng(0).normal(size=(9, 3))).gaussian()
     path = tmp_path / "r.npz"
@@ -116,7 +115,7 @@ def test_statistics_made_otherwise_are_refused(tmp_path):
         (["fid", "--samples=a", "--reference=b", "--out=x.json", "--resamples=1"], "at least 2"),
     ],
 )
-def test_refusals_are_one_line(flags, says, tmp_path, monkeypatch, capsys):
+def test_errors_are_one_line(flags, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main.main(["evaluate", *flags, "--inception=none.pth"]) == 1
     said = capsys.readouterr().err
@@ -195,7 +194,7 @@ def world(base_config, random_params, tmp_path_factory, inception_file):
 
 
 def start(flags, out) -> subprocess.Popen:
-    """The command in a process of its own; what it compiles is shared with the next ones."""
+    """The command in its own process; later ones share its compilation cache."""
     return subprocess.Popen(
         [sys.executable, "-m", "imagen_jax", "evaluate", "fid30k", *flags, f"--out={out}"],
         cwd=ROOT,
@@ -211,7 +210,7 @@ def start(flags, out) -> subprocess.Popen:
 
 
 def kill_once(flags, out, pattern: str) -> int:
-    """Kills the command as soon as a file below `out` matches; returns how many do."""
+    """Kills the command once a file below `out` matches; returns the number of matches."""
     process = start(flags, out)
     deadline = time.monotonic() + 600
     while not list(out.glob(pattern)):

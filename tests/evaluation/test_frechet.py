@@ -1,4 +1,4 @@
-"""Frechet's distance against scipy and closed forms; sums in parts; files of others."""
+"""Frechet distance against scipy and closed forms; merged statistics; foreign files."""
 
 import numpy as np
 import pytest
@@ -55,7 +55,7 @@ def test_rank_deficient_covariances_that_do_not_commute():
     assert frechet.distance(*large) == pytest.approx(frechet.distance(*small), rel=1e-9)
 
 
-def test_a_cloud_is_no_distance_from_itself():
+def test_a_set_has_distance_zero_to_itself():
     few = Statistics.of(RNG.normal(size=(50, 150)) * 10).gaussian()
     assert frechet.distance(few, few) < 1e-9
 
@@ -71,20 +71,20 @@ def test_parts_merge_exactly():
         np.testing.assert_allclose(total.scatter, whole.scatter, rtol=1e-9, atol=1e-9)
 
 
-def test_the_interval_is_as_wide_as_distances_of_new_pictures_scatter():
+def test_the_interval_matches_the_deviation_over_new_images():
     reference = gaussian(np.zeros(6), np.diag(np.arange(1.0, 7)))
     scale = np.linspace(1, 2, 6)
-    draws = [RNG.normal(size=(300, 6)) * scale + 0.3 for _ in range(300)]
-    spread = np.std([frechet.distance(Statistics.of(x).gaussian(), reference) for x in draws])
-    intervals = [frechet.distance_interval(x, reference, resamples=40) for x in draws[:40]]
+    sets = [RNG.normal(size=(300, 6)) * scale + 0.3 for _ in range(300)]
+    deviation = np.std([frechet.distance(Statistics.of(x).gaussian(), reference) for x in sets])
+    intervals = [frechet.distance_interval(x, reference, resamples=40) for x in sets[:40]]
     halves = [i.high - i.value for i in intervals]
-    assert np.mean(halves) == pytest.approx(stats.t.ppf(0.975, 39) * spread, rel=0.15)
-    again = frechet.distance_interval(draws[0], reference, resamples=40)
+    assert np.mean(halves) == pytest.approx(stats.t.ppf(0.975, 39) * deviation, rel=0.15)
+    again = frechet.distance_interval(sets[0], reference, resamples=40)
     assert again == intervals[0]
-    assert again.value == frechet.distance(Statistics.of(draws[0]).gaussian(), reference)
+    assert again.value == frechet.distance(Statistics.of(sets[0]).gaussian(), reference)
 
 
-def test_files_go_out_and_come_back(tmp_path):
+def test_files_round_trip(tmp_path):
     own = Statistics.of(RNG.normal(size=(20, 3))).gaussian()
     frechet.save(tmp_path / "own.npz", own, {"filter": "clean"})
     back, about = frechet.load(tmp_path / "own.npz")
@@ -106,7 +106,7 @@ def test_files_go_out_and_come_back(tmp_path):
         ({"mu": np.zeros(2), "sigma": np.full((2, 2), np.nan)}, "finite"),
     ],
 )
-def test_files_that_hold_no_statistics(tmp_path, content, says):
+def test_files_without_statistics_are_rejected(tmp_path, content, says):
     np.savez(tmp_path / "bad.npz", **content)
     with pytest.raises(EvaluationError, match=says):
         frechet.load(tmp_path / "bad.npz")
@@ -115,7 +115,7 @@ def test_files_that_hold_no_statistics(tmp_path, content, says):
         frechet.load(tmp_path / "text.npz")
 
 
-def test_what_cannot_be_compared():
+def test_incompatible_statistics_are_rejected():
     with pytest.raises(EvaluationError, match="size 2 and 3 cannot"):
         frechet.distance(gaussian(np.zeros(2), np.eye(2)), gaussian(np.zeros(3), np.eye(3)))
     with pytest.raises(EvaluationError, match="at least 2"):

@@ -21,15 +21,15 @@ def weight_file(tmp_path_factory):
     return path
 
 
-def features(params, pictures):
+def features(params, inputs):
     with jax.default_matmul_precision("highest"):
-        return np.asarray(fid._inception_features(params, pictures))
+        return np.asarray(fid._inception_features(params, inputs))
 
 
 def test_features_equal_torch(weight_file, request):
     golden = np.load(request.config.rootpath / "tests" / "golden" / "inception.npz")["features"]
     params, _ = inception.read(weight_file)
-    found = features(params, fid_inception.random_pictures(fid_inception.SMALL))
+    found = features(params, fid_inception.random_images(fid_inception.SMALL))
     assert golden.std() > 0.3
     assert np.abs(found - golden).max() < 1e-4
 
@@ -43,9 +43,9 @@ def test_features_equal_torch_at_full_size_from_torchs_file(weight_file, tmp_pat
     torch.save(tensors, tmp_path / "inception.pth")
     params, sha256 = inception.read(tmp_path / "inception.pth")
     assert sha256 == inception.read(weight_file)[1]
-    pictures = fid_inception.random_pictures(299)
-    expected = fid_inception.features(state, pictures)
-    gap = np.abs(features(params, pictures) - expected).max()
+    inputs = fid_inception.random_images(299)
+    expected = fid_inception.features(state, inputs)
+    gap = np.abs(features(params, inputs) - expected).max()
     print(f"largest difference {gap:.1e}, features up to {np.abs(expected).max():.2f}")
     assert gap < 1e-4
 
@@ -74,39 +74,39 @@ SIZES = [(64, 64), (256, 256), (299, 299), (480, 333)]
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def inputs():
     rng = np.random.default_rng(0)
     return [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in SIZES]
 
 
-def test_tf_is_tensorflows_own_resize(pictures):
+def test_tf_equals_tensorflow(inputs):
     tf = pytest.importorskip("tensorflow")
-    for picture in pictures:
+    for image in inputs:
         pixels = tf.raw_ops.ResizeBilinear(
-            images=picture[None].astype(np.float32), size=(299, 299), half_pixel_centers=False
+            images=image[None].astype(np.float32), size=(299, 299), half_pixel_centers=False
         )
-        np.testing.assert_allclose(resizing.tf(picture), (pixels[0].numpy() - 128) / 128, atol=1e-5)
+        np.testing.assert_allclose(resizing.tf(image), (pixels[0].numpy() - 128) / 128, atol=1e-5)
 
 
-def test_pytorch_is_torchs_own_resize(pictures):
+def test_pytorch_equals_torch(inputs):
     torch = pytest.importorskip("torch")
-    for picture in pictures:
-        x = torch.from_numpy(picture.transpose(2, 0, 1)[None].astype(np.float32) / 255)
+    for image in inputs:
+        x = torch.from_numpy(image.transpose(2, 0, 1)[None].astype(np.float32) / 255)
         x = torch.nn.functional.interpolate(x, (299, 299), mode="bilinear", align_corners=False)
         expected = 2 * x[0].numpy().transpose(1, 2, 0) - 1
         # Torch may fuse the multiplication and addition of a place, whose float32 rounding at 480
         # pixels is 3e-5 of a pixel, and neighbours differ by up to 2.
-        np.testing.assert_allclose(resizing.pytorch(picture), expected, atol=6e-5)
+        np.testing.assert_allclose(resizing.pytorch(image), expected, atol=6e-5)
 
 
-def test_filters_keep_a_picture_of_inceptions_size_and_differ_otherwise(pictures):
-    whole = pictures[2].astype(np.float32)
+def test_filters_keep_an_image_of_inceptions_size_and_differ_otherwise(inputs):
+    whole = inputs[2].astype(np.float32)
     for name, resize in resizing.FILTERS.items():
-        made = resize(pictures[2])
+        made = resize(inputs[2])
         undone = (made + 1) * 127.5 if name == "pytorch" else made * 128 + 128
         np.testing.assert_allclose(undone, whole, atol=1e-3)
         assert made.dtype == np.float32
-    large = [resize(pictures[3]) for resize in resizing.FILTERS.values()]
+    large = [resize(inputs[3]) for resize in resizing.FILTERS.values()]
     assert min(np.abs(large[i] - large[j]).mean() for i, j in ((0, 1), (0, 2), (1, 2))) > 0.01
 
 

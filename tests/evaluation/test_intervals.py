@@ -46,7 +46,7 @@ def test_without_any_effect_it_is_wide_rather_than_narrow():
 
 
 def test_ratings_as_if_independent_would_not_cover():
-    """What the interval is for: the binomial one fails on the same panels."""
+    """The binomial interval fails on the same panels."""
     answers = panels(0, 1500, 25, 20, 0.5, 0.5, 0.0)
     mean = answers.mean((1, 2))
     half = 1.96 * np.sqrt(mean * (1 - mean) / 500)

@@ -1,4 +1,4 @@
-"""The raters' page, answered in headless Chromium as a rater would, and scored."""
+"""The raters' page in headless Chromium: answers, storage, result file, score."""
 
 import base64
 import json
@@ -27,7 +27,7 @@ DARK, LIGHT = 40, 220
 
 @pytest.fixture
 def study(write_samples, tmp_path):
-    """A study of four prompts, eight pictures each: A dark, B light."""
+    """A study of four prompts, eight images each: A dark, B light."""
     a = write_samples("a", PROMPTS, level=DARK, count=8)
     b = write_samples("b", PROMPTS, level=LIGHT, count=8)
     key = build.build(a, b, str(tmp_path / "study"), study="drawbench", names=("mine", "b"))
@@ -35,7 +35,7 @@ def study(write_samples, tmp_path):
 
 
 def shown(browser, folder: pathlib.Path) -> tuple[str, list[list[int]]]:
-    """Caption and, for each side, the levels of the pictures that the page shows."""
+    """Caption and, for each side, the levels of the images on the page."""
     browser.wait(
         "[...document.images].length > 0 && [...document.images].every("
         "(img) => img.complete && img.naturalWidth > 0)"
@@ -103,7 +103,7 @@ def test_a_rater_answers(browser, study, tmp_path):
     result = json.loads(file.read_text())
     assert result["rater"] == "Zoë <b>" and len(result["answers"]) == 2 * len(key["items"])
 
-    assert browser.value("document.title") == "Rating pictures", "a prompt ran as a script"
+    assert browser.value("document.title") == "Rating images", "a prompt ran as a script"
     assert browser.problems == []
     assert {url.split(":")[0] for url in browser.requests} <= {"file", "blob"}
 
@@ -131,11 +131,11 @@ def test_one_category_by_mouse(browser, study):
         captions.append(shown(browser, folder)[0])
         browser.click(".question:nth-child(1) button:nth-child(2)")
         browser.click(".question:nth-child(2) button:nth-child(1)")
-    wanted = [item["prompt"] for item in key["items"] if item["category"] == "Colors"]
-    assert sorted(captions) == sorted(wanted)
+    expected = [item["prompt"] for item in key["items"] if item["category"] == "Colors"]
+    assert sorted(captions) == sorted(expected)
 
 
-def test_an_item_with_one_picture(browser, write_samples, tmp_path):
+def test_an_item_with_one_image(browser, write_samples, tmp_path):
     rows = [{"prompt": f"caption {i}"} for i in range(4)]
     a, b = write_samples("a", rows, level=DARK), write_samples("b", rows, level=LIGHT)
     key = build.build(a, b, str(tmp_path / "s"), study="alignment", controls=0.5)

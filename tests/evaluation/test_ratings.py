@@ -22,7 +22,7 @@ DARK, LIGHT = 40, 220
 
 @pytest.fixture
 def study(write_samples, tmp_path):
-    """Key and folder of a DrawBench study of 12 prompts, two pictures each."""
+    """Key and folder of a DrawBench study of 12 prompts, two images each."""
     a = write_samples("a", ROWS, level=DARK, count=2)
     b = write_samples("b", ROWS, level=LIGHT, count=2)
     out = tmp_path / "study"
@@ -40,9 +40,11 @@ def answer(key, rater, prefers, folder, *, attentive=True, saved="2026-01-01T00:
                 if not attentive:
                     given = {"left": "right", "right": "left"}[given]
             else:
-                wish = prefers(item)
-                # One picture alone has no side: its answer stays as it is.
-                given = dict(zip(item["of"], ("left", "right"), strict=False)).get(wish, wish)
+                preferred = prefers(item)
+                # A single image has no side: its answer is unchanged.
+                given = dict(zip(item["of"], ("left", "right"), strict=False)).get(
+                    preferred, preferred
+                )
             answers.append({"item": number, "question": question, "answer": given})
     path = folder / f"{rater}_{saved[:10]}.json"
     content = {"study": key["id"], "rater": rater, "saved": saved, "answers": answers}
@@ -50,23 +52,23 @@ def answer(key, rater, prefers, folder, *, attentive=True, saved="2026-01-01T00:
     return path
 
 
-def test_the_page_tells_nothing(study):
+def test_the_page_reveals_nothing(study):
     key, out = study
     html = (out / "page" / "index.html").read_text()
     assert not any(word in html for word in ("mine", "theirs", "control", "http:", "https:"))
     files = sorted((out / "page" / "pictures").iterdir())
     assert len(files) == 4 * len(key["items"])
     for file in files:
-        with Image.open(file) as picture:
-            assert not picture.info, "metadata may name the checkpoint"
-    # Neither a picture's number nor its side follows from the folder it comes from.
+        with Image.open(file) as image:
+            assert not image.info, "metadata may name the checkpoint"
+    # Neither the file name nor the side of an image depends on its folder.
     sides = [item["of"] for item in key["items"] if item["of"]]
     assert sides.count(["A", "B"]) == sides.count(["B", "A"]) == 6
     numbers = [int(n[:5]) for item in key["items"] for side in item["pictures"] for n in side]
     assert sorted(numbers) == list(range(len(files))) and numbers != sorted(numbers)
 
 
-def test_the_key_is_right(study):
+def test_the_key_matches_the_images(study):
     key, out = study
     levels = {"A": DARK, "B": LIGHT}
     for item in key["items"]:
@@ -127,7 +129,7 @@ def test_rates_exclusions_and_files(study, tmp_path):
     assert {"Colors", "mine", "theirs"} <= set(texts)
 
 
-def test_the_file_saved_last_holds(study, tmp_path):
+def test_the_file_saved_last_counts(study, tmp_path):
     key, out = study
     later = answer(key, "r", lambda item: "A", tmp_path, saved="2026-02-01T10:00:00+02:00")
     earlier = answer(key, "r", lambda item: "B", tmp_path, saved="2026-01-31T10:00:00Z")
@@ -137,7 +139,7 @@ def test_the_file_saved_last_holds(study, tmp_path):
         assert card["raters"] == 1
 
 
-def test_who_answers_no_control_question_does_not_count(study, tmp_path):
+def test_a_rater_without_control_answers_is_excluded(study, tmp_path):
     key, out = study
     path = answer(key, "r", lambda item: "A", tmp_path)
     result = json.loads(path.read_text())
@@ -160,7 +162,7 @@ def test_who_answers_no_control_question_does_not_count(study, tmp_path):
         ({"answers": [{"item": 0, "question": "fidelity", "answer": "A"}]}, "left"),
     ],
 )
-def test_result_files_that_do_not_fit(study, tmp_path, capsys, change, says):
+def test_invalid_result_files_are_rejected(study, tmp_path, capsys, change, says):
     key, out = study
     path = answer(key, "r", lambda item: "A", tmp_path)
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
@@ -183,8 +185,8 @@ def test_yes_somewhat_no(write_samples, tmp_path):
     controls = [item for item in key["items"] if item["control"]]
     for item in controls:
         pixels = np.asarray(Image.open(out / "page" / "pictures" / item["pictures"][0][0]))
-        said = item["prompt"].split()[2]
-        same = tuple(pixels[0, 0]) == build.PLAIN_COLORS[said]
+        named = item["prompt"].split()[2]
+        same = tuple(pixels[0, 0]) == build.PLAIN_COLORS[named]
         assert item["control"]["description"] == ("yes" if same else "no")
 
 
@@ -209,7 +211,7 @@ def test_people():
     assert not names_people("a mango on a boyish mannequin")
 
 
-def test_folders_that_do_not_fit(write_samples, tmp_path):
+def test_folders_that_do_not_match_are_rejected(write_samples, tmp_path):
     a = write_samples("a", ROWS)
     b = write_samples("b", [{"prompt": "another"}])
     with pytest.raises(EvaluationError, match="no prompt .* in common"):

@@ -41,7 +41,7 @@ def test_a_run_stands_at_its_place(write_samples, tmp_path, capsys):
     assert (tmp_path / "out" / "pictures.png").exists() and 'src="pictures.png"' in html
 
 
-def test_cards_of_pictures_say_what_they_were_measured_with(tmp_path):
+def test_cards_list_their_settings(tmp_path):
     fid30k = {"card": "fid30k", "fid": 12.5, "low": 12.0, "high": 13.0, "zero_shot": True}
     fid30k |= {"images": 7, "filter": "clean", "stages": [{"name": "base", "guidance_weight": 2.0}]}
     clip = {"card": "clip_score", "clip_score": 0.25, "low": None, "high": None, "images": 1}

@@ -1,4 +1,4 @@
-"""`evaluate sweep` as a user runs it, on stages that have learned nothing: cells, refusals."""
+"""`evaluate sweep` on untrained stages: cells, resuming, errors."""
 
 import dataclasses
 import itertools
@@ -71,7 +71,7 @@ def times(folder):
     return {str(p): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
 
 
-def test_every_cell_is_drawn_as_the_library_draws_it_and_is_in_table_and_figure(world, done):
+def test_every_cell_equals_the_library_and_is_in_table_and_figure(world, done):
     card = json.loads((done / "sweep.json").read_text())
     assert len(card["cells"]) == 8 and card["score"] == "alignment"
     assert [cell["set"] for cell in card["cells"]] == ["early"] * 4 + ["late"] * 4
@@ -87,14 +87,14 @@ def test_every_cell_is_drawn_as_the_library_draws_it_and_is_in_table_and_figure(
         assert numbers["alignment"]
     assert len({cell["numbers"]["pictures_sha256"] for cell in card["cells"]}) == 8
     rows = [json.loads(line) for line in (world / "prompts.jsonl").read_text().splitlines()]
-    drawn = Cascade.load([str(world / "late")]).sample(
+    generated = Cascade.load([str(world / "late")]).sample(
         [row["prompt"] for row in rows[:PROMPTS]],
         stage_settings={"base": {"guidance_weight": 3.5, "thresholding": "dynamic"}},
         batch_size=3,
     )
-    for index, picture in enumerate(drawn):
+    for index, image in enumerate(generated):
         file = done / "late" / CHOICE / "samples" / f"{index:05d}_00.png"
-        np.testing.assert_array_equal(images.decode(file.read_bytes()), picture)
+        np.testing.assert_array_equal(images.decode(file.read_bytes()), image)
     table = (done / "sweep.md").read_text()
     assert table.count("\n| early |") == table.count("\n| late |") == 4
     svg = (done / "pareto.svg").read_text()
@@ -102,19 +102,17 @@ def test_every_cell_is_drawn_as_the_library_draws_it_and_is_in_table_and_figure(
     assert images.decode((done / "pareto.png").read_bytes()).std() > 0
 
 
-def test_a_finished_cell_is_not_drawn_again_and_a_half_written_one_goes_on(
-    world, done, monkeypatch
-):
+def test_a_finished_cell_is_skipped_and_an_incomplete_one_resumes(world, done, monkeypatch):
     whole, before = (done / "sweep.json").read_text(), times(done)
     cell = done / "early" / CHOICE
     (cell / "cell.json").unlink()
-    picture = cell / "samples" / "00001_00.png"
-    pixels = picture.read_bytes()
-    picture.write_bytes(pixels[: len(pixels) // 2])
+    image = cell / "samples" / "00001_00.png"
+    pixels = image.read_bytes()
+    image.write_bytes(pixels[: len(pixels) // 2])
     (cell / ".cell.json.1.tmp").write_text("{")
     (cell / "features" / "samples" / "0000000_4.npz").write_bytes(b"PK")
     assert main.main(flags(world, done)) == 0
-    assert (done / "sweep.json").read_text() == whole and picture.read_bytes() == pixels
+    assert (done / "sweep.json").read_text() == whole and image.read_bytes() == pixels
     (cell / ".cell.json.1.tmp").unlink()
     after = times(done)
     changed = {path.removeprefix(f"{done}/") for path in after if after[path] != before.get(path)}
@@ -124,7 +122,7 @@ def test_a_finished_cell_is_not_drawn_again_and_a_half_written_one_goes_on(
         *(f"{own}/samples/grid.png", f"{own}/features/samples/0000000_4.npz"),
         *("sweep.json", "sweep.md", "pareto.svg", "pareto.png"),
     }
-    # With nothing left to draw no stage is read onto the devices.
+    # With no cell left, no stage is loaded.
     monkeypatch.setattr(Cascade, "load", None)
     assert main.main(flags(world, done)) == 0
 
@@ -152,7 +150,7 @@ def test_a_finished_cell_is_not_drawn_again_and_a_half_written_one_goes_on(
         ("--samples_per_prompt=0", "--samples_per_prompt=0 must be at least 1"),
     ],
 )
-def test_refusals_are_one_line_and_nothing_is_drawn(world, done, more, says, capsys):
+def test_errors_are_one_line_and_nothing_is_sampled(world, done, more, says, capsys):
     before = times(done)
     assert main.main(flags(world, done, more)) == 1
     said = capsys.readouterr().err
@@ -160,36 +158,40 @@ def test_refusals_are_one_line_and_nothing_is_drawn(world, done, more, says, cap
     assert times(done) == before
 
 
-def test_one_stage_enlarges_what_all_sets_drew_and_hears_no_text(world, tmp_path, capsys):
-    """Its own encoder is not even there, and neither its guidance nor a prompt changes a pixel."""
+def test_one_stage_upsamples_all_sets_without_text(world, tmp_path, capsys):
+    """Without its text encoder; neither its guidance nor a prompt changes a pixel."""
     grid = ["--grid={}", f"--enlarge={world}/sr"]
     assert main.main(flags(world, tmp_path, *grid)) == 0
     cells = json.loads((tmp_path / "sweep.json").read_text())["cells"]
     assert len({cell["numbers"]["pictures_sha256"] for cell in cells}) == 2
     folder = tmp_path / "late" / "as_exported"
-    small, drawn = (
+    lowres, generated = (
         np.stack(
             [images.decode((folder / part / f"0000{i}_00.png").read_bytes()) for i in (0, 1, 2)]
         )
         for part in ("samples", "enlarged")
     )
-    assert small.shape == (3, 8, 8, 3) and drawn.shape == (3, 16, 16, 3)
+    assert lowres.shape == (3, 8, 8, 3) and generated.shape == (3, 16, 16, 3)
     stage = Cascade.load([str(world / "sr")], text_encoder=None)
     config = stage.configs[0]
     shape = (3, config.data.max_text_len)
-    spoken = {
+    text = {
         "text_emb": np.ones((*shape, config.model.text_dim), np.float32),
         "text_mask": np.ones(shape, bool),
     }
-    # Guidance of weight 0 is the network without text, whatever it is told.
-    deaf, hearing = (
-        stage.sample(lowres=small, stage_settings={"sr": {"guidance_weight": w}}, **spoken)
+    # Guidance weight 0 is the network without text, for any conditioning.
+    without_text, with_text = (
+        stage.sample(lowres=lowres, stage_settings={"sr": {"guidance_weight": w}}, **text)
         for w in (0.0, 3.0)
     )
-    assert np.abs(deaf.astype(int) - drawn).max() <= 1 < np.abs(hearing.astype(int) - drawn).max()
+    assert (
+        np.abs(without_text.astype(int) - generated).max()
+        <= 1
+        < np.abs(with_text.astype(int) - generated).max()
+    )
     rows = (folder / "enlarged" / "samples.jsonl").read_text()
     assert rows == (folder / "samples" / "samples.jsonl").read_text()
-    # A cell knows what enlarged it; a stage of another side is refused.
+    # A cell records its upsampler; a stage of another size is rejected.
     assert main.main(flags(world, tmp_path, "--grid={}", f"--enlarge={world}/sr_late")) == 1
     assert "enlarge.weights=" in capsys.readouterr().err
     assert main.main(flags(world, tmp_path, "--grid={}", f"--enlarge={world}/early")) == 1
@@ -209,7 +211,7 @@ def cell(score, distance, **values):
     return {"set": "a", "values": values, "numbers": numbers, "asked": asked}
 
 
-def test_the_front_is_what_no_cell_beats():
+def test_the_front_is_the_set_of_undominated_cells():
     rng = np.random.default_rng(0)
     places = [tuple(place) for place in rng.integers(0, 6, (30, 2)).astype(float).tolist()]
     found = sweep_report.with_front([cell(*place) for place in places])
@@ -219,7 +221,7 @@ def test_the_front_is_what_no_cell_beats():
     assert 0 < sum(mark["front"] for mark in found) < 30
 
 
-def test_lines_lead_along_the_first_field():
+def test_lines_follow_the_first_field():
     cells = [
         cell(0.2 + w / 100 + s / 10, w, **{"base.guidance_weight": w, "base.steps": s})
         for w, s in itertools.product((1.0, 2.0, 3.0), (4, 8))
@@ -234,7 +236,7 @@ def test_lines_lead_along_the_first_field():
     assert "| a | 3 | 8 | 1.03 |" in table.replace("|  |", "|")
 
 
-def test_prompts_of_nothing_known_need_clip_and_real_pictures(world, tmp_path, capsys):
+def test_prompts_without_a_scorer_need_clip_and_real_images(world, tmp_path, capsys):
     (tmp_path / "p.txt").write_text("a dog\na cat\n")
     flags = [f"--stages={world}/early", f"--prompts={tmp_path}/p.txt", f"--out={tmp_path}/out"]
     assert main.main(["evaluate", "sweep", *flags]) == 1
@@ -242,7 +244,7 @@ def test_prompts_of_nothing_known_need_clip_and_real_pictures(world, tmp_path, c
     assert not (tmp_path / "out").exists()
 
 
-def test_grids_of_other_forms_are_refused():
+def test_invalid_grids_are_rejected():
     for text in ('{"base": [1]}', "{", '"x"'):
         with pytest.raises(EvaluationError, match="--grid"):
             sweep.read_grid(text)

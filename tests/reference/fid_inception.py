@@ -93,7 +93,7 @@ def random_weights() -> dict[str, np.ndarray]:
     return {name: array.astype(np.float32) for name, array in arrays.items()}
 
 
-def random_pictures(size: int, count: int = 2) -> np.ndarray:
+def random_images(size: int, count: int = 2) -> np.ndarray:
     """Float32 pictures in [-1, 1], smooth and noisy parts alike, NHWC."""
     rng = np.random.default_rng(size)
     ramps = np.linspace(-1, 1, size)[:, None, None] * rng.uniform(-0.5, 0.5, (count, 1, size, 3))
@@ -177,4 +177,4 @@ def features(state: dict[str, np.ndarray], pictures: np.ndarray) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    np.savez_compressed(sys.argv[1], features=features(random_weights(), random_pictures(SMALL)))
+    np.savez_compressed(sys.argv[1], features=features(random_weights(), random_images(SMALL)))

@@ -27,7 +27,7 @@ def patch_means() -> Network:
     return Network("patch means", lambda picture: picture.astype(np.float32), _means, {})
 
 
-def random_pictures(count: int, size: int = 16) -> LazyImages:
+def random_images(count: int, size: int = 16) -> LazyImages:
     """Noise; each picture depends on its number alone."""
 
     def load(number: int) -> np.ndarray:
@@ -44,7 +44,7 @@ def main() -> None:
     extract.PARTS_AT_ONCE = 1  # Every batch is merged by itself.
     distributed.initialize(log=lambda line: None)
     parts = extract.extract(
-        random_pictures(count), patch_means(), folder, batch_size=batch, log=lambda line: None
+        random_images(count), patch_means(), folder, batch_size=batch, log=lambda line: None
     )
     total = parts.statistics()
     print(

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 from PIL import Image
 
-from imagen_jax.worlds.shapes import scenes
+from imagen_jax.worlds.shapes import outlines, scenes
 from imagen_jax.worlds.shapes.letters import LETTERS
 
 # RGB distance above which a pixel is not background; noise of 6/255 is below a quarter of it.
@@ -49,15 +49,15 @@ class _Form(NamedTuple):
 
 _FORMS = {
     "circle": _Form(math.pi, 2 * math.pi),
-    "square": _Form(4 * scenes.SQUARE_HALF**2, 8 * scenes.SQUARE_HALF),
+    "square": _Form(4 * outlines.SQUARE_HALF**2, 8 * outlines.SQUARE_HALF),
     "triangle": _Form(
-        2 * scenes.TRIANGLE_HALF**2,
-        2 * scenes.TRIANGLE_HALF * (1 + math.sqrt(5)),
-        below=scenes.TRIANGLE_HALF / 3,
+        2 * outlines.TRIANGLE_HALF**2,
+        2 * outlines.TRIANGLE_HALF * (1 + math.sqrt(5)),
+        below=outlines.TRIANGLE_HALF / 3,
     ),
     "cross": _Form(
-        8 * scenes.CROSS_ARM * scenes.CROSS_HALF_WIDTH - 4 * scenes.CROSS_HALF_WIDTH**2,
-        8 * scenes.CROSS_ARM,
+        8 * outlines.CROSS_ARM * outlines.CROSS_HALF_WIDTH - 4 * outlines.CROSS_HALF_WIDTH**2,
+        8 * outlines.CROSS_ARM,
     ),
 }
 # Search grid of the template fit: offsets right and down in pixels, factor of the radius.
@@ -173,7 +173,7 @@ def _fit(mask: np.ndarray, names: tuple[str, ...]) -> tuple[str | None, float, f
         dx, dy = np.arange(window.shape[1]) - x, np.arange(window.shape[0])[:, None] - y
         # Single precision: this line takes most of the time per image.
         template = (
-            scenes.coverage(shape, *(np.asarray(v, np.float32) for v in (radius, dx, dy))) > 0.5
+            outlines.coverage(shape, *(np.asarray(v, np.float32) for v in (radius, dx, dy))) > 0.5
         )
         iou = (template & window).sum((1, 2)) / (template | window).sum((1, 2))
         overlap[shape], radii[shape] = float(iou.max()), float(radius.ravel()[iou.argmax()])
@@ -191,7 +191,7 @@ def _form(shape: str) -> _Form:
         return _FORMS[shape]
     radius = 100.0
     across = np.arange(-1.5 * radius, 1.5 * radius) + 0.5
-    alpha = scenes.coverage(shape, radius, across[None, :], across[:, None])
+    alpha = outlines.coverage(shape, radius, across[None, :], across[:, None])
     area = alpha.sum()
     # Coverage rises from 0 to 1 across the outline, in any direction.
     outline = np.hypot(*np.gradient(alpha)).sum()

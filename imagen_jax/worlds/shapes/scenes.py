@@ -14,13 +14,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 
-from imagen_jax.worlds.shapes import letters
+from imagen_jax.worlds.shapes import letters, outlines
 from imagen_jax.worlds.shapes.captions import (
     AXIS,
     NUMBERS,
@@ -58,13 +58,13 @@ COLORS = {
 }
 SIZES = {"small": 7.25, "medium": 9.1, "large": 11.5}
 
-# Lengths in radii; the shapes have similar areas at equal size.
-SQUARE_HALF = math.sqrt(math.pi) / 2
-TRIANGLE_HALF = 1.15
-CROSS_ARM = 1.15
-CROSS_HALF_WIDTH = 0.4
 SHAPES = ("circle", "square", "triangle", "cross")
-EXTENT = {"circle": 1.0, "square": SQUARE_HALF, "triangle": TRIANGLE_HALF, "cross": CROSS_ARM}
+EXTENT = {
+    "circle": 1.0,
+    "square": outlines.SQUARE_HALF,
+    "triangle": outlines.TRIANGLE_HALF,
+    "cross": outlines.CROSS_ARM,
+}
 EXTENT |= dict.fromkeys(letters.LETTERS, letters.EXTENT)
 # Distance of adjacent letters in radii: wider than the font's cells, so that letters do not touch.
 LETTER_PITCH = 1.75
@@ -188,7 +188,7 @@ def render(scene: Scene, size: int = IMAGE_SIZE) -> UInt8[np.ndarray, "size size
         window = image[top : math.ceil(y + reach), left : math.ceil(x + reach)]
         dx = np.arange(window.shape[1], dtype=np.float32) + (left + 0.5 - x)
         dy = np.arange(window.shape[0], dtype=np.float32) + (top + 0.5 - y)
-        alpha = coverage(thing.shape, radius, dx[None, :], dy[:, None])[..., None]
+        alpha = outlines.coverage(thing.shape, radius, dx[None, :], dy[:, None])[..., None]
         window += alpha * (np.array(COLORS[thing.color], np.float32) - window)
     return np.rint(image).astype(np.uint8)
 
@@ -240,45 +240,6 @@ def scene_from_row(row: Mapping[str, Any], rng: np.random.Generator) -> Scene:
         return Scene("word", place_word(objects, rng), None, row["prompt"], False)
     placed = tuple(objects) if named and _fits(objects) else _place(objects, relation, rng)
     return Scene(row["kind"], placed, relation, row["prompt"], named)
-
-
-def coverage(
-    shape: str,
-    radius: float | Float[np.ndarray, "..."],
-    dx: Float[np.ndarray, "..."],
-    dy: Float[np.ndarray, "..."],
-) -> Float[np.ndarray, "..."]:
-    """Share of a pixel that a shape covers, 0..1, from the signed distance to its outline.
-
-    Args:
-      shape: one of SHAPES or of `letters.LETTERS`.
-      radius: size in pixels, see SIZES; broadcast against `dx` and `dy`.
-      dx: pixel centre minus object centre, rightwards, pixels.
-      dy: the same downwards.
-    """
-    return np.clip(0.5 - _DISTANCES[shape](dx, dy, radius), 0, 1)
-
-
-def _triangle(dx: np.ndarray, dy: np.ndarray, radius: float | np.ndarray) -> np.ndarray:
-    half = TRIANGLE_HALF * radius
-    side = (2 * np.abs(dx) - (dy + half)) / math.sqrt(5)  # outline from (0, -half) to (half, half)
-    return np.maximum(side, dy - half)
-
-
-def _cross(dx: np.ndarray, dy: np.ndarray, radius: float | np.ndarray) -> np.ndarray:
-    arm, half_width = CROSS_ARM * radius, CROSS_HALF_WIDTH * radius
-    dx, dy = np.abs(dx), np.abs(dy)
-    flat = np.maximum(dx - arm, dy - half_width)
-    upright = np.maximum(dx - half_width, dy - arm)
-    return np.minimum(flat, upright)
-
-
-_DISTANCES: dict[str, Callable[..., np.ndarray]] = {
-    "circle": lambda dx, dy, radius: np.sqrt(dx * dx + dy * dy) - radius,
-    "square": lambda dx, dy, radius: np.maximum(abs(dx), abs(dy)) - SQUARE_HALF * radius,
-    "triangle": _triangle,
-    "cross": _cross,
-} | {letter: functools.partial(letters.distance, letter) for letter in letters.LETTERS}
 
 
 def _compose(kind: str, rng: np.random.Generator) -> tuple[tuple[Object, ...], Relation | None]:

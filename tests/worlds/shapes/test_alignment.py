@@ -1,4 +1,4 @@
-"""The checker accepts real pictures, also grainy or soft ones, and rejects garbled ones."""
+"""The scorer accepts real images, also noisy or blurred, and rejects corrupted ones."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from imagen_jax.evaluation.samples import EvaluationError
-from imagen_jax.worlds.shapes import alignment
+from imagen_jax.worlds.shapes import alignment, outlines
 from imagen_jax.worlds.shapes import scenes as shapes
 from imagen_jax.worlds.shapes.reading import components, detect_objects
 from tests.reference import scene_samples
@@ -22,10 +22,10 @@ def _scenes(kinds=shapes.KINDS, per_split=PER_SPLIT):
     return [scene for scene in scenes if scene.kind in kinds]
 
 
-def _exact(pictures, scenes):
+def _exact(rendered, scenes):
     marks = [
-        alignment.score(picture, shapes.prompt_row(scene))["exact"]
-        for picture, scene in zip(pictures, scenes, strict=True)
+        alignment.score(image, shapes.prompt_row(scene))["exact"]
+        for image, scene in zip(rendered, scenes, strict=True)
     ]
     return np.mean(marks)
 
@@ -36,37 +36,37 @@ def _with(scene, *objects):
 
 def _bitten(scene, rng):
     """A disc is missing from the outline of every object."""
-    picture = shapes.render(scene)
+    image = shapes.render(scene)
     y, x = np.mgrid[:64, :64] + 0.5
     for thing in scene.objects:
         radius = shapes.SIZES[thing.size]
         angle = rng.uniform(0, 2 * np.pi)
         inside = np.hypot(x - thing.x, y - thing.y) < 1.5 * radius
         away = np.cos(angle) * (x - thing.x) + np.sin(angle) * (y - thing.y)
-        edge = away[inside & (picture != BACKGROUND).any(-1)].max()
+        edge = away[inside & (image != BACKGROUND).any(-1)].max()
         cx, cy = thing.x + edge * np.cos(angle), thing.y + edge * np.sin(angle)
-        picture[np.hypot(x - cx, y - cy) < 0.8 * radius] = BACKGROUND
-    return picture
+        image[np.hypot(x - cx, y - cy) < 0.8 * radius] = BACKGROUND
+    return image
 
 
 def _jagged(scene, rng):
     """Every row of pixels is shifted by up to two."""
-    picture = shapes.render(scene)
-    return np.stack([np.roll(line, rng.integers(-2, 3), axis=0) for line in picture])
+    image = shapes.render(scene)
+    return np.stack([np.roll(line, rng.integers(-2, 3), axis=0) for line in image])
 
 
 def _frayed(scene, rng):
     """Pixels within two of the outline are background or colour at random."""
-    picture = shapes.render(scene)
+    image = shapes.render(scene)
     for thing in scene.objects:
         dx, dy = np.arange(64) + 0.5 - thing.x, np.arange(64)[:, None] + 0.5 - thing.y
         radius = shapes.SIZES[thing.size]
-        outer = shapes.coverage(thing.shape, radius + 1.5, dx, dy) > 0.5
-        inner = shapes.coverage(thing.shape, radius - 1.5, dx, dy) > 0.5
+        outer = outlines.coverage(thing.shape, radius + 1.5, dx, dy) > 0.5
+        inner = outlines.coverage(thing.shape, radius - 1.5, dx, dy) > 0.5
         band, color = outer & ~inner, rng.random((64, 64)) < 0.5
-        picture[band & color] = shapes.COLORS[thing.color]
-        picture[band & ~color] = BACKGROUND
-    return picture
+        image[band & color] = shapes.COLORS[thing.color]
+        image[band & ~color] = BACKGROUND
+    return image
 
 
 def _merged(scene, rng):
@@ -88,12 +88,12 @@ def _wrong_color(scene, rng):
 def _two_tone(scene, rng):
     """The left half of the first object has another colour."""
     first, *_ = scene.objects
-    picture, other = shapes.render(scene), _wrong_color(scene, rng)
+    image, other = shapes.render(scene), _wrong_color(scene, rng)
     half = int(first.x)
     reach = int(1.5 * shapes.SIZES[first.size])
     window = np.s_[max(int(first.y) - reach, 0) : int(first.y) + reach, max(half - reach, 0) : half]
-    picture[window] = other[window]
-    return picture
+    image[window] = other[window]
+    return image
 
 
 def _wrong_shape(scene, rng):
@@ -103,10 +103,10 @@ def _wrong_shape(scene, rng):
 
 
 def _extra(scene, rng):
-    """One more small object where there is room; None if there is none."""
-    picture = shapes.render(scene)
+    """One more small object at a free position; None if there is none."""
+    image = shapes.render(scene)
     for x, y in rng.integers(12, 53, (500, 2)):
-        if (picture[y - 11 : y + 11, x - 11 : x + 11] == BACKGROUND).all():
+        if (image[y - 11 : y + 11, x - 11 : x + 11] == BACKGROUND).all():
             first = scene.objects[0]
             extra = dataclasses.replace(first, size="small", x=float(x), y=float(y))
             return _with(scene, *scene.objects, extra)
@@ -124,28 +124,28 @@ def _swapped(scene, rng):
 
 
 @pytest.mark.parametrize("kind", shapes.KINDS)
-def test_real_pictures_pass(kind):
+def test_real_images_pass(kind):
     scenes = _scenes((kind,), 400)
     assert len(scenes) >= 180
     assert _exact([shapes.render(scene) for scene in scenes], scenes) >= 0.995
 
 
-def _grain(picture, rng):
-    return np.clip(np.rint(picture + rng.normal(0, 6, picture.shape)), 0, 255).astype(np.uint8)
+def _grain(image, rng):
+    return np.clip(np.rint(image + rng.normal(0, 6, image.shape)), 0, 255).astype(np.uint8)
 
 
-def _blur(picture, rng):
-    return np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(0.7)))
+def _blur(image, rng):
+    return np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(0.7)))
 
 
 @pytest.mark.parametrize("degrade", [_grain, _blur])
-def test_grain_and_softness_are_forgiven(degrade):
+def test_noise_and_blur_are_tolerated(degrade):
     rng, scenes = np.random.default_rng(0), _scenes()
     assert _exact([degrade(shapes.render(scene), rng) for scene in scenes], scenes) >= 0.95
 
 
 @pytest.mark.parametrize(
-    ("garble", "kinds"),
+    ("corrupt", "kinds"),
     [
         (_bitten, shapes.KINDS),
         (_jagged, shapes.KINDS),
@@ -159,24 +159,24 @@ def test_grain_and_softness_are_forgiven(degrade):
         (_swapped, ("relation",)),
     ],
 )
-def test_garbled_pictures_fail(garble, kinds):
+def test_corrupted_images_fail(corrupt, kinds):
     rng, scenes = np.random.default_rng(1), _scenes(kinds)
-    pairs = [(garble(scene, rng), scene) for scene in scenes]
-    pictures, scenes = zip(*[pair for pair in pairs if pair[0] is not None], strict=True)
-    assert len(pictures) >= 50
-    assert _exact(pictures, scenes) <= 0.05
+    pairs = [(corrupt(scene, rng), scene) for scene in scenes]
+    rendered, scenes = zip(*[pair for pair in pairs if pair[0] is not None], strict=True)
+    assert len(rendered) >= 50
+    assert _exact(rendered, scenes) <= 0.05
 
 
-@pytest.mark.parametrize("garble", [_bitten, _jagged, _frayed])
-def test_raggedness_is_seen_in_every_shape(garble):
+@pytest.mark.parametrize("corrupt", [_bitten, _jagged, _frayed])
+def test_rough_outlines_are_detected_for_every_shape(corrupt):
     rng, scenes = np.random.default_rng(2), _scenes(("single",), 600)
     for shape in shapes.SHAPES:
         chosen = [scene for scene in scenes if scene.objects[0].shape == shape]
         assert len(chosen) >= 80
-        assert _exact([garble(scene, rng) for scene in chosen], chosen) <= 0.05
+        assert _exact([corrupt(scene, rng) for scene in chosen], chosen) <= 0.05
 
 
-def test_reading_recovers_the_scene():
+def test_detections_recover_the_scene():
     for scene in _scenes()[::5]:
         reading = detect_objects(shapes.render(scene))
         assert len(reading.objects) == len(scene.objects)
@@ -186,7 +186,7 @@ def test_reading_recovers_the_scene():
             assert max(abs(near.x - thing.x), abs(near.y - thing.y)) <= 1
 
 
-def test_larger_pictures_are_read_at_the_checker_s_own_size():
+def test_larger_images_are_scored_at_64_pixels():
     scenes = _scenes(per_split=30)
     assert _exact([shapes.render(scene, 256) for scene in scenes], scenes) >= 0.98
     for scene in scenes[:5]:
@@ -205,7 +205,7 @@ def test_larger_pictures_are_read_at_the_checker_s_own_size():
     assert detect_objects(speck).strays == 1
 
 
-def test_the_ceiling_is_of_the_samples_size(tmp_path, monkeypatch):
+def test_the_ceiling_has_the_size_of_the_samples(tmp_path, monkeypatch):
     scenes, sizes = [shapes.scene("held_out", i) for i in range(3)], []
     scene_samples.write(tmp_path, scenes, [shapes.render(scene, 256) for scene in scenes])
     render = shapes.render
@@ -219,11 +219,11 @@ def test_the_ceiling_is_of_the_samples_size(tmp_path, monkeypatch):
 
 def test_specks_are_strays():
     scene = shapes.scene("held_out", 0)
-    picture = shapes.render(scene)
-    assert detect_objects(picture).strays == 0
-    picture[60:62, 60:63] = (245, 245, 245)
-    assert detect_objects(picture).strays == 1
-    assert not alignment.score(picture, shapes.prompt_row(scene))["exact"]
+    image = shapes.render(scene)
+    assert detect_objects(image).strays == 0
+    image[60:62, 60:63] = (245, 245, 245)
+    assert detect_objects(image).strays == 1
+    assert not alignment.score(image, shapes.prompt_row(scene))["exact"]
 
 
 def test_components_of_two_hooks_and_a_slant():
@@ -259,12 +259,12 @@ def _red_and_blue(red, blue, shape="circle"):
     return _with(shapes.scene("train", 0), *things)
 
 
-def test_each_mark_speaks_for_itself():
+def test_each_attribute_alone():
     row = _relation_row()
     good = alignment.score(_red_and_blue((30.0, 45.0), (34.0, 15.0)), row)
-    not_asked = {"size", "spelling"}
-    assert {k for k, v in good.items() if v is None} == not_asked
-    assert all(v for k, v in good.items() if k not in not_asked)
+    unspecified = {"size", "spelling"}
+    assert {k for k, v in good.items() if v is None} == unspecified
+    assert all(v for k, v in good.items() if k not in unspecified)
     swapped = alignment.score(_red_and_blue((30.0, 15.0), (34.0, 45.0)), row)
     assert swapped["binding"] and swapped["count"]
     assert not (swapped["relation"] or swapped["order"] or swapped["exact"])
@@ -276,7 +276,7 @@ def test_each_mark_speaks_for_itself():
     assert alone["order"] is None and not alone["relation"] and not alone["count"]
 
 
-def test_named_sizes_must_be_met_by_the_right_object():
+def test_named_sizes_apply_to_their_object():
     row = _relation_row()
     row["objects"][0]["size"] = "large"
     marks = alignment.score(_red_and_blue((30.0, 45.0), (34.0, 15.0)), row)
@@ -288,8 +288,8 @@ def test_named_sizes_must_be_met_by_the_right_object():
 def test_evaluate_reports_scores_between_ceiling_and_chance(tmp_path):
     scenes = [shapes.scene("held_out", i) for i in range(120)]
     blank = _with(scenes[0])
-    pictures = [blank if i % 6 == 0 else shapes.render(scene) for i, scene in enumerate(scenes)]
-    scene_samples.write(tmp_path, scenes, pictures)
+    rendered = [blank if i % 6 == 0 else shapes.render(scene) for i, scene in enumerate(scenes)]
+    scene_samples.write(tmp_path, scenes, rendered)
     report = alignment.evaluate(tmp_path)
     assert report["pictures"] == 120 and list(report["kinds"]) == [
         "count",
@@ -320,7 +320,7 @@ def test_rows_without_positions_and_sizes_have_a_ceiling_too(tmp_path):
     assert alone == {k: t["scores"] for k, t in alignment.evaluate(tmp_path)["kinds"].items()}
 
 
-def test_pictures_of_one_prompt_belong_together():
+def test_effective_sample_size_over_prompts():
     def independent(*prompts):
         return alignment.effective_sample_size(
             [(str(p), mark) for p, marks in enumerate(prompts) for mark in marks]
@@ -330,7 +330,7 @@ def test_pictures_of_one_prompt_belong_together():
     assert independent([True] * 8, [False] * 8, [True] * 8, [True] * 8) == pytest.approx(4)
     assert independent([True] * 8, [True] * 8) == 2
     assert independent([True, False] * 4, [True, False] * 4) == 16
-    # Prompts as alike as pictures are: 95% intervals of so many pictures hold the truth.
+    # Correlated images of one prompt: 95% intervals of that sample size cover the true rate.
     rng, hits = np.random.default_rng(0), []
     for _ in range(300):
         rates = rng.beta(2, 2, 32)
@@ -341,7 +341,7 @@ def test_pictures_of_one_prompt_belong_together():
     assert 0.91 <= np.mean(hits) <= 0.99
 
 
-def test_scores_are_told_apart_by_any_field(tmp_path):
+def test_scores_are_grouped_by_any_field(tmp_path):
     scenes = [shapes.scene("seen_test", i) for i in range(4)]
     scene_samples.write(tmp_path, scenes, map(shapes.render, scenes))
     lines = (tmp_path / "samples.jsonl").read_text().splitlines()
@@ -352,7 +352,7 @@ def test_scores_are_told_apart_by_any_field(tmp_path):
         alignment.evaluate(tmp_path, by="sort")
 
 
-def test_faults_are_named(tmp_path):
+def test_invalid_rows_are_named(tmp_path):
     with pytest.raises(EvaluationError, match="no file .*samples.jsonl"):
         alignment.evaluate(tmp_path)
     scenes = [shapes.scene("seen_test", 0)]

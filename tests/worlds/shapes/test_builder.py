@@ -1,4 +1,4 @@
-"""What is read back from disk is what the world draws, in its order."""
+"""Records on disk equal the scenes of the world, in order."""
 
 import collections
 import json
@@ -71,8 +71,8 @@ def test_the_large_world_is_the_first_scenes_again(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shapes, "SPLITS", {"train": 9, "seen_test": 4, "held_out": 4})
         tfds_build.prepare(str(tmp_path), "shapes_world256")
-        shown = tfds.builder("shapes_world256", data_dir=str(tmp_path)).as_dataset(split="train")
-    examples = list(tfds.as_numpy(shown))
+        records = tfds.builder("shapes_world256", data_dir=str(tmp_path)).as_dataset(split="train")
+    examples = list(tfds.as_numpy(records))
     assert len(examples) == 2
     for index, example in enumerate(examples):
         scene = shapes.scene("train", index)
@@ -95,7 +95,7 @@ def test_more_relations_are_other_scenes_of_seen_combinations(tmp_path, monkeypa
     assert len(set(captions) - trained_on) > 25
 
 
-def test_words_are_held_out_of_pictures_and_text(tmp_path, monkeypatch):
+def test_words_are_held_out_of_images_and_text(tmp_path, monkeypatch):
     monkeypatch.setattr(words, "SPLITS", {"train": 30, "held_out": 6})
     tfds_build.prepare(str(tmp_path), "shapes_words")
     builder = tfds.builder("shapes_words", data_dir=str(tmp_path))
@@ -114,6 +114,6 @@ def test_words_are_held_out_of_pictures_and_text(tmp_path, monkeypatch):
     assert len(firsts) == 120
 
 
-def test_unknown_names_are_refused(tmp_path):
+def test_unknown_names_are_rejected(tmp_path):
     with pytest.raises(ConfigError, match="config.data.name='shapes_wrld'"):
         tfds_build.prepare(str(tmp_path), "shapes_wrld")

@@ -1,4 +1,4 @@
-"""Every category asks for what it is named after, and a real picture of it would pass."""
+"""Every category tests its subject, and real images of its rows pass."""
 
 import pathlib
 
@@ -27,13 +27,13 @@ def _scene(row):
     return scenes.scene_from_row(row, np.random.default_rng(0))
 
 
-def test_the_file_is_what_the_function_writes(rows, tmp_path):
+def test_the_bundled_file_equals_the_function(rows, tmp_path):
     assert drawbench.read_prompts(str(FILE)) == rows
     shapes_drawbench.write(str(tmp_path / "again.jsonl"))
     assert prompts.read(str(tmp_path / "again.jsonl")) == rows
 
 
-def test_categories_are_of_one_size(rows):
+def test_categories_have_equal_sizes(rows):
     categories = {category: len(_of(rows, category)) for category in shapes_drawbench.CATEGORIES}
     assert (
         set(categories.values()) == {shapes_drawbench.PROMPTS_PER_CATEGORY} and len(categories) == 9
@@ -41,7 +41,7 @@ def test_categories_are_of_one_size(rows):
     assert len(rows) == sum(categories.values())
 
 
-def test_real_pictures_pass_and_those_of_other_prompts_do_not(rows):
+def test_real_images_pass_and_those_of_other_prompts_fail(rows):
     rng = np.random.default_rng(0)
     some = rows[::4]
     right = [alignment.score(scenes.render(_scene(row)), row)["exact"] for row in some]
@@ -54,7 +54,7 @@ def test_real_pictures_pass_and_those_of_other_prompts_do_not(rows):
     assert np.mean(wrong) <= 0.1
 
 
-def test_what_conflicts_or_is_counted_or_placed_was_held_out(rows):
+def test_conflicting_counting_and_positional_are_held_out(rows):
     for category in ("Conflicting", "Counting", "Positional"):
         assert all(scenes.is_held_out(_scene(row)) for row in _of(rows, category)), category
     assert {len(row["objects"]) for row in _of(rows, "Counting")} == {2, 3, 4}
@@ -63,7 +63,7 @@ def test_what_conflicts_or_is_counted_or_placed_was_held_out(rows):
     assert len(named) == len(scenes.SHAPES) * len(scenes.COLORS)
 
 
-def test_pairs_exchange_the_roles_and_nothing_else(rows):
+def test_pairs_differ_in_the_roles_only(rows):
     pairs = _of(rows, "Gary Marcus et al.")
     for one, other in zip(pairs[::2], pairs[1::2], strict=True):
         assert one["objects"] == other["objects"][::-1] and one["relation"] == other["relation"]
@@ -73,7 +73,7 @@ def test_pairs_exchange_the_roles_and_nothing_else(rows):
         ]
 
 
-def test_words_are_strange_where_they_should_be(rows):
+def test_misspellings_and_rare_words_are_unknown_words(rows):
     known = {word for i in range(400) for word in _words(scenes.scene("train", i).caption)}
     plain = {*scenes.COLORS, *scenes.SHAPES, *scenes.SIZES}
     for category in ("Misspellings", "Rare Words"):
@@ -84,9 +84,9 @@ def test_words_are_strange_where_they_should_be(rows):
         assert len(_words(row["prompt"])) >= 14
 
 
-def test_text_asks_for_words_that_no_picture_shows(rows):
-    asked = {"".join(t["shape"] for t in row["objects"]) for row in _of(rows, "Text")}
-    assert all(map(shapes_words.is_held_out, asked)) and len(asked) > 20
+def test_text_uses_held_out_words(rows):
+    spelled = {"".join(t["shape"] for t in row["objects"]) for row in _of(rows, "Text")}
+    assert all(map(shapes_words.is_held_out, spelled)) and len(spelled) > 20
     for row in _of(rows, "Text"):
         word = "".join(thing["shape"] for thing in row["objects"]).lower()
         assert f'"{word}"' in row["prompt"] and row["objects"][0]["color"] in row["prompt"]

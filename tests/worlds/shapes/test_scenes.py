@@ -1,4 +1,4 @@
-"""The drawn world keeps its promises: determinism, novelty, gaps, true relations, varied words."""
+"""Scenes: determinism, held-out combinations, gaps, true relations, varied captions."""
 
 import re
 
@@ -29,7 +29,7 @@ def test_a_scene_depends_on_its_split_and_index_alone():
     assert scenes.scene("train", 1).caption == "a group of two large yellow triangles."
 
 
-def test_unknown_splits_and_indices_are_refused():
+def test_unknown_splits_and_indices_are_rejected():
     with pytest.raises(scenes.ShapesError, match="train, seen_test, held_out"):
         scenes.scene("test", 0)
     with pytest.raises(scenes.ShapesError, match="index=-1"):
@@ -37,7 +37,7 @@ def test_unknown_splits_and_indices_are_refused():
 
 
 def _statement(scene):
-    """What a relation scene says, read from where its objects stand; mirrored forms are equal."""
+    """The statement of a relation scene by its positions; mirrored forms are equal."""
     low, high = sorted(scene.objects, key=lambda o: (o.x, o.y))
     axis = "x"
     if abs(low.y - high.y) > abs(low.x - high.x):
@@ -47,7 +47,7 @@ def _statement(scene):
 
 
 def _facts(scene):
-    """Everything that may be new about a scene."""
+    """Every combination of a scene that can be held out."""
     objects = {(o.color, o.shape, o.size) for o in scene.objects}
     if scene.kind == "count":
         objects.add((len(scene.objects), *next(iter(objects))))
@@ -114,8 +114,8 @@ def test_kinds_are_mixed_as_stated(held_out):
         assert abs(np.mean([scene.kind == kind for scene in held_out]) - 1 / 3) < 0.01
 
 
-def test_pictures_keep_gaps_and_margins(train):
-    """Measured on pixels: around every object three pixels are free of any other."""
+def test_images_keep_gaps_and_margins(train):
+    """Measured on pixels: at least three pixels between objects."""
     for scene in train[:SOME]:
         masks = []
         for thing in scene.objects:
@@ -152,7 +152,7 @@ def test_counted_objects_are_equal_and_two_to_four(train):
         assert len({(o.color, o.shape, o.size) for o in scene.objects}) == 1
 
 
-def test_captions_say_what_is_drawn_in_many_ways(train):
+def test_captions_describe_the_scene_with_many_templates(train):
     skeletons = set()
     for scene in train:
         caption = scene.caption
@@ -185,13 +185,13 @@ def test_both_orders_of_mention_occur(train):
     assert 0.3 < np.mean(firsts) < 0.8
 
 
-def test_areas_grow_with_size_and_are_alike_among_shapes():
+def test_areas_grow_with_size_and_are_similar_among_shapes():
     area = {}
     for shape in scenes.SHAPES:
         for size in scenes.SIZES:
             thing = scenes.Object(shape, "white", size, 32.3, 31.6)
-            picture = scenes.render(scenes.Scene("single", (thing,), None, "", True))
-            area[shape, size] = float((picture[..., 0] - 22.0).sum() / (245 - 22))
+            image = scenes.render(scenes.Scene("single", (thing,), None, "", True))
+            area[shape, size] = float((image[..., 0] - 22.0).sum() / (245 - 22))
     for size in scenes.SIZES:
         sizes = [area[shape, size] for shape in scenes.SHAPES]
         assert max(sizes) < 1.25 * min(sizes)
@@ -199,7 +199,7 @@ def test_areas_grow_with_size_and_are_alike_among_shapes():
         assert area[shape, "small"] * 1.5 < area[shape, "medium"] < area[shape, "large"] / 1.5
 
 
-def test_larger_pictures_show_the_same_with_edges_as_thin(train):
+def test_larger_images_show_the_same_scene_with_edges_of_one_pixel(train):
     for scene in train[:20]:
         small, large = scenes.render(scene), scenes.render(scene, 256)
         reduced = large.reshape(64, 4, 64, 4, 3).mean((1, 3))
@@ -223,7 +223,7 @@ def test_prompt_rows_restore_their_scene(train):
         ]
 
 
-def test_too_many_objects_are_refused():
+def test_too_many_objects_are_rejected():
     thing = {"shape": "square", "color": "red", "size": "large"}
     row = {"prompt": "", "kind": "count", "objects": [thing] * 9, "relation": None}
     with pytest.raises(scenes.ShapesError, match="9 objects do not fit"):

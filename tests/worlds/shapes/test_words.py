@@ -1,4 +1,4 @@
-"""Words are drawn as they are spelled; held-out ones share nothing with training but letters."""
+"""Words are rendered as spelled; held-out words share only letters with training."""
 
 import collections
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from imagen_jax.worlds.shapes import letters
+from imagen_jax.worlds.shapes import letters, outlines
 from imagen_jax.worlds.shapes import scenes as shapes
 from imagen_jax.worlds.shapes import words as shapes_words
 
@@ -30,7 +30,7 @@ def test_a_scene_depends_on_its_split_and_index_alone(scenes):
         shapes_words.scene("train", -1)
 
 
-def test_held_out_words_are_never_trained_on_and_their_letters_are(scenes):
+def test_held_out_words_are_absent_from_training_and_their_letters_are_not(scenes):
     words = {split: {_word(scene) for scene in found} for split, found in scenes.items()}
     assert not words["train"] & words["held_out"]
     for place in range(3):
@@ -48,10 +48,10 @@ def test_held_out_words_are_never_trained_on_and_their_letters_are(scenes):
 def test_captions_and_paraphrases_say_the_word_and_its_colour(scenes):
     for index, scene in enumerate(scenes["train"][:100]):
         word, color = _word(scene).lower(), scene.objects[0].color
-        said = shapes_words.paraphrases("train", index)
-        assert said[0] == scene.caption and len(said) == shapes.PARAPHRASES
+        captions = shapes_words.paraphrases("train", index)
+        assert captions[0] == scene.caption and len(captions) == shapes.PARAPHRASES
         assert f'"{word}"' in scene.caption
-        for text in said:
+        for text in captions:
             assert color in text
             spelled = all(
                 f'{n} "{letter}"' in text
@@ -67,29 +67,29 @@ def test_no_paraphrase_of_training_has_a_held_out_word():
             assert not held_out & set(text.replace('"', " ").split())
 
 
-def test_letters_stand_apart_inside_the_picture_and_in_one_colour(scenes):
+def test_letters_are_separate_inside_the_image_and_of_one_colour(scenes):
     for scene in scenes["train"][:60]:
-        picture = shapes.render(scene)
-        lit = np.abs(picture.astype(int) - shapes.BACKGROUND).sum(-1) > 0
+        image = shapes.render(scene)
+        lit = np.abs(image.astype(int) - shapes.BACKGROUND).sum(-1) > 0
         margin = int(shapes.MARGIN) - 1
         assert not lit[:margin].any() and not lit[-margin:].any()
         assert not lit[:, :margin].any() and not lit[:, -margin:].any()
-        columns = np.abs(picture.astype(int) - shapes.BACKGROUND).sum(-1).max(0) > 60
+        columns = np.abs(image.astype(int) - shapes.BACKGROUND).sum(-1).max(0) > 60
         runs = np.count_nonzero(np.diff(columns.astype(int)) == 1)
         assert runs == 3, scene.caption
-        centre = picture[lit].astype(int)
+        centre = image[lit].astype(int)
         color = np.array(shapes.COLORS[scene.objects[0].color])
         assert (np.abs(centre - color).sum(-1) < 3).mean() > 0.4
 
 
-def test_letters_are_the_font_s():
-    """The distance field, drawn large, is the glyph that Pillow draws."""
+def test_letters_equal_the_font():
+    """The distance field, rendered large, equals the glyph of Pillow."""
     radius, side = 60.0, 200
     finer = 4  # Pillow fits outlines to whole pixels.
     font = ImageFont.truetype(str(letters.FONT), round(finer * 2 * radius * 2048 / 1493))
     at = np.arange(side) + 0.5 - side / 2
     for letter in letters.LETTERS:
-        ours = shapes.coverage(letter, radius, at[None, :], at[:, None])
+        ours = outlines.coverage(letter, radius, at[None, :], at[:, None])
         sheet = Image.new("L", (finer * side, finer * side))
         foot = finer * side / 2, finer * (side / 2 + radius)
         ImageDraw.Draw(sheet).text(foot, letter, fill=255, font=font, anchor="ms")
@@ -98,14 +98,14 @@ def test_letters_are_the_font_s():
         assert np.abs(ours - theirs).sum() / theirs.sum() < 0.04, letter
 
 
-def test_larger_pictures_show_the_same(scenes):
+def test_larger_images_show_the_same_scene(scenes):
     for scene in scenes["train"][:10]:
         small, large = (shapes.render(scene, size) for size in (64, 256))
         again = np.asarray(Image.fromarray(large).resize((64, 64), Image.Resampling.BOX))
         assert np.abs(again.astype(int) - small).mean() < 1.0
 
 
-def test_prompt_rows_have_a_picture_of_their_own(scenes):
+def test_prompt_rows_determine_a_scene(scenes):
     rng = np.random.default_rng(0)
     places = collections.Counter()
     for scene in scenes["held_out"][:40]:
