@@ -11,7 +11,11 @@ from imagen_jax.config.fields import ConfigError, check_choice, doc
 class TextConfig:
     """The frozen text encoder."""
 
-    encoder: str = doc("t5", "Row of text.TEXT_ENCODERS.", compiled=False)
+    encoder: str = doc(
+        "t5",
+        "Row of text.encoders.TEXT_ENCODERS, entry point or package.module:name.",
+        compiled=False,
+    )
     path: str = doc(
         "",
         "Folder of the encoder's weights: Hugging Face layout, or t5x (any tensorstore address).",
