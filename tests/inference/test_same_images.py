@@ -26,7 +26,7 @@ def drawn(base_config, sr_config, random_params, tmp_path_factory):
     found = {}
     for devices in (1, 8):
         out = root / f"drawn_{devices}.npz"
-        script = SOURCE / "tests" / "reference" / "same_pictures.py"
+        script = SOURCE / "tests" / "reference" / "same_images.py"
         flags = f"--xla_force_host_platform_device_count={devices}"
         subprocess.run(
             [sys.executable, script, f"{root}/base,{root}/sr", root / "texts.npz", out],

@@ -1,4 +1,4 @@
-"""The diffusion process in float64 NumPy, written from the papers' formulas."""
+"""The diffusion process in float64 NumPy, from the formulas of the papers."""
 
 import numpy as np
 from scipy.integrate import solve_ivp
@@ -10,7 +10,7 @@ def cosine_logsnr(t):
 
 
 def discrete_linear_logsnr(steps=1000):
-    """logsnr after each of DDPM's steps: alpha_bar is the product of 1 - beta."""
+    """logsnr of DDPM's steps: alpha_bar is the cumulative product of 1 - beta."""
     alpha_bar = np.cumprod(1.0 - np.linspace(1e-4, 0.02, steps))
     return np.log(alpha_bar / (1.0 - alpha_bar))
 
@@ -22,13 +22,13 @@ def scales(logsnr):
 
 
 def predictions(x0, eps, logsnr):
-    """(z, {"x0", "eps", "v"}): the noisy picture and what each kind of network answers."""
+    """z and the training target of each prediction type."""
     alpha, sigma = (s[:, None, None, None] for s in scales(logsnr))
     return alpha * x0 + sigma * eps, {"x0": x0, "eps": eps, "v": alpha * eps - sigma * x0}
 
 
 def min_snr_weight(prediction, snr, gamma=5.0):
-    """The table of min-SNR weights on the error of what the network predicts."""
+    """min-SNR weight on the error of the network's output."""
     return {
         "x0": np.minimum(snr, gamma),
         "eps": np.minimum(1.0, gamma / snr),
@@ -37,25 +37,26 @@ def min_snr_weight(prediction, snr, gamma=5.0):
 
 
 def dynamic_threshold(x0, percentile):
-    """Picture by picture: clip to the percentile of |x0| if that is above 1, then rescale."""
-    pictures = []
-    for picture in x0:
-        s = max(np.percentile(np.abs(picture), percentile), 1.0)
-        pictures.append(np.clip(picture, -s, s) / s)
-    return np.stack(pictures)
+    """Clips each image to s, the percentile of |x0| or 1 if that is larger, and divides by s."""
+    thresholded = []
+    for image in x0:
+        s = max(np.percentile(np.abs(image), percentile), 1.0)
+        thresholded.append(np.clip(image, -s, s) / s)
+    return np.stack(thresholded)
 
 
 def gaussian_mean(z, logsnr, mean, deviation):
-    """E[x0 | z] where the data are N(mean, deviation^2)."""
+    """E[x0 | z] for data distributed as N(mean, deviation^2)."""
     alpha, sigma = scales(logsnr)
     variance = alpha**2 * deviation**2 + sigma**2
     return mean + alpha * deviation**2 / variance * (z - alpha * mean)
 
 
 def mixture_mean(z, logsnr, shares, means, deviation):
-    """E[x0 | z] where a picture is N(means[k], deviation^2 I) with probability shares[k].
+    """E[x0 | z] for a mixture of N(means[k], deviation^2 I) with weights shares[k].
 
-    z [n, d], means [k, d]; Bayes' rule gives each component's probability, whose own mean follows.
+    z [n, d], means [k, d]; the posterior means of the components are averaged with their posterior
+    probabilities.
     """
     alpha, sigma = scales(logsnr)
     variance = alpha**2 * deviation**2 + sigma**2
@@ -67,9 +68,9 @@ def mixture_mean(z, logsnr, shares, means, deviation):
 
 
 def mixture_flow(z, logsnr_t, logsnr_s, *mixture):
-    """Solution of the probability-flow ODE there, by scipy's eighth-order Runge-Kutta.
+    """Solution of the probability-flow ODE of the mixture by scipy's DOP853.
 
-    In y = z / alpha and n = sigma / alpha it is dy / d log n = y - x0.
+    With y = z / alpha and n = sigma / alpha the ODE is dy / d log n = y - x0.
     """
     shape = z.shape
 

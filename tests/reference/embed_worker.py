@@ -1,8 +1,8 @@
-"""`imagen embed` as one of several workers: every call of the encoder is noted before it is made.
+"""`imagen embed` as one of several workers that logs every call of the encoder.
 
     python -m tests.reference.embed_worker LOG SECONDS --config=...
 
-A call takes SECONDS longer than it would; LOG gets a line per call, the hash of its ids.
+Before each call a line with the hash of its ids is appended to LOG; then the worker sleeps SECONDS.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ encode = FrozenEncoder.encode
 def main() -> int:
     log, seconds, *arguments = sys.argv[1:]
 
-    def noted(self, ids, mask):
+    def logged(self, ids, mask):
         line = hashlib.sha256(np.asarray(ids).tobytes()).hexdigest() + "\n"
         file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         os.write(file, line.encode())
@@ -29,7 +29,7 @@ def main() -> int:
         time.sleep(float(seconds))
         return encode(self, ids, mask)
 
-    FrozenEncoder.encode = noted
+    FrozenEncoder.encode = logged
     return run.main(["embed", *arguments])
 
 

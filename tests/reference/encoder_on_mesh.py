@@ -1,7 +1,7 @@
-"""A T5 in bfloat16 over eight virtual CPU devices: memory on the way there, and its vectors.
+"""Loads a T5 in bfloat16 on eight virtual CPU devices: peak memory of loading, and its outputs.
 
-Run as a program, because the number of devices is fixed when JAX starts and the peak of memory is
-the process's. Prints a JSON object.
+A separate program, because the number of devices is fixed when JAX starts and peak memory is
+measured per process. Prints a JSON object.
 """
 
 import json
@@ -28,7 +28,7 @@ def main() -> None:
     config = TextConfig(encoder="bytes", path=sys.argv[1], dtype="bfloat16", max_len=16)
     mesh = partitioning.make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
     encoder = load_text_encoder(config, mesh)
-    # The devices' own buffers and threads are no part of the model.
+    # Initialises the devices, so that their buffers and threads are not counted.
     jax.block_until_ready(jax.device_put(np.zeros((8, 8)), partitioning.replicated(mesh)))
     before = peak()
     leaves = jax.tree.leaves(encoder.params)

@@ -1,4 +1,4 @@
-"""A text encoder without weights, for tests of what is done with its vectors."""
+"""A text encoder without weights."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +7,7 @@ from imagen_jax.text.vocabulary import TokenBatch
 
 
 class FakeEncoder:
-    """Vectors that follow from the letters of a prompt."""
+    """Vectors that are a function of the letters of a prompt."""
 
     dim, max_len = 8, 4
 

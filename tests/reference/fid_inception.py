@@ -2,8 +2,8 @@
 
     python -m tests.reference.fid_inception tests/golden/inception.npz
 
-writes features of random pictures under random weights. The weights follow from their names, so
-that no file needs to hold 24 million of them.
+Writes features of random images with random weights. The weights are seeded by their names, so no
+file stores the 24 million numbers.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def conv_shapes() -> dict[str, tuple[int, int, int, int]]:
 
 
 def random_weights() -> dict[str, np.ndarray]:
-    """A state_dict by torch's names whose activations neither vanish nor grow; no value is 0."""
+    """A state_dict with torch's names; activations keep their scale, and no value is 0."""
     arrays = {}
 
     def draw(name, shape):
@@ -101,7 +101,7 @@ def random_images(size: int, count: int = 2) -> np.ndarray:
 
 
 def features(state: dict[str, np.ndarray], pictures: np.ndarray) -> np.ndarray:
-    """The 2048 numbers of the last pool, by torch."""
+    """The 2048 features of the last pool, computed by torch."""
     import torch
     from torch.nn import functional as F
 

@@ -1,9 +1,9 @@
-"""Small U-Nets in the two shapes of DeepFloyd IF, run by diffusers: tests/golden/if_unet.
+"""Small U-Nets of DeepFloyd IF's two architectures, run by diffusers: tests/golden/if_unet.
 
     python -m tests.reference.if_unet tests/golden/if_unet    # needs torch and diffusers
 
-The weights are not stored: they follow from their names and shapes (`make_weights`). None is zero
-or one, so that a dropped or transposed parameter shows.
+The weights are not stored but seeded by their names and shapes (`make_weights`). None is zero or
+one, so a dropped or transposed parameter changes the output.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The launch scripts as the tests call them: one command of each kind, and functions to run it.
+"""Commands of the launch scripts for the tests, one of each kind, and functions to run them.
 
 Snapshots of --dry_run are in `tests/launch/snapshots/`.
 """
@@ -65,7 +65,7 @@ CAPTURE = {"capture_output": True, "text": True, "timeout": 30}
 
 
 def launch(script, *arguments, path=None, cwd=ROOT, **environment):
-    """Runs a script to its end; `path` is a folder in front of PATH."""
+    """Runs a script to completion; `path` is a folder prepended to PATH."""
     return subprocess.run(
         command(script, *arguments), cwd=cwd, env=variables(path, environment), **CAPTURE
     )
@@ -81,7 +81,7 @@ def variables(path=None, extra=None):
 
 
 def until(condition, seconds=10):
-    """Waits until the condition holds; returns whether it did."""
+    """Waits until the condition holds; False after `seconds`."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if condition():

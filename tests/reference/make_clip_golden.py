@@ -1,9 +1,9 @@
-"""Makes tests/golden/clip_text and tests/golden/clip with transformers and torch.
+"""Writes tests/golden/clip_text and tests/golden/clip with transformers and torch.
 
     python -m tests.reference.make_clip_golden tests/golden
 
-The weights are random, the vocabulary is CLIP's in small: all bytes, all bytes at a word's end, and
-a few merges. `clip` is a whole one, with pictures that are not square.
+The weights are random. The vocabulary is a small version of CLIP's: all bytes, all bytes at the end
+of a word, and a few merges. `clip` has both towers, and images that are not square.
 """
 
 import json
@@ -54,7 +54,7 @@ def vocabulary() -> dict[str, int]:
 
 
 def tokens_and_mask(folder: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
-    """Writes the vocabulary; ids and mask of the captions."""
+    """Writes the vocabulary; returns ids and mask of the captions."""
     (folder / "vocab.json").write_text(json.dumps(vocabulary()))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(MERGES) + "\n")
     tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
@@ -63,7 +63,7 @@ def tokens_and_mask(folder: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def randomize(model: torch.nn.Module) -> None:
-    """Leaves nothing at its start of zero or one, where a mistake would not show."""
+    """Adds noise to all parameters: an error in one that is zero or one would not show."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             start = 1.0 if name.endswith("weight") and "norm" in name else 0.0

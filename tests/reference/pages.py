@@ -1,9 +1,9 @@
-"""The Markdown pages as the tests read them: blocks of code with their marks, and commands.
+"""Parses the Markdown pages for the tests: code blocks with their marks, and commands.
 
-A block of shell or Python has a mark in the line above its fence, which the reader does not see:
+A block of shell or Python has a mark in the line above its fence, invisible on the rendered page:
 
-    <!-- run -->            tests/docs/test_run.py runs it, in a small world
-    <!-- tested: TEST -->   that test does: PATH or PATH::NAME
+    <!-- run -->            tests/docs/test_run.py runs it on small data
+    <!-- tested: TEST -->   the test PATH or PATH::NAME covers it
     <!-- needs: WHAT -->    it needs hardware, weights or a network that no test has
 """
 
@@ -17,7 +17,7 @@ from typing import NamedTuple
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES += sorted((ROOT / "examples").glob("*.md"))
-# What a reader might type in; other blocks show files or what was printed.
+# Languages of blocks that a reader runs; the others show files or output.
 TYPED = ("bash", "python")
 SHOWN = ("text", "json", "{toctree}")
 
@@ -26,12 +26,12 @@ class Block(NamedTuple):
     """A fenced block.
 
     Attributes:
-      page: its file, from the root of the repository.
-      line: of its fence.
-      language: the first word behind the fence.
-      kind: run, tested or needs; "" where it has no mark.
-      about: what the mark says.
-      code: its lines.
+      page: path of the page, relative to the root of the repository.
+      line: line of the fence.
+      language: first word after the fence.
+      kind: run, tested or needs; "" without a mark.
+      about: text of the mark.
+      code: lines of the block.
     """
 
     page: str
@@ -66,14 +66,14 @@ def blocks(page: pathlib.Path) -> list[Block]:
 
 
 def commands(code: str) -> list[list[str]]:
-    """The simple commands of a block of shell, each as words; settings of variables left out."""
+    """The commands of a shell block, each as a list of words, without variable assignments."""
     joined = re.sub(r"\\\n\s*", " ", code)
     found, pending = [], ""
     for line in joined.splitlines():
         pending += line
         try:
             words = shlex.split(pending, comments=True)
-        except ValueError:  # A quotation goes on in the next line.
+        except ValueError:  # A quotation continues on the next line.
             pending += "\n"
             continue
         pending = ""
@@ -88,7 +88,7 @@ def settings(code: str) -> str:
 
 
 def arguments_of_imagen(words: list[str]) -> list[str] | None:
-    """What a command gives to `imagen`, the verb first; None where it is another command."""
+    """The arguments of `imagen` in a command, verb first; None for other commands."""
     for index, word in enumerate(words):
         if word in ("$imagen", "imagen"):
             return words[index + 1 :]

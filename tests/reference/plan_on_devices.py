@@ -1,7 +1,7 @@
-"""What `plan` makes of programs for four virtual CPU devices, compiled for real.
+"""Plans of programs compiled for four virtual CPU devices.
 
-Run as a program, because the number of devices is fixed when JAX starts: CONFIG_JSON, and `search`
-for the search over train steps, too. Prints a JSON object.
+A separate program, because the number of devices is fixed when JAX starts. Arguments: CONFIG_JSON
+[search]; `search` adds the search over train steps. Prints a JSON object.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ def collectives_of_a_loop() -> list[hlo.Collective]:
 
 
 def bytes_on_first_device(config: Config) -> int:
-    """What state and batch really take there."""
+    """Bytes of state and batch on the first device."""
     mesh = partitioning.make_mesh(config.mesh)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     create, _ = train.abstract_state(config, optimizer, mesh)

@@ -1,7 +1,7 @@
-"""One training step on several meshes of eight virtual CPU devices, against the same step on one.
+"""One training step on several meshes of eight virtual CPU devices, against one device.
 
-Run as a program (CONFIG adam|adafactor), because the number of devices is fixed when JAX starts.
-Prints a JSON object.
+A separate program, because the number of devices is fixed when JAX starts. Arguments: CONFIG_JSON
+adam|adafactor. Prints a JSON object.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ def parameter_shapes(config: Config):
 
 
 def step_on(mesh_config: MeshConfig, config: Config, state, batch):
-    """State and report after one step on a mesh; also the largest share of a leaf per device."""
+    """State and report after one step on a mesh, and the shapes per device of some leaves."""
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     mesh = partitioning.make_mesh(mesh_config)
     with jax.set_mesh(mesh):
@@ -81,7 +81,7 @@ def found(opt_state, name) -> list:
 
 
 def attention_shapes(config: Config, params, constrained: bool) -> list[list[int]]:
-    """Shapes per device of the attention's weights, when all that is given lies whole."""
+    """Shapes per device of the attention weights for replicated parameters and inputs."""
     mesh = partitioning.make_mesh(MESHES["data2_fsdp2_tensor2"])
     batch = make_batch(config)
     network = MODELS[config.model.name](config.model)
@@ -97,7 +97,7 @@ def attention_shapes(config: Config, params, constrained: bool) -> list[list[int
 
 @contextlib.contextmanager
 def unconstrained(active: bool):
-    """The layers as they would be without `partitioning.constrain`."""
+    """Disables `partitioning.constrain` if active."""
     constrain = partitioning.constrain
     if active:
         partitioning.constrain = lambda x, names: x
@@ -112,23 +112,20 @@ def shifted(tree, start):
 
 
 def worst(got, expected) -> float:
-    """Largest difference of two trees, as a share of the largest value expected."""
+    """Largest difference of two trees, relative to the largest expected value."""
     scale = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
     error = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), got, expected)
     return max(jax.tree.leaves(error)) / scale
 
 
 def compare(config: Config, meshes, smallest: int = 1) -> dict:
-    """The same step on one device and on each mesh.
+    """Compares a step on one device with the same step on each mesh.
 
-    Updates are compared of all parameters, or of those whose last two axes are both at least
-    `smallest`.
+    Compares the updates of all parameters, or of those whose last two axes are at least `smallest`.
     """
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     batch = make_batch(config)
-    shapes = jax.eval_shape(
-        lambda: partitioning.unbox(init_params(config, jax.random.key(0)))
-    )
+    shapes = jax.eval_shape(lambda: partitioning.unbox(init_params(config, jax.random.key(0))))
     rng = np.random.default_rng(1)
     params = jax.tree.map(
         lambda leaf: (rng.normal(size=leaf.shape) * 0.3).astype(np.float32), shapes
@@ -155,10 +152,10 @@ def compare(config: Config, meshes, smallest: int = 1) -> dict:
             "shards": shards,
         }
         # After one step Adam's first moment is a tenth of the gradient.
-        for got, wanted in zip(
+        for got, target in zip(
             found(state.opt_state, "mu"), found(expected.opt_state, "mu"), strict=True
         ):
-            results[name]["gradient_error"] = worst(got, wanted)
+            results[name]["gradient_error"] = worst(got, target)
     return results
 
 
@@ -167,8 +164,8 @@ def main() -> None:
     jax.config.update("jax_disable_most_optimizations", True)
     config = overrides.from_json(sys.argv[1])
     data = dataclasses.replace(config.data, batch_size=8)
-    # A large epsilon: Adam's update is then a smooth function of the gradient, and not the sign of
-    # what may be rounding noise.
+    # With a large epsilon Adam's update is a smooth function of the gradient; with a small one it
+    # is the sign of a gradient that may be rounding noise.
     adam = dataclasses.replace(config.optimizer, eps=1e-2, clip_norm=0.0)
     model = dataclasses.replace(config.model, head_dim=2)  # Four heads, two for a tensor device.
     config = dataclasses.replace(config, data=data, optimizer=adam, model=model)
@@ -185,10 +182,10 @@ def adam_on_all(config: Config) -> dict:
 
 
 def adafactor(config: Config) -> dict:
-    """From 128 on, Adafactor's slots are factored.
+    """Compares a step of Adafactor, whose slots are factored from size 128 on.
 
-    It has no epsilon to speak of: where a gradient is nothing but rounding (a bias in front of a
-    norm), so is its update. Only the updates of the factored parameters are compared.
+    Its epsilon is tiny, so the update of a parameter whose gradient is rounding noise (a bias
+    before a norm) is noise too. Only updates of factored parameters are compared.
     """
     model = dataclasses.replace(config.model, embed_dim=128)
     optimizer = dataclasses.replace(config.optimizer, name="adafactor")

@@ -1,9 +1,9 @@
-"""A feature network whose numbers are exact, in place of Inception where weights do not matter.
+"""A feature network with exact results, in place of Inception.
 
     python -m tests.reference.small_features FOLDER COUNT BATCH
 
-extracts the features of COUNT pictures with `patch_means` as one of the processes that the
-environment tells of, and as the first of them prints count, mean and scatter's sum as JSON.
+Extracts the features of COUNT images with `patch_means` as one of the processes described by the
+environment. The first process prints count, mean and summed scatter as JSON.
 """
 
 import json
@@ -16,19 +16,19 @@ from imagen_jax.evaluation.features.extract import LazyImages, Network
 
 
 @jax.jit
-def _means(params, pictures):
+def _means(params, image_batch):
     del params
-    b, h, w, c = pictures.shape
-    return pictures.reshape(b, h // 4, 4, w // 4, 4, c).mean((2, 4)).reshape(b, -1)
+    b, h, w, c = image_batch.shape
+    return image_batch.reshape(b, h // 4, 4, w // 4, 4, c).mean((2, 4)).reshape(b, -1)
 
 
 def patch_means() -> Network:
-    """Means of 4x4 pixels: exact in float32, whatever the order of the sums."""
-    return Network("patch means", lambda picture: picture.astype(np.float32), _means, {})
+    """Means of 4x4 pixels: exact in float32 for every order of summation."""
+    return Network("patch means", lambda image: image.astype(np.float32), _means, {})
 
 
 def random_images(count: int, size: int = 16) -> LazyImages:
-    """Noise; each picture depends on its number alone."""
+    """Noise images, seeded by their number."""
 
     def load(number: int) -> np.ndarray:
         return np.random.default_rng(number).integers(0, 256, (size, size, 3), dtype=np.uint8)

@@ -1,10 +1,10 @@
-"""Draws the same pictures in several orders and batch sizes; prints nothing, writes what it drew.
+"""Samples the same images in several orders and batch sizes and writes images and noise.
 
-    python tests/reference/same_pictures.py STAGE[,STAGE...] TEXTS.npz OUT.npz
+    python tests/reference/same_images.py STAGE[,STAGE...] TEXTS.npz OUT.npz
 
-TEXTS.npz holds text_emb and text_mask of N pictures. OUT.npz holds, by "BATCH_ORDER", the last
-stage's pictures and, with "noise_" before it, the noise that the first stage started from, both by
-picture rather than in the order drawn. How many devices there are is the environment's affair.
+TEXTS.npz holds text_emb and text_mask of N images. OUT.npz holds the images of the last stage as
+"BATCH_ORDER" and the initial noise of the first stage as "noise_BATCH_ORDER", both sorted by image.
+The environment sets the number of devices.
 """
 
 import sys
@@ -26,7 +26,7 @@ def orders(count):
 
 
 def noise_of(config, texts, order, batch):
-    """The noise of all pictures, drawn in batches as a cascade does it."""
+    """The initial noise of all images, sampled in batches as in `Cascade`."""
     keys = stage_sampler.stage_keys(image_keys(SEED, order, np.zeros(len(order))), 0)
     noise = np.zeros((len(order), config.data.image_size, config.data.image_size, 3), np.float32)
     for first in range(0, len(order), batch):
@@ -40,18 +40,18 @@ def noise_of(config, texts, order, batch):
 
 def main(stages, texts_file, out):
     cascade, texts = Cascade.load(stages.split(","), text_encoder=None), dict(np.load(texts_file))
-    drawn = {}
+    arrays = {}
     for batch in BATCHES:
         for name, order in orders(len(texts["text_emb"])).items():
-            pictures = cascade.sample(
+            samples = cascade.sample(
                 seed=SEED,
                 prompt_indices=order.tolist(),
                 batch_size=batch,
                 **{key: value[order] for key, value in texts.items()},
             )
-            drawn[f"{batch}_{name}"] = pictures[np.argsort(order)]
-            drawn[f"noise_{batch}_{name}"] = noise_of(cascade.configs[0], texts, order, batch)
-    np.savez(out, **drawn)
+            arrays[f"{batch}_{name}"] = samples[np.argsort(order)]
+            arrays[f"noise_{batch}_{name}"] = noise_of(cascade.configs[0], texts, order, batch)
+    np.savez(out, **arrays)
 
 
 if __name__ == "__main__":
