@@ -1,4 +1,4 @@
-"""What keeps the house as it is: sizes, suppressions, licence, and that CI runs what is here."""
+"""Limits on file and function length and on suppressions; CI targets; licence and citation."""
 
 import ast
 import pathlib
@@ -17,25 +17,25 @@ SUPPRESSIONS = 20  # of types, in the whole package
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_a_file_can_be_held_in_the_head(path):
+def test_files_have_at_most_400_lines(path):
     assert len(path.read_text().splitlines()) <= 400
 
 
-def test_functions_fit_on_a_screen():
+def test_functions_have_at_most_60_lines():
     long = []
     tests = ROOT / "tests"
     for path in (path for path in SOURCES if tests not in path.parents):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):
                 first = node.body[0]
-                said = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
-                start = (node.body[1] if said and len(node.body) > 1 else first).lineno
+                documented = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+                start = (node.body[1] if documented and len(node.body) > 1 else first).lineno
                 if node.end_lineno - start >= 60:
                     long.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}")
     assert not long
 
 
-def test_suppressions_of_types_are_few_and_named():
+def test_type_suppressions_are_few_and_name_their_rule():
     found = [
         line.strip()
         for path in (ROOT / "imagen_jax").rglob("*.py")
@@ -47,7 +47,7 @@ def test_suppressions_of_types_are_few_and_named():
     assert not unnamed
 
 
-def test_ci_and_hooks_run_what_is_here():
+def test_ci_and_hooks_run_existing_targets():
     targets = set(re.findall(r"^([a-z0-9_-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
     commands = [s["run"] for job in workflow["jobs"].values() for s in job["steps"] if "run" in s]
@@ -61,7 +61,7 @@ def test_ci_and_hooks_run_what_is_here():
         assert (ROOT / path).is_file()
 
 
-def test_who_may_use_it_and_how_to_cite_it():
+def test_licence_and_citation_agree():
     assert "Apache License" in (ROOT / "LICENSE").read_text()
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     version = re.search(r'__version__ = "(.+)"', (ROOT / "imagen_jax" / "__init__.py").read_text())[
