@@ -1,8 +1,8 @@
-"""How the documentation is built (`make docs`): Markdown pages, and the reference from docstrings.
+"""Sphinx configuration of `make docs`: Markdown pages, and the reference from docstrings.
 
-The first page is the README. Links of the Markdown files are those that work in the repository;
-`_links` leads those to modules to their page of the reference. Pages that no list in index.md
-names take the place of THE REST there.
+The first page is the README. The Markdown files hold links that work in the repository; `_links`
+redirects those to modules to their page of the reference. Pages that index.md does not list replace
+THE REST there.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ DOCS = pathlib.Path(__file__).parent
 ROOT = DOCS.parent
 sys.path.insert(0, str(ROOT))
 
-from imagen_jax import __version__
+from imagen_jax import __version__  # noqa: E402
 from imagen_jax.config import schema  # noqa: E402
 
 project = "imagen_jax"
@@ -33,9 +33,9 @@ myst_heading_anchors = 3
 html_theme = "furo"
 html_title = f"{project} {release}"
 html_show_copyright = html_show_sphinx = html_copy_source = False
-# Nothing of the pages is asked of a network.
+# The pages load nothing from a network.
 html_static_path = []
-# The search would fetch the pages it found, which a page read from a disk may not.
+# The search would fetch the pages it finds; a page read from a disk may not.
 html_show_search_summary = False
 
 apidoc_modules = [
@@ -50,18 +50,18 @@ apidoc_modules = [
 apidoc_separate_modules = True
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
-# What a module offers of others (`__all__`) stands where it is defined.
+# Names in `__all__` are documented where they are defined.
 autodoc_default_options = {"members": True, "ignore-module-all": True}
-# Extras that the reference can do without; the modules that import them are read all the same.
+# Optional dependencies; the modules that import them are documented without them.
 autodoc_mock_imports = ["tensorflow", "seqio", "tensorflow_datasets"]
 napoleon_use_rtype = False
-# As fields: members that are also described one by one would be described twice.
+# Attributes as fields, because members that also have an entry would appear twice.
 napoleon_use_ivar = True
-# Short names in annotations, of which there may be several: either page will do.
+# Short names in annotations may have several targets; any is accepted.
 suppress_warnings = ["ref.python"]
 
 
-# Pages that lie elsewhere in the repository, and their places on the site.
+# Pages outside docs/, and their names on the site.
 OUTSIDE = {
     "README.md": "index",
     "CONTRIBUTING.md": "generated/contributing",
@@ -71,12 +71,12 @@ OUTSIDE = {
 
 
 def _links(text: str, folder: pathlib.Path, name: str) -> str:
-    """Markdown with links as they are right in `folder`, with those of the page `name`."""
+    """Markdown whose links are relative to `folder`, with links relative to the page `name`."""
     here = (DOCS / name).parent
 
     def link(match: re.Match) -> str:
         path = (folder / match[1]).resolve()
-        if not path.exists():  # No link, but an index and a call in a block of code.
+        if not path.exists():  # Not a link: an index and a call in code.
             return match[0]
         file = path.relative_to(ROOT)
         if str(file) in OUTSIDE:
@@ -90,7 +90,7 @@ def _links(text: str, folder: pathlib.Path, name: str) -> str:
 
 
 def _read(app, name: str, source: list[str]) -> None:
-    """A page as it is written, with the README in the first one."""
+    """Rewrites the links of a page and inserts the README into the first one."""
     path = app.env.doc2path(name)
     if path.suffix != ".md" or "generated" in path.parts:
         return
@@ -105,7 +105,7 @@ def _read(app, name: str, source: list[str]) -> None:
 
 
 def _generate(app) -> None:
-    """Writes the pages that are made of other files."""
+    """Writes the pages that are made from other files."""
     (DOCS / "generated").mkdir(exist_ok=True)
     for file, name in OUTSIDE.items():
         if name != "index":
@@ -115,10 +115,10 @@ def _generate(app) -> None:
 
 
 def _docstring(app, what, name, obj, options, lines: list[str]) -> None:
-    """Our docstrings are plain text with `code` in backticks; reStructuredText reads more into it.
+    """Converts a docstring, plain text with `code` in backticks, to reStructuredText.
 
-    Code is marked as such, other marks are taken by the letter, and what is indented after a blank
-    line at the top level is code.
+    Other markup characters are escaped. Text indented after a blank line at the top level becomes a
+    block of code.
     """
     text, before = [], ""
     for line in lines:
@@ -127,7 +127,7 @@ def _docstring(app, what, name, obj, options, lines: list[str]) -> None:
         parts = re.split(r"(`[^`]+`)", line)
         plain = [re.sub(r"([\\*|]|(?<=\w)_(?!\w))", r"\\\1", part) for part in parts[::2]]
         code = [f"`{part}`" for part in parts[1::2]] + [""]
-        # A letter right behind code, as in "`Example`s".
+        # A letter directly after code, as in "`Example`s".
         plain[1:] = [re.sub(r"^(?=\w)", r"\\ ", part) for part in plain[1:]]
         literal = line.startswith("    ") and text and _in_code(text)
         text.append(line if literal else "".join(a + b for a, b in zip(plain, code, strict=True)))
@@ -136,7 +136,7 @@ def _docstring(app, what, name, obj, options, lines: list[str]) -> None:
 
 
 def _signature(app, what, name, obj, options, signature, returns) -> tuple:
-    """Array types by the names that the code has for them."""
+    """Array types by the names used in the code."""
 
     def short(text: str | None) -> str | None:
         text = text and text.replace("jaxlib._jax.Array", "Array")
@@ -146,13 +146,13 @@ def _signature(app, what, name, obj, options, signature, returns) -> tuple:
 
 
 def _at_margin(text: list[str]) -> bool:
-    """Whether the last line that is not blank begins at the margin."""
-    said = [line for line in text if line.strip()]
-    return bool(said) and not said[-1].startswith(" ")
+    """Whether the last line that is not blank starts at the margin."""
+    filled = [line for line in text if line.strip()]
+    return bool(filled) and not filled[-1].startswith(" ")
 
 
 def _in_code(text: list[str]) -> bool:
-    """Whether an indented line after these belongs to a block of code."""
+    """Whether an indented line after `text` belongs to a block of code."""
     for line in reversed(text):
         if line and not line.startswith("    "):
             return line == "::"
@@ -160,7 +160,7 @@ def _in_code(text: list[str]) -> bool:
 
 
 def _fields() -> str:
-    """The table of all fields of the configuration, Markdown."""
+    """Tables of all fields of the configuration, in Markdown."""
     sections = {"config": schema.Config}
     for field in dataclasses.fields(schema.Config):
         if dataclasses.is_dataclass(field.default_factory):
@@ -168,9 +168,9 @@ def _fields() -> str:
     text = [
         "# Configuration",
         "",
-        "Every field of `imagen_jax/config/schema.py` and the files beside it.",
+        "Every field of `imagen_jax/config/schema.py` and its sections.",
+        "`--config.section.field=value` overrides a field.",
     ]
-    text += ["`--config.section.field=value` overrides one."]
     for name, section in sections.items():
         text += ["", f"## `{name}`", "", section.__doc__.strip(), ""]
         text += ["| field | default | |", "|---|---|---|"]
@@ -184,7 +184,7 @@ def _fields() -> str:
 
 
 def setup(app) -> None:
-    """What Sphinx calls."""
+    """Connects the functions of this file; Sphinx calls it."""
     app.connect("builder-inited", _generate, priority=1)
     app.connect("source-read", _read)
     app.connect("autodoc-process-signature", _signature)
