@@ -1,4 +1,4 @@
-"""Every command in the pages is run by a test or says what it needs; none can be added unmarked."""
+"""Every command in the pages is run by a test or names what it needs; each block has a mark."""
 
 import ast
 import re
@@ -29,11 +29,11 @@ INLINE = sorted(
 
 def test_every_block_is_marked():
     unmarked = [str(b) for b in ALL if b.language in TYPED and not b.kind]
-    assert not unmarked, f"say who runs them, see tests/reference/pages.py: {unmarked}"
+    assert not unmarked, f"no mark, see tests/reference/pages.py: {unmarked}"
 
 
 def test_every_block_has_a_language():
-    """A block without one, or with another one, could hold commands unseen."""
+    """A block without a language, or with an unknown one, would escape the other tests."""
     unknown = [f"{b} {b.language!r}" for b in ALL if b.language not in TYPED + pages.SHOWN]
     assert not unknown
 
@@ -42,14 +42,14 @@ def test_every_block_has_a_language():
 def test_code_is_in_fences(page):
     text = page.read_text()
     for other in ("<pre", "<code", "~~~"):
-        assert other not in text, f"{page.name}: {other} hides commands; use ```"
+        assert other not in text, f"{page.name}: commands in {other} are not tested; use ```"
     outside = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
     for typed in (r"^\s*\$ ", r"^ {4,}(make|bash|python|imagen|pip|launch/)\b"):
         assert not re.search(typed, outside, re.MULTILINE), f"{page.name}: {typed}"
 
 
 @pytest.mark.parametrize("block", [b for b in ALL if b.kind == "tested"], ids=str)
-def test_what_is_said_to_test_a_block_is_there_and_speaks_of_it(block):
+def test_the_test_named_by_a_mark_exists_and_names_the_command(block):
     for name in block.about.split(", "):
         path, _, function = name.partition("::")
         tree = ast.parse((ROOT / path).read_text())
@@ -57,26 +57,26 @@ def test_what_is_said_to_test_a_block_is_there_and_speaks_of_it(block):
         assert function in names if function else any(n.startswith("test_") for n in names)
     sources = "".join((ROOT / n.partition("::")[0]).read_text() for n in block.about.split(", "))
     for words in pages.commands(block.code) if block.language == "bash" else ():
-        # The script or the verb (of `evaluate`, what is evaluated) stands in the test.
+        # The test must contain the script or the verb (for `evaluate`, its sub-verb).
         arguments = pages.arguments_of_imagen(words)
         if arguments:
-            said = arguments[1] if arguments[0] == "evaluate" else arguments[0]
+            command = arguments[1] if arguments[0] == "evaluate" else arguments[0]
         elif words[0] == "curl":
-            said = re.search(r"/api/\w+", " ".join(words))[0]
+            command = re.search(r"/api/\w+", " ".join(words))[0]
         else:
-            said = next(w for w in words if w not in ("bash", ".venv/bin/python")).split("/")[-1]
-            said = said.removesuffix(".py")
-        assert said == "make" or said in sources, f"{block.about} does not speak of {said}"
+            script = next(w for w in words if w not in ("bash", ".venv/bin/python"))
+            command = script.split("/")[-1].removesuffix(".py")
+        assert command == "make" or command in sources, f"{block.about} does not name {command}"
 
 
 @pytest.mark.parametrize("block", [b for b in ALL if b.kind == "needs"], ids=str)
-def test_what_a_block_needs_is_said(block):
+def test_a_needs_mark_says_what_is_needed(block):
     assert len(block.about.split()) > 1
 
 
 @pytest.mark.parametrize("arguments", IMAGEN)
-def test_flags_are_those_of_the_verb(arguments):
-    # Placeholders of numbers, as in --seed=SEED.
+def test_flags_exist_in_the_verb(arguments):
+    # Placeholders for numbers, as in --seed=SEED.
     arguments = [re.sub(r"(?<==)[A-Z]+$", "1", argument) for argument in arguments]
     try:
         main.parse(arguments)
@@ -85,8 +85,8 @@ def test_flags_are_those_of_the_verb(arguments):
 
 
 @pytest.mark.parametrize(("page", "code"), INLINE)
-def test_verbs_and_flags_in_the_text_are_known(page, code):
-    """Whole or in part: `imagen plan`, `$imagen replay --workdir=DIR --step=N`."""
+def test_verbs_and_flags_in_the_text_exist(page, code):
+    """In full or in part: `imagen plan`, `$imagen replay --workdir=DIR --step=N`."""
     words = shlex.split(code)
     verb, *rest = words[words.index("imagen_jax") + 1 :] if "imagen_jax" in words else words[1:]
     if verb in ("VERB", "WHAT"):
@@ -112,7 +112,7 @@ LAUNCHED = [
 def test_launchers_take_the_options(words):
     slice_ = ["--name=base", "--zone=us-central2-b"]
     words = [w for word in words for w in (slice_ if word == "$slice" else [word])]
-    # A script that does not know the flag would do its work here.
+    # A script without the flag would do its work here.
     assert "dry_run" in (ROOT / words[0]).read_text()
     done = subprocess.run(
         ["bash", *words, "--dry_run"], cwd=ROOT, capture_output=True, text=True, check=False
@@ -121,8 +121,8 @@ def test_launchers_take_the_options(words):
 
 
 def test_make_help_names_every_target_of_the_pages():
-    said = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
-    known = [line.split()[0] for line in said.stdout.splitlines()]
+    output = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    known = [line.split()[0] for line in output.stdout.splitlines()]
     for block in BASH:
         for words in pages.commands(block.code):
             if words[0] == "make":

@@ -1,8 +1,8 @@
-"""The commands of the pages that are marked `run`, as they stand there, in a small world.
+"""Runs the commands of the pages that are marked `run`, unchanged, with tiny configurations.
 
-The world is a folder with the repository's scripts in which `configs/shapes.py` and
-`configs/folder.py` are the real ones made tiny: the words of a command are the page's, only the
-networks and the number of steps are not. The quick start comes first and makes what the others use.
+They run in a folder with the repository's scripts, in which `configs/shapes.py` and
+`configs/folder.py` wrap the real ones with smaller networks and fewer steps. The quick start runs
+first; the other pages use its results.
 """
 
 import json
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 FIRST = "docs/quickstart.md"
 RUN = [b for b in ALL if b.kind == "run"]
-# Python that is a part of a configuration file; `c` is what `get_config` begins with.
+# Precedes blocks of Python, some of which are part of a configuration file's `get_config`.
 PRELUDE = """
 from imagen_jax.config import overrides
 from imagen_jax.config.schema import Config
@@ -44,7 +44,7 @@ def get_config(name="base"):
     c.pretrain_text.steps, c.pretrain_text.max_groups = 2, 200
     c.pretrain_text.emb_dim, c.pretrain_text.num_layers = 16, 1
     c.pretrain_text.num_heads, c.pretrain_text.mlp_dim = 2, 16
-    # The learning rate does not follow from the number of steps: runs may be made longer.
+    # The learning rate does not depend on the number of steps, so runs can be extended.
     c.optimizer.schedule = "constant"
     c.train.steps, c.train.log_every, c.checkpoint.every = 6, 1, 3
     c.mesh.cpu_devices = 1
@@ -56,7 +56,7 @@ def get_config(name="base"):
 
 
 def write_world(folder: pathlib.Path) -> None:
-    """Scripts, tiny configurations, pictures, prompts."""
+    """Writes scripts, tiny configurations, images and prompts."""
     for name in ("launch", "benchmarks", "constraints.txt", "imagen_jax"):
         (folder / name).symlink_to(ROOT / name)
     (folder / "configs").mkdir()
@@ -75,12 +75,12 @@ def write_world(folder: pathlib.Path) -> None:
         path.write_text(text)
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
     rng = np.random.default_rng(0)
-    (folder / "my_pictures").mkdir()
+    (folder / "my_images").mkdir()
     for i in range(6):
         Image.fromarray(rng.integers(0, 256, (70, 70, 3), np.uint8)).save(
-            folder / "my_pictures" / f"{i}.png"
+            folder / "my_images" / f"{i}.png"
         )
-        (folder / "my_pictures" / f"{i}.txt").write_text(f"picture {i}")
+        (folder / "my_images" / f"{i}.txt").write_text(f"image {i}")
     for name, side in (("mine", 64), ("small", 16)):
         Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8)).save(
             folder / f"{name}.png"
@@ -92,7 +92,7 @@ def write_world(folder: pathlib.Path) -> None:
 
 
 def script_of(block: Block) -> str:
-    """What is run of a block of shell: with the variables that its page has set before."""
+    """A block of shell, after the variables that earlier blocks of its page set."""
     before = [b for b in ALL if b.page == block.page and b.line < block.line]
     variables = [pages.settings(b.code) for b in before if b.language == "bash"]
     return "\n".join(
@@ -101,7 +101,7 @@ def script_of(block: Block) -> str:
 
 
 def perform(block: Block, world: pathlib.Path) -> None:
-    """Runs a block as it stands in its page."""
+    """Runs a block unchanged."""
     command = ["bash", "-c", script_of(block)]
     if block.language == "python":
         command = [sys.executable, "-c", PRELUDE + block.code]
@@ -125,7 +125,7 @@ def perform(block: Block, world: pathlib.Path) -> None:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> pathlib.Path:
-    """The world after the quick start."""
+    """The folder after the quick start."""
     folder = tmp_path_factory.mktemp("world")
     write_world(folder)
     for block in RUN:
@@ -134,7 +134,7 @@ def world(tmp_path_factory) -> pathlib.Path:
     rows = (folder / "runs/demo/samples/samples.jsonl").read_text().splitlines()
     assert len([json.loads(row) for row in rows]) == 16
     (folder / "runs/alignment.json").write_bytes((folder / "runs/demo/alignment.json").read_bytes())
-    # Pages that speak of other folders mean stages like these.
+    # Other folder names in the pages stand for the same stages.
     (folder / "stages").symlink_to("runs/demo/stages")
     (folder / "runs/mine").mkdir()
     (folder / "runs/mine/stages").symlink_to("../demo/stages")
