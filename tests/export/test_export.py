@@ -106,7 +106,7 @@ def test_an_older_checkpoint_is_exported(base_config, make_batch, tmp_path, caps
 def test_other_folders_are_rejected(trained, tmp_path, capsys):
     assert ema_verb(tmp_path, tmp_path / "stage", "--sigma_rel=0.1") == 1
     error = capsys.readouterr().err
-    assert len(error.splitlines()) == 1 and "holds no snapshots of averages" in error
+    assert len(error.splitlines()) == 1 and "has no snapshots of averages" in error
     assert "--config.ema.profiles=(0.05,0.1) --config.ema.snapshot_every=STEPS" in error
 
     (tmp_path / "letters").mkdir()
