@@ -10,9 +10,9 @@ from collections.abc import Callable
 import uvicorn
 
 from imagen_jax.inference.cascade import Cascade
-from imagen_jax.serving.app import Guard, make_app
+from imagen_jax.serving.app import make_app
 from imagen_jax.serving.gallery import Gallery
-from imagen_jax.serving.http_request import LOOPBACK, MAX_HEADER_BYTES, Limits
+from imagen_jax.serving.http_request import LOOPBACK, MAX_HEADER_BYTES, Guard, Limits
 from imagen_jax.serving.protocol import lingering
 from imagen_jax.serving.worker import Worker
 
