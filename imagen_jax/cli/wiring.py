@@ -67,21 +67,17 @@ def set_up_devices(cpu_devices: int) -> None:
 
 
 def open_pipeline(config: Config) -> Pipeline:
-    """The stream of batches of `config`: its source joined with its embeddings.
+    """The batches of `config`: its source joined with its embeddings, the rows of this process.
 
     The store must come from the encoder of `config.text`; an empty `config.text.path` accepts any
     store. With `config.text.on_the_fly` the encoder replaces the store.
     """
     source = open_source(config.data)
     store = _open_text(config)
-    return Pipeline(
-        source,
-        store,
-        config.data,
-        config.seed,
-        host=jax.process_index(),
-        hosts=jax.process_count(),
-    )
+    mesh = partitioning.make_mesh(config.mesh)
+    partitioning.check_batch_size(config.data.batch_size, mesh, config.train.accumulation)
+    rows = partitioning.batch_rows(mesh, config.data.batch_size)
+    return Pipeline(source, store, config.data, config.seed, rows)
 
 
 def _open_text(config: Config) -> EmbeddingStore | TokenSource:

@@ -7,6 +7,7 @@ Layers name the logical axes of their parameters and of some activations. A new 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -187,10 +188,53 @@ def replicate(params: Any) -> Any:
     return jax.device_put(params, replicated(local_mesh()))
 
 
-def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Global arrays of the batch from the part of this host."""
-    sharding = batch_sharding(mesh)
-    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+@functools.lru_cache(maxsize=16)
+def batch_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """The rows of the global batch that the devices of this process hold, ascending.
+
+    They follow from the sharding, so they are right for any device order, and where several
+    processes hold the same rows (tensor parallelism over processes).
+    """
+    indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    held = np.zeros(batch_size, bool)
+    for index in indices:
+        held[index] = True
+    return np.flatnonzero(held)
+
+
+def place_batch(
+    batch: Mapping[str, np.ndarray], mesh: Mesh, batch_size: int | None = None
+) -> dict[str, jax.Array]:
+    """Global arrays [batch_size, ...] of the rows that this process has.
+
+    Args:
+      batch: arrays whose first axis is `batch_rows(mesh, batch_size)`, or the whole batch.
+      mesh: from `make_mesh`.
+      batch_size: rows of the global batch; None: `batch` is the whole one.
+
+    Raises:
+      ConfigError: another number of rows.
+    """
+    batch_size = batch_size or len(next(iter(batch.values())))
+    rows, sharding = batch_rows(mesh, batch_size), batch_sharding(mesh)
+
+    def place(name: str, values: np.ndarray) -> jax.Array:
+        if len(values) not in (len(rows), batch_size):
+            raise ConfigError(
+                f"batch[{name!r}] has {len(values)} rows; give the {len(rows)} rows of "
+                f"partitioning.batch_rows, or all {batch_size} of config.data.batch_size"
+            )
+        first = np.arange(batch_size) if len(values) == batch_size else rows
+
+        def read(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(batch_size)
+            at = int(np.searchsorted(first, start))
+            return values[at : at + stop - start]
+
+        shape = (batch_size, *values.shape[1:])
+        return jax.make_array_from_callback(shape, sharding, read)
+
+    return {name: place(name, values) for name, values in batch.items()}
 
 
 def fetch(array: jax.Array | np.ndarray) -> np.ndarray:

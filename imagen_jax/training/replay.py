@@ -17,6 +17,7 @@ import numpy as np
 from imagen_jax.config.schema import Config
 from imagen_jax.diffusion import process
 from imagen_jax.parallel import partitioning
+from imagen_jax.parallel.partitioning import place_batch
 from imagen_jax.stages.loss import DROPOUT_STREAM, loss_given_randomness, sample_randomness
 from imagen_jax.training import faults
 from imagen_jax.training.checkpoint import CheckpointError, Checkpoints
@@ -65,7 +66,7 @@ def replay(
         train_step = jit_train_step(config, optimizer, abstract, mesh)
         for between, other in zip(range(start, step), batches(start), strict=False):
             del between
-            state, _ = train_step(state, encode(partitioning.place_batch(other, mesh)))
+            state, _ = train_step(state, encode(place_batch(other, mesh, config.data.batch_size)))
         if int(state.step) != step:
             raise CheckpointError(f"the batches end before step {step}")
         batch = encode({name: jnp.asarray(array) for name, array in batch.items()})

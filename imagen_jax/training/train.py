@@ -49,7 +49,8 @@ from imagen_jax.training.step import (
     step_timesteps,
 )
 
-# A source of batches: the first step -> that step's batch and all that follow.
+# A source of batches: the first step -> that step's batch and all that follow. A batch has the rows
+# of `partitioning.batch_rows`, or all rows.
 Batches = Callable[[int], Iterable[Mapping[str, np.ndarray]]]
 # Input processing on the devices: encodes the captions where embeddings are not stored.
 Encode = Callable[[Mapping[str, Array]], Mapping[str, Array]]
@@ -236,7 +237,9 @@ class Run:
                 self.profiler.before_step(step)
                 with self.timer.measure("data"):
                     batch = next(stream)
-                    placed = self.encode(partitioning.place_batch(batch, self.mesh))
+                    placed = self.encode(
+                        partitioning.place_batch(batch, self.mesh, self.config.data.batch_size)
+                    )
                 if self.train_step is None:
                     state, report = self.first_step(step, state, placed)
                 else:

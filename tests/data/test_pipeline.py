@@ -103,7 +103,7 @@ def test_hosts_side_by_side_are_one_host(world, stream):
     data, source, store = world
     for step in (0, 5, 10**7):
         parts = [
-            Pipeline(source, store, data, seed=4, host=h, hosts=4).batch_at(step) for h in range(4)
+            Pipeline(source, store, data, seed=4).part(h, 4).batch_at(step) for h in range(4)
         ]
         joined = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
         equal(joined, stream.batch_at(step))
@@ -123,7 +123,7 @@ def test_cached_pictures_are_the_decoded_ones(world, stream):
     first = uncached.batch_at(2)
     equal(stream.batch_at(2), first)
     equal(stream.batch_at(2), first)
-    equal(stream.for_host(1, 2).batch_at(2), uncached.for_host(1, 2).batch_at(2))
+    equal(stream.part(1, 2).batch_at(2), uncached.part(1, 2).batch_at(2))
 
 
 def test_prefetched_batches_start_anywhere_and_stop_cleanly(stream):
@@ -148,11 +148,8 @@ def test_an_error_in_the_background_reaches_the_loop(world):
 
 def test_what_does_not_fit_is_refused_at_once(world, tmp_path):
     data, source, store = world
-    with pytest.raises(ConfigError, match="batch_size=8 must be a multiple of 3 .hosts.; try 6"):
-        Pipeline(source, store, data, seed=0, hosts=3)
-
-    with pytest.raises(ConfigError, match="batch_size"):
-        Pipeline(source, store, data, seed=0).for_host(0, 3)
+    with pytest.raises(ConfigError, match="batch_size=8 must be a multiple of 3 parts; try 6"):
+        Pipeline(source, store, data, seed=0).part(0, 3)
 
     one = source.captions(1)
     unit = tmp_path / embeddings.unit_name(one)

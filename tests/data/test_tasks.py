@@ -40,7 +40,7 @@ def test_a_base_stage_has_no_low_resolution_picture(stream):
 
 
 def test_hosts_read_their_own_part(stream):
-    parts = [next(loaders.batches(stream.for_host(h, 2), 5)) for h in range(2)]
+    parts = [next(loaders.batches(stream.part(h, 2), 5)) for h in range(2)]
     whole = stream.batch_at(5)
     same({n: np.concatenate([p[n] for p in parts]) for n in whole}, whole)
 
@@ -60,7 +60,7 @@ def test_the_registered_task_is_usable_by_name_with_any_sharding(stream):
     assert tasks.register(stream) == name
     task = seqio.get_mixture_or_task(name)
     examples = task.get_dataset(shuffle=True, shard_info=seqio.ShardInfo(1, 4))
-    stored = stream.for_host(1, 4).examples_at(0)
+    stored = stream.part(1, 4).examples_at(0)
     for i, example in enumerate(examples.take(2).as_numpy_iterator()):
         np.testing.assert_array_equal(example["image"], stored["image"][i])
         count = int(stored["text_mask"][i].sum())

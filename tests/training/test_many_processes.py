@@ -142,10 +142,10 @@ def test_fsdp_over_processes_equals_one_process(world, alone, tmp_path):
 def test_data_order_is_the_same_for_any_number_of_hosts(world):
     pipeline = open_pipeline(load(str(world), ["model.text_dim=8"]))
     for step in (0, 3, 17):
-        whole = pipeline.batch_at(step)
+        global_batch = pipeline.batch_at(step)
         for hosts in (2, 4):
-            parts = [pipeline.for_host(h, hosts).batch_at(step) for h in range(hosts)]
-            for name, value in whole.items():
+            parts = [pipeline.part(h, hosts).batch_at(step) for h in range(hosts)]
+            for name, value in global_batch.items():
                 together = np.concatenate([part[name] for part in parts])
                 np.testing.assert_array_equal(together, value)
 

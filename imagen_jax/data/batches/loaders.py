@@ -15,7 +15,7 @@ from imagen_jax.data.batches.pipeline import Batch, Pipeline
 
 
 def batches(pipeline: Pipeline, start_step: int = 0) -> Iterator[Batch]:
-    """Yields this host's batches from a step on, without end, prepared by `data.loader`.
+    """Yields batches of the pipeline's rows from a step on, without end, prepared by `data.loader`.
 
     Args:
       pipeline: makes the batches.

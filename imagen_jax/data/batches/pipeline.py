@@ -1,11 +1,11 @@
 """Batches as a pure function of the step: `Pipeline.batch_at(step)`.
 
-Example k of a step has the number g = step * batch + host * (batch / hosts) + k in the run. Its
-record is permutation_{seed, epoch}(g mod n) of epoch g div n (order.py; mixture.py for several
-sources); its caption, crop and mirroring are sampled from g. There is no state between steps: a run
-starts at any step, a restart continues exactly, and the concatenated batches of all hosts equal the
-batch of a single host. loaders.py prepares batches ahead; the seqio task (tasks.py) reads through
-the same `examples_at`.
+Row i of the batch of a step is example g = step * batch + i of the run. Its record is
+permutation_{seed, epoch}(g mod n) of epoch g div n (order.py; mixture.py for several sources); its
+caption, crop and mirroring are sampled from g. There is no state between steps: a run starts at any
+step and a restart continues exactly. A process reads only the rows that its devices hold
+(`partitioning.batch_rows`); a row is the same in every process that reads it. loaders.py prepares
+batches ahead; the seqio task (tasks.py) reads through the same `examples_at`.
 """
 
 from __future__ import annotations
@@ -33,23 +33,15 @@ Batch = dict[str, np.ndarray]
 CACHE_BYTES = 256 << 20  # A data set whose resized images fit is decoded only once.
 
 
-def _check_hosts(data: DataConfig, hosts: int) -> None:
-    if data.batch_size % hosts:
-        near = max(data.batch_size // hosts, 1) * hosts
-        raise ConfigError(
-            f"config.data.batch_size={data.batch_size} must be a multiple of {hosts} (hosts); "
-            f"try {near}"
-        )
-
-
 class Pipeline:
-    """Batches of images and text embeddings for one host of a run.
+    """Batches of images and text embeddings for one process of a run.
 
     Every image becomes a uint8 square of side `data.image_size` (view.py); `lowres` is that square
     resized with the same filter. If the images of the source are squares of the `image_size` of an
     SR stage, its `lowres` equals the images of the base stage bit for bit.
 
     Attributes:
+      rows: row numbers of the global batch that this process reads, ascending.
       decode_jpeg_box: decodes a rectangle of a JPEG faster than the whole image, to the same
         pixels; None: not available. The seqio loader sets TensorFlow's.
     """
@@ -60,8 +52,7 @@ class Pipeline:
         store: EmbeddingStore | TokenSource,
         data: DataConfig,
         seed: int,
-        host: int = 0,
-        hosts: int = 1,
+        rows: Int[np.ndarray, " k"] | None = None,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         """Checks that every caption has an embedding.
@@ -71,15 +62,12 @@ class Pipeline:
           store: embeddings of all captions of `source`, or their tokenizer and encoder.
           data: sizes, filter, batch size.
           seed: determines the order, captions, crops and mirroring.
-          host: index of this host, 0..hosts-1.
-          hosts: number of hosts that share the batch.
+          rows: row numbers of the global batch to read; None: all.
           cache_bytes: largest size of all resized images that are cached, bytes.
 
         Raises:
-          ConfigError: the batch size is not a multiple of the number of hosts.
           EmbeddingError: captions without embeddings.
         """
-        _check_hosts(data, hosts)
         absent = int((~store.contains(source.hashes())).sum())
         if absent:
             texts = (text for i in range(len(source)) for text in source.captions(i))
@@ -89,23 +77,27 @@ class Pipeline:
                 f"{data.path!r}, the first: {first!r}; run `imagen embed` for this data"
             )
         self.source, self.store, self.data, self.seed = source, store, data, seed
-        self.host, self.hosts = host, hosts
+        self.rows = np.arange(data.batch_size) if rows is None else np.asarray(rows)
         self.decode_jpeg_box: images.DecodeJpegBox | None = None
         stored = len(source) * (data.crop_from or data.image_size) ** 2 * 3
         self._use_cache = view.is_deterministic(data) and stored <= cache_bytes
         self._cache: dict[int, tuple[np.ndarray, tuple[str, ...]]] = {}
 
-    @property
-    def per_host(self) -> int:
-        """Examples per step on this host."""
-        return self.data.batch_size // self.hosts
-
-    def for_host(self, host: int, hosts: int) -> Pipeline:
-        """The same batches for another host; the cache of images is shared."""
-        _check_hosts(self.data, hosts)
+    def for_rows(self, rows: Int[np.ndarray, " k"]) -> Pipeline:
+        """The same batches with other rows; the cache of images is shared."""
         other = copy.copy(self)
-        other.host, other.hosts = host, hosts
+        other.rows = np.asarray(rows)
         return other
+
+    def part(self, index: int, parts: int) -> Pipeline:
+        """One of `parts` equal consecutive parts of the rows. Raises ConfigError."""
+        if len(self.rows) % parts:
+            near = max(len(self.rows) // parts, 1) * parts
+            raise ConfigError(
+                f"config.data.batch_size={len(self.rows)} must be a multiple of {parts} parts; "
+                f"try {near}"
+            )
+        return self.for_rows(np.split(self.rows, parts)[index])
 
     def fingerprint(self) -> dict[str, Any]:
         """JSON values that determine the examples of every step; saved with a checkpoint."""
@@ -117,7 +109,7 @@ class Pipeline:
         }
 
     def examples_at(self, step: int) -> Batch:
-        """The examples of this host at a step, as stored: uint8 and bfloat16.
+        """The examples of `rows` at a step, as stored: uint8 and bfloat16.
 
         Returns:
           image uint8[B, H, W, 3], lowres uint8[B, h, w, 3] if the stage has one,
@@ -148,11 +140,11 @@ class Pipeline:
         return examples
 
     def step_info(self, step: int) -> dict[str, list[int]]:
-        """The record numbers that this host reads at a step."""
-        return {"records": self._records(step)[1].tolist()}
+        """The rows of the global batch that this process reads at a step, and their records."""
+        return {"rows": self.rows.tolist(), "records": self._records(step)[1].tolist()}
 
     def batch_at(self, step: int) -> Batch:
-        """This host's part of the batch of a step, as the model reads it.
+        """The rows of the batch of a step, as the model reads them.
 
         Args:
           step: at least 0.
@@ -178,8 +170,7 @@ class Pipeline:
 
     def _records(self, step: int) -> tuple[Int[np.ndarray, " k"], Int[np.ndarray, " k"]]:
         """The numbers of the examples in the run, and their record numbers."""
-        first = step * self.data.batch_size + self.host * self.per_host
-        g = first + np.arange(self.per_host, dtype=np.int64)
+        g = np.int64(step) * self.data.batch_size + self.rows
         return g, self.source.order(g, self.seed)
 
     def _load_example_image(

@@ -76,18 +76,18 @@ class StreamSource(seqio.DataSource):
     """The examples of a pipeline from a start step, as a seqio data source."""
 
     def __init__(self, pipeline: Pipeline, start_step: int = 0) -> None:
-        """Wraps `pipeline`; shards of the source are hosts of the pipeline."""
+        """Wraps `pipeline`; shards of the source are equal parts of its rows."""
         self._pipeline = pipeline
         self._start_step = start_step
         super().__init__(splits=(SPLIT,), caching_permitted=False, performs_internal_shuffling=True)
 
     @property
     def supports_arbitrary_sharding(self) -> bool:
-        """True: any number of hosts that divides the batch size."""
+        """True: any number of shards that divides the number of rows."""
         return True
 
     def list_shards(self, split: str) -> Sequence[str]:
-        """One nominal shard; the pipeline computes the examples of each host."""
+        """One nominal shard; the pipeline computes the examples of each part."""
         return [split]
 
     def get_dataset(
@@ -98,12 +98,11 @@ class StreamSource(seqio.DataSource):
         shard_info: seqio.ShardInfo | None = None,
         **unused: object,
     ) -> tf.data.Dataset:
-        """The examples of one host in the pipeline's order; ignores `shuffle` and `seed`."""
+        """The examples of one shard in the pipeline's order; ignores `shuffle` and `seed`."""
         del split, shuffle, seed, unused
-        host, hosts = self._pipeline.host, self._pipeline.hosts
+        pipeline = self._pipeline
         if shard_info is not None:
-            host, hosts = shard_info.index, shard_info.num_shards
-        pipeline = self._pipeline.for_host(host, hosts)
+            pipeline = pipeline.part(shard_info.index, shard_info.num_shards)
         pipeline.decode_jpeg_box = decode_jpeg_box
         specs = _stored_specs(pipeline)
 
@@ -123,7 +122,7 @@ class StreamSource(seqio.DataSource):
 
 
 def _stored_specs(pipeline: Pipeline) -> dict[str, tf.TensorSpec]:
-    data, count = pipeline.data, pipeline.per_host
+    data, count = pipeline.data, len(pipeline.rows)
     specs = {"image": tf.TensorSpec((count, data.image_size, data.image_size, 3), tf.uint8)}
     if data.lowres_size:
         specs["lowres"] = tf.TensorSpec((count, data.lowres_size, data.lowres_size, 3), tf.uint8)
@@ -165,7 +164,7 @@ def register(pipeline: Pipeline) -> str:
 
 
 def imagen_batches(pipeline: Pipeline, start_step: int = 0) -> Iterator[Batch]:
-    """This host's batches from a step on, without end; bit for bit `Pipeline.batch_at`.
+    """Batches of the pipeline's rows from a step on, without end; bit for bit `batch_at`.
 
     Args:
       pipeline: makes the examples.
@@ -187,8 +186,8 @@ def imagen_batches(pipeline: Pipeline, start_step: int = 0) -> Iterator[Batch]:
         feature_converter=ImagenFeatureConverter(bool(data.lowres_size), feature),
         dataset_split=SPLIT,
         shuffle=False,
-        shard_info=seqio.ShardInfo(pipeline.host, pipeline.hosts),
-        batch_size=pipeline.per_host,
+        shard_info=seqio.ShardInfo(0, 1),
+        batch_size=len(pipeline.rows),
         verbose=False,
     )
     options = tf.data.Options()

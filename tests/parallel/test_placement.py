@@ -1,0 +1,200 @@
+"""Every device gets the rows that are its own, whatever the processes, mesh and device order."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+from PIL import Image
+
+from imagen_jax.config.schema import CheckpointConfig, TrainConfig
+from imagen_jax.data.embeddings.store import describe_unit, unit_name, write_manifest, write_unit
+from tests.conftest import CONFIG_FILE, DIM, LENGTH, SIZE
+
+ROOT = pathlib.Path(__file__).parents[2]
+PROBE = ROOT / "tests" / "reference" / "placement_probe.py"
+RECORDS, BATCH = 300, 8
+# Largest relative difference of losses and parameters after 20 float32 steps, by order of sums.
+TOLERANCE = 2e-4
+
+# Processes, devices of each, mesh.
+LAYOUTS = {
+    "1x4": (1, 4, {}),
+    "2x2": (2, 2, {}),
+    "2x2 tensor2 within": (2, 2, {"tensor": 2, "data": 2}),
+    "2x2 tensor4": (2, 2, {"tensor": 4, "data": 1}),
+    "4x1 tensor2": (4, 1, {"tensor": 2, "data": 2}),
+    "4x1 tensor4": (4, 1, {"tensor": 4, "data": 1}),
+    "2x2 data2 fsdp2": (2, 2, {"data": 2, "fsdp": 2}),
+    "2x2 fsdp4": (2, 2, {"data": 1, "fsdp": 4}),
+    "4x1 fsdp4": (4, 1, {"data": 1, "fsdp": 4}),
+}
+ORDERS = ("straight", "reversed", "v6e")
+
+
+@pytest.fixture(scope="module")
+def numbered(base_config, tmp_path_factory) -> pathlib.Path:
+    """A configuration of images whose pixels hold their record number, each with its caption."""
+    folder = tmp_path_factory.mktemp("numbered")
+    image_folder, store = folder / "images", folder / "embeddings"
+    image_folder.mkdir()
+    store.mkdir()
+    captions = [f"record {i}" for i in range(RECORDS)]
+    for i, caption in enumerate(captions):
+        pixels = np.full((SIZE, SIZE, 3), (i % 256, i // 256, 7), np.uint8)
+        Image.fromarray(pixels).save(image_folder / f"{i:04d}.png")
+        (image_folder / f"{i:04d}.txt").write_text(caption)
+    rng = np.random.default_rng(0)
+    vectors = [rng.normal(size=(3, DIM)).astype(ml_dtypes.bfloat16) for _ in captions]
+    unit = store / unit_name(captions, encoder="fake")
+    write_unit(unit, captions, vectors)
+    write_manifest(store, [describe_unit(unit)], {"encoder": "fake", "max_len": LENGTH})
+    data = dataclasses.replace(
+        base_config.data,
+        kind="folder",
+        path=str(image_folder),
+        embeddings=str(store),
+        loader="numpy",
+        batch_size=BATCH,
+    )
+    model = dataclasses.replace(base_config.model, channels=(32,), head_dim=8, dropout=0.1)
+    config = dataclasses.replace(
+        base_config,
+        data=data,
+        model=model,
+        diffusion=dataclasses.replace(base_config.diffusion, cond_drop_prob=0.4),
+        train=TrainConfig(steps=20, log_every=1),
+        checkpoint=CheckpointConfig(every=20),
+    )
+    path = folder / "numbered.py"
+    path.write_text(CONFIG_FILE.format(json=json.dumps(dataclasses.asdict(config))))
+    return path
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run(what: str, spec: pathlib.Path, layout: str, order: str, out: pathlib.Path, *flags: str):
+    """Runs the probe in all processes of a layout."""
+    processes, devices, mesh = LAYOUTS[layout]
+    address = f"127.0.0.1:{free_port()}"
+    axes = [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()]
+    started = []
+    for index in range(processes):
+        environment = {
+            **os.environ,
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        }
+        if processes > 1:
+            environment |= {
+                "JAX_COORDINATOR_ADDRESS": address,
+                "JAX_NUM_PROCESSES": str(processes),
+                "JAX_PROCESS_ID": str(index),
+            }
+        started.append(
+            subprocess.Popen(
+                [sys.executable, PROBE, what, spec, order, out, *axes, *flags],
+                cwd=ROOT,
+                env={**environment, "PYTHONPATH": str(ROOT)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    outputs = [process.communicate(timeout=300)[0] for process in started]
+    assert [process.returncode for process in started] == [0] * processes, "\n".join(outputs)
+
+
+def read_table(out: pathlib.Path, processes: int) -> dict[tuple[int, int], dict]:
+    """(step, row) -> what reached it; every device that holds a row must agree."""
+    found: dict[tuple[int, int], dict] = {}
+    for index in range(processes):
+        for entry in json.loads(pathlib.Path(f"{out}.{index}.json").read_text()):
+            at = entry.pop("step"), entry.pop("row")
+            entry.pop("device")
+            assert found.setdefault(at, entry) == entry, f"replicas of {at} differ"
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected(numbered, tmp_path_factory):
+    """The table of one process with four devices in their own order."""
+    out = tmp_path_factory.mktemp("expected") / "table"
+    run("table", numbered, "1x4", "straight", out)
+    table = read_table(out, 1)
+    assert len(table) == 3 * BATCH
+    assert len({row["noise"] for row in table.values()}) == len(table)
+    assert len({row["record"] for (step, _), row in table.items() if step == 0}) == BATCH
+    assert {row["drop"] for row in table.values()} == {True, False}
+    return table
+
+
+QUICK = [
+    ("2x2", "reversed", "numpy"),
+    ("4x1 tensor2", "straight", "numpy"),
+    ("2x2 tensor4", "v6e", "seqio"),
+]
+EVERY = [
+    (layout, order, loader)
+    for layout in LAYOUTS
+    for order in ORDERS
+    for loader in ("numpy", "seqio")
+    if (layout, order, loader) not in QUICK
+]
+
+
+def check_table(numbered, expected, tmp_path, layout, order, loader):
+    if loader == "seqio":
+        pytest.importorskip("seqio")
+    run("table", numbered, layout, order, tmp_path / "table", f"--config.data.loader={loader}")
+    assert read_table(tmp_path / "table", LAYOUTS[layout][0]) == expected
+
+
+@pytest.mark.parametrize(("layout", "order", "loader"), QUICK)
+def test_rows_reach_their_devices(numbered, expected, tmp_path, layout, order, loader):
+    check_table(numbered, expected, tmp_path, layout, order, loader)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "order", "loader"), EVERY)
+def test_rows_reach_their_devices_everywhere(numbered, expected, tmp_path, layout, order, loader):
+    check_table(numbered, expected, tmp_path, layout, order, loader)
+
+
+@pytest.fixture(scope="module")
+def trained(numbered, tmp_path_factory):
+    """Losses and parameters after 20 steps of one process with one device."""
+    out = tmp_path_factory.mktemp("trained") / "one"
+    run("train", numbered, "1x4", "straight", out)
+    return results(out)
+
+
+def results(out: pathlib.Path):
+    lines = (pathlib.Path(f"{out}.run") / "metrics.jsonl").read_text().split("\n")
+    losses = [json.loads(line)["loss"] for line in lines if line]
+    return losses, dict(np.load(f"{out}.npz"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "1x4"])
+def test_twenty_steps_agree(numbered, trained, tmp_path, layout, order):
+    """With dropout and dropped captions."""
+    run("train", numbered, layout, order, tmp_path / "run")
+    losses, params = results(tmp_path / "run")
+    expected_losses, expected_params = trained
+    assert len(losses) == 20
+    np.testing.assert_allclose(losses, expected_losses, rtol=TOLERANCE)
+    for name, value in expected_params.items():
+        scale = np.abs(value).max()
+        np.testing.assert_allclose(params[name], value, atol=TOLERANCE * scale, err_msg=name)
