@@ -14,6 +14,7 @@ import pathlib
 import re
 
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core import naming
 
 from imagen_jax.config import plugins
 from imagen_jax.config.fields import ConfigError
@@ -50,7 +51,7 @@ def _builder(data_dir: str, name: str) -> tfds.core.DatasetBuilder:
             raise ConfigError(f"config.data.name={name!r}: {cls!r} is not a TFDS builder class")
         folder = base
         if plugins.is_path(base):
-            folder = tfds.core.naming.camelcase_to_snakecase(re.split(r"[:.]", base)[-1])
+            folder = naming.camelcase_to_snakecase(re.split(r"[:.]", base)[-1])
         if cls.name != folder:
             raise ConfigError(
                 f"config.data.name={name!r}: the builder writes to the folder {cls.name!r}, "
