@@ -20,15 +20,9 @@ from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Respon
 from starlette.routing import Route
 
 from imagen_jax.config.schema import Config
+from imagen_jax.serving import http_request
 from imagen_jax.serving.gallery import Gallery
-from imagen_jax.serving.http_request import (
-    SETTINGS,
-    ClientRequestError,
-    Guard,
-    Limits,
-    error_body,
-    read_request,
-)
+from imagen_jax.serving.http_request import SETTINGS, ClientRequestError, Guard, Limits
 from imagen_jax.serving.worker import QueueFull, Worker, preview
 
 SHOWN_IMAGES = 60
@@ -64,7 +58,10 @@ def make_app(
         return JSONResponse(_about(configs, limits))
 
     async def submit(request: Request) -> Response:
-        job = worker.submit(await read_request(request.headers, request.receive, configs, limits))
+        validated = await http_request.read_request(
+            request.headers, request.receive, configs, limits
+        )
+        job = worker.submit(validated)
         return JSONResponse(job.describe() | {"ahead": worker.ahead(job)}, 202)
 
     async def job(request: Request) -> Response:
@@ -120,7 +117,7 @@ async def _queue_full(request: Request, error: QueueFull) -> Response:
 
 
 def _error(message: str, status: int, headers: Any) -> Response:
-    return Response(error_body(message), status, headers, "application/json")
+    return Response(http_request.error_body(message), status, headers, "application/json")
 
 
 def _about(configs: Sequence[Config], limits: Limits) -> dict[str, Any]:
