@@ -70,9 +70,9 @@ def fresh_params(config: Config, sharding: Any) -> Any:
 def forward(config: Config, where: topology.Slice) -> tuple[plan.Program, Callable[..., Any]]:
     """One evaluation of the network on a batch."""
     mesh = partitioning.make_mesh(config.mesh, where.devices)
-    rows, whole = partitioning.batch_sharding(mesh), partitioning.replicated(mesh)
+    rows, replicated = partitioning.batch_sharding(mesh), partitioning.replicated(mesh)
     model, data, batch = config.model, config.data, config.data.batch_size
-    params = fresh_params(config, whole)
+    params = fresh_params(config, replicated)
     level = jax.ShapeDtypeStruct((batch,), jnp.float32)
     z_shape = (batch, data.image_size, data.image_size, 6 if model.lowres else 3)
     words = plan.batch_shapes(config)
@@ -116,11 +116,11 @@ def sample(config: Config, where: topology.Slice) -> tuple[plan.Program, Callabl
     """All steps of the stage's sampler for one batch."""
     batch = config.data.batch_size
     program = plan.sample_program(config, where, batch)
-    whole = dataclasses.replace(config, data=config.data.uncropped())
+    uncropped = dataclasses.replace(config, data=config.data.uncropped())
     mesh = partitioning.make_mesh(MeshConfig(), where.devices)
-    params = fresh_params(whole, partitioning.replicated(mesh))
+    params = fresh_params(uncropped, partitioning.replicated(mesh))
     rows = partitioning.batch_sharding(mesh)
-    inputs = random_like(with_sharding(plan.batch_shapes(whole), rows))
+    inputs = random_like(with_sharding(plan.batch_shapes(uncropped), rows))
     keys = jax.device_put(jax.random.split(jax.random.key(0), batch), rows)
     words = inputs["text_emb"], inputs["text_mask"], keys, inputs.get("lowres")
     return program, lambda run: lambda: jax.block_until_ready(run(params, *words))

@@ -94,10 +94,11 @@ def main():
     print("evaluations, cascade, with progress; overheads; 2B / 2 of B; overheads by the clock")
     for _ in range(flags.repeats):
         networks = sum(seconds(call, count) for call, count in parts)
-        whole, watched = seconds(plain, 1), seconds(reported, 1)
+        sampled, with_progress = seconds(plain, 1), seconds(reported, 1)
         pair = seconds(double, 10) / seconds(single, 20)
-        over = np.stack([whole, watched]) / networks - 1
-        rows.append((networks[0], whole[0], watched[0], *over[:, 0], pair[0], *over[:, 1]))
+        over = np.stack([sampled, with_progress]) / networks - 1
+        totals = (networks[0], sampled[0], with_progress[0])
+        rows.append((*totals, *over[:, 0], pair[0], *over[:, 1]))
         print(
             "{:8.3f} {:8.3f} {:8.3f} {:+7.1%} {:+7.1%} {:7.3f} {:+7.1%} {:+7.1%}".format(*rows[-1])
         )

@@ -181,16 +181,16 @@ def anatomy(step: Step, config: Config, seconds: dict[str, float]) -> dict[str, 
     print(f"convolutions alone: {total:.4g} s, {fraction:.0%} of the step")
     spent = operations.seconds_by_operation(step.run, times=10)
     by_kind = operations.seconds_by_kind(spent, step.compiled.as_text())
-    whole = sum(by_kind.values())
+    all_seconds = sum(by_kind.values())
     top = collections.Counter(by_kind).most_common(12)
-    cells = [(kind, part * 1e3, f"{part / whole:.1%}") for kind, part in top]
+    cells = [(kind, part * 1e3, f"{part / all_seconds:.1%}") for kind, part in top]
     print(reporting.table(("operation, all devices", "ms", "share"), cells))
     return {
         "convolutions": alone,
         "convolutions_seconds": total,
         "fraction": fraction,
         "fraction_of_fastest": round(total / seconds["min"], 3),
-        "profile": {kind: round(part / whole, 4) for kind, part in top},
+        "profile": {kind: round(part / all_seconds, 4) for kind, part in top},
     }
 
 

@@ -123,9 +123,9 @@ def print_profile(call: Callable[[], Any], program: str) -> None:
     """Prints the most expensive kinds of operation of a call, seconds over all threads."""
     call()
     spent = operations.seconds_by_kind(operations.seconds_by_operation(call, 3), program)
-    whole = sum(spent.values())
-    rows = [(kind, s, f"{s / whole:.1%}") for kind, s in list(spent.items())[:12]]
-    print(reporting.table(("operation", "s", "share"), [*rows, ("all", whole, "100%")]))
+    total = sum(spent.values())
+    rows = [(kind, s, f"{s / total:.1%}") for kind, s in list(spent.items())[:12]]
+    print(reporting.table(("operation", "s", "share"), [*rows, ("all", total, "100%")]))
 
 
 def main() -> None:

@@ -112,8 +112,8 @@ class Timer:
 
     def summary(self) -> dict[str, float]:
         """Seconds by kind over the whole run; "step" is the remainder."""
-        whole = time.monotonic() - self._start
-        return {"step": whole - sum(self.total.values()), **self.total}
+        elapsed = time.monotonic() - self._start
+        return {"step": elapsed - sum(self.total.values()), **self.total}
 
 
 class Progress:
@@ -173,9 +173,9 @@ class Progress:
 
 def goodput(seconds: Mapping[str, float]) -> str:
     """One line with the time of a run by kind, from `Timer.summary`."""
-    whole = max(sum(seconds.values()), 1e-9)
+    total = max(sum(seconds.values()), 1e-9)
     parts = ", ".join(f"{kind} {_clock(s)}" for kind, s in sorted(seconds.items()) if s >= 0.5)
-    return f"goodput {seconds['step'] / whole:.0%} of {_clock(whole)}: {parts}"
+    return f"goodput {seconds['step'] / total:.0%} of {_clock(total)}: {parts}"
 
 
 def _clock(seconds: float) -> str:

@@ -25,17 +25,17 @@ def test_every_kept_checkpoint_is_scored_in_order_of_steps(tmp_path, monkeypatch
     monkeypatch.setattr(learning, "exported", lambda run, step, out: f"{out}/{run.name}_{step}")
     stage = types.SimpleNamespace(config=Config(seed=7))
     monkeypatch.setattr(learning, "load_stage", lambda folder: stage)
-    drawn = []
+    stage_sets = []
 
-    def draw(asked, out):
-        drawn.append(asked.stage_sets)
+    def run_sweep(cell_sweep, out):
+        stage_sets.append(cell_sweep.stage_sets)
         return [{"values": {}}]
 
-    monkeypatch.setattr(learning.sweep, "run", draw)
+    monkeypatch.setattr(learning.sweep, "run", run_sweep)
     cells = list(learning.measure([run], tmp_path, 3))
     assert [(cell["arm"], cell["seed"]) for cell in cells] == [(2500, 7), (5000, 7), (10_000, 7)]
     sr = str(run / "stages" / "sr")
-    assert [sets[0].folders for sets in drawn] == [
+    assert [sets[0].folders for sets in stage_sets] == [
         (f"{tmp_path}/demo_{step}", sr) for step in (2500, 5000, 10_000)
     ]
 

@@ -13,7 +13,7 @@ import zlib
 
 import numpy as np
 
-SMALL = 107  # Side of the golden pictures, pixels; odd, as on the way from 299.
+SMALL = 107  # Side of the golden images, pixels; odd, like the layers' sizes for 299.
 
 
 def conv_shapes() -> dict[str, tuple[int, int, int, int]]:
@@ -77,30 +77,30 @@ def random_weights() -> dict[str, np.ndarray]:
     """A state_dict with torch's names; activations keep their scale, and no value is 0."""
     arrays = {}
 
-    def draw(name, shape):
+    def normal(name, shape):
         return np.random.default_rng(zlib.crc32(name.encode())).normal(size=shape)
 
     for name, shape in conv_shapes().items():
         fan_in = np.prod(shape[1:])
-        arrays[f"{name}.conv.weight"] = draw(f"{name}.conv", shape) * np.sqrt(2 / fan_in)
+        arrays[f"{name}.conv.weight"] = normal(f"{name}.conv", shape) * np.sqrt(2 / fan_in)
         outputs = shape[:1]
-        arrays[f"{name}.bn.weight"] = 1 + 0.1 * draw(f"{name}.scale", outputs)
-        arrays[f"{name}.bn.bias"] = 0.2 * draw(f"{name}.bias", outputs)
-        arrays[f"{name}.bn.running_mean"] = 0.2 * draw(f"{name}.mean", outputs)
-        arrays[f"{name}.bn.running_var"] = np.exp(0.1 * draw(f"{name}.variance", outputs))
-    arrays["fc.weight"] = draw("fc.weight", (1008, 2048)) * 0.02
-    arrays["fc.bias"] = draw("fc.bias", (1008,)) * 0.02
+        arrays[f"{name}.bn.weight"] = 1 + 0.1 * normal(f"{name}.scale", outputs)
+        arrays[f"{name}.bn.bias"] = 0.2 * normal(f"{name}.bias", outputs)
+        arrays[f"{name}.bn.running_mean"] = 0.2 * normal(f"{name}.mean", outputs)
+        arrays[f"{name}.bn.running_var"] = np.exp(0.1 * normal(f"{name}.variance", outputs))
+    arrays["fc.weight"] = normal("fc.weight", (1008, 2048)) * 0.02
+    arrays["fc.bias"] = normal("fc.bias", (1008,)) * 0.02
     return {name: array.astype(np.float32) for name, array in arrays.items()}
 
 
 def random_images(size: int, count: int = 2) -> np.ndarray:
-    """Float32 pictures in [-1, 1], smooth and noisy parts alike, NHWC."""
+    """Float32 images [N, H, W, C] in [-1, 1], a ramp plus noise."""
     rng = np.random.default_rng(size)
     ramps = np.linspace(-1, 1, size)[:, None, None] * rng.uniform(-0.5, 0.5, (count, 1, size, 3))
     return (ramps + rng.uniform(-0.5, 0.5, (count, size, size, 3))).astype(np.float32)
 
 
-def features(state: dict[str, np.ndarray], pictures: np.ndarray) -> np.ndarray:
+def features(state: dict[str, np.ndarray], images: np.ndarray) -> np.ndarray:
     """The 2048 features of the last pool, computed by torch."""
     import torch
     from torch.nn import functional as F
@@ -163,7 +163,7 @@ def features(state: dict[str, np.ndarray], pictures: np.ndarray) -> np.ndarray:
         return F.max_pool2d(x, 3, stride=1, padding=1)
 
     with torch.no_grad():
-        x = torch.from_numpy(pictures.transpose(0, 3, 1, 2).copy())
+        x = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
         x = conv(x, "Conv2d_1a_3x3", 2, 0)
         x = conv(conv(x, "Conv2d_2a_3x3", 1, 0), "Conv2d_2b_3x3")
         x = conv(F.max_pool2d(x, 3, 2), "Conv2d_3b_1x1")

@@ -65,12 +65,12 @@ def make_weights(shapes: dict[str, list[int]]) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     arrays = {}
     for name in sorted(shapes):
-        draw = rng.normal(size=shapes[name])
+        values = rng.normal(size=shapes[name])
         if len(shapes[name]) > 1:
-            draw /= np.sqrt(np.prod(shapes[name][1:]))
+            values /= np.sqrt(np.prod(shapes[name][1:]))
         else:
-            draw = 0.2 * draw + ("norm" in name and name.endswith("weight"))
-        arrays[name] = draw.astype(np.float32)
+            values = 0.2 * values + ("norm" in name and name.endswith("weight"))
+        arrays[name] = values.astype(np.float32)
     return arrays
 
 

@@ -29,8 +29,8 @@ def collectives_of_a_loop() -> list[hlo.Collective]:
     def program(x):
         again = lambda total, _: (jnp.sin(x.T @ (x @ total)), None)  # noqa: E731
         total, _ = jax.lax.scan(again, jnp.eye(16), length=5)
-        whole = partitioning.replicated(mesh)
-        return total, jax.lax.with_sharding_constraint(x * 2, whole)
+        replicated = partitioning.replicated(mesh)
+        return total, jax.lax.with_sharding_constraint(x * 2, replicated)
 
     x = jax.ShapeDtypeStruct((32, 16), jnp.float32, sharding=rows)
     return hlo.collectives(jax.jit(program).lower(x).compile().as_text())
@@ -66,16 +66,16 @@ def main() -> None:
     here = topology.this_machine()
     lines: list[str] = []
 
-    drawn = plan.compile_program(plan.sample_program(config, here, 4), here)
-    per_picture = drawn.peak - drawn.program.params * 4
-    room = here._replace(hbm=drawn.peak + 2 * per_picture)
+    sample = plan.compile_program(plan.sample_program(config, here, 4), here)
+    per_image = sample.peak - sample.program.params * 4
+    room = here._replace(hbm=sample.peak + 2 * per_image)
     largest = search_batch(lambda n: plan.sample_program(config, room, n), room, {}, lines.append)
     alone = dataclasses.replace(config, mesh=MeshConfig(data=4))
     data_parallel = plan.compile_program(plan.sample_program(alone, here, 4), here)
     result = {
         "data_parallel": data_parallel.as_json(),
         "loop": [c._asdict() for c in collectives_of_a_loop()],
-        "sample": drawn.as_json(),
+        "sample": sample.as_json(),
         "largest": largest.as_json(),
         "largest_batch": largest.program.batch,
     }

@@ -91,5 +91,5 @@ def test_the_bfloat16_network_equals_the_float32_network():
         gradient, out = output_and_gradient("float32")
     half_gradient, half_out = output_and_gradient("bfloat16")
     assert relative_error(half_out, out) < CLOSE
-    whole = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])  # noqa: E731
-    assert relative_error(whole(half_gradient), whole(gradient)) < CLOSE
+    flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])  # noqa: E731
+    assert relative_error(flat(half_gradient), flat(gradient)) < CLOSE

@@ -119,10 +119,10 @@ def test_a_non_finite_batch_is_saved_and_reproduced(base_config, stream, tmp_pat
     assert len(values["time"]) == 4 and all(0 <= time <= 1 for time in values["time"])
     assert np.isnan(batch["image"]).all() and np.isfinite(batch["text_emb"]).all()
 
-    said = []
-    assert replay(config, str(tmp_path), 2, stream(config, change), said.append)
-    assert said[0] == "training from step 2 to step 2" and said[-1].startswith("reproduced")
-    assert "record 21" in said[2] and "not finite in the batch: image" in said[2]
+    report = []
+    assert replay(config, str(tmp_path), 2, stream(config, change), report.append)
+    assert report[0] == "training from step 2 to step 2" and report[-1].startswith("reproduced")
+    assert "record 21" in report[2] and "not finite in the batch: image" in report[2]
 
 
 def test_a_hardware_fault_is_not_reproduced(base_config, stream, tmp_path):
@@ -131,9 +131,10 @@ def test_a_hardware_fault_is_not_reproduced(base_config, stream, tmp_path):
     # Simulates failed memory: the saved batch is finite, and so is that of the stream.
     path = tmp_path / "faults" / "00000003.npz"
     np.savez(path, **next(stream(config)(3)))
-    said = []
-    assert not replay(config, str(tmp_path), 3, stream(config), said.append)
-    assert said[0] == "training from step 2 to step 3" and said[-1].startswith("not reproduced")
+    report = []
+    assert not replay(config, str(tmp_path), 3, stream(config), report.append)
+    assert report[0] == "training from step 2 to step 3"
+    assert report[-1].startswith("not reproduced")
     with pytest.raises(DivergedError, match="--step=4: no such fault.*saved faults: 3"):
         replay(config, str(tmp_path), 4, stream(config))
 
