@@ -111,7 +111,7 @@ def _work(plan: Plan, mfu: float, price: float | None) -> list[str]:
     lines = [
         f"{'TFLOP per chip':<22}{plan.flops_per_chip / 1e12:>10.4g}   "
         f"{program.model_flops / program.batch / 1e12:.3g} per {unit}"
-        + (f", and {again:.0%} more recomputed" if again > 0.005 else "")
+        + (f", and {again:.0%} more by recomputation" if again > 0.005 else "")
     ]
     if plan.collectives:
         lines += ["", f"{'sent, per chip':<22}{'GiB':>10}   operations"]

@@ -89,7 +89,7 @@ def test_a_report_says_what_to_book(make_plan):
         "2048 images at a time, 8 per chip",
         "remat=none, accumulation=1",
         "it fits",
-        "50% more computed again",
+        "50% more by recomputation",
         "2,500,000 steps",
         "at 3.22 per chip-hour",
     ):
@@ -204,7 +204,7 @@ def test_only_one_cpu_alone_has_other_convolutions():
         (["--topology=v4-100"], "try v4-128"),
         (["--topology=here", "--batch=-1"], "--batch=-1 must be at least 0"),
         (["--topology=here", "--mfu=2"], "--mfu=2.0 must be above 0 and at most 1"),
-        (["--topology=here", "--stage=sample", "--save=x"], "keeps a train step"),
+        (["--topology=here", "--stage=sample", "--save=x"], "needs --stage=train"),
         ([*TINY, "--config.model.text_dim=16", "--config.mesh.fsdp=3"], "try config.mesh.fsdp=1"),
         ([*TINY, "--config.data.embeddings=none"], "config.model.text_dim=0 must be the width"),
     ],
