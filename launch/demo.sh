@@ -4,14 +4,14 @@
 # CONFIG is configs/shapes.py or a file with the same names; the flags go to every step, for example
 # --config.seed=1.
 set -euo pipefail
+source "${BASH_SOURCE[0]%/*}/steps.sh"
+print_help "$@"
 run=${1:-runs/demo} config=${2:-configs/shapes.py}
 export TF_CPP_MIN_LOG_LEVEL=3
 
 where=(--config.data.path="$run/data" --config.data.embeddings="$run/embeddings"
        --config.text.path="$run/text" --config.pretrain_text.corpus="$run/data/paraphrases.jsonl"
        "${@:3}")
-
-source "${BASH_SOURCE[0]%/*}/steps.sh"
 
 started=$SECONDS
 step "Render the shapes world: 20,000 or more captioned images, as TFDS data sets." \

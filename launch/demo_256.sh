@@ -2,6 +2,8 @@
 # Adds a third stage to launch/demo.sh, trained on crops: images of 256x256.
 #   launch/demo_256.sh [RUN_FOLDER]        (after launch/demo.sh with the same folder)
 set -euo pipefail
+source "${BASH_SOURCE[0]%/*}/steps.sh"
+print_help "$@"
 run=${1:-runs/demo}
 export TF_CPP_MIN_LOG_LEVEL=3
 if [ ! -f "$run/samples/samples.jsonl" ]; then
@@ -12,8 +14,6 @@ fi
 where=(--config.data.path="$run/data" --config.data.embeddings="$run/embeddings"
        --config.text.path="$run/text")
 stages=$run/stages/base,$run/stages/sr,$run/stages/sr2
-
-source "${BASH_SOURCE[0]%/*}/steps.sh"
 
 started=$SECONDS
 step "Render a quarter of the shapes world at 256x256. Its captions have embeddings." \

@@ -3,6 +3,8 @@
 #   launch/folder.sh IMAGES RUN_FOLDER [--config.field=value ...]
 # The overrides go to every step. For a public T5, add --config.text.path=T5_FOLDER.
 set -euo pipefail
+source "${BASH_SOURCE[0]%/*}/steps.sh"
+print_help "$@"
 [ $# -ge 2 ] || { echo "usage: $0 IMAGES RUN_FOLDER [--config.field=value ...]" >&2; exit 2; }
 images=$1 run=$2
 shift 2
@@ -14,8 +16,6 @@ for word in "$@"; do
 done
 where=(--config.data.path="$images" --config.data.embeddings="$run/embeddings"
        --config.text.path="$text" "$@")
-
-source "${BASH_SOURCE[0]%/*}/steps.sh"
 
 step "Index the images; list what cannot be used." \
   prepare --config=configs/folder.py:base "${where[@]}"

@@ -94,6 +94,13 @@ def test_help_names_every_option(script):
         assert f"--{name}" in result.stdout, name
 
 
+@pytest.mark.parametrize("script", ["demo.sh", "demo_256.sh", "folder.sh"])
+def test_help_of_a_script_without_options(script):
+    result = launch(script, "--help", PYTHON="false")
+    assert result.returncode == 0 and result.stderr == ""
+    assert f"launch/{script}" in result.stdout and "set -euo" not in result.stdout
+
+
 def test_shellcheck():
     shellcheck = pathlib.Path(sys.executable).with_name("shellcheck")
     paths = [ROOT / "launch" / name for name in SCRIPTS]
