@@ -1,6 +1,7 @@
 """docs/extending.md: its examples run in order as one program; registries decide on names."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 
@@ -24,6 +25,7 @@ REGISTRIES = {
     "sampling.sampler": samplers.SAMPLERS,
     "sampling.thresholding": thresholding.THRESHOLDS,
 }
+BLOCKS = [b for b in ALL if b.page == "docs/extending.md" and b.language == "python"]
 CONFIG_FILE = """
 from imagen_jax.config import overrides
 from imagen_jax.config.schema import Config
@@ -49,14 +51,28 @@ def load(config_file, field, name):
 
 
 def test_the_examples_run():
-    code = "\n\n".join(
-        b.code for b in ALL if b.page == "docs/extending.md" and b.language == "python"
-    )
+    code = "\n\n".join(b.code for b in BLOCKS if b.kind == "run")
     assert code.count("assert ") >= 8
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_builder_example_builds(tmp_path, monkeypatch):
+    pytest.importorskip("tensorflow_datasets")
+    (block,) = (b for b in BLOCKS if b.about.endswith("::test_the_builder_example_builds"))
+    (tmp_path / "my_package").mkdir()
+    (tmp_path / "my_package" / "__init__.py").touch()
+    (tmp_path / "my_package" / "dots.py").write_text(block.code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = data.DataConfig(kind="tfds", path=str(tmp_path / "data"), name="my_package.dots:Dots")
+    source = registry.open_source(config)
+    captions = {caption for i in range(len(source)) for caption in source.captions(i)}
+    prompts = (tmp_path / "data" / "prompts.jsonl").read_text().splitlines()
+    assert captions == {json.loads(row)["prompt"] for row in prompts} and len(source) == 4
+    for name in ("my_package.dots", "my_package"):
+        sys.modules.pop(name)
 
 
 @pytest.mark.parametrize("field", REGISTRIES)
