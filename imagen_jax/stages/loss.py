@@ -65,6 +65,11 @@ def sample_randomness(key: Key[Array, ""], size: int, config: Config) -> dict[st
     return randomness
 
 
+def sample_timesteps(key: Key[Array, ""], size: int) -> Float[Array, " b"]:
+    """The time of every example of a step, as in `sample_randomness`; samples nothing else."""
+    return process.stratified_timesteps(jax.random.split(key, 5)[0], size)
+
+
 def loss_given_randomness(
     params: Params, batch: Batch, dropout_key: Key[Array, ""], config: Config
 ) -> tuple[Float[Array, ""], dict[str, Array]]:

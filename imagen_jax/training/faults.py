@@ -1,12 +1,13 @@
 """Non-finite loss or gradient: skip the update, save the batch, roll back, then stop.
 
 The jitted step skips the update itself. The host reads the `finite` flag one step late, so
-dispatch is not blocked, and saves the data for `imagen replay`: the batch, its records and
-timesteps, and the gradient norm of each block.
+dispatch is not blocked, and saves what `imagen replay` needs: the step (which determines batch and
+noise), records, timesteps, gradient norms, and a hash and a norm of every row of the batch.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -25,7 +26,7 @@ FOLDER = "faults"
 
 
 class DivergedError(ValueError):
-    """Training diverged; the message gives the step and the folder of saved batches."""
+    """Training diverged; the message gives the step and the folder of the faults."""
 
 
 class Faults:
@@ -87,16 +88,13 @@ class Faults:
     def _write(
         self, step: int, report: Mapping[str, Any], batch: Mapping[str, np.ndarray]
     ) -> epath.Path:
-        """Writes STEP.json and STEP.npz; with several processes, one pair per process."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        """Writes STEP.json; with several processes, STEP.PROCESS.json each."""
         part = f".{jax.process_index()}" if jax.process_count() > 1 else ""
         path = self._folder / f"{step:08d}{part}.json"
-        norms = {name: _number(norm) for name, norm in report["block_norms"].items()}
         values = {"step": step, "loss": _number(report["loss"]), **self._step_info(step)}
-        values["block_norms"] = norms
-        arrays: dict[str, Any] = dict(batch)
-        with atomic.file(path.with_suffix(".npz")) as temporary, temporary.open("wb") as file:
-            np.savez(file, **arrays)
+        values.setdefault("rows", list(range(len(next(iter(batch.values()))))))
+        values["block_norms"] = {n: _number(norm) for n, norm in report["block_norms"].items()}
+        values["batch"] = {name: _describe_rows(array) for name, array in batch.items()}
         atomic.write_json(path, values)
         return path
 
@@ -106,19 +104,48 @@ def _number(value: Any) -> float | str:
     return float(value) if np.isfinite(value) else str(float(value))
 
 
-def read(workdir: str, step: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The saved values and batch of a step. Raises DivergedError if none are saved."""
+def hash_row(row: np.ndarray) -> str:
+    """Hash of one example's array, 16 hex digits."""
+    return hashlib.sha256(np.ascontiguousarray(row).data).hexdigest()[:16]
+
+
+def _describe_rows(array: np.ndarray) -> dict[str, list[Any]]:
+    """Hash and L2 norm of every row of a batch array: what tells them apart, not the values."""
+    norms = [_number(np.linalg.norm(np.asarray(row, np.float64))) for row in array]
+    return {"sha256": [hash_row(row) for row in array], "norm": norms}
+
+
+def read(workdir: str, step: int) -> dict[str, Any]:
+    """What the run saved of a step, over all processes.
+
+    Returns:
+      step, loss, block_norms, time (of all rows); rows, ascending, and aligned with them records
+      (if the run knew them) and batch: name -> {"sha256", "norm"}.
+
+    Raises:
+      DivergedError: nothing is saved for this step.
+    """
     folder = epath.Path(workdir) / FOLDER
     known = sorted({int(path.name.split(".")[0]) for path in folder.glob("*.json")})
     if step not in known:
         listed = ", ".join(map(str, known)) or "none"
         raise DivergedError(f"--step={step}: no such fault in {folder}; saved faults: {listed}")
-    paths = sorted(folder.glob(f"{step:08d}*.json"))
-    parts, values = [], [json.loads(path.read_text()) for path in paths]
-    for path in paths:
-        with path.with_suffix(".npz").open("rb") as file, np.load(file) as arrays:
-            parts.append(dict(arrays))
-    batch = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    if "records" in values[0]:
-        values[0]["records"] = [record for part in values for record in part["records"]]
-    return values[0], batch
+    parts = [json.loads(path.read_text()) for path in folder.glob(f"{step:08d}*.json")]
+    # Processes that hold the same rows wrote the same; the order of the files does not matter.
+    where = {row: (part, i) for part in parts for i, row in enumerate(part["rows"])}
+    rows = sorted(where)
+
+    def aligned(values: Callable[[dict[str, Any]], list[Any]]) -> list[Any]:
+        return [values(where[row][0])[where[row][1]] for row in rows]
+
+    merged = {**parts[0], "rows": rows}
+    if "records" in merged:
+        merged["records"] = aligned(lambda part: part["records"])
+    merged["batch"] = {
+        name: {
+            key: aligned(lambda part, name=name, key=key: part["batch"][name][key])
+            for key in ("sha256", "norm")
+        }
+        for name in merged["batch"]
+    }
+    return merged

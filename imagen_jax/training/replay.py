@@ -1,13 +1,14 @@
 """Replays a training step whose loss or gradient was not finite.
 
 Training resumes from the newest checkpoint before that step, up to the step, which is then
-evaluated on its saved batch. A reproduced fault is due to data or weights and is reported per
-example and per block; one that is not reproduced points to the hardware.
+evaluated on its batch. The batch is read again and compared with the hashes of the run. A
+reproduced fault is due to data or weights and is reported per example and per block; one that is
+not reproduced points to the hardware.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -41,7 +42,7 @@ def replay(
       config: configuration of the run.
       workdir: folder of the run.
       step: a fault saved in WORKDIR/faults.
-      batches: the run's batches; read from the checkpoint's step up to the fault.
+      batches: the run's batches with all rows; read from the checkpoint's step to the fault.
       log: called with each line.
       encode: as in `train`.
 
@@ -52,7 +53,7 @@ def replay(
       DivergedError: no fault is saved for this step.
       CheckpointError: the checkpoint cannot be read.
     """
-    values, batch = faults.read(workdir, step)
+    values = faults.read(workdir, step)
     mesh = partitioning.make_mesh(config.mesh)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     with jax.set_mesh(mesh):
@@ -64,13 +65,30 @@ def replay(
         checkpoints.close()
         log(f"training from step {start} to step {step}")
         train_step = jit_train_step(config, optimizer, abstract, mesh)
-        for between, other in zip(range(start, step), batches(start), strict=False):
-            del between
-            state, _ = train_step(state, encode(place_batch(other, mesh, config.data.batch_size)))
-        if int(state.step) != step:
-            raise CheckpointError(f"the batches end before step {step}")
+        stream = iter(batches(start))
+        for _ in range(start, step):
+            batch = place_batch(_next(stream, step), mesh, config.data.batch_size)
+            state, _ = train_step(state, encode(batch))
+        batch = _next(stream, step)
+        _compare(batch, values, log)
         batch = encode({name: jnp.asarray(array) for name, array in batch.items()})
         return _examine(config, state.params, batch, values, log)
+
+
+def _next(stream: Iterator[Mapping[str, np.ndarray]], step: int) -> Mapping[str, np.ndarray]:
+    for batch in stream:
+        return batch
+    raise CheckpointError(f"the batches end before step {step}")
+
+
+def _compare(
+    batch: Mapping[str, np.ndarray], values: Mapping[str, Any], log: Callable[[str], None]
+) -> None:
+    """Logs the rows whose data differ from those of the run: data that changed, or bad memory."""
+    for name, saved in values["batch"].items():
+        for row, expected, norm in zip(values["rows"], saved["sha256"], saved["norm"], strict=True):
+            if faults.hash_row(batch[name][row]) != expected:
+                log(f"row {row}: {name} differs from the run's, whose norm was {norm}")
 
 
 def _examine(

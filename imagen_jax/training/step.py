@@ -14,7 +14,12 @@ from jaxtyping import Array, Key
 
 from imagen_jax.config.schema import Config
 from imagen_jax.parallel import flops, partitioning
-from imagen_jax.stages.loss import DROPOUT_STREAM, loss_given_randomness, sample_randomness
+from imagen_jax.stages.loss import (
+    DROPOUT_STREAM,
+    loss_given_randomness,
+    sample_randomness,
+    sample_timesteps,
+)
 from imagen_jax.training import ema
 from imagen_jax.training.state import TrainState
 
@@ -31,8 +36,8 @@ def step_key(config: Config, step: Array | int) -> Key[Array, ""]:
 
 def step_timesteps(config: Config, step: int) -> list[float]:
     """The timesteps t in [0, 1] of all examples of a step."""
-    randomness = sample_randomness(step_key(config, step), config.data.batch_size, config)
-    return [float(time) for time in randomness["time"]]
+    times = sample_timesteps(step_key(config, step), config.data.batch_size)
+    return [float(time) for time in times]
 
 
 def make_train_step(config: Config, optimizer: optax.GradientTransformation) -> StepFn:

@@ -151,6 +151,7 @@ def train(
         while step < config.train.steps:
             step, state, roll_back = run.advance(step, state)
             if roll_back:
+                del state  # Not beside the state that is restored.
                 step, state = run.restore(create, abstract, allow_changes)
         with timer.measure("save"):
             run.checkpoints.wait()

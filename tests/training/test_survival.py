@@ -19,7 +19,7 @@ from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import CheckpointConfig, Config, TrainConfig
 from imagen_jax.parallel import partitioning
 from imagen_jax.parallel.preemption import Preempted
-from imagen_jax.stages.loss import loss_fn
+from imagen_jax.stages.loss import loss_fn, sample_randomness
 from imagen_jax.stages.network import init_params
 from imagen_jax.training import faults
 from imagen_jax.training.checkpoint import CheckpointError, Checkpoints
@@ -27,7 +27,7 @@ from imagen_jax.training.faults import DivergedError
 from imagen_jax.training.optimizer import make_optimizer
 from imagen_jax.training.replay import replay
 from imagen_jax.training.state import create_state
-from imagen_jax.training.step import gradient_of_batch, make_train_step, step_key
+from imagen_jax.training.step import gradient_of_batch, make_train_step, step_key, step_timesteps
 from imagen_jax.training.train import train
 
 SOURCE = pathlib.Path(__file__).parents[2]
@@ -113,11 +113,14 @@ def test_a_non_finite_batch_is_saved_and_reproduced(base_config, stream, tmp_pat
     )
     assert (int(state.step), int(state.skipped)) == (5, 1)
     assert sum("not finite" in line for line in lines) == 1
-    values, batch = faults.read(str(tmp_path), 2)
-    assert values["loss"] == "nan" and values["records"] == [20, 21, 22, 23]
+    values = faults.read(str(tmp_path), 2)
+    assert values["rows"] == [0, 1, 2, 3] and values["loss"] == "nan"
+    assert values["records"] == [20, 21, 22, 23]
     assert values["block_norms"]["conv_out"] == "nan"
     assert len(values["time"]) == 4 and all(0 <= time <= 1 for time in values["time"])
-    assert np.isnan(batch["image"]).all() and np.isfinite(batch["text_emb"]).all()
+    assert values["batch"]["image"]["norm"] == ["nan"] * 4
+    assert all(norm > 0 for norm in values["batch"]["text_emb"]["norm"])
+    assert [path.name for path in (tmp_path / "faults").iterdir()] == ["00000002.json"]
 
     report = []
     assert replay(config, str(tmp_path), 2, stream(config, change), report.append)
@@ -128,12 +131,11 @@ def test_a_non_finite_batch_is_saved_and_reproduced(base_config, stream, tmp_pat
 def test_a_hardware_fault_is_not_reproduced(base_config, stream, tmp_path):
     config = with_train(base_config, steps=5)
     train(config, str(tmp_path), stream(config, spoil(3)), lambda line: None)
-    # Simulates failed memory: the saved batch is finite, and so is that of the stream.
-    path = tmp_path / "faults" / "00000003.npz"
-    np.savez(path, **next(stream(config)(3)))
+    # Simulates failed memory: the data are finite when they are read again.
     report = []
     assert not replay(config, str(tmp_path), 3, stream(config), report.append)
     assert report[0] == "training from step 2 to step 3"
+    assert report[1] == "row 0: image differs from the run's, whose norm was nan"
     assert report[-1].startswith("not reproduced")
     with pytest.raises(DivergedError, match="--step=4: no such fault.*saved faults: 3"):
         replay(config, str(tmp_path), 4, stream(config))
@@ -256,8 +258,8 @@ def test_a_run_rejects_another_learning_rate(base_config, stream, tmp_path):
     config = with_train(base_config, steps=2)
     train(config, str(tmp_path), stream(config), lambda line: None)
     optimizer = dataclasses.replace(config.optimizer, learning_rate=1e-3)
-    # 1.0 is what the network uses for None.
-    model = dataclasses.replace(config.model, skip_scale=1.0)
+    # What the Efficient U-Net uses for None.
+    model = dataclasses.replace(config.model, skip_scale=2**-0.5)
     other = dataclasses.replace(with_train(config, steps=4), optimizer=optimizer, model=model)
     with pytest.raises(ConfigError, match="config.optimizer.learning_rate=0.001.*0.003.*allow_ch"):
         train(other, str(tmp_path), stream(other))
@@ -338,3 +340,32 @@ def test_the_step_reports_the_loss_and_the_gradient_norm(base_config, make_batch
     np.testing.assert_allclose(float(report["loss"]), float(loss), rtol=1e-6)
     squares = [float(norm) ** 2 for norm in report["block_norms"].values()]
     np.testing.assert_allclose(sum(squares) ** 0.5, float(report["grad_norm"]), rtol=1e-5)
+
+
+def test_faults_of_many_processes_are_ordered_by_row(tmp_path):
+    """Twelve processes, whose file names sort as 0, 1, 10, 11, 2, and two replicas of a row."""
+    folder = tmp_path / "faults"
+    folder.mkdir()
+    for process in range(12):
+        rows = [11 - process, (11 - process + 1) % 12]
+        part = {
+            "step": 7,
+            "loss": "nan",
+            "rows": rows,
+            "records": [100 + row for row in rows],
+            "time": [row / 12 for row in range(12)],
+            "block_norms": {},
+            "batch": {"image": {"sha256": [f"{row:x}" for row in rows], "norm": rows}},
+        }
+        (folder / f"00000007.{process}.json").write_text(json.dumps(part))
+    values = faults.read(str(tmp_path), 7)
+    assert values["rows"] == list(range(12))
+    assert values["records"] == [100 + row for row in range(12)]
+    assert values["batch"]["image"]["norm"] == list(range(12))
+
+
+def test_timesteps_are_those_of_the_whole_randomness(base_config, sr_config):
+    for config in (base_config, sr_config):
+        key = step_key(config, 5)
+        whole = sample_randomness(key, config.data.batch_size, config)
+        np.testing.assert_array_equal(step_timesteps(config, 5), np.asarray(whole["time"]))
