@@ -94,6 +94,7 @@ def run(flags: argparse.Namespace) -> None:
         grid=sweep.read_grid(flags.grid),
         rows=rows,
         scorer=scorer_flag.find(flags, rows),
+        scorer_name="" if flags.scorer == scorer_flag.DEFAULT else flags.scorer,
         limit=max(flags.limit, 0),
         **{
             name: getattr(flags, name)

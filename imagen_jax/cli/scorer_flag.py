@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,7 +38,7 @@ def find(
       rows: prompt rows that have to be scored; None: any.
 
     Returns:
-      None if the default scorer is not installed or cannot score every row.
+      None if the default scorer is not installed (with a notice) or cannot score every row.
 
     Raises:
       ConfigError, EvaluationError: the same for a scorer that the user chose.
@@ -45,9 +46,10 @@ def find(
     chosen = flags.scorer != DEFAULT
     try:
         scorer = scorers.find(flags.scorer)
-    except ConfigError:
+    except ConfigError as error:
         if chosen:
             raise
+        print(f"without a scorer: {error}", file=sys.stderr)
         return None
     for number, row in enumerate(rows or (), 1):
         if not scorer.can_score(row):

@@ -76,6 +76,7 @@ class Sweep:
       clip: Hugging Face CLIP folder for the CLIP score; "": none.
       resamples: bootstrap resamples of the distance intervals.
       scorer: scores alignment if it can score every row; None: no alignment.
+      scorer_name: distinguishes the cells of other scorers in a folder; "": the default scorer.
     """
 
     stage_sets: tuple[StageSet, ...]
@@ -93,6 +94,7 @@ class Sweep:
     clip: str = ""
     resamples: int = fid.RESAMPLES
     scorer: Scorer | None = None
+    scorer_name: str = ""
 
     @property
     def sampled_rows(self) -> Sequence[Mapping[str, Any]]:
@@ -300,6 +302,8 @@ def _cell_identity(
         **measured,
         "stages": stages,
     }
+    if sweep.scorer_name:
+        about["scorer"] = sweep.scorer_name
     if sweep.enlarge:
         config = load_stage(sweep.enlarge).config
         sampling = dataclasses.asdict(config.sampling)

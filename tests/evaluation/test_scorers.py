@@ -127,6 +127,7 @@ def test_without_the_worlds_every_other_evaluation_works(tmp_path):
     folders = [f"--samples={tmp_path / 'large'}", f"--lowres={tmp_path / 'small'}"]
     done = run_without_worlds("edges", *folders, f"--out={tmp_path / 'edges.json'}")
     assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("without a scorer: --scorer='shapes'")
     assert "real" not in json.loads((tmp_path / "edges.json").read_text())["sharpness"]
     done = run_without_worlds("alignment", folders[0], f"--out={tmp_path / 'card.json'}")
     assert done.returncode == 1 and done.stderr.count("\n") == 1

@@ -20,6 +20,7 @@ from imagen_jax.stages.folder import write_stage
 from imagen_jax.worlds.shapes import scenes
 
 PROMPTS = 3
+SAME_SCORER = "imagen_jax.worlds.shapes.scorer:SCORER"
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +135,7 @@ def test_a_finished_cell_is_skipped_and_an_incomplete_one_resumes(world, done, m
         ("--limit=2", "prompts=3, this run has 2"),
         ("--resamples=4", "resamples=3, this run has 4"),
         ("--names=late,early", "stages.base.weights="),
+        (f"--scorer={SAME_SCORER}", f"scorer=None, this run has '{SAME_SCORER}'"),
         ("--names=early", "2 words"),
         (
             "--names=early,early",

@@ -129,7 +129,7 @@ def _control_items(
                 answer = "left" if first else "right"
             else:
                 named, other = (str(name) for name in rng.permutation(list(PLAIN_COLORS))[:2])
-                prompt, sides = f"A plain {named} picture.", [[_plain(named if first else other)]]
+                prompt, sides = f"A plain {named} image.", [[_plain(named if first else other)]]
                 answer = "yes" if first else "no"
             expected = {question.name: answer for question in study.questions}
             about = {"prompt": prompt, "category": category, "control": expected}
