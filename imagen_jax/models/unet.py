@@ -69,6 +69,7 @@ class UNet(nn.Module):
 
         attends = list(zip(cfg.self_attention, cfg.cross_attention, strict=True))
         last = len(cfg.channels) - 1
+        skip_scale: Any = cfg.skip_scale  # A number after `with_defaults`.
 
         def down(i: int, x: Array) -> list[Array]:
             outputs = []
@@ -87,7 +88,7 @@ class UNet(nn.Module):
 
         def up(i: int, x: Array, skips: list[Array]) -> Array:
             for j, skip in enumerate(skips):
-                x = jnp.concatenate([x, skip * cfg.skip_scale], axis=-1)
+                x = jnp.concatenate([x, skip * skip_scale], axis=-1)
                 x = res(x, cfg.channels[i], f"up_{i}_{j}")
                 x = attend(x, attends[i], f"up_{i}_{j}")
             return res(x, cfg.channels[i], f"up_{i}_resample", "up") if i > 0 else x

@@ -93,17 +93,47 @@ def platform() -> str:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] = ()) -> Mesh:  # pyright: ignore[reportInvalidTypeForm]
-    """A mesh of all devices.
+    """A mesh of all devices, over one or several slices.
+
+    Within a slice, devices are connected by its own network (ICI); slices by the data-centre
+    network (DCN). The axes data and fsdp have `dcn_data` and `dcn_fsdp` slices along them, each
+    with `data` and `fsdp` devices; an axis enumerates slice by slice.
 
     Args:
       config: sizes of the axes.
       devices: the devices; (): all that JAX has.
 
     Raises:
-      ConfigError: the product of the axis sizes is not the number of devices.
+      ConfigError: the products of the axis sizes are not the numbers of devices and slices.
     """
     devices = devices or jax.devices()
-    count = len(devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    ici = _ici_sizes(config, len(devices) // slices)
+    dcn = _dcn_sizes(config, slices)
+    # On v4 and v5p, jax.make_mesh rejects axes that are not products of sides of the slice.
+    split = {"allow_split_physical_axes": True}
+    if slices == 1:
+        grid = mesh_utils.create_device_mesh(ici, devices, **split)
+    else:
+        grid = mesh_utils.create_hybrid_device_mesh(ici, dcn, devices, **split)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _dcn_sizes(config: MeshConfig, slices: int) -> list[int]:
+    """Slices along data, fsdp and tensor. Raises ConfigError."""
+    data, fsdp = config.dcn_data, config.dcn_fsdp
+    if data == -1 and slices % fsdp == 0:
+        data = slices // fsdp
+    if data * fsdp != slices or data < 1:
+        raise ConfigError(
+            f"config.mesh.dcn_data*dcn_fsdp={data}*{fsdp} must be the number of slices, {slices}; "
+            "set config.mesh.dcn_data=-1 config.mesh.dcn_fsdp=1 to use all of them for data"
+        )
+    return [data, fsdp, 1]
+
+
+def _ici_sizes(config: MeshConfig, count: int) -> list[int]:
+    """Devices of a slice of `count` along data, fsdp and tensor. Raises ConfigError."""
     sizes = [config.data, config.fsdp, config.tensor]
     if sizes[0] == -1:
         rest = sizes[1] * sizes[2]
@@ -121,9 +151,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] = ()) -> Mesh:  
             f"config.mesh data*fsdp*tensor={sizes[0]}*{sizes[1]}*{sizes[2]} must be the number of "
             f"devices, {count}; set config.mesh.data=-1 to use all of them"
         )
-    # On v4 and v5p, jax.make_mesh rejects axes that are not products of sides of the slice.
-    grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+    return sizes
 
 
 def batch_devices(mesh: AnyMesh) -> int:
@@ -226,7 +254,7 @@ def place_batch(
             )
         first = np.arange(batch_size) if len(values) == batch_size else rows
 
-        def read(index: tuple[slice, ...]) -> np.ndarray:
+        def read(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(batch_size)
             at = int(np.searchsorted(first, start))
             return values[at : at + stop - start]

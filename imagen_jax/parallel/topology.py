@@ -69,31 +69,39 @@ _NO_TPU = {
 
 
 class Slice(NamedTuple):
-    """A TPU slice, or the devices of this machine.
+    """One or several TPU slices, or the devices of this machine.
 
     Attributes:
       name: the user's name of it.
       devices: JAX devices in libtpu's order.
-      chips: number of chips.
+      chips: number of chips, over all slices.
       hbm: bytes per chip available to a program.
+      slices: number of slices, connected by the data-centre network.
     """
 
     name: str
     devices: list[jax.Device]  # pyright: ignore[reportInvalidTypeForm]
     chips: int
     hbm: int
+    slices: int = 1
 
 
-def parse(name: str) -> tuple[Generation, int]:
-    """The generation and number of chips of a slice's name.
+def parse(name: str) -> tuple[Generation, int, int]:
+    """The generation, the number of chips of a slice, and the number of slices of a name.
 
     Args:
-      name: such as v4-128 (64 chips: the number counts TensorCores) or v5e-256 (256 chips).
+      name: such as v4-128 (64 chips: the number counts TensorCores), v5e-256 (256 chips), or
+        v5e-256x2 (two slices of 256 chips).
 
     Raises:
       ConfigError: there is no such slice; names the nearest.
     """
     family, _, number = name.partition("-")
+    number, times, copies = number.partition("x")
+    if times and not (copies.isdigit() and int(copies) >= 1):
+        raise ConfigError(
+            f"--topology={name!r}: {copies!r} must be a number of slices; try {family}-{number}x2"
+        )
     family = ALIASES.get(family, family)
     if family not in GENERATIONS:
         names = [*GENERATIONS, *ALIASES]
@@ -114,7 +122,7 @@ def parse(name: str) -> tuple[Generation, int]:
             f"--topology={name!r}: {family} slices have {sizes} {what}; "
             f"try {family}-{_nearest(family, int(number) if number.isdigit() else 64)}"
         )
-    return generation, int(chips)
+    return generation, int(chips), int(copies or 1)
 
 
 def _nearest(family: str, number: int) -> int:
@@ -124,12 +132,12 @@ def _nearest(family: str, number: int) -> int:
 
 
 def open_slice(name: str) -> Slice:
-    """The devices of the named slice, for compilation only.
+    """The devices of the named slice or slices, for compilation only.
 
     Raises:
       ConfigError: there is no such slice, or libtpu is not installed.
     """
-    generation, chips = parse(name)
+    generation, chips, slices = parse(name)
     for variable, value in _NO_TPU.items():
         os.environ.setdefault(variable, value)
     options = {}
@@ -137,6 +145,8 @@ def open_slice(name: str) -> Slice:
         options["chip_config_name"] = "megacore"
     if chips == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
+    if slices > 1:
+        options["num_slices"] = slices
     layout = f"{generation.libtpu}:{generation.shapes[chips]}"
     try:
         described = topologies.get_topology_desc(layout, "tpu", **options)
@@ -145,7 +155,7 @@ def open_slice(name: str) -> Slice:
             f"--topology={name}: libtpu cannot describe {layout} ({error}); "
             "is it installed: pip install 'imagen_jax[tpu]'"
         ) from error
-    return Slice(name, described.devices, chips, generation.hbm)
+    return Slice(name, described.devices, chips * slices, generation.hbm, slices)
 
 
 def this_machine() -> Slice:

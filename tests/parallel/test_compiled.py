@@ -40,7 +40,7 @@ def test_training_with_a_saved_step_is_training(saved, capsys):
     assert len(losses(folder / "with")) == 3
 
 
-def test_a_step_of_another_configuration_is_refused(saved, capsys):
+def test_a_step_of_another_configuration_is_rejected(saved, capsys):
     folder, config, path = saved
     arguments = [f"--config={config}", f"--workdir={folder / 'other'}", f"--compiled={path}"]
     assert main.main(["train", *arguments, "--config.optimizer.learning_rate=0.5"]) == 1
