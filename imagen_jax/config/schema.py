@@ -282,9 +282,21 @@ class CheckpointConfig:
 class MeshConfig:
     """Devices and how arrays are sharded over them."""
 
-    data: int = doc(-1, "Devices along the data axis; -1: all remaining devices.")
-    fsdp: int = doc(1, "Devices along the fsdp axis, which shards batch and parameters.")
-    tensor: int = doc(1, "Devices along the tensor axis, which shards channels.")
+    data: int = doc(
+        -1, "Devices of each slice along the data axis; -1: all remaining devices of a slice."
+    )
+    fsdp: int = doc(
+        1, "Devices of each slice along the fsdp axis, which shards batch and parameters."
+    )
+    tensor: int = doc(1, "Devices of each slice along the tensor axis, which shards channels.")
+    dcn_data: int = doc(
+        -1,
+        "Slices along the data axis: gradients cross the data-centre network once per step; "
+        "-1: all remaining slices.",
+    )
+    dcn_fsdp: int = doc(
+        1, "Slices along the fsdp axis: parameters cross the data-centre network, too."
+    )
     cpu_devices: int = doc(
         1,
         "CPU devices that the host's cores are split into, without an accelerator.",

@@ -24,6 +24,13 @@ _CONDITION = re.compile(r" while\(.*condition=%?([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _ARRAY = re.compile(r"(pred|bf16|[suf]\d+)(?:e\d\w*)?\[([\d,]*)\]")
 _CONSTANT = re.compile(r"= [su]\d+\[\][^ ]* constant\((\d+)\)")
+# What crosses the data-centre network is a send to the host's Megascale runtime, whose rendezvous
+# names the operation. libtpu splits an all-reduce over several slices into a reduce-scatter and an
+# all-gather within each slice, which are counted as such, and sends between slices.
+_SEND = re.compile(
+    r"= \((.*?), .* send\(.*handler_name=\"xla_megascale_runtime\""
+    r".*_transfer_rendezvous=\"([a-z\-]+)"
+)
 # On TPUs a reduce-scatter is a fusion of this name around an all-reduce and a slice.
 _SCATTER = "all-reduce-scatter"
 
@@ -34,12 +41,15 @@ class Collective(NamedTuple):
     Attributes:
       kind: a row of KINDS.
       count: number of operations.
-      bytes: size of their results; for a reduce-scatter, of its input.
+      bytes: over ICI, size of their results; for a reduce-scatter, of its input. Over DCN, bytes
+        that the device sends.
+      network: "ici", within a slice, or "dcn", between slices.
     """
 
     kind: str
     count: int
     bytes: int
+    network: str = "ici"
 
 
 def collectives(text: str) -> list[Collective]:
@@ -52,9 +62,15 @@ def collectives(text: str) -> list[Collective]:
     # (kind, location) -> instruction -> (count, bytes). On TPUs an operation that overlaps with
     # others consists of several fusions on one channel: start, steps and end.
     found: dict[tuple[str, str], dict[str, tuple[int, int]]] = collections.defaultdict(dict)
+    sent: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
 
     def visit(name: str, times: int, fused: bool) -> None:
         for line in computations.get(name, ()):
+            send = _SEND.search(line)
+            if send:
+                sent[send[2]][0] += times
+                sent[send[2]][1] += times * sum(_size(*a) for a in _ARRAY.findall(send[1]))
+                continue
             match = _COLLECTIVE.search(line)
             if match:
                 scatter = name.startswith(_SCATTER)
@@ -76,7 +92,9 @@ def collectives(text: str) -> list[Collective]:
         times, each = max(instructions.values())
         count[kind] += times
         size[kind] += times * each
-    return [Collective(kind, count[kind], size[kind]) for kind in sorted(count)]
+    return [Collective(kind, count[kind], size[kind]) for kind in sorted(count)] + [
+        Collective(kind, *sent[kind], network="dcn") for kind in sorted(sent)
+    ]
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
