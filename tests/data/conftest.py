@@ -1,4 +1,4 @@
-"""A folder of captioned pictures and its embedding store, shared by the tests of the data layer."""
+"""A folder of captioned images and its embedding store, shared by the tests of data/."""
 
 import json
 import pathlib
@@ -15,8 +15,8 @@ from imagen_jax.data.sources.registry import open_source
 DIM = 6
 
 
-def draw_pictures(folder: pathlib.Path, count: int, size: int = 64) -> None:
-    """Writes `count` random pictures; every third has two captions."""
+def write_images(folder: pathlib.Path, count: int, size: int = 64) -> None:
+    """Writes `count` random images; every third has two captions."""
     rng = np.random.default_rng(0)
     rows = []
     for i in range(count):
@@ -45,13 +45,13 @@ def write_store(folder: pathlib.Path, captions: list[str]) -> store.EmbeddingSto
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """(DataConfig, source, store) of 23 pictures of 64 px, read without TensorFlow."""
+    """(DataConfig, source, store) of 23 images of 64 px, read without TensorFlow."""
     root = tmp_path_factory.mktemp("world")
-    (root / "pictures").mkdir()
-    draw_pictures(root / "pictures", 23)
+    (root / "images").mkdir()
+    write_images(root / "images", 23)
     data = DataConfig(
         kind="folder",
-        path=str(root / "pictures"),
+        path=str(root / "images"),
         embeddings=str(root / "store"),
         image_size=64,
         lowres_size=16,

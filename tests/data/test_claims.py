@@ -1,4 +1,4 @@
-"""claims.py: one worker at a time has a claim, and a dead one's is taken over by one other."""
+"""claims.py: one worker holds a claim; exactly one other replaces a dead worker."""
 
 import os
 import threading
@@ -13,7 +13,7 @@ PATIENCE = 0.3
 
 @pytest.fixture
 def worker(tmp_path):
-    """A worker that shows no signs of life: its thread is not started."""
+    """A worker without heartbeats: its thread is not started."""
     return lambda patience=PATIENCE: Claims(tmp_path, patience)
 
 
@@ -37,7 +37,7 @@ def test_only_one_has_a_claim_until_it_is_released(worker, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_of_many_at_once_one_wins(worker):
+def test_one_of_many_concurrent_workers_wins(worker):
     won = []
     start = threading.Barrier(8)
 
@@ -53,7 +53,7 @@ def test_of_many_at_once_one_wins(worker):
     assert sorted(won, key=int) == [str(i) for i in range(50)]
 
 
-def test_a_silent_one_is_overtaken_by_exactly_one(worker, tmp_path):
+def test_exactly_one_worker_replaces_a_dead_one(worker, tmp_path):
     dead, second, third = worker(), worker(), worker()
     assert dead.take("unit")
     assert not second.take("unit") and not third.take("unit")
@@ -65,7 +65,7 @@ def test_a_silent_one_is_overtaken_by_exactly_one(worker, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_signs_of_life_keep_a_claim(worker):
+def test_heartbeats_keep_a_claim(worker):
     waiting = worker()
     with worker() as living:
         assert living.take("unit")

@@ -1,4 +1,4 @@
-"""embed.py: duplicates are encoded once, killed runs go on, and all ways give the same bytes."""
+"""embed.py: duplicates are encoded once, killed runs resume, and the bytes are always the same."""
 
 import json
 import pathlib
@@ -21,7 +21,7 @@ from imagen_jax.text.vocabulary import TokenBatch
 
 
 class LetterEncoder:
-    """One token per letter; a token's embedding depends on its letter, place and caption."""
+    """One token per letter; its embedding depends on letter, position and caption."""
 
     dim = 3
     max_len = 20
@@ -90,7 +90,7 @@ def test_each_distinct_caption_is_encoded_once_and_found_again(tmp_path):
     assert report["tokens"] == tokens and report["bytes"] == tokens * 3 * 2
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path):
+def test_a_killed_run_resumes_with_the_same_bytes(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     units = embed.embed(CAPTIONS, LetterEncoder(), str(whole), 4, silent)["units"]
     with pytest.raises(KeyboardInterrupt):
@@ -148,7 +148,7 @@ class SlowEncoder(LetterEncoder):
 
 
 def test_killed_while_the_manifest_is_written(tmp_path, monkeypatch):
-    """A store is complete or it is not; the next run only writes the manifest."""
+    """The store is incomplete without the manifest; the next run only writes that."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     embed.embed(CAPTIONS, LetterEncoder(), str(whole), 4, silent)
 
@@ -165,7 +165,7 @@ def test_killed_while_the_manifest_is_written(tmp_path, monkeypatch):
     assert files(killed) == files(whole)
 
 
-def test_half_of_the_captions_repeated_is_half_of_the_calls(tmp_path):
+def test_repeated_captions_are_encoded_once(tmp_path):
     different = [f"{i:05d}" for i in range(64)]
     calls = [
         embed.embed(texts, LetterEncoder(), str(tmp_path / name), 4, silent)["computed"]
@@ -174,7 +174,7 @@ def test_half_of_the_captions_repeated_is_half_of_the_calls(tmp_path):
     assert calls == [16, 8]
 
 
-def test_int8_halves_the_bytes_and_tells_its_error(tmp_path):
+def test_int8_halves_the_bytes_and_records_its_error(tmp_path):
     """Channels a hundred times larger than the rest, as T5's are, cost the others nothing."""
     rng = np.random.default_rng(0)
 
@@ -221,7 +221,7 @@ def test_estimate_agrees_with_the_run(tmp_path):
     assert estimate["padded_tokens"] >= estimate["tokens"]
 
 
-def test_progress_says_how_fast_and_how_long(tmp_path, monkeypatch):
+def test_progress_lines_have_throughput_and_time_left(tmp_path, monkeypatch):
     monkeypatch.setattr(embed, "REPORT_EVERY", 0.0)
     lines: list[str] = []
     embed.embed(CAPTIONS, LetterEncoder(), str(tmp_path), 4, lines.append)
@@ -231,7 +231,7 @@ def test_progress_says_how_fast_and_how_long(tmp_path, monkeypatch):
     assert "40 distinct captions of 40" in lines[-1] and "captions/s" in lines[-1]
 
 
-def test_values_that_are_not_finite_are_not_stored(tmp_path):
+def test_values_that_are_not_finite_are_rejected(tmp_path):
     class Broken(LetterEncoder):
         def encode(self, ids, mask):
             return super().encode(ids, mask) / np.zeros(1, np.float32)

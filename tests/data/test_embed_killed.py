@@ -101,7 +101,7 @@ def files(folder: pathlib.Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def undisturbed(world):
-    """Calls of the encoder, and the store, of one worker that nobody disturbs."""
+    """Encoder calls and store of one undisturbed worker."""
     print(finish(start(world, world / "alone.log", world / "alone")))
     return calls(world / "alone.log"), files(world / "alone")
 

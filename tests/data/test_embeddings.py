@@ -1,4 +1,4 @@
-"""embeddings.py: what is written is what is read, and every fault is named."""
+"""store.py and unit_file.py: a store reads back as written; errors name the damaged part."""
 
 import hashlib
 import json
@@ -46,14 +46,14 @@ def test_lookup_gives_back_every_row_padded_or_cut(folder, rows):
         assert real.tolist() == [True] * kept + [False] * (4 - kept)
 
 
-def test_absent_captions_are_named(folder):
+def test_missing_captions_are_listed(folder):
     store = EmbeddingStore.open(str(folder))
     assert store.missing(["a", "b", "g", "z", "b"]) == ["b", "z"]
     with pytest.raises(EmbeddingError, match="lacks 1 caption.*'a blue dog'.*imagen embed"):
         store.lookup(["a", "a blue dog"], 4)
 
 
-def test_another_encoder_is_refused_naming_each_differing_field(folder):
+def test_another_encoder_is_rejected_with_the_differing_fields(folder):
     expected = {"encoder": "t5", "vocabulary": "cd34", "layers": 4, "max_len": 8}
     with pytest.raises(EmbeddingError) as error:
         EmbeddingStore.open(str(folder), expected)
@@ -63,7 +63,7 @@ def test_another_encoder_is_refused_naming_each_differing_field(folder):
     assert "max_len" not in message and "run `imagen embed`" in message
 
 
-def test_missing_and_unfinished_stores_are_refused(folder, tmp_path):
+def test_missing_and_incomplete_stores_are_rejected(folder, tmp_path):
     with pytest.raises(EmbeddingError, match="is no store; run `imagen embed`"):
         EmbeddingStore.open(str(tmp_path / "nowhere"))
     (folder / "manifest.json").unlink()
@@ -71,7 +71,7 @@ def test_missing_and_unfinished_stores_are_refused(folder, tmp_path):
         EmbeddingStore.open(str(folder))
 
 
-def test_a_short_or_absent_unit_is_refused_at_opening(folder):
+def test_a_truncated_or_missing_unit_is_rejected_when_opening(folder):
     unit = folder / json.loads((folder / "manifest.json").read_text())["units"][1]["file"]
     content = unit.read_bytes()
     unit.write_bytes(content[:-2])

@@ -1,4 +1,4 @@
-"""index.py, folder.py, tfrecord.py: broken files are named, TFRecords read as TFDS reads them."""
+"""Sources and their index: broken files are reported; TFRecords read as by TFDS."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from imagen_jax.data.sources import registry, tfds_files, tfrecord
 from imagen_jax.worlds.shapes import scenes as shapes
 
 
-def picture(path: pathlib.Path, size: int = 16, caption: str | None = "a caption", **options):
+def write_image(path: pathlib.Path, size: int = 16, caption: str | None = "a caption", **options):
     pixels = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path, **options)
     if caption is not None:
@@ -31,11 +31,11 @@ def folder_config(path: pathlib.Path, **options) -> DataConfig:
 @pytest.fixture
 def zoo(tmp_path):
     """Good and bad files, one of each kind."""
-    picture(tmp_path / "good.png")
-    picture(tmp_path / "кошка.png", caption="кошка на окне\n\n a cat \n")
+    write_image(tmp_path / "good.png")
+    write_image(tmp_path / "кошка.png", caption="кошка на окне\n\n a cat \n")
     (tmp_path / "deep").mkdir()
-    picture(tmp_path / "deep" / "good.webp")
-    picture(tmp_path / "png_inside.jpg", format="png")
+    write_image(tmp_path / "deep" / "good.webp")
+    write_image(tmp_path / "png_inside.jpg", format="png")
     Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg")
     Image.fromarray(np.full((16, 16), 65535, np.uint16)).save(tmp_path / "deep16.png")
     frames = [Image.new("RGB", (16, 16), c) for c in ("red", "blue")]
@@ -43,15 +43,15 @@ def zoo(tmp_path):
     for name in ("cmyk", "deep16", "moving"):
         (tmp_path / f"{name}.txt").write_text(f"a {name} picture")
 
-    picture(tmp_path / "cut.jpg", size=64)
+    write_image(tmp_path / "cut.jpg", size=64)
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:900])
     (tmp_path / "zero.png").write_bytes(b"")
     (tmp_path / "page.jpg").write_text("<html>404</html>")
     (tmp_path / "photo.heic").write_bytes(b"something")
-    picture(tmp_path / "dot.png", size=1)
-    picture(tmp_path / "small.png", size=12)
-    picture(tmp_path / "silent.png", caption=None)
-    picture(tmp_path / "blank.png", caption="  \n ")
+    write_image(tmp_path / "dot.png", size=1)
+    write_image(tmp_path / "small.png", size=12)
+    write_image(tmp_path / "silent.png", caption=None)
+    write_image(tmp_path / "blank.png", caption="  \n ")
     (tmp_path / "deep" / "again").symlink_to(tmp_path, target_is_directory=True)
     (tmp_path / "self.png").symlink_to("self.png")
     (tmp_path / "gone.png").symlink_to("nowhere.png")
@@ -61,7 +61,7 @@ def zoo(tmp_path):
     return tmp_path
 
 
-def test_the_zoo_keeps_the_good_and_names_every_bad_one(zoo):
+def test_good_files_are_kept_and_bad_ones_listed(zoo):
     lines = []
     source = registry.open_source(folder_config(zoo, min_size=14), log=lines.append)
     records = {r.key: r for r in map(source.record, range(len(source)))}
@@ -97,13 +97,13 @@ def test_the_zoo_keeps_the_good_and_names_every_bad_one(zoo):
     assert written["total"] == 20
 
 
-def test_a_pixel_is_caught_without_a_limit_and_small_pictures_pass(zoo):
+def test_an_image_of_one_pixel_is_rejected_without_a_limit(zoo):
     source = registry.open_source(folder_config(zoo), log=lambda line: None)
     assert "small.png" not in dict(source.report.rejected)
     assert "dot.png" in dict(source.report.rejected)
 
 
-def test_too_many_bad_files_stop_the_run_with_share_names_and_fix(zoo):
+def test_too_many_bad_files_stop_the_run(zoo):
     with pytest.raises(ConfigError) as error:
         registry.open_source(folder_config(zoo, max_quarantined=0.05), log=lambda line: None)
     message = str(error.value)
@@ -126,7 +126,7 @@ def test_an_empty_folder_is_refused(tmp_path):
 def test_metadata_of_the_imagefolder_layout(tmp_path):
     (tmp_path / "train").mkdir()
     for name in "abc":
-        picture(tmp_path / "train" / f"{name}.png", caption=None)
+        write_image(tmp_path / "train" / f"{name}.png", caption=None)
     rows = [
         {"file_name": "a.png", "text": "one"},
         {"file_name": "b.png", "caption": ["two", " ", "three"]},
@@ -141,8 +141,8 @@ def test_metadata_of_the_imagefolder_layout(tmp_path):
 
 
 def test_the_index_is_cached_until_a_file_or_a_limit_changes(tmp_path, monkeypatch):
-    picture(tmp_path / "a.png")
-    picture(tmp_path / "b.png")
+    write_image(tmp_path / "a.png")
+    write_image(tmp_path / "b.png")
     first = registry.open_source(folder_config(tmp_path))
     with monkeypatch.context() as blocked:
         blocked.setattr(registry.scan, "build", None)
@@ -159,19 +159,19 @@ def test_the_index_is_cached_until_a_file_or_a_limit_changes(tmp_path, monkeypat
         registry.open_source(folder_config(tmp_path, min_size=17))
 
 
-def test_data_that_cannot_be_written_beside_is_indexed_elsewhere(tmp_path, monkeypatch):
+def test_the_index_of_a_read_only_folder_is_in_the_user_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     data = tmp_path / "data"
     data.mkdir()
-    picture(data / "a.png")
+    write_image(data / "a.png")
     (data / ".imagen_index").write_text("a file where the folder would be")
     assert len(registry.open_source(folder_config(data))) == 1
     assert len(list((tmp_path / "cache").rglob("index_*"))) == 1
 
 
-def test_a_record_damaged_later_is_replaced_by_the_next_and_named(tmp_path):
+def test_a_record_damaged_after_indexing_is_replaced_and_logged(tmp_path):
     for name in "abc":
-        picture(tmp_path / f"{name}.png", caption=f"caption {name}")
+        write_image(tmp_path / f"{name}.png", caption=f"caption {name}")
     source = registry.open_source(folder_config(tmp_path))
     (tmp_path / "b.png").write_bytes(b"")
     (tmp_path / "c.png").unlink()
@@ -182,11 +182,11 @@ def test_a_record_damaged_later_is_replaced_by_the_next_and_named(tmp_path):
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """A TFDS data set of 7 pictures in three TFRecord files, and what TFDS itself reads from it."""
+    """A TFDS data set of 7 images in three TFRecord files, and the examples that TFDS reads."""
     tfds = pytest.importorskip("tensorflow_datasets")
     root = tmp_path_factory.mktemp("tfds")
     rng = np.random.default_rng(0)
-    pictures = rng.integers(0, 256, (7, 16, 16, 3), dtype=np.uint8)
+    pixels = rng.integers(0, 256, (7, 16, 16, 3), dtype=np.uint8)
 
     features = {
         "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
@@ -209,7 +209,7 @@ def prepared(tmp_path_factory):
             "number": i,
             "texts": [f"text {i}.{k}" for k in range(1 + i % 2)],
         }
-        for i, image in enumerate(pictures)
+        for i, image in enumerate(pixels)
     ]
     writer = tfds.core.SequentialWriter(info, max_examples_per_shard=3)
     writer.initialize_splits(["train"])
@@ -241,7 +241,7 @@ def test_all_captions_of_a_record_are_kept(prepared):
         assert source.captions(i) == tuple(text.decode() for text in row["texts"])
 
 
-def test_the_usual_file_names_are_found_and_the_newest_version_is_taken(prepared, tmp_path):
+def test_default_file_names_and_the_newest_version(prepared, tmp_path):
     root, truth = prepared
     for version in ("1.2.0", "1.10.0"):
         copy = tmp_path / "tiny_world" / version
@@ -260,7 +260,7 @@ def test_the_usual_file_names_are_found_and_the_newest_version_is_taken(prepared
         registry.open_source(config)
 
 
-def test_tfds_mistakes_are_named(prepared):
+def test_tfds_errors(prepared):
     root, _ = prepared
     with pytest.raises(ConfigError, match="config.data.split='tran'.*did you mean 'train'"):
         registry.open_source(tfds_config(root, split="tran"))
@@ -268,7 +268,7 @@ def test_tfds_mistakes_are_named(prepared):
         registry.open_source(tfds_config(root, caption_key="captio"))
 
 
-def test_tfds_pictures_are_quarantined_by_their_header(prepared):
+def test_tfds_images_are_rejected_by_their_header(prepared):
     root, _ = prepared
     with pytest.raises(ConfigError, match="tiny_world-train.tfrecord-00000__0: too small"):
         registry.open_source(tfds_config(root, min_size=20), log=lambda line: None)
@@ -288,7 +288,7 @@ def test_a_truncated_tfrecord_is_refused(prepared, tmp_path):
         list(tfrecord.TFRecords(tfds_config(tmp_path), {copy: 3}).scan())
 
 
-def test_a_data_set_that_is_not_there_is_built(tmp_path, monkeypatch):
+def test_a_missing_data_set_is_built(tmp_path, monkeypatch):
     pytest.importorskip("tensorflow_datasets")
     monkeypatch.setattr(shapes, "SPLITS", dict.fromkeys(shapes.SPLITS, 5))
     config = tfds_config(tmp_path, name="shapes_world", split="held_out")
@@ -299,7 +299,7 @@ def test_a_data_set_that_is_not_there_is_built(tmp_path, monkeypatch):
         np.testing.assert_array_equal(source.record(i).image, shapes.render(scene))
 
 
-def test_without_tensorflow_the_way_out_is_named(tmp_path, monkeypatch):
+def test_without_tensorflow_the_error_names_the_fix(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     monkeypatch.delitem(sys.modules, "imagen_jax.data.sources.tfds_build", raising=False)
     monkeypatch.delattr("imagen_jax.data.sources.tfds_build", raising=False)

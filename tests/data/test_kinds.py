@@ -1,4 +1,4 @@
-"""The same pictures from a folder, a tar file, TFRecord and Parquet give the same batches."""
+"""The same images from a folder, a tar file, TFRecord and Parquet give the same batches."""
 
 import dataclasses
 import io
@@ -22,9 +22,9 @@ from tests.data.conftest import write_store
 KEYS = {"image_key": "jpg", "caption_key": "words"}
 
 
-def encoded(picture: Image.Image, kind: str, **options) -> bytes:
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
@@ -34,7 +34,7 @@ def noise(*shape: int, seed: int = 0) -> Image.Image:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> dict[str, tuple[bytes, tuple[str, ...]]]:
+def image_files() -> dict[str, tuple[bytes, tuple[str, ...]]]:
     """File name -> bytes and captions, in the order of the names; some of them not usable."""
     turned = Image.Exif()
     turned[0x0112] = 6
@@ -63,21 +63,21 @@ def pictures() -> dict[str, tuple[bytes, tuple[str, ...]]]:
     return {name: (made[name], texts[name]) for name in sorted(made)}
 
 
-def write_folder(path: pathlib.Path, pictures) -> None:
+def write_folder(path: pathlib.Path, image_files) -> None:
     path.mkdir()
-    for name, (data, texts) in pictures.items():
+    for name, (data, texts) in image_files.items():
         (path / name).write_bytes(data)
         if texts:
             (path / name).with_suffix(".txt").write_text("\n".join(texts))
 
 
-def write_tar(path: pathlib.Path, pictures) -> None:
+def write_tar(path: pathlib.Path, image_files) -> None:
     """Two shards; captions as text in the first, as JSON in the second."""
-    names = list(pictures)
+    names = list(image_files)
     for number, part in enumerate((names[:7], names[7:])):
         with tarfile.open(f"{path}-{number}.tar", "w") as shard:
             for name in part:
-                data, texts = pictures[name]
+                data, texts = image_files[name]
                 stem = name.rsplit(".", 1)[0]
                 files = {name: data}
                 if texts and number == 0:
@@ -90,14 +90,14 @@ def write_tar(path: pathlib.Path, pictures) -> None:
                     shard.addfile(member, io.BytesIO(content))
 
 
-def write_tfrecord(path: pathlib.Path, pictures) -> None:
+def write_tfrecord(path: pathlib.Path, image_files) -> None:
     tf = pytest.importorskip("tensorflow")
 
     def feature(values):
         return tf.train.Feature(bytes_list=tf.train.BytesList(value=values))
 
     with tf.io.TFRecordWriter(str(path)) as writer:
-        for data, texts in pictures.values():
+        for data, texts in image_files.values():
             features = {"jpg": feature([data])}
             if texts:  # Writers of one's own leave out what is not there.
                 features["words"] = feature([text.encode() for text in texts])
@@ -105,27 +105,27 @@ def write_tfrecord(path: pathlib.Path, pictures) -> None:
             writer.write(row.SerializeToString())
 
 
-def write_parquet(path: pathlib.Path, pictures, as_struct: bool = False, **options) -> None:
+def write_parquet(path: pathlib.Path, image_files, as_struct: bool = False, **options) -> None:
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq
 
-    column = [data for data, _ in pictures.values()]
+    column = [data for data, _ in image_files.values()]
     if as_struct:
-        column = [{"bytes": data, "path": name} for name, (data, _) in pictures.items()]
-    table = pa.table({"jpg": column, "words": [list(texts) for _, texts in pictures.values()]})
+        column = [{"bytes": data, "path": name} for name, (data, _) in image_files.items()]
+    table = pa.table({"jpg": column, "words": [list(texts) for _, texts in image_files.values()]})
     pq.write_table(table, path, row_group_size=6, **options)
 
 
 @pytest.fixture(scope="module")
-def packed(pictures, tmp_path_factory) -> dict[str, DataConfig]:
-    """The pictures in every kind of package: name of the package -> its configuration."""
+def packed(image_files, tmp_path_factory) -> dict[str, DataConfig]:
+    """The images in every kind of source: name -> configuration."""
     root = tmp_path_factory.mktemp("packed")
-    write_folder(root / "folder", pictures)
-    write_tar(root / "shard", pictures)
-    write_tfrecord(root / "all.tfrecord", pictures)
-    write_parquet(root / "plain.parquet", pictures, compression="none", use_dictionary=False)
-    write_parquet(root / "dictionary.parquet", pictures, compression="none")
-    write_parquet(root / "struct.parquet", pictures, as_struct=True)
+    write_folder(root / "folder", image_files)
+    write_tar(root / "shard", image_files)
+    write_tfrecord(root / "all.tfrecord", image_files)
+    write_parquet(root / "plain.parquet", image_files, compression="none", use_dictionary=False)
+    write_parquet(root / "dictionary.parquet", image_files, compression="none")
+    write_parquet(root / "struct.parquet", image_files, as_struct=True)
     settings = {"max_quarantined": 0.5, "image_size": 16, "batch_size": 6, "max_text_len": 4}
     paths = {
         "folder": ("folder", root / "folder"),
@@ -157,7 +157,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=["plain", "random", "crops"])
 @pytest.mark.parametrize("name", ["tar", "tfrecord", "plain", "dictionary", "struct"])
-def test_the_same_pictures_give_the_same_batches(packed, store, name, options):
+def test_the_same_images_give_the_same_batches(packed, store, name, options):
     streams = []
     for package in ("folder", name):
         data = dataclasses.replace(packed[package], **options)
@@ -188,13 +188,13 @@ REJECTED = {
 }
 
 
-def test_the_report_names_everything_that_is_odd(packed, pictures):
+def test_the_report_lists_rejected_records_and_notes(packed, image_files):
     lines = []
     source = registry.open_source(packed["folder"], log=lines.append)
     path = pathlib.Path(packed["folder"].path) / ".imagen_index" / "quarantine.json"
     written = json.loads(path.read_text("utf-8"))
     found = {row["name"]: row["reason"] for row in written["records"]}
-    assert found.keys() == REJECTED.keys() and written["total"] == len(pictures)
+    assert found.keys() == REJECTED.keys() and written["total"] == len(image_files)
     noted = {row["name"]: row["note"] for row in written["notes"]}
     assert noted.keys() == NOTED.keys()
     for names, expected in ((found, REJECTED), (noted, NOTED)):
@@ -205,7 +205,7 @@ def test_the_report_names_everything_that_is_odd(packed, pictures):
 
 
 @pytest.mark.parametrize("name", ["tar", "tfrecord", "plain", "struct"])
-def test_every_kind_judges_alike(packed, name):
+def test_every_kind_applies_the_same_rules(packed, name):
     reasons = []
     for package in ("folder", name):
         report = registry.open_source(packed[package], log=lambda line: None).report
@@ -225,16 +225,16 @@ def test_uncompressed_parquet_is_read_in_place(packed, monkeypatch):
     assert all(packed_source._table.location(i)[1] < 0 for i in range(len(packed_source)))
 
 
-def test_large_compressed_row_groups_are_reported(packed, monkeypatch, tmp_path, pictures):
+def test_large_compressed_row_groups_are_reported(packed, monkeypatch, tmp_path, image_files):
     monkeypatch.setattr("imagen_jax.data.sources.parquet.LARGE_ROW_GROUP_BYTES", 1000)
-    write_parquet(tmp_path / "snappy.parquet", pictures)
+    write_parquet(tmp_path / "snappy.parquet", image_files)
     data = dataclasses.replace(packed["struct"], path=str(tmp_path / "snappy.parquet"))
     report = registry.open_source(data, log=lambda line: None).report
     assert report.noted["compressed row group"] == 15
 
 
 @pytest.mark.parametrize("kind", ["tfrecord", "webdataset", "parquet"])
-def test_a_shard_that_is_cut_is_named_and_the_rest_is_used(packed, kind, tmp_path):
+def test_a_truncated_shard_is_reported_and_the_rest_is_used(packed, kind, tmp_path):
     package = {"tfrecord": "tfrecord", "webdataset": "tar", "parquet": "plain"}[kind]
     pattern = pathlib.Path(packed[package].path)
     whole = sorted(pattern.parent.glob(pattern.name))[0]
@@ -260,7 +260,7 @@ def test_a_wrong_column_names_the_nearest(packed, name):
 
 
 @pytest.mark.parametrize("kind", ["tfrecord", "webdataset", "parquet"])
-def test_files_that_are_not_there(kind, tmp_path):
+def test_missing_files(kind, tmp_path):
     for path in (tmp_path, tmp_path / "nothing"):
         with pytest.raises(ConfigError, match="config.data.path=.*pattern such as"):
             registry.open_source(DataConfig(kind=kind, path=str(path)))
@@ -297,7 +297,7 @@ def claiming(width: int, height: int) -> bytes:
     return bytes(data)
 
 
-def test_pictures_too_large_to_be_true_are_refused(tmp_path):
+def test_images_with_too_many_pixels_are_rejected(tmp_path):
     write_folder(
         tmp_path / "f",
         {

@@ -1,4 +1,4 @@
-"""A folder of which 3% are broken or odd trains, and the report names each one."""
+"""A folder with 3% broken or odd files trains, and the report lists each one."""
 
 import io
 import json
@@ -17,14 +17,14 @@ COUNT, DIM = 400, 8
 
 def png(*shape: int, seed: int = 0, kind: str = "png", mode: str = "RGB", **options) -> bytes:
     rng = np.random.default_rng(seed)
-    picture = Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8)).convert(mode)
+    image = Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8)).convert(mode)
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
 def spoil(folder: pathlib.Path) -> dict[str, str]:
-    """Twelve files that are broken or odd; name -> what the report must say of it."""
+    """Twelve broken or odd files: name -> start of the reason or note in the report."""
     exif = Image.Exif()
     exif[0x0112] = 3
     grey = io.BytesIO()
@@ -57,7 +57,7 @@ def spoil(folder: pathlib.Path) -> dict[str, str]:
 
 @pytest.fixture
 def messy(tmp_path, base_config, write_world) -> tuple[pathlib.Path, dict[str, str]]:
-    """(configuration file, name -> remark) of a folder of 400, twelve of them broken or odd."""
+    """(configuration file, name -> note) of a folder of 400 files, twelve broken or odd."""
     folder = tmp_path / "messy"
     folder.mkdir()
     for i in range(COUNT - 12):

@@ -1,4 +1,4 @@
-"""Encoding while training: the same batches and the same run as from a store."""
+"""Encoding during training gives the same batches and run as a store."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SHAPE = T5Config(vocab_size=384, emb_dim=8, num_layers=1, num_heads=2, head_dim=
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory, base_config, write_world):
-    """A configuration with an encoder, and the store that it made. Captions are longer than L."""
+    """A configuration with an encoder and its store; captions are longer than L."""
     folder = tmp_path_factory.mktemp("world")
     path = write_world(folder, base_config, steps=4, every=2)
     rng = np.random.default_rng(0)
@@ -89,7 +89,7 @@ def test_a_batch_is_what_the_store_gives(stored, on_the_fly):
 
 
 @pytest.mark.slow
-def test_the_run_is_the_same_and_may_change_between_the_two(stored, on_the_fly, tmp_path):
+def test_the_run_is_the_same_and_may_switch_between_the_two(stored, on_the_fly, tmp_path):
     expected = run(stored, tmp_path / "stored")
     run(stored, tmp_path / "mixed", steps=2)
     for workdir in ("fly", "mixed"):
@@ -102,7 +102,7 @@ def test_the_run_is_the_same_and_may_change_between_the_two(stored, on_the_fly, 
 
 @pytest.mark.slow
 def test_two_processes_are_one_run(stored, tmp_path):
-    """The encoder lies over both; each brings its own captions."""
+    """The encoder is sharded over both; each has its own captions."""
     world = pathlib.Path(stored.text.path).parent
     overrides = {
         "text.encoder": "bytes",

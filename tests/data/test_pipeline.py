@@ -1,4 +1,4 @@
-"""pipeline.py: the order is a permutation, hosts agree, batches hold the right pictures."""
+"""pipeline.py: the order is a permutation, hosts agree, batches hold the right images."""
 
 import dataclasses
 import itertools
@@ -44,7 +44,7 @@ def test_epochs_and_seeds_shuffle_differently_and_look_random():
         assert abs(np.corrcoef(np.diff(a), np.diff(b))[0, 1]) < 0.07
 
 
-def test_places_of_a_record_over_epochs_are_uniform():
+def test_positions_of_a_record_over_epochs_are_uniform():
     n, epochs = 16, 4000
     first = permute(np.zeros(epochs, np.int64), np.arange(epochs), n=n, seed=5)
     counts = np.bincount(first, minlength=n)
@@ -65,17 +65,17 @@ def stream(world):
     return Pipeline(source, store, data, seed=4)
 
 
-def test_an_epoch_of_batches_holds_every_picture_once(world, stream):
+def test_an_epoch_holds_every_image_once(world, stream):
     data, source, _ = world
     n = len(source)
-    pictures = np.concatenate([stream.batch_at(s)["image"] for s in range(6)])
-    for epoch in (pictures[:n], pictures[n : 2 * n]):
+    epochs_of_images = np.concatenate([stream.batch_at(s)["image"] for s in range(6)])
+    for epoch in (epochs_of_images[:n], epochs_of_images[n : 2 * n]):
         found = {images.to_uint8(p).tobytes() for p in epoch}
         assert found == {source.record(i).image.tobytes() for i in range(n)}
-    assert (pictures[:n] != pictures[n : 2 * n]).any()
+    assert (epochs_of_images[:n] != epochs_of_images[n : 2 * n]).any()
 
 
-def test_a_batch_joins_each_picture_with_one_of_its_own_captions(world, stream):
+def test_each_image_has_one_of_its_own_captions(world, stream):
     data, source, store = world
     own = {source.record(i).image.tobytes(): source.captions(i) for i in range(len(source))}
     drawn = {}
@@ -87,10 +87,10 @@ def test_a_batch_joins_each_picture_with_one_of_its_own_captions(world, stream):
             "text_emb": "float32",
             "text_mask": "bool",
         }
-        for picture, emb, mask in zip(
+        for image, emb, mask in zip(
             images.to_uint8(batch["image"]), batch["text_emb"], batch["text_mask"], strict=True
         ):
-            captions = own[picture.tobytes()]
+            captions = own[image.tobytes()]
             options, masks = store.lookup(captions, data.max_text_len)
             same = [i for i, o in enumerate(options) if (o.astype(np.float32) == emb).all()]
             assert len(same) == 1 and (masks[same[0]] == mask).all()
@@ -99,17 +99,15 @@ def test_a_batch_joins_each_picture_with_one_of_its_own_captions(world, stream):
         assert set(picks) == set(range(len(captions))), "every caption has its turn"
 
 
-def test_hosts_side_by_side_are_one_host(world, stream):
+def test_batches_of_all_hosts_are_the_batch_of_one_host(world, stream):
     data, source, store = world
     for step in (0, 5, 10**7):
-        parts = [
-            Pipeline(source, store, data, seed=4).part(h, 4).batch_at(step) for h in range(4)
-        ]
+        parts = [Pipeline(source, store, data, seed=4).part(h, 4).batch_at(step) for h in range(4)]
         joined = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
         equal(joined, stream.batch_at(step))
 
 
-def test_the_low_resolution_picture_is_what_the_base_stage_trains_on(world, stream):
+def test_lowres_equals_the_images_of_the_base_stage(world, stream):
     data, source, store = world
     base_data = dataclasses.replace(data, image_size=16, lowres_size=0)
     base = Pipeline(source, store, base_data, seed=4).batch_at(3)
@@ -117,7 +115,7 @@ def test_the_low_resolution_picture_is_what_the_base_stage_trains_on(world, stre
     assert base.keys() == {"image", "text_emb", "text_mask"}
 
 
-def test_cached_pictures_are_the_decoded_ones(world, stream):
+def test_cached_images_equal_decoded_ones(world, stream):
     data, source, store = world
     uncached = Pipeline(source, store, data, seed=4, cache_bytes=0)
     first = uncached.batch_at(2)
@@ -146,7 +144,7 @@ def test_an_error_in_the_background_reaches_the_loop(world):
             next(batches)
 
 
-def test_what_does_not_fit_is_refused_at_once(world, tmp_path):
+def test_invalid_settings_are_rejected_at_construction(world, tmp_path):
     data, source, store = world
     with pytest.raises(ConfigError, match="batch_size=8 must be a multiple of 3 parts; try 6"):
         Pipeline(source, store, data, seed=0).part(0, 3)
@@ -159,7 +157,7 @@ def test_what_does_not_fit_is_refused_at_once(world, tmp_path):
         Pipeline(source, EmbeddingStore.open(str(tmp_path)), data, seed=0)
 
 
-def test_the_fingerprint_tells_data_order_and_text_apart(world, stream):
+def test_the_fingerprint_depends_on_data_order_and_text(world, stream):
     data, source, store = world
     assert stream.fingerprint() == Pipeline(source, store, data, seed=4).fingerprint()
     assert stream.fingerprint() != Pipeline(source, store, data, seed=5).fingerprint()
@@ -168,7 +166,7 @@ def test_the_fingerprint_tells_data_order_and_text_apart(world, stream):
     assert stream.fingerprint()["source"] == source.fingerprint
 
 
-def test_without_tensorflow_the_way_out_is_named(world, stream, monkeypatch):
+def test_without_tensorflow_the_error_names_the_fix(world, stream, monkeypatch):
     data, source, store = world
     seqio_data = dataclasses.replace(data, loader="seqio")
 

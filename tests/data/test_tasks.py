@@ -33,7 +33,7 @@ def test_seqio_batches_are_batch_at_from_any_step(stream, start):
         same(batch, stream.batch_at(step))
 
 
-def test_a_base_stage_has_no_low_resolution_picture(stream):
+def test_a_base_stage_has_no_lowres(stream):
     data = dataclasses.replace(stream.data, image_size=16, lowres_size=0)
     base = Pipeline(stream.source, stream.store, data, seed=9)
     same(next(loaders.batches(base, 3)), base.batch_at(3))

@@ -1,4 +1,4 @@
-"""view.py, mixture.py: what an example shows, and of which source; the same by every loader."""
+"""view.py and mixture.py: view and source of an example, the same with every loader."""
 
 import collections
 import dataclasses
@@ -19,7 +19,7 @@ from tests.data.conftest import write_store
 
 
 def photo(width: int, height: int, kind: str = "jpeg", seed: int = 0, **options) -> bytes:
-    """A picture with structure at all scales, encoded."""
+    """An encoded image with structure at all scales."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8))
     pixels = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
@@ -50,7 +50,7 @@ def augmentations(count: int, seed: int = 0) -> list[view.Augmentation]:
         ("", False),
     ],
 )
-def test_words_that_a_mirror_makes_untrue(caption, expected):
+def test_words_that_prevent_mirroring(caption, expected):
     assert view.mentions_side(caption) == expected
 
 
@@ -65,7 +65,7 @@ def test_numbers_of_an_example_are_uniform_and_independent():
 
 @pytest.mark.parametrize("resize_filter", ["box", "lanczos"])
 @pytest.mark.parametrize("size", [(256, 256), (700, 300), (300, 500), (100, 90)])
-def test_a_crop_is_the_crop_of_the_whole_picture(size, resize_filter):
+def test_a_crop_equals_the_crop_of_the_whole_image(size, resize_filter):
     data = DataConfig(
         image_size=64, lowres_size=16, crop_from=256, resize_filter=resize_filter, fit="center_crop"
     )
@@ -83,7 +83,7 @@ def test_a_crop_is_the_crop_of_the_whole_picture(size, resize_filter):
     assert all(left % 4 == top % 4 == 0 for left, top in corners) and len(corners) > 6
 
 
-def test_the_small_picture_of_a_crop_is_the_crop_of_the_small_picture():
+def test_cropping_and_downsampling_commute():
     data = DataConfig(image_size=64, lowres_size=16, crop_from=256)
     encoded = photo(256, 256, "png")
     small = images.resize_host(images.decode(encoded), 64)
@@ -100,7 +100,7 @@ def test_crops_reach_both_edges():
     assert {left for left, _ in corners} == {top for _, top in corners} == set(range(65))
 
 
-def test_random_squares_lie_all_along_the_longer_side():
+def test_random_squares_cover_the_longer_side():
     data = DataConfig(image_size=10, fit="random_crop")
     wide = np.zeros((10, 14, 3), np.uint8) + np.arange(14, dtype=np.uint8)[:, None]
     for pixels, axis in ((wide, 1), (wide.transpose(1, 0, 2), 0)):
@@ -115,7 +115,7 @@ def test_random_squares_lie_all_along_the_longer_side():
         assert set(seen) == {0, 1, 2, 3, 4}
 
 
-def test_padding_shows_the_whole_picture_between_white_bars():
+def test_padding_keeps_the_whole_image_between_white_bars():
     data = DataConfig(image_size=16, fit="pad")
     square = view.decode_view(photo(64, 32, "png"), data, augmentations(1)[0])
     assert square.shape == (16, 16, 3)
@@ -168,7 +168,7 @@ def test_tensorflow_decodes_a_rectangle_to_the_same_pixels(options):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """(mixture configuration, store): 5 red pictures at 3 parts, 7 blue ones at 1."""
+    """(mixture configuration, store): 5 red images at rate 3, 7 blue ones at rate 1."""
     root = tmp_path_factory.mktemp("mixture")
     texts = []
     for name, colour, count in (("red", (255, 0, 0), 5), ("blue", (0, 0, 255), 7)):
@@ -234,7 +234,7 @@ def test_batches_of_a_mixture_and_their_fingerprint(two):
     assert other.fingerprint() != stream.fingerprint()
 
 
-def test_half_of_the_pictures_are_mirrored_but_none_that_says_left(two):
+def test_half_of_the_images_are_mirrored_except_captions_with_left(two):
     data, store = two
     data = dataclasses.replace(data, flip=True)
     source = registry.open_source(data)
@@ -257,7 +257,7 @@ def test_half_of_the_pictures_are_mirrored_but_none_that_says_left(two):
 
 
 @pytest.mark.parametrize("rates", [{"a": 1 / 3, "b": 1.0}, {"a": 0.00001, "b": 1.0}])
-def test_rates_that_cannot_be_exact_are_refused(rates):
+def test_inexact_rates_are_rejected(rates):
     with pytest.raises(ConfigError, match="hold exactly only in blocks of.*try"):
         DataConfig(mixture={n: ComponentConfig(rate=r) for n, r in rates.items()})
     with pytest.raises(ConfigError, match="rate=-1"):

@@ -1,4 +1,4 @@
-"""Results are there whole or not at all, and nothing else is lost for them."""
+"""Atomic writes: complete or absent, without losing the previous result."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ from etils import epath
 from imagen_jax.io import atomic
 
 
-def test_a_file_is_whole_or_as_it_was(tmp_path):
+def test_a_file_is_complete_or_unchanged(tmp_path):
     path = tmp_path / "new" / "card.json"
     atomic.write_json(path, {"fid": 1.5})
     with pytest.raises(KeyboardInterrupt), atomic.file(path) as temporary:
@@ -27,7 +27,7 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["card.json"]
 
 
-def test_a_folder_is_whole_or_as_it_was(tmp_path):
+def test_a_folder_is_complete_or_unchanged(tmp_path):
     path = tmp_path / "stage"
     for name in ("old", "new"):
         with atomic.folder(path) as temporary:
@@ -39,7 +39,7 @@ def test_a_folder_is_whole_or_as_it_was(tmp_path):
     assert [p.name for p in tmp_path.rglob("*")] == ["stage", "new"]
 
 
-def test_only_an_earlier_one_of_its_kind_is_replaced(tmp_path):
+def test_only_an_earlier_result_of_the_same_kind_is_replaced(tmp_path):
     def free(name):
         return atomic.check_replaceable(str(tmp_path / name), "params.safetensors", "stage folder")
 
@@ -104,7 +104,7 @@ thread.join()
 
 @pytest.mark.parametrize("exchange", [True, False])
 def test_processes_and_threads_that_write_one_path(tmp_path, exchange):
-    """A reader sees no half of anything; where folders can be exchanged, they are never absent."""
+    """No reader sees a partial result; with an exchange, the folder is never absent."""
     path = tmp_path / "stage"
     with atomic.folder(path) as temporary:
         for name in ("a", "b"):
@@ -243,7 +243,7 @@ def test_folders_that_are_links_and_names_that_are_long(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_what_is_durable_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch, kind):
+def test_durable_results_are_flushed_before_they_are_renamed(tmp_path, monkeypatch, kind):
     flushed, path = [], tmp_path / "result"
     fsync = os.fsync
 

@@ -12,9 +12,9 @@ from PIL import Image
 from imagen_jax.io import images
 
 
-def encode(picture: Image.Image, kind: str, **options) -> bytes:
+def encode(image: Image.Image, kind: str, **options) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
@@ -42,13 +42,13 @@ def test_values_beyond_the_range_are_clipped_and_halves_are_not_truncated():
 
 
 def test_decode_turns_by_exif():
-    picture = np.zeros((10, 20, 3), np.uint8)
-    picture[:, :5] = 255
+    image = np.zeros((10, 20, 3), np.uint8)
+    image[:, :5] = 255
     exif = Image.Exif()
     exif[0x0112] = 6  # Shown turned by 90 degrees clockwise.
-    turned = images.decode(encode(Image.fromarray(picture), "png", exif=exif))
+    turned = images.decode(encode(Image.fromarray(image), "png", exif=exif))
     assert turned.shape == (20, 10, 3)
-    np.testing.assert_array_equal(turned, np.rot90(picture, -1))
+    np.testing.assert_array_equal(turned, np.rot90(image, -1))
 
 
 def test_decode_scales_sixteen_bits_instead_of_clipping_them():
@@ -95,11 +95,11 @@ def test_decode_tells_empty_from_foreign_data():
 
 
 def test_box_resize_by_a_whole_factor_is_the_mean_of_each_block():
-    picture = noise(64, 64, 3)
-    blocks = picture.reshape(16, 4, 16, 4, 3).mean(axis=(1, 3))
+    image = noise(64, 64, 3)
+    blocks = image.reshape(16, 4, 16, 4, 3).mean(axis=(1, 3))
     # Columns and rows are rounded one after the other: half a level each.
-    assert np.abs(images.resize_host(picture, 16, "box") - blocks).max() <= 1.0
-    np.testing.assert_array_equal(images.resize_host(picture, 64, "lanczos"), picture)
+    assert np.abs(images.resize_host(image, 16, "box") - blocks).max() <= 1.0
+    np.testing.assert_array_equal(images.resize_host(image, 64, "lanczos"), image)
 
 
 @pytest.mark.parametrize("resize_filter", list(images.RESIZE_FILTERS))
@@ -111,8 +111,8 @@ def test_resizing_down_is_antialiased(resize_filter):
 
 
 def test_the_crop_is_the_largest_centred_square():
-    picture = noise(10, 21, 3)
-    np.testing.assert_array_equal(images.center_crop_resize(picture, 10), picture[:, 5:15])
+    image = noise(10, 21, 3)
+    np.testing.assert_array_equal(images.center_crop_resize(image, 10), image[:, 5:15])
 
 
 def test_upsample_keeps_constants_and_straight_ramps():
@@ -123,27 +123,27 @@ def test_upsample_keeps_constants_and_straight_ramps():
     np.testing.assert_allclose(steps, 2 / 7 / 4, rtol=1e-4)
 
 
-def test_grid_places_pictures_in_reading_order_and_draws_captions_below():
-    pictures = noise(3, 16, 16, 3)
-    plain = images.grid(pictures, 2, scale=2)
-    captioned = images.grid(pictures, 2, ["a red circle", "b", "c"], scale=2)
+def test_grid_has_images_in_reading_order_and_captions_below():
+    pixels = noise(3, 16, 16, 3)
+    plain = images.grid(pixels, 2, scale=2)
+    captioned = images.grid(pixels, 2, ["a red circle", "b", "c"], scale=2)
     assert captioned.shape[0] > plain.shape[0] and captioned.shape[1] == plain.shape[1]
     found = {
         i
-        for i, picture in enumerate(pictures.repeat(2, 1).repeat(2, 2))
+        for i, image in enumerate(pixels.repeat(2, 1).repeat(2, 2))
         for top in range(plain.shape[0] - 31)
         for left in range(plain.shape[1] - 31)
-        if (plain[top : top + 32, left : left + 32] == picture).all()
+        if (plain[top : top + 32, left : left + 32] == image).all()
     }
     assert found == {0, 1, 2}
     assert (captioned[4 + 32 : 4 + 32 + 15] < 100).any(), "no text under the first row"
 
 
 def test_png_carries_its_texts_and_leaves_no_other_file(tmp_path):
-    picture = noise(8, 8, 3)
+    image = noise(8, 8, 3)
     path = tmp_path / "new" / "a.png"
-    images.save_png(path, picture, {"prompt": "красный круг", "seed": "7"})
+    images.save_png(path, image, {"prompt": "красный круг", "seed": "7"})
     with Image.open(path) as read:
         assert read.text == {"prompt": "красный круг", "seed": "7"}
-        np.testing.assert_array_equal(np.asarray(read), picture)
+        np.testing.assert_array_equal(np.asarray(read), image)
     assert os.listdir(path.parent) == ["a.png"]

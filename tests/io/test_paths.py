@@ -30,7 +30,7 @@ def test_local_paths(tmp_path, monkeypatch):
     assert str(found) == f"{tmp_path}/images"
 
 
-def test_the_home_of_nobody(tmp_path):
+def test_the_home_of_an_unknown_user(tmp_path):
     assert str(paths.local_or_remote("~no_such_user/a", "--out")) == "~no_such_user/a"
 
 
