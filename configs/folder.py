@@ -22,7 +22,7 @@ CONFIGS = ("base", "sr")
 def get_config(name: str = "base") -> ml_collections.ConfigDict:
     """Values of `base` or `sr`."""
     c = overrides.from_file(SHAPES, name)
-    c.data.kind = "folder"
+    c.data.kind, c.data.name = "folder", ""
     c.data.path = ""
     c.data.embeddings = ""
     c.text.path = ""
