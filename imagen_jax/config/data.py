@@ -8,7 +8,6 @@ import math
 
 from imagen_jax.config.fields import ConfigError, check_choice, doc
 
-KINDS = ("tfds", "folder", "tfrecord", "webdataset", "parquet")
 FITS = ("center_crop", "random_crop", "pad")
 MAX_BLOCK = 10_000  # Examples within which a mixture's rates hold exactly.
 
@@ -58,7 +57,6 @@ class SourceConfig:
     )
 
     def __post_init__(self) -> None:
-        check_choice("data.kind", self.kind, KINDS)
         check_choice("data.check", self.check, ("decode", "header"))
 
 

@@ -19,6 +19,7 @@ from imagen_jax.config.fields import ConfigError, unknown_name
 TEXT_ENCODERS = "imagen_jax.text_encoders"
 TFDS_BUILDERS = "imagen_jax.tfds_builders"
 SCORERS = "imagen_jax.scorers"
+SOURCES = "imagen_jax.sources"
 
 _PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 

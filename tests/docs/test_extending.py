@@ -115,5 +115,6 @@ def test_the_options_of_a_sampler_are_fields_and_arguments():
         samplers.make_sampler(SamplingConfig(sampler=name))
 
 
-def test_the_schema_names_every_kind_of_source():
-    assert set(data.KINDS) == set(registry.SOURCES)
+def test_an_unknown_kind_of_source_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="config.data.kind='foldr'.*did you mean 'folder'"):
+        registry.open_source(data.DataConfig(kind="foldr", path=str(tmp_path)))

@@ -210,7 +210,7 @@ def test_edits_that_are_refused(folders, picture, tmp_path, capsys):
     for what, stages, flags, says in [
         ("image", folders, [own, "--strength=0"], "strength=0.0 must be above 0"),
         ("image", folders, [f"--picture={tmp_path}/no.png"], "no.png: no such file"),
-        ("image", folders, [f"--picture={tmp_path}/text.png"], "wrong type (not a picture)"),
+        ("image", folders, [f"--picture={tmp_path}/text.png"], "wrong type (not an image)"),
         ("inpaint", folders, [own, f"--mask={black}"], "draws nothing"),
         ("inpaint", folders, [own, f"--mask={picture}", "--jump=0"], "jump=0 must be at least 1"),
         ("upscale", folders, [own], "stage 'base' enlarges nothing; leave the base stage out"),

@@ -1,6 +1,7 @@
 """The kinds of source by name, and opening the source that a configuration names.
 
-A new kind is a reader such as folder.py (`records.Reader`) and a row of SOURCES.
+A new kind is a reader such as folder.py (`records.Reader`) and a row of SOURCES; outside the
+package, `package.module:Reader` or an entry point (`config.plugins`).
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+from imagen_jax.config import plugins
 from imagen_jax.config.data import DataConfig, SourceConfig
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.data.index import scan
@@ -56,8 +58,9 @@ def _open(source: SourceConfig, field: str, log: Log) -> IndexedSource:
     if not source.path:
         raise ConfigError(f"{field}.path is empty; give the {source.kind} data's folder")
     path = str(paths.local(source.path, f"{field}.path"))
+    make_reader = plugins.find(f"{field}.kind", source.kind, plugins.SOURCES, SOURCES)
     try:
-        reader = SOURCES[source.kind](dataclasses.replace(source, path=path))
+        reader = make_reader(dataclasses.replace(source, path=path))
         table, report, report_file = scan.cached_index(reader, source)
     except ConfigError as error:
         # Readers do not know the name of their source in a mixture; they write config.data.
