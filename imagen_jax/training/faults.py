@@ -1,4 +1,4 @@
-"""Non-finite loss or gradient: skip the update, save the batch, roll back, then stop.
+"""Non-finite loss or gradient: skip the update, record the step, roll back, then stop.
 
 The jitted step skips the update itself. The host reads the `finite` flag one step late, so
 dispatch is not blocked, and saves what `imagen replay` needs: the step (which determines batch and
