@@ -63,7 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--unet", required=True, help="diffusers' unet folder of a base stage")
     parser.add_argument("--text", required=True, help="folder of its text encoder")
-    parser.add_argument("--encoder", default="t5", help="row of text.TEXT_ENCODERS")
+    parser.add_argument("--encoder", default="t5", help="row of text.encoders.TEXT_ENCODERS")
     parser.add_argument("--pictures", required=True, help="folder of captioned images")
     parser.add_argument("--workdir", required=True, help="folder to write")
     parser.add_argument("--steps", type=int, default=1000)

@@ -12,7 +12,7 @@ from imagen_jax.config.fields import ConfigError, doc
 class SamplingConfig:
     """How a trained stage samples; `diffusion.guidance` explains the guidance fields."""
 
-    sampler: str = doc("ddpm", "Row of sampling.SAMPLERS: ddpm, ddim, dpmpp_2m or heun.")
+    sampler: str = doc("ddpm", "Row of diffusion.samplers.SAMPLERS: ddpm, ddim, dpmpp_2m or heun.")
     steps: int = doc(256, "Denoising steps.")
     gamma: float = doc(0.0, "ddpm: variance is small**(1-gamma) * large**gamma, 0..1.")
     guidance_weight: float = doc(1.35, "w in w*cond + (1-w)*uncond; 1: off.")

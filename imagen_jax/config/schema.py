@@ -25,7 +25,7 @@ class ModelConfig:
     model (Appendix B).
     """
 
-    name: str = doc("unet", "Row of models.MODELS: unet or efficient_unet.")
+    name: str = doc("unet", "Row of stages.network.MODELS: unet or efficient_unet.")
     channels: tuple[int, ...] = doc((512, 1024, 1536, 2048), "Width per level.")
     num_res_blocks: tuple[int, ...] = doc((3, 3, 3, 3), "Residual blocks per level.")
     self_attention: tuple[bool, ...] = doc((False, True, True, True), "Self-attention per level.")
@@ -139,11 +139,11 @@ class DiffusionConfig:
     """The noise process, what the network predicts and how its error is weighted."""
 
     prediction: str = doc("eps", "What the network predicts: eps, x0 or v.")
-    schedule: str = doc("cosine", "Row of diffusion.SCHEDULES: cosine or linear.")
+    schedule: str = doc("cosine", "Row of diffusion.process.SCHEDULES: cosine or linear.")
     logsnr_shift: float = doc(0.0, "Added to logsnr, nats; 2*log(64/d) is simple diffusion's.")
     logsnr_min: float = doc(-20.0, "Lower clip of logsnr, nats.")
     logsnr_max: float = doc(20.0, "Upper clip of logsnr, nats.")
-    loss_weight: str = doc("eps", "Row of diffusion.LOSS_WEIGHTS.")
+    loss_weight: str = doc("eps", "Row of diffusion.process.LOSS_WEIGHTS.")
     cond_drop_prob: float = doc(0.1, "Probability of training without text, 0..1.")
     aug_level_max: float = doc(
         1.0, "SR stages: training samples aug_level from U(0, aug_level_max), 0..1."

@@ -73,7 +73,7 @@ def load_t5(config: TextConfig, mesh: Mesh | None = None) -> TextEncoder:
     """A T5 encoder from `config.path`, with SentencePiece.
 
     The folder has the Hugging Face layout with spiece.model, or is a t5x `checkpoint_N` folder (at
-    any address that tensorstore reads) with `t5_config.json` (the fields of `schema.T5Config`) and
+    any address that tensorstore reads) with `t5_config.json` (fields of `config.text.T5Config`) and
     spiece.model in it or beside it. `config.preset` and `config.vocabulary` replace these files.
 
     Raises:

@@ -1,8 +1,9 @@
 """Checkpoints of a training run. The only module that imports Orbax.
 
-`WORKDIR/checkpoints/STEP/state` holds the whole TrainState, sharded and written in the background;
-`STEP/config` holds the configuration as JSON. Orbax writes to a temporary name and renames, so a
-listed checkpoint is complete. The position in the data is the step; no data state is saved.
+`WORKDIR/checkpoints/STEP/state` holds the TrainState (step, params, ema, opt_state, skipped),
+sharded and written in the background; `STEP/config` holds the configuration as JSON. Orbax writes
+to a temporary name and renames, so a listed checkpoint is complete. The position in the data is the
+step; no data state is saved.
 """
 
 from __future__ import annotations

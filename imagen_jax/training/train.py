@@ -338,8 +338,8 @@ def _check_writable(workdir: str) -> None:
         probe.unlink()
     except OSError as error:
         raise ConfigError(
-            f"--workdir={workdir} cannot be written ({error.strerror or error}); name a folder "
-            "that can be"
+            f"--workdir={workdir} cannot be written ({error.strerror or error}); name a writable "
+            "folder"
         ) from error
 
 
@@ -350,7 +350,7 @@ def _check_changes(saved: Config, given: Config, workdir: str, allowed: Collecti
         if not overrides.matches_any_field(path, allowed):
             raise ConfigError(
                 f"config.{path}={new!r}, but {workdir} was trained with {old!r}; set it back, "
-                f"start a new --workdir, or mean it: --allow_changes={path}"
+                f"start a new --workdir, or allow it: --allow_changes={path}"
             )
 
 

@@ -240,7 +240,6 @@ def test_a_source_without_a_path_has_the_path_of_the_section(mixture):
     [
         ("data.mixture.coc.rate=1", "did you mean config.data.mixture.coco?"),
         ("data.mixture.coco.rat=1", "did you mean config.data.mixture.coco.rate?"),
-        ("data.mixture.coco.kind=foldr", "did you mean 'folder'?"),
         ("data.mixture.coco=1", "config.data.mixture.coco is a section"),
         ("data.mixture.coco.rate=0", "rate=0.0 must be above 0"),
     ],

@@ -118,3 +118,6 @@ def test_the_options_of_a_sampler_are_fields_and_arguments():
 def test_an_unknown_kind_of_source_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="config.data.kind='foldr'.*did you mean 'folder'"):
         registry.open_source(data.DataConfig(kind="foldr", path=str(tmp_path)))
+    mixture = {"coco": data.ComponentConfig(kind="foldr", path=str(tmp_path))}
+    with pytest.raises(ConfigError, match="config.data.mixture.coco.kind='foldr'"):
+        registry.open_source(data.DataConfig(mixture=mixture))

@@ -90,8 +90,8 @@ def test_a_stopped_run_goes_on(cascade, drawn, tmp_path):
     before = (folder / "00004_01.png").stat()
     lines = []
     sample(cascade, ROWS, str(folder), JOB, lines.append)
-    assert "6 of 10 pictures are there already" in lines[0]
-    assert lines[-1].startswith("4/4 pictures") and "images/s" in lines[-1]
+    assert "6 of 10 images are there already" in lines[0]
+    assert lines[-1].startswith("4/4 images") and "images/s" in lines[-1]
     assert (folder / "00004_01.png").stat().st_mtime_ns == before.st_mtime_ns
     for path in drawn.glob("0*.png"):
         assert np.abs(pixels(path) - pixels(folder / path.name)).max() <= 1
@@ -105,7 +105,7 @@ def test_a_stopped_run_goes_on(cascade, drawn, tmp_path):
 @pytest.mark.parametrize(
     ("rows", "changes", "says"),
     [
-        (ROWS, {"seed": 4}, "drawn with seed='3', this run has '4'"),
+        (ROWS, {"seed": 4}, "sampled with seed='3', this run has '4'"),
         (ROWS[1:], {}, "00004_00.png, which this run has no prompt or sample for"),
         (ROWS, {"samples_per_prompt": 1}, "00000_01.png, which this run has no"),
         ([*ROWS[1:], ROWS[0]], {}, "prompt='prompt 0', this run has 'prompt 1'"),
@@ -211,9 +211,9 @@ def test_edits_that_are_refused(folders, picture, tmp_path, capsys):
         ("image", folders, [own, "--strength=0"], "strength=0.0 must be above 0"),
         ("image", folders, [f"--picture={tmp_path}/no.png"], "no.png: no such file"),
         ("image", folders, [f"--picture={tmp_path}/text.png"], "wrong type (not an image)"),
-        ("inpaint", folders, [own, f"--mask={black}"], "draws nothing"),
+        ("inpaint", folders, [own, f"--mask={black}"], "has no white pixels"),
         ("inpaint", folders, [own, f"--mask={picture}", "--jump=0"], "jump=0 must be at least 1"),
-        ("upscale", folders, [own], "stage 'base' enlarges nothing; leave the base stage out"),
+        ("upscale", folders, [own], "stage 'base' is a base stage; leave it out"),
         ("upscale", sr, [own, "--aug_level=1.5"], "aug_level=1.5 must be within 0..1"),
     ]:
         flags = [f"--stages={stages}", "--prompt=a", f"--out={tmp_path}/out", *flags]
@@ -268,8 +268,8 @@ def test_hosts_share_the_work(folders, tmp_path):
     shared.mkdir()
     shutil.copy(alone / names[0], shared)
     said = start(2, folders, prompts, [shared, shared])
-    assert "1 of 10 pictures are there already" in said[0]
-    assert "pictures on host 1 of 2" in said[0] and "images/s" not in said[1]
+    assert "1 of 10 images are there already" in said[0]
+    assert "images on host 1 of 2" in said[0] and "images/s" not in said[1]
 
     # A folder of each: the pictures are divided, lines and grid are the first one's.
     start(2, folders, prompts, [first, second])

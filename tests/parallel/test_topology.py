@@ -25,7 +25,15 @@ from imagen_jax.parallel import topology
     ],
 )
 def test_the_number_counts_what_cloud_tpu_counts(name, family, chips):
-    assert topology.parse(name) == (topology.GENERATIONS[family], chips)
+    assert topology.parse(name) == (topology.GENERATIONS[family], chips, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "chips", "slices"),
+    [("v5e-256x2", "v5e", 256, 2), ("v6e-256x4", "v6e", 256, 4), ("v4-8x2", "v4", 4, 2)],
+)
+def test_several_slices(name, family, chips, slices):
+    assert topology.parse(name) == (topology.GENERATIONS[family], chips, slices)
 
 
 @pytest.mark.parametrize("family", topology.GENERATIONS)
@@ -49,6 +57,8 @@ def test_a_shape_has_its_chips(family):
         ("v5-128", "v5"),
         ("v7-64", "tpu7x-64"),
         ("v6e-512", "v6e-256"),
+        ("v5e-256xtwo", "v5e-256x2"),
+        ("v5e-256x0", "v5e-256x2"),
         ("", ""),
     ],
 )

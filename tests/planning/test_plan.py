@@ -152,8 +152,14 @@ def on_devices(base_config):
 def test_samplers_and_collectives_on_real_devices(on_devices):
     found = on_devices()
     by_kind = {c["kind"]: c for c in found["loop"]}
-    assert by_kind["all-reduce"] == {"kind": "all-reduce", "count": 5, "bytes": 5 * 16 * 16 * 4}
-    assert by_kind["all-gather"] == {"kind": "all-gather", "count": 1, "bytes": 32 * 16 * 4}
+    assert by_kind["all-reduce"] == {
+        "kind": "all-reduce",
+        "count": 5,
+        "bytes": 5 * 16 * 16 * 4,
+        "network": "ici",
+    }
+    gathered = by_kind["all-gather"]
+    assert (gathered["count"], gathered["bytes"]) == (1, 32 * 16 * 4)
     assert found["sample"]["fits"] and found["sample"]["chips"] == 4
     # With replicated parameters and sharded images there is no communication.
     assert found["data_parallel"]["fits"] and found["data_parallel"]["collectives"] == []

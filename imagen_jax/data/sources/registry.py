@@ -55,10 +55,10 @@ def open_source(data: DataConfig, log: Log = print) -> IndexedSource | Mixture:
 
 
 def _open(source: SourceConfig, field: str, log: Log) -> IndexedSource:
+    make_reader = plugins.find(f"{field}.kind", source.kind, plugins.SOURCES, SOURCES)
     if not source.path:
         raise ConfigError(f"{field}.path is empty; give the {source.kind} data's folder")
     path = str(paths.local(source.path, f"{field}.path"))
-    make_reader = plugins.find(f"{field}.kind", source.kind, plugins.SOURCES, SOURCES)
     try:
         reader = make_reader(dataclasses.replace(source, path=path))
         table, report, report_file = scan.cached_index(reader, source)
