@@ -237,6 +237,11 @@ class TrainConfig:
     accumulation: int = doc(
         1, "Sequential parts of a batch (gradient accumulation), to save memory.", learns=False
     )
+    reduce_dtype: str = doc(
+        "float32",
+        "Dtype in which weight gradients of a bfloat16 stage are summed over devices: float32, or "
+        "bfloat16, which halves the bytes and rounds every addend to 8 bits.",
+    )
     init_from: str = doc("", "Stage folder whose parameters a new run starts from; empty: none.")
     overfit_batch: bool = doc(
         False, "Repeat the first batch, a test whether the stage can learn.", compiled=False
@@ -265,6 +270,9 @@ class TrainConfig:
     sample_every: int = doc(
         0, "Steps between sample grids in TensorBoard; 0: none.", learns=False, compiled=False
     )
+
+    def __post_init__(self) -> None:
+        check_choice("train.reduce_dtype", self.reduce_dtype, ("float32", "bfloat16"))
 
 
 @dataclasses.dataclass(frozen=True)

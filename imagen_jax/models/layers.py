@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from imagen_jax.config.schema import ModelConfig
+from imagen_jax.models import gradients
 from imagen_jax.parallel import partitioning
 
 
@@ -32,13 +33,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"swish": nn.swish, "gelu": g
 _FAN_IN = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 
 
-def _input_dtype(*arrays: Array | None, dtype: Any = None, inexact: bool = True) -> list[Any]:
-    """Casts float32 parameters to the dtype of the input; Flax would widen the input instead."""
-    del dtype, inexact
-    x: Any = arrays[0]
-    return [x, *(None if p is None else p.astype(x.dtype) for p in arrays[1:])]
-
-
 def remat_block(block: type[nn.Module], policy: str) -> type[nn.Module]:
     """`block`, recomputed in the backward pass unless `model.remat` is "none"."""
     if policy == "none":
@@ -52,39 +46,64 @@ def remat_level(level: Callable[..., Any], policy: str) -> Callable[..., Any]:
     return nn.remat(level) if policy == "full" else level
 
 
-def _product(x: Array, kernel: Array, *dimensions: Any, **options: Any) -> Array:
-    """The product of `nn.Dense` with batch and tokens flattened to rows: XLA transposes less."""
-    del dimensions
-    rows = x.reshape(-1, x.shape[-1])
-    return jnp.matmul(rows, kernel, **options).reshape(*x.shape[:-1], -1)
+class Dense(nn.Module):
+    """Linear layer over the last axis, in the dtype of the input.
+
+    Attributes:
+      features: output channels.
+      kernel_init: initialiser of the kernel, with its logical axes.
+    """
+
+    features: int
+    kernel_init: Callable[..., Any]
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*n i"]) -> Float[Array, "*n o"]:
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        # Batch and tokens are flattened to rows: XLA transposes less.
+        rows = gradients.product(x.reshape(-1, x.shape[-1]), kernel)
+        return gradients.add_bias(rows, bias).reshape(*x.shape[:-1], self.features)
 
 
-def dense(features: int, name: str, *, zero_init: bool = False) -> nn.Dense:
+class Conv(nn.Module):
+    """2-D convolution with SAME padding, in the dtype of the input.
+
+    Attributes:
+      features: output channels.
+      kernel_size: side of the kernel.
+      stride: of both axes.
+      kernel_init: initialiser of the kernel, with its logical axes.
+    """
+
+    features: int
+    kernel_size: int
+    stride: int
+    kernel_init: Callable[..., Any]
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
+        shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        y = gradients.convolution(x, kernel, (self.stride, self.stride), "SAME")
+        return gradients.add_bias(y, bias)
+
+
+def dense(features: int, name: str, *, zero_init: bool = False) -> Dense:
     """Linear layer over the last axis."""
     init = nn.initializers.zeros if zero_init else _FAN_IN
-    return nn.Dense(
-        features,
-        kernel_init=nn.with_logical_partitioning(init, ("embed", "mlp")),
-        dot_general=_product,
-        promote_dtype=_input_dtype,
-        name=name,
-    )
+    return Dense(features, nn.with_logical_partitioning(init, ("embed", "mlp")), name=name)
 
 
 def conv(
     features: int, name: str, *, kernel: int = 3, stride: int = 1, zero_init: bool = False
-) -> nn.Conv:
+) -> Conv:
     """Square 2-D convolution, SAME padding."""
     init = nn.initializers.zeros if zero_init else _FAN_IN
     axes = ("conv_height", "conv_width", "conv_in", "conv_out")
-    return nn.Conv(
-        features,
-        (kernel, kernel),
-        (stride, stride),
-        kernel_init=nn.with_logical_partitioning(init, axes),
-        promote_dtype=_input_dtype,
-        name=name,
-    )
+    kernel_init = nn.with_logical_partitioning(init, axes)
+    return Conv(features, kernel, stride, kernel_init, name=name)
 
 
 class GroupNorm(nn.Module):

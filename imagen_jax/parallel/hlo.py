@@ -31,8 +31,28 @@ _SEND = re.compile(
     r"= \((.*?), .* send\(.*handler_name=\"xla_megascale_runtime\""
     r".*_transfer_rendezvous=\"([a-z\-]+)"
 )
+_OP_NAME = re.compile(r'op_name="([^"]+)"')
+_OPERAND = re.compile(r"%[\w.\-]+")
 # On TPUs a reduce-scatter is a fusion of this name around an all-reduce and a slice.
 _SCATTER = "all-reduce-scatter"
+
+
+class Send(NamedTuple):
+    """A transfer from one device over the data-centre network, in one run of a program.
+
+    Attributes:
+      kind: the operation that it is part of, such as all-reduce.
+      op_name: JAX's name of what is sent: "transpose(" in it means a gradient; "" if unknown.
+      result: type of what is sent, such as bf16[64,8,128].
+      bytes: its size.
+      count: number of times.
+    """
+
+    kind: str
+    op_name: str
+    result: str
+    bytes: int
+    count: int
 
 
 class Collective(NamedTuple):
@@ -62,15 +82,9 @@ def collectives(text: str) -> list[Collective]:
     # (kind, location) -> instruction -> (count, bytes). On TPUs an operation that overlaps with
     # others consists of several fusions on one channel: start, steps and end.
     found: dict[tuple[str, str], dict[str, tuple[int, int]]] = collections.defaultdict(dict)
-    sent: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
 
     def visit(name: str, times: int, fused: bool) -> None:
         for line in computations.get(name, ()):
-            send = _SEND.search(line)
-            if send:
-                sent[send[2]][0] += times
-                sent[send[2]][1] += times * sum(_size(*a) for a in _ARRAY.findall(send[1]))
-                continue
             match = _COLLECTIVE.search(line)
             if match:
                 scatter = name.startswith(_SCATTER)
@@ -92,9 +106,57 @@ def collectives(text: str) -> list[Collective]:
         times, each = max(instructions.values())
         count[kind] += times
         size[kind] += times * each
+    between = sends(text)
     return [Collective(kind, count[kind], size[kind]) for kind in sorted(count)] + [
-        Collective(kind, *sent[kind], network="dcn") for kind in sorted(sent)
+        Collective(
+            kind,
+            sum(send.count for send in between if send.kind == kind),
+            sum(send.count * send.bytes for send in between if send.kind == kind),
+            network="dcn",
+        )
+        for kind in sorted({send.kind for send in between})
     ]
+
+
+def sends(text: str) -> list[Send]:
+    """What a device of a program over several slices sends over the data-centre network.
+
+    Args:
+      text: `jax.stages.Compiled.as_text()`.
+    """
+    computations, entry = _computations(text)
+    found = []
+
+    def visit(name: str, times: int) -> None:
+        lines = computations.get(name, [])
+        for line in lines:
+            send = _SEND.search(line)
+            if send:
+                size = sum(_size(*array) for array in _ARRAY.findall(send[1]))
+                result = send[1].partition("{")[0]
+                found.append(Send(send[2], _op_name(line, lines), result, size, times))
+                continue
+            for called in _called(line):
+                visit(called, times * _trips(line, computations))
+
+    visit(entry, 1)
+    return found
+
+
+def _op_name(line: str, lines: list[str]) -> str:
+    """JAX's name of an instruction, or of the nearest one whose result it uses."""
+    defined = {other.split(" = ")[0].split()[-1]: other for other in lines}
+    pending, seen = [line], set()
+    while pending:
+        current = pending.pop(0)
+        name = _OP_NAME.search(current)
+        if name:
+            return name[1]
+        for operand in _OPERAND.findall(current.split(" = ")[1].split("), ")[0]):
+            if operand in defined and operand not in seen:
+                seen.add(operand)
+                pending.append(defined[operand])
+    return ""
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
 from imagen_jax.config.schema import Config
+from imagen_jax.models import gradients
 from imagen_jax.parallel import flops, partitioning
 from imagen_jax.stages.loss import (
     DROPOUT_STREAM,
@@ -139,7 +140,12 @@ def gradient_of_batch(
     parts = config.train.accumulation
     examples = {**batch, **sample_randomness(key, len(batch["image"]), config)}
     dropout_key = jax.random.fold_in(key, DROPOUT_STREAM)
-    gradient_fn = jax.value_and_grad(loss_given_randomness, has_aux=True)
+    value_and_grad = jax.value_and_grad(loss_given_randomness, has_aux=True)
+
+    def gradient_fn(*arguments: Any) -> Any:
+        with gradients.reduce_dtype(config.train.reduce_dtype):
+            return value_and_grad(*arguments)
+
     if parts == 1:
         (_, report), gradient = gradient_fn(params, examples, dropout_key, config)
         return gradient, report
