@@ -17,7 +17,7 @@ def names_in(path: pathlib.Path) -> set[str]:
 
     def visit(body: list[ast.stmt], prefix: str) -> None:
         for node in body:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
                 found.add(prefix + node.name)
             if isinstance(node, ast.ClassDef):
                 visit(node.body, f"{node.name}.")

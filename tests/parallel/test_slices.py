@@ -58,7 +58,8 @@ def test_gradients_alone_cross_between_slices(slices, config, dtype):
     total = sum(send.count * send.bytes for send in gradients)
     share = found.program.params * width / DEVICES
     assert 0.95 * share <= total <= share * DEVICES / config.mesh.fsdp
-    kernels = [send for send in gradients if send.bytes > 16 * 1024]
+    # The noise embedding is float32 in any stage.
+    kernels = [send for send in gradients if "conv_general" in send.op_name]
     short = {"float32": "f32", "bfloat16": "bf16"}[dtype]
     assert kernels and all(send.result.startswith(short) for send in kernels)
     (between,) = [c for c in found.collectives if c.network == "dcn"]
