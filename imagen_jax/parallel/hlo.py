@@ -54,6 +54,11 @@ class Send(NamedTuple):
     bytes: int
     count: int
 
+    @property
+    def is_gradient(self) -> bool:
+        """Whether it is part of the backward pass."""
+        return "transpose(" in self.op_name
+
 
 class Collective(NamedTuple):
     """All collective operations of one kind in one run of a program, on one device.

@@ -12,7 +12,7 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -94,6 +94,7 @@ class Plan:
     collectives: list[hlo.Collective] | None
     compile_seconds: float
     compiled: jax.stages.Compiled | None
+    sends: Sequence[hlo.Send] = ()
 
     @property
     def fits(self) -> bool:
@@ -117,7 +118,19 @@ class Plan:
             },
             "flops_per_chip_step": self.flops_per_chip,
             "collectives": [c._asdict() for c in self.collectives or ()],
+            "dcn": self._between_slices(),
             "fits": self.fits,
+        }
+
+    def _between_slices(self) -> dict[str, Any]:
+        """Bytes that a device sends between slices: gradients, and everything else by name."""
+        others = [send for send in self.sends if not send.is_gradient]
+        total = sum(send.count * send.bytes for send in self.sends)
+        other = sum(send.count * send.bytes for send in others)
+        return {
+            "gradients": total - other,
+            "other": other,
+            "others": [send._asdict() for send in sorted(others, key=lambda s: -s.bytes)],
         }
 
 
@@ -291,6 +304,7 @@ def compile_program(
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     code = memory.generated_code_size_in_bytes
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    text = compiled.as_text() or ""
     return Plan(
         program,
         where,
@@ -301,10 +315,11 @@ def compile_program(
         peak=(arguments + temporaries + outputs + code) * per_chip,
         collectives=[
             c._replace(count=c.count * per_chip, bytes=c.bytes * per_chip)
-            for c in hlo.collectives(compiled.as_text() or "")
+            for c in hlo.collectives(text)
         ],
         compile_seconds=seconds,
         compiled=compiled,
+        sends=hlo.sends(text) if where.slices > 1 else (),
     )
 
 

@@ -114,8 +114,14 @@ def _work(plan: Plan, mfu: float, price: float | None) -> list[str]:
         + (f", and {again:.0%} more by recomputation" if again > 0.005 else "")
     ]
     if plan.collectives:
-        lines += ["", f"{'sent, per chip':<22}{'GiB':>10}   operations"]
-        lines += [f"  {c.kind:<20}{c.bytes / GIB:>10.2f}   {c.count}" for c in plan.collectives]
+        for network, label in (("ici", "sent, per chip"), ("dcn", "sent between slices")):
+            rows = [c for c in plan.collectives if c.network == network]
+            if rows:
+                lines += ["", f"{label:<22}{'GiB':>10}   operations"]
+                lines += [f"  {c.kind:<20}{c.bytes / GIB:>10.4g}   {c.count}" for c in rows]
+        if plan.sends:
+            other = sum(s.count * s.bytes for s in plan.sends if not s.is_gradient)
+            lines.append(f"  {'not gradients':<20}{other / GIB:>10.4g}   {other:,} bytes")
     guess = estimate(plan, mfu, price)
     if guess is None:
         return [*lines, "", "no time: the peak FLOP/s of this device is unknown"]

@@ -50,7 +50,7 @@ def test_gradients_alone_cross_between_slices(slices, config, dtype):
     config = dataclasses.replace(config, train=TrainConfig(reduce_dtype=dtype))
     found = compiled(config, slices)
     sends = hlo.sends(found.compiled.as_text())
-    gradients = [send for send in sends if "transpose(" in send.op_name]
+    gradients = [send for send in sends if send.is_gradient]
     others = sum(send.count * send.bytes for send in sends if send not in gradients)
     assert others <= 16 * 1024, [send for send in sends if send not in gradients]
     # A device sends its share of the gradients; arrays too small to divide are sent by all.

@@ -24,7 +24,8 @@ from tests.data.conftest import DIM, write_store
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = ["--topology=here", "--config.mesh.cpu_devices=1"]
-KEYS = {"topology", "chips", "params", "hbm_per_chip", "flops_per_chip_step", "collectives", "fits"}
+KEYS = {"topology", "chips", "params", "hbm_per_chip", "flops_per_chip_step", "collectives"}
+KEYS |= {"dcn", "fits"}
 
 
 class Chip:
