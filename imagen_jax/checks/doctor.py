@@ -31,10 +31,9 @@ from imagen_jax.data.sources.registry import open_source
 from imagen_jax.interop.weights import WeightsError
 from imagen_jax.io import images
 from imagen_jax.parallel import partitioning
-from imagen_jax.stages.network import with_defaults
 from imagen_jax.text.encoders import TextEncoder, load_text_encoder
 from imagen_jax.training.checkpoint import CheckpointError, Checkpoints
-from imagen_jax.training.optimizer import make_optimizer
+from imagen_jax.training.optimizer import make_optimizer, with_defaults
 from imagen_jax.training.train import abstract_state, with_data
 
 SAMPLE_SIZE = 100  # Images that are decoded.

@@ -19,6 +19,7 @@ from imagen_jax.data.sources.registry import open_source
 from imagen_jax.parallel import partitioning
 from imagen_jax.stages.names import check_names
 from imagen_jax.text.encoders import load_text_encoder
+from imagen_jax.training.optimizer import with_rule_defaults
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +52,7 @@ def load_config(flags: argparse.Namespace) -> Config:
     """The checked configuration of the flags; also sets up the host's devices for it."""
     config = overrides.load(flags.config, flags.overrides)
     check_names(config)
+    with_rule_defaults(config.optimizer)
     set_up_devices(config.mesh.cpu_devices)
     return config
 

@@ -161,23 +161,27 @@ class DiffusionConfig:
 class OptimizerConfig:
     """Optimizer and learning-rate schedule."""
 
-    name: str = doc("adam", "adam, adamw, adafactor or lion.")
+    name: str = doc("adam", "Row of training.optimizer.RULES: adam, adamw, adafactor or lion.")
     learning_rate: float = doc(1e-4, "Peak learning rate.")
     schedule: str = doc("constant", "After the warm-up: constant, cosine, linear_tail or rsqrt.")
     warmup_steps: int = doc(10_000, "Steps of linear warm-up.")
-    decay_fraction: float = doc(0.3, "linear_tail: share of the run over which it falls to zero.")
-    b1: float = doc(0.9, "Adam, Lion: decay of the first moment.")
-    b2: float = doc(0.999, "Adam, Lion: decay of the second moment.")
-    eps: float = doc(1e-8, "Adam: added to the root of the second moment.")
-    weight_decay: float = doc(0.0, "Decoupled weight decay per step, times the learning rate.")
+    decay_fraction: float | None = doc(
+        None, "linear_tail: share of the run over which it falls to zero; None: 0.3."
+    )
+    b1: float | None = doc(None, "adam, adamw, lion: decay of the first moment; None: 0.9.")
+    b2: float | None = doc(
+        None, "adam, adamw, lion: decay of the second moment; None: 0.999, lion 0.99."
+    )
+    eps: float | None = doc(
+        None, "adam, adamw: added to the root of the second moment; None: 1e-8."
+    )
+    weight_decay: float = doc(
+        0.0,
+        "adamw, adafactor, lion: decoupled decay of kernels per step, times the learning rate; "
+        "norms and biases do not decay.",
+    )
     clip_norm: float = doc(1.0, "Global gradient norm is clipped to this; 0: not clipped.")
     multiply_by_parameter_scale: bool = doc(False, "Adafactor: steps relative to the weights' rms.")
-
-    def __post_init__(self) -> None:
-        check_choice("optimizer.name", self.name, ("adam", "adamw", "adafactor", "lion"))
-        check_choice(
-            "optimizer.schedule", self.schedule, ("constant", "cosine", "linear_tail", "rsqrt")
-        )
 
 
 MAX_SIGMA_REL = 0.28  # The mean over the whole run, the widest average, has 12**-0.5 = 0.289.

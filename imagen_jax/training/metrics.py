@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 from etils import epath
 
+from imagen_jax.config.fields import ConfigError, unknown_name
 from imagen_jax.io import atomic, jsonl
 from imagen_jax.parallel import distributed
 from imagen_jax.parallel.peaks import peak_flops
@@ -21,6 +22,16 @@ try:
     from tensorboardX import SummaryWriter
 except ImportError:  # Optional: metrics.jsonl holds the same numbers.
     SummaryWriter = None
+
+
+# Scalars of a report by which `checkpoint.keep_best` can rank; lower is better.
+RANKABLE = ("loss", "x0_mse", "grad_norm")
+
+
+def check_rankable(name: str) -> None:
+    """Raises ConfigError unless `checkpoint.best_metric` names a metric of every report."""
+    if name not in RANKABLE:
+        raise ConfigError(unknown_name("config.checkpoint.best_metric", name, RANKABLE))
 
 
 class MetricWriter:

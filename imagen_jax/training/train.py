@@ -34,11 +34,11 @@ from imagen_jax.parallel.profiling import Profiler
 from imagen_jax.stages import folder
 from imagen_jax.stages.loss import LOGSNR_EDGES
 from imagen_jax.stages.names import check_names
-from imagen_jax.stages.network import init_params, with_defaults
+from imagen_jax.stages.network import init_params
 from imagen_jax.training import ema, ema_snapshots, metrics
 from imagen_jax.training.checkpoint import Checkpoints
 from imagen_jax.training.faults import Faults, StepInfoFn
-from imagen_jax.training.optimizer import learning_rate, make_optimizer
+from imagen_jax.training.optimizer import learning_rate, make_optimizer, with_defaults
 from imagen_jax.training.preview import preview
 from imagen_jax.training.state import TrainState, create_state, state_shardings
 from imagen_jax.training.step import (
@@ -118,6 +118,7 @@ def train(
         log = _ignore
     _check_writable(workdir)
     check_names(config)
+    metrics.check_rankable(config.checkpoint.best_metric)
     mesh = partitioning.make_mesh(config.mesh)
     partitioning.check_batch_size(config.data.batch_size, mesh, config.train.accumulation)
     partitioning.check_tensor(config.model, mesh)
