@@ -53,7 +53,6 @@ def _sr(c: ml_collections.ConfigDict) -> None:
     c.model.strided_stem = (False, True, True, True, True)
     c.model.self_attention = c.model.cross_attention = (False, False, False, False, True)
     c.model.head_dim = 128  # 8 heads
-    c.model.skip_scale = 2**-0.5
     c.sampling.guidance_weight = 8.0
     c.sampling.aug_level = 0.2
 

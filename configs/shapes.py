@@ -85,7 +85,6 @@ def _sr(c: ml_collections.ConfigDict) -> None:
     c.model.head_dim = 32
     c.model.num_groups = 8
     c.model.embed_dim = 128
-    c.model.skip_scale = 2**-0.5
     c.diffusion.aug_level_max = 0.06  # The errors of the base stage are small.
     c.diffusion.aug_noise_size = "lowres"
     c.diffusion.logsnr_shift = -2.0

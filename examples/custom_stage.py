@@ -38,7 +38,6 @@ def get_config(name: str = "middle") -> ml_collections.ConfigDict:
     c.model.self_attention = c.model.cross_attention = (False, True)
     c.model.head_dim = 32
     c.model.num_groups = 8
-    c.model.skip_scale = 2**-0.5
 
     # x0-prediction with a bounded weight trains fastest at this size; the network predicts the
     # difference to the upsampled low-resolution image.

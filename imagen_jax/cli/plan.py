@@ -15,7 +15,6 @@ from typing import Any
 import jax
 
 from imagen_jax.cli import wiring
-from imagen_jax.config import overrides
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import Config
 from imagen_jax.data.embeddings.store import EmbeddingStore
@@ -84,7 +83,7 @@ def _open(flags: argparse.Namespace) -> tuple[topology.Slice, Config]:
     if flags.topology == "here":
         config = wiring.load_config(flags)
         return topology.this_machine(), config
-    config = overrides.load(flags.config, flags.overrides)
+    config = wiring.read_config(flags)
     jax.config.update("jax_platforms", "cpu")
     return topology.open_slice(flags.topology), config
 

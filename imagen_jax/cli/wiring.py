@@ -48,11 +48,17 @@ def check_least(flags: argparse.Namespace, least: int, *names: str) -> None:
             raise ConfigError(f"--{name}={getattr(flags, name)} must be at least {least}")
 
 
-def load_config(flags: argparse.Namespace) -> Config:
-    """The checked configuration of the flags; also sets up the host's devices for it."""
+def read_config(flags: argparse.Namespace) -> Config:
+    """The configuration of the flags, checked against the schema and the registries."""
     config = overrides.load(flags.config, flags.overrides)
     check_names(config)
     with_rule_defaults(config.optimizer)
+    return config
+
+
+def load_config(flags: argparse.Namespace) -> Config:
+    """The checked configuration of the flags; also sets up the host's devices for it."""
+    config = read_config(flags)
     set_up_devices(config.mesh.cpu_devices)
     return config
 

@@ -286,3 +286,9 @@ def test_a_step_that_is_too_large_for_a_slice_is_a_plan_too(tmp_path):
     assert (
         not values["fits"] and values["hbm_per_chip"]["peak"] > values["hbm_per_chip"]["capacity"]
     )
+
+
+def test_names_are_checked_before_a_slice_is_opened(capsys):
+    flags = ["--config=configs/shapes.py:base", "--topology=v5e-8"]
+    assert main.main(["plan", *flags, "--config.diffusion.schedule=cosin"]) == 1
+    assert "did you mean 'cosine'" in capsys.readouterr().err
