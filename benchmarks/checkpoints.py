@@ -23,8 +23,8 @@ from imagen_jax.cli.wiring import set_up_devices
 from imagen_jax.config import overrides
 from imagen_jax.parallel import partitioning
 from imagen_jax.training.checkpoint import Checkpoints
+from imagen_jax.training.initial_state import abstract_state
 from imagen_jax.training.optimizer import make_optimizer
-from imagen_jax.training.train import abstract_state
 
 NAMES = ("save_until_free", "save_until_written", "restore")
 

@@ -32,8 +32,8 @@ from imagen_jax.config.schema import Config, MeshConfig
 from imagen_jax.parallel import partitioning, topology
 from imagen_jax.planning import plan
 from imagen_jax.stages.network import MODELS, init_params
+from imagen_jax.training.initial_state import abstract_state
 from imagen_jax.training.optimizer import make_optimizer
-from imagen_jax.training.train import abstract_state
 
 TEXT_DIM = 128  # If the configuration leaves text_dim to the embeddings.
 TOP = 10

@@ -40,9 +40,9 @@ from imagen_jax.parallel import flops, partitioning
 from imagen_jax.planning import plan
 from imagen_jax.stages.loss import loss_given_randomness, sample_randomness
 from imagen_jax.stages.network import init_params
+from imagen_jax.training.initial_state import abstract_state
 from imagen_jax.training.optimizer import make_optimizer
 from imagen_jax.training.step import jit_train_step
-from imagen_jax.training.train import abstract_state
 
 SECONDS_PER_REPEAT = 3.0  # Minimum duration of the consecutive steps of one repeat.
 

@@ -22,9 +22,10 @@ import reporting
 from imagen_jax.cli.wiring import set_up_devices
 from imagen_jax.config import overrides
 from imagen_jax.parallel import partitioning
+from imagen_jax.training.initial_state import abstract_state
 from imagen_jax.training.optimizer import make_optimizer
 from imagen_jax.training.step import jit_train_step
-from imagen_jax.training.train import abstract_state, train
+from imagen_jax.training.train import train
 
 TEXT_DIM = 128
 SAVES = 4  # In a run of `steps` steps.

@@ -33,8 +33,9 @@ from imagen_jax.io import images
 from imagen_jax.parallel import partitioning
 from imagen_jax.text.encoders import TextEncoder, load_text_encoder
 from imagen_jax.training.checkpoint import CheckpointError, Checkpoints
+from imagen_jax.training.initial_state import abstract_state
 from imagen_jax.training.optimizer import make_optimizer, with_defaults
-from imagen_jax.training.train import abstract_state, with_data
+from imagen_jax.training.train import with_data
 
 SAMPLE_SIZE = 100  # Images that are decoded.
 CAPTIONS = 5_000  # Captions that are tokenized.

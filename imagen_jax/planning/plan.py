@@ -29,9 +29,9 @@ from imagen_jax.parallel.topology import Slice
 from imagen_jax.stages.conditioning import Text
 from imagen_jax.stages.network import init_params
 from imagen_jax.text import frozen_encoder
+from imagen_jax.training.initial_state import abstract_state
 from imagen_jax.training.optimizer import make_optimizer
 from imagen_jax.training.step import jit_train_step, model_flops
-from imagen_jax.training.train import abstract_state
 
 # XLA's effort level O0, by its number, which JAX 0.10 and 0.11 both accept. Compilation is five to
 # twenty times faster, and the program takes somewhat more memory than that of the run.

@@ -17,7 +17,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
@@ -26,23 +25,20 @@ from jaxtyping import Array
 from imagen_jax.config import overrides
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import Config
-from imagen_jax.interop import weights
 from imagen_jax.io import images
 from imagen_jax.parallel import compiled, distributed, partitioning
 from imagen_jax.parallel.preemption import Preempted, Preemption
 from imagen_jax.parallel.profiling import Profiler
-from imagen_jax.stages import folder
 from imagen_jax.stages.loss import LOGSNR_EDGES
 from imagen_jax.stages.names import check_names
-from imagen_jax.stages.network import init_params
-from imagen_jax.training import ema, ema_snapshots, metrics
+from imagen_jax.training import ema_snapshots, metrics
 from imagen_jax.training.checkpoint import Checkpoints
 from imagen_jax.training.faults import Faults, StepInfoFn
+from imagen_jax.training.initial_state import abstract_state, start_from
 from imagen_jax.training.optimizer import learning_rate, make_optimizer, with_defaults
 from imagen_jax.training.preview import preview
-from imagen_jax.training.state import TrainState, create_state, state_shardings
+from imagen_jax.training.state import TrainState
 from imagen_jax.training.step import (
-    INIT_STREAM,
     StepFn,
     jit_train_step,
     model_flops,
@@ -54,28 +50,6 @@ from imagen_jax.training.step import (
 Batches = Callable[[int], Iterable[Mapping[str, np.ndarray]]]
 # Input processing on the devices: encodes the captions where embeddings are not stored.
 Encode = Callable[[Mapping[str, Array]], Mapping[str, Array]]
-
-
-def abstract_state(
-    config: Config, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
-) -> tuple[Callable[[], TrainState], TrainState]:
-    """A function that creates the first state, and its shapes with shardings; allocates nothing."""
-    key = jax.random.fold_in(jax.random.key(config.seed), INIT_STREAM)
-    boxed = jax.eval_shape(lambda: init_params(config, key))
-
-    def create() -> TrainState:
-        params = partitioning.unbox(init_params(config, key))
-        return create_state(params, optimizer, ema.names(config.ema))
-
-    shapes = jax.eval_shape(create)
-    shardings = state_shardings(shapes, boxed, optimizer, mesh)
-    abstract = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes,
-        shardings,
-    )
-    options = partitioning.FAST_COMPILE_OPTIONS
-    return jax.jit(create, out_shardings=shardings, compiler_options=options), abstract
 
 
 def train(
@@ -161,23 +135,6 @@ def train(
     return state
 
 
-def start_from(state: TrainState, path: str) -> TrainState:
-    """The state with the parameters of a stage folder, which also initialise its averages.
-
-    Raises:
-      StageError: it is no stage folder. WeightsError: it is of another network.
-    """
-    params = folder.load_stage(path).params
-    found, expected = (
-        {name: leaf.shape for name, leaf in weights.flatten(tree).items()}
-        for tree in (params, state.params)
-    )
-    weights.check_parameters(f"config.train.init_from={path}", found, expected)
-    params = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, state.params)
-    averages = {name: jax.tree.map(jnp.copy, params) for name in state.ema}
-    return dataclasses.replace(state, params=params, ema=averages)
-
-
 @dataclasses.dataclass
 class Run:
     """The parts of a run beside its state."""
@@ -213,7 +170,7 @@ class Run:
         )
         if found is None:
             start = self.config.train.init_from
-            return 0, start_from(create(), start) if start else create()
+            return 0, start_from(start, abstract, self.optimizer) if start else create()
         self.log(f"going on from step {found[0]}")
         return found
 

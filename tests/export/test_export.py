@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,10 +11,11 @@ from imagen_jax.config.schema import CheckpointConfig, EmaConfig, TrainConfig
 from imagen_jax.export import export
 from imagen_jax.inference.cascade import Cascade
 from imagen_jax.interop import weights
+from imagen_jax.parallel import partitioning
 from imagen_jax.stages.folder import load_stage, write_stage
+from imagen_jax.training.initial_state import abstract_state, start_from
 from imagen_jax.training.optimizer import make_optimizer
-from imagen_jax.training.state import create_state
-from imagen_jax.training.train import start_from, train
+from imagen_jax.training.train import train
 
 
 @pytest.fixture(scope="module")
@@ -117,15 +117,18 @@ def test_other_folders_are_rejected(trained, tmp_path, capsys):
 
 
 def test_a_run_starts_from_a_stage(base_config, random_params, tmp_path):
-    stage, other = random_params(base_config), random_params(base_config, seed=1)
+    stage = random_params(base_config)
     write_stage(tmp_path / "stage", stage, base_config, {})
     optimizer = make_optimizer(base_config.optimizer, 1)
-    start = create_state(jax.tree.map(jnp.asarray, other), optimizer)
-    state = start_from(start, str(tmp_path / "stage"))
+    mesh = partitioning.make_mesh(base_config.mesh)
+    with jax.set_mesh(mesh):
+        _, abstract = abstract_state(base_config, optimizer, mesh)
+        state = start_from(str(tmp_path / "stage"), abstract, optimizer)
+    assert jax.tree.structure(state) == jax.tree.structure(abstract) and int(state.step) == 0
     for tree in (state.params, state.ema["ema"]):
         for got, expected in zip(jax.tree.leaves(tree), jax.tree.leaves(stage), strict=True):
             np.testing.assert_array_equal(got, expected)
 
     write_stage(tmp_path / "stage", {"conv_in": stage["conv_in"]}, base_config, {})
     with pytest.raises(weights.WeightsError, match="config.train.init_from=.*missing: cond/noise"):
-        start_from(start, str(tmp_path / "stage"))
+        start_from(str(tmp_path / "stage"), abstract, optimizer)

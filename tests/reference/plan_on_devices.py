@@ -17,7 +17,7 @@ from imagen_jax.config.schema import Config, MeshConfig
 from imagen_jax.parallel import hlo, partitioning, topology
 from imagen_jax.planning import plan
 from imagen_jax.planning.search import search_batch, search_train
-from imagen_jax.training import train
+from imagen_jax.training import initial_state
 from imagen_jax.training.optimizer import make_optimizer
 
 
@@ -40,7 +40,7 @@ def bytes_on_first_device(config: Config) -> int:
     """Bytes of state and batch on the first device."""
     mesh = partitioning.make_mesh(config.mesh)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
-    create, _ = train.abstract_state(config, optimizer, mesh)
+    create, _ = initial_state.abstract_state(config, optimizer, mesh)
     sharding = partitioning.batch_sharding(mesh)
     batch = {
         name: jax.device_put(jnp.zeros(s.shape, s.dtype), sharding)

@@ -19,7 +19,7 @@ from imagen_jax.config import overrides
 from imagen_jax.config.schema import Config, MeshConfig
 from imagen_jax.parallel import partitioning
 from imagen_jax.stages.network import MODELS, init_params
-from imagen_jax.training import train
+from imagen_jax.training import initial_state
 from imagen_jax.training.optimizer import make_optimizer
 from imagen_jax.training.state import create_state
 from imagen_jax.training.step import make_train_step
@@ -51,7 +51,7 @@ def step_on(mesh_config: MeshConfig, config: Config, state, batch):
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     mesh = partitioning.make_mesh(mesh_config)
     with jax.set_mesh(mesh):
-        _, abstract = train.abstract_state(config, optimizer, mesh)
+        _, abstract = initial_state.abstract_state(config, optimizer, mesh)
         placed = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), state, abstract)
         step = jax.jit(make_train_step(config, optimizer))
         state, report = step(placed, partitioning.place_batch(batch, mesh))

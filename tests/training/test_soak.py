@@ -17,9 +17,9 @@ from imagen_jax.config.schema import CheckpointConfig
 from imagen_jax.parallel import partitioning
 from imagen_jax.parallel.preemption import RESTART
 from imagen_jax.training.checkpoint import Checkpoints
+from imagen_jax.training.initial_state import abstract_state
 from imagen_jax.training.optimizer import make_optimizer
 from imagen_jax.training.state import TrainState
-from imagen_jax.training.train import abstract_state
 
 SOURCE = pathlib.Path(__file__).parents[2]
 STEPS, SAVED_EVERY, KILLS = 400, 10, 20

@@ -1,6 +1,7 @@
 """Preemption, non-finite updates, failed saves, changed settings, gradient accumulation."""
 
 import dataclasses
+import gc
 import json
 import os
 import pathlib
@@ -369,3 +370,20 @@ def test_timesteps_are_those_of_the_whole_randomness(base_config, sr_config):
         key = step_key(config, 5)
         whole = sample_randomness(key, config.data.batch_size, config)
         np.testing.assert_array_equal(step_timesteps(config, 5), np.asarray(whole["time"]))
+
+
+def test_a_roll_back_does_not_keep_the_old_state(base_config, stream, tmp_path, monkeypatch):
+    """Parameters and averages exist once in memory when the checkpoint is read."""
+    config = with_train(base_config, steps=14, nan_patience=2)
+    copies, restore = [], Checkpoints.restore_newest
+
+    def counting(self, abstract, check, log):
+        gc.collect()
+        shape = abstract.params["conv_in"]["kernel"].shape
+        copies.append(sum(array.shape == shape for array in jax.live_arrays()))
+        return restore(self, abstract, check, log)
+
+    monkeypatch.setattr(Checkpoints, "restore_newest", counting)
+    with pytest.raises(DivergedError):
+        train(config, str(tmp_path), stream(config, spoil(*range(5, 14))), lambda line: None)
+    assert len(copies) == 2 and copies[1] == copies[0], copies
