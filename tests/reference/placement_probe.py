@@ -1,15 +1,18 @@
 """What every device trains on: a table of the rows of a few steps, or a real run, on a given mesh.
 
-    python tests/reference/placement_probe.py table CONFIG ORDER OUT [--config.a.b=value ...]
-    python tests/reference/placement_probe.py train CONFIG ORDER OUT [--config.a.b=value ...]
+    python tests/reference/placement_probe.py table CONFIG ORDER,... OUT [--config.a.b=value ...]
+    python tests/reference/placement_probe.py train CONFIG ORDER,... OUT [--config.a.b=value ...]
 
-ORDER permutes the devices of the mesh: straight, reversed, or v6e (processes in the order of a 4x4
-slice of v6e, scaled down). The images of the data set hold their record number in their pixels
-(tests/parallel/test_placement.py). `table` replaces the network by a probe and writes, per device
-and row of the global batch, what reached it: record, timestep, caption-drop bit, and hashes of the
-noise and of the text. `train` writes losses and final parameters.
+An ORDER permutes the devices of the mesh: straight, reversed, or v6e (processes in the order of a
+4x4 slice of v6e, scaled down); results go to OUT.ORDER. `table` uses every loader that is installed
+and replaces the network by a probe: per device and row of the global batch it writes what reached
+it: record, timestep, caption-drop bit, and hashes of the noise and of the text. The images of the
+data set hold their record number in their pixels (tests/parallel/test_placement.py). `train` writes
+losses and final parameters.
 """
 
+import dataclasses
+import importlib.util
 import json
 import os
 import sys
@@ -127,19 +130,35 @@ def train(config, pipeline, workdir: str) -> dict:
     return {jax.tree_util.keystr(path): partitioning.fetch(leaf) for path, leaf in flat}
 
 
-def main(what: str, spec: str, order: str, out: str, *flags: str) -> None:
+def main(what: str, spec: str, orders: str, out: str, *flags: str) -> None:
     distributed.initialize(lambda line: None)
-    config = overrides.load(spec, [flag.removeprefix("--config.") for flag in flags])
     make_mesh = partitioning.make_mesh
-    partitioning.make_mesh = lambda mesh, devices=(): make_mesh(
-        mesh, permuted(devices or jax.devices(), order)
-    )
+    for order in orders.split(","):
+
+        def permuted_mesh(mesh, devices=(), order=order):
+            return make_mesh(mesh, permuted(devices or jax.devices(), order))
+
+        partitioning.make_mesh = permuted_mesh
+        config = overrides.load(spec, [flag.removeprefix("--config.") for flag in flags])
+        if what == "table":
+            write_tables(config, f"{out}.{order}")
+        else:
+            write_run(config, f"{out}.{order}")
+
+
+def write_tables(config, out: str) -> None:
     mesh = partitioning.make_mesh(config.mesh)
-    pipeline = wiring.open_pipeline(config)
-    if what == "table":
-        with open(f"{out}.{jax.process_index()}.json", "w") as file:
+    for loader in ("numpy", "seqio"):
+        if importlib.util.find_spec("tensorflow") is None and loader == "seqio":
+            continue
+        data = dataclasses.replace(config.data, loader=loader)
+        pipeline = wiring.open_pipeline(dataclasses.replace(config, data=data))
+        with open(f"{out}.{loader}.{jax.process_index()}.json", "w") as file:
             json.dump(table(config, mesh, pipeline), file)
-        return
+
+
+def write_run(config, out: str) -> None:
+    pipeline = wiring.open_pipeline(config)
     config = train_lib.with_data(
         config, pipeline.store.dim, pipeline.store.fingerprint, pipeline.fingerprint()
     )
