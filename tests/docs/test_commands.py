@@ -94,7 +94,7 @@ def test_verbs_and_flags_in_the_text_exist(page, code):
     assert verb in main.VERBS, f"{page}: {code}"
     source = (ROOT / "imagen_jax" / "cli" / f"{'import_' if verb == 'import' else verb}.py").parent
     texts = "".join(path.read_text() for path in source.glob("*.py"))
-    for flag in re.findall(r"--[a-z_]+", " ".join(rest)):
+    for flag in re.findall(r"--[a-z_-]+", " ".join(rest)):
         known = flag == "--help" or flag.startswith("--config") or f'"{flag}"' in texts
         assert known, f"{page}: {code}: {flag}"
 
