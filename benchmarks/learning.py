@@ -62,7 +62,7 @@ def measure(
             one_cell = Sweep(
                 (StageSet(f"{run.name}-{step}", stages),), {}, rows, limit, scorer=SCORER
             )
-            (cell,) = sweep.run(one_cell, str(out / "pictures"))
+            (cell,) = sweep.run(one_cell, str(out / "images"))
             yield {**cell, "arm": step, "seed": load_stage(stages[0]).config.seed}
 
 
