@@ -3,10 +3,7 @@
 import dataclasses
 import importlib.util
 import json
-import os
 import pathlib
-import socket
-import subprocess
 import sys
 
 import ml_dtypes
@@ -17,6 +14,7 @@ from PIL import Image
 from imagen_jax.config.schema import CheckpointConfig, TrainConfig
 from imagen_jax.data.embeddings.store import describe_unit, unit_name, write_manifest, write_unit
 from tests.conftest import CONFIG_FILE, DIM, LENGTH, SIZE
+from tests.reference.processes import finish, start
 
 ROOT = pathlib.Path(__file__).parents[2]
 PROBE = ROOT / "tests" / "reference" / "placement_probe.py"
@@ -80,42 +78,12 @@ def numbered(base_config, tmp_path_factory) -> pathlib.Path:
     return path
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def run(what: str, spec: pathlib.Path, layout: str, orders: str, out: pathlib.Path, *flags: str):
     """Runs the probe in all processes of a layout."""
     processes, devices, mesh = LAYOUTS[layout]
-    address = f"127.0.0.1:{free_port()}"
     axes = [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()]
-    started = []
-    for index in range(processes):
-        environment = {
-            **os.environ,
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        }
-        if processes > 1:
-            environment |= {
-                "JAX_COORDINATOR_ADDRESS": address,
-                "JAX_NUM_PROCESSES": str(processes),
-                "JAX_PROCESS_ID": str(index),
-            }
-        started.append(
-            subprocess.Popen(
-                [sys.executable, PROBE, what, spec, orders, out, *axes, *flags],
-                cwd=ROOT,
-                env={**environment, "PYTHONPATH": str(ROOT)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    outputs = [process.communicate(timeout=300)[0] for process in started]
-    assert [process.returncode for process in started] == [0] * processes, "\n".join(outputs)
+    command = [sys.executable, PROBE, what, spec, orders, out, *axes, *flags]
+    finish(start(command, processes, devices))
 
 
 def read_table(out: str, processes: int) -> dict[tuple[int, int], dict]:

@@ -1,11 +1,8 @@
 """Runs with several processes over loopback equal single-process runs and resume each other."""
 
 import json
-import os
 import pathlib
 import signal
-import socket
-import subprocess
 import sys
 import time
 
@@ -17,53 +14,18 @@ from imagen_jax.config.overrides import load
 from imagen_jax.parallel.distributed import DistributedError, _arguments
 from imagen_jax.parallel.preemption import RESTART
 from imagen_jax.training.train import train
+from tests.reference.processes import finish
+from tests.reference.processes import start as start_processes
 
 SOURCE = pathlib.Path(__file__).parents[2]
 # Relative difference of a float32 loss (mean over 4 images of 64 pixels) by order of summation.
 LOSS_TOLERANCE = 2e-5
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def start(processes: int, devices: int, config: pathlib.Path, workdir: pathlib.Path, *more: str):
-    """Starts the processes of one run, each with `devices` devices."""
-    address = f"127.0.0.1:{free_port()}"
+    """Starts the processes of one training run, each with `devices` devices."""
     command = [sys.executable, "-m", "imagen_jax", "train", f"--config={config}"]
-    started = []
-    for index in range(processes):
-        environment = {
-            **os.environ,
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        }
-        if processes > 1:
-            environment |= {
-                "JAX_COORDINATOR_ADDRESS": address,
-                "JAX_NUM_PROCESSES": str(processes),
-                "JAX_PROCESS_ID": str(index),
-            }
-        started.append(
-            subprocess.Popen(
-                [*command, f"--workdir={workdir}", *more],
-                cwd=SOURCE,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    return started
-
-
-def finish(started) -> str:
-    """Waits for all processes; returns the output of the first."""
-    outputs = [process.communicate(timeout=300)[0] for process in started]
-    assert [process.returncode for process in started] == [0] * len(started), "\n".join(outputs)
-    return outputs[0]
+    return start_processes([*command, f"--workdir={workdir}", *more], processes, devices)
 
 
 def rows(workdir: pathlib.Path) -> list[dict]:
