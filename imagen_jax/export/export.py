@@ -175,8 +175,10 @@ def _write(
       log: receives a line.
     """
     config, params = stage
-    text_path = config.text.path and str(pathlib.Path(config.text.path).absolute())
-    text = dataclasses.replace(config.text, path=text_path)
+    text, source = config.text, pathlib.Path(config.text.path)
+    # An address, or the name of an installed encoder, is no folder.
+    if text.path and source.is_dir():
+        text = dataclasses.replace(text, path=str(source.absolute()))
     config = dataclasses.replace(config, text=text, data=config.data.uncropped())
     with atomic.folder(folder) as temporary:
         copied = dataclasses.replace(config, text=copy_encoder(text, temporary))

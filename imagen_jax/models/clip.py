@@ -65,7 +65,8 @@ class ClipVisionConfig:
 TowerConfig = ClipTextConfig | ClipVisionConfig
 
 
-def _dense(features: int, name: str, dtype: str, axes: tuple[str, str]) -> nn.Dense:
+def dense(features: int, name: str, dtype: str, axes: tuple[str, str]) -> nn.Dense:
+    """A linear map with bias; `axes` are the logical axes of its kernel."""
     kernel_init = nn.with_logical_partitioning(_SMALL, axes)
     return nn.Dense(features, dtype=dtype, kernel_init=kernel_init, name=name)
 
@@ -77,12 +78,13 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b l d"], mask: Bool[Array | np.ndarray, "l l"]
+        self, x: Float[Array, "b l d"], mask: Bool[Array | np.ndarray, "*#bh #l l"]
     ) -> Float[Array, "b l d"]:
+        """Attends to the keys where `mask`, broadcast to [b, heads, queries, keys], is True."""
         cfg = self.config
 
         def heads(name: str) -> Float[Array, "b l h c"]:
-            y = _dense(cfg.emb_dim, name, cfg.dtype, ("embed", "mlp"))(x)
+            y = dense(cfg.emb_dim, name, cfg.dtype, ("embed", "mlp"))(x)
             return y.reshape(*x.shape[:2], cfg.num_heads, cfg.emb_dim // cfg.num_heads)
 
         query, key, value = heads("query"), heads("key"), heads("value")
@@ -90,7 +92,7 @@ class SelfAttention(nn.Module):
         logits = jnp.einsum("bqhc,bkhc->bhqk", query, key, preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(jnp.where(mask, logits, -1e9)).astype(cfg.dtype)
         mixed = jnp.einsum("bhqk,bkhc->bqhc", weights, value).reshape(x.shape)
-        return _dense(cfg.emb_dim, "out", cfg.dtype, ("mlp", "embed"))(mixed)
+        return dense(cfg.emb_dim, "out", cfg.dtype, ("mlp", "embed"))(mixed)
 
 
 class Layer(nn.Module):
@@ -120,9 +122,9 @@ class Layer(nn.Module):
 
         h = SelfAttention(cfg, name="attention")(layer_norm(cfg, "norm_1")(x), mask)
         x = x + scaled(h, "scale_1")
-        h = _dense(cfg.mlp_dim, "up", cfg.dtype, ("embed", "mlp"))(layer_norm(cfg, "norm_2")(x))
+        h = dense(cfg.mlp_dim, "up", cfg.dtype, ("embed", "mlp"))(layer_norm(cfg, "norm_2")(x))
         h = ACTIVATIONS[cfg.activation](h)
-        return x + scaled(_dense(cfg.emb_dim, "down", cfg.dtype, ("mlp", "embed"))(h), "scale_2")
+        return x + scaled(dense(cfg.emb_dim, "down", cfg.dtype, ("mlp", "embed"))(h), "scale_2")
 
 
 def layer_norm(config: TowerConfig, name: str) -> nn.LayerNorm:

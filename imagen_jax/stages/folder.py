@@ -35,7 +35,14 @@ ENCODER_FOLDER = "text"
 
 # A larger text encoder is not copied; config.json keeps its path and fingerprint.
 MAX_COPIED_ENCODER_BYTES = 64 * 2**20
-VOCABULARY_FILES = ("spiece.model", "vocab.json", "merges.txt", "tokenizer.json")
+VOCABULARY_FILES = (
+    "spiece.model",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "vocab.txt",
+    "tokenizer_config.json",
+)
 ENCODER_FILES = ("config.json", "model.safetensors", "pytorch_model.bin", *VOCABULARY_FILES)
 
 

@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from imagen_jax.config import overrides, plugins
 from imagen_jax.config.fields import ConfigError, unknown_name
 from imagen_jax.config.text import T5Config, TextConfig
-from imagen_jax.interop import hf_clip, hf_t5, t5x, t5x_network, weights
+from imagen_jax.interop import hf_bert, hf_clip, hf_t5, t5x, t5x_network, weights
 from imagen_jax.models import t5
 from imagen_jax.text.frozen_encoder import FrozenEncoder
 from imagen_jax.text.vocabulary import (
@@ -31,6 +31,7 @@ from imagen_jax.text.vocabulary import (
     ClipVocabulary,
     SentencePieceVocabulary,
     TokenBatch,
+    WordPieceVocabulary,
 )
 
 
@@ -112,11 +113,7 @@ def load_clip(config: TextConfig, mesh: Mesh | None = None) -> TextEncoder:
     """
     folder = _folder(config)
     shape, tensors = hf_clip.open_tensors(folder)
-    if config.max_len > shape.positions:
-        raise ConfigError(
-            f"config.text.max_len={config.max_len} must be at most {shape.positions}, the "
-            f"positions of {folder}"
-        )
+    _check_positions(config, shape.positions, folder)
     for names in (("vocab.json", "merges.txt"), ("tokenizer.json",)):
         if all((folder / name).is_file() for name in names):
             files = {name: (folder / name).read_bytes() for name in names}
@@ -130,11 +127,36 @@ def load_clip(config: TextConfig, mesh: Mesh | None = None) -> TextEncoder:
     return FrozenEncoder("clip", shape, tensors, vocabulary=vocabulary, config=config, mesh=mesh)
 
 
+def load_bert(config: TextConfig, mesh: Mesh | None = None) -> TextEncoder:
+    """A BERT, layer `config.layer`, from a Hugging Face folder or a row of `hf_bert.PACKAGES`.
+
+    Raises:
+      ConfigError: the path is empty, its package is not installed, there is no such layer,
+        `max_len` exceeds the positions, or a file is missing. WeightsError: the weights do not
+        load.
+    """
+    folder = _folder(dataclasses.replace(config, path=str(hf_bert.find_folder(config.path))))
+    shape, tensors = hf_bert.open_tensors(folder, config.layer)
+    _check_positions(config, shape.positions, folder)
+    names = ("tokenizer.json", "vocab.txt")
+    found = [name for name in names if (folder / name).is_file()]
+    if not found:
+        raise ConfigError(
+            f"config.text.path={str(folder)!r} has neither tokenizer.json nor vocab.txt; give a "
+            "complete Hugging Face BERT folder"
+        )
+    names = (found[0], "tokenizer_config.json")
+    files = {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+    vocabulary = WordPieceVocabulary(files, str(folder))
+    return FrozenEncoder("bert", shape, tensors, vocabulary=vocabulary, config=config, mesh=mesh)
+
+
 TEXT_ENCODERS: dict[str, Callable[[TextConfig, Mesh | None], TextEncoder]] = {
     "t5": load_t5,
     "bytes": load_bytes,
     "t5x": load_t5x,
     "clip": load_clip,
+    "bert": load_bert,
 }
 
 
@@ -151,6 +173,11 @@ def load_text_encoder(config: TextConfig, mesh: Mesh | None = None) -> TextEncod
         load.
     """
     load = plugins.find("config.text.encoder", config.encoder, plugins.TEXT_ENCODERS, TEXT_ENCODERS)
+    if config.layer != -1 and load in TEXT_ENCODERS.values() and load is not load_bert:
+        raise ConfigError(
+            f"config.text.layer={config.layer} must be -1 with config.text.encoder="
+            f"{config.encoder!r}; only 'bert' has a choice of layer"
+        )
     return load(config, mesh)
 
 
@@ -190,6 +217,14 @@ def _warn_cut(encoder: TextEncoder, prompts: Sequence[str], batch: TokenBatch, l
                 f"max_len={length}; the rest is cut",
                 stacklevel=3,
             )
+
+
+def _check_positions(config: TextConfig, positions: int, folder: pathlib.Path) -> None:
+    if config.max_len > positions:
+        raise ConfigError(
+            f"config.text.max_len={config.max_len} must be at most {positions}, the "
+            f"positions of {folder}"
+        )
 
 
 def _open_t5(config: TextConfig) -> tuple[T5Config, Mapping[str, weights.Tensor]]:
@@ -255,6 +290,6 @@ def _folder(config: TextConfig) -> pathlib.Path:
         what = "is empty" if not config.path else "is not a folder"
         raise ConfigError(
             f"config.text.path={config.path!r} {what}; "
-            "run pretrain_text or give a Hugging Face T5 folder"
+            "run pretrain_text or give a Hugging Face folder of the encoder"
         )
     return folder

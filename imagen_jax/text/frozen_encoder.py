@@ -25,7 +25,8 @@ from imagen_jax.config.text import T5Config, TextConfig
 from imagen_jax.interop import weights
 from imagen_jax.interop.t5x_network import T5xConfig
 from imagen_jax.interop.t5x_network import make_encoder as make_t5x_encoder
-from imagen_jax.models import clip, t5
+from imagen_jax.models import bert, clip, t5
+from imagen_jax.models.bert import BertConfig
 from imagen_jax.models.clip import ClipTextConfig
 from imagen_jax.parallel import partitioning
 from imagen_jax.text.vocabulary import TokenBatch, Vocabulary, tokenize
@@ -50,6 +51,7 @@ NETWORKS: dict[type, Network] = {
     T5Config: Network(t5.T5Encoder, t5.boxed_shapes, t5.flops),
     T5xConfig: Network(make_t5x_encoder, t5.boxed_shapes, t5.flops),
     ClipTextConfig: Network(clip.TextTower, clip.boxed_shapes, clip.flops),
+    BertConfig: Network(bert.BertEncoder, bert.boxed_shapes, bert.flops),
 }
 
 

@@ -175,3 +175,62 @@ class ClipVocabulary:
 
     def sha256(self) -> str:
         return hashlib.sha256(self._content).hexdigest()
+
+
+class WordPieceVocabulary:
+    """BERT's WordPiece: `tokenizer.json`, or `vocab.txt` with `tokenizer_config.json`.
+
+    The start and end tokens are those that the tokenizer adds itself, [CLS] and [SEP].
+    """
+
+    # Settings of tokenizer_config.json that affect the ids, and their defaults.
+    _SETTINGS = {"do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True}
+
+    def __init__(self, files: dict[str, bytes], name: str):
+        """Reads the files' contents, by file name; `name` is for messages. Raises ConfigError."""
+        try:
+            import tokenizers
+        except ImportError:
+            raise ConfigError(
+                "config.text.encoder='bert' needs the package tokenizers; "
+                "install imagen_jax with the extra [minilm]"
+            ) from None
+        try:
+            if "tokenizer.json" in files:
+                self._content = files["tokenizer.json"]
+                self._tokenizer: Any = tokenizers.Tokenizer.from_str(self._content.decode())
+            else:
+                self._tokenizer = self._from_pieces(tokenizers, files)
+        except Exception as error:  # The library raises plain Exception for damaged files.
+            raise ConfigError(f"{name} has no WordPiece vocabulary: {error}") from error
+        # Saved with the file; the caption is cut and padded by `tokenize`.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        marks = self._tokenizer.encode("").ids
+        if len(marks) != 2:
+            raise ConfigError(
+                f"{name}: its tokenizer adds {len(marks)} tokens to a caption, expected [CLS] and "
+                "[SEP]"
+            )
+        self.start, self.end = (marks[0],), marks[1]
+        self.size = self._tokenizer.get_vocab_size()
+
+    def _from_pieces(self, tokenizers: Any, files: dict[str, bytes]) -> Any:
+        pieces = files["vocab.txt"].decode("utf-8").splitlines()
+        given = json.loads(files.get("tokenizer_config.json", b"{}"))
+        settings = {key: given.get(key, value) for key, value in self._SETTINGS.items()}
+        self._content = files["vocab.txt"] + json.dumps(settings).encode()
+        return tokenizers.BertWordPieceTokenizer(
+            {piece: number for number, piece in enumerate(pieces)},
+            lowercase=settings["do_lower_case"],
+            strip_accents=settings["strip_accents"],
+            handle_chinese_chars=settings["tokenize_chinese_chars"],
+        )
+
+    def __call__(self, caption: str) -> list[int]:
+        # The library rejects lone surrogates, which file names may contain.
+        caption = caption.encode("utf-8", errors="replace").decode("utf-8")
+        return self._tokenizer.encode(caption, add_special_tokens=False).ids
+
+    def sha256(self) -> str:
+        return hashlib.sha256(self._content).hexdigest()
