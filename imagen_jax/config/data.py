@@ -6,6 +6,7 @@ import dataclasses
 import fractions
 import math
 
+from imagen_jax.config import bounds
 from imagen_jax.config.fields import ConfigError, check_choice, doc
 
 FITS = ("center_crop", "random_crop", "pad")
@@ -144,6 +145,7 @@ class DataConfig(SourceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        bounds.check(self, "data")
         check_choice("data.loader", self.loader, ("seqio", "numpy"))
         check_choice("data.fit", self.fit, FITS)
         check_choice(
@@ -159,8 +161,6 @@ class DataConfig(SourceConfig):
                 f"config.data.crop_from={self.crop_from} must be a multiple of "
                 f"config.data.image_size={self.image_size}, or 0 for no crop"
             )
-        if self.batch_size < 1:
-            raise ConfigError(f"config.data.batch_size={self.batch_size} must be at least 1")
         if self.mixture:
             mixture_block({name: source.rate for name, source in self.mixture.items()})
 

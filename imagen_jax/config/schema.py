@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from imagen_jax.config import bounds
 from imagen_jax.config.data import DataConfig
 from imagen_jax.config.fields import ConfigError, check_choice, doc, section
 from imagen_jax.config.sampling import SamplingConfig
@@ -95,6 +96,7 @@ class ModelConfig:
         return dataclasses.replace(self, **own)
 
     def __post_init__(self) -> None:
+        bounds.check(self, "model")
         check_choice("model.remat", self.remat, ("none", "blocks", "full"))
         check_choice("model.text_conditioning", self.text_conditioning, ("concat", "cross", "none"))
         check_choice("model.text_pooling", self.text_pooling, ("attention", "mean", "token"))
@@ -342,6 +344,12 @@ class Config:
     )
 
     def __post_init__(self) -> None:
+        bounds.check(self)
+        if self.diffusion.logsnr_min >= self.diffusion.logsnr_max:
+            raise ConfigError(
+                f"config.diffusion.logsnr_min={self.diffusion.logsnr_min} must be below "
+                f"config.diffusion.logsnr_max={self.diffusion.logsnr_max}"
+            )
         if self.model.lowres != bool(self.data.lowres_size):
             raise ConfigError(
                 f"config.model.lowres={self.model.lowres} contradicts "
