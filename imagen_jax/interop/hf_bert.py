@@ -65,7 +65,7 @@ _ENCODER = re.compile(r"(?:bert\.|model\.)?((?:embeddings|encoder\.layer)\..+)")
 _OLD_ENDS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
-def find_folder(path: str) -> pathlib.Path:
+def find_folder(path: str) -> str:
     """The folder that `config.text.path` stands for.
 
     Args:
@@ -74,9 +74,8 @@ def find_folder(path: str) -> pathlib.Path:
     Raises:
       ConfigError: the package is not installed. (A missing folder is not an error here.)
     """
-    folder = pathlib.Path(path)
-    if path not in PACKAGES or folder.is_dir():
-        return folder
+    if path not in PACKAGES or pathlib.Path(path).is_dir():
+        return path
     module, name, installation = PACKAGES[path]
     # The package is not imported: its code may need what is not installed.
     spec = importlib.util.find_spec(module)
@@ -85,7 +84,7 @@ def find_folder(path: str) -> pathlib.Path:
             f"config.text.path={path!r} needs the package that contains these weights; run "
             f"`{installation}`"
         )
-    return pathlib.Path(spec.submodule_search_locations[0]) / name
+    return str(pathlib.Path(spec.submodule_search_locations[0]) / name)
 
 
 def open_tensors(
@@ -183,5 +182,10 @@ def _read_config(path: pathlib.Path) -> BertConfig:
         raise weights.WeightsError(
             f"{path}: hidden_act={fields['activation']!r}, expected one of "
             f"{', '.join(bert.ACTIVATIONS)}"
+        )
+    if fields["emb_dim"] % fields["num_heads"]:
+        raise weights.WeightsError(
+            f"{path}: hidden_size={fields['emb_dim']} is not a multiple of "
+            f"num_attention_heads={fields['num_heads']}"
         )
     return BertConfig(**fields)

@@ -135,7 +135,7 @@ def load_bert(config: TextConfig, mesh: Mesh | None = None) -> TextEncoder:
         `max_len` exceeds the positions, or a file is missing. WeightsError: the weights do not
         load.
     """
-    folder = _folder(dataclasses.replace(config, path=str(hf_bert.find_folder(config.path))))
+    folder = _folder(dataclasses.replace(config, path=hf_bert.find_folder(config.path)))
     shape, tensors = hf_bert.open_tensors(folder, config.layer)
     _check_positions(config, shape.positions, folder)
     names = ("tokenizer.json", "vocab.txt")

