@@ -1,4 +1,4 @@
-"""A TFDS builder of one's own: found by entry point or class, with text files beside the data."""
+"""A TFDS builder of one's own: found by entry point or class, with files beside the data."""
 
 import importlib.metadata
 import json
@@ -43,6 +43,9 @@ class MyOwnData3D(tfds.core.GeneratorBasedBuilder):
 
     def text_files(self):
         return {"prompts_own.jsonl": ({"prompt": f"own {n}"} for n in range(2)), "empty.jsonl": []}
+
+    def folders(self):
+        return {"own_files": ((f"{n}.bin", bytes([n, 255])) for n in range(2))}
 
 
 class Renamed(MyOwnData3D):
@@ -97,6 +100,8 @@ def test_a_class_of_ones_own(tmp_path, module):
     rows = (tmp_path / "prompts_own.jsonl").read_text().splitlines()
     assert [json.loads(row) for row in rows] == [{"prompt": "own 0"}, {"prompt": "own 1"}]
     assert (tmp_path / "empty.jsonl").read_text() == ""
+    files = {path.name: path.read_bytes() for path in (tmp_path / "own_files").iterdir()}
+    assert files == {"0.bin": b"\x00\xff", "1.bin": b"\x01\xff"}
     # What is built is read without the builder, by any of its names.
     for again in (f"{module}:MyOwnData3D", "my_own_data3_d/two", "my_own_data3_d:1.2.3"):
         assert captions(tmp_path, again) == ["two 0", "two 1", "two 2"]

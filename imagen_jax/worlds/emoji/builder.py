@@ -12,16 +12,16 @@
 from __future__ import annotations
 
 import json
-import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import tensorflow_datasets as tfds
 
 from imagen_jax.worlds.emoji import catalogue, other_names, rendering, splits
+from imagen_jax.worlds.emoji.attribution import ATTRIBUTION
 
-# Goes beside committed images and into the gallery.
-ATTRIBUTION = (pathlib.Path(__file__).parent / "ATTRIBUTION.txt").read_text()
+# Of a prompt by the split of its emoji; the prompts of other names are "alias" or "keyword".
+KINDS = {"train": "train", "combinations_dev": "combination", "combinations_test": "combination"}
 
 
 class Emoji(tfds.core.GeneratorBasedBuilder):
@@ -70,11 +70,21 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
 
 
 def prompt_row(entry: catalogue.Entry) -> dict[str, Any]:
-    """Fields of a prompt: the caption, its emoji's key and metadata of the emoji."""
+    """Fields of a prompt.
+
+    Args:
+      entry: the emoji.
+
+    Returns:
+      `prompt`, the caption, with `key`, `untoned`, `group`, `subgroup`, `tone`, `person` of the
+      emoji (see `catalogue.Entry`), `kind` (of KINDS) and `new_word` (see `other_names`). Of
+      another name, `untoned` is what the right images share: it says nothing about the tone.
+    """
     return {
         "prompt": entry.caption,
         "key": entry.key,
-        "kind": entry.split,
+        "untoned": entry.untoned,
+        "kind": KINDS[entry.split],
         "group": entry.group,
         "subgroup": entry.subgroup,
         "tone": entry.tone,
@@ -93,8 +103,8 @@ def name_prompts(split: str) -> list[dict[str, Any]]:
     training = {entry.key: entry for entry in catalogue.entries() if entry.split == "train"}
     rows = []
     for name in other_names.usable([entry.caption for entry in training.values()]):
-        if splits.names_split(name.key) == split:
-            more = {"prompt": name.name, "kind": split, "new_word": name.new_word}
+        if name.key in training and splits.names_split(name.key) == split:
+            more = {"prompt": name.name, "kind": name.kind, "new_word": name.new_word}
             rows.append({**prompt_row(training[name.key]), **more})
     return _in_hash_order(rows)
 

@@ -40,6 +40,7 @@ def caption(name: str, *, is_flag: bool = False) -> str:
     tones = [f"{tone} skin tone" for tone in _TONE.findall(text)]
     text = _TONE.sub("", text)
     if is_flag:
+        text = text.removesuffix(" SAR China")  # Of Hong Kong and Macao.
         text = f"flag of {'the ' if _ARTICLE.fullmatch(text) else ''}{text}"
     elif found := _HAIR.fullmatch(text):
         text = _hair(*found.groups())

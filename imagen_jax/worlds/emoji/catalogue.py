@@ -31,6 +31,7 @@ class Entry:
 
     Attributes:
       key: OpenMoji's hex code, the name of its SVG file.
+      untoned: key of the same emoji without skin tones.
       caption: see `captions`.
       group: Unicode's group, "animals-nature".
       subgroup: Unicode's subgroup, "animal-bird".
@@ -40,6 +41,7 @@ class Entry:
     """
 
     key: str
+    untoned: str
     caption: str
     group: str
     subgroup: str
@@ -50,7 +52,7 @@ class Entry:
 
 @functools.cache
 def entries() -> tuple[Entry, ...]:
-    """All emoji in Unicode's order of code points; the same list on every machine."""
+    """All emoji in the order of their keys; the same list on every machine."""
     names = {}
     for sequence, data in emoji.EMOJI_DATA.items():
         if data["status"] == FULLY_QUALIFIED and (key := _key(sequence)):
@@ -59,21 +61,22 @@ def entries() -> tuple[Entry, ...]:
     tones = {key: captions.tone(name) for key, name in names.items()}
     persons = {key: captions.person(texts[key]) for key in names}
     toned = {persons[key] for key in names if tones[key]}
-    plain = {texts[key]: untoned(key) for key in names if not tones[key]}
+    plain = {texts[key]: key for key in names if not tones[key]}
     groups = _groups()
     found = []
     for key in sorted(names):
-        # Two tones make a sequence of another form, handshake for example: its person has a group.
-        group, subgroup = groups[plain[persons[key]]]
+        # Two tones make a sequence of another form, handshake for example: its person is listed.
+        group, subgroup = groups[plain_key(plain[persons[key]])]
         found.append(
             Entry(
                 key=key,
+                untoned=plain[persons[key]],
                 caption=texts[key],
                 group=group,
                 subgroup=subgroup,
                 tone=tones[key],
                 person=persons[key] if persons[key] in toned else "",
-                split=splits.split(key, tones[key]),
+                split=splits.split(plain[persons[key]], tones[key]),
             )
         )
     return tuple(found)
@@ -84,7 +87,7 @@ def is_flag(key: str) -> bool:
     return bool(_FLAG.fullmatch(key))
 
 
-def untoned(key: str) -> str:
+def plain_key(key: str) -> str:
     """The key without skin tones and variation selectors."""
     return _TONES.sub("", key).replace(f"-{VARIATION}", "")
 

@@ -1,7 +1,8 @@
 """Other names: what people call an emoji besides its caption.
 
 `other_names.tsv` holds aliases of Unicode and short names and keywords of vendors, with sources and
-licences at its head. A name is used if it is no training caption, and the name of one emoji only.
+licences at its head, which say how they were chosen (benchmarks/emoji_other_names.py). A name is
+used if it is no training caption, and the name of one emoji only.
 A *new word* is a name none of whose content words shares its stem with any training caption.
 """
 
@@ -38,6 +39,11 @@ class OtherName:
     source: str
     new_word: bool
 
+    @property
+    def kind(self) -> str:
+        """Whether it is an `alias`, what vendors call the emoji, or a `keyword` of CLDR."""
+        return "keyword" if self.source == "cldr" else "alias"
+
 
 def normalise(name: str) -> str:
     """Words in lower case, separated by single spaces; hyphens and underscores are spaces."""
@@ -50,9 +56,9 @@ def stems(text: str) -> frozenset[str]:
     return frozenset(snowballstemmer.stemmer("english").stemWords(words))
 
 
-def read(path: pathlib.Path = FILE) -> list[tuple[str, str, str]]:
+def read() -> list[tuple[str, str, str]]:
     """Rows (key, name, source) of the file."""
-    lines = path.read_text().splitlines()
+    lines = FILE.read_text().splitlines()
     rows = [line.split("\t") for line in lines if line and not line.startswith("#")]
     return [(key, name, source) for key, name, source in rows]
 

@@ -1,8 +1,9 @@
 """Splits: by a hash of the emoji's key, so that nothing depends on order or a random state.
 
 - `train`: every emoji that is not held out. All untoned emoji and those of two tones are in it.
-- `combinations_dev`, `combinations_test`: combinations of a person (or hand) and a skin tone; the
-  person is in `train` with other tones and without one, the tone with other persons.
+- `combinations_test`, `combinations_dev`: combinations of a person (or hand) and a skin tone. Of
+  the five tones of a person, at most one is in each; the person is in `train` with at least three
+  other tones and without one, the tone with other persons.
 - Other names are split by the hash of the emoji's key as well: all names of an emoji are in one of
   `names_dev` and `names_test`.
 """
@@ -11,10 +12,13 @@ from __future__ import annotations
 
 import hashlib
 
-COMBINATIONS = {"combinations_test": 0.12, "combinations_dev": 0.06}  # Of one-tone emoji.
+from imagen_jax.worlds.emoji.captions import TONES
+
+# Share of the persons of which one tone is held out.
+COMBINATIONS = {"combinations_test": 0.6, "combinations_dev": 0.3}
 SPLITS = ("train", "combinations_dev", "combinations_test")
 NAMES_SPLITS = ("names_dev", "names_test")
-NAMES_TEST = 2 / 3  # Of the emoji that have other names.
+NAMES_TEST = 0.7  # Of the emoji that have other names.
 
 
 def share(purpose: str, key: str) -> float:
@@ -23,20 +27,19 @@ def share(purpose: str, key: str) -> float:
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
-def split(key: str, tone: str) -> str:
+def split(untoned: str, tone: str) -> str:
     """The split of an emoji's image.
 
     Args:
-      key: OpenMoji's hex code, "1F469-1F3FE-200D-1F680".
+      untoned: OpenMoji's hex code of the same emoji without tone, "1F469-200D-1F680".
       tone: as of `captions.tone`.
     """
-    if not tone or "+" in tone:
+    if tone not in TONES:
         return "train"
-    position = share("combinations", key)
-    for name, size in COMBINATIONS.items():
-        if position < size:
-            return name
-        position -= size
+    order = sorted(TONES, key=lambda name: share("tone", f"{untoned}|{name}"))
+    held_out = dict(zip(order, COMBINATIONS, strict=False)).get(tone)
+    if held_out and share(held_out, untoned) < COMBINATIONS[held_out]:
+        return held_out
     return "train"
 
 
