@@ -17,6 +17,7 @@ import numpy as np
 
 from imagen_jax.config import overrides
 from imagen_jax.diffusion import process, samplers
+from imagen_jax.evaluation import intervals
 from imagen_jax.inference import prompts, stage_sampler
 from imagen_jax.inference.stage_sampler import image_keys, sample_stage
 from imagen_jax.io import images
@@ -133,7 +134,7 @@ def exact(samples: np.ndarray, batch: PromptBatch) -> tuple[float, float, float]
     marks = [
         alignment.score(image, row)["exact"] for image, row in zip(samples, batch.rows, strict=True)
     ]
-    return sum(marks) / len(marks), *alignment.wilson(sum(marks), len(marks))
+    return sum(marks) / len(marks), *intervals.wilson(sum(marks), len(marks))
 
 
 def fingerprint(stages: Sequence[Stage]) -> str:

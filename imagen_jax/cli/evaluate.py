@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import pathlib
 
-from imagen_jax.cli import evaluate_features, evaluate_sweep, scorer_flag
+from imagen_jax.cli import evaluate_features, evaluate_retrieval, evaluate_sweep, scorer_flag
 from imagen_jax.cli import sample as sample_verb
 from imagen_jax.evaluation import drawbench, edges, report, samples, scorers
 from imagen_jax.evaluation.raters import build, score
@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     evaluate_features.add_fid(add("fid", "FID, KID, precision and recall against real images"))
     evaluate_features.add_fid30k(add("fid30k", "FID on COCO captions, from data to card"))
     evaluate_features.add_clip_score(add("clip_score", "mean cosine of images and prompts"))
+    evaluate_retrieval.add(add("retrieval", "share of images nearest to the real one they name"))
     evaluate_sweep.add(add("sweep", "curves over guidance and other settings, for checkpoints"))
     _add_drawbench(add("drawbench", "sample prompts in categories, with a sheet of each"))
     _add_rate_build(add("rate_build", "make a page for blind comparison of two folders by raters"))
@@ -45,6 +46,7 @@ def run(flags: argparse.Namespace) -> None:
         "rate_build": _rate_build,
         "rate_score": _rate_score,
         "report": _report,
+        "retrieval": evaluate_retrieval.run,
         "sweep": evaluate_sweep.run,
     }[flags.what](flags)
 

@@ -1,18 +1,22 @@
-"""Intervals for a mean of ratings with raters and prompts as crossed random effects.
+"""Intervals: of proportions over prompts, of paired differences, of ratings.
 
-Ratings of one rater are correlated, and so are ratings of one prompt; an interval for independent
-ratings is far too narrow. The model is exchangeable over raters and over prompts, with missing
-ratings. Two ratings share both, the rater, the prompt, or nothing; the mean product of each kind of
-pair is an unbiased estimate of its moment for any pattern of missing ratings. The moments give the
-variance of the mean over new raters and prompts (Gallas 2006, "One-shot estimate of MRMC variance:
-AUC"). On complete tables it equals the two-way analysis of variance, (MS_rater + MS_prompt -
-MS_rest) / N, and for many raters and prompts the two-way cluster-robust variance of Cameron,
-Gelbach & Miller 2011. Negative components are clipped to zero, which makes the interval slightly
-too wide if such effects are absent.
+`wilson` and `paired_difference` are over independent prompts.
+
+`crossed_mean` is over raters and prompts, crossed random effects. Ratings of one rater are
+correlated, and so are ratings of one prompt; an interval for independent ratings is far too narrow.
+The model is exchangeable over raters and over prompts, with missing ratings. Two ratings share
+both, the rater, the prompt, or nothing; the mean product of each kind of pair is an unbiased
+estimate of its moment for any pattern of missing ratings. The moments give the variance of the mean
+over new raters and prompts (Gallas 2006, "One-shot estimate of MRMC variance: AUC"). On complete
+tables it equals the two-way analysis of variance, (MS_rater + MS_prompt - MS_rest) / N, and for
+many raters and prompts the two-way cluster-robust variance of Cameron, Gelbach & Miller 2011.
+Negative components are clipped to zero, which makes the interval slightly too wide if such effects
+are absent.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +24,7 @@ from jaxtyping import Float
 from scipy import stats
 
 CONFIDENCE = 0.95
+NORMAL_QUANTILE = 1.96
 Mean = float | Float[np.ndarray, "*n"] | np.floating
 
 
@@ -75,6 +80,52 @@ def score_interval(mean: Mean, scale: Mean) -> tuple[Mean, Mean]:
     centre = (mean + scale / 2) / (1 + scale)
     half = np.sqrt(scale * mean * (1 - mean) + scale**2 / 4) / (1 + scale)
     return np.clip(centre - half, 0, mean), np.clip(centre + half, mean, 1)
+
+
+def effective_sample_size(marks: Sequence[tuple[str, bool | float]]) -> float:
+    """Number of independent images with the same variance of the mean as these (prompt, mark).
+
+    Estimated from the variance over prompts; at least the number of prompts, at most the number of
+    images, and equal to it if every prompt has one image.
+    """
+    n, mean = len(marks), sum(mark for _, mark in marks) / len(marks)
+    sums: dict[str, float] = {}
+    for prompt, mark in marks:
+        sums[prompt] = sums.get(prompt, 0.0) + mark - mean
+    squares = sum(total**2 for total in sums.values())
+    if not 0 < mean < 1:  # The variance cannot be estimated.
+        return float(len(sums))
+    return float(min(max(n**2 * mean * (1 - mean) / max(squares, 1e-9), len(sums)), n))
+
+
+def wilson(hits: float, n: float) -> tuple[float, float]:
+    """95% score interval of a proportion (Wilson 1927) for `hits` out of `n`, both in 0..1."""
+    low, high = score_interval(hits / n, NORMAL_QUANTILE**2 / n)
+    return float(low), float(high)
+
+
+def paired_difference(
+    differences: Float[np.ndarray, " n"], prompts: Sequence[str] | np.ndarray
+) -> tuple[float, float, float]:
+    """Mean of paired differences of two systems with its 95% interval over prompts.
+
+    The differences are averaged by prompt. The interval is that of Bonett & Price 2012 ("Adjusted
+    Wald confidence interval for a difference of binomial proportions based on paired data"): one
+    pseudo-prompt in favour of each system is added, so it is not empty if the systems always agree.
+
+    Args:
+      differences: of the two scores of an image, each in 0..1.
+      prompts: the prompt of each difference.
+
+    Returns:
+      Mean over prompts, low and high, in -1..1.
+    """
+    _, index = np.unique(np.asarray(prompts), return_inverse=True)
+    by_prompt = np.bincount(index, differences) / np.bincount(index)
+    adjusted = np.concatenate([by_prompt, [1.0, -1.0]])
+    half = NORMAL_QUANTILE * adjusted.std() / np.sqrt(len(adjusted))
+    low, high = adjusted.mean() - half, adjusted.mean() + half
+    return float(by_prompt.mean()), max(float(low), -1.0), min(float(high), 1.0)
 
 
 def _variance(

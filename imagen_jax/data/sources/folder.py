@@ -11,7 +11,7 @@ import errno
 import os
 import pathlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from imagen_jax.config.data import SourceConfig
 from imagen_jax.config.fields import ConfigError
@@ -119,7 +119,10 @@ class Folder:
                 for image in by_stem.get(str(path.with_suffix("")), ()):
                     found[image] = found.get(image, ()) + lines_of(text)
             elif path.name == METADATA and not file.fault:
-                for row, image, texts in _metadata(self.root, path):
+                for row, image, fields in metadata_rows(self.root, path):
+                    texts = texts_of(
+                        fields["text"] if "text" in fields else fields.get("caption", ())
+                    )
                     if image not in names:
                         why = f"missing file ({image or 'no file_name'})"
                         lost.append(Item(row, fault=why))
@@ -128,14 +131,18 @@ class Folder:
         return found, lost
 
 
-def _metadata(
+def metadata_rows(
     root: pathlib.Path, path: pathlib.PurePosixPath
-) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    """(row name, image name or "", captions) for each row of a metadata file."""
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(row name, image name or "", fields) for each row of a metadata file.
+
+    Args:
+      root: the folder of the source.
+      path: the metadata file, relative to it.
+    """
     for number, row in jsonl.read(root / path, errors="replace", default=None):
         if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-            yield f"{path}:{number}", "", ()
+            yield f"{path}:{number}", "", {}
             continue
-        value = row["text"] if "text" in row else row.get("caption", ())
         image = os.path.normpath(path.parent / row["file_name"]).replace(os.sep, "/")
-        yield f"{path}:{number}", image, texts_of(value)
+        yield f"{path}:{number}", image, row

@@ -42,7 +42,6 @@ SEED = 0
 TITLE = "Alignment on the shapes world"
 Score = dict[str, bool | None]
 _PARTS = ("scores", "ceiling", "chance")
-_NORMAL_QUANTILE = 1.96
 
 
 def score(image: UInt8[np.ndarray, "size size 3"], row: Mapping[str, Any]) -> Score:
@@ -230,32 +229,10 @@ def _rates(marks: Sequence[tuple[str, Score]]) -> dict[str, dict[str, float]]:
         hits = [(p, hit) for p, mark in marks if (hit := mark[attribute]) is not None]
         if hits:
             n, mean = len(hits), sum(value for _, value in hits) / len(hits)
-            independent = effective_sample_size(hits)
-            low, high = wilson(mean * independent, independent)
+            independent = intervals.effective_sample_size(hits)
+            low, high = intervals.wilson(mean * independent, independent)
             rates[attribute] = {"mean": mean, "low": low, "high": high, "n": n}
     return rates
-
-
-def effective_sample_size(marks: Sequence[tuple[str, bool]]) -> float:
-    """Number of independent images with the same variance of the mean as these (prompt, mark).
-
-    Estimated from the variance over prompts; at least the number of prompts, at most the number of
-    images, and equal to it if every prompt has one image.
-    """
-    n, mean = len(marks), sum(mark for _, mark in marks) / len(marks)
-    sums: dict[str, float] = {}
-    for prompt, mark in marks:
-        sums[prompt] = sums.get(prompt, 0.0) + mark - mean
-    squares = sum(total**2 for total in sums.values())
-    if not 0 < mean < 1:  # The variance cannot be estimated.
-        return float(len(sums))
-    return float(min(max(n**2 * mean * (1 - mean) / max(squares, 1e-9), len(sums)), n))
-
-
-def wilson(hits: float, n: float) -> tuple[float, float]:
-    """95% score interval of a proportion (Wilson 1927) for `hits` out of `n`, both in 0..1."""
-    low, high = intervals.score_interval(hits / n, _NORMAL_QUANTILE**2 / n)
-    return float(low), float(high)
 
 
 def _read_rows(folder: pathlib.Path, by: str) -> list[dict[str, Any]]:

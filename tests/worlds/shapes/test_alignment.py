@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
+from imagen_jax.evaluation import intervals
 from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.worlds.shapes import alignment, outlines
 from imagen_jax.worlds.shapes import scenes as shapes
@@ -322,7 +323,7 @@ def test_rows_without_positions_and_sizes_have_a_ceiling_too(tmp_path):
 
 def test_effective_sample_size_over_prompts():
     def independent(*prompts):
-        return alignment.effective_sample_size(
+        return intervals.effective_sample_size(
             [(str(p), mark) for p, marks in enumerate(prompts) for mark in marks]
         )
 
@@ -335,8 +336,8 @@ def test_effective_sample_size_over_prompts():
     for _ in range(300):
         rates = rng.beta(2, 2, 32)
         marks = [(str(p), bool(m)) for p in range(32) for m in rng.random(4) < rates[p]]
-        n = alignment.effective_sample_size(marks)
-        low, high = alignment.wilson(np.mean([m for _, m in marks]) * n, n)
+        n = intervals.effective_sample_size(marks)
+        low, high = intervals.wilson(np.mean([m for _, m in marks]) * n, n)
         hits.append(low <= 0.5 <= high)
     assert 0.91 <= np.mean(hits) <= 0.99
 
