@@ -12,6 +12,7 @@ import shutil
 
 from imagen_jax.cli import config_help
 from imagen_jax.config.fields import ConfigError
+from imagen_jax.io import paths
 
 FOLDERS = ("configs", "launch")
 
@@ -23,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--copy_to",
         metavar="DIR",
         default="",
+        type=paths.flag,
         help="folder to write configs/, launch/ and constraints.txt to",
     )
 

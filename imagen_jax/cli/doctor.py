@@ -9,12 +9,15 @@ import argparse
 
 from imagen_jax.checks.doctor import DoctorError, doctor
 from imagen_jax.cli import wiring
+from imagen_jax.io import paths
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
     wiring.add_config(parser)
-    parser.add_argument("--workdir", help="folder of the run to start or resume")
+    parser.add_argument(
+        "--workdir", type=paths.required_flag, help="folder of the run to start or resume"
+    )
 
 
 def run(flags: argparse.Namespace) -> None:

@@ -19,7 +19,7 @@ from imagen_jax.cli import sample as sample_verb
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import Config
 from imagen_jax.diffusion.editing import Edit, EditError
-from imagen_jax.io import images
+from imagen_jax.io import images, paths
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     def add(name: str, text: str) -> argparse.ArgumentParser:
         edit = edits.add_parser(name, help=text, description=text, allow_abbrev=False)
-        edit.add_argument("--picture", required=True, metavar="FILE", help="image to start from")
+        edit.add_argument(
+            "--picture",
+            required=True,
+            type=paths.required_flag,
+            metavar="FILE",
+            help="image to start from",
+        )
         sample_verb.add_prompts(edit)
         sample_verb.add_sampling(edit, samples_per_prompt=1)
         return edit
@@ -42,7 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     inpaint = add("inpaint", "sample a part of the image; the other pixels stay bit for bit")
     inpaint.add_argument(
-        "--mask", required=True, metavar="FILE", help="image, white where to sample"
+        "--mask",
+        required=True,
+        type=paths.required_flag,
+        metavar="FILE",
+        help="image, white where to sample",
     )
     inpaint.add_argument(
         "--strength",

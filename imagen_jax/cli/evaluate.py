@@ -10,7 +10,7 @@ from imagen_jax.cli import sample as sample_verb
 from imagen_jax.evaluation import drawbench, edges, report, samples, scorers
 from imagen_jax.evaluation.raters import build, score
 from imagen_jax.evaluation.raters.studies import STUDIES
-from imagen_jax.io import atomic
+from imagen_jax.io import atomic, paths
 from imagen_jax.parallel import distributed
 
 
@@ -52,9 +52,16 @@ def run(flags: argparse.Namespace) -> None:
 
 
 def _add_alignment(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--samples", required=True, help="folder written by `imagen sample`")
+    parser.add_argument(
+        "--samples",
+        required=True,
+        type=paths.required_flag,
+        help="folder written by `imagen sample`",
+    )
     scorer_flag.add(parser)
-    parser.add_argument("--out", required=True, help="JSON report to write")
+    parser.add_argument(
+        "--out", required=True, type=paths.required_flag, help="JSON report to write"
+    )
 
 
 def _alignment(flags: argparse.Namespace) -> None:
@@ -65,13 +72,23 @@ def _alignment(flags: argparse.Namespace) -> None:
 
 
 def _add_edges(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--samples", required=True, help="folder written by `imagen sample`")
     parser.add_argument(
-        "--lowres", required=True, help="the same prompts and seed without the last stage"
+        "--samples",
+        required=True,
+        type=paths.required_flag,
+        help="folder written by `imagen sample`",
+    )
+    parser.add_argument(
+        "--lowres",
+        required=True,
+        type=paths.required_flag,
+        help="the same prompts and seed without the last stage",
     )
     parser.add_argument("--crop", type=int, default=64, help="side of its training crops, pixels")
     scorer_flag.add(parser)
-    parser.add_argument("--out", required=True, help="JSON report to write")
+    parser.add_argument(
+        "--out", required=True, type=paths.required_flag, help="JSON report to write"
+    )
 
 
 def _edges(flags: argparse.Namespace) -> None:
@@ -85,6 +102,7 @@ def _add_drawbench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompts",
         required=True,
+        type=paths.required_flag,
         metavar="FILE",
         help=".csv with the columns Prompts and Category, or .jsonl with prompt and category; "
         "rows that --scorer can score, as those of configs/drawbench_shapes.jsonl, are also scored",
@@ -108,14 +126,26 @@ def _drawbench(flags: argparse.Namespace) -> None:
 
 def _add_rate_build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--study", required=True, choices=list(STUDIES), help="the questions")
-    parser.add_argument("--samples_a", required=True, metavar="DIR", help="folder of samples")
     parser.add_argument(
-        "--samples_b", required=True, metavar="DIR", help="the other folder, or real images"
+        "--samples_a",
+        required=True,
+        type=paths.required_flag,
+        metavar="DIR",
+        help="folder of samples",
+    )
+    parser.add_argument(
+        "--samples_b",
+        required=True,
+        type=paths.required_flag,
+        metavar="DIR",
+        help="the other folder, or real images",
     )
     parser.add_argument(
         "--names", default="A,B", help="names of the two folders, hidden from raters"
     )
-    parser.add_argument("--out", required=True, help="folder to write: page/ and key.json")
+    parser.add_argument(
+        "--out", required=True, type=paths.required_flag, help="folder to write: page/ and key.json"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of orders, sides and controls")
     parser.add_argument(
         "--controls", type=float, default=0.1, help="control items per item, 0 to 1"
@@ -142,30 +172,54 @@ def _rate_build(flags: argparse.Namespace) -> None:
 
 
 def _add_rate_score(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--key", required=True, metavar="FILE", help="key.json of rate_build")
     parser.add_argument(
-        "--results", required=True, metavar="PATH[,PATH...]", help="result files or folders of them"
+        "--key",
+        required=True,
+        type=paths.required_flag,
+        metavar="FILE",
+        help="key.json of rate_build",
     )
-    parser.add_argument("--out", required=True, help="folder to write: ratings.json, .md, charts")
+    parser.add_argument(
+        "--results",
+        required=True,
+        type=paths.flag_list,
+        metavar="PATH[,PATH...]",
+        help="result files or folders of them",
+    )
+    parser.add_argument(
+        "--out",
+        required=True,
+        type=paths.required_flag,
+        help="folder to write: ratings.json, .md, charts",
+    )
 
 
 def _rate_score(flags: argparse.Namespace) -> None:
-    card = score.score(flags.key, flags.results.split(","))
+    card = score.score(flags.key, flags.results)
     score.write(card, flags.out)
     print(score.format_card(card), end="")
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--cards", required=True, metavar="FILE[,FILE...]", help="JSON cards of evaluations"
+        "--cards",
+        required=True,
+        type=paths.flag_list,
+        metavar="FILE[,FILE...]",
+        help="JSON cards of evaluations",
     )
     parser.add_argument("--name", required=True, help="name of the run in the tables")
-    parser.add_argument("--samples", default="", metavar="DIR", help="folder of images to show")
-    parser.add_argument("--out", required=True, help="folder to write: report.md, report.html")
+    parser.add_argument(
+        "--samples", default="", type=paths.flag, metavar="DIR", help="folder of images to show"
+    )
+    parser.add_argument(
+        "--out",
+        required=True,
+        type=paths.required_flag,
+        help="folder to write: report.md, report.html",
+    )
 
 
 def _report(flags: argparse.Namespace) -> None:
-    text = report.write(
-        flags.cards.split(","), flags.out, name=flags.name, samples_dir=flags.samples
-    )
+    text = report.write(flags.cards, flags.out, name=flags.name, samples_dir=flags.samples)
     print(text, end="")

@@ -14,20 +14,33 @@ from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.inference.request import with_settings
 from imagen_jax.interop import hf_clip
 from imagen_jax.interop.inception import PUBLIC_FILE
+from imagen_jax.io import paths
 from imagen_jax.parallel import distributed
 
 
 def add_fid(parser: argparse.ArgumentParser) -> None:
     """Flags of `evaluate fid`."""
-    parser.add_argument("--samples", required=True, metavar="DIR", help="folder of images")
     parser.add_argument(
-        "--reference", required=True, metavar="DIR|FILE.npz", help="real images, or mu and sigma"
+        "--samples", required=True, type=paths.required_flag, metavar="DIR", help="folder of images"
+    )
+    parser.add_argument(
+        "--reference",
+        required=True,
+        type=paths.required_flag,
+        metavar="DIR|FILE.npz",
+        help="real images, or mu and sigma",
     )
     _add_networks(parser)
     add_batch_flags(parser)
-    parser.add_argument("--out", required=True, metavar="FILE.json", help="card to write")
     parser.add_argument(
-        "--save_reference", default="", metavar="FILE.npz", help="write mu and sigma of --reference"
+        "--out", required=True, type=paths.required_flag, metavar="FILE.json", help="card to write"
+    )
+    parser.add_argument(
+        "--save_reference",
+        default="",
+        type=paths.flag,
+        metavar="FILE.npz",
+        help="write mu and sigma of --reference",
     )
 
 
@@ -47,7 +60,11 @@ def run_fid(flags: argparse.Namespace) -> None:
 def add_fid30k(parser: argparse.ArgumentParser) -> None:
     """Flags of `evaluate fid30k`."""
     parser.add_argument(
-        "--data", required=True, metavar="DIR", help="TFDS data_dir with coco_captions, or a folder"
+        "--data",
+        required=True,
+        type=paths.required_flag,
+        metavar="DIR",
+        help="TFDS data_dir with coco_captions, or a folder",
     )
     parser.add_argument(
         "--splits", default=",".join(fid30k.SPLITS), help="TFDS: splits of the reference"
@@ -99,11 +116,23 @@ def run_fid30k(flags: argparse.Namespace) -> None:
 def add_clip_score(parser: argparse.ArgumentParser) -> None:
     """Flags of `evaluate clip_score`."""
     parser.add_argument(
-        "--samples", required=True, metavar="DIR", help="folder written by `imagen sample`"
+        "--samples",
+        required=True,
+        type=paths.required_flag,
+        metavar="DIR",
+        help="folder written by `imagen sample`",
     )
-    parser.add_argument("--clip", required=True, metavar="DIR", help="Hugging Face CLIP folder")
+    parser.add_argument(
+        "--clip",
+        required=True,
+        type=paths.required_flag,
+        metavar="DIR",
+        help="Hugging Face CLIP folder",
+    )
     add_batch_flags(parser)
-    parser.add_argument("--out", required=True, metavar="FILE.json", help="card to write")
+    parser.add_argument(
+        "--out", required=True, type=paths.required_flag, metavar="FILE.json", help="card to write"
+    )
 
 
 def run_clip_score(flags: argparse.Namespace) -> None:
@@ -119,7 +148,11 @@ def run_clip_score(flags: argparse.Namespace) -> None:
 
 def _add_networks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--inception", required=True, metavar="FILE", help=f"{PUBLIC_FILE}, or .safetensors of it"
+        "--inception",
+        required=True,
+        type=paths.required_flag,
+        metavar="FILE",
+        help=f"{PUBLIC_FILE}, or .safetensors of it",
     )
     parser.add_argument(
         "--filter", default="clean", choices=list(FILTERS), help="resizing of Inception's input"
@@ -130,6 +163,7 @@ def _add_networks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--clip",
         default="",
+        type=paths.flag,
         metavar="DIR",
         help="Hugging Face CLIP: adds CMMD, and to fid30k the CLIP score",
     )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from imagen_jax.cli import evaluate_features, scorer_flag
+from imagen_jax.cli import evaluate_features, scorer_flag, wiring
 from imagen_jax.evaluation import charts, sweep, sweep_report
 from imagen_jax.evaluation.features import fid, networks
 from imagen_jax.evaluation.features.resizing import FILTERS
 from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.evaluation.sweep import StageSet, Sweep
 from imagen_jax.inference import prompts
+from imagen_jax.io import paths
 from imagen_jax.parallel import distributed
 
 
@@ -20,6 +21,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--stages",
         required=True,
         action="append",
+        type=paths.flag_list,
         metavar="DIR[,DIR...]",
         help="stage folders, base first; repeat the flag for other checkpoints or encoders",
     )
@@ -29,6 +31,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--enlarge",
         default="",
+        type=paths.flag,
         metavar="DIR",
         help="super-resolution stage that upsamples the images of every set without text: compares "
         "base stages alone, also with different text encoders",
@@ -42,10 +45,16 @@ def add(parser: argparse.ArgumentParser) -> None:
         f"{' or '.join(sweep.PRESETS)}, the paper's guidance weights",
     )
     parser.add_argument(
-        "--prompts", required=True, metavar="FILE", help="prompts: .txt, .csv or .jsonl"
+        "--prompts",
+        required=True,
+        type=paths.required_flag,
+        metavar="FILE",
+        help="prompts: .txt, .csv or .jsonl",
     )
     parser.add_argument("--limit", type=int, default=0, help="sample the first N prompts; 0: all")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "--out", required=True, type=paths.required_flag, metavar="DIR", help="folder to write"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of all noise")
     parser.add_argument("--samples_per_prompt", type=int, default=1, help="images per prompt")
     _add_measures(parser)
@@ -58,6 +67,7 @@ def _add_measures(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reference",
         default="",
+        type=paths.flag,
         metavar="DIR",
         help="real images; empty: one of the --scorer for every row of --prompts",
     )
@@ -68,13 +78,16 @@ def _add_measures(parser: argparse.ArgumentParser) -> None:
         choices=list(networks.FEATURE_NETWORKS),
         help="network of the Frechet distance; random_convolutions needs no weights and is no FID",
     )
-    parser.add_argument("--features_from", default="", metavar="PATH", help="weights of --features")
+    parser.add_argument(
+        "--features_from", default="", type=paths.flag, metavar="PATH", help="weights of --features"
+    )
     parser.add_argument(
         "--filter", default="clean", choices=list(FILTERS), help="resizing of Inception's input"
     )
     parser.add_argument(
         "--clip",
         default="",
+        type=paths.flag,
         metavar="DIR",
         help="Hugging Face CLIP: its score instead of alignment",
     )
@@ -88,6 +101,7 @@ def _add_measures(parser: argparse.ArgumentParser) -> None:
 
 def run(flags: argparse.Namespace) -> None:
     """Runs `evaluate sweep`."""
+    wiring.check_least(flags, 0, "limit")
     rows = prompts.read(flags.prompts)
     grid_sweep = Sweep(
         stage_sets=_stage_sets(flags.stages, flags.names),
@@ -95,7 +109,7 @@ def run(flags: argparse.Namespace) -> None:
         rows=rows,
         scorer=scorer_flag.find(flags, rows),
         scorer_name="" if flags.scorer == scorer_flag.DEFAULT else flags.scorer,
-        limit=max(flags.limit, 0),
+        limit=flags.limit,
         **{
             name: getattr(flags, name)
             for name in ("seed", "samples_per_prompt", "batch_size", "enlarge", "reference")
@@ -109,7 +123,7 @@ def run(flags: argparse.Namespace) -> None:
         print(sweep_report.write(cells, flags.out, flags.title), end="")
 
 
-def _stage_sets(stages: list[str], names: str) -> tuple[StageSet, ...]:
+def _stage_sets(stages: list[list[str]], names: str) -> tuple[StageSet, ...]:
     split = names.split(",") if names else ["stages"] if len(stages) == 1 else []
     if len(split) != len(stages) or not all(name.isidentifier() for name in split):
         raise EvaluationError(
@@ -117,6 +131,5 @@ def _stage_sets(stages: list[str], names: str) -> tuple[StageSet, ...]:
             "of --stages"
         )
     return tuple(
-        StageSet(name, tuple(folders.split(",")))
-        for name, folders in zip(split, stages, strict=True)
+        StageSet(name, tuple(folders)) for name, folders in zip(split, stages, strict=True)
     )

@@ -10,13 +10,16 @@ import argparse
 
 from imagen_jax.cli import wiring
 from imagen_jax.export import convert
+from imagen_jax.io import paths
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
     parser.add_argument("kind", choices=["if"], help="format of the weights")
-    parser.add_argument("--src", required=True, help="folder to read")
-    parser.add_argument("--out", required=True, help="stage folder to write")
+    parser.add_argument("--src", required=True, type=paths.required_flag, help="folder to read")
+    parser.add_argument(
+        "--out", required=True, type=paths.required_flag, help="stage folder to write"
+    )
     parser.add_argument(
         "--image_size",
         type=int,
@@ -27,5 +30,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(flags: argparse.Namespace) -> None:
     """Runs the verb."""
+    wiring.check_least(flags, 0, "image_size")
     wiring.set_up_devices(1)
     convert.import_if(flags.src, flags.out, image_size=flags.image_size)

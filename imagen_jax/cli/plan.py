@@ -19,7 +19,7 @@ from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import Config
 from imagen_jax.data.embeddings.store import EmbeddingStore
 from imagen_jax.data.embeddings.unit_file import EmbeddingError
-from imagen_jax.io import atomic
+from imagen_jax.io import atomic, paths
 from imagen_jax.parallel import compiled, partitioning, topology
 from imagen_jax.planning import plan
 from imagen_jax.planning.plan import Plan
@@ -52,9 +52,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mfu", type=float, default=0.4, help="assumed share of the peak, 0..1")
     parser.add_argument("--price", type=float, default=None, help="cost of a chip-hour")
     parser.add_argument(
-        "--save", metavar="FILE", default="", help="write the compiled step for `train --compiled`"
+        "--save",
+        metavar="FILE",
+        type=paths.flag,
+        default="",
+        help="write the compiled step for `train --compiled`",
     )
-    parser.add_argument("--json", metavar="FILE", default="", help="write the plan's numbers")
+    parser.add_argument(
+        "--json", metavar="FILE", type=paths.flag, default="", help="write the plan's numbers"
+    )
 
 
 def run(flags: argparse.Namespace) -> None:

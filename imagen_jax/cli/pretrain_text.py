@@ -6,6 +6,7 @@ import argparse
 
 from imagen_jax.cli import wiring
 from imagen_jax.data.sources.registry import open_source
+from imagen_jax.io import paths
 from imagen_jax.training import pretrain_text as pretrain_text_lib
 from imagen_jax.training import text_corpus
 
@@ -13,7 +14,9 @@ from imagen_jax.training import text_corpus
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
     wiring.add_config(parser)
-    parser.add_argument("--out", required=True, help="encoder folder to write")
+    parser.add_argument(
+        "--out", required=True, type=paths.required_flag, help="encoder folder to write"
+    )
 
 
 def run(flags: argparse.Namespace) -> None:

@@ -8,21 +8,22 @@ import functools
 from imagen_jax.cli import wiring
 from imagen_jax.config.schema import CheckpointConfig
 from imagen_jax.data.batches import loaders
+from imagen_jax.io import paths
 from imagen_jax.training.checkpoint import Checkpoints
 from imagen_jax.training.replay import replay
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
-    parser.add_argument("--workdir", required=True, help="folder of the run")
+    parser.add_argument(
+        "--workdir", required=True, type=paths.required_flag, help="folder of the run"
+    )
     parser.add_argument("--step", required=True, type=int, help="step saved in WORKDIR/faults")
 
 
 def run(flags: argparse.Namespace) -> None:
     """Runs the verb."""
-    checkpoints = Checkpoints(flags.workdir, CheckpointConfig())
-    config = checkpoints.newest_config()
-    checkpoints.close()
+    config = Checkpoints(flags.workdir, CheckpointConfig()).newest_config()
     wiring.set_up_devices(config.mesh.cpu_devices)
     pipeline = wiring.open_pipeline(config)
     batches = functools.partial(loaders.batches, pipeline)

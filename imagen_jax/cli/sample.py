@@ -12,8 +12,9 @@ from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import Config
 from imagen_jax.inference import prompts, trace
 from imagen_jax.inference.cascade import Cascade
-from imagen_jax.inference.request import with_settings
+from imagen_jax.inference.request import check_guided, with_settings
 from imagen_jax.inference.sample import SampleOptions, sample
+from imagen_jax.io import paths
 from imagen_jax.parallel import distributed
 from imagen_jax.stages.folder import check_chain, load_stage
 
@@ -28,13 +29,15 @@ def add_prompts(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that `read_prompts` reads."""
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--prompt", help="one prompt")
-    which.add_argument("--prompts", metavar="FILE", help="prompts: .txt, .csv or .jsonl")
+    which.add_argument(
+        "--prompts", metavar="FILE", type=paths.required_flag, help="prompts: .txt, .csv or .jsonl"
+    )
 
 
 def add_sampling(parser: argparse.ArgumentParser, *, samples_per_prompt: int) -> None:
     """Adds the flags of every verb that samples; `samples_per_prompt` is the flag's default."""
     wiring.add_stages(parser)
-    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--out", required=True, type=paths.required_flag, help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="seed of all noise")
     parser.add_argument(
         "--samples_per_prompt", type=int, default=samples_per_prompt, help="images per prompt"
@@ -62,13 +65,16 @@ def add_sampling(parser: argparse.ArgumentParser, *, samples_per_prompt: int) ->
     parser.add_argument(
         "--guides",
         default="",
+        type=paths.flag_list,
         metavar="DIR[,DIR...]",
         help="stage folders of weaker checkpoints that guide the stages (autoguidance)",
     )
     parser.add_argument(
         "--limit", type=int, default=0, help="sample the first N prompts only; 0: all"
     )
-    parser.add_argument("--text_encoder", default="", help="encoder folder, if it has moved")
+    parser.add_argument(
+        "--text_encoder", default="", type=paths.home, help="encoder folder, if it has moved"
+    )
     parser.add_argument(
         "--stage_settings",
         metavar="JSON",
@@ -87,9 +93,9 @@ def read_prompts(flags: argparse.Namespace) -> list[dict[str, Any]]:
     return [{"prompt": flags.prompt}] if flags.prompt is not None else prompts.read(flags.prompts)
 
 
-def read_configs(stages: str) -> list[Config]:
+def read_configs(stages: Sequence[str]) -> list[Config]:
     """The configurations of the folders of --stages."""
-    return [load_stage(path).config for path in stages.split(",")]
+    return [load_stage(path).config for path in stages]
 
 
 def sample_rows(
@@ -106,12 +112,17 @@ def sample_rows(
         sampling starts from noise.
     """
     wiring.check_least(flags, 1, "samples_per_prompt", "batch_size", "cpu_devices")
+    wiring.check_least(flags, 0, "limit")
     wiring.set_up_devices(flags.cpu_devices)
     rows = rows[: flags.limit] if flags.limit > 0 else rows
     settings, configs = read_settings(flags.stage_settings), read_configs(flags.stages)
     # Every check comes before the text encoder is loaded.
     check_chain(configs, configs[0].data.lowres_size if image_fields else 0)
-    with_settings(configs, settings, "--stage_settings")
+    check_guided(
+        with_settings(configs, settings, "--stage_settings"),
+        negative=bool(flags.negative_prompt),
+        guides=read_configs(flags.guides),
+    )
     fields = image_fields(configs) if image_fields else {}
     distributed.initialize()
     options = SampleOptions(
@@ -119,16 +130,15 @@ def sample_rows(
         samples_per_prompt=flags.samples_per_prompt,
         batch_size=flags.batch_size,
         stage_settings=settings,
-        checkpoint=flags.stages,
+        checkpoint=",".join(flags.stages),
         negative_prompt=flags.negative_prompt,
         trace=flags.trace,
         **fields,
     )
-    folders = flags.stages.split(",")
     cascade = Cascade.load(
-        folders,
+        flags.stages,
         text_encoder=flags.text_encoder,
-        guides=flags.guides.split(",") if flags.guides else (),
+        guides=flags.guides,
         keep=flags.keep_stages,
     )
     sample(

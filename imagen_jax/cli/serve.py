@@ -11,6 +11,7 @@ import argparse
 from imagen_jax.cli import wiring
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.inference.cascade import Cascade
+from imagen_jax.io import paths
 from imagen_jax.serving.http_request import Limits
 
 # flag -> (field of Limits, help)
@@ -26,11 +27,15 @@ LIMITS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
     wiring.add_stages(parser)
-    parser.add_argument("--out", required=True, help="folder for the images")
+    parser.add_argument(
+        "--out", required=True, type=paths.required_flag, help="folder for the images"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=8000, help="0: any free port")
     wiring.add_cpu_devices(parser)
-    parser.add_argument("--text_encoder", default="", help="encoder folder, if it has moved")
+    parser.add_argument(
+        "--text_encoder", default="", type=paths.home, help="encoder folder, if it has moved"
+    )
     for flag, (field, text) in LIMITS.items():
         parser.add_argument(f"--{flag}", type=int, default=getattr(Limits, field), help=text)
 
@@ -49,7 +54,7 @@ def run(flags: argparse.Namespace) -> None:
             "serve needs starlette and uvicorn; install imagen_jax with the extra [serve]"
         ) from None
     wiring.set_up_devices(flags.cpu_devices)
-    cascade = Cascade.load(flags.stages.split(","), text_encoder=flags.text_encoder)
+    cascade = Cascade.load(flags.stages, text_encoder=flags.text_encoder)
     limits = Limits(**{field: getattr(flags, flag) for flag, (field, _) in LIMITS.items()})
     serve(
         cascade,
@@ -57,6 +62,6 @@ def run(flags: argparse.Namespace) -> None:
         host=flags.host,
         port=flags.port,
         limits=limits,
-        checkpoint=flags.stages,
+        checkpoint=",".join(flags.stages),
         log=lambda line: print(line, flush=True),
     )

@@ -14,6 +14,7 @@ import jax
 
 from imagen_jax.cli import wiring
 from imagen_jax.data.batches import loaders
+from imagen_jax.io import paths
 from imagen_jax.parallel import distributed
 from imagen_jax.parallel.preemption import Preemption
 from imagen_jax.training.train import train, with_data
@@ -22,7 +23,9 @@ from imagen_jax.training.train import train, with_data
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
     wiring.add_config(parser)
-    parser.add_argument("--workdir", required=True, help="folder of the run")
+    parser.add_argument(
+        "--workdir", required=True, type=paths.required_flag, help="folder of the run"
+    )
     parser.add_argument(
         "--allow_changes",
         metavar="FIELD[,FIELD...]",
@@ -33,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compiled",
         metavar="FILE",
         default="",
+        type=paths.flag,
         help="compiled step of `imagen plan --save=FILE`; it is executed as it is, so load only "
         "files you trust",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import os
 
@@ -16,6 +17,7 @@ from imagen_jax.data.batches.pipeline import Pipeline
 from imagen_jax.data.embeddings.on_the_fly import TokenSource
 from imagen_jax.data.embeddings.store import EmbeddingStore
 from imagen_jax.data.sources.registry import open_source
+from imagen_jax.io import paths
 from imagen_jax.parallel import partitioning
 from imagen_jax.stages.names import check_names
 from imagen_jax.text.encoders import load_text_encoder
@@ -30,7 +32,11 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 def add_stages(parser: argparse.ArgumentParser) -> None:
     """Adds --stages, a chain of stage folders."""
     parser.add_argument(
-        "--stages", required=True, metavar="DIR[,DIR...]", help="stage folders, base first"
+        "--stages",
+        required=True,
+        type=paths.flag_list,
+        metavar="DIR[,DIR...]",
+        help="stage folders, base first",
     )
 
 
@@ -50,10 +56,23 @@ def check_least(flags: argparse.Namespace, least: int, *names: str) -> None:
 
 def read_config(flags: argparse.Namespace) -> Config:
     """The configuration of the flags, checked against the schema and the registries."""
-    config = overrides.load(flags.config, flags.overrides)
+    config = with_home(overrides.load(flags.config, flags.overrides))
     check_names(config)
     with_rule_defaults(config.optimizer)
     return config
+
+
+def with_home(config: Config) -> Config:
+    """The configuration with ~ expanded in its paths; `paths.local` expands those of the data."""
+    text = {name: paths.home(getattr(config.text, name)) for name in ("path", "vocabulary")}
+    corpus = paths.home(config.pretrain_text.corpus)
+    init_from = paths.home(config.train.init_from)
+    return dataclasses.replace(
+        config,
+        text=dataclasses.replace(config.text, **text),
+        pretrain_text=dataclasses.replace(config.pretrain_text, corpus=corpus),
+        train=dataclasses.replace(config.train, init_from=init_from),
+    )
 
 
 def load_config(flags: argparse.Namespace) -> Config:

@@ -73,6 +73,12 @@ class SamplingConfig:
         cap = self.threshold_cap == 0.0 or 1.0 <= self.threshold_cap < float("inf")
         self._check("threshold_cap", cap, "at least 1, or 0 for no cap")
 
+    @property
+    def guided(self) -> bool:
+        """Whether guidance changes images: the weight is not 1 at some noise level."""
+        factors = [knot[1] for knot in self.guidance_schedule]
+        return self.guidance_weight != 1.0 and (not factors or any(factors))
+
     def _check(self, field: str, holds: bool, expected: str) -> None:
         if not holds:
             got = getattr(self, field)

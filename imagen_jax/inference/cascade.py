@@ -26,6 +26,7 @@ from imagen_jax.inference.batches import StageInputs, StepReport, sample_batches
 from imagen_jax.inference.request import (
     RequestError,
     SampleRequest,
+    check_guided,
     check_sizes,
     guided_stage,
     with_settings,
@@ -210,6 +211,7 @@ class Cascade:
         configs = with_settings(self.configs, request.stage_settings)
         check_sizes(report_every=report_every)
         request.check(configs)
+        check_guided(configs, guides=[guide[1] for guide in self._guides if guide])
         inputs, order = self._first_inputs(request, configs[0])
         keys, sampled = inputs.keys, []
         for index, config in enumerate(configs):

@@ -76,6 +76,7 @@ class SampleRequest:
         check_sizes(batch_size=self.batch_size)
         self._check_text(configs[0])
         self._check_negative(configs[0])
+        check_guided(configs, negative=any(self.negative_prompts or ()))
         self._check_images(configs)
         self.identities()
 
@@ -197,6 +198,34 @@ def with_settings(
         changed.append(dataclasses.replace(config, sampling=sampling))
         check_names(changed[-1], where)
     return changed
+
+
+def check_guided(
+    configs: Sequence[Config], *, negative: bool = False, guides: Sequence[Config] = ()
+) -> None:
+    """Checks that what only guidance uses has an effect.
+
+    Args:
+      configs: of the stages, with the settings of the request.
+      negative: whether there is a negative prompt.
+      guides: configurations of guiding checkpoints.
+
+    Raises:
+      RequestError: guidance is off in every stage (negative prompt), or in a guide's stage.
+    """
+    guided = [config.sampling.guided for config in configs]
+    weights = ", ".join(f"{c.name} {c.sampling.guidance_weight:g}" for c in configs)
+    if negative and not any(guided):
+        raise RequestError(
+            f"a negative prompt has no effect without guidance (guidance_weight: {weights}); set a "
+            "guidance_weight other than 1 in stage_settings, or leave the negative prompt out"
+        )
+    for guide in guides:
+        if not guided[guided_stage(guide, configs)]:
+            raise RequestError(
+                f"guide {guide.name!r} has no effect without guidance (guidance_weight: {weights});"
+                " set a guidance_weight other than 1 in stage_settings, or leave the guide out"
+            )
 
 
 def check_sizes(**sizes: int) -> None:
