@@ -13,6 +13,7 @@ from imagen_jax.evaluation.features import networks
 from imagen_jax.evaluation.retrieval import grid
 from imagen_jax.evaluation.retrieval.scorer import NEAR_DUPLICATE, Retrieval
 from imagen_jax.io import atomic, images, paths
+from imagen_jax.parallel import distributed
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +67,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--limit_grid", type=int, default=24, help="pairs in --grid, from the first"
     )
-    parser.add_argument("--credit", default="", metavar="TEXT", help="line at the bottom of --grid")
+    parser.add_argument("--credit", default="", metavar="TEXT", help="text at the bottom of --grid")
 
 
 def _add_measure(parser: argparse.ArgumentParser) -> None:
@@ -123,6 +124,8 @@ def run(flags: argparse.Namespace) -> None:
         },
     )
     card = scorer.evaluate(flags.samples, flags.by, against=flags.against)
+    if not distributed.is_first():
+        return
     atomic.write_json(flags.out, card)
     print(scorer.format_table(card))
     if flags.grid:

@@ -9,7 +9,7 @@ import pytest
 from imagen_jax.cli import main
 from imagen_jax.config import overrides
 from imagen_jax.evaluation import intervals, report, samples
-from imagen_jax.evaluation.retrieval import scorer
+from imagen_jax.evaluation.retrieval import grid, scorer
 from imagen_jax.evaluation.scorers import Scorer
 from imagen_jax.inference import cascade
 from imagen_jax.interop import weights
@@ -137,6 +137,30 @@ def test_real_images_of_other_sizes(write_gallery, write_folder, tmp_path):
     assert json.loads(out.read_text())["gallery"]["size"] == 16
     assert retrieve(centred, real, out, "--size=4") == 0
     assert json.loads(out.read_text())["gallery"]["size"] == 4
+
+
+def test_the_figure_shows_each_sample_beside_its_real_image(write_gallery, write_folder):
+    pixels = tiles(5, side=16)
+    generated = 255 - pixels
+    wide = [np.pad(image, ((0, 0), (8, 8), (0, 0)), constant_values=9) for image in pixels]
+    real, own = write_gallery(wide), write_folder(generated)
+    results = scorer.Retrieval(real).evaluate(own)["rows"]
+    sheet = grid.draw(own, real, results, limit=3)
+    step = 2 * grid.SIDE + 2 * grid.GAP
+    assert sheet.shape[1] == 3 * step + grid.GAP
+    top = grid.LINE + grid.GAP
+    band = sheet[top : top + grid.SIDE]
+    for i in range(3):
+        shown = band[:, grid.GAP + i * step :]
+        np.testing.assert_array_equal(shown[:, : grid.SIDE], generated[i].repeat(8, 0).repeat(8, 1))
+        beside = shown[:, grid.SIDE + grid.GAP :][:, : grid.SIDE]
+        assert (beside[:32] == 255).all() and (beside[96:] == 255).all()  # Whole, on white.
+        np.testing.assert_array_equal(beside[32:96], wide[i].repeat(4, 0).repeat(4, 1))
+    assert (sheet[: grid.LINE] < 128).any() and (sheet[top + grid.SIDE :] < 128).any()
+    credited = grid.draw(own, real, results, limit=3, credit="Art of many hands. " * 12)
+    assert len(credited) - len(sheet) in (2 * grid.LINE, 3 * grid.LINE)
+    np.testing.assert_array_equal(credited[: len(sheet)], sheet)
+    assert (credited[-grid.LINE :] < 128).any()
 
 
 def test_errors_in_one_line(write_gallery, write_folder, tmp_path, capsys):

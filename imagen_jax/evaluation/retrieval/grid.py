@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,7 +36,7 @@ def draw(
       gallery_dir: folder of the real images.
       results: `rows` of a report of `Retrieval.evaluate`.
       limit: number of pairs.
-      credit: line at the bottom; "": none.
+      credit: text at the bottom; "": none.
     """
     shown = results[:limit]
     pairs, prompts = [], []
@@ -45,9 +46,9 @@ def draw(
         pairs.append(np.concatenate([own, np.full((SIDE, GAP, 3), 255, np.uint8), real], axis=1))
         prompts.append(row["prompt"])
     sheet = images.grid(np.stack(pairs), min(COLUMNS, len(pairs)), prompts)
-    parts = [_line(HEADER, sheet.shape[1]), sheet]
+    parts = [_text(HEADER, sheet.shape[1]), sheet]
     if credit:
-        parts.append(_line(credit, sheet.shape[1]))
+        parts.append(_text(credit, sheet.shape[1]))
     return np.concatenate(parts)
 
 
@@ -64,9 +65,12 @@ def _square(image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "side side 3
     return square
 
 
-def _line(text: str, width: int) -> UInt8[np.ndarray, "line width 3"]:
-    """A line of text on white, wrapped to the width."""
+def _text(text: str, width: int) -> UInt8[np.ndarray, "lines width 3"]:
+    """Text on white, wrapped to the width."""
     font = ImageFont.load_default(size=FONT)
-    canvas = Image.new("RGB", (width, LINE), "white")
-    ImageDraw.Draw(canvas).text((GAP, GAP), text, fill="black", font=font)
+    lines = textwrap.wrap(text, max(int((width - 2 * GAP) / font.getlength("n")), 1))
+    canvas = Image.new("RGB", (width, LINE * len(lines)), "white")
+    for number, line in enumerate(lines):
+        at = (GAP, LINE * number + GAP)
+        ImageDraw.Draw(canvas).text(at, line, fill="black", font=font)
     return np.asarray(canvas)
