@@ -3,7 +3,8 @@
 #   launch/gke_jobset.sh --name=NAME --image=IMAGE --accelerator=TYPE --nodes=N --chips=N
 #       --config=FILE:NAME --workdir=gs://BUCKET/RUN [options] [--config.a.b=value ...]
 # --accelerator is a node label: tpu-v6e-slice (then also --topology=4x4), nvidia-h100-80gb, ...
-# --nodes: machines of the slice, or GPU machines; --chips: TPU chips or GPUs of each.
+# --nodes: machines of a slice, or GPU machines; --chips: TPU chips or GPUs of each.
+#   --slices=1              TPU slices, connected by the data-centre network
 #   --spot                  on Spot nodes
 #   --max_restarts=N        after failures that are not preemptions (10)
 #   --grace=SECONDS         time to save when a node is drained (600)
@@ -13,19 +14,20 @@
 #   --dry_run               print the JobSet instead of applying it
 # Exit status 75 and lost nodes restart the run without limit.
 set -euo pipefail
-name='' image='' accelerator='' topology='' nodes='' chips='' config='' workdir='' spot=''
+name='' image='' accelerator='' topology='' nodes='' chips='' config='' workdir='' spot='' slices=1
 max_restarts=10 grace=600 namespace=default service_account=default python=python
 template=$(dirname "$0")/gke_jobset.yaml
 # shellcheck source=lib.sh
 source "$(dirname "$0")/lib.sh"
 parse "name= image= accelerator= topology= nodes= chips= config= workdir= spot max_restarts= grace=
-  namespace= service_account= python= template=" "$@"
+  slices= namespace= service_account= python= template=" "$@"
 [ ${#words[@]} -eq 0 ] || refuse "${words[0]} is not an option; see --help"
 need_name base
 need image us-docker.pkg.dev/my-project/images/imagen_jax:1
 need accelerator tpu-v6e-slice
 need_number nodes 4
 need_number chips 4
+need_number slices 2
 need_number grace 600
 need_number max_restarts 10 0
 train_line "$python"
@@ -51,12 +53,22 @@ case $accelerator in
     ;;
   *)
     [ -z "$topology" ] || refuse "--topology is for TPUs, not for $accelerator"
+    [ "$slices" -eq 1 ] || refuse "--slices is for TPUs, not for $accelerator; set --nodes"
     selector=("cloud.google.com/gke-accelerator: $(json "$accelerator")")
     limits="{nvidia.com/gpu: $chips}" privileged=false
     ;;
 esac
 [ -z "$spot" ] || selector+=('cloud.google.com/gke-spot: "true"')
 printf -v selector_list ', %s' "${selector[@]}"
+
+# With several slices, GKE describes the processes: MEGASCALE_COORDINATOR_ADDRESS and others.
+environment='[]'
+if [ "$slices" -eq 1 ]; then
+  index="metadata.annotations['batch.kubernetes.io/job-completion-index']"
+  environment="[{name: JAX_COORDINATOR_ADDRESS, value: \"$name-worker-0-0.$name:8476\"},
+                        {name: JAX_NUM_PROCESSES, value: \"$nodes\"},
+                        {name: JAX_PROCESS_ID, valueFrom: {fieldRef: {fieldPath: \"$index\"}}}]"
+fi
 
 declare -A values=(
   [NAME]=$name
@@ -69,7 +81,8 @@ declare -A values=(
   [NODE_SELECTOR]="{${selector_list:2}}"
   [IMAGE]=$(json "$image")
   [COMMAND]="[${command:2}]"
-  [COORDINATOR]="$name-worker-0-0.$name:8476"
+  [SLICES]=$slices
+  [ENVIRONMENT]=$environment
   [PRIVILEGED]=$privileged
   [LIMITS]=$limits
 )

@@ -26,9 +26,8 @@ class DistributedError(ValueError):
 def initialize(log: Callable[[str], None] = print) -> None:
     """Joins the other processes of the run, if any; call before JAX uses a device.
 
-    The processes are given by the three `VARIABLES` (set by `launch/local_processes.sh`), otherwise
-    by SLURM, GKE or the TPU pod, which `jax.distributed` reads. Without any of these the run has
-    one process.
+    The processes are given by the three `VARIABLES`, otherwise by `srun` or GKE, which
+    `jax.distributed` reads (docs/clusters.md). Without any of these the run has one process.
 
     Raises:
       DistributedError: some of the variables are missing or inconsistent.
@@ -49,10 +48,11 @@ def _arguments(environment: os._Environ[str] | dict[str, str]) -> dict[str, Any]
     given = {name: environment[name] for name in VARIABLES if environment.get(name)}
     if given:
         return _explicit(given)
-    if int(environment.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environment:
+    # SLURM_STEP_*: inside srun. The script of a job has SLURM_NTASKS, too, but is one process.
+    if "SLURM_STEP_NODELIST" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1:
         return {}
-    pod = "," in environment.get("TPU_WORKER_HOSTNAMES", "")
-    return {} if pod or "MEGASCALE_COORDINATOR_ADDRESS" in environment else None
+    hosts = environment.get("TPU_PROCESS_ADDRESSES", environment.get("TPU_WORKER_HOSTNAMES", ""))
+    return {} if "," in hosts or "MEGASCALE_COORDINATOR_ADDRESS" in environment else None
 
 
 def _explicit(given: dict[str, str]) -> dict[str, Any]:
@@ -94,3 +94,14 @@ def all_gather(array: np.ndarray) -> np.ndarray:
     if count() == 1:
         return np.asarray(array)[None]
     return np.asarray(multihost_utils.process_allgather(array))
+
+
+def share(text: str) -> list[str]:
+    """The texts of all processes, in their order; a barrier that all processes must call."""
+    if count() == 1:
+        return [text]
+    data = np.frombuffer(text.encode(), np.uint8)
+    longest = int(all_gather(np.asarray(data.size)).max())
+    padded = np.zeros(longest + 1, np.uint8)
+    padded[: data.size] = data
+    return [row.tobytes().rstrip(b"\0").decode() for row in all_gather(padded)]

@@ -96,8 +96,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] = ()) -> Mesh:  
     """A mesh of all devices, over one or several slices.
 
     Within a slice, devices are connected by its own network (ICI); slices by the data-centre
-    network (DCN). The axes data and fsdp have `dcn_data` and `dcn_fsdp` slices along them, each
-    with `data` and `fsdp` devices; an axis enumerates slice by slice.
+    network (DCN). JAX numbers them: TPU slices; on GPUs the machines, or NVLink domains of several.
+    The axes data and fsdp have `dcn_data` and `dcn_fsdp` slices along them, each with `data` and
+    `fsdp` devices; an axis enumerates slice by slice.
 
     Args:
       config: sizes of the axes.
@@ -107,7 +108,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] = ()) -> Mesh:  
       ConfigError: the products of the axis sizes are not the numbers of devices and slices.
     """
     devices = devices or jax.devices()
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    slices = _slice_count(devices, "slice_index")
+    # CPU processes of one machine stand for slices, so that these can be tried.
+    by_process = (
+        slices == 1 and devices[0].platform == "cpu" and max(config.dcn_data, config.dcn_fsdp) > 1
+    )
+    if by_process:
+        slices = _slice_count(devices, "process_index")
     ici = _ici_sizes(config, len(devices) // slices)
     dcn = _dcn_sizes(config, slices)
     # On v4 and v5p, jax.make_mesh rejects axes that are not products of sides of the slice.
@@ -115,8 +122,14 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] = ()) -> Mesh:  
     if slices == 1:
         grid = mesh_utils.create_device_mesh(ici, devices, **split)
     else:
-        grid = mesh_utils.create_hybrid_device_mesh(ici, dcn, devices, **split)
+        grid = mesh_utils.create_hybrid_device_mesh(
+            ici, dcn, devices, process_is_granule=by_process, **split
+        )
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _slice_count(devices: Sequence[jax.Device], number: str) -> int:  # pyright: ignore[reportInvalidTypeForm]
+    return len({getattr(device, number, 0) for device in devices})
 
 
 def _dcn_sizes(config: MeshConfig, slices: int) -> list[int]:

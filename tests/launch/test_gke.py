@@ -11,7 +11,7 @@ def job_of(jobset):
     return replicated["template"]["spec"], replicated["template"]["spec"]["template"]["spec"]
 
 
-@pytest.mark.parametrize("name", ["gke_jobset_tpu", "gke_jobset_gpu"])
+@pytest.mark.parametrize("name", ["gke_jobset_tpu", "gke_jobset_slices", "gke_jobset_gpu"])
 def test_jobset_restarts_after_75_and_after_a_lost_machine(name):
     jobset = yaml.safe_load((SNAPSHOTS / f"{name}.txt").read_text())
     assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
@@ -51,6 +51,17 @@ def test_jobset_of_a_tpu_slice():
     assert env["JAX_COORDINATOR_ADDRESS"] == f"{host}.{jobset['metadata']['name']}:8476"
     assert env["JAX_NUM_PROCESSES"] == "4"
     assert "job-completion-index" in env["JAX_PROCESS_ID"]["fieldRef"]["fieldPath"]
+
+
+def test_jobset_of_several_slices():
+    """GKE sets MEGASCALE_* and TPU_WORKER_*; a process number of each slice would repeat."""
+    jobset = yaml.safe_load((SNAPSHOTS / "gke_jobset_slices.txt").read_text())
+    (replicated,) = jobset["spec"]["replicatedJobs"]
+    job, pod = job_of(jobset)
+    assert replicated["replicas"] == 3 and job["parallelism"] == job["completions"] == 4
+    assert pod["containers"][0]["env"] == []
+    refused = launch(*GKE, *GPU_NODES, "--slices=2", "--dry_run")
+    assert refused.returncode == 2 and "--slices is for TPUs" in refused.stderr
 
 
 def test_jobset_of_gpu_nodes():

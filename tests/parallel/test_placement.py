@@ -33,6 +33,10 @@ LAYOUTS = {
     "2x2 data2 fsdp2": (2, 2, {"data": 2, "fsdp": 2}),
     "2x2 fsdp4": (2, 2, {"data": 1, "fsdp": 4}),
     "4x1 fsdp4": (4, 1, {"data": 1, "fsdp": 4}),
+    # Each process stands for a slice.
+    "2x2 slices2": (2, 2, {"dcn_data": 2}),
+    "2x2 slices2 fsdp4": (2, 2, {"data": 1, "fsdp": 2, "dcn_data": 1, "dcn_fsdp": 2}),
+    "4x1 slices4": (4, 1, {"dcn_data": 2, "dcn_fsdp": 2}),
 }
 ORDERS = ("straight", "reversed", "v6e")
 
@@ -162,3 +166,23 @@ def test_twenty_steps_agree(numbered, trained, tmp_path, layout):
             np.testing.assert_allclose(
                 params[name], value, atol=TOLERANCE * scale, err_msg=f"{order} {name}"
             )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["2x2 slices2", "2x2 slices2 fsdp4"])
+def test_a_run_of_two_slices_restarts_with_one(numbered, trained, tmp_path, layout):
+    """At the same global batch: ten steps on two slices, ten more on one of them."""
+    run("train", numbered, layout, "straight", tmp_path / "run", "--config.train.steps=10")
+    first, _ = results(f"{tmp_path / 'run'}.straight")
+    assert len(first) == 10
+    processes, devices, _ = LAYOUTS[layout]
+    command = [sys.executable, PROBE, "train", numbered, "straight", tmp_path / "run"]
+    # The mesh of the configuration: all devices of the slice along data.
+    finish(start(command, processes // 2, devices))
+    losses, params = results(f"{tmp_path / 'run'}.straight")
+    expected_losses, expected_params = trained
+    assert losses[:10] == first and len(losses) == 20
+    np.testing.assert_allclose(losses, expected_losses, rtol=TOLERANCE)
+    for name, value in expected_params.items():
+        scale = np.abs(value).max()
+        np.testing.assert_allclose(params[name], value, atol=TOLERANCE * scale, err_msg=name)

@@ -11,7 +11,6 @@ import pytest
 
 from imagen_jax.cli.wiring import open_pipeline
 from imagen_jax.config.overrides import load
-from imagen_jax.parallel.distributed import DistributedError, _arguments
 from imagen_jax.parallel.preemption import RESTART
 from imagen_jax.training.train import train
 from tests.reference.processes import finish
@@ -72,9 +71,18 @@ def assert_same_run(workdir: pathlib.Path, other: pathlib.Path) -> None:
 
 
 def test_two_processes_equal_one(world, alone, tmp_path):
-    output = finish(start(2, 2, world, tmp_path))
+    """Each process stands for a slice."""
+    output = finish(start(2, 2, world, tmp_path, "--config.mesh.dcn_data=2"))
     assert "parameters on 4 cpu" in output
     assert_same_run(tmp_path, alone)
+
+
+@pytest.mark.slow
+def test_two_slices_write_previews(world, tmp_path):
+    short = ("--config.train.steps=2", "--config.train.sample_every=1")
+    finish(start(2, 2, world, tmp_path, "--config.mesh.dcn_data=2", *short))
+    written = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
+    assert written.count(b"\x89PNG") == 2
 
 
 @pytest.mark.slow
@@ -118,47 +126,3 @@ def test_a_state_saved_by_two_processes_is_restored_by_one(world, alone, tmp_pat
     config = load(str(world), ["model.text_dim=8", "train.steps=10"])
     state = train(config, str(tmp_path), lambda step: (), lambda line: None)
     assert int(state.step) == 10
-
-
-@pytest.mark.parametrize(
-    ("environment", "expected"),
-    [
-        ({}, None),
-        ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
-        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "2"}, {}),
-        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
-        ({"TPU_WORKER_HOSTNAMES": "t1v-0,t1v-1"}, {}),
-        ({"MEGASCALE_COORDINATOR_ADDRESS": "job-0:8080"}, {}),
-        (
-            {
-                "JAX_COORDINATOR_ADDRESS": "host:1",
-                "JAX_NUM_PROCESSES": "2",
-                "JAX_PROCESS_ID": "1",
-                "SLURM_NTASKS": "4",
-            },
-            {"coordinator_address": "host:1", "num_processes": 2, "process_id": 1},
-        ),
-    ],
-)
-def test_process_arguments_from_the_environment(environment, expected):
-    assert _arguments(environment) == expected
-
-
-@pytest.mark.parametrize(
-    ("environment", "message"),
-    [
-        ({"JAX_COORDINATOR_ADDRESS": "host:1"}, "JAX_NUM_PROCESSES is not set"),
-        ({"JAX_PROCESS_ID": "0", "JAX_NUM_PROCESSES": "2"}, "JAX_COORDINATOR_ADDRESS is not set"),
-        (
-            {
-                "JAX_COORDINATOR_ADDRESS": "host:1",
-                "JAX_NUM_PROCESSES": "2",
-                "JAX_PROCESS_ID": "2",
-            },
-            "JAX_PROCESS_ID=2 must be a number from 0",
-        ),
-    ],
-)
-def test_an_incomplete_environment_is_rejected(environment, message):
-    with pytest.raises(DistributedError, match=message):
-        _arguments(environment)
