@@ -40,6 +40,7 @@ CASES = {
     "tpu_vm_delete": ["tpu_vm.sh", "delete", *SLICE],
     "tpu_vm_delete_queued": ["tpu_vm.sh", "delete", *SLICE, "--queued"],
     "gke_jobset_tpu": [*GKE, *TPU_NODES, "--spot"],
+    "gke_jobset_slices": [*GKE, *TPU_NODES, "--slices=3"],
     "gke_jobset_gpu": [
         *GKE,
         *GPU_NODES,
