@@ -68,6 +68,8 @@ def project(installed, tmp_path_factory) -> pathlib.Path:
 def test_the_wheel_has_its_data_and_entry_points(installed, project):
     code = (
         "from imagen_jax.config import plugins; from imagen_jax.worlds.shapes import letters; "
+        "from imagen_jax.worlds.emoji import attribution; assert attribution.ATTRIBUTION; "
+        "assert len([*attribution.FOLDER.glob('*.tsv')]) == 2; "
         "assert letters.FONT.is_file(); print(plugins.names(plugins.TEXT_ENCODERS))"
     )
     assert "shapes_oracle" in check(installed / "python", "-c", code, cwd=project)

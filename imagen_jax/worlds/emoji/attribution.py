@@ -4,4 +4,5 @@ from __future__ import annotations
 
 import pathlib
 
-ATTRIBUTION = (pathlib.Path(__file__).parent / "ATTRIBUTION.txt").read_text()
+FOLDER = pathlib.Path(__file__).parent  # Holds the committed tables too.
+ATTRIBUTION = (FOLDER / "ATTRIBUTION.txt").read_text()

