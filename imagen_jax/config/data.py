@@ -6,6 +6,8 @@ import dataclasses
 import fractions
 import math
 
+from PIL import ImageColor
+
 from imagen_jax.config import bounds
 from imagen_jax.config.fields import ConfigError, check_choice, doc
 
@@ -115,7 +117,12 @@ class DataConfig(SourceConfig):
     fit: str = doc(
         "center_crop",
         "How an image becomes square: center_crop, random_crop (the largest square, at a position "
-        "sampled in each epoch) or pad (the whole image, with white bars).",
+        "sampled in each epoch) or pad (the whole image, with bars of data.background).",
+    )
+    background: str = doc(
+        "white",
+        "sRGB colour under transparent pixels and of the bars of fit=pad: a CSS name or #rrggbb.",
+        compiled=False,
     )
     crop_from: int = doc(
         0,
@@ -148,6 +155,7 @@ class DataConfig(SourceConfig):
         bounds.check(self, "data")
         check_choice("data.loader", self.loader, ("seqio", "numpy"))
         check_choice("data.fit", self.fit, FITS)
+        self.background_rgb()
         check_choice(
             "data.resize_filter", self.resize_filter, ("box", "bilinear", "bicubic", "lanczos")
         )
@@ -163,6 +171,17 @@ class DataConfig(SourceConfig):
             )
         if self.mixture:
             mixture_block({name: source.rate for name, source in self.mixture.items()})
+
+    def background_rgb(self) -> tuple[int, int, int]:
+        """`background` in 0..255. Raises ConfigError: it is no colour, or transparent."""
+        try:
+            red, green, blue = ImageColor.getrgb(self.background)
+        except ValueError:
+            raise ConfigError(
+                f"config.data.background={self.background!r} must be a colour such as white, "
+                "black or #808080"
+            ) from None
+        return red, green, blue
 
     def sources(self) -> dict[str, ComponentConfig]:
         """The sources of the mixture; an empty path of a source is replaced by `path`."""

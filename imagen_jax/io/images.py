@@ -1,5 +1,8 @@
 """Images as arrays: bytes -> uint8 -> [-1, 1] and back, resizing, crops, grids, PNG files.
 
+Files of other people are hostile input: only the decoders of FORMATS are started (Pillow's others
+start Ghostscript), the pixels being decoded share one budget, and all errors are `ImageError`.
+
 Used by the data pipeline (decoding, cropping and resizing on the host), the cascade (`upsample` on
 the device, `to_uint8` at its end) and the reports (`grid`, `save_png`).
 
@@ -9,6 +12,8 @@ Paper is silent: resize filters. Host resizing is antialiased.
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.util
 import io
 import os
 import textwrap
@@ -20,17 +25,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
-from PIL import (
-    ExifTags,
-    Image,
-    ImageDraw,
-    ImageFont,
-    ImageOps,
-    PngImagePlugin,
-    UnidentifiedImageError,
-)
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 
-from imagen_jax.io import atomic
+from imagen_jax.io import atomic, colour, png_chunks, rendering
+from imagen_jax.io.pixel_budget import BUDGET
+from imagen_jax.io.rendering import WHITE, Colour
 
 AnyArray = TypeVar("AnyArray", Array, np.ndarray)
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, the latter two exclusive
@@ -40,6 +39,12 @@ DecodeJpegBox = Callable[[bytes, Box], np.ndarray]
 # Larger images are mistakes or attacks; Pillow would only warn.
 MAX_PIXELS = 89_478_485
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Pillow's names. MPO, a JPEG followed by a second one, is opened as JPEG.
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "GIF", "BMP")
+# Scans of a JPEG. An encoder writes about ten; a file of hundreds takes minutes to decode.
+MAX_SCANS = 100
+# First bytes of files of FORMATS; two bytes, as of BMP, prove nothing.
+_SIGNATURES = (png_chunks.SIGNATURE, b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*")
 
 RESIZE_FILTERS: dict[str, Image.Resampling] = {
     "box": Image.Resampling.BOX,
@@ -47,6 +52,7 @@ RESIZE_FILTERS: dict[str, Image.Resampling] = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
+ENLARGING_FILTER = "bicubic"
 
 
 class ImageError(ValueError):
@@ -75,55 +81,75 @@ def to_uint8(image: Float[AnyArray, "*b 3"]) -> UInt8[AnyArray, "*b 3"]:
     return xp.clip(xp.round((image + 1.0) * 127.5), 0.0, 255.0).astype(xp.uint8)
 
 
-def decode(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
-    """Decodes an image file to RGB as viewers show it.
+def decode(data: bytes, background: Colour = WHITE) -> UInt8[np.ndarray, "h w 3"]:
+    """The pixels of `decoded`, after whose use nothing counts them any more."""
+    with decoded(data, background) as pixels:
+        return pixels
 
-    Applies EXIF orientation, composites transparency over white, scales 16-bit grey to 8 bits,
-    converts CMYK and palettes, and takes the first frame of an animation. The format is detected
-    from the content.
+
+@contextlib.contextmanager
+def decoded(data: bytes, background: Colour = WHITE) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+    """Decodes an image file to RGB as viewers show it; its pixels count until the context ends.
+
+    Applies EXIF orientation, converts colours to sRGB by the file's ICC profile, composites
+    transparency over a colour, scales 16-bit grey to 8 bits, converts CMYK and palettes, and takes
+    the first frame of an animation. The format is detected from the content.
+
+    Args:
+      data: an image file of one of FORMATS, or HEIC where pillow_heif is installed.
+      background: sRGB colour under transparent pixels.
 
     Raises:
       ImageError: empty, damaged or truncated data, not an image, or more than MAX_PIXELS.
     """
-    with _opened(data) as image:
-        image.load()
-        return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+    with contextlib.ExitStack() as stack:
+        with _opened(data) as (image, profile):
+            stack.enter_context(BUDGET.hold(image.width * image.height))
+            pixels = np.asarray(rendering.render(image, profile, background)[0])
+        del image
+        yield pixels
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """FORMATS, and HEIF where its plug-in is installed."""
+    if importlib.util.find_spec("pillow_heif") is None:
+        return FORMATS
+    importlib.import_module("pillow_heif").register_heif_opener()
+    return (*FORMATS, "HEIF")
 
 
 @contextlib.contextmanager
-def _opened(data: bytes) -> Iterator[Image.Image]:
-    """Opens an image and reads its header; all errors in the context become ImageError."""
+def _opened(data: bytes) -> Iterator[tuple[Image.Image, bytes | None]]:
+    """Opens an image and reads its header; all errors in the context become ImageError.
+
+    Yields:
+      The image, and its ICC profile; None: there is none.
+    """
     if not data:
         raise ImageError("unreadable (empty)")
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        data, profile = png_chunks.without_ancillary(data)
+        with Image.open(io.BytesIO(data), formats=_formats()) as image:
             if image.width * image.height > MAX_PIXELS:
                 size = f"{image.width} x {image.height}"
                 raise ImageError(f"too large ({size} px, at most {MAX_PIXELS:,} in all)")
-            yield image
+            if image.info.get("progressive") and data.count(b"\xff\xda") > MAX_SCANS:
+                raise ImageError(f"wrong type (a JPEG of more than {MAX_SCANS} scans)")
+            yield image, image.info.get("icc_profile") or None if profile is None else profile
     except ImageError:
         raise
+    except rendering.UnsupportedError as error:
+        raise ImageError(f"wrong type ({error})") from None
     except UnidentifiedImageError:
-        raise ImageError("wrong type (not an image)") from None
+        known = data.startswith(_SIGNATURES) or data[8:12] in (b"WEBP", b"avif")
+        reason = "unreadable (damaged header)" if known else "wrong type (not an image)"
+        raise ImageError(reason) from None
     except Image.DecompressionBombError:
         raise ImageError(f"too large (at most {MAX_PIXELS:,} pixels in all)") from None
     # The parsers of Pillow's plug-ins raise many types, SyntaxError included.
     except Exception as error:
-        raise ImageError(f"unreadable ({error})") from None
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        levels = np.asarray(image).astype(np.int64)
-        if levels.min(initial=0) < 0 or levels.max(initial=0) > 65535:
-            raise ImageError("wrong type (more than 16 bits per channel)")
-        image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
-    if image.mode == "F":
-        raise ImageError("wrong type (floating-point pixels)")
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image.convert("RGB")
+        raise ImageError(f"unreadable ({' '.join(str(error).split())[:200]})") from None
 
 
 class ImageInfo(NamedTuple):
@@ -145,37 +171,43 @@ def inspect_image(data: bytes, mode: str) -> ImageInfo:
 
     Args:
       data: the file.
-      mode: "decode" checks the whole file; "header" only the header, which misses later damage.
+      mode: "decode" checks the whole file; "header" only the header, which misses later damage and
+        has no note on the colour profile.
 
     Raises:
       ImageError: see `decode`.
     """
-    with _opened(data) as image:
-        rotated = image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+    with _opened(data) as (image, profile):
+        orientation = rendering.orientation(image)
         is_16_bit = image.mode.startswith("I") or any(
             ";16" in str(t.args) for t in getattr(image, "tile", ())
         )
         # MPO: a JPEG followed by a second one, written by phones.
         frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
         notes = {
-            "rotated by EXIF": rotated,
+            "rotated by EXIF": orientation > 1,
             "converted from CMYK": image.mode == "CMYK",
             "converted from 16 bits": is_16_bit,
             f"first frame alone (of {frames})": frames > 1,
-            "transparency over white": image.has_transparency_data,
+            "transparency over data.background": image.has_transparency_data,
         }
-        size = image.size
-        if rotated and image.getexif()[ExifTags.Base.Orientation] > 4:
-            size = (image.height, image.width)
+        found = [note for note, applies in notes.items() if applies]
+        # Pillow turns the size of a TIFF file itself.
+        turned = orientation > 4 and image.format != "TIFF"
+        size = image.size[::-1] if turned else image.size
         if mode == "decode":
-            image.load()
-            size = _to_rgb(ImageOps.exif_transpose(image)).size
-        found = tuple(note for note, applies in notes.items() if applies)
-        return ImageInfo(size, image.format or "", found)
+            with BUDGET.hold(image.width * image.height):
+                shown, note = rendering.render(image, profile)
+            size = shown.size
+            found += [note] if note else []
+        return ImageInfo(size, image.format or "", tuple(found))
 
 
 def decode_box(
-    data: bytes, choose: Callable[[int, int], Box], decode_jpeg_box: DecodeJpegBox | None = None
+    data: bytes,
+    choose: Callable[[int, int], Box],
+    decode_jpeg_box: DecodeJpegBox | None = None,
+    background: Colour = WHITE,
 ) -> UInt8[np.ndarray, "h w 3"]:
     """Decodes a rectangle of an image; equals that part of `decode`.
 
@@ -183,26 +215,31 @@ def decode_box(
       data: an image file.
       choose: width and height in pixels -> the rectangle.
       decode_jpeg_box: decodes only a rectangle of a JPEG, to the same pixels; None: decodes the
-        whole image.
+        whole image. It is not used for a JPEG with a colour profile.
+      background: see `decode`.
 
     Raises:
       ImageError: see `decode`.
     """
     if decode_jpeg_box is not None:
-        with _opened(data) as image:
+        with _opened(data) as (image, profile):
             plain = image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB")
-            rotated = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+            plain = plain and rendering.orientation(image) == 1
+            plain = plain and colour.is_plain(profile, image.mode)
             width, height = image.size
-        if plain and not rotated:
+            whole = bool(image.info.get("progressive"))
+        if plain:
             left, top, right, bottom = choose(width, height)
             # Chroma is interpolated between neighbours: one more pixel on each side.
             outer = (max(left - 1, 0), max(top - 1, 0), min(right + 1, width))
             outer = (*outer, min(bottom + 1, height))
-            with contextlib.suppress(ImageError):
+            area = (outer[2] - outer[0]) * (outer[3] - outer[1])
+            held = BUDGET.hold(width * height if whole else area)
+            with contextlib.suppress(ImageError), held:
                 pixels = decode_jpeg_box(data, outer)
                 y, x = top - outer[1], left - outer[0]
                 return pixels[y : y + bottom - top, x : x + right - left]
-    pixels = decode(data)
+    pixels = decode(data, background)
     left, top, right, bottom = choose(pixels.shape[1], pixels.shape[0])
     return pixels[top:bottom, left:right]
 
@@ -215,13 +252,39 @@ def resize_box(
 ) -> UInt8[np.ndarray, "height width 3"]:
     """Resizes a rectangle of an image with an antialiased filter.
 
+    The box filter enlarges like the nearest neighbour; an axis that grows gets ENLARGING_FILTER in
+    its place.
+
     Args:
       image: pixels; the filter also reads pixels around the rectangle.
       size: width and height of the result, pixels.
       filter: a row of RESIZE_FILTERS.
       box: left, top, right, bottom in pixels, fractions allowed; None: the whole image.
     """
-    return np.asarray(Image.fromarray(image).resize(size, RESIZE_FILTERS[filter], box=box))
+    height, width = image.shape[:2]
+    left, top, right, bottom = box or (0.0, 0.0, float(width), float(height))
+    filters = [
+        filter_for(filter, reduction)
+        for reduction in ((right - left) / size[0], (bottom - top) / size[1])
+    ]
+    pixels = Image.fromarray(image)
+    if filters[0] == filters[1]:
+        return np.asarray(pixels.resize(size, RESIZE_FILTERS[filters[0]], box=box))
+    # One axis grows, the other one shrinks.
+    across = (left, 0.0, right, float(height))
+    pixels = pixels.resize((size[0], height), RESIZE_FILTERS[filters[0]], box=across)
+    down = (0.0, top, float(size[0]), bottom)
+    return np.asarray(pixels.resize(size, RESIZE_FILTERS[filters[1]], box=down))
+
+
+def filter_for(filter: str, reduction: float) -> str:
+    """The filter of an axis: ENLARGING_FILTER where the box filter would repeat pixels.
+
+    Args:
+      filter: a row of RESIZE_FILTERS.
+      reduction: pixels of the source per pixel of the result; below 1 the axis grows.
+    """
+    return ENLARGING_FILTER if filter == "box" and reduction < 1 else filter
 
 
 def resize_host(

@@ -24,6 +24,7 @@ NOT_COMPILED = (
     *("name", "data.kind", "data.path", "data.name", "data.split", "data.image_key"),
     *("data.caption_key", "data.resize_filter", "data.min_size", "data.max_quarantined"),
     *("data.embeddings", "data.fingerprint", "data.loader", "data.prefetch", "text"),
+    "data.background",
     *("pretrain_text", "embed", "checkpoint", "sampling", "ema.snapshot_every"),
     *("mesh.cpu_devices", "train.overfit_batch", "train.nan_patience", "train.rollbacks"),
     *("train.profile_at", "train.log_every", "train.sample_every"),

@@ -82,10 +82,18 @@ def decode_view(
     """
     if data.crop_from and data.fit != "pad":
         return _crop(encoded, data, augmentation, decode_jpeg_box)
-    image = images.decode(encoded)
+    with images.decoded(encoded, data.background_rgb()) as image:
+        # A copy where this is a part of the image: the pixels count no longer.
+        return np.array(_whole_view(image, data, augmentation))
+
+
+def _whole_view(
+    image: UInt8[np.ndarray, "h w 3"], data: DataConfig, augmentation: Augmentation
+) -> UInt8[np.ndarray, "size size 3"]:
+    """`decode_view` of decoded pixels."""
     side = data.crop_from or data.image_size
     if data.fit == "pad":
-        square = _pad(image, side, data.resize_filter)
+        square = _pad(image, side, data.resize_filter, data.background_rgb())
     elif data.fit == "random_crop":
         left, top, size = _square(image.shape[1], image.shape[0], augmentation.square)
         part = image[top : top + size, left : left + size]
@@ -131,7 +139,8 @@ def _crop(
         if data.fit == "center_crop":
             left, top = (width - side) // 2, (height - side) // 2
         scale = side / data.crop_from
-        reach = FILTER_SUPPORT[data.resize_filter] * max(scale, 1.0) if scale != 1.0 else 0.0
+        support = FILTER_SUPPORT[images.filter_for(data.resize_filter, scale)]
+        reach = support * max(scale, 1.0) if scale != 1.0 else 0.0
         starts = [c * scale for c in corner]
         lows = [max(math.floor(start - reach), 0) for start in starts]
         highs = [min(math.ceil(start + size * scale + reach), side) for start in starts]
@@ -139,7 +148,7 @@ def _crop(
         inner = (*begins, *(begin + size * scale for begin in begins))
         return left + lows[0], top + lows[1], left + highs[0], top + highs[1]
 
-    pixels = images.decode_box(encoded, choose, decode_jpeg_box)
+    pixels = images.decode_box(encoded, choose, decode_jpeg_box, data.background_rgb())
     if inner == (0, 0, size, size):
         return pixels
     # Rounding may put the end slightly beyond the last pixel, which Pillow rejects.
@@ -149,16 +158,16 @@ def _crop(
 
 
 def _pad(
-    image: UInt8[np.ndarray, "h w 3"], side: int, resize_filter: str
+    image: UInt8[np.ndarray, "h w 3"], side: int, resize_filter: str, background: images.Colour
 ) -> UInt8[np.ndarray, "side side 3"]:
-    """The whole image centred in a white square."""
+    """The whole image centred in a square of one colour."""
     height, width = image.shape[:2]
     longer = max(height, width)
     new_width, new_height = (max(round(side * n / longer), 1) for n in (width, height))
     resized = image
     if (new_width, new_height) != (width, height):
         resized = images.resize_box(image, (new_width, new_height), resize_filter)
-    square = np.full((side, side, 3), 255, np.uint8)
+    square = np.full((side, side, 3), background, np.uint8)
     left, top = (side - new_width) // 2, (side - new_height) // 2
     square[top : top + new_height, left : left + new_width] = resized
     return square
