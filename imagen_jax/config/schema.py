@@ -274,7 +274,10 @@ class TrainConfig:
         100, "Steps between progress lines and metric rows.", learns=False, compiled=False
     )
     sample_every: int = doc(
-        0, "Steps between sample grids in TensorBoard; 0: none.", learns=False, compiled=False
+        0,
+        "Steps between sample grids, WORKDIR/samples and TensorBoard; 0: none.",
+        learns=False,
+        compiled=False,
     )
 
     def __post_init__(self) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 
@@ -14,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from imagen_jax.config.fields import ConfigError, unknown_name
-from imagen_jax.io import atomic, jsonl
+from imagen_jax.io import atomic, images, jsonl
 from imagen_jax.parallel import distributed
 from imagen_jax.parallel.peaks import peak_flops
 
@@ -39,7 +40,8 @@ class MetricWriter:
 
     `metrics.jsonl` has one object per report: step, seconds since the start of this process, and
     the metrics. A restart removes the rows after the restored step, so each step occurs once.
-    TensorBoard files go to WORKDIR/tensorboard unless the workdir is a bucket.
+    Images go to WORKDIR/NAME and TensorBoard files to WORKDIR/tensorboard, unless the workdir is a
+    bucket.
     """
 
     def __init__(self, workdir: str, start_step: int):
@@ -79,8 +81,12 @@ class MetricWriter:
                 self._board.add_scalar(name, values[name], step)
 
     def write_image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Writes a uint8 image [H, W, 3] to TensorBoard."""
-        if self._writes and self._board:
+        """Writes a uint8 image [H, W, 3] to WORKDIR/name/step_NNNNNNNN.png and to TensorBoard."""
+        if not self._writes:
+            return
+        if "://" not in os.fspath(self._path):
+            images.save_png(self._path.parent / name / f"step_{step:08d}.png", image, {})
+        if self._board:
             self._board.add_image(name, image, step, dataformats="HWC")
 
     def close(self) -> None:

@@ -20,7 +20,8 @@ def preview(
 ) -> UInt8[np.ndarray, "h w 3"]:
     """A grid: a row of real images, one sampled with the EMA, one with the raw parameters.
 
-    The captions are the batch's; an SR stage gets the real low-resolution images.
+    The captions are the batch's; an SR stage gets the real low-resolution images. Images below 64
+    pixels are shown enlarged, each pixel as a square.
     """
     count = min(8, len(batch["image"]))
     part = {name: partitioning.fetch(value[:count]) for name, value in batch.items()}
@@ -30,4 +31,6 @@ def preview(
     for params in (state.ema["ema"], state.params):
         samples = sample_stage(params, config, text, keys, part.get("lowres"))
         rows.append(images.to_uint8(partitioning.fetch(samples)))
-    return images.grid(np.concatenate(rows), columns=count)
+    pixels = np.concatenate(rows)
+    enlargement = max(1, 64 // pixels.shape[1])
+    return images.grid(pixels.repeat(enlargement, 1).repeat(enlargement, 2), columns=count)

@@ -57,6 +57,9 @@ def test_from_captions_to_contact_sheets(base_config, write_world, tmp_path):
         done = imagen(*command)
         assert done.returncode == 0, done.stderr
     assert list((run / "tensorboard").glob("events*"))
+    grids = [Image.open(run / "samples" / f"step_0000000{step}.png") for step in (2, 4)]
+    assert grids[0].size == grids[1].size and grids[0].height >= 3 * 64
+    assert grids[0].tobytes() != grids[1].tobytes()
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").open()] == [1, 2, 3, 4]
     with Image.open(out / "base.png") as sheet:
         assert len(sheet.getcolors(sheet.width * sheet.height)) > 64, "the sheet is blank"

@@ -1,0 +1,38 @@
+"""Emoji from their names: a cascade 16 -> 64 with MiniLM as the text encoder.
+
+    make emoji        # launch/emoji.sh
+
+`base` generates 16x16 images, `sr` upsamples 16 -> 64. The images are OpenMoji's, the captions
+Unicode's English names. The text encoder is all-MiniLM-L6-v2, trained on text from the web and
+frozen. `config.text.path` of another encoder and `config.data.embeddings` replace it.
+
+Hardware: two CPU cores. Time and result: docs/emoji.md.
+"""
+
+import pathlib
+
+import ml_collections
+
+from imagen_jax.config import overrides
+
+SHAPES = str(pathlib.Path(__file__).with_name("shapes.py"))
+CONFIGS = ("base", "sr")
+
+
+def get_config(name: str = "base") -> ml_collections.ConfigDict:
+    """Values of `base` or `sr`."""
+    c = overrides.from_file(SHAPES, name)
+    c.data.name = "emoji"
+    c.data.path = "runs/emoji/data"
+    c.data.embeddings = "runs/emoji/embeddings"
+    c.data.max_text_len = c.text.max_len = 24
+    c.text.encoder = "bert"
+    c.text.path = "minilm"
+    c.pretrain_text.corpus = ""
+    c.checkpoint.every = 2_500
+    if name == "base":
+        c.train.steps = 40_000
+    else:
+        c.train.steps = 20_000
+        c.sampling.guidance_weight = 1.0
+    return c
