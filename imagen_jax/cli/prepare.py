@@ -18,3 +18,4 @@ def run(flags: argparse.Namespace) -> None:
     config = wiring.load_config(flags)
     source = open_source(config.data)
     print(f"{len(source)} usable images, fingerprint {source.fingerprint}")
+    print(f"captions per image: {source.report.caption_counts()}")

@@ -90,7 +90,9 @@ def run(flags: argparse.Namespace) -> None:
 
 def read_prompts(flags: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of the flags of `add_prompts`."""
-    return [{"prompt": flags.prompt}] if flags.prompt is not None else prompts.read(flags.prompts)
+    if flags.prompt is not None:
+        return [{"prompt": prompts.check(flags.prompt, "--prompt")}]
+    return prompts.read(flags.prompts)
 
 
 def read_configs(stages: Sequence[str]) -> list[Config]:
@@ -113,6 +115,7 @@ def sample_rows(
     """
     wiring.check_least(flags, 1, "samples_per_prompt", "batch_size", "cpu_devices")
     wiring.check_least(flags, 0, "limit")
+    prompts.check(flags.negative_prompt, "--negative_prompt")
     wiring.set_up_devices(flags.cpu_devices)
     rows = rows[: flags.limit] if flags.limit > 0 else rows
     settings, configs = read_settings(flags.stage_settings), read_configs(flags.stages)

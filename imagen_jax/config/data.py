@@ -38,12 +38,24 @@ class SourceConfig:
     )
     split: str = doc("train", "tfds: split to read.", compiled=False)
     image_key: str = doc(
-        "image", "tfds, tfrecord, parquet: name of the encoded image.", compiled=False
+        "image",
+        "tfds, tfrecord, parquet: name of the encoded image; webdataset: part that is the image, "
+        "such as output.jpg; its default: any image.",
+        compiled=False,
     )
     caption_key: str = doc(
         "caption",
         "tfds, tfrecord, parquet: name of the text, nested ones as captions/text; webdataset: "
-        "field of the .json. Of several captions of an image, each epoch samples one.",
+        "part (edit.txt) or field of the .json; folder: column of metadata.*. The default of the "
+        "latter two: text files first, then text, caption, prompt. Of several captions of an "
+        "image, each epoch samples one.",
+        compiled=False,
+    )
+    caption_lines: bool = doc(
+        False,
+        "folder, webdataset: each line of a text file is a caption; False: the file is one. "
+        "Configurations saved before the field existed have True.",
+        learns=False,  # The fingerprint of the records covers it.
         compiled=False,
     )
     min_size: int = doc(0, "Images with a shorter side are quarantined, pixels.", compiled=False)

@@ -315,11 +315,24 @@ RETIRED = ("pretrain_text.mask_rate", "pretrain_text.max_captions")
 def from_json(text: str) -> Config:
     """Inverse of `to_json`, of earlier versions too. Raises ConfigError."""
     values = json.loads(text)
+    if isinstance(values, dict):
+        _update(values)
+    return from_dict(Config, values)
+
+
+def _update(values: dict[str, Any]) -> None:
+    """Brings the values of an earlier version to the meaning of today, in place."""
     for path in RETIRED:
         section, name = path.split(".")
-        if isinstance(values, dict) and isinstance(values.get(section), dict):
+        if isinstance(values.get(section), dict):
             values[section].pop(name, None)
-    return from_dict(Config, values)
+    data = values.get("data")
+    if isinstance(data, dict):
+        mixture = data.get("mixture")
+        parts = mixture.values() if isinstance(mixture, dict) else ()
+        for source in (data, *(part for part in parts if isinstance(part, dict))):
+            # Text files were read by lines before the field existed.
+            source.setdefault("caption_lines", True)
 
 
 def fingerprint(value: Any) -> str:

@@ -71,7 +71,8 @@ def sample(
 
     Args:
       cascade: the stages and the text encoder.
-      rows: prompts; further fields of a row are copied to samples.jsonl.
+      rows: prompts; `seed` of a row replaces that of `options`, further fields are copied to
+        samples.jsonl.
       out: folder to write, shared by all hosts or one per host.
       options: seed, number of images and sampling settings.
       log: called with the progress lines.
@@ -82,7 +83,8 @@ def sample(
     folder = pathlib.Path(out)
     samples = [Sample(p, k) for p in range(len(rows)) for k in range(options.samples_per_prompt)]
     about = _image_metadata(cascade, options)
-    texts = [{"prompt": rows[s.prompt_index]["prompt"], **about} for s in samples]
+    own = [{"prompt": r["prompt"], **about, "seed": str(r.get("seed", options.seed))} for r in rows]
+    texts = [own[sample.prompt_index] for sample in samples]
     # Images that any host has are done. The exchange is also a barrier before the first write.
     done = distributed.all_gather(sample_folder.find_finished(folder, samples, texts)).any(axis=0)
     folder.mkdir(parents=True, exist_ok=True)
@@ -157,6 +159,7 @@ def _sample_share(
         filled = samples + [samples[-1]] * (-len(samples) % size)
         prompts = [text["prompt"] for _, text in part]
         prompts += [prompts[-1]] * (len(filled) - len(part))
+        seeds = [int(text["seed"]) for _, text in part]
         trace = Trace(options.trace) if options.trace else None
         one = np.zeros(len(filled), int)
 
@@ -167,7 +170,7 @@ def _sample_share(
 
         sampled = cascade.sample(
             prompts,
-            seed=options.seed,
+            seed=seeds + [seeds[-1]] * (len(filled) - len(part)),
             prompt_indices=[sample.prompt_index for sample in filled],
             sample_indices=[sample.sample_index for sample in filled],
             stage_settings=options.stage_settings,

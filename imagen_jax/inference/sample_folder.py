@@ -107,8 +107,9 @@ def write_rows(
     """Writes samples.jsonl, a line per image: its prompt's row, file, indices and seed."""
     lines = []
     for sample in samples:
-        own = {"file": sample.file, **sample._asdict(), "seed": seed}
-        lines.append(json.dumps({**rows[sample.prompt_index], **own}, ensure_ascii=False))
+        row = rows[sample.prompt_index]
+        own = {"file": sample.file, **sample._asdict(), "seed": row.get("seed", seed)}
+        lines.append(json.dumps({**row, **own}, ensure_ascii=False))
     atomic.write_text(folder / "samples.jsonl", "\n".join(lines) + "\n")
 
 

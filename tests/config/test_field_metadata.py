@@ -14,6 +14,7 @@ from imagen_jax.config.schema import Config, DataConfig, ModelConfig
 NOT_LEARNED = (
     *("name", "data.path", "data.embeddings", "data.loader", "data.prefetch"),
     *("data.max_quarantined", "data.check", "data.mixture.*.path"),
+    *("data.caption_lines", "data.mixture.*.caption_lines"),
     *("data.mixture.*.max_quarantined", "data.mixture.*.check"),
     *("text.path", "text.vocabulary", "text.preset", "text.dtype", "text.on_the_fly"),
     *("pretrain_text", "embed", "model.remat", "train.log_every", "train.sample_every"),
@@ -24,7 +25,7 @@ NOT_COMPILED = (
     *("name", "data.kind", "data.path", "data.name", "data.split", "data.image_key"),
     *("data.caption_key", "data.resize_filter", "data.min_size", "data.max_quarantined"),
     *("data.embeddings", "data.fingerprint", "data.loader", "data.prefetch", "text"),
-    "data.background",
+    *("data.background", "data.caption_lines", "data.mixture.*.caption_lines"),
     *("pretrain_text", "embed", "checkpoint", "sampling", "ema.snapshot_every"),
     *("mesh.cpu_devices", "train.overfit_batch", "train.nan_patience", "train.rollbacks"),
     *("train.profile_at", "train.log_every", "train.sample_every"),

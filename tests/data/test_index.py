@@ -48,6 +48,7 @@ def zoo(tmp_path):
     (tmp_path / "zero.png").write_bytes(b"")
     (tmp_path / "page.jpg").write_text("<html>404</html>")
     (tmp_path / "photo.heic").write_bytes(b"something")
+    (tmp_path / "photo.psd").write_bytes(b"something")
     write_image(tmp_path / "dot.png", size=1)
     write_image(tmp_path / "small.png", size=12)
     write_image(tmp_path / "silent.png", caption=None)
@@ -63,7 +64,8 @@ def zoo(tmp_path):
 
 def test_good_files_are_kept_and_bad_ones_listed(zoo):
     lines = []
-    source = registry.open_source(folder_config(zoo, min_size=14), log=lines.append)
+    config = folder_config(zoo, min_size=14, caption_lines=True)
+    source = registry.open_source(config, log=lines.append)
     records = {r.key: r for r in map(source.record, range(len(source)))}
     names = "cmyk.jpg deep/good.webp deep16.png good.png moving.gif png_inside.jpg кошка.png"
     assert list(records) == names.split()
@@ -75,7 +77,8 @@ def test_good_files_are_kept_and_bad_ones_listed(zoo):
         "cut.jpg": "unreadable",
         "zero.png": "unreadable (empty)",
         "page.jpg": "wrong type (not an image)",
-        "photo.heic": "wrong type (.heic)",
+        "photo.heic": "wrong type (not an image)",
+        "photo.psd": "wrong type (.psd)",
         "dot.png": "too small",
         "small.png": "too small (12 px",
         "silent.png": "no caption",
@@ -90,11 +93,11 @@ def test_good_files_are_kept_and_bad_ones_listed(zoo):
     assert reasons.keys() == expected.keys()
     for name, reason in expected.items():
         assert reasons[name].startswith(reason), (name, reasons[name])
-    assert len(lines) == 1 and "13 of 20" in lines[0] and "3 unreadable" in lines[0]
+    assert len(lines) == 1 and "14 of 21" in lines[0] and "3 unreadable" in lines[0]
 
     written = json.loads((zoo / ".imagen_index" / "quarantine.json").read_text("utf-8"))
     assert {row["name"]: row["reason"] for row in written["records"]} == reasons
-    assert written["total"] == 20
+    assert written["total"] == 21
 
 
 def test_an_image_of_one_pixel_is_rejected_without_a_limit(zoo):
@@ -107,7 +110,7 @@ def test_too_many_bad_files_stop_the_run(zoo):
     with pytest.raises(ConfigError) as error:
         registry.open_source(folder_config(zoo, max_quarantined=0.05), log=lambda line: None)
     message = str(error.value)
-    assert "max_quarantined=0.05" in message and "60.0%" in message and "12 of 20" in message
+    assert "max_quarantined=0.05" in message and "61.9%" in message and "13 of 21" in message
     assert "cut.jpg" in message or "blank.png" in message
     assert "\n" not in message
 

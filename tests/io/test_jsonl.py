@@ -99,7 +99,7 @@ def test_captions_of_a_folder(tmp_path):
     rows = ({"file_name": f"{index}.png", "text": text} for index, text in enumerate(texts))
     write(tmp_path / "metadata.jsonl", dump(rows))
     write(tmp_path / f"{len(texts)}.txt", "\n".join(texts))
-    source = open_source(DataConfig(kind="folder", path=str(tmp_path)))
+    source = open_source(DataConfig(kind="folder", path=str(tmp_path), caption_lines=True))
     assert source.report.rejected == []
     assert [source.captions(i) for i in range(len(texts))] == [(text,) for text in texts]
     assert source.captions(len(texts)) == tuple(texts)

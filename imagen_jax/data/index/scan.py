@@ -17,11 +17,12 @@ import pathlib
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from typing import TypeVar, cast
 
 from PIL import Image
 
 from imagen_jax.config.data import SourceConfig
+from imagen_jax.data.index.decoding import RecordCheck, decode_captions
 from imagen_jax.data.index.table import Table, TableWriter
 from imagen_jax.data.sources.records import (
     Item,
@@ -34,19 +35,10 @@ from imagen_jax.data.sources.records import (
 )
 from imagen_jax.io import atomic, images
 
-LAYOUT = 2  # Increased when the meaning of a cached index changes.
+LAYOUT = 3  # Increased when the meaning of a cached index changes.
 CHUNK = 32  # Records per task of a thread.
 A = TypeVar("A")
 B = TypeVar("B")
-
-
-class RecordCheck(NamedTuple):
-    """Result of checking a record: bytes of its encoded image; a fault, or notes."""
-
-    item: Item
-    size: int
-    fault: str
-    notes: tuple[str, ...]
 
 
 def cached_index(reader: Reader, source: SourceConfig) -> tuple[Table, Quarantine, pathlib.Path]:
@@ -69,6 +61,8 @@ def cached_index(reader: Reader, source: SourceConfig) -> tuple[Table, Quarantin
         total=content["total"],
         notes={kind: [(k, n) for k, n in pairs] for kind, pairs in content["notes"].items()},
         noted=content["noted"],
+        captions={int(number): images for number, images in content["captions"].items()},
+        ignored={kind: (count, first) for kind, (count, first) in content["ignored"].items()},
     )
     report_file = cache / "quarantine.json"
     with contextlib.suppress(OSError):  # A shared index may be read-only for this user.
@@ -82,25 +76,28 @@ def build(reader: Reader, source: SourceConfig) -> tuple[Table, Quarantine]:
     table, report = TableWriter(), Quarantine()
     items = iter(reader.scan())
     chunks = iter(lambda: list(itertools.islice(items, CHUNK)), [])
+    checked = _in_parallel(lambda chunk: [_check_image(reader, i, source) for i in chunk], chunks)
     usable = 0
-    for checks in _in_parallel(
-        lambda chunk: [_check_record(reader, i, source) for i in chunk], chunks
-    ):
-        for item, size, fault, notes in checks:
-            if fault:
-                report.add(item.key, fault)
-                continue
+    for item, size, fault, notes in decode_captions(itertools.chain.from_iterable(checked)):
+        captions = cast("tuple[str, ...]", item.captions)
+        if item.ignored:
+            report.ignore(item.key, item.ignored)
+        elif fault := fault or caption_fault(captions):
+            report.add(item.key, fault)
+        else:
             usable += 1
-            table.append(item.key, clean(item.captions), size, item.location)
-            for note in notes:
+            kept = clean(captions)
+            table.append(item.key, kept, size, item.location)
+            report.captions[len(kept)] = report.captions.get(len(kept), 0) + 1
+            for note in (*notes, *caption_notes(captions)):
                 report.note(item.key, note)
     report.total = usable + len(report.rejected)
     return table.finish(), report
 
 
-def _check_record(reader: Reader, item: Item, source: SourceConfig) -> RecordCheck:
-    """Reads the image of a record and checks it and the captions."""
-    if item.fault:
+def _check_image(reader: Reader, item: Item, source: SourceConfig) -> RecordCheck:
+    """Reads the image of a record and checks it."""
+    if item.fault or item.ignored:
         return RecordCheck(item, 0, item.fault, ())
     try:
         data = reader.read(item.key, item.location)
@@ -109,11 +106,9 @@ def _check_record(reader: Reader, item: Item, source: SourceConfig) -> RecordChe
         return RecordCheck(item, 0, str(error), ())
     except OSError as error:
         return RecordCheck(item, 0, f"unreadable ({error.strerror})", ())
-    fault = size_fault(min(info.size), source.min_size) or caption_fault(item.captions)
-    if fault:
-        return RecordCheck(item, len(data), fault, ())
-    notes = [*item.notes, *_name_notes(item.key, info.format), *info.notes]
-    return RecordCheck(item, len(data), "", (*notes, *caption_notes(item.captions)))
+    fault = size_fault(min(info.size), source.min_size)
+    notes = (*item.notes, *_name_notes(item.key, info.format), *info.notes)
+    return RecordCheck(item, len(data), fault, notes)
 
 
 def _name_notes(key: str, format: str) -> list[str]:
@@ -145,6 +140,8 @@ def _write_index(table: Table, report: Quarantine, folder: pathlib.Path) -> None
         "rejected": report.rejected,
         "notes": report.notes,
         "noted": report.noted,
+        "captions": report.captions,
+        "ignored": report.ignored,
     }
     with atomic.folder(folder, replace=False) as temporary:
         table.save(temporary)

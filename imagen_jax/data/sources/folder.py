@@ -1,8 +1,8 @@
 """A folder of images.
 
-Captions are read from `metadata.jsonl` files (Hugging Face's imagefolder format: `file_name`
-relative to the file, `text` or `caption`, a string or a list) or from `NAME.txt` beside an image,
-one per line.
+Captions are read from text files beside an image (`NAME.txt`, `NAME.caption`, `NAME.EXT.txt`) and
+from tables (metadata.py). Names are compared with either slash, in either Unicode normalisation and
+with suffixes in any case.
 """
 
 from __future__ import annotations
@@ -10,22 +10,23 @@ from __future__ import annotations
 import errno
 import os
 import pathlib
+import stat
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from imagen_jax.config.data import SourceConfig
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.data.index.table import Location
+from imagen_jax.data.sources import captions, metadata, names
 from imagen_jax.data.sources.files import CACHE
-from imagen_jax.data.sources.records import CAPTION_LINES, Item, lines_of, texts_of
-from imagen_jax.io import jsonl
+from imagen_jax.data.sources.records import Item
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-# Suffixes of files that are not records: captions, tables, notes.
-SIDECAR_SUFFIXES = frozenset(
-    {"", ".txt", ".json", ".jsonl", ".csv", ".tsv", ".md", ".html", ".parquet"}
+METADATA = metadata.JSON_LINES
+# Suffixes of files that are no images; others are recognised by their first bytes.
+_TEXT_SUFFIXES = frozenset(
+    {*captions.SUFFIXES, ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".md", ".html"}
 )
-METADATA = "metadata.jsonl"
+_EXPLICIT = 2  # Level of a caption that `data.caption_key` names.
 
 
 class File(NamedTuple):
@@ -38,38 +39,63 @@ class File(NamedTuple):
 
 
 def list_files(root: pathlib.Path) -> list[File]:
-    """All files below `root` sorted by POSIX path; follows links, skips hidden files and folders.
+    """All files below `root` sorted by POSIX path; skips junk and hidden files.
 
-    A link to one of its own parent folders is listed once, with a fault, and not entered.
+    Links are followed inside the root, and each folder is entered once. A link that leads out of
+    the root or to one of its own parent folders is listed with a fault; so is a pipe or a device.
     """
-    return sorted(_walk(root, root, frozenset({os.path.realpath(root)})))
+    return sorted(_walk(root, []))
 
 
-def _walk(root: pathlib.Path, folder: pathlib.Path, parents: frozenset[str]) -> Iterator[File]:
-    try:
-        items = list(os.scandir(folder))
-    except OSError as error:
-        yield File(folder.relative_to(root).as_posix(), 0, 0, f"unreadable ({error.strerror})")
-        return
-    for item in items:
-        if item.name.startswith("."):
+def _walk(root: pathlib.Path, junk: list[str]) -> Iterator[File]:
+    """The files below `root`; adds the names of junk to `junk`."""
+    top, entered = os.path.realpath(root), set[str]()
+    folders, links = [root], []
+    while folders or links:
+        # A folder has the name of its own place, where that is listed, not of a link to it.
+        folder = folders.pop() if folders else links.pop(links.index(min(links)))
+        real, above = os.path.realpath(folder), os.path.realpath(folder.parent)
+        if real in entered:
+            if _is_inside(above, real):
+                yield File(folder.relative_to(root).as_posix(), 0, 0, "symlink loop")
             continue
-        path = pathlib.Path(item.path)
-        name = path.relative_to(root).as_posix()
+        entered.add(real)
         try:
-            status = item.stat()
+            items = list(os.scandir(folder))
         except OSError as error:
-            loop = error.errno == errno.ELOOP
-            yield File(name, 0, 0, "symlink loop" if loop else f"unreadable ({error.strerror})")
+            yield File(folder.relative_to(root).as_posix(), 0, 0, f"unreadable ({error.strerror})")
             continue
-        if not item.is_dir():
-            yield File(name, status.st_size, status.st_mtime_ns)
-            continue
-        real = os.path.realpath(path)
-        if real in parents:
-            yield File(name, 0, 0, "symlink loop")
-        else:
-            yield from _walk(root, path, parents | {real})
+        for item in items:
+            path = pathlib.Path(item.path)
+            name = path.relative_to(root).as_posix()
+            if names.is_junk(item.name):
+                if item.name != CACHE:
+                    junk.append(name)
+                continue
+            file = _file(item, name, top)
+            if file is None:
+                (links if item.is_symlink() else folders).append(path)
+            else:
+                yield file
+
+
+def _file(item: os.DirEntry[str], name: str, top: str) -> File | None:
+    """The entry of a folder; None: it is a folder inside `top`."""
+    try:
+        status = item.stat()
+    except OSError as error:
+        loop = error.errno == errno.ELOOP
+        return File(name, 0, 0, "symlink loop" if loop else f"unreadable ({error.strerror})")
+    if item.is_symlink() and not _is_inside(os.path.realpath(item.path), top):
+        return File(name, 0, 0, "symlink out of the folder")
+    if stat.S_ISDIR(status.st_mode):
+        return None
+    fault = "" if stat.S_ISREG(status.st_mode) else "no regular file"
+    return File(name, status.st_size, status.st_mtime_ns, fault)
+
+
+def _is_inside(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
 
 
 class Folder:
@@ -80,55 +106,91 @@ class Folder:
         self.root = pathlib.Path(source.path)
         if not self.root.is_dir():
             raise ConfigError(f"config.data.path={source.path!r} is not a folder")
-        self._files = list_files(self.root)
+        self._junk: list[str] = []
+        self._files = sorted(_walk(self.root, self._junk))
+        self._by_line, self._key = source.caption_lines, captions.explicit_key(source.caption_key)
         self.cache = self.root / CACHE
-        self.identity = [self._files, CAPTION_LINES]
+        self.identity = [self._files, captions.VERSION, self._by_line, self._key]
 
     def scan(self) -> Iterator[Item]:
-        """Lists metadata rows without an image, then all files that are not sidecars."""
-        captions, lost = self._captions()
+        """Lists metadata rows without an image, all images, and the number of other files."""
+        images = [file for file in self._files if not file.fault and self._is_image(file)]
+        found = _Found(images)
+        lost, used = self._read_captions(found)
         yield from lost
+        listed = {file.name for file in images}
         for file in self._files:
-            suffix = pathlib.PurePosixPath(file.name).suffix.lower()
             if file.fault:
                 yield Item(file.name, fault=file.fault)
-            elif suffix in IMAGE_SUFFIXES:
-                yield Item(file.name, captions.get(file.name, ()))
-            elif suffix not in SIDECAR_SUFFIXES:
-                yield Item(file.name, fault=f"wrong type ({suffix})")
+            elif file.name in listed:
+                texts, notes, fault = found.of(file.name)
+                if not names.is_image(file.name):
+                    notes = (*notes, "no suffix of an image")
+                yield Item(file.name, texts, fault=fault, notes=notes)
+            elif names.suffix(file.name) in names.OTHER_IMAGES:
+                yield Item(file.name, fault=f"wrong type ({names.suffix(file.name)})")
+            elif file.name not in used:
+                yield Item(file.name, ignored=_other(file.name))
+        for name in self._junk:
+            yield Item(name, ignored="junk")
 
     def read(self, key: str, location: Location) -> bytes:
         """The bytes of an image file."""
         del location  # The key is the path.
         return (self.root / key).read_bytes()
 
-    def _captions(self) -> tuple[dict[str, tuple[str, ...]], list[Item]]:
-        """Captions by image name, and the metadata rows without an image."""
-        found: dict[str, tuple[str, ...]] = {}
-        lost = []
-        names = {file.name for file in self._files}
-        by_stem: dict[str, list[str]] = {}
-        for name in names:
-            path = pathlib.PurePosixPath(name)
-            if path.suffix.lower() in IMAGE_SUFFIXES:
-                by_stem.setdefault(str(path.with_suffix("")), []).append(name)
+    def _is_image(self, file: File) -> bool:
+        """By the suffix, else by the first bytes."""
+        if names.is_image(file.name):
+            return True
+        suffix = names.suffix(file.name)
+        if suffix in _TEXT_SUFFIXES or suffix in names.OTHER_IMAGES:
+            return False
+        try:
+            with (self.root / file.name).open("rb") as stream:
+                return names.has_magic(stream.read(names.MAGIC_BYTES))
+        except OSError:
+            return False
+
+    def _read_captions(self, found: _Found) -> tuple[list[Item], set[str]]:
+        """Adds all captions to `found`; returns rows without an image, and the files read."""
+        lost: list[Item] = []
+        used = set()
         for file in self._files:
             path = pathlib.PurePosixPath(file.name)
-            if path.suffix == ".txt" and not file.fault:
-                text = (self.root / path).read_text("utf-8-sig", errors="replace")
-                for image in by_stem.get(str(path.with_suffix("")), ()):
-                    found[image] = found.get(image, ()) + lines_of(text)
-            elif path.name == METADATA and not file.fault:
-                for row, image, fields in metadata_rows(self.root, path):
-                    texts = texts_of(
-                        fields["text"] if "text" in fields else fields.get("caption", ())
-                    )
-                    if image not in names:
-                        why = f"missing file ({image or 'no file_name'})"
-                        lost.append(Item(row, fault=why))
-                    else:
-                        found[image] = found.get(image, ()) + texts
-        return found, lost
+            if file.fault:
+                continue
+            if path.name.lower() in metadata.NAMES:
+                used.add(file.name)
+                lost += self._read_table(path, found)
+            elif names.suffix(file.name) in captions.SUFFIXES and found.beside(file.name):
+                used.add(file.name)
+                self._read_text(file, found)
+        return lost, used
+
+    def _read_text(self, file: File, found: _Found) -> None:
+        """Adds the captions of a text file to `found`."""
+        try:
+            with (self.root / file.name).open("rb") as stream:
+                data = stream.read(captions.MAX_BYTES + 1)
+            texts = captions.of_file(data, by_line=self._by_line)
+        except OSError as error:
+            texts = captions.Captions((), fault=f"caption unreadable ({error.strerror})")
+        for image, level in found.beside(file.name):
+            found.add(image, texts, level)
+
+    def _read_table(self, path: pathlib.PurePosixPath, found: _Found) -> Iterator[Item]:
+        """Adds the captions of a table to `found`; returns rows without an image."""
+        for number, row, image in _rows(self.root, path):
+            match = found.named(image) if image else ""
+            if match:
+                texts = () if row.fault else captions.of_fields(row.fields, self._key)
+                level = _EXPLICIT if self._key in row.fields else found.level(match)
+                found.add(match, captions.Captions(texts, row.notes, row.fault), level)
+            else:
+                has = f"; the row has {', '.join(row.fields)}" if row.fields else ""
+                why = row.fault or f"missing file ({image or f'no file_name{has}'})"
+                yield Item(f"{path}:{number}", fault=why)
 
 
 def metadata_rows(
@@ -140,9 +202,76 @@ def metadata_rows(
       root: the folder of the source.
       path: the metadata file, relative to it.
     """
-    for number, row in jsonl.read(root / path, errors="replace", default=None):
-        if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-            yield f"{path}:{number}", "", {}
-            continue
-        image = os.path.normpath(path.parent / row["file_name"]).replace(os.sep, "/")
-        yield f"{path}:{number}", image, row
+    for number, row, image in _rows(root, path):
+        yield f"{path}:{number}", image, row.fields if image else {}
+
+
+def _rows(
+    root: pathlib.Path, path: pathlib.PurePosixPath
+) -> Iterator[tuple[int, metadata.MetadataRow, str]]:
+    """Number, row and image name, relative to `root`, of each row of a table; "": it has none."""
+    for row in metadata.read(root / path):
+        name = row.fields.get("file_name")
+        image = ""
+        if isinstance(name, str) and name:
+            image = os.path.normpath(path.parent / name).replace(os.sep, "/")
+        yield row.number, row, image
+
+
+class _Found:
+    """The captions found so far, by image."""
+
+    def __init__(self, images: list[File]) -> None:
+        self._names = {file.name for file in images}
+        self._by_key: dict[str, list[str]] = {}
+        self._by_stem: dict[str, list[str]] = {}
+        for file in images:
+            self._by_key.setdefault(names.key(file.name), []).append(file.name)
+            self._by_stem.setdefault(names.stem(file.name), []).append(file.name)
+        self._found: dict[str, captions.Captions] = {}
+        self._level: dict[str, int] = {}
+
+    def of(self, image: str) -> captions.Captions:
+        """The captions of an image."""
+        return self._found.get(image, captions.Captions(()))
+
+    def named(self, image: str) -> str:
+        """The image that a table names; "": none, or several that differ only in spelling."""
+        if image in self._names:
+            return image
+        same = self._by_key.get(names.key(image), ())
+        return same[0] if len(same) == 1 else ""
+
+    def beside(self, file: str) -> list[tuple[str, int]]:
+        """The images that a text file belongs to, each with its level for `add`."""
+        stem = names.stem(file)
+        own = self._by_key.get(names.key(stem), [])
+        return [(image, 1) for image in own] or [
+            (image, 0) for image in self._by_stem.get(stem, ())
+        ]
+
+    def level(self, image: str) -> int:
+        """The level of the captions of an image so far."""
+        return self._level.get(image, 0)
+
+    def add(self, image: str, found: captions.Captions, level: int) -> None:
+        """Adds captions; those of a higher level replace those of a lower one."""
+        before = self._level.get(image, level)
+        if level > before or image not in self._found:
+            self._found[image] = found
+        elif level == before:
+            earlier = self._found[image]
+            self._found[image] = captions.Captions(
+                earlier.texts + found.texts,
+                (*earlier.notes, *found.notes),
+                earlier.fault or found.fault,
+            )
+        self._level[image] = max(level, before)
+
+
+def _other(name: str) -> str:
+    """What a file is that is no image and holds no caption of one."""
+    suffix = names.suffix(name)
+    if suffix in captions.SUFFIXES:
+        return "text files without an image"
+    return f"{suffix} files" if suffix else "files without a suffix"

@@ -47,6 +47,8 @@ class Mixture:
         for name, source in self._sources.items():
             whole.rejected += [(f"{name}:{key}", why) for key, why in source.report.rejected]
             whole.total += source.report.total
+            for number, count in source.report.captions.items():
+                whole.captions[number] = whole.captions.get(number, 0) + count
         return whole
 
     def __len__(self) -> int:

@@ -77,7 +77,7 @@ class ParquetReader:
 
     def _group_items(self, table: Any, number: int, group: int) -> Iterator[Item]:
         """The rows of a row group with empty keys."""
-        captions = table.read_row_group(group, columns=[self._source.caption_key])[0].to_pylist()
+        captions = self._texts(table.read_row_group(group, columns=[self._source.caption_key])[0])
         images = self._group(number, group)
         chunk = self._raw_chunk(table, number, group)
         notes = ()
@@ -100,6 +100,16 @@ class ParquetReader:
                 else:  # An encoding that does not store values contiguously.
                     chunk = None
             yield Item("", texts_of(texts), location, notes=notes)
+
+    def _texts(self, column: Any) -> list[Any]:
+        """The values of the caption column; texts that are not UTF-8 as bytes."""
+        try:
+            return column.to_pylist()
+        except UnicodeDecodeError:
+            arrow, kind = importlib.import_module("pyarrow"), column.type
+            if arrow.types.is_list(kind) or arrow.types.is_large_list(kind):
+                return column.cast(arrow.list_(arrow.large_binary())).to_pylist()
+            return column.cast(arrow.large_binary()).to_pylist()
 
     def _raw_chunk(self, table: Any, number: int, group: int) -> tuple[int, bytes] | None:
         """Offset and bytes of the image column in a row group; None: it is compressed."""

@@ -17,13 +17,18 @@ from jaxtyping import Int, UInt8
 
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.data.index.table import Location
-from imagen_jax.io import images, jsonl
+from imagen_jax.io import images, text
 
 SMALLEST_SIDE = 8  # Pixels; smaller images are placeholders or tracking pixels.
 LONG_CAPTION = 256  # Words; T5 was trained on 512 tokens, Imagen uses fewer.
+CAPTION_SOURCES = (
+    "captions are read from NAME.txt, NAME.caption or NAME.EXT.txt beside an image, or from "
+    "metadata.jsonl, .csv or .parquet with file_name and text, caption or prompt"
+)
 MAX_LISTED = 1000  # Notes of one kind that the report lists by name; all are counted.
 
 Decode = Callable[[bytes], UInt8[np.ndarray, "h w 3"]]
+Caption = str | bytes
 
 
 class Record(NamedTuple):
@@ -39,17 +44,20 @@ class Item(NamedTuple):
 
     Attributes:
       key: stable name of the record.
-      captions: as found; `index/scan.py` rejects a record with no or only empty captions.
+      captions: as found; bytes where the encoding is not Unicode. `index/scan.py` decodes them and
+        rejects a record with no or only empty captions.
       location: where the reader finds the image.
       fault: why the record cannot be used; "": unknown to the reader.
       notes: deviations of a usable record, for the report.
+      ignored: what this is where it is no record, such as junk; "": it is one.
     """
 
     key: str
-    captions: tuple[str, ...] = ()
+    captions: tuple[Caption, ...] = ()
     location: Location = (0, 0, 0)
     fault: str = ""
     notes: tuple[str, ...] = ()
+    ignored: str = ""
 
 
 @runtime_checkable
@@ -83,12 +91,16 @@ class Quarantine:
       notes: by kind, (name, note) of the first `MAX_LISTED` usable records with a note: converted,
         rotated, wrong extension, long caption.
       noted: by kind, the number of notes.
+      captions: by the number of captions, the number of usable images that have as many.
+      ignored: by kind, the number of files that are no records, with the first five names.
     """
 
     rejected: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     total: int = 0
     notes: dict[str, list[tuple[str, str]]] = dataclasses.field(default_factory=dict)
     noted: dict[str, int] = dataclasses.field(default_factory=dict)
+    captions: dict[int, int] = dataclasses.field(default_factory=dict)
+    ignored: dict[str, tuple[int, list[str]]] = dataclasses.field(default_factory=dict)
 
     def add(self, key: str, reason: str) -> None:
         """Adds a rejected record; `reason` is a kind with details in brackets."""
@@ -100,6 +112,11 @@ class Quarantine:
         self.noted[kind] = self.noted.get(kind, 0) + 1
         if self.noted[kind] <= MAX_LISTED:
             self.notes.setdefault(kind, []).append((key, note))
+
+    def ignore(self, key: str, kind: str) -> None:
+        """Counts a file that is no record."""
+        count, names = self.ignored.get(kind, (0, []))
+        self.ignored[kind] = count + 1, [*names, key] if count < 5 else names
 
     @property
     def share(self) -> float:
@@ -126,7 +143,22 @@ class Quarantine:
             )
         if self.noted:
             parts.append("used: " + ", ".join(f"{n} {kind}" for kind, n in self.noted.items()))
-        return "; ".join(parts) or f"all {self.total} records usable"
+        parts = parts or [f"all {self.total} records usable"]
+        if self.ignored:
+            parts.append("ignored: " + self.ignored_counts())
+        return "; ".join(parts)
+
+    def ignored_counts(self) -> str:
+        """Numbers of files that are no records, by kind, most frequent first."""
+        rows = sorted(self.ignored.items(), key=lambda row: -row[1][0])
+        return ", ".join(f"{count} {kind}" for kind, (count, _) in rows)
+
+    def caption_counts(self) -> str:
+        """How many images have how many captions, in one line."""
+        return ", ".join(
+            f"{images:,} image{'s' if images > 1 else ''} with {captions}"
+            for captions, images in sorted(self.captions.items())
+        )
 
     def as_json(self) -> dict[str, Any]:
         """Content of `quarantine.json`, written beside the index."""
@@ -137,6 +169,11 @@ class Quarantine:
             "records": [{"name": key, "reason": reason} for key, reason in self.rejected],
             "used_all_the_same": self.noted,
             "notes": [{"name": key, "note": note} for key, note in listed],
+            "images_by_number_of_captions": {str(k): n for k, n in sorted(self.captions.items())},
+            "ignored": {
+                kind: {"files": count, "first": names}
+                for kind, (count, names) in self.ignored.items()
+            },
         }
 
     def check(self, limit: float, field: str = "config.data") -> None:
@@ -145,13 +182,17 @@ class Quarantine:
         Raises:
           ConfigError: the share of rejected records is above `limit`, or no record is usable.
         """
+        seen = f"; seen: {self.ignored_counts()}" if self.ignored else ""
         if self.total == 0:
-            raise ConfigError(f"{field}.path holds no images; check the path and the kind")
+            raise ConfigError(f"{field}.path holds no images{seen}; check the path and the kind")
         if self.share > limit or len(self.rejected) == self.total:
+            hint = ""
+            if 2 * self.counts().get("no caption", 0) > self.total:
+                hint = f"{seen}; {CAPTION_SOURCES}"
             raise ConfigError(
                 f"{field}.max_quarantined={limit:g} but {self.share:.1%} of the records "
-                f"({len(self.rejected)} of {self.total}) are unusable: {self.names(3)}; repair or "
-                f"remove them, or raise --{field}.max_quarantined"
+                f"({len(self.rejected)} of {self.total}) are unusable: {self.names(3)}{hint}; "
+                f"repair or remove them, or raise --{field}.max_quarantined"
             )
 
 
@@ -163,6 +204,9 @@ def caption_fault(captions: tuple[str, ...]) -> str:
     """Why these captions cannot be used; "" if they can."""
     if not captions:
         return "no caption"
+    for caption in captions:
+        if fault := text.fault(caption):
+            return f"caption with {fault}"
     return "" if any(c.strip() for c in captions) else "empty caption"
 
 
@@ -174,7 +218,7 @@ def size_fault(side: int, min_size: int) -> str:
 
 def caption_notes(captions: tuple[str, ...]) -> list[str]:
     """Notes on usable captions."""
-    words = max(len(text.split()) for text in captions)
+    words = max(len(caption.split()) for caption in captions)
     return [f"long caption ({words} words, cut in batches)"] if words > LONG_CAPTION else []
 
 
@@ -183,19 +227,23 @@ def clean(captions: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(c.strip() for c in captions if c.strip())
 
 
-def texts_of(value: Any) -> tuple[str, ...]:
-    """Captions of a JSON or Arrow value: a string, a list of strings, or anything else (none)."""
+def texts_of(value: Any) -> tuple[Caption, ...]:
+    """Captions of a JSON or Arrow value: a text, a list of texts, or anything else (none).
+
+    Bytes are decoded where they are Unicode.
+    """
     if isinstance(value, (list, tuple)):
-        return tuple(str(text) for text in value if text is not None)
-    return (value,) if isinstance(value, str) else ()
+        return tuple(found for item in value if item is not None for found in _text_of(item))
+    return _text_of(value) if isinstance(value, (str, bytes)) else ()
 
 
-CAPTION_LINES = 2  # Increased when `lines_of` changes; part of a reader's identity.
-
-
-def lines_of(text: str) -> tuple[str, ...]:
-    """Captions of an image's text file: one per line."""
-    return tuple(jsonl.split_lines(text) or [""])
+def _text_of(value: Any) -> tuple[Caption, ...]:
+    if not isinstance(value, bytes):
+        return (str(value),)
+    try:
+        return (text.decode(value),)
+    except text.TextError:
+        return (value,)  # Decoded again, and rejected, in the index pass.
 
 
 @runtime_checkable

@@ -65,7 +65,7 @@ def _open(source: SourceConfig, field: str, log: Log) -> IndexedSource:
     except ConfigError as error:
         # Readers do not know the name of their source in a mixture; they write config.data.
         raise type(error)(str(error).replace("config.data.", f"{field}.")) from error
-    if report.rejected or report.noted:
+    if report.rejected or report.noted or report.ignored:
         log(f"{source.path}: {report.summary()} (all in {report_file})")
     report.check(source.max_quarantined, field)
     return IndexedSource(table=table, reader=reader, report=report, log=log)

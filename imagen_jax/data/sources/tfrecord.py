@@ -1,8 +1,8 @@
 """TFRecord files of serialised `tf.train.Example`s, without TensorFlow.
 
-One pass over the files stores the offset of every image; each later read is one `pread`. The
-framing is length (u64), its checksum (u32), data, checksum (u32); of an Example only the byte lists
-are read.
+One pass over the files checks both checksums of every record and stores the offset of its image;
+each later read is one `pread`. The framing is length (u64), its checksum (u32), data, checksum
+(u32); of an Example only the byte lists are read.
 """
 
 from __future__ import annotations
@@ -10,12 +10,17 @@ from __future__ import annotations
 import pathlib
 import struct
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import google_crc32c
 
 from imagen_jax.config.data import SourceConfig
 from imagen_jax.config.fields import ConfigError, unknown_name
 from imagen_jax.data.index.table import Location
 from imagen_jax.data.sources import files
-from imagen_jax.data.sources.records import Item
+from imagen_jax.data.sources.records import Caption, Item, texts_of
+
+MAX_RECORD_BYTES = 1 << 30  # Read at once; an image has some megabytes.
 
 
 class TFRecords:
@@ -50,9 +55,8 @@ class TFRecords:
         for number, (path, name) in enumerate(zip(paths, files.names(paths), strict=True)):
             count = 0
             try:
-                for start, payload in read_frames(path):
-                    (first, last), captions = names.find(payload)
-                    yield Item(f"{name}__{count}", captions, (number, start + first, last - first))
+                for frame in read_frames(path):
+                    yield _item(f"{name}__{count}", number, frame, names)
                     count += 1
             except TruncatedError as error:
                 if self._shards is not None:
@@ -71,8 +75,31 @@ class TFRecords:
         return self._files.read(*location)
 
 
+class Frame(NamedTuple):
+    """A record: offset of its data in the file, the data, and whether these have their checksum."""
+
+    start: int
+    payload: memoryview
+    intact: bool
+
+
+def _item(key: str, number: int, frame: Frame, names: FeatureNames) -> Item:
+    """The record `key` in file `number`."""
+    if not frame.intact:
+        return Item(key, fault="damaged record (checksum)")
+    try:
+        (first, last), captions = names.find(frame.payload)
+    except ExampleError as error:
+        return Item(key, fault=f"damaged record ({error})")
+    return Item(key, captions, (number, frame.start + first, last - first))
+
+
 class TruncatedError(ConfigError):
     """A file ends within a record, or is not a TFRecord file."""
+
+
+class ExampleError(ValueError):
+    """Data are no serialised `tf.train.Example`."""
 
 
 class FeatureNames:
@@ -89,7 +116,7 @@ class FeatureNames:
         self._seen: set[str] = set()
         self._count = 0
 
-    def find(self, payload: memoryview) -> tuple[tuple[int, int], tuple[str, ...]]:
+    def find(self, payload: memoryview) -> tuple[tuple[int, int], tuple[Caption, ...]]:
         """Span of the image in an Example ((0, 0): no image), and the captions."""
         features = parse_example(payload)
         self._seen |= features.keys()
@@ -97,7 +124,7 @@ class FeatureNames:
         if self._count == self.CHECK_AFTER:
             self.check()
         spans = features.get(self._feature_names["caption_key"], ())
-        texts = tuple(str(payload[a:b], "utf-8", "replace") for a, b in spans)
+        texts = texts_of([bytes(payload[a:b]) for a, b in spans])
         return (features.get(self._feature_names["image_key"]) or [(0, 0)])[0], texts
 
     def check(self) -> None:
@@ -107,25 +134,34 @@ class FeatureNames:
                 raise ConfigError(unknown_name(f"config.data.{field}", name, sorted(self._seen)))
 
 
-def read_frames(path: pathlib.Path) -> Iterator[tuple[int, memoryview]]:
-    """Yields (offset of the data in the file, data) of every record of a TFRecord file.
+def read_frames(path: pathlib.Path) -> Iterator[Frame]:
+    """Yields every record of a TFRecord file.
 
     Raises:
-      TruncatedError: the file ends within a record, or does not begin with one.
+      TruncatedError: the file ends within a record, does not begin with one, or has a wrong
+        checksum of a length, after which no record can be found.
     """
     size, offset = path.stat().st_size, 0
     with path.open("rb") as file:
         while offset < size:
             header = file.read(12)
-            length = struct.unpack("<Q", header[:8])[0] if len(header) == 12 else size
-            if offset + 16 + length > size:
+            length, checksum = struct.unpack("<QI", header) if len(header) == 12 else (size, 0)
+            whole = offset + 16 + length <= size and length <= MAX_RECORD_BYTES
+            if not whole or checksum != masked_crc(header[:8]):
                 raise TruncatedError(
-                    f"{path} is truncated at byte {offset} of {size} or is no TFRecord file; "
-                    "copy it again, or decompress it"
+                    f"{path} is truncated or damaged at byte {offset} of {size} or is no TFRecord "
+                    "file; copy it again, or decompress it"
                 )
-            yield offset + 12, memoryview(file.read(length))
-            file.seek(4, 1)
+            payload = file.read(length)
+            (checksum,) = struct.unpack("<I", file.read(4))
+            yield Frame(offset + 12, memoryview(payload), checksum == masked_crc(payload))
             offset += 16 + length
+
+
+def masked_crc(data: bytes) -> int:
+    """TFRecord's checksum: CRC-32C, rotated and shifted (tensorflow/core/lib/hash/crc32c.h)."""
+    crc = google_crc32c.value(data)
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def parse_example(payload: memoryview) -> dict[str, list[tuple[int, int]]]:
@@ -133,11 +169,16 @@ def parse_example(payload: memoryview) -> dict[str, list[tuple[int, int]]]:
 
     Protocol-buffer path: Example.features(1) . feature(1, a map: key 1, value 2) . bytes_list(1) .
     value(1). A feature of another type or without a value maps to an empty list.
+
+    Raises:
+      ExampleError: the data are not a message of this kind.
     """
     found: dict[str, list[tuple[int, int]]] = {}
     for features in _fields(payload, (0, len(payload)), 1):
         for item in _fields(payload, features, 1):
-            name = "".join(str(payload[a:b], "utf-8") for a, b in _fields(payload, item, 1))
+            name = "".join(
+                str(payload[a:b], "utf-8", "replace") for a, b in _fields(payload, item, 1)
+            )
             found[name] = [
                 value
                 for feature in _fields(payload, item, 2)
@@ -159,18 +200,23 @@ def _fields(
             _, at = _varint(data, at)
         elif kind == 2:
             length, at = _varint(data, at)
+            if at + length > end:
+                raise ExampleError("a field ends beyond its message")
             if tag >> 3 == field_number:
                 yield at, at + length
             at += length
+        elif kind in (1, 5):
+            at += 8 if kind == 1 else 4
         else:
-            at += {1: 8, 5: 4}[kind]
+            raise ExampleError(f"wire type {kind}")
 
 
 def _varint(data: memoryview, at: int) -> tuple[int, int]:
     value = shift = 0
-    while True:
+    while shift < 70 and at < len(data):
         byte = data[at]
         value |= (byte & 0x7F) << shift
         at, shift = at + 1, shift + 7
         if byte < 0x80:
             return value, at
+    raise ExampleError("an endless number")

@@ -17,7 +17,8 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from imagen_jax.config.fields import unknown_name
-from imagen_jax.data.sources.folder import IMAGE_SUFFIXES, list_files
+from imagen_jax.data.sources.folder import list_files
+from imagen_jax.data.sources.names import is_image
 from imagen_jax.evaluation import samples
 from imagen_jax.evaluation.features import clip_score, distances, extract, frechet
 from imagen_jax.evaluation.features.extract import LazyImages, Network, Parts
@@ -113,10 +114,7 @@ def load_images(folder: str, size: int = 0) -> tuple[LazyImages, int]:
     if (root / "samples.jsonl").is_file():
         files = [row["file"] for row in samples.read_rows(folder)]
     elif root.is_dir():
-        found = [file.name for file in list_files(root)]
-        files = [
-            name for name in found if pathlib.PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
-        ]
+        files = [file.name for file in list_files(root) if is_image(file.name)]
     else:
         raise EvaluationError(f"{folder} is not a folder of images")
     if len(files) < 2:

@@ -1,0 +1,77 @@
+"""Captions in text files, for folders and tar files.
+
+A text file holds one caption, with `data.caption_lines` one per line. Lines such as `de.utf8=...`
+after the first are translations (Tux Paint's stamps have them) and are left out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from imagen_jax.config.data import SourceConfig
+from imagen_jax.data.sources.records import Caption, texts_of
+from imagen_jax.io import jsonl, text
+
+# Part of a reader's identity; increased when the meaning of a text file changes.
+VERSION = 3
+SUFFIXES = (".txt", ".caption", ".text")
+MAX_BYTES = 1 << 20  # Of a text file; no caption is longer.
+_TRANSLATION = re.compile(r"[a-z]{2,3}(_[A-Z]{2})?(@[a-z]+)?\.utf-?8=", re.IGNORECASE)
+_FIELDS = ("text", "caption", "prompt")
+
+
+class Captions(NamedTuple):
+    """The captions of an image, notes on them for the report, and why they cannot be read."""
+
+    texts: tuple[Caption, ...]
+    notes: tuple[str, ...] = ()
+    fault: str = ""
+
+
+def of_file(data: bytes, *, by_line: bool) -> Captions:
+    """The captions of a text file.
+
+    Args:
+      data: content of the file, in any encoding.
+      by_line: whether each line is a caption of its own.
+    """
+    if fault := size_fault(len(data)):
+        return Captions((), fault=fault)
+    try:
+        content = text.decode(data)
+    except text.TextError:
+        return Captions((data,))  # Rejected in the index pass, with the reason.
+    if isinstance(content, bytes):
+        # Line ends are the same bytes in all 8-bit encodings and are no second bytes in others.
+        found = of_file(content.decode("latin-1").encode(), by_line=by_line)
+        return found._replace(texts=tuple(str(one).encode("latin-1") for one in found.texts))
+    lines = jsonl.split_lines(content)
+    kept = lines[:1] + [line for line in lines[1:] if not _TRANSLATION.match(line)]
+    notes = []
+    if len(kept) < len(lines):
+        notes.append(f"translations left out ({len(lines) - len(kept)} lines)")
+    if by_line:
+        return Captions(tuple(kept or [""]), tuple(notes))
+    filled = sum(bool(line.strip()) for line in kept)
+    if filled > 1:
+        notes.append(
+            f"caption of several lines ({filled}; data.caption_lines=true reads one per line)"
+        )
+    return Captions(("\n".join(kept),), tuple(notes))
+
+
+def size_fault(size: int) -> str:
+    """Why a text file of `size` bytes is not read; "" if it is."""
+    return f"caption too long (more than {MAX_BYTES:,} bytes)" if size > MAX_BYTES else ""
+
+
+def explicit_key(key: str) -> str:
+    """`data.caption_key` where it is not its default; else ""."""
+    return "" if key == SourceConfig.caption_key else key
+
+
+def of_fields(fields: Mapping[str, Any], key: str = "") -> tuple[Caption, ...]:
+    """The captions in a row or a JSON object: those of `key`, else of text, caption or prompt."""
+    return next((texts_of(fields[name]) for name in (key, *_FIELDS) if name in fields), ())

@@ -1,0 +1,153 @@
+"""Detects the encoding of text that is not Unicode, such as Windows-1252, -1251 or Shift-JIS.
+
+A caption of a few words fits several encodings. `detect` therefore judges many texts of one origin
+together. charset-normalizer lists the encodings that a text may have; its letter frequencies tell
+which of them give a language. The encoding that fits most texts is taken, then the next one for the
+texts that it does not fit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+import unicodedata
+from collections.abc import Sequence
+
+# Encodings, the most frequent first, and the languages (of charset-normalizer) written in them.
+_WESTERN = "French German Spanish Portuguese Italian Dutch Swedish Norwegian Danish Finnish"
+LANGUAGES = {
+    "cp1252": _WESTERN,
+    "cp1250": "Polish Czech Hungarian Romanian Slovene Slovak Croatian",
+    "cp1251": "Russian Ukrainian Bulgarian Serbian",
+    "cp932": "Japanese Japanese— Japanese——",
+    "gb18030": "Chinese",
+    "cp949": "Korean",
+    "big5": "Chinese",
+    "euc_jp": "Japanese Japanese— Japanese——",
+    "koi8_r": "Russian",
+    "cp1253": "Greek",
+    "cp1254": "Turkish",
+    "cp1255": "Hebrew",
+    "cp1256": "Arabic Farsi",
+    "cp1257": "Lithuanian Estonian",
+    "cp874": "Thai",
+    "mac_roman": _WESTERN,
+}
+_JAPANESE = "CJK HIRAGANA KATAKANA KATAKANA-HIRAGANA FULLWIDTH"
+# First words of the Unicode names of an encoding's letters; LATIN where missing.
+_SCRIPTS = {
+    "cp1251": "CYRILLIC",
+    "koi8_r": "CYRILLIC",
+    "cp932": _JAPANESE,
+    "euc_jp": _JAPANESE,
+    "gb18030": "CJK FULLWIDTH",
+    "big5": "CJK FULLWIDTH",
+    "cp949": "HANGUL FULLWIDTH",
+    "cp1253": "GREEK",
+    "cp1255": "HEBREW",
+    "cp1256": "ARABIC",
+    "cp874": "THAI",
+}
+# Signs that occur in text of every script.
+_COMMON = frozenset("\u00a0‘’‚“”„–—…•‹›«»©®™°·×÷½¼¾€£¥§¿¡№、。・「」！？（）：；～ー")
+MARGIN = 0.06  # Encodings whose fault is this much above the lowest fit equally well.
+MAX_FAULT = 1.0
+_LANGUAGE = 0.5  # Weight of the letter frequencies in a fault.
+_REJECTED = 0.3  # Fault of an encoding that charset-normalizer rejects; it accepts up to 0.2.
+# Encodings that are less frequent than another of the same script; added to their faults.
+_RARE = {"mac_roman": 0.2, "cp874": 0.1, "cp1256": 0.1} | dict.fromkeys(
+    ("cp1250", "cp1254", "cp1257", "koi8_r", "euc_jp"), 0.05
+)
+
+
+def detect(texts: Sequence[bytes]) -> list[str]:
+    """The encoding of each text.
+
+    Args:
+      texts: of one origin, such as the captions of a folder; not Unicode.
+
+    Returns:
+      Names as of `bytes.decode`, which decodes the text without an error; "": unknown.
+    """
+    found = [""] * len(texts)
+    faults = {i: _faults(text) for i, text in enumerate(texts)}
+    left = {i for i, names in faults.items() if names}
+    while left:
+
+        def rank(name: str) -> tuple[int, float]:
+            those = [faults[i][name] for i in left if name in faults[i]]
+            return -len(those), round(float(sum(those)), 6)
+
+        chosen = min(LANGUAGES, key=rank)
+        for i in [i for i in left if chosen in faults[i]]:
+            found[i] = chosen
+            left.remove(i)
+    return found
+
+
+def fits(text: bytes, encoding: str) -> bool:
+    """Whether `encoding` decodes `text`, and to letters of its own scripts."""
+    try:
+        return _fault(text.decode(encoding), encoding) <= _LANGUAGE
+    except UnicodeDecodeError:
+        return False
+
+
+def _faults(text: bytes) -> dict[str, float]:
+    """The encodings that fit a text about equally well, each with how unlikely it is."""
+    import charset_normalizer
+
+    matches = charset_normalizer.from_bytes(text, cp_isolation=list(LANGUAGES))
+    chaos = {name: match.chaos for match in matches for name in match.could_be_from_charset}
+    faults = {}
+    for name in LANGUAGES:
+        with contextlib.suppress(UnicodeDecodeError):
+            fault = chaos.get(name, _REJECTED) + _fault(text.decode(name), name)
+            faults[name] = fault + _RARE.get(name, 0.0)
+    limit = min(min(faults.values(), default=0.0) + MARGIN, MAX_FAULT)
+    return {name: fault for name, fault in faults.items() if fault <= limit}
+
+
+def _fault(text: str, encoding: str) -> float:
+    """How unlikely it is that text in `encoding` decodes to this, 0 (likely) and above."""
+    scripts = _SCRIPTS.get(encoding, "LATIN").split()
+    signs = [char for char in text if char > "\x7f" and char not in _COMMON]
+    if not signs:
+        return 0.0
+    foreign = sum(_script(char) not in scripts for char in signs) / len(signs)
+    fault = foreign + _LANGUAGE * (1 - _frequency(signs, encoding))
+    within = [char for char in re.findall(r"(?<=[^\W\d_])[^\W\d_]", text) if char.isupper()]
+    if any(char > "\x7f" for char in within):
+        fault += 0.1 if text.upper() == text else 0.3  # Upper case within words.
+    if scripts == ["LATIN"]:
+        letters = sum(char.isalpha() for char in text)
+        # Words of accented letters alone are words of another script.
+        return fault + (1.0 if len(signs) > 2 and len(signs) > 0.6 * letters else 0.0)
+    # Letters of other scripts do not stand beside Latin ones.
+    beside = re.findall(r"(?<=[A-Za-z])[^\W\x00-\x7f]|[^\W\x00-\x7f](?=[A-Za-z])", text)
+    return fault + len(beside) / len(signs)
+
+
+def _script(char: str) -> str:
+    return unicodedata.name(char, "").split(" ")[0]
+
+
+def _frequency(chars: Sequence[str], encoding: str) -> float:
+    """How frequent the characters are in a language of the encoding, 0 to 1."""
+    tables = _tables(encoding)
+    return max(sum(table.get(c.lower(), 0.0) for c in chars) for table in tables) / len(chars)
+
+
+@functools.cache
+def _tables(encoding: str) -> list[dict[str, float]]:
+    """By language, the frequency of its letters: 1 for the first of the list, 0 for the last."""
+    from charset_normalizer.constant import FREQUENCIES
+
+    tables = []
+    for language in LANGUAGES[encoding].split():
+        letters = FREQUENCIES[language]
+        tables.append({c: 1 - rank / len(letters) for rank, c in enumerate(letters)})
+    if len(tables) > 1 and encoding in ("cp932", "euc_jp"):  # One language in three scripts.
+        tables = [{char: value for table in tables for char, value in table.items()}]
+    return tables
