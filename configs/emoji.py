@@ -31,8 +31,9 @@ def get_config(name: str = "base") -> ml_collections.ConfigDict:
     c.pretrain_text.corpus = ""
     c.checkpoint.every = 2_500
     if name == "base":
-        c.train.steps = 40_000
+        c.train.steps = 36_000
+        c.optimizer.decay_fraction = 0.5
     else:
-        c.train.steps = 20_000
+        c.train.steps = 22_000
         c.sampling.guidance_weight = 1.0
     return c
