@@ -7,13 +7,15 @@ Several processes: see launch/, or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSE
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import os
 
 import jax
 
-from imagen_jax.cli import wiring
+from imagen_jax.cli import changed_data, wiring
 from imagen_jax.data.batches import loaders
+from imagen_jax.data.sources.registry import open_source
 from imagen_jax.io import paths
 from imagen_jax.parallel import distributed
 from imagen_jax.parallel.preemption import Preemption
@@ -48,14 +50,20 @@ def run(flags: argparse.Namespace) -> None:
         config = wiring.load_config(flags)
         distributed.initialize()
         keep_compiled(flags.workdir)
-        pipeline = wiring.open_pipeline(config)
+        allowed = [name for name in flags.allow_changes.split(",") if name]
+        source = open_source(config.data)
+        changed_data.check(config, source, flags.workdir, allowed)
+        pipeline = wiring.open_pipeline(config, source)
         store = pipeline.store
         config = with_data(config, store.dim, store.fingerprint, pipeline.fingerprint())
+        data = dataclasses.replace(config.data, records=source.fingerprint)
+        config = dataclasses.replace(config, data=data)
+        changed_data.check_lines(config, flags.workdir, allowed)
         train(
             config,
             flags.workdir,
             functools.partial(loaders.batches, pipeline),
-            allow_changes=[name for name in flags.allow_changes.split(",") if name],
+            allow_changes=allowed,
             step_info=pipeline.step_info,
             encode=pipeline.encode,
             preemption=preemption,

@@ -16,6 +16,7 @@ from imagen_jax.config.schema import Config
 from imagen_jax.data.batches.pipeline import Pipeline
 from imagen_jax.data.embeddings.on_the_fly import TokenSource
 from imagen_jax.data.embeddings.store import EmbeddingStore
+from imagen_jax.data.sources.records import AnySource
 from imagen_jax.data.sources.registry import open_source
 from imagen_jax.io import paths
 from imagen_jax.parallel import partitioning
@@ -93,13 +94,14 @@ def set_up_devices(cpu_devices: int) -> None:
         jax.config.update("jax_num_cpu_devices", cpu_devices)
 
 
-def open_pipeline(config: Config) -> Pipeline:
+def open_pipeline(config: Config, source: AnySource | None = None) -> Pipeline:
     """The batches of `config`: its source joined with its embeddings, the rows of this process.
 
     The store must come from the encoder of `config.text`; an empty `config.text.path` accepts any
-    store. With `config.text.on_the_fly` the encoder replaces the store.
+    store. With `config.text.on_the_fly` the encoder replaces the store. `source` is that of
+    `config.data`, where it is open already.
     """
-    source = open_source(config.data)
+    source = source or open_source(config.data)
     store = _open_text(config)
     mesh = partitioning.make_mesh(config.mesh)
     partitioning.check_batch_size(config.data.batch_size, mesh, config.train.accumulation)

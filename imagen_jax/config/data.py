@@ -150,6 +150,13 @@ class DataConfig(SourceConfig):
     fingerprint: str = doc(
         "", "Set by `train`: identifies the training records and their order.", compiled=False
     )
+    records: str = doc(
+        "",
+        "Set by `train`: fingerprint of the images and captions, by which a later run says what "
+        "changed.",
+        learns=False,
+        compiled=False,
+    )
     batch_size: int = doc(32, "Images per step over all devices and hosts.")
     max_text_len: int = doc(32, "Text tokens per example, padded or truncated.")
     loader: str = doc(

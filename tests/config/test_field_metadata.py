@@ -14,11 +14,13 @@ from imagen_jax.config.schema import Config, DataConfig, ModelConfig
 NOT_LEARNED = (
     *("name", "data.path", "data.embeddings", "data.loader", "data.prefetch"),
     *("data.max_quarantined", "data.check", "data.mixture.*.path"),
-    *("data.caption_lines", "data.mixture.*.caption_lines"),
+    *("data.caption_lines", "data.mixture.*.caption_lines", "data.records"),
     *("data.mixture.*.max_quarantined", "data.mixture.*.check"),
     *("text.path", "text.vocabulary", "text.preset", "text.dtype", "text.on_the_fly"),
     *("pretrain_text", "embed", "model.remat", "train.log_every", "train.sample_every"),
     *("train.profile_at", "train.nan_patience", "train.rollbacks", "train.accumulation"),
+    *("train.spike_factor", "train.hang_timeout", "train.heartbeat_timeout", "train.writers"),
+    *("train.checksum_every",),
     *("checkpoint", "ema.snapshot_every", "mesh", "sampling"),
 )
 NOT_COMPILED = (
@@ -26,9 +28,12 @@ NOT_COMPILED = (
     *("data.caption_key", "data.resize_filter", "data.min_size", "data.max_quarantined"),
     *("data.embeddings", "data.fingerprint", "data.loader", "data.prefetch", "text"),
     *("data.background", "data.caption_lines", "data.mixture.*.caption_lines"),
+    "data.records",
     *("pretrain_text", "embed", "checkpoint", "sampling", "ema.snapshot_every"),
     *("mesh.cpu_devices", "train.overfit_batch", "train.nan_patience", "train.rollbacks"),
     *("train.profile_at", "train.log_every", "train.sample_every"),
+    *("train.spike_factor", "train.hang_timeout", "train.heartbeat_timeout", "train.writers"),
+    *("train.checksum_every",),
     # The source of a mixture has the fields of a source.
     *(f"data.mixture.*.{name}" for name in ("kind", "path", "name", "split", "image_key")),
     *(f"data.mixture.*.{name}" for name in ("caption_key", "min_size", "max_quarantined")),

@@ -225,9 +225,9 @@ def test_uncompressed_parquet_is_read_in_place(packed, monkeypatch):
     source = registry.open_source(packed["plain"], log=lambda line: None)
     monkeypatch.setattr(type(source._reader), "_group", None)
     assert len([source.record(i) for i in range(len(source))]) == 15
-    assert all(source._table.location(i)[1] >= 0 for i in range(len(source)))
+    assert all(source.table.location(i)[1] >= 0 for i in range(len(source)))
     packed_source = registry.open_source(packed["struct"], log=lambda line: None)
-    assert all(packed_source._table.location(i)[1] < 0 for i in range(len(packed_source)))
+    assert all(packed_source.table.location(i)[1] < 0 for i in range(len(packed_source)))
 
 
 def test_large_compressed_row_groups_are_reported(packed, monkeypatch, tmp_path, image_files):

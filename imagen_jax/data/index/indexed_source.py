@@ -26,6 +26,8 @@ class IndexedSource:
     Attributes:
       fingerprint: hash of all keys, sizes and captions, 16 hex digits.
       report: rejected records; grows when an image fails to decode later.
+      table: the usable records.
+      cache: folder of the indexes of these data.
     """
 
     def __init__(
@@ -44,23 +46,24 @@ class IndexedSource:
           report: the rejected records.
           log: called with one line per record that is found damaged later.
         """
-        self._table = table
+        self.table = table
         self._reader = reader
+        self.cache = reader.cache
         self._log = log
         self._broken: set[int] = set()
         self.report = report
         self.fingerprint = table.fingerprint
 
     def __len__(self) -> int:
-        return len(self._table)
+        return len(self.table)
 
     def captions(self, i: int) -> tuple[str, ...]:
         """The captions of record i; decodes no image."""
-        return self._table.captions(i)
+        return self.table.captions(i)
 
     def hashes(self) -> np.ndarray:
         """Hashes of the captions of all records, as in the embedding store."""
-        return self._table.hashes()
+        return self.table.hashes()
 
     def order(self, g: Int[np.ndarray, " k"], seed: int) -> Int[np.ndarray, " k"]:
         """Record numbers of the examples g of a run, shuffled anew in every epoch."""
@@ -87,12 +90,12 @@ class IndexedSource:
             at = (i + offset) % len(self)
             if at in self._broken:
                 continue
-            key = self._table.key(at)
+            key = self.table.key(at)
             try:
-                data = self._reader.read(key, self._table.location(at))
-                if len(data) != self._table.size(at):
+                data = self._reader.read(key, self.table.location(at))
+                if len(data) != self.table.size(at):
                     raise images.ImageError("changed since the index was made")
-                return Record(key, decode(data), self._table.captions(at))
+                return Record(key, decode(data), self.table.captions(at))
             except (images.ImageError, OSError) as error:
                 self._broken.add(at)
                 self.report.add(key, str(error))

@@ -50,7 +50,7 @@ def cached_index(reader: Reader, source: SourceConfig) -> tuple[Table, Quarantin
     rules = [LAYOUT, source.kind, source.min_size, source.check]
     digest = hashlib.sha256(json.dumps([*rules, *reader.identity]).encode()).hexdigest()[:16]
     name = f"index_{digest}"
-    folders = _cache_folders(reader.cache)
+    folders = cache_folders(reader.cache)
     cache = next((folder for folder in folders if (folder / name).exists()), None)
     if cache is None:
         cache = _writable(folders)
@@ -148,7 +148,7 @@ def _write_index(table: Table, report: Quarantine, folder: pathlib.Path) -> None
         (temporary / "report.json").write_text(json.dumps(content), encoding="utf-8")
 
 
-def _cache_folders(folder: pathlib.Path) -> list[pathlib.Path]:
+def cache_folders(folder: pathlib.Path) -> list[pathlib.Path]:
     """`folder` and, for read-only data, its replacement in the user's cache."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     name = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]

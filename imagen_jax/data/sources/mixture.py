@@ -28,23 +28,24 @@ class Mixture:
     Attributes:
       fingerprint: of all sources, 16 hex digits each.
       report: the rejected records of all sources.
+      sources: by name.
     """
 
     def __init__(self, sources: Mapping[str, AnySource], rates: Mapping[str, float]) -> None:
         """Mixes `sources` at `rates`, both by name. Raises ConfigError: see `mixture_block`."""
-        self._sources = dict(sources)
+        self.sources = dict(sources)
         self._block = mixture_block(dict(rates))
         self._counts = np.array(list(self._block.values()), np.int64)
         # First slot of each source in a block.
         self._slots = np.cumsum(self._counts) - self._counts
-        self._ends = np.cumsum([len(source) for source in self._sources.values()])
-        self.fingerprint = "+".join(source.fingerprint for source in self._sources.values())
+        self._ends = np.cumsum([len(source) for source in self.sources.values()])
+        self.fingerprint = "+".join(source.fingerprint for source in self.sources.values())
 
     @property
     def report(self) -> Quarantine:
         """Rejected records, each prefixed with the name of its source."""
         whole = Quarantine()
-        for name, source in self._sources.items():
+        for name, source in self.sources.items():
             whole.rejected += [(f"{name}:{key}", why) for key, why in source.report.rejected]
             whole.total += source.report.total
             for number, count in source.report.captions.items():
@@ -61,7 +62,7 @@ class Mixture:
 
     def hashes(self) -> np.ndarray:
         """Hashes of the captions of all records, as in the embedding store."""
-        return np.concatenate([source.hashes() for source in self._sources.values()])
+        return np.concatenate([source.hashes() for source in self.sources.values()])
 
     def record(self, i: int, decode: Decode = images.decode) -> Record:
         """Record i; a damaged one is replaced by another of its source (`IndexedSource.record`)."""
@@ -78,7 +79,7 @@ class Mixture:
         # Number of the example within its source; each block adds `counts`.
         local = block * self._counts[which] + slot - self._slots[which]
         records = np.empty_like(g)
-        for index, source in enumerate(self._sources.values()):
+        for index, source in enumerate(self.sources.values()):
             selected = which == index
             order = source.order(local[selected], seed + SOURCE_STREAM * index)
             records[selected] = order + self._ends[index] - len(source)
@@ -94,5 +95,5 @@ class Mixture:
 
     def _locate(self, i: int) -> tuple[str, AnySource, int]:
         index = int(np.searchsorted(self._ends, i, side="right"))
-        name, source = list(self._sources.items())[index]
+        name, source = list(self.sources.items())[index]
         return name, source, i - int(self._ends[index]) + len(source)
