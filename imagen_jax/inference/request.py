@@ -19,6 +19,7 @@ from imagen_jax.config.fields import ConfigError, unknown_name
 from imagen_jax.config.sampling import SamplingConfig
 from imagen_jax.config.schema import Config
 from imagen_jax.diffusion.editing import Edit
+from imagen_jax.io import text
 from imagen_jax.stages.denoiser import check_guide
 from imagen_jax.stages.folder import StageError
 from imagen_jax.stages.names import check_names
@@ -85,6 +86,9 @@ class SampleRequest:
         prompts, text_emb, text_mask = self.prompts, self.text_emb, self.text_mask
         if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
             raise RequestError(f"prompts={prompts!r} must be a list of texts; try [{prompts!r}]")
+        for prompt in (*prompts, *(self.negative_prompts or ())):
+            if isinstance(prompt, str) and "surrogate" in (fault := text.fault(prompt)):
+                raise RequestError(f"prompts: {ascii(prompt[:80])} is no text: it has {fault}")
         if not self.count:
             raise RequestError("prompts=[] must hold at least one text, or text_emb one row")
         if text_emb is None and text_mask is None:

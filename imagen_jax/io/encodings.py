@@ -8,6 +8,7 @@ texts that it does not fit.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import re
@@ -51,14 +52,18 @@ _SCRIPTS = {
 }
 # Signs that occur in text of every script.
 _COMMON = frozenset("\u00a0‘’‚“”„–—…•‹›«»©®™°·×÷½¼¾€£¥§¿¡№、。・「」！？（）：；～ー")
-MARGIN = 0.06  # Encodings whose fault is this much above the lowest fit equally well.
+_INSIDE = re.compile(r"(?<=[^\W\d_])[‚“”„…•‹›«»©®°×÷¿¡§¥£€](?=[^\W\d_])")  # Not within words.
+# Encodings whose fault is this much above the lowest fit equally well; nearly as well.
+MARGIN, NEAR = 0.06, 0.15
 MAX_FAULT = 1.0
 _LANGUAGE = 0.5  # Weight of the letter frequencies in a fault.
 _REJECTED = 0.3  # Fault of an encoding that charset-normalizer rejects; it accepts up to 0.2.
 # Encodings that are less frequent than another of the same script; added to their faults.
-_RARE = {"mac_roman": 0.2, "cp874": 0.1, "cp1256": 0.1} | dict.fromkeys(
-    ("cp1250", "cp1254", "cp1257", "koi8_r", "euc_jp"), 0.05
-)
+_RARE = {
+    **dict.fromkeys(("cp1254", "cp1257", "koi8_r", "euc_jp"), 0.05),
+    **dict.fromkeys(("cp1250", "cp874", "cp1256"), 0.1),
+    "mac_roman": 0.2,
+}
 
 
 def detect(texts: Sequence[bytes]) -> list[str]:
@@ -71,18 +76,24 @@ def detect(texts: Sequence[bytes]) -> list[str]:
       Names as of `bytes.decode`, which decodes the text without an error; "": unknown.
     """
     found = [""] * len(texts)
-    faults = {i: _faults(text) for i, text in enumerate(texts)}
-    left = {i for i, names in faults.items() if names}
+    faults = [_faults(text) for text in texts]
+    likely = [_likely(names, MARGIN) for names in faults]
+    left = {i for i, names in enumerate(likely) if names}
     while left:
 
         def rank(name: str) -> tuple[int, float]:
-            those = [faults[i][name] for i in left if name in faults[i]]
+            those = [likely[i][name] for i in left if name in likely[i]]
             return -len(those), round(float(sum(those)), 6)
 
         chosen = min(LANGUAGES, key=rank)
-        for i in [i for i in left if chosen in faults[i]]:
+        for i in [i for i in left if chosen in likely[i]]:
             found[i] = chosen
             left.remove(i)
+    # A text alone in its encoding is more likely in that of the others, where this fits as well.
+    counts = collections.Counter(found)
+    for i, names in enumerate(faults):
+        near = {name for name in _likely(names, NEAR) if counts[name] > 3 * counts[found[i]]}
+        found[i] = max(near, key=lambda name: counts[name], default=found[i])
     return found
 
 
@@ -95,7 +106,7 @@ def fits(text: bytes, encoding: str) -> bool:
 
 
 def _faults(text: bytes) -> dict[str, float]:
-    """The encodings that fit a text about equally well, each with how unlikely it is."""
+    """How unlikely each encoding is in which the text can be decoded."""
     import charset_normalizer
 
     matches = charset_normalizer.from_bytes(text, cp_isolation=list(LANGUAGES))
@@ -105,7 +116,12 @@ def _faults(text: bytes) -> dict[str, float]:
         with contextlib.suppress(UnicodeDecodeError):
             fault = chaos.get(name, _REJECTED) + _fault(text.decode(name), name)
             faults[name] = fault + _RARE.get(name, 0.0)
-    limit = min(min(faults.values(), default=0.0) + MARGIN, MAX_FAULT)
+    return faults
+
+
+def _likely(faults: dict[str, float], margin: float) -> dict[str, float]:
+    """The encodings with the lowest faults."""
+    limit = min(min(faults.values(), default=0.0) + margin, MAX_FAULT)
     return {name: fault for name, fault in faults.items() if fault <= limit}
 
 
@@ -113,10 +129,11 @@ def _fault(text: str, encoding: str) -> float:
     """How unlikely it is that text in `encoding` decodes to this, 0 (likely) and above."""
     scripts = _SCRIPTS.get(encoding, "LATIN").split()
     signs = [char for char in text if char > "\x7f" and char not in _COMMON]
+    inside = 0.3 if _INSIDE.search(text) else 0.0
     if not signs:
-        return 0.0
+        return inside
     foreign = sum(_script(char) not in scripts for char in signs) / len(signs)
-    fault = foreign + _LANGUAGE * (1 - _frequency(signs, encoding))
+    fault = inside + foreign + _LANGUAGE * (1 - _frequency(signs, encoding))
     within = [char for char in re.findall(r"(?<=[^\W\d_])[^\W\d_]", text) if char.isupper()]
     if any(char > "\x7f" for char in within):
         fault += 0.1 if text.upper() == text else 0.3  # Upper case within words.

@@ -30,7 +30,8 @@ _MARKS = {
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
 _SURROGATE = re.compile(rb"\xed[\xa0-\xbf][\x80-\xbf]")  # As some programs write UTF-8.
-_MOST_LINES = 4096  # Lines by which the encoding of a file is detected.
+_NOT_UPPER = bytes(range(9, 256))
+_MOST_LINES = 512  # Lines by which the encoding of a file is detected.
 csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
 
 
@@ -80,7 +81,7 @@ def decode(data: bytes) -> str | bytes:
     if encoding := _utf16_without_mark(data):
         return _decode_unicode(data, encoding)
     try:
-        return data.decode()
+        return data.decode().lstrip("\ufeff")
     except UnicodeDecodeError as error:
         if _is_utf8(data):
             return _decode_unicode(data, "utf-8", error)
@@ -113,7 +114,7 @@ def read_lines(path: str | os.PathLike[str]) -> Iterator[Line]:
         yield from map(Line, re.findall(r"[^\n]*\n|[^\n]+", content))
         return
     other = _detect_lines(file)
-    known = list(dict.fromkeys(other.values()))
+    known = [name for name in dict.fromkeys(other.values()) if name]
     for number, data in enumerate(_lines(file)):
         try:
             text = decode(data)
@@ -123,9 +124,8 @@ def read_lines(path: str | os.PathLike[str]) -> Iterator[Line]:
         if isinstance(text, str):
             yield Line(text)
             continue
-        names = [other[number]] if number in other else known
-        name = next((name for name in names if name and encodings.fits(text, name)), "")
-        name = name or other.get(number, "")
+        name = other.get(number) or next((n for n in known if encodings.fits(text, n)), "")
+        name = name or encodings.detect([text])[0]
         if name:
             yield Line(text.decode(name), name)
         else:
@@ -200,14 +200,17 @@ def _decode_unicode(data: bytes, encoding: str, error: UnicodeError | None = Non
         raise TextError(f"damaged {encoding[:6].removesuffix('-').upper()}{where}") from None
     pairs = "[\ud800-\udbff][\udc00-\udfff]"
     joined = lambda m: m[0].encode("utf-16-le", "surrogatepass").decode("utf-16-le")  # noqa: E731
-    return re.sub(pairs, joined, text)
+    return re.sub(pairs, joined, text).lstrip("\ufeff")  # Some programs write the mark twice.
 
 
 def _utf16_without_mark(data: bytes) -> str:
-    """The encoding of UTF-16 without a mark, mostly Latin letters; "": something else."""
-    zeros = [data[0::2].count(0), data[1::2].count(0)]
-    if len(data) >= 8 and min(zeros) == 0 and max(zeros) > 0.6 * (len(data) // 2):
-        return "utf-16-le" if zeros[1] else "utf-16-be"
+    """The encoding of UTF-16 without a mark; "": something else.
+
+    Every other byte is the upper half of a character: below 9 up to the Arabic letters.
+    """
+    upper = [len(data[first::2].translate(None, _NOT_UPPER)) for first in (0, 1)]
+    if len(data) >= 8 and min(upper) == 0 and max(upper) > 0.6 * (len(data) // 2):
+        return "utf-16-le" if upper[1] else "utf-16-be"
     return ""
 
 

@@ -223,11 +223,8 @@ class _Found:
 
     def __init__(self, images: list[File]) -> None:
         self._names = {file.name for file in images}
-        self._by_key: dict[str, list[str]] = {}
-        self._by_stem: dict[str, list[str]] = {}
-        for file in images:
-            self._by_key.setdefault(names.key(file.name), []).append(file.name)
-            self._by_stem.setdefault(names.stem(file.name), []).append(file.name)
+        self._by_key = names.Lookup((names.key(file.name), file.name) for file in images)
+        self._by_stem = names.Lookup((names.stem(file.name), file.name) for file in images)
         self._found: dict[str, captions.Captions] = {}
         self._level: dict[str, int] = {}
 
@@ -239,16 +236,14 @@ class _Found:
         """The image that a table names; "": none, or several that differ only in spelling."""
         if image in self._names:
             return image
-        same = self._by_key.get(names.key(image), ())
+        same = self._by_key.find(names.key(image))
         return same[0] if len(same) == 1 else ""
 
     def beside(self, file: str) -> list[tuple[str, int]]:
         """The images that a text file belongs to, each with its level for `add`."""
         stem = names.stem(file)
-        own = self._by_key.get(names.key(stem), [])
-        return [(image, 1) for image in own] or [
-            (image, 0) for image in self._by_stem.get(stem, ())
-        ]
+        own = self._by_key.find(names.key(stem))
+        return [(image, 1) for image in own] or [(image, 0) for image in self._by_stem.find(stem)]
 
     def level(self, image: str) -> int:
         """The level of the captions of an image so far."""

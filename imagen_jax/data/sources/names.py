@@ -32,7 +32,8 @@ _JUNK_NAME = re.compile(
     r"(eh)?thumbs(_\w+)?\.db(:encryptable)?|desktop\.ini|folder\.ini|picasa\.ini|zbthumbnail\.info"
     r"|pspbrwse\.jbf|icon\r|.*[:_]zone\.identifier|~\$.*|~syncthing~.*|.*~"
     r"|.*\.(tmp|temp|part|partial|crdownload|download|lnk|url|webloc|bak|swp|aae|ini|thm|icloud)"
-    r"|.*\.sync-conflict-\d{8}-\d{6}.*|.*\.!sync",
+    r"|.*\.sync-conflict-\d{8}-\d{6}.*|.*conflicted copy \d{4}-\d{2}-\d{2}.*"
+    r"|.*\.conflict\d+(\..*)?|.*\.!sync|.*_original|autorun\.inf|albumart(small|_\{).*",
     re.IGNORECASE,
 )
 _JUNK_FOLDER = re.compile(
@@ -82,6 +83,25 @@ def stem(name: str) -> str:
     """`key` without the suffix."""
     whole = key(name)
     return whole[: len(whole) - len(suffix(whole))]
+
+
+class Lookup:
+    """Names by key; a key in other case is found where it is the only one."""
+
+    def __init__(self, pairs: Iterable[tuple[str, str]]) -> None:
+        """Takes (key, name) pairs."""
+        self._names: dict[str, list[str]] = {}
+        self._keys: dict[str, set[str]] = {}
+        for key, name in pairs:
+            self._names.setdefault(key, []).append(name)
+            self._keys.setdefault(key.casefold(), set()).add(key)
+
+    def find(self, key: str) -> list[str]:
+        """The names with a key."""
+        if key in self._names:
+            return self._names[key]
+        same = self._keys.get(key.casefold(), set())
+        return self._names[next(iter(same))] if len(same) == 1 else []
 
 
 def _resolved(names: Iterable[str]) -> Iterator[str]:

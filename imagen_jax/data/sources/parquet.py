@@ -21,10 +21,15 @@ from imagen_jax.config.fields import ConfigError, unknown_name
 from imagen_jax.data.index.table import Location
 from imagen_jax.data.sources import files
 from imagen_jax.data.sources.records import Item, texts_of
+from imagen_jax.io.images import ImageError
 
 MAX_CACHED_BYTES = 512 << 20  # Of decompressed row groups; the last one is always kept.
 # Bytes; decompressing a larger row group takes longer than decoding the image.
 LARGE_ROW_GROUP_BYTES = 4 << 20
+
+
+# pyarrow's own errors are OSErrors, ValueErrors, KeyErrors and NotImplementedErrors.
+_DAMAGED = (OSError, ValueError, LookupError, NotImplementedError, MemoryError, OverflowError)
 
 
 class ParquetReader:
@@ -51,13 +56,21 @@ class ParquetReader:
         for number, name in enumerate(files.names(self._files.paths)):
             try:
                 table = self._pq.ParquetFile(self._files.paths[number])
-            except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors.
+            except _DAMAGED as error:
                 yield Item(name, fault=f"unreadable ({' '.join(str(error).split())})")
                 continue
             self._check_columns(table.schema_arrow.names)
             row = 0
             for group in range(table.num_row_groups):
-                for item in self._group_items(table, number, group):
+                try:
+                    items = list(self._group_items(table, number, group))
+                except ConfigError:
+                    raise
+                except _DAMAGED as error:
+                    why = " ".join(str(error).split())
+                    yield Item(f"{name}__{row}", fault=f"unreadable row group ({why})")
+                    continue
+                for item in items:
                     yield item._replace(key=f"{name}__{row}")
                     row += 1
 
@@ -67,7 +80,10 @@ class ParquetReader:
         number, offset, size_or_row = location
         if offset >= 0:
             return self._files.read(number, offset, size_or_row)
-        return self._group(number, -1 - offset)[size_or_row].as_py()
+        try:
+            return self._group(number, -1 - offset)[size_or_row].as_py()
+        except _DAMAGED as error:
+            raise ImageError(f"unreadable row group ({' '.join(str(error).split())})") from error
 
     def _check_columns(self, names: list[str]) -> None:
         for field in ("image_key", "caption_key"):

@@ -187,7 +187,8 @@ class Quarantine:
             raise ConfigError(f"{field}.path holds no images{seen}; check the path and the kind")
         if self.share > limit or len(self.rejected) == self.total:
             hint = ""
-            if 2 * self.counts().get("no caption", 0) > self.total:
+            counts = self.counts()
+            if 2 * (counts.get("no caption", 0) + counts.get("missing file", 0)) > self.total:
                 hint = f"{seen}; {CAPTION_SOURCES}"
             raise ConfigError(
                 f"{field}.max_quarantined={limit:g} but {self.share:.1%} of the records "

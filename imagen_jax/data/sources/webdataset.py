@@ -106,7 +106,7 @@ class WebDatasetReader:
         kinds = {part for part in sample if f".{part.rpartition('.')[2]}" in names.IMAGE_SUFFIXES}
         wanted = [part for part in (*kinds, image) if _matches(part, self._image_key)]
         # A sample without that part: its plain image, if a plain one was asked for.
-        plain = "." not in self._image_key and "." not in image
+        plain = f".{self._image_key}" in names.IMAGE_SUFFIXES and "." not in image
         return wanted or ([image] if plain else [])
 
     def _captions(

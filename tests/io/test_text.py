@@ -1,0 +1,132 @@
+"""Text of any origin: encodings are detected, damage is named, nothing is replaced by marks."""
+
+import pytest
+
+from imagen_jax.io import encodings, text
+
+FRENCH = ["un garçon mange une crêpe", "l’été à la plage", "ÉTÉ À PARIS, un café"]
+TEXTS = {
+    "cp1252": [*FRENCH, "ein großer Bär", "¿Dónde está?", "50€", "it’s", "25°C", "São Paulo"],
+    "cp1251": ["красный круг на синем фоне", "КРАСНЫЙ КРУГ", "фото iPhone, кошка на окне"],
+    "koi8_r": ["красный круг на синем фоне", "кошка сидит на окне"],
+    "cp932": [
+        "赤い丸と青い四角",
+        "猫が窓に座っている",
+        "Tシャツを着た猫のphoto",
+        "iPhoneで撮った写真",
+    ],
+    "euc_jp": ["赤い丸と青い四角", "猫が窓に座っている"],
+    "gb18030": ["一只红色的猫坐在窗户上", "蓝色的狗在公园里跑", "穿T恤的猫,3D渲染"],
+    "big5": ["一隻紅色的貓坐在窗戶上", "藍色的狗在公園裡跑"],
+    "cp949": ["빨간 고양이가 창가에 앉아 있다", "3D렌더링 고양이 사진"],
+    "cp1250": ["czerwony okrąg na niebieskim tle, źdźbło", "żółty rower przy ścianie"],
+    "cp1253": ["κόκκινος κύκλος σε μπλε φόντο"],
+    "cp1254": ["kırmızı daire, mavi kare, şişe ve ağaç"],
+    "cp1255": ["עיגול אדום על רקע כחול", "חתול יושב ליד החלון"],
+    "cp1256": ["دائرة حمراء على خلفية زرقاء", "قطة تجلس على النافذة"],
+    "cp874": ["วงกลมสีแดงบนพื้นหลังสีน้ำเงิน"],
+    "mac_roman": ["a café, the owner’s table"],
+}
+
+
+def decoded(pairs):
+    data = [written.encode(name) for name, written in pairs]
+    names = encodings.detect(data)
+    return [one.decode(name) for one, name in zip(data, names, strict=True) if name]
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_texts_of_one_encoding(name):
+    assert decoded([(name, written) for written in TEXTS[name]]) == TEXTS[name]
+
+
+@pytest.mark.parametrize("name", ["cp1252", "cp1251", "cp932", "gb18030", "cp1256"])
+def test_one_text_alone(name):
+    known = {"ÉTÉ À PARIS, un café"} if name == "cp1252" else set()
+    for written in set(TEXTS[name]) - known:
+        assert decoded([(name, written)]) == [written]
+
+
+@pytest.mark.parametrize(
+    "names", [("cp1252", "cp1251"), ("cp1252", "cp932"), ("cp1251", "cp932"), ("cp1252", "cp949")]
+)
+def test_texts_of_several_encodings(names):
+    pairs = [(name, written) for name in names for written in TEXTS[name]]
+    assert decoded(pairs) == [written for _, written in pairs]
+
+
+def test_bytes_of_no_text():
+    assert encodings.detect([b"\x81\x8d\x8f\x90\x9d\xff\xfe\x00\x01"]) in ([""], ["cp1251"])
+    assert encodings.detect([]) == []
+
+
+UNICODE = "a café with 🐱 and кот — “zwei”"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        UNICODE.encode(),
+        UNICODE.encode("utf-8-sig"),
+        UNICODE.encode("utf-16"),
+        b"\xfe\xff" + UNICODE.encode("utf-16-be"),
+        UNICODE.encode("utf-32"),
+        b"\0\0\xfe\xff" + UNICODE.encode("utf-32-be"),
+        ("\ufeff" + UNICODE).encode("utf-8-sig"),
+        UNICODE.encode("utf-16-le", "surrogatepass").decode("utf-16-le").encode(),
+        "".join(
+            chr(0xD800 + (ord(c) - 0x10000 >> 10)) + chr(0xDC00 + (ord(c) & 0x3FF))
+            if ord(c) > 0xFFFF
+            else c
+            for c in UNICODE
+        ).encode("utf-8", "surrogatepass"),
+    ],
+)
+def test_unicode(data):
+    assert text.decode(data) == UNICODE
+    assert text.fault(UNICODE) == ""
+
+
+@pytest.mark.parametrize("name", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("written", ["a red circle", "красный круг", "κόκκινος", "שלום עולם"])
+def test_utf16_without_a_mark(name, written):
+    assert text.decode(written.encode(name)) == written
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ("красный круг".encode()[:-1], "damaged UTF-8 (at byte 21)"),
+        ("a café, à la".encode() + b"\xff", "damaged UTF-8"),
+        ("\ufeffa circle".encode("utf-16-le")[:-1], "damaged UTF-16"),
+        ("\ufeffa circle".encode("utf-32-le")[:-1], "damaged UTF-32"),
+    ],
+)
+def test_damage_is_named(data, says):
+    with pytest.raises(text.TextError) as error:
+        text.decode(data)
+    assert str(error.value).startswith(says)
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"a\0b", "a NUL character"),
+        (b"half \xed\xa0\xbd", "an unpaired surrogate (U+D83D at character 5)"),
+        (b"\xff\xfea\0\x00\xde", "an unpaired surrogate (U+DE00 at character 1)"),
+        (b"\xfe\xff\0a\xd8\x3d", "an unpaired surrogate"),
+    ],
+)
+def test_texts_that_cannot_be_used(data, says):
+    assert text.fault(text.decode(data)).startswith(says)
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("name", ["utf-8-sig", "utf-16", "cp1252"])
+def test_tables(tmp_path, delimiter, end, name):
+    rows = [["File_Name ", "Text"], ["a.jpg", "crêpe; à, la"], ["b.jpg", 'a "b"\nc']]
+    lines = [delimiter.join('"' + c.replace('"', '""') + '"' for c in row) for row in rows]
+    (tmp_path / "t.csv").write_bytes(end.join([*lines, ""]).encode(name))
+    found = [row.fields for row in text.read_csv(tmp_path / "t.csv")]
+    assert found == [dict(zip(("file_name", "text"), row, strict=True)) for row in rows[1:]]
