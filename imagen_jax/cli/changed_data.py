@@ -9,8 +9,7 @@ from imagen_jax.config import overrides
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import Config
 from imagen_jax.data.index import changes
-from imagen_jax.data.index.indexed_source import IndexedSource
-from imagen_jax.data.sources.mixture import Mixture
+from imagen_jax.data.sources.records import AnySource
 from imagen_jax.parallel import distributed
 from imagen_jax.training.checkpoint import Checkpoints
 
@@ -19,7 +18,7 @@ FIELD = "data.fingerprint"  # Differs where the records differ.
 
 def check(
     config: Config,
-    source: IndexedSource | Mixture,
+    source: AnySource,
     workdir: str,
     allowed: Collection[str],
     log: Callable[[str], None] = print,

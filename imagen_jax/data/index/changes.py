@@ -13,6 +13,7 @@ from imagen_jax.data.index import scan
 from imagen_jax.data.index.indexed_source import IndexedSource
 from imagen_jax.data.index.table import Table
 from imagen_jax.data.sources.mixture import Mixture
+from imagen_jax.data.sources.records import AnySource
 
 
 class Changes(NamedTuple):
@@ -30,7 +31,7 @@ class Changes(NamedTuple):
         )
 
 
-def since(source: IndexedSource | Mixture, fingerprint: str) -> Changes | None:
+def since(source: AnySource, fingerprint: str) -> Changes | None:
     """What changed since the source had a fingerprint; None: the index of then is gone."""
     if isinstance(source, Mixture):
         before = fingerprint.split("+")
@@ -44,6 +45,8 @@ def since(source: IndexedSource | Mixture, fingerprint: str) -> Changes | None:
         return Changes(*(sum(numbers) for numbers in zip(*known, strict=True)))
     if source.fingerprint == fingerprint:
         return Changes()
+    if not isinstance(source, IndexedSource):
+        return None
     old = _find(source.cache, fingerprint)
     return None if old is None else compare(old, source.table)
 
