@@ -212,8 +212,9 @@ def embed_prompts(
 def _warn_cut(encoder: TextEncoder, prompts: Sequence[str], batch: TokenBatch, length: int) -> None:
     for row, prompt in enumerate(prompts):
         if row in batch.truncated or batch.mask[row].sum() > length:
+            shown = prompt if len(prompt) <= 80 else f"{prompt[:77]}..."
             warnings.warn(
-                f"prompt {prompt!r} has {encoder.token_count(prompt)} tokens, "
+                f"prompt {shown!r} has {encoder.token_count(prompt)} tokens, "
                 f"max_len={length}; the rest is cut",
                 stacklevel=3,
             )
