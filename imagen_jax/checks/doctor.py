@@ -32,9 +32,10 @@ from imagen_jax.interop.weights import WeightsError
 from imagen_jax.io import images
 from imagen_jax.parallel import partitioning
 from imagen_jax.text.encoders import TextEncoder, load_text_encoder
-from imagen_jax.training.checkpoint import CheckpointError, Checkpoints
+from imagen_jax.training.checkpoint import Checkpoints, newest
 from imagen_jax.training.initial_state import abstract_state
 from imagen_jax.training.optimizer import make_optimizer, with_defaults
+from imagen_jax.training.restore import CheckpointError
 from imagen_jax.training.train import with_data
 
 SAMPLE_SIZE = 100  # Images that are decoded.
@@ -342,12 +343,11 @@ def check_checkpoint(context: CheckContext) -> Lines:
         yield "ok", "none yet"
         return
     config = _with_width(context)
-    checkpoints = Checkpoints(context.workdir, config.checkpoint, access="read")
-    step = checkpoints.latest_step()
-    if step is None:
+    checkpoints = Checkpoints(context.workdir, config.checkpoint)
+    if not checkpoints.steps():
         yield "ok", "none yet"
         return
-    saved = checkpoints.restore_config(step)
+    saved = checkpoints.newest_config()
     changes = overrides.changes(with_defaults(saved), with_defaults(config))
     for field, (old, new) in changes.items():
         yield (
@@ -360,7 +360,7 @@ def check_checkpoint(context: CheckContext) -> Lines:
         _, abstract = abstract_state(
             saved, make_optimizer(saved.optimizer, saved.train.steps), mesh
         )
-        checkpoints.restore(step, abstract)
+        step = checkpoints.read(newest, lambda step: (checkpoints.restore(step, abstract), step)[1])
     yield "ok", f"step {step} can be read"
 
 

@@ -1,41 +1,51 @@
-"""Checkpoints of a training run. The only module that imports Orbax.
+"""Checkpoints of a training run: save, list, restore the newest that can be read.
+
+This module and `restore` are the only ones that import Orbax.
 
 `WORKDIR/checkpoints/STEP/state` holds the TrainState (step, params, ema, opt_state, skipped),
 sharded and written in the background; `STEP/config` holds the configuration as JSON. Orbax writes
 to a temporary name and renames, so a listed checkpoint is complete. The position in the data is the
 step; no data state is saved.
+
+Commands beside the run open checkpoints with access="read", which has no means to write. The run
+itself may delete a checkpoint while they read it; `Checkpoints.read` then takes another one.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from imagen_jax.config import overrides
+from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import CheckpointConfig, Config
 from imagen_jax.parallel import distributed
+from imagen_jax.training import restore
+from imagen_jax.training.restore import (
+    CheckpointError,
+    DamagedError,
+    ModelMismatchError,
+    UnreachableError,
+)
 from imagen_jax.training.state import TrainState
+
+T = TypeVar("T")
 
 # Size of a checkpoint's metadata files, bytes; 5% of the arrays' size comes on top.
 METADATA_BYTES = 2_000_000
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be used; the message names its folder and the fix."""
-
-
-class ModelMismatchError(CheckpointError):
-    """The parameters of a checkpoint do not match the configured model."""
+# Reads of checkpoints that a run deletes meanwhile, before giving up.
+_READS = 30
 
 
 class Checkpoints:
@@ -50,47 +60,77 @@ class Checkpoints:
         workdir: str,
         config: CheckpointConfig,
         *,
-        access: Literal["write", "read"] = "write",
+        access: Literal["read", "write"] = "read",
     ):
         """Opens the folder. With access="write", creates it and removes incomplete saves.
 
         Args:
           workdir: folder of the run.
           config: which checkpoints are kept.
-          access: "read" changes nothing, so it is safe while a run is saving to the folder.
+          access: "read" changes nothing, so it is safe while a run is saving to the folder;
+            "write" is for the run that owns the workdir.
         """
-        # Orbax requires an absolute path; a bucket's name (gs://...) is one.
-        workdir = workdir if "://" in workdir else os.path.abspath(workdir)
-        self.path = epath.Path(workdir) / "checkpoints"
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=_preservation(config),
-            create=access == "write",
-            cleanup_tmp_directories=access == "write",
-            read_only=access == "read",
-        )
-        self._manager = ocp.CheckpointManager(
-            self.path,
-            options=options,
-            item_handlers={
+        self.path = absolute(workdir) / "checkpoints"
+        self._writer = None
+        if access == "write":
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=_preservation(config),
+                create=True,
+                cleanup_tmp_directories=True,
+            )
+            handlers = {
                 "state": ocp.PyTreeCheckpointHandler(),
                 "config": ocp.JsonCheckpointHandler(),
-            },
-        )
+            }
+            self._writer = ocp.CheckpointManager(self.path, options=options, item_handlers=handlers)
 
     def steps(self) -> list[int]:
         """Steps of all complete checkpoints."""
-        return sorted(self._manager.all_steps())
+        names = ocp.path.step.standard_name_format()
+        return sorted(found.step for found in names.find_all(self.path))
+
+    def read(self, choose: Callable[[list[int]], int | None], read: Callable[[int], T]) -> T | None:
+        """Reads a checkpoint of a run that may delete it meanwhile; then chooses and reads again.
+
+        Args:
+          choose: of all steps, the one to read; None: none.
+          read: reads a step.
+
+        Raises:
+          CheckpointError: it cannot be read, and the run has neither deleted it nor saved others.
+        """
+        for remaining in reversed(range(_READS)):
+            steps = self.steps()
+            step = choose(steps)
+            if step is None:
+                return None
+            try:
+                return read(step)
+            except ModelMismatchError:
+                raise
+            except CheckpointError:
+                if not remaining or not self._changes(steps):
+                    raise
+        return None
+
+    def _changes(self, steps: list[int]) -> bool:
+        """Whether the list of checkpoints changes within a second; a folder is deleted slowly."""
+        for _ in range(10):
+            if self.steps() != steps:
+                return True
+            time.sleep(0.1)
+        return False
 
     def newest_config(self) -> Config:
         """The configuration of the newest checkpoint. Raises CheckpointError if there is none."""
-        step = self.latest_step()
-        if step is None:
+        config = self.read(newest, self.restore_config)
+        if config is None:
             raise CheckpointError(f"no checkpoint in {self.path}; is it the --workdir of a run?")
-        return self.restore_config(step)
+        return config
 
     def latest_step(self) -> int | None:
         """Step of the newest complete checkpoint, or None."""
-        return self._manager.latest_step()
+        return newest(self.steps())
 
     def save(
         self, step: int, state: TrainState, config: Config, scores: Mapping[str, float] = {}
@@ -110,8 +150,9 @@ class Checkpoints:
         # On CPU Orbax serialises from the live buffers, and a later step may donate them.
         if jax.default_backend() == "cpu":
             state = _copy(state)
+        manager = self._manager()
         try:
-            self._manager.save(
+            manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.PyTreeSave(state),
@@ -122,10 +163,16 @@ class Checkpoints:
         except Exception as error:
             raise self._not_saved(error) from error
 
+    def _manager(self) -> ocp.CheckpointManager:
+        if self._writer is None:
+            raise CheckpointError(f'{self.path} is open with access="read"; nothing can be saved')
+        return self._writer
+
     def wait(self) -> None:
         """Waits for pending saves. Raises CheckpointError if one failed."""
+        manager = self._manager()
         try:
-            self._manager.wait_until_finished()
+            manager.wait_until_finished()
         except Exception as error:
             raise self._not_saved(error) from error
 
@@ -137,6 +184,7 @@ class Checkpoints:
         needed = array_bytes + array_bytes // 20 + METADATA_BYTES
         free = shutil.disk_usage(self.path).free
         if free < needed:
+            self.wait()  # A save under way may be the newest that is kept.
             raise CheckpointError(
                 f"cannot save in {self.path}: {free / 1e6:,.1f} MB are free, "
                 f"{needed / 1e6:,.1f} MB are needed; {self._kept()}; free disk space, then restart"
@@ -149,7 +197,7 @@ class Checkpoints:
 
     def _not_saved(self, error: Exception) -> CheckpointError:
         return CheckpointError(
-            f"cannot save in {self.path} ({type(error).__name__}: {_in_short(error)}); "
+            f"cannot save in {self.path} ({type(error).__name__}: {restore.in_short(error)}); "
             f"{self._kept()}; free disk space or fix permissions, then restart"
         )
 
@@ -161,114 +209,143 @@ class Checkpoints:
     ) -> tuple[int, TrainState] | None:
         """Step and state of the newest readable checkpoint; None without checkpoints.
 
-        Unreadable newer checkpoints are logged and renamed to STEP.broken.
+        Every process must call it; all get the same step, or the same error. Checkpoints whose
+        content is damaged are logged and renamed to STEP.broken, by the first process. No other
+        failure renames anything.
 
         Args:
           abstract: shapes and shardings of the state.
           check: called with the saved configuration; raises if training must not resume from it.
-          log: called with one line per unreadable checkpoint.
+          log: called with one line per damaged checkpoint.
 
         Raises:
-          CheckpointError: no checkpoint is readable, or the parameters do not match the model.
+          CheckpointError: all checkpoints are damaged, the newest cannot be read for another
+            reason, or the parameters do not match the model.
         """
-        broken: CheckpointError | None = None
-        steps = self.steps()[::-1]
+        broken: DamagedError | None = None
+        # File systems may show the processes different lists: the first one's counts.
+        what = f"list of {self.path}"
+        steps = json.loads(
+            restore.from_first(
+                lambda: restore.attempt(what, lambda: json.dumps(self.steps()[::-1]))
+            )
+        )
         for index, step in enumerate(steps):
             try:
-                check(self.restore_config(step))
+                check(self._shared_config(step))
                 state = self.restore(step, abstract)
-            except ModelMismatchError:
-                raise
-            except CheckpointError as error:
-                log(str(error))
+            except DamagedError as error:
+                self._prove(step, error)
+                log(f"{error}; falling back to the previous checkpoint")
                 broken = broken or error
                 continue
-            self._rename_unreadable(steps[:index])
+            self._rename_damaged(steps[:index])
             return step, state
         if broken:
             raise broken
         return None
 
-    def _rename_unreadable(self, steps: Sequence[int]) -> None:
-        """Renames unreadable checkpoints to STEP.broken, so their steps can be saved again."""
-        if steps and distributed.is_first():
+    def _prove(self, step: int, error: DamagedError) -> None:
+        """Raises UnreachableError unless the first process, too, finds the checkpoint damaged."""
+
+        def read() -> None:
+            self.restore_config(step)
+            restore.read_on_host(self.path / str(step) / "state")
+
+        try:
+            restore.together(read if distributed.is_first() else None)
+        except DamagedError:
+            return
+        except CheckpointError as other:
+            raise UnreachableError(f"{error}; the first process: {other}") from error
+        raise UnreachableError(
+            f"{error}; the first process can read it, so nothing was changed: check that machine"
+        ) from error
+
+    def _rename_damaged(self, steps: Sequence[int]) -> None:
+        """Renames damaged checkpoints to STEP.broken, so their steps can be saved again."""
+        if not steps or not self._writer:
+            return
+        if distributed.is_first():
             for step in steps:
                 (self.path / str(step)).rename(self.path / f"{step}.broken")
-        if steps and jax.process_count() > 1:
-            multihost_utils.sync_global_devices("unreadable checkpoints renamed")
-        if steps:
-            self._manager.reload()
+        distributed.share("damaged checkpoints are renamed")
+        self._writer.reload()
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
-        """Reads the state of `step` with the shardings of `abstract`.
+        """Reads the state of `step` with the shardings of `abstract`; every process must call it.
 
         Raises:
-          CheckpointError: unreadable, or its parameters do not match `abstract`.
+          CheckpointError: the same in all processes: unreadable, or its parameters do not match
+            `abstract`.
         """
-        args = ocp.args.Composite(state=_restore_args(abstract))
-        try:
-            self._check_tree(step, abstract)
-            return self._manager.restore(step, args=args)["state"]
-        except CheckpointError:
-            raise
-        except Exception as error:  # Orbax, tensorstore and zarr each raise their own.
-            raise CheckpointError(
-                f"checkpoint {self.path / str(step)} cannot be read "
-                f"({type(error).__name__}: {_in_short(error)}); falling back to the previous "
-                "checkpoint"
-            ) from error
+        folder = self.path / str(step) / "state"
+
+        def fits() -> None:
+            restore.check_model(restore.tree_of(folder), abstract, folder)
+
+        check = lambda: restore.attempt(f"checkpoint {folder.parent}", fits)  # noqa: E731
+        restore.together(check if distributed.is_first() else None)
+        return restore.read_arrays(folder, abstract)
+
+    def shapes(self, step: int) -> Any:
+        """Shapes of the saved state, as nested dicts. Raises CheckpointError."""
+        folder = self.path / str(step)
+        return restore.attempt(f"checkpoint {folder}", lambda: restore.tree_of(folder / "state"))
 
     def restore_config(self, step: int) -> Config:
         """The configuration saved with checkpoint `step`. Raises CheckpointError."""
         path = self.path / str(step) / "config" / "metadata"
-        try:
-            return overrides.from_json(path.read_text())
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"configuration of {path} cannot be read: {error}") from error
+        what = f"configuration of checkpoint {path.parent.parent}"
+
+        def read() -> Config:
+            text = path.read_text()
+            try:
+                return overrides.from_json(text)
+            except ConfigError as error:  # Whole, but not of this version.
+                raise CheckpointError(f"{what} does not fit this version: {error}") from error
+
+        return restore.attempt(what, read)
+
+    def _shared_config(self, step: int) -> Config:
+        """The configuration as the first process reads it. Raises CheckpointError in all."""
+        text = restore.from_first(lambda: overrides.to_json(self.restore_config(step)))
+        return overrides.from_json(text)
 
     def restore_ema(self, step: int, abstract_params: Any, name: str = "ema") -> Any:
         """Reads one average of the parameters and nothing else. Raises CheckpointError."""
         item = {"ema": {name: abstract_params}}
-        args = ocp.args.Composite(state=_restore_args(item, partial=True))
-        try:
-            return self._manager.restore(step, args=args)["state"]["ema"][name]
-        except Exception as error:
-            raise CheckpointError(
-                f"checkpoint {self.path / str(step)} cannot be read ({type(error).__name__})"
-            ) from error
+        folder = self.path / str(step) / "state"
+        return restore.read_arrays(folder, item, partial=True)["ema"][name]
 
     def close(self) -> None:
         """Stops background saving; call `wait` first to see failures."""
-        self._manager.close()
+        if self._writer:
+            self._writer.close()
 
-    def _check_tree(self, step: int, abstract: TrainState) -> None:
-        """Raises CheckpointError naming every parameter that differs from `abstract`."""
-        saved = self._manager.item_metadata(step)["state"]
-        if saved is None:
-            raise CheckpointError(
-                f"checkpoint {self.path / str(step)} has no readable state; falling back to the "
-                "previous checkpoint"
-            )
-        found = {jax.tree_util.keystr(k): tuple(v.shape) for k, v in _leaves(saved.tree["params"])}
-        expected = {jax.tree_util.keystr(k): tuple(v.shape) for k, v in _leaves(abstract.params)}
-        new_averages = abstract.ema.keys() - saved.tree["ema"].keys()
-        if new_averages:
-            raise ModelMismatchError(
-                f"checkpoint {self.path / str(step)} has no average {sorted(new_averages)[0]!r}; "
-                "config.ema.profiles must be set when a run begins"
-            )
-        problems = [f"missing {k}" for k in expected.keys() - found.keys()]
-        problems += [f"unexpected {k}" for k in found.keys() - expected.keys()]
-        problems += [
-            f"{k} has shape {found[k]}, the model expects {expected[k]}"
-            for k in expected.keys() & found.keys()
-            if found[k] != expected[k]
-        ]
-        if problems:
-            raise ModelMismatchError(
-                f"checkpoint {self.path / str(step)} is of another model: "
-                + "; ".join(sorted(problems))
-            )
+
+def save_tree(folder: epath.Path, name: str, tree: Mapping[str, Any], config: Config) -> None:
+    """Writes FOLDER/{NAME, config} and waits; every process must call it and writes its shards.
+
+    Replaces the folder. The name appears when all is written.
+    """
+    handler = ocp.CompositeCheckpointHandler(
+        **{name: ocp.PyTreeCheckpointHandler(), "config": ocp.JsonCheckpointHandler()}
+    )
+    items: dict[str, Any] = {name: ocp.args.PyTreeSave(tree)}
+    items["config"] = ocp.args.JsonSave(dataclasses.asdict(config))
+    with ocp.Checkpointer(handler) as writer:
+        writer.save(folder, args=ocp.args.Composite(**items), force=True)
+
+
+def absolute(workdir: str) -> epath.Path:
+    """The workdir as an absolute path, which Orbax requires; a bucket's name (gs://...) is one."""
+    return epath.Path(workdir if "://" in workdir else os.path.abspath(workdir))
+
+
+def newest(steps: list[int]) -> int | None:
+    """The last of the steps, or None."""
+    return steps[-1] if steps else None
 
 
 def _preservation(config: CheckpointConfig) -> policies.AnyPreservationPolicy:
@@ -291,22 +368,3 @@ def _preservation(config: CheckpointConfig) -> policies.AnyPreservationPolicy:
 @jax.jit
 def _copy(state: TrainState) -> TrainState:
     return jax.tree.map(jnp.copy, state)
-
-
-def _in_short(error: Exception) -> str:
-    """An error as one line; tensorstore's start with the file and end with the reason."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else f"{text[:140]} ... {text[-140:]}"
-
-
-def _restore_args(item: Any, partial: bool = False) -> ocp.args.PyTreeRestore:
-    """Restore arguments for abstract arrays with shardings; partial: read only these."""
-    return ocp.args.PyTreeRestore(
-        item,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(item),
-        partial_restore=partial,
-    )
-
-
-def _leaves(tree: Any) -> list[tuple[Any, Any]]:
-    return jax.tree_util.tree_leaves_with_path(tree)

@@ -1,27 +1,25 @@
-"""Snapshots of a run's power-function averages: `WORKDIR/ema/STEP/{power_0.050.safetensors, ...}`.
+"""Snapshots of a run's power-function averages: `WORKDIR/ema/STEP/{averages, config}`.
 
-`ema.reconstruct` builds an average of any width from them after training. Each folder also holds
-the run's configuration, whose `ema.profiles` gives the widths, so the snapshots are usable without
-a checkpoint. A folder is written under a temporary name and renamed, so a listed one is complete.
+`ema.reconstruct` builds an average of any width from them after training. `averages` holds the
+averages by name, sharded, as Orbax writes them; `config` is the run's configuration, whose
+`ema.profiles` gives the widths, so the snapshots are usable without a checkpoint. A folder is
+written under a temporary name and renamed, so a listed one is complete. Earlier commits wrote
+`power_0.050.safetensors` and `config.json`; these are read, too.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import jax
+from etils import epath
 
 from imagen_jax.config import overrides
 from imagen_jax.config.schema import Config
 from imagen_jax.interop import weights
-from imagen_jax.io import atomic
-from imagen_jax.parallel import distributed, partitioning
 from imagen_jax.stages.network import with_defaults
-from imagen_jax.training import ema
+from imagen_jax.training import checkpoint, ema, restore
 
 
 class SnapshotError(ValueError):
@@ -31,7 +29,7 @@ class SnapshotError(ValueError):
 def save(workdir: str, step: int, averages: Mapping[str, Any], config: Config) -> None:
     """Writes the power-function averages of `step`; returns when they are on disk.
 
-    Every process must call it; the first one writes. Replaces a snapshot of the same step. Save it
+    Every process must call it and writes its shards. Replaces a snapshot of the same step. Save it
     before the checkpoint of the step: a run resumed from that checkpoint does not write this
     snapshot again.
 
@@ -41,14 +39,8 @@ def save(workdir: str, step: int, averages: Mapping[str, Any], config: Config) -
       averages: averages of the state, by name.
       config: configuration of the run.
     """
-    folder = _folder(workdir) / str(step)
-    with atomic.folder(folder) if distributed.is_first() else contextlib.nullcontext() as temporary:
-        if temporary:
-            (temporary / "config.json").write_text(overrides.to_json(config))
-        for name in map(ema.power_name, config.ema.profiles):
-            arrays = jax.tree.map(partitioning.fetch, averages[name])
-            if temporary:
-                weights.write_safetensors(temporary / _file(name), weights.flatten(arrays))
+    chosen = {name: averages[name] for name in map(ema.power_name, config.ema.profiles)}
+    checkpoint.save_tree(_folder(workdir) / str(step), "averages", chosen, config)
 
 
 def find(workdir: str) -> tuple[list[ema.Snapshot], Config]:
@@ -59,7 +51,7 @@ def find(workdir: str) -> tuple[list[ema.Snapshot], Config]:
     Raises:
       SnapshotError: no snapshots, an unreadable one, or one of another model than the last one.
     """
-    folders = [f for f in _folder(workdir).glob("*") if f.name.isdecimal()]
+    folders = [f for f in _listed(workdir) if f.name.isdecimal()]
     folders.sort(key=lambda folder: int(folder.name))
     if not folders:
         raise SnapshotError(
@@ -74,31 +66,35 @@ def find(workdir: str) -> tuple[list[ema.Snapshot], Config]:
                 f"{folder} is a snapshot of another model than {folders[-1]}; move it away"
             )
         for sigma_rel in config.ema.profiles:
-            path = folder / _file(ema.power_name(sigma_rel))
-            profile = ema.Profile(sigma_rel, int(folder.name))
-            snapshots.append(ema.Snapshot(profile, functools.partial(_load, path)))
+            load = functools.partial(_load, folder, ema.power_name(sigma_rel))
+            snapshots.append(ema.Snapshot(ema.Profile(sigma_rel, int(folder.name)), load))
     return snapshots, configs[-1]
 
 
-def _folder(workdir: str) -> pathlib.Path:
-    return pathlib.Path(workdir) / "ema"
+def _folder(workdir: str) -> epath.Path:
+    return checkpoint.absolute(workdir) / "ema"
 
 
-def _file(name: str) -> str:
-    return f"{name}.safetensors"
+def _listed(workdir: str) -> list[epath.Path]:
+    folder = _folder(workdir)
+    return list(folder.iterdir()) if folder.is_dir() else []
 
 
-def _read_config(folder: pathlib.Path) -> Config:
+def _read_config(folder: epath.Path) -> Config:
+    old = folder / "config.json"
     try:
-        return overrides.from_json((folder / "config.json").read_text())
+        text = (old if old.exists() else folder / "config" / "metadata").read_text()
+        return overrides.from_json(text)
     except (OSError, ValueError) as error:
         raise SnapshotError(f"snapshot {folder} cannot be read ({error}); move it away") from error
 
 
-def _load(path: pathlib.Path) -> Any:
+def _load(folder: epath.Path, name: str) -> Any:
     try:
-        return weights.unflatten(weights.read_safetensors(path))
-    except (OSError, weights.WeightsError) as error:
+        if (folder / "averages").exists():
+            return restore.read_on_host(folder / "averages", name)
+        return weights.unflatten(weights.read_safetensors(str(folder / f"{name}.safetensors")))
+    except (OSError, weights.WeightsError, restore.CheckpointError) as error:
         raise SnapshotError(
-            f"snapshot {path} cannot be read ({error}); move its folder away"
+            f"snapshot {folder} cannot be read ({error}); move its folder away"
         ) from error

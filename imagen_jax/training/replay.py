@@ -21,9 +21,10 @@ from imagen_jax.parallel import partitioning
 from imagen_jax.parallel.partitioning import place_batch
 from imagen_jax.stages.loss import DROPOUT_STREAM, loss_given_randomness, sample_randomness
 from imagen_jax.training import faults
-from imagen_jax.training.checkpoint import CheckpointError, Checkpoints
+from imagen_jax.training.checkpoint import Checkpoints
 from imagen_jax.training.initial_state import abstract_state
 from imagen_jax.training.optimizer import make_optimizer
+from imagen_jax.training.restore import CheckpointError
 from imagen_jax.training.step import block_norms, gradient_of_batch, jit_train_step, step_key
 from imagen_jax.training.train import Batches, Encode
 
@@ -60,10 +61,11 @@ def replay(
     with jax.set_mesh(mesh):
         create, abstract = abstract_state(config, optimizer, mesh)
         checkpoints = Checkpoints(workdir, config.checkpoint)
-        known = [saved for saved in checkpoints.steps() if saved <= step]
-        start = max(known, default=0)
-        state = checkpoints.restore(start, abstract) if known else create()
-        checkpoints.close()
+        found = checkpoints.read(
+            lambda steps: max((saved for saved in steps if saved <= step), default=None),
+            lambda saved: (saved, checkpoints.restore(saved, abstract)),
+        )
+        start, state = found or (0, create())
         log(f"training from step {start} to step {step}")
         train_step = jit_train_step(config, optimizer, abstract, mesh)
         stream = iter(batches(start))

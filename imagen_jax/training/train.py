@@ -36,6 +36,7 @@ from imagen_jax.training.checkpoint import Checkpoints
 from imagen_jax.training.faults import Faults, StepInfoFn
 from imagen_jax.training.initial_state import abstract_state, start_from
 from imagen_jax.training.optimizer import learning_rate, make_optimizer, with_defaults
+from imagen_jax.training.ownership import owned
 from imagen_jax.training.preview import preview
 from imagen_jax.training.state import TrainState
 from imagen_jax.training.step import (
@@ -84,6 +85,7 @@ def train(
       ConfigError: a setting, the mesh or the batch is invalid, the configuration differs from the
         checkpoint's, or the workdir cannot be written.
       CheckpointError: no checkpoint can be read, it is of another model, or saving fails.
+      OwnershipError: another run owns the workdir, or has taken it over.
       CompiledError: the compiled step is of another run, or cannot be trusted.
       DivergedError: training is not finite, also after the roll-backs.
       Preempted: SIGTERM was received and the state is saved.
@@ -99,6 +101,7 @@ def train(
     optimizer = make_optimizer(config.optimizer, config.train.steps)
 
     with jax.set_mesh(mesh), contextlib.ExitStack() as closing:
+        check_owner = closing.enter_context(owned(workdir, log))
         create, abstract = abstract_state(config, optimizer, mesh)
         count = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
         log(f"{config.name}: {count:,} parameters on {mesh.devices.size} {jax.default_backend()}")
@@ -115,7 +118,8 @@ def train(
             preemption=preemption or closing.enter_context(Preemption()),
             timer=timer,
             progress=metrics.Progress(config.train.steps, config.data.batch_size, timer, log),
-            checkpoints=Checkpoints(workdir, config.checkpoint),
+            check_owner=check_owner,
+            checkpoints=Checkpoints(workdir, config.checkpoint, access="write"),
             faults=Faults(workdir, config.train, _with_timesteps(step_info, config), log),
             profiler=Profiler(workdir, config.train.profile_at),
         )
@@ -150,6 +154,7 @@ class Run:
     preemption: Preemption
     timer: metrics.Timer
     progress: metrics.Progress
+    check_owner: Callable[[], None]
     checkpoints: Checkpoints
     faults: Faults
     profiler: Profiler
@@ -263,11 +268,16 @@ class Run:
     def keep(self, step: int, state: TrainState, report: Mapping[str, Any]) -> None:
         """Saves what is due after `step` updates."""
         ends = step == self.config.train.steps
-        snapshots = self.config.ema.snapshot_every
+        every = self.config.ema.snapshot_every
+        snapshot = bool(every) and (step % every == 0 or ends)
+        checkpoint = step % self.config.checkpoint.every == 0 or ends
+        if not (snapshot or checkpoint):
+            return
         with self.timer.measure("save"):
-            if snapshots and (step % snapshots == 0 or ends):
+            self.check_owner()
+            if snapshot:
                 ema_snapshots.save(self.workdir, step, state.ema, self.config)
-            if step % self.config.checkpoint.every == 0 or ends:
+            if checkpoint:
                 best = self.config.checkpoint.best_metric
                 scores = {best: float(report[best])} if self.config.checkpoint.keep_best else {}
                 self.checkpoints.save(step, state, self.config, scores)
@@ -275,6 +285,7 @@ class Run:
     def stop(self, step: int, state: TrainState) -> NoReturn:
         """Saves and ends the run. Raises Preempted."""
         with self.timer.measure("save"):
+            self.check_owner()
             self.checkpoints.wait()
             if self.checkpoints.latest_step() != step:
                 self.checkpoints.save(step, state, self.config)

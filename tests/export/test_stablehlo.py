@@ -22,7 +22,7 @@ from imagen_jax.io.atomic import OutputError
 from imagen_jax.stages.conditioning import Text
 from imagen_jax.stages.folder import load_stage, write_stage
 from imagen_jax.stages.stage import Stage
-from imagen_jax.training.checkpoint import CheckpointError
+from imagen_jax.training.restore import CheckpointError
 
 WHICH = {"seed": 7, "prompt_index": [1, 5], "sample_index": [0, 2]}
 

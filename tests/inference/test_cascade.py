@@ -16,7 +16,7 @@ from imagen_jax.inference.cascade import Cascade
 from imagen_jax.inference.stage_sampler import image_keys, sample_stage
 from imagen_jax.stages.conditioning import Text
 from imagen_jax.stages.folder import StageError, check_chain, load_stage
-from imagen_jax.training.checkpoint import CheckpointError
+from imagen_jax.training.restore import CheckpointError
 from imagen_jax.training.train import train
 
 

@@ -1,12 +1,15 @@
 """Snapshots of power-function averages: files of a run, resumed runs, unusable snapshots."""
 
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
+from imagen_jax.config import overrides
 from imagen_jax.config.schema import CheckpointConfig, EmaConfig, TrainConfig
+from imagen_jax.interop import weights
 from imagen_jax.training import ema, ema_snapshots
 from imagen_jax.training.ema_snapshots import SnapshotError
 from imagen_jax.training.train import train
@@ -54,15 +57,22 @@ def finished(run, tmp_path_factory):
     return run(workdir), workdir
 
 
-def contents(workdir) -> dict[str, bytes]:
-    folder = workdir / "ema"
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+def contents(workdir) -> dict[str, np.ndarray]:
+    """All arrays of the snapshots, by step, average and parameter."""
+    snapshots, _ = ema_snapshots.find(str(workdir))
+    return {
+        f"{snapshot.profile} {name}": array
+        for snapshot in snapshots
+        for name, array in weights.flatten(snapshot.load()).items()
+    }
 
 
 def test_files_of_a_run(finished, config):
     state, workdir = finished
-    files = {f"{step}/{name}.safetensors" for step in range(1, 8) for name in NAMES}
-    assert set(contents(workdir)) == files | {f"{step}/config.json" for step in range(1, 8)}
+    assert {path.name for path in (workdir / "ema").iterdir()} == {str(n) for n in range(1, 8)}
+    for step in range(1, 8):
+        folder = workdir / "ema" / str(step)
+        assert {"averages", "config"} <= {path.name for path in folder.iterdir()}
     snapshots, saved = ema_snapshots.find(str(workdir))
     assert saved == config
     assert [s.profile for s in snapshots] == [(w, t) for t in range(1, 8) for w in WIDTHS]
@@ -87,7 +97,28 @@ def test_a_killed_and_resumed_run_writes_the_same_snapshots(finished, run, tmp_p
     with pytest.raises(Killed):
         run(tmp_path, killed_at=5)  # two snapshots after the last checkpoint
     run(tmp_path)
-    assert contents(tmp_path) == contents(finished[1])
+    found, expected = contents(tmp_path), contents(finished[1])
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
+def test_snapshots_of_earlier_commits_are_read(config, random_params, tmp_path):
+    """One safetensors file per average, and config.json."""
+    params = random_params(config)
+    for step in (1, 2):
+        folder = tmp_path / "ema" / str(step)
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(overrides.to_json(config))
+        for name in NAMES:
+            weights.write_safetensors(folder / f"{name}.safetensors", weights.flatten(params))
+    snapshots, saved = ema_snapshots.find(str(tmp_path))
+    assert saved == config and len(snapshots) == 6
+    jax.tree.map(np.testing.assert_array_equal, snapshots[0].load(), params)
+    path = tmp_path / "ema" / "1" / "power_0.001.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(SnapshotError, match=f"{path.parent} cannot be read"):
+        snapshots[0].load()
 
 
 def test_an_incomplete_snapshot_is_ignored(finished, tmp_path):
@@ -116,13 +147,14 @@ def test_unusable_snapshots_are_an_error(config, random_params, tmp_path):
     ema_snapshots.save(str(tmp_path), 1, averages, config)  # replaces it
     snapshots, _ = ema_snapshots.find(str(tmp_path))
 
-    path = tmp_path / "ema" / "1" / "power_0.001.safetensors"
-    path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(SnapshotError, match=f"{path} cannot be read"):
+    folder = tmp_path / "ema" / "1"
+    for path in [p for p in (folder / "averages").rglob("*") if p.is_file()]:
+        path.write_bytes(b"")
+    with pytest.raises(SnapshotError, match=f"{folder} cannot be read"):
         snapshots[0].load()
-    path.unlink()
-    with pytest.raises(SnapshotError, match=f"{path} cannot be read"):
+    shutil.rmtree(folder)
+    with pytest.raises(SnapshotError, match=f"{folder} cannot be read"):
         snapshots[0].load()
-    (tmp_path / "ema" / "2" / "config.json").write_text("{")
+    (tmp_path / "ema" / "2" / "config" / "metadata").write_text("{")
     with pytest.raises(SnapshotError, match="ema/2 cannot be read"):
         ema_snapshots.find(str(tmp_path))

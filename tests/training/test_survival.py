@@ -23,10 +23,11 @@ from imagen_jax.parallel.preemption import Preempted
 from imagen_jax.stages.loss import loss_fn, sample_randomness
 from imagen_jax.stages.network import init_params
 from imagen_jax.training import faults
-from imagen_jax.training.checkpoint import CheckpointError, Checkpoints
+from imagen_jax.training.checkpoint import Checkpoints
 from imagen_jax.training.faults import DivergedError
 from imagen_jax.training.optimizer import make_optimizer
 from imagen_jax.training.replay import replay
+from imagen_jax.training.restore import CheckpointError
 from imagen_jax.training.state import create_state
 from imagen_jax.training.step import gradient_of_batch, make_train_step, step_key, step_timesteps
 from imagen_jax.training.train import train
@@ -273,7 +274,7 @@ def test_which_checkpoints_are_kept(base_config, tmp_path):
     params = partitioning.unbox(init_params(base_config, jax.random.key(0)))
     state = create_state(params, optimizer)
     settings = CheckpointConfig(keep=2, keep_every=4, keep_best=1)
-    checkpoints = Checkpoints(str(tmp_path), settings)
+    checkpoints = Checkpoints(str(tmp_path), settings, access="write")
     losses = [9.0, 8.0, 1.0, 7.0, 6.0, 5.0, 6.0, 7.0, 8.0, 9.0]
     for step, loss in enumerate(losses, 1):
         checkpoints.save(step, state, base_config, {"loss": loss})

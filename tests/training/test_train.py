@@ -18,7 +18,7 @@ import pytest
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.overrides import load
 from imagen_jax.config.schema import CheckpointConfig, Config, TrainConfig
-from imagen_jax.training.checkpoint import CheckpointError
+from imagen_jax.training.restore import CheckpointError
 from imagen_jax.training.train import train
 
 SOURCE = pathlib.Path(__file__).parents[2]
