@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from imagen_jax.config import overrides
 from imagen_jax.config.schema import CheckpointConfig, Config, check_sigma_rel
 from imagen_jax.export.check import check
 from imagen_jax.io import atomic
@@ -30,7 +31,8 @@ from imagen_jax.stages.folder import (
 from imagen_jax.stages.network import init_params
 from imagen_jax.stages.stage import Stage
 from imagen_jax.training import ema, ema_snapshots
-from imagen_jax.training.checkpoint import CheckpointError, Checkpoints
+from imagen_jax.training.checkpoint import Checkpoints, newest
+from imagen_jax.training.restore import CheckpointError
 
 
 def export(
@@ -99,20 +101,28 @@ def read_average(workdir: str, step: int = 0) -> tuple[Any, Config, int]:
     if not (pathlib.Path(workdir) / "checkpoints").is_dir():
         raise CheckpointError(f"--workdir={workdir} holds no checkpoints; train first")
     checkpoints = Checkpoints(workdir, CheckpointConfig())
-    steps = checkpoints.steps()
-    if not steps:
+    shapes: dict[str, Any] = {}  # They take longer than a run may need for its next save.
+
+    def choose(steps: list[int]) -> int | None:
+        if steps and step and step not in steps:
+            found = ", ".join(map(str, steps))
+            raise CheckpointError(
+                f"--step={step} is no checkpoint of {workdir}, which has {found}; "
+                "config.checkpoint.keep_every keeps more"
+            )
+        return step or newest(steps)
+
+    def read(chosen: int) -> tuple[Any, Config, int]:
+        config = checkpoints.restore_config(chosen)
+        described = overrides.to_json(config)
+        if described not in shapes:
+            shapes[described] = _abstract_params(config)
+        return checkpoints.restore_ema(chosen, shapes[described]), config, chosen
+
+    found = checkpoints.read(choose, read)
+    if found is None:
         raise CheckpointError(f"--workdir={workdir} holds no complete checkpoint; train first")
-    step = step or steps[-1]
-    if step not in steps:
-        found = ", ".join(map(str, steps))
-        raise CheckpointError(
-            f"--step={step} is no checkpoint of {workdir}, which has {found}; "
-            "config.checkpoint.keep_every keeps more"
-        )
-    config = checkpoints.restore_config(step)
-    params = checkpoints.restore_ema(step, _abstract_params(config))
-    checkpoints.close()
-    return params, config, step
+    return found
 
 
 def export_average(
