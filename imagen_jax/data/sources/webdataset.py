@@ -132,15 +132,18 @@ class WebDatasetReader:
                 if explicit in row:
                     return captions.Captions(texts_of(row[explicit]))
         note = (f"caption without {explicit!r}",) if explicit else ()
+        first: captions.Captions | None = None
         for part in parts:
             if not part.endswith("json"):
                 found = self._text(number, sample[part])
             else:
                 row = self._json(number, sample[part])
                 found = captions.Captions(captions.of_fields(row, self._caption_key))
-            if found.texts or found.fault:
+            blank = not found.fault and not any(caption.strip() for caption in found.texts)
+            first = first or (found if found.texts or found.fault else None)
+            if not blank:
                 return found._replace(notes=(*found.notes, *note))
-        return captions.Captions(())
+        return first or captions.Captions(())
 
     def _text(self, number: int, member: tarfile.TarInfo) -> captions.Captions:
         fault = "" if member.isfile() else "caption unreadable (a link)"
