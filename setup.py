@@ -71,6 +71,8 @@ setuptools.setup(
         "ml_collections>=1.1,<2",
         "numpy>=2.0",
         "pillow>=12",
+        # Checksums of TFRecord files.
+        "google-crc32c>=1.5",
         "scipy>=1.14",
         "jaxtyping>=0.3",
         "charset-normalizer>=3.4",

@@ -133,7 +133,7 @@ def check(section: Any, name: str = "") -> None:
     """
     for path, row, value in _numbers(section, name, name):
         bound = BOUNDS.get(row)
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"config.{path}={value} must be a finite number")
         if bound is not None and not bound.holds(value):
             raise ConfigError(f"config.{path}={value} must be {bound}")

@@ -43,7 +43,7 @@ def _coerce(path: str, hint: Any, value: Any) -> Any:
         return {k: _coerce(f"{path}.{k}", typing.get_args(hint)[1], v) for k, v in value.items()}
     if type(None) in typing.get_args(hint):
         return None if value is None else _coerce(path, _inner(hint), value)
-    if hint is float and type(value) is int:
+    if hint is float and type(value) is int and abs(value) < 2**1000:
         return float(value)
     if typing.get_origin(hint) is None and type(value) is hint:
         return value
@@ -61,6 +61,8 @@ def from_dict(cls: type, values: Any, path: str = "config") -> Any:
     Raises:
       ConfigError: an unknown field, or a value of the wrong type.
     """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{path} must be a section of fields, got {type(values).__name__}")
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
     for name in values:
@@ -314,7 +316,10 @@ RETIRED = ("pretrain_text.mask_rate", "pretrain_text.max_captions")
 
 def from_json(text: str) -> Config:
     """Inverse of `to_json`, of earlier versions too. Raises ConfigError."""
-    values = json.loads(text)
+    try:
+        values = json.loads(text)
+    except RecursionError as error:
+        raise ConfigError("the file is nested too deeply to be a configuration") from error
     if isinstance(values, dict):
         _update(values)
     return from_dict(Config, values)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -27,20 +28,32 @@ def read_rows(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
       Mappings with at least `file` and `prompt`.
 
     Raises:
-      EvaluationError: no such file, or a line without these fields.
+      EvaluationError: no such file, or a line without these fields or with a path out of the
+        folder.
     """
     path = pathlib.Path(folder) / "samples.jsonl"
     if not path.is_file():
         raise EvaluationError(f"no file {path}; give a folder written by `imagen sample`")
     rows = []
-    for number, row in jsonl.read(path, default=None):
-        fields = row if isinstance(row, dict) else {}
-        if not all(isinstance(fields.get(name), str) for name in ("file", "prompt")):
-            raise EvaluationError(f"{path} line {number} must be JSON with `file` and `prompt`")
-        rows.append(row)
+    try:
+        for number, row in jsonl.read(path, default=None):
+            rows.append(_checked_row(row, f"{path} line {number}"))
+    except UnicodeDecodeError as error:
+        raise EvaluationError(f"{path} is not UTF-8 ({error.reason}); sample again") from error
     if not rows:
         raise EvaluationError(f"{path} is empty; sample at least one image")
     return rows
+
+
+def _checked_row(row: Any, where: str) -> dict[str, Any]:
+    """The row. Raises EvaluationError: it lacks a field, or its file is not in the folder."""
+    fields = row if isinstance(row, dict) else {}
+    if not all(isinstance(fields.get(name), str) for name in ("file", "prompt")):
+        raise EvaluationError(f"{where} must be JSON with `file` and `prompt`")
+    file = pathlib.PurePath(fields["file"])
+    if file.is_absolute() or ".." in file.parts or not file.name or "\0" in fields["file"]:
+        raise EvaluationError(f"{where}: file={fields['file']!r} must be a path inside the folder")
+    return fields
 
 
 def by_prompt(folder: str | os.PathLike[str]) -> dict[tuple[str, str], list[dict[str, Any]]]:
@@ -53,18 +66,28 @@ def by_prompt(folder: str | os.PathLike[str]) -> dict[tuple[str, str], list[dict
         key = (row["prompt"], str(row.get("category") or "").strip())
         groups.setdefault(key, []).append(row)
     for rows in groups.values():
-        rows.sort(key=lambda row: (row.get("prompt_index", 0), row.get("sample_index", 0)))
+        rows.sort(key=lambda row: (_number(row, "prompt_index"), _number(row, "sample_index")))
     return groups
+
+
+def _number(row: Mapping[str, Any], name: str) -> float:
+    value = row.get(name)
+    return value if isinstance(value, int | float) else 0
 
 
 def load(folder: str | os.PathLike[str], file: str) -> UInt8[np.ndarray, "h w 3"]:
     """The pixels of an image of the folder.
 
     Raises:
-      EvaluationError: the file is missing or damaged.
+      EvaluationError: the file is missing or damaged, or a link out of the folder.
     """
     path = pathlib.Path(folder) / file
     try:
+        if not path.resolve().is_relative_to(pathlib.Path(folder).resolve()):
+            raise EvaluationError(f"{path} leads out of the folder; copy the image into it")
+        if path.exists() and not path.is_file():
+            raise EvaluationError(f"{path} is no regular file; give an image")
         return images.decode(path.read_bytes())
-    except (OSError, images.ImageError) as error:
-        raise EvaluationError(f"cannot read image {path}: {error}; sample again") from error
+    except (OSError, images.ImageError, UnicodeError, RuntimeError) as error:
+        why = " ".join(str(error).split())
+        raise EvaluationError(f"cannot read image {path}: {why}; sample again") from error

@@ -8,6 +8,7 @@ layouts; `check_parameters` compares them with what a network expects.
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import json
@@ -160,6 +161,10 @@ def open_torch(
             return call()
         except torch_pickle.RefusedError as error:
             raise WeightsError(f"{path} is rejected: {error}") from error
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # An offset before the start of the file.
+                raise
+            raise WeightsError(f"{path} is not a whole torch file: {error}") from error
         except torch_pickle.ERRORS as error:
             raise WeightsError(f"{path} is not a whole torch file of tensors: {error}") from error
 
@@ -212,7 +217,7 @@ def _open_file(path: pathlib.Path, keep: Callable[[str], bool]) -> dict[str, Ten
 def _open_shards(index: pathlib.Path, keep: Callable[[str], bool]) -> dict[str, Tensor]:
     try:
         files = dict(json.loads(index.read_text())["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise WeightsError(f"{index} is not an index of weight shards: {error}") from error
     tensors: dict[str, Tensor] = {}
     for file in sorted({file for name, file in files.items() if keep(name)}):
@@ -238,7 +243,7 @@ def read_config(path: pathlib.Path, kind: str) -> dict[str, Any]:
         raise WeightsError(f"{path} is missing; {kind} has one")
     try:
         return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise WeightsError(f"{path} is not a JSON object: {error}") from error
 
 

@@ -46,12 +46,15 @@ MAX_SCANS = 100
 # First bytes of files of FORMATS; two bytes, as of BMP, prove nothing.
 _SIGNATURES = (png_chunks.SIGNATURE, b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*")
 
+_HEIF = (b"heic", b"heix", b"hevc", b"mif1", b"msf1")  # Brands of HEIC files.
+
 RESIZE_FILTERS: dict[str, Image.Resampling] = {
     "box": Image.Resampling.BOX,
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
+MAX_CAPTION_LINES = 12  # Of a caption in a grid.
 ENLARGING_FILTER = "bicubic"
 
 
@@ -142,6 +145,8 @@ def _opened(data: bytes) -> Iterator[tuple[Image.Image, bytes | None]]:
     except rendering.UnsupportedError as error:
         raise ImageError(f"wrong type ({error})") from None
     except UnidentifiedImageError:
+        if data[4:8] == b"ftyp" and data[8:12] in _HEIF and "HEIF" not in _formats():
+            raise ImageError("wrong type (HEIC; install pillow-heif)") from None
         known = data.startswith(_SIGNATURES) or data[8:12] in (b"WEBP", b"avif")
         reason = "unreadable (damaged header)" if known else "wrong type (not an image)"
         raise ImageError(reason) from None
@@ -178,29 +183,40 @@ def inspect_image(data: bytes, mode: str) -> ImageInfo:
       ImageError: see `decode`.
     """
     with _opened(data) as (image, profile):
-        orientation = rendering.orientation(image)
-        is_16_bit = image.mode.startswith("I") or any(
+        orientation, colours = rendering.orientation(image), image.mode
+        is_16_bit = colours.startswith("I") or any(
             ";16" in str(t.args) for t in getattr(image, "tile", ())
         )
-        # MPO: a JPEG followed by a second one, written by phones.
-        frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-        notes = {
-            "rotated by EXIF": orientation > 1,
-            "converted from CMYK": image.mode == "CMYK",
-            "converted from 16 bits": is_16_bit,
-            f"first frame alone (of {frames})": frames > 1,
-            "transparency over data.background": image.has_transparency_data,
-        }
-        found = [note for note, applies in notes.items() if applies]
+        transparent, profile_note = image.has_transparency_data, ""
         # Pillow turns the size of a TIFF file itself.
         turned = orientation > 4 and image.format != "TIFF"
         size = image.size[::-1] if turned else image.size
         if mode == "decode":
             with BUDGET.hold(image.width * image.height):
-                shown, note = rendering.render(image, profile)
+                shown, profile_note = rendering.render(image, profile)
             size = shown.size
-            found += [note] if note else []
-        return ImageInfo(size, image.format or "", tuple(found))
+            orientation = max(orientation, rendering.orientation(image))
+        frames = _frames(image)
+        notes = {
+            "rotated by EXIF": orientation > 1,
+            "converted from CMYK": colours == "CMYK",
+            "converted from 16 bits": is_16_bit,
+            f"first frame alone (of {frames})": frames > 1,
+            "transparency over data.background": transparent,
+            profile_note: profile_note,
+        }
+        found = tuple(note for note, applies in notes.items() if applies)
+        return ImageInfo(size, image.format or "", found)
+
+
+def _frames(image: Image.Image) -> int:
+    """Number of frames; 1 for a JPEG that another follows, or where later frames are damaged."""
+    if image.format == "MPO":
+        return 1
+    try:
+        return getattr(image, "n_frames", 1)
+    except Exception:  # As in `_opened`.
+        return 1
 
 
 def decode_box(
@@ -354,7 +370,8 @@ def grid(
 
 def _wrap(caption: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     per_letter = font.getlength("abcdefghijklmnopqrstuvwxyz") / 26
-    return "\n".join(textwrap.wrap(caption, max(4, int(width / per_letter))))
+    letters, limit = max(4, int(width / per_letter)), MAX_CAPTION_LINES
+    return "\n".join(textwrap.wrap(caption, letters, max_lines=limit, placeholder="..."))
 
 
 def encode_png(image: UInt8[np.ndarray, "h w 3"]) -> bytes:

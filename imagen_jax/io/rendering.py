@@ -52,7 +52,8 @@ def render(
 def orientation(image: Image.Image) -> int:
     """EXIF orientation, 1..8; 1 where EXIF is damaged."""
     try:
-        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+        # A PNG's own method decodes the file, and nothing would report the damage a second time.
+        value = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
     except Exception:  # Pillow raises many types; the pixels may be intact.
         return 1
     return value if value in _TRANSPOSITIONS else 1

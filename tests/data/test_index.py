@@ -283,7 +283,7 @@ def test_a_truncated_tfrecord_is_refused(prepared, tmp_path):
     copy = tmp_path / path.name
     for cut in (1, 5, len(whole) // 2):
         copy.write_bytes(whole[:-cut])
-        with pytest.raises(ConfigError, match="truncated at byte"):
+        with pytest.raises(ConfigError, match="truncated or damaged at byte"):
             list(tfrecord.read_frames(copy))
     first = 16 + struct.unpack("<Q", whole[:8])[0]
     copy.write_bytes(whole[:first])

@@ -9,8 +9,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
+import struct
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -191,6 +195,31 @@ def save(path: str | os.PathLike[str], gaussian: Gaussian, about: Mapping[str, A
         )
 
 
+# What NumPy and zipfile raise for damaged archives.
+_UNREADABLE = (
+    *(OSError, ValueError, KeyError, TypeError, EOFError, SyntaxError, ArithmeticError),
+    *(AttributeError, MemoryError, RuntimeError, NotImplementedError),
+    *(zipfile.BadZipFile, zlib.error, struct.error, tokenize.TokenError),
+)
+MAX_ARRAY_BYTES = 1 << 30  # The covariance of 2,048 features has 34 MB.
+
+
+def _check_archive(path: str | os.PathLike[str]) -> None:
+    """Raises ValueError unless every array has the size that its header states, within bounds."""
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            if info.file_size > MAX_ARRAY_BYTES:
+                raise ValueError(f"{info.filename} has {info.file_size:,} bytes")
+            with archive.open(info) as file:
+                version = np.lib.format.read_magic(file)
+                read = {(1, 0): np.lib.format.read_array_header_1_0}.get(
+                    version, np.lib.format.read_array_header_2_0
+                )
+                shape, _, dtype = read(file)
+                if math.prod(shape) * dtype.itemsize != info.file_size - file.tell():
+                    raise ValueError(f"{info.filename} is no array of shape {shape}")
+
+
 def load(path: str | os.PathLike[str]) -> tuple[Gaussian, dict[str, Any]]:
     """Reads statistics written by `save`, pytorch-fid, clean-fid or TTUR.
 
@@ -201,12 +230,13 @@ def load(path: str | os.PathLike[str]) -> tuple[Gaussian, dict[str, Any]]:
       EvaluationError: no such file, or no matching `mu` and `sigma` in it.
     """
     try:
+        _check_archive(path)
         with np.load(path, allow_pickle=False) as file:
             mean = np.asarray(file["mu"], np.float64)
             covariance = np.asarray(file["sigma"], np.float64)
             count = int(file["count"]) if "count" in file else 0
             about = json.loads(str(file["about"])) if "about" in file else {}
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except _UNREADABLE as error:
         raise EvaluationError(
             f"cannot read statistics {path}: {error}; give an .npz with mu and sigma"
         ) from error

@@ -82,11 +82,28 @@ def score(key_file: str, result_files: Sequence[str | os.PathLike[str]]) -> dict
 def _read_key(path: str) -> dict[str, Any]:
     try:
         key = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-        if {"id", "study", "names", "questions", "items"} <= set(key):
+        if {"id", "study", "names", "questions", "items"} <= set(key) and _is_key(key):
             return key
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         pass
     raise EvaluationError(f"--key={path} is not a key.json of `evaluate rate_build`")
+
+
+def _is_key(key: Mapping[str, Any]) -> bool:
+    """Whether the fields of a key have the types that `rate_build` writes."""
+    names, texts = key["names"], (key["id"], key["study"], *key["names"], *key["questions"])
+    return (
+        key["study"] in STUDIES
+        and len(names) == 2
+        and all(isinstance(text, str) for text in texts)
+        and all(
+            isinstance(item["prompt"], str)
+            and isinstance(item["category"], str)
+            and isinstance(item["control"], dict)
+            and (item["control"] or item["of"] in (["A", "B"], ["B", "A"], ["A"], ["B"]))
+            for item in key["items"]
+        )
+    )
 
 
 def _expand(paths: Sequence[str | os.PathLike[str]]) -> list[pathlib.Path]:
@@ -104,7 +121,7 @@ def _read_result(path: pathlib.Path, key: Mapping[str, Any]) -> dict[str, Any]:
         result = json.loads(path.read_text(encoding="utf-8"))
         study, rater, answers = result["study"], result["rater"], list(result["answers"])
         result["saved"] = datetime.datetime.fromisoformat(result["saved"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         raise EvaluationError(f"{path} is not a result file of a rater ({error!r})") from error
     if study != key["id"]:
         raise EvaluationError(f"{path} is of study {study}, the key of {key['id']}")
@@ -118,7 +135,7 @@ def _read_result(path: pathlib.Path, key: Mapping[str, Any]) -> dict[str, Any]:
             raise EvaluationError(f"{path}: {answer} lacks {error}") from error
         if not isinstance(item, int) or not 0 <= item < len(key["items"]):
             raise EvaluationError(f"{path}: item={item} must be 0..{len(key['items']) - 1}")
-        if name not in questions:
+        if not isinstance(name, str) or name not in questions:
             raise EvaluationError(f"{path}: {unknown_name('question', str(name), list(questions))}")
         allowed = [known for known, _ in questions[name].answers]
         if value not in allowed:
