@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import json
 import pathlib
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ import numpy as np
 from jaxtyping import Int
 
 from imagen_jax.config.fields import ConfigError
-from imagen_jax.io import jsonl
+from imagen_jax.io import text
 from imagen_jax.text import vocabulary as vocabularies
 from imagen_jax.text.vocabulary import SentencePieceVocabulary
 
@@ -33,18 +32,32 @@ def read(path: str, limit: int) -> list[list[str]]:
         )
     groups = []
     try:
-        for number, group in itertools.islice(jsonl.read(file), limit):
-            if not isinstance(group, list) or not all(isinstance(text, str) for text in group):
-                raise _not_a_group(path, number, json.dumps(group)[:40])
-            groups.append(group)
-    except jsonl.JsonLinesError as error:
-        raise _not_a_group(path, error.line, error.text) from error
+        for number, line in enumerate(text.read_lines(file), start=1):
+            if len(groups) == limit:
+                break
+            if line.text.strip():
+                groups.append(_group(f"{path}:{number}", line))
+    except text.TextError as error:
+        raise ConfigError(f"{path}: {error}; write it as UTF-8") from error
     return groups
 
 
-def _not_a_group(path: str, line: int, got: str) -> ConfigError:
+def _group(where: str, line: text.Line) -> list[str]:
+    """The paraphrases of a line. Raises ConfigError."""
+    try:
+        group = json.loads(line.text)
+    except (ValueError, RecursionError) as error:
+        raise _not_a_group(where, line.text.strip()[:40]) from error
+    if not isinstance(group, list) or not all(isinstance(one, str) for one in group):
+        raise _not_a_group(where, json.dumps(group)[:40])
+    if fault := line.fault or next(filter(None, map(text.fault, group)), ""):
+        raise ConfigError(f"{where}: a text with {fault}; correct or remove the line")
+    return group
+
+
+def _not_a_group(where: str, got: str) -> ConfigError:
     return ConfigError(
-        f"{path}:{line}: {got!r} must be a JSON list of strings, such as "
+        f"{where}: {got!r} must be a JSON list of strings, such as "
         '["a red cross", "one red cross"]'
     )
 

@@ -146,6 +146,15 @@ def test_groups_of_unequal_size_repeat_their_own_captions():
     assert rows.tolist() == [[0, 0, 0], [1, 2, 3], [4, 5, 4]]
 
 
+def test_a_corpus_in_another_encoding_or_with_half_a_character(tmp_path):
+    path = tmp_path / "corpus.jsonl"
+    path.write_bytes('["ein Bär", "l’été"]\n["b"]\n'.encode("cp1252"))
+    assert text_corpus.read(str(path), 9) == [["ein Bär", "l’été"], ["b"]]
+    path.write_text('["b"]\n["half \\ud83d"]\n')
+    with pytest.raises(ConfigError, match=r"corpus.jsonl:2: a text with an unpaired surrogate"):
+        text_corpus.read(str(path), 9)
+
+
 def test_a_corpus_file_is_read_line_by_line(tmp_path):
     path = tmp_path / "corpus.jsonl"
     path.write_text('["a red cross", "one red cross"]\n["zwei Kreise"]\n"no list"\n')
