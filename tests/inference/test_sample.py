@@ -75,6 +75,18 @@ def test_files_and_what_they_say(drawn):
     assert len({pixels(drawn / name).tobytes() for name in names}) == 10
 
 
+def test_the_seed_of_a_row_is_that_of_its_images(cascade, drawn, tmp_path):
+    rows = [{**row, "seed": 3} if row["category"] == "even" else row for row in ROWS]
+    job = dataclasses.replace(JOB, seed=8)
+    sample(cascade, rows, str(tmp_path), job, lambda line: None)
+    said = [json.loads(line)["seed"] for line in (tmp_path / "samples.jsonl").open()]
+    assert said == [3, 3, 8, 8, 3, 3, 8, 8, 3, 3]
+    assert Image.open(tmp_path / "00001_01.png").text["seed"] == "8"
+    for p in range(5):
+        name = f"{p:05d}_01.png"
+        assert (pixels(drawn / name) == pixels(tmp_path / name)).all() == (p % 2 == 0)
+
+
 def test_a_stopped_run_goes_on(cascade, drawn, tmp_path):
     """What is whole stays as it is; what is missing or damaged is drawn, and is the same."""
     folder = shutil.copytree(drawn, tmp_path / "out")
