@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import re
 import unicodedata
@@ -91,17 +92,23 @@ class Lookup:
     def __init__(self, pairs: Iterable[tuple[str, str]]) -> None:
         """Takes (key, name) pairs."""
         self._names: dict[str, list[str]] = {}
-        self._keys: dict[str, set[str]] = {}
         for key, name in pairs:
             self._names.setdefault(key, []).append(name)
-            self._keys.setdefault(key.casefold(), set()).add(key)
 
     def find(self, key: str) -> list[str]:
         """The names with a key."""
         if key in self._names:
             return self._names[key]
-        same = self._keys.get(key.casefold(), set())
-        return self._names[next(iter(same))] if len(same) == 1 else []
+        same = self._by_folded_key.get(key.casefold(), [])
+        return self._names[same[0]] if len(same) == 1 else []
+
+    @functools.cached_property
+    def _by_folded_key(self) -> dict[str, list[str]]:
+        """Keys by their case-folded form; rarely needed."""
+        found: dict[str, list[str]] = {}
+        for key in self._names:
+            found.setdefault(key.casefold(), []).append(key)
+        return found
 
 
 def _resolved(names: Iterable[str]) -> Iterator[str]:
