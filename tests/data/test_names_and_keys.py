@@ -4,12 +4,14 @@ import io
 import json
 import tarfile
 
+import numpy as np
 import pytest
 
 from imagen_jax.cli import main
 from imagen_jax.config.data import DataConfig
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.data.sources import names, registry
+from imagen_jax.io import images
 from tests.reference.odd_folder import encode
 
 JPEG = encode(0)
@@ -268,3 +270,16 @@ def test_multilingual_stamps_need_one_override(stamps, capsys):
     data = DataConfig(kind="folder", path=str(stamps))
     source = registry.open_source(data, log=lambda line: None)
     assert {source.captions(i) for i in range(12)} == {(f"A bird, number {i}.",) for i in range(12)}
+
+
+def test_heic_without_its_plugin_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setattr(images, "_formats", lambda: images.FORMATS)
+    data = b"\0\0\0\x1cftypheic" + bytes(100)
+    source = folder(tmp_path, {"a.HEIC": data, "a.txt": "x", "b.jpg": JPEG, "b.txt": "x"})
+    assert dict(source.report.rejected) == {"a.HEIC": "wrong type (HEIC; install pillow-heif)"}
+
+
+def test_a_grid_stays_small_under_long_captions():
+    pixels = np.zeros((2, 16, 16, 3), np.uint8)
+    sheet = images.grid(pixels, 2, ["red " * 5000, "x" * 3000], scale=2)
+    assert sheet.shape[0] < 32 + 16 * images.MAX_CAPTION_LINES
