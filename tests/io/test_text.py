@@ -1,7 +1,11 @@
 """Text of any origin: encodings are detected, damage is named, nothing is replaced by marks."""
 
+import contextlib
+
+import numpy as np
 import pytest
 
+from imagen_jax.data.sources import captions
 from imagen_jax.io import encodings, text
 
 FRENCH = ["un garçon mange une crêpe", "l’été à la plage", "ÉTÉ À PARIS, un café"]
@@ -130,3 +134,22 @@ def test_tables(tmp_path, delimiter, end, name):
     (tmp_path / "t.csv").write_bytes(end.join([*lines, ""]).encode(name))
     found = [row.fields for row in text.read_csv(tmp_path / "t.csv")]
     assert found == [dict(zip(("file_name", "text"), row, strict=True)) for row in rows[1:]]
+
+
+def test_mutated_texts_and_tables_end_in_text_or_its_own_error(tmp_path):
+    rng = np.random.default_rng(0)
+    kinds = ["utf-8", "utf-16", "utf-16-le", "utf-32", "utf-8-sig"]
+    for number in range(400):
+        data = bytearray(UNICODE[: rng.integers(2, 31)].encode(kinds[number % len(kinds)]))
+        for _ in range(rng.integers(1, 5)):
+            data[rng.integers(len(data))] = rng.integers(256)
+        (tmp_path / "t.csv").write_bytes(b'file_name,text\na.jpg,"' + bytes(data) + b'"\n')
+        with contextlib.suppress(text.TextError):
+            list(text.read_csv(tmp_path / "t.csv"))
+        with contextlib.suppress(text.TextError):
+            captions.of_file(bytes(data), by_line=bool(number % 2))
+            found = text.decode(bytes(data))
+            if isinstance(found, str):
+                text.fault(found)
+            elif name := encodings.detect([found])[0]:
+                assert found.decode(name)

@@ -43,10 +43,14 @@ def of_file(data: bytes, *, by_line: bool) -> Captions:
         content = text.decode(data)
     except text.TextError:
         return Captions((data,))  # Rejected in the index pass, with the reason.
-    if isinstance(content, bytes):
-        # Line ends are the same bytes in all 8-bit encodings and are no second bytes in others.
-        found = of_file(content.decode("latin-1").encode(), by_line=by_line)
-        return found._replace(texts=tuple(str(one).encode("latin-1") for one in found.texts))
+    if isinstance(content, str):
+        return _of_text(content, by_line)
+    # Line ends are the same bytes in all 8-bit encodings and are no second bytes in others.
+    found = _of_text(content.decode("latin-1"), by_line)
+    return found._replace(texts=tuple(str(one).encode("latin-1") for one in found.texts))
+
+
+def _of_text(content: str, by_line: bool) -> Captions:
     lines = jsonl.split_lines(content)
     kept = lines[:1] + [line for line in lines[1:] if not _TRANSLATION.match(line)]
     notes = []
