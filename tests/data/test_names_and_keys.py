@@ -149,6 +149,11 @@ def test_an_explicit_column_comes_before_all_others(tmp_path):
     assert captions(source) == {"a.jpg": ("new",), "b.jpg": ("alt",)}
 
 
+def test_a_column_without_a_name_is_no_caption(tmp_path):
+    files = {"a.jpg": JPEG, "metadata.csv": "file_name,text,\na.jpg,a caption,\n"}
+    assert captions(folder(tmp_path, files)) == {"a.jpg": ("a caption",)}
+
+
 def test_one_bad_row_rejects_its_image_alone(tmp_path):
     rows = "file_name,text\na.jpg,a red, round ball\nb.jpg,a ball\nc.jpg,nul\0\n"
     source = folder(tmp_path, {**{f"{n}.jpg": JPEG for n in "abc"}, "metadata.csv": rows})

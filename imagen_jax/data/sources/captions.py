@@ -78,4 +78,5 @@ def explicit_key(key: str) -> str:
 
 def of_fields(fields: Mapping[str, Any], key: str = "") -> tuple[Caption, ...]:
     """The captions in a row or a JSON object: those of `key`, else of text, caption or prompt."""
-    return next((texts_of(fields[name]) for name in (key, *_FIELDS) if name in fields), ())
+    keys = [name for name in (key, *_FIELDS) if name and name in fields]
+    return texts_of(fields[keys[0]]) if keys else ()

@@ -185,7 +185,8 @@ class Folder:
             match = found.named(image) if image else ""
             if match:
                 texts = () if row.fault else captions.of_fields(row.fields, self._key)
-                level = _EXPLICIT if self._key in row.fields else found.level(match)
+                explicit = bool(self._key) and self._key in row.fields
+                level = _EXPLICIT if explicit else found.level(match)
                 found.add(match, captions.Captions(texts, row.notes, row.fault), level)
             else:
                 has = f"; the row has {', '.join(row.fields)}" if row.fields else ""
