@@ -144,8 +144,8 @@ def test_a_table_in_parquet(tmp_path):
 
 def test_an_explicit_column_comes_before_all_others(tmp_path):
     files = {"a.jpg": JPEG, "a.txt": "alt", "b.jpg": JPEG, "b.txt": "alt"}
-    files["metadata.csv"] = "file_name,text,recaption\na.jpg,alt,new\n"
-    source = folder(tmp_path, files, caption_key="recaption")
+    files["metadata.csv"] = "file_name,text,Recaption\na.jpg,alt,new\n"
+    source = folder(tmp_path, files, caption_key="Recaption")
     assert captions(source) == {"a.jpg": ("new",), "b.jpg": ("alt",)}
 
 

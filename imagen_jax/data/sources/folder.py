@@ -184,9 +184,11 @@ class Folder:
         for number, row, image in _rows(self.root, path):
             match = found.named(image) if image else ""
             if match:
-                texts = () if row.fault else captions.of_fields(row.fields, self._key)
-                explicit = bool(self._key) and self._key in row.fields
-                level = _EXPLICIT if explicit else found.level(match)
+                # The header of a .csv is in lower case.
+                asked = (key for key in (self._key, self._key.lower()) if key in row.fields)
+                key = next(asked, "") if self._key else ""
+                texts = () if row.fault else captions.of_fields(row.fields, key)
+                level = _EXPLICIT if key else found.level(match)
                 found.add(match, captions.Captions(texts, row.notes, row.fault), level)
             else:
                 has = f"; the row has {', '.join(row.fields)}" if row.fields else ""
