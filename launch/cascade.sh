@@ -5,7 +5,7 @@
 # Each stage trains with --config=FILE:NAME --workdir=DIR/NAME, writes to DIR/NAME.log (--logs: to
 # another folder) and is reported when it ends. The exit status is the first that is not 0, or 0.
 # SIGTERM and SIGINT are passed on.
-#   --launcher=local   on this machine, restarted after exit status 75
+#   --launcher=local   on this machine, restarted by launch/keep_running.sh
 #              --gpus=0,1,...  the GPU of each stage, in order
 #   --launcher=tpu_vm|slurm|xpk|gke   launch/tpu_vm.sh resume, launch/slurm.sh, launch/xpk.sh or
 #              launch/gke_jobset.sh with --name=PREFIX-NAME (--name=PREFIX, imagen) and all

@@ -6,16 +6,16 @@
 # --nodes: machines of a slice, or GPU machines; --chips: TPU chips or GPUs of each.
 #   --slices=1              TPU slices, connected by the data-centre network
 #   --spot                  on Spot nodes
-#   --max_restarts=N        after failures that are not preemptions (10)
+#   --max_restarts=N        after status 75 and all other failures (50)
 #   --grace=SECONDS         time to save when a node is drained (600)
 #   --namespace=default --service_account=default
 #   --python=python         interpreter in the image
 #   --template=FILE         another file than launch/gke_jobset.yaml, with the same placeholders
 #   --dry_run               print the JobSet instead of applying it
-# Exit status 75 and lost nodes restart the run without limit.
+# Lost and drained nodes restart the run without limit. JobSet restarts without a delay.
 set -euo pipefail
 name='' image='' accelerator='' topology='' nodes='' chips='' config='' workdir='' spot='' slices=1
-max_restarts=10 grace=600 namespace=default service_account=default python=python
+max_restarts=50 grace=600 namespace=default service_account=default python=python
 template=$(dirname "$0")/gke_jobset.yaml
 # shellcheck source=lib.sh
 source "$(dirname "$0")/lib.sh"
@@ -29,7 +29,7 @@ need_number nodes 4
 need_number chips 4
 need_number slices 2
 need_number grace 600
-need_number max_restarts 10 0
+need_number max_restarts 50 0
 train_line "$python"
 
 # A JSON string, which is YAML too.

@@ -128,6 +128,10 @@ run() {
   fi
 }
 
+# restartable STATUS: 75 (preempted and saved, hung, or another process of the run is lost), or ended
+# by a signal: JAX aborts when the coordinator is lost, and the kernel kills what exceeds memory.
+restartable() { [ "$1" -eq 75 ] || [ "$1" -gt 128 ]; }
+
 # Passes SIGTERM and SIGINT on to every background command from here on; sets `signalled` on a signal.
 forward_signals() {
   # shellcheck disable=SC2034 # read by the scripts

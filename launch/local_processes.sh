@@ -8,7 +8,7 @@
 # passed on to all.
 # The exit status is that of the first process that ends with another one than 0, else 0. When a
 # process fails, the others would wait for it without end: they get SIGTERM and, --grace (60) seconds
-# later, SIGKILL. After status 75 (preempted) they get no SIGTERM, as they are saving too.
+# later, SIGKILL. After status 75 they get no SIGTERM: they are saving, or find the lost process too.
 set -euo pipefail
 port='' grace=60
 # shellcheck source=lib.sh

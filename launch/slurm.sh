@@ -4,20 +4,25 @@
 #       [--nodes=1] [options] [--config.a.b=value ...]
 #   --partition=NAME     the cluster's default if not given
 #   --cpus_per_gpu=8     cores that decode images
+#   --max_restarts=100   preemptions count too
 #   --name=imagen        of the job; its log is NAME-JOB.log
 #   --sbatch='OPTIONS'   more of sbatch's own, e.g. --sbatch='--account=lab --exclusive'
 #   --dry_run
 # 120 s before the limit, or when the job is preempted, the training saves and exits with status
-# 75; the job then queues again and resumes. The job runs launch/slurm_job.sh.
+# 75. It exits with 75 or by a signal if it hangs or a node is lost. The job then queues again and
+# resumes. The job runs launch/slurm_job.sh.
 set -euo pipefail
 gpus_per_node='' time='' config='' workdir='' nodes=1 partition='' cpus_per_gpu=8 name=imagen sbatch=''
+max_restarts=100
 # shellcheck source=lib.sh
 source "$(dirname "$0")/lib.sh"
-parse "gpus_per_node= time= config= workdir= nodes= partition= cpus_per_gpu= name= sbatch=" "$@"
+parse "gpus_per_node= time= config= workdir= nodes= partition= cpus_per_gpu= name= sbatch=
+  max_restarts=" "$@"
 [ ${#words[@]} -eq 0 ] || refuse "${words[0]} is not an option; see --help"
 need_number gpus_per_node 8
 need_number nodes 2
 need_number cpus_per_gpu 8
+need_number max_restarts 100 0
 need time 24:00:00
 train_line "$(default_python)"
 
@@ -30,4 +35,5 @@ options+=("--ntasks-per-node=$gpus_per_node" "--cpus-per-task=$cpus_per_gpu")
 # To the processes only: the script must stay alive to queue the job again.
 options+=(--signal=TERM@120 --requeue)
 read -ra more <<<"$sbatch"
-run sbatch "${options[@]}" "${more[@]}" "$(dirname "$0")/slurm_job.sh" "${train[@]}"
+run sbatch "${options[@]}" "${more[@]}" "$(dirname "$0")/slurm_job.sh" "$max_restarts" \
+  "${train[@]}"

@@ -12,8 +12,8 @@
 #   stop     save and end the training; `start` resumes it
 #   delete   delete the slice [--queued]
 # --queued requests the slice as a queued resource of the same name, the usual way to get --spot
-# machines; give it to create, resume and delete alike. Workers restart the training for as long as
-# it exits with status 75. `gcloud` reaches several workers with a key in ssh-agent:
+# machines; give it to create, resume and delete alike. Workers restart the training after status 75
+# and after a signal, as launch/keep_running.sh does. `gcloud` reaches several workers with a key in ssh-agent:
 # ssh-add ~/.ssh/google_compute_engine
 set -euo pipefail
 name='' zone='' project='' accelerator='' runtime='' config='' workdir='' spot='' queued='' worker=0

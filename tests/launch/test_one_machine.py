@@ -1,4 +1,4 @@
-"""launch/local_processes.sh and keep_running.sh: several processes of a run, restarts after 75."""
+"""launch/local_processes.sh and keep_running.sh: several processes of a run, and restarts."""
 
 import pathlib
 import signal
@@ -107,12 +107,27 @@ def test_signals_reach_all_processes_once(number, says, status):
     ]
 
 
-def test_keep_running_restarts_only_after_75(tmp_path):
-    code = f"echo run >>{tmp_path}/runs; [ $(wc -l <{tmp_path}/runs) -lt 3 ] && exit 75; exit 4"
+@pytest.mark.parametrize(("end", "status"), [("exit 75", 75), ("kill -KILL $$", 137)])
+def test_keep_running_restarts_after_75_and_signals(end, status, tmp_path):
+    code = f"echo run >>{tmp_path}/runs; [ $(wc -l <{tmp_path}/runs) -lt 3 ] && {end}; exit 4"
     result = launch("keep_running.sh", "--delay=0", "bash", "-c", code)
     assert result.returncode == 4
     assert (tmp_path / "runs").read_text() == "run\n" * 3
-    assert result.stderr.count("status 75; starting again") == 2
+    assert result.stderr.count(f"status {status}; starting again") == 2
+
+
+@pytest.mark.parametrize(("delay", "waits"), [(4, ["4", "8", "16"]), (200, ["200", "300"])])
+def test_keep_running_has_a_limit_and_waits_longer_each_time(delay, waits, tmp_path):
+    (tmp_path / "sleep").write_text("#!/bin/sh\n")
+    (tmp_path / "sleep").chmod(0o755)
+    options = (f"--delay={delay}", f"--max_restarts={len(waits)}")
+    code = f"echo run >>{tmp_path}/runs; exit 75"
+    result = launch("keep_running.sh", *options, "bash", "-c", code, path=tmp_path)
+    assert result.returncode == 75
+    assert (tmp_path / "runs").read_text() == "run\n" * (len(waits) + 1)
+    lines = result.stderr.splitlines()
+    assert [line.split()[-2] for line in lines[:-1]] == waits
+    assert lines[-1] == f"keep_running.sh: status 75 after --max_restarts={len(waits)} short runs"
 
 
 @pytest.mark.parametrize(
