@@ -168,7 +168,7 @@ def _add_networks(parser: argparse.ArgumentParser) -> None:
         help="Hugging Face CLIP: adds CMMD, and to fid30k the CLIP score",
     )
     parser.add_argument(
-        "--resamples", type=int, default=fid.RESAMPLES, help="bootstrap resamples of the interval"
+        "--resamples", type=int, default=fid.RESAMPLES, help="groups of the jackknife interval"
     )
 
 

@@ -95,7 +95,7 @@ def _add_measures(parser: argparse.ArgumentParser) -> None:
         "--resamples",
         type=int,
         default=fid.RESAMPLES,
-        help="bootstrap resamples of the intervals",
+        help="groups of the jackknife intervals",
     )
 
 

@@ -254,3 +254,25 @@ def test_links_in_a_tar_are_not_followed(tmp_path):
             shard.addfile(info)
     keys, rejected = index(tmp_path / "x.tar", "webdataset")
     assert keys == [] and set(rejected.values()) == {"no regular file (a link)"}
+
+
+def test_an_index_without_a_home_is_found_again(tmp_path, monkeypatch):
+    """Read-only data and no home folder, as in a container: one place for all commands."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.png").write_bytes(png())
+    (tmp_path / "data" / "a.txt").write_text("a")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    monkeypatch.setattr(scan.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    access = os.access
+    data = str(tmp_path / "data")
+    monkeypatch.setattr(os, "access", lambda p, m: not str(p).startswith(data) and access(p, m))
+    source = SourceConfig(kind="folder", path=data)
+    with pytest.warns(UserWarning, match="XDG_CACHE_HOME"):
+        first = scan.cached_index(Folder(source), source)
+    monkeypatch.setattr(scan, "build", lambda *_: pytest.fail("the index is built again"))
+    second = scan.cached_index(Folder(source), source)
+    assert first[2] == second[2] and first[2].is_relative_to(tmp_path / "tmp")
+    assert not (tmp_path / "~").exists()

@@ -131,11 +131,16 @@ def inception_file(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_fid_of_a_folder_with_itself_and_with_saved_statistics(captioned, inception_file, tmp_path):
+def test_fid_of_a_folder_with_itself_and_with_saved_statistics(
+    captioned, inception_file, tmp_path, monkeypatch, capsys
+):
     flags = [f"--samples={captioned}", f"--inception={inception_file}", "--batch_size=3"]
     flags += ["--resamples=3", f"--out={tmp_path}/card.json"]
     saved = f"{tmp_path}/reference.npz"
     more = [f"--reference={captioned}", f"--save_reference={saved}"]
+    assert main.main(["evaluate", "fid", *flags, *more]) == 1
+    assert "9 images of the samples give no FID; at least 50" in capsys.readouterr().err
+    monkeypatch.setattr(fid, "LEAST_IMAGES", 2)
     assert main.main(["evaluate", "fid", *flags, *more]) == 0
     card = json.loads((tmp_path / "card.json").read_text())
     assert card["fid"] < 1e-3 and card["low"] <= card["fid"] <= card["high"]

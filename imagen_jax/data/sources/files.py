@@ -71,6 +71,10 @@ class Files:
         self._open: dict[int, int] = {}
         self._lock = threading.Lock()
 
+    def __del__(self) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+
     def read(self, number: int, offset: int, size: int) -> bytes:
         """Reads `size` bytes of file `number` at `offset`. Raises ImageError: it is shorter."""
         if len(self.paths) <= MAX_OPEN_FILES:

@@ -30,10 +30,13 @@ from imagen_jax.io import images
 from imagen_jax.models.inception import Inception
 
 SQUARE_FILTER = "bicubic"
-# Bootstrap resamples: the interval's half width then has a relative error of about 10%.
+# Groups of the jackknife: the interval's half width then has a relative error of about 10%.
 RESAMPLES = 50
 # Precision and recall depend on the number of images; at most this many of each are compared.
 PRECISION_RECALL_IMAGES = 10_000
+KID_IMAGES = 10_000  # Of each set; the time grows with the square.
+# A score of fewer images says more about their number than about the images.
+LEAST_IMAGES = 50
 
 
 class Settings(NamedTuple):
@@ -45,7 +48,7 @@ class Settings(NamedTuple):
       size: side of the images, pixels; 0: the shorter side of the first sample.
       clip: Hugging Face CLIP folder for CMMD; "": none.
       batch_size: images per batch.
-      resamples: bootstrap resamples of the interval.
+      resamples: groups of images of the jackknife.
     """
 
     inception: str
@@ -150,7 +153,8 @@ def evaluate(
       The card, and the reference, whose statistics can be saved.
 
     Raises:
-      EvaluationError, WeightsError: something is missing or does not fit.
+      EvaluationError, WeightsError: something is missing or does not fit, or there are fewer than
+        LEAST_IMAGES images.
     """
     network, about = inception_network(settings.inception, settings.filter)
     generated, size = load_images(samples_dir, settings.size)
@@ -161,6 +165,12 @@ def evaluate(
         compared = read_reference(reference, about)
     else:
         compared = compute_reference(extractor, load_images(reference, size)[0], about)
+    for name, count in (("samples", generated.count), ("reference", _count(compared))):
+        if 0 < count < LEAST_IMAGES:
+            raise EvaluationError(
+                f"{count} images of the {name} give no FID; at least {LEAST_IMAGES} are needed, "
+                "and comparable scores need thousands, of equal number"
+            )
     card = {"card": "fid", **score(extractor, generated, compared, settings.resamples), **about}
     return card, compared
 
@@ -236,7 +246,7 @@ def score(
       extractor: the feature networks.
       generated: generated images.
       reference: the reference; without its features only the FID is computed.
-      resamples: bootstrap resamples of the interval.
+      resamples: groups of images of the jackknife.
     """
     parts = extractor.features(generated, "samples")
     own = parts.features()
@@ -253,8 +263,11 @@ def score(
     }
     if reference.parts is not None:
         real = reference.parts.features()
-        kid = distances.kid(own, real)
-        numbers |= {"kid": kid.value, "kid_error": _number(kid.error)}
+        pairs = [_subset(x, min(len(x), KID_IMAGES)) for x in (own, real)]
+        kid = distances.kid(*pairs)
+        numbers |= {f"kid_{name}": value for name, value in kid._asdict().items()}
+        numbers["kid"] = numbers.pop("kid_value")
+        numbers["kid_images"] = [len(x) for x in pairs]
         least = min(len(own), len(real), PRECISION_RECALL_IMAGES)
         if least > distances.NEIGHBOURS:
             own, real = _subset(own, least), _subset(real, least)
@@ -272,9 +285,9 @@ def _subset(features: np.ndarray, count: int) -> np.ndarray:
     return features[np.sort(np.random.default_rng(0).permutation(len(features))[:count])]
 
 
-def _number(value: float) -> float | None:
-    """None for NaN, which JSON lacks."""
-    return None if np.isnan(value) else value
+def _count(reference: Reference) -> int:
+    """Number of images of the reference; 0: unknown."""
+    return reference.parts.count if reference.parts else reference.gaussian.count
 
 
 def _sha256_of_file(path: str) -> str:

@@ -136,18 +136,20 @@ class Interval(NamedTuple):
 def distance_interval(
     features: Float[np.ndarray, "n d"], reference: Gaussian, *, resamples: int, seed: int = 0
 ) -> Interval:
-    """Distance of images to a reference, with a bootstrap interval over the images.
+    """Distance of images to a reference, with an interval over new images of that number.
 
-    The interval is the distance plus and minus Student's quantile times the standard deviation of
-    the distances of bootstrap resamples; the reference is fixed. Percentiles are unsuitable: a
-    resample repeats images, has a smaller effective covariance and hence a larger distance than the
-    images themselves.
+    The interval is the distance plus and minus Student's quantile times the standard error of the
+    grouped jackknife: the images without one of `resamples` groups at a time. The reference is
+    fixed. A bootstrap is unsuitable: a resample repeats images, has a smaller effective covariance
+    and varies up to four times as much. The interval does not cover the bias of the FID, which
+    falls with the number of images. It is too wide (1.4 times) where the images are nearly those of
+    the reference.
 
     Args:
       features: features of the images.
       reference: statistics of the reference.
-      resamples: number of bootstrap resamples, at least 2.
-      seed: seed of the resamples.
+      resamples: number of groups, at least 2; at most one for each image.
+      seed: seed of the groups.
     """
     own = Statistics.of(features).gaussian()
     _check_sizes(own, reference)
@@ -155,26 +157,23 @@ def distance_interval(
     value = _distance(own, reference, factor)
     centred = np.asarray(features, np.float64) - own.mean
     # The squared singular values are the eigenvalues of F^T C F, and C is a sum over images.
-    projected = centred @ factor
-    norms, count = (centred**2).sum(1), len(centred)
-    distances = []
-    for number in range(resamples):
-        rng = np.random.default_rng([seed, number])
-        repeats = rng.multinomial(count, np.full(count, 1 / count))
-        rows = np.flatnonzero(repeats)
-        weights = repeats[rows].astype(np.float64)
-        shift, projected_shift = weights @ centred[rows] / count, weights @ projected[rows] / count
-        weighted = (projected[rows] - projected_shift) * np.sqrt(weights)[:, None]
-        few = len(weighted) < weighted.shape[1]
+    projected, trace = centred @ factor, np.trace(reference.covariance)
+    norms, groups = (centred**2).sum(1), min(resamples, len(centred) // 2)
+    order, distances = np.random.default_rng(seed).permutation(len(centred)), []
+    for left_out in np.array_split(order, groups):
+        rows = np.delete(np.arange(len(centred)), left_out)
+        count, shift = len(rows), centred[rows].mean(0)
+        weighted = projected[rows] - projected[rows].mean(0)
         # W W^T and W^T W have the same non-zero eigenvalues.
-        inner = weighted @ weighted.T if few else weighted.T @ weighted
-        squares = np.linalg.eigvalsh(inner / (count - 1))
-        overlap = np.sqrt(np.maximum(squares, 0)).sum()
+        inner = weighted @ weighted.T if count < weighted.shape[1] else weighted.T @ weighted
+        overlap = np.sqrt(np.maximum(np.linalg.eigvalsh(inner / (count - 1)), 0)).sum()
         gap = own.mean + shift - reference.mean
-        trace = (weights @ norms[rows] - count * shift @ shift) / (count - 1)
-        distances.append(gap @ gap + trace + np.trace(reference.covariance) - 2 * overlap)
-    half = stats.t.ppf((1 + CONFIDENCE) / 2, resamples - 1) * np.std(distances, ddof=1)
-    return Interval(value, max(value - float(half), 0.0), value + float(half))
+        own_trace = (norms[rows].sum() - count * shift @ shift) / (count - 1)
+        distances.append(gap @ gap + own_trace + trace - 2 * overlap)
+    spread = np.sum((np.array(distances) - np.mean(distances)) ** 2)
+    error = float(np.sqrt((groups - 1) / groups * spread))
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, groups - 1)) * error
+    return Interval(value, max(value - half, 0.0), value + half)
 
 
 def save(path: str | os.PathLike[str], gaussian: Gaussian, about: Mapping[str, Any]) -> None:
