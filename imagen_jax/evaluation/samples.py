@@ -70,7 +70,7 @@ def by_prompt(folder: str | os.PathLike[str]) -> dict[tuple[str, str], list[dict
     return groups
 
 
-def _number(row: Mapping[str, Any], name: str) -> float:
+def _number(row: Mapping[str, Any], name: str) -> int | float:
     value = row.get(name)
     return value if isinstance(value, int | float) else 0
 

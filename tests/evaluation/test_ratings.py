@@ -111,7 +111,7 @@ def test_rates_exclusions_and_files(study, tmp_path):
     assert code == 0
     card = json.loads((tmp_path / "scores" / "ratings.json").read_text())
     assert card["raters"] == 4
-    assert card["excluded"] == {"careless": "0 of 4 control questions as expected"}
+    assert card["excluded"] == {"careless": "0 of 10 control items as expected"}
     groups = card["questions"]["fidelity"]["groups"]
     assert list(groups) == ["all", "no people", "Colors", "Text"]
     rates = {g: {k: v["mean"] for k, v in e["rates"].items()} for g, e in groups.items()}
@@ -145,7 +145,7 @@ def test_a_rater_without_control_answers_is_excluded(study, tmp_path):
     result = json.loads(path.read_text())
     result["answers"] = [a for a in result["answers"] if not key["items"][a["item"]]["control"]]
     path.write_text(json.dumps(result))
-    with pytest.raises(EvaluationError, match="no rater counts.*no control question answered"):
+    with pytest.raises(EvaluationError, match="no rater counts.*no control item answered"):
         score.score(str(out / "key.json"), [path])
 
 
@@ -221,3 +221,44 @@ def test_folders_that_do_not_match_are_rejected(write_samples, tmp_path):
     build.build(a, a, str(tmp_path / "s"), study="drawbench")
     with pytest.raises(EvaluationError, match="holds a study already"):
         build.build(a, a, str(tmp_path / "s"), study="drawbench")
+
+
+GUESSES = {
+    "drawbench": ("left", "indifferent", "right"),
+    "photorealism": ("left", "right"),
+    "alignment": ("yes", "somewhat", "no"),
+}
+
+
+@pytest.mark.parametrize("kind", GUESSES)
+@pytest.mark.parametrize("manner", ["any answer", "one of two answers", "always the first"])
+def test_a_rater_who_guesses_is_excluded(write_samples, tmp_path, kind, manner):
+    """Of 400 raters who do not look, about 3% or fewer count; an attentive one always does."""
+    a, b = write_samples("a", ROWS[:4]), write_samples("b", ROWS[:4])
+    key = build.build(a, b, str(tmp_path / "s"), study=kind, seed=2)
+    rng, choices = np.random.default_rng(0), GUESSES[kind]
+    if manner == "one of two answers":
+        choices = (choices[0], choices[-1])
+
+    def answers(attentive: bool) -> dict:
+        first = choices[0]
+        return {
+            ("r", number, question): item["control"][question]
+            if attentive and item["control"]
+            else (first if manner == "always the first" else str(rng.choice(choices)))
+            for number, item in enumerate(key["items"])
+            for question in key["questions"]
+        }
+
+    passed = sum(not score._excluded(key, answers(False)) for _ in range(400))
+    assert passed <= 400 * 0.06
+    assert score._excluded(key, answers(True)) == {}
+
+
+def test_one_control_item_proves_nothing(write_samples, tmp_path):
+    a, b = write_samples("a", ROWS[:4]), write_samples("b", ROWS[:4])
+    key = build.build(a, b, str(tmp_path / "s"), study="photorealism", seed=2)
+    number = next(i for i, item in enumerate(key["items"]) if item["control"])
+    answer = key["items"][number]["control"]["photorealism"]
+    excluded = score._excluded(key, {("r", number, "photorealism"): answer})
+    assert excluded == {"r": "1 of 1 control items as expected, as guesses give in 50% of cases"}

@@ -25,6 +25,7 @@ from imagen_jax.io import atomic, images
 
 PLAIN_COLORS = {"red": (215, 30, 30), "green": (30, 150, 50), "blue": (30, 60, 215)}
 CONTROL_SIZE = 256
+LEAST_CONTROLS = 5  # A rater who guesses between two answers has all five right in 3% of cases.
 ImageArray = UInt8[np.ndarray, "h w 3"]
 # An item whose `sides` hold functions that load images.
 Item = dict[str, Any]
@@ -49,7 +50,7 @@ def build(
       study: a row of STUDIES.
       names: names of the two folders in tables and charts; hidden from raters.
       seed: seed of item order, sides, file names and control questions.
-      controls: control items per item, at least one in each category unless 0.
+      controls: control items per item, at least LEAST_CONTROLS in each category unless 0.
 
     Returns:
       The key.
@@ -119,7 +120,9 @@ def _control_items(
     controls = []
     for category in dict.fromkeys(item["category"] for item in items if share):
         members = [item for item in items if item["category"] == category]
-        chosen = rng.permutation(len(members))[: max(1, round(share * len(members)))]
+        # A rater may choose one category. Few members are used more than once.
+        count = max(LEAST_CONTROLS, round(share * len(members)))
+        chosen = np.resize(rng.permutation(len(members)), count)
         for index in chosen:
             first = len(controls) % 2 == 0
             if study.side_by_side:

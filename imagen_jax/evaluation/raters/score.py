@@ -1,8 +1,9 @@
 """Merges raters' result files into preference rates with intervals (Sec. 4.2 and 4.3).
 
-Rules: a rater is excluded with fewer than 80% of the control questions answered as expected, or
-with none answered if the study has any. If two files of a rater answer the same question, the file
-saved last counts. Intervals are over new raters and new prompts (`intervals.crossed_mean`).
+Rules: a rater is excluded with fewer than 80% of the control items answered as expected, or with so
+few that a rater who guesses between two answers does as well in one of twenty cases. If two files
+of a rater answer the same question, the file saved last counts. Intervals are over new raters and
+new prompts (`intervals.crossed_mean`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
+from scipy import stats
 
 from imagen_jax.config.fields import unknown_name
 from imagen_jax.evaluation import charts
@@ -25,6 +27,7 @@ from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.io import atomic
 
 MIN_CONTROLS = 0.8
+MAX_BY_CHANCE = 0.05
 ALL_PROMPTS, NO_PEOPLE = "all", "no people"
 
 
@@ -68,7 +71,8 @@ def score(key_file: str, result_files: Sequence[str | os.PathLike[str]]) -> dict
         "study": key["study"],
         "id": key["id"],
         "names": key["names"],
-        "rule": f"at least {MIN_CONTROLS:.0%} of the control questions answered as expected",
+        "rule": f"at least {MIN_CONTROLS:.0%} of the control items as expected, and more than "
+        f"guesses give in {MAX_BY_CHANCE:.0%} of cases",
         "raters": len(raters),
         "excluded": excluded,
         "questions": {
@@ -156,19 +160,29 @@ def _merge(results: Sequence[Mapping[str, Any]]) -> Answers:
 
 
 def _excluded(key: Mapping[str, Any], answers: Answers) -> dict[str, str]:
-    """Excluded raters with the reason."""
-    right: dict[str, list[bool]] = {rater: [] for rater, _, _ in answers}
+    """Excluded raters with the reason.
+
+    An item counts once, whatever the number of its questions: their answers are not independent.
+    """
+    right: dict[str, dict[int, bool]] = {rater: {} for rater, _, _ in answers}
     for (rater, item, question), answer in answers.items():
         if expected := key["items"][item]["control"].get(question):
-            right[rater].append(answer == expected)
+            right[rater][item] = right[rater].get(item, True) and answer == expected
     if not any(item["control"] for item in key["items"]):
         return {}
     excluded = {}
-    for rater, marks in sorted(right.items()):
+    for rater, of_items in sorted(right.items()):
+        marks = list(of_items.values())
+        by_chance = stats.binom.sf(sum(marks) - 1, len(marks), 0.5)
         if not marks:
-            excluded[rater] = "no control question answered"
+            excluded[rater] = "no control item answered"
         elif sum(marks) < MIN_CONTROLS * len(marks):
-            excluded[rater] = f"{sum(marks)} of {len(marks)} control questions as expected"
+            excluded[rater] = f"{sum(marks)} of {len(marks)} control items as expected"
+        elif by_chance > MAX_BY_CHANCE:
+            excluded[rater] = (
+                f"{sum(marks)} of {len(marks)} control items as expected, as guesses give in "
+                f"{by_chance:.0%} of cases"
+            )
     return excluded
 
 
