@@ -9,11 +9,14 @@ import argparse
 
 from imagen_jax.cli import wiring
 from imagen_jax.export import export
+from imagen_jax.io import paths
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
-    parser.add_argument("--workdir", required=True, help="folder of the training run")
+    parser.add_argument(
+        "--workdir", required=True, type=paths.required_flag, help="folder of the training run"
+    )
     parser.add_argument(
         "--sigma_rel",
         required=True,
@@ -24,10 +27,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--step", type=int, help="last step of the average; default: that of the last snapshot"
     )
-    parser.add_argument("--out", required=True, help="stage folder to write")
+    parser.add_argument(
+        "--text_encoder", default="", type=paths.flag, help="encoder folder, if it has moved"
+    )
+    parser.add_argument(
+        "--out", required=True, type=paths.required_flag, help="stage folder to write"
+    )
 
 
 def run(flags: argparse.Namespace) -> None:
     """Runs the verb."""
     wiring.set_up_devices(1)
-    export.export_average(flags.workdir, flags.out, sigma_rel=flags.sigma_rel, step=flags.step)
+    export.export_average(
+        flags.workdir,
+        flags.out,
+        sigma_rel=flags.sigma_rel,
+        step=flags.step,
+        text_encoder=flags.text_encoder,
+    )

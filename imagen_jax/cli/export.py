@@ -14,6 +14,7 @@ from imagen_jax.config.fields import ConfigError
 from imagen_jax.evaluation import report
 from imagen_jax.export import convert, stablehlo
 from imagen_jax.export import export as export_lib
+from imagen_jax.io import paths
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,9 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workdir",
         required=True,
+        type=paths.required_flag,
         help="folder of the training run; for stablehlo and diffusers, or a stage folder",
     )
-    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--out", required=True, type=paths.required_flag, help="folder to write")
     parser.add_argument(
         "--format",
         choices=["native", "stablehlo", "diffusers"],
@@ -31,10 +33,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="native: a stage folder; stablehlo: a sampler for jax; diffusers: a unet folder",
     )
     parser.add_argument("--step", type=int, default=0, help="native: checkpoint; 0: the newest")
+    parser.add_argument(
+        "--text_encoder",
+        default="",
+        type=paths.flag,
+        help="native: encoder folder, if it has moved",
+    )
     parser.add_argument("--licence", default="", help="native: licence of the weights, for card.md")
     parser.add_argument(
         "--cards",
         default="",
+        type=paths.flag_list,
         metavar="FILE[,FILE...]",
         help="native: files written by evaluations (alignment.json ...), for card.md",
     )
@@ -43,17 +52,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(flags: argparse.Namespace) -> None:
     """Runs the verb."""
     wiring.set_up_devices(1)
-    if flags.format != "native" and (flags.step or flags.licence or flags.cards):
+    if flags.format != "native" and (
+        flags.step or flags.licence or flags.cards or flags.text_encoder
+    ):
         raise ConfigError(
-            f"--step, --licence and --cards go with --format=native, not {flags.format}"
+            "--step, --licence, --cards and --text_encoder go with --format=native, not "
+            f"{flags.format}"
         )
     if flags.format == "stablehlo":
         stablehlo.export_stablehlo(flags.workdir, flags.out)
     elif flags.format == "diffusers":
         convert.export_diffusers(flags.workdir, flags.out)
     else:
-        cards = flags.cards.split(",") if flags.cards else []
-        scores = report.score_tables(cards)
+        scores = report.score_tables(flags.cards)
         export_lib.export(
-            flags.workdir, flags.out, step=flags.step, licence=flags.licence, scores=scores
+            flags.workdir,
+            flags.out,
+            step=flags.step,
+            licence=flags.licence,
+            scores=scores,
+            text_encoder=flags.text_encoder,
         )

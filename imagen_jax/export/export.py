@@ -17,12 +17,14 @@ import jax
 from imagen_jax.config import overrides
 from imagen_jax.config.schema import CheckpointConfig, Config, check_sigma_rel
 from imagen_jax.export.check import check
+from imagen_jax.interop import hf_bert
 from imagen_jax.io import atomic
 from imagen_jax.parallel import partitioning
 from imagen_jax.stages import model_card
 from imagen_jax.stages.folder import (
     CARD_FILE,
     PARAMS_FILE,
+    StageError,
     check_stage_output,
     copy_encoder,
     load_stage,
@@ -30,6 +32,7 @@ from imagen_jax.stages.folder import (
 )
 from imagen_jax.stages.network import init_params
 from imagen_jax.stages.stage import Stage
+from imagen_jax.text.encoders import TEXT_ENCODERS
 from imagen_jax.training import ema, ema_snapshots
 from imagen_jax.training.checkpoint import Checkpoints, newest
 from imagen_jax.training.restore import CheckpointError
@@ -42,6 +45,7 @@ def export(
     step: int = 0,
     licence: str = "",
     scores: str = "",
+    text_encoder: str = "",
     log: Callable[[str], None] = print,
 ) -> Config:
     """Writes a stage folder from a checkpoint; replaces an older stage folder.
@@ -52,6 +56,7 @@ def export(
       step: step of the checkpoint; 0: the newest one.
       licence: for the card.
       scores: evaluations for the card, Markdown.
+      text_encoder: folder of the text encoder, if it has moved; "": `config.text.path` of the run.
       log: receives the lines.
 
     Returns:
@@ -59,11 +64,13 @@ def export(
 
     Raises:
       CheckpointError: there is no checkpoint, or it cannot be read.
+      StageError: the text encoder is not where the run has it.
       OutputError: `out` exists and is not a stage folder.
       ExportError: the written stage samples other images than the checkpoint.
     """
     folder = check_stage_output(out)
     params, config, step = read_average(workdir, step)
+    config = _with_encoder(config, text_encoder)
     card = {
         "step": step,
         "average": "exponential moving average",
@@ -131,6 +138,7 @@ def export_average(
     *,
     sigma_rel: float,
     step: int | None = None,
+    text_encoder: str = "",
     log: Callable[[str], None] = print,
 ) -> Config:
     """Writes a stage folder with a power-function average of a given width.
@@ -140,6 +148,7 @@ def export_average(
       out: stage folder to write, atomically.
       sigma_rel: relative width of the average, in (0, 0.28).
       step: step at which the average ends; None: the last snapshot's.
+      text_encoder: as of `export`.
       log: receives the lines; the last one has the relative error of the fitted average.
 
     Returns:
@@ -148,11 +157,13 @@ def export_average(
     Raises:
       ConfigError: `sigma_rel` is out of range.
       SnapshotError: there are no snapshots, they cannot be used, or `step` is beyond the last one.
+      StageError: the text encoder is not where the run has it.
       OutputError: `out` exists and is not a stage folder.
     """
     check_sigma_rel("--sigma_rel", sigma_rel)
     folder = check_stage_output(out)
     snapshots, config = ema_snapshots.find(workdir)
+    config = _with_encoder(config, text_encoder)
     last = snapshots[-1].profile.step
     step = last if step is None else step
     if not 1 <= step <= last:
@@ -185,17 +196,39 @@ def _write(
       log: receives a line.
     """
     config, params = stage
-    text, source = config.text, pathlib.Path(config.text.path)
-    # An address, or the name of an installed encoder, is no folder.
-    if text.path and source.is_dir():
-        text = dataclasses.replace(text, path=str(source.absolute()))
-    config = dataclasses.replace(config, text=text, data=config.data.uncropped())
+    config = dataclasses.replace(config, data=config.data.uncropped())
     with atomic.folder(folder) as temporary:
-        copied = dataclasses.replace(config, text=copy_encoder(text, temporary))
+        copied = dataclasses.replace(config, text=copy_encoder(config.text, temporary))
         texts = {CARD_FILE: model_card.format_card(copied, params=params, **card)}
         write_stage_files(temporary, params, config, texts)
         check(Stage(config, params), load_stage(str(temporary)), "stage folder", log)
+    if not copied.text.path:
+        log(f"{folder}: without a text encoder (config.text.path is empty); sample needs one")
+    elif copied.text.path == config.text.path:
+        log(f"{folder}: the text encoder stays in {config.text.path}; sample reads it there")
     return config
+
+
+def _with_encoder(config: Config, text_encoder: str = "") -> Config:
+    """The configuration with the absolute path of its text encoder.
+
+    Raises:
+      StageError: there is no such folder.
+    """
+    path = text_encoder or config.text.path
+    found = pathlib.Path(path)
+    # An address, an installed encoder and one of a plug-in are no folder.
+    elsewhere = (
+        "://" in path or path in hf_bert.PACKAGES or config.text.encoder not in TEXT_ENCODERS
+    )
+    if path and not found.is_dir() and (text_encoder or not elsewhere):
+        raise StageError(
+            f"the text encoder {path!r} is no folder here ({pathlib.Path.cwd()}); run the command "
+            "where the run was started, or give --text_encoder=DIR"
+        )
+    if path and found.is_dir():
+        path = str(found.absolute())
+    return dataclasses.replace(config, text=dataclasses.replace(config.text, path=path))
 
 
 def _abstract_params(config: Config) -> Any:
