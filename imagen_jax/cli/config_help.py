@@ -6,10 +6,10 @@ import argparse
 import contextlib
 import pathlib
 
+from imagen_jax.cli import path_flags
 from imagen_jax.config import overrides
 from imagen_jax.config.describe import sections
 from imagen_jax.config.fields import ConfigError
-from imagen_jax.io import paths
 
 _PACKAGE = pathlib.Path(__file__).parents[1]
 
@@ -19,7 +19,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         required=True,
-        type=paths.required_flag,
+        type=path_flags.required_flag,
         metavar="FILE[:NAME]",
         help="configuration, for example configs/shapes.py:base; --config.a.b=VALUE or "
         "--config.a.b VALUE overrides a field",

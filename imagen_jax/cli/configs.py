@@ -10,9 +10,8 @@ import argparse
 import pathlib
 import shutil
 
-from imagen_jax.cli import config_help
+from imagen_jax.cli import config_help, path_flags
 from imagen_jax.config.fields import ConfigError
-from imagen_jax.io import paths
 
 FOLDERS = ("configs", "launch")
 
@@ -24,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--copy_to",
         metavar="DIR",
         default="",
-        type=paths.flag,
+        type=path_flags.flag,
         help="folder to write configs/, launch/ and constraints.txt to",
     )
 

@@ -8,10 +8,10 @@ import dataclasses
 import numpy as np
 
 from imagen_jax.checks.diagnose import diagnose
-from imagen_jax.cli import wiring
+from imagen_jax.cli import path_flags, wiring
 from imagen_jax.config.schema import Config
 from imagen_jax.data.sources.registry import open_source
-from imagen_jax.io import images, paths
+from imagen_jax.io import images
 from imagen_jax.stages.folder import check_chain, load_stage
 from imagen_jax.stages.stage import Stage
 from imagen_jax.text.encoders import embed_prompts, load_text_encoder
@@ -21,7 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
     wiring.add_config(parser)
     wiring.add_stages(parser)
-    parser.add_argument("--out", required=True, type=paths.required_flag, help="folder to write")
+    parser.add_argument(
+        "--out", required=True, type=path_flags.required_flag, help="folder to write"
+    )
     parser.add_argument("--pictures", type=int, default=8, help="images per sheet")
     parser.add_argument("--seed", type=int, default=0, help="seed of all noise")
 

@@ -8,15 +8,14 @@ from __future__ import annotations
 import argparse
 
 from imagen_jax.checks.doctor import DoctorError, doctor
-from imagen_jax.cli import wiring
-from imagen_jax.io import paths
+from imagen_jax.cli import path_flags, wiring
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
     wiring.add_config(parser)
     parser.add_argument(
-        "--workdir", type=paths.required_flag, help="folder of the run to start or resume"
+        "--workdir", type=path_flags.required_flag, help="folder of the run to start or resume"
     )
 
 

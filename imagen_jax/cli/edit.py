@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
+from imagen_jax.cli import path_flags
 from imagen_jax.cli import sample as sample_verb
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import Config
 from imagen_jax.diffusion.editing import Edit, EditError
-from imagen_jax.io import images, paths
+from imagen_jax.io import images
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         edit.add_argument(
             "--picture",
             required=True,
-            type=paths.required_flag,
+            type=path_flags.required_flag,
             metavar="FILE",
             help="image to start from",
         )
@@ -50,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     inpaint.add_argument(
         "--mask",
         required=True,
-        type=paths.required_flag,
+        type=path_flags.required_flag,
         metavar="FILE",
         help="image, white where to sample",
     )

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import argparse
 
-from imagen_jax.cli import wiring
+from imagen_jax.cli import path_flags, wiring
 from imagen_jax.export import export
-from imagen_jax.io import paths
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
     parser.add_argument(
-        "--workdir", required=True, type=paths.required_flag, help="folder of the training run"
+        "--workdir", required=True, type=path_flags.required_flag, help="folder of the training run"
     )
     parser.add_argument(
         "--sigma_rel",
@@ -28,10 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--step", type=int, help="last step of the average; default: that of the last snapshot"
     )
     parser.add_argument(
-        "--text_encoder", default="", type=paths.flag, help="encoder folder, if it has moved"
+        "--text_encoder", default="", type=path_flags.flag, help="encoder folder, if it has moved"
     )
     parser.add_argument(
-        "--out", required=True, type=paths.required_flag, help="stage folder to write"
+        "--out", required=True, type=path_flags.required_flag, help="stage folder to write"
     )
 
 

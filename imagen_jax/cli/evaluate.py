@@ -5,12 +5,18 @@ from __future__ import annotations
 import argparse
 import pathlib
 
-from imagen_jax.cli import evaluate_features, evaluate_retrieval, evaluate_sweep, scorer_flag
+from imagen_jax.cli import (
+    evaluate_features,
+    evaluate_retrieval,
+    evaluate_sweep,
+    path_flags,
+    scorer_flag,
+)
 from imagen_jax.cli import sample as sample_verb
 from imagen_jax.evaluation import drawbench, edges, report, samples, scorers
 from imagen_jax.evaluation.raters import build, score
 from imagen_jax.evaluation.raters.studies import STUDIES
-from imagen_jax.io import atomic, paths
+from imagen_jax.io import atomic
 from imagen_jax.parallel import distributed
 
 
@@ -55,12 +61,12 @@ def _add_alignment(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--samples",
         required=True,
-        type=paths.required_flag,
+        type=path_flags.required_flag,
         help="folder written by `imagen sample`",
     )
     scorer_flag.add(parser)
     parser.add_argument(
-        "--out", required=True, type=paths.required_flag, help="JSON report to write"
+        "--out", required=True, type=path_flags.required_flag, help="JSON report to write"
     )
 
 
@@ -75,19 +81,19 @@ def _add_edges(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--samples",
         required=True,
-        type=paths.required_flag,
+        type=path_flags.required_flag,
         help="folder written by `imagen sample`",
     )
     parser.add_argument(
         "--lowres",
         required=True,
-        type=paths.required_flag,
+        type=path_flags.required_flag,
         help="the same prompts and seed without the last stage",
     )
     parser.add_argument("--crop", type=int, default=64, help="side of its training crops, pixels")
     scorer_flag.add(parser)
     parser.add_argument(
-        "--out", required=True, type=paths.required_flag, help="JSON report to write"
+        "--out", required=True, type=path_flags.required_flag, help="JSON report to write"
     )
 
 
@@ -102,7 +108,7 @@ def _add_drawbench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompts",
         required=True,
-        type=paths.required_flag,
+        type=path_flags.required_flag,
         metavar="FILE",
         help=".csv with the columns Prompts and Category, or .jsonl with prompt and category; "
         "rows that --scorer can score, as those of configs/drawbench_shapes.jsonl, are also scored",
@@ -129,14 +135,14 @@ def _add_rate_build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--samples_a",
         required=True,
-        type=paths.required_flag,
+        type=path_flags.required_flag,
         metavar="DIR",
         help="folder of samples",
     )
     parser.add_argument(
         "--samples_b",
         required=True,
-        type=paths.required_flag,
+        type=path_flags.required_flag,
         metavar="DIR",
         help="the other folder, or real images",
     )
@@ -144,7 +150,10 @@ def _add_rate_build(parser: argparse.ArgumentParser) -> None:
         "--names", default="A,B", help="names of the two folders, hidden from raters"
     )
     parser.add_argument(
-        "--out", required=True, type=paths.required_flag, help="folder to write: page/ and key.json"
+        "--out",
+        required=True,
+        type=path_flags.required_flag,
+        help="folder to write: page/ and key.json",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of orders, sides and controls")
     parser.add_argument(
@@ -175,21 +184,21 @@ def _add_rate_score(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--key",
         required=True,
-        type=paths.required_flag,
+        type=path_flags.required_flag,
         metavar="FILE",
         help="key.json of rate_build",
     )
     parser.add_argument(
         "--results",
         required=True,
-        type=paths.flag_list,
+        type=path_flags.flag_list,
         metavar="PATH[,PATH...]",
         help="result files or folders of them",
     )
     parser.add_argument(
         "--out",
         required=True,
-        type=paths.required_flag,
+        type=path_flags.required_flag,
         help="folder to write: ratings.json, .md, charts",
     )
 
@@ -204,18 +213,22 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cards",
         required=True,
-        type=paths.flag_list,
+        type=path_flags.flag_list,
         metavar="FILE[,FILE...]",
         help="JSON cards of evaluations",
     )
     parser.add_argument("--name", required=True, help="name of the run in the tables")
     parser.add_argument(
-        "--samples", default="", type=paths.flag, metavar="DIR", help="folder of images to show"
+        "--samples",
+        default="",
+        type=path_flags.flag,
+        metavar="DIR",
+        help="folder of images to show",
     )
     parser.add_argument(
         "--out",
         required=True,
-        type=paths.required_flag,
+        type=path_flags.required_flag,
         help="folder to write: report.md, report.html",
     )
 

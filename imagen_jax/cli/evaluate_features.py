@@ -5,40 +5,47 @@ from __future__ import annotations
 import argparse
 import pathlib
 
+from imagen_jax.cli import path_flags, wiring
 from imagen_jax.cli import sample as sample_verb
-from imagen_jax.cli import wiring
 from imagen_jax.evaluation import cards
 from imagen_jax.evaluation.features import clip_score, fid, fid30k, frechet
-from imagen_jax.evaluation.features.resizing import FILTERS
+from imagen_jax.evaluation.features.resizing import DEFAULT_FILTER, FILTERS, filter_name
 from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.inference.request import with_settings
 from imagen_jax.interop import hf_clip
 from imagen_jax.interop.inception import PUBLIC_FILE
-from imagen_jax.io import paths
 from imagen_jax.parallel import distributed
 
 
 def add_fid(parser: argparse.ArgumentParser) -> None:
     """Flags of `evaluate fid`."""
     parser.add_argument(
-        "--samples", required=True, type=paths.required_flag, metavar="DIR", help="folder of images"
+        "--samples",
+        required=True,
+        type=path_flags.required_flag,
+        metavar="DIR",
+        help="folder of images",
     )
     parser.add_argument(
         "--reference",
         required=True,
-        type=paths.required_flag,
+        type=path_flags.required_flag,
         metavar="DIR|FILE.npz",
         help="real images, or mu and sigma",
     )
     _add_networks(parser)
     add_batch_flags(parser)
     parser.add_argument(
-        "--out", required=True, type=paths.required_flag, metavar="FILE.json", help="card to write"
+        "--out",
+        required=True,
+        type=path_flags.required_flag,
+        metavar="FILE.json",
+        help="card to write",
     )
     parser.add_argument(
         "--save_reference",
         default="",
-        type=paths.flag,
+        type=path_flags.flag,
         metavar="FILE.npz",
         help="write mu and sigma of --reference",
     )
@@ -62,7 +69,7 @@ def add_fid30k(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         required=True,
-        type=paths.required_flag,
+        type=path_flags.required_flag,
         metavar="DIR",
         help="TFDS data_dir with coco_captions, or a folder",
     )
@@ -118,20 +125,24 @@ def add_clip_score(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--samples",
         required=True,
-        type=paths.required_flag,
+        type=path_flags.required_flag,
         metavar="DIR",
         help="folder written by `imagen sample`",
     )
     parser.add_argument(
         "--clip",
         required=True,
-        type=paths.required_flag,
+        type=path_flags.required_flag,
         metavar="DIR",
         help="Hugging Face CLIP folder",
     )
     add_batch_flags(parser)
     parser.add_argument(
-        "--out", required=True, type=paths.required_flag, metavar="FILE.json", help="card to write"
+        "--out",
+        required=True,
+        type=path_flags.required_flag,
+        metavar="FILE.json",
+        help="card to write",
     )
 
 
@@ -150,12 +161,16 @@ def _add_networks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--inception",
         required=True,
-        type=paths.required_flag,
+        type=path_flags.required_flag,
         metavar="FILE",
         help=f"{PUBLIC_FILE}, or .safetensors of it",
     )
     parser.add_argument(
-        "--filter", default="clean", choices=list(FILTERS), help="resizing of Inception's input"
+        "--filter",
+        default=DEFAULT_FILTER,
+        type=filter_name,
+        choices=list(FILTERS),
+        help="resizing of Inception's input",
     )
     parser.add_argument(
         "--size", type=int, default=0, help="side of all images, pixels; 0: that of the samples"
@@ -163,7 +178,7 @@ def _add_networks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--clip",
         default="",
-        type=paths.flag,
+        type=path_flags.flag,
         metavar="DIR",
         help="Hugging Face CLIP: adds CMMD, and to fid30k the CLIP score",
     )

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import pathlib
 
-from imagen_jax.cli import evaluate_features, wiring
+from imagen_jax.cli import evaluate_features, path_flags, wiring
 from imagen_jax.config.data import FITS
 from imagen_jax.config.fields import ConfigError, unknown_name
 from imagen_jax.evaluation import samples
 from imagen_jax.evaluation.features import networks
 from imagen_jax.evaluation.retrieval import grid
 from imagen_jax.evaluation.retrieval.scorer import NEAR_DUPLICATE, Retrieval
-from imagen_jax.io import atomic, images, paths
+from imagen_jax.io import atomic, images
 from imagen_jax.parallel import distributed
 
 
@@ -21,14 +21,14 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--samples",
         required=True,
-        type=paths.required_flag,
+        type=path_flags.required_flag,
         metavar="DIR",
         help="folder written by `imagen sample`",
     )
     parser.add_argument(
         "--gallery",
         required=True,
-        type=paths.required_flag,
+        type=path_flags.required_flag,
         metavar="DIR",
         help="captioned folder of real images",
     )
@@ -49,18 +49,22 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--against",
         default="",
-        type=paths.flag,
+        type=path_flags.flag,
         metavar="DIR",
         help="other samples of the same prompts, to compare",
     )
     _add_measure(parser)
     parser.add_argument(
-        "--out", required=True, type=paths.required_flag, metavar="FILE.json", help="card to write"
+        "--out",
+        required=True,
+        type=path_flags.required_flag,
+        metavar="FILE.json",
+        help="card to write",
     )
     parser.add_argument(
         "--grid",
         default="",
-        type=paths.flag,
+        type=path_flags.flag,
         metavar="FILE.png",
         help="figure of samples beside the real images",
     )
@@ -96,7 +100,11 @@ def _add_measure(parser: argparse.ArgumentParser) -> None:
         help="network of a second measure beside pixels",
     )
     parser.add_argument(
-        "--features_from", default="", type=paths.flag, metavar="PATH", help="weights of --features"
+        "--features_from",
+        default="",
+        type=path_flags.flag,
+        metavar="PATH",
+        help="weights of --features",
     )
     evaluate_features.add_batch_flags(parser)
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-from imagen_jax.cli import evaluate_features, scorer_flag, wiring
+from imagen_jax.cli import evaluate_features, path_flags, scorer_flag, wiring
 from imagen_jax.evaluation import charts, sweep, sweep_report
 from imagen_jax.evaluation.features import fid, networks
-from imagen_jax.evaluation.features.resizing import FILTERS
+from imagen_jax.evaluation.features.resizing import DEFAULT_FILTER, FILTERS, filter_name
 from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.evaluation.sweep import StageSet, Sweep
 from imagen_jax.inference import prompts
-from imagen_jax.io import paths
 from imagen_jax.parallel import distributed
 
 
@@ -21,7 +20,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--stages",
         required=True,
         action="append",
-        type=paths.flag_list,
+        type=path_flags.flag_list,
         metavar="DIR[,DIR...]",
         help="stage folders, base first; repeat the flag for other checkpoints or encoders",
     )
@@ -31,7 +30,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--enlarge",
         default="",
-        type=paths.flag,
+        type=path_flags.flag,
         metavar="DIR",
         help="super-resolution stage that upsamples the images of every set without text: compares "
         "base stages alone, also with different text encoders",
@@ -47,13 +46,13 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompts",
         required=True,
-        type=paths.required_flag,
+        type=path_flags.required_flag,
         metavar="FILE",
         help="prompts: .txt, .csv or .jsonl",
     )
     parser.add_argument("--limit", type=int, default=0, help="sample the first N prompts; 0: all")
     parser.add_argument(
-        "--out", required=True, type=paths.required_flag, metavar="DIR", help="folder to write"
+        "--out", required=True, type=path_flags.required_flag, metavar="DIR", help="folder to write"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of all noise")
     parser.add_argument("--samples_per_prompt", type=int, default=1, help="images per prompt")
@@ -67,7 +66,7 @@ def _add_measures(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reference",
         default="",
-        type=paths.flag,
+        type=path_flags.flag,
         metavar="DIR",
         help="real images; empty: one of the --scorer for every row of --prompts",
     )
@@ -79,15 +78,23 @@ def _add_measures(parser: argparse.ArgumentParser) -> None:
         help="network of the Frechet distance; random_convolutions needs no weights and is no FID",
     )
     parser.add_argument(
-        "--features_from", default="", type=paths.flag, metavar="PATH", help="weights of --features"
+        "--features_from",
+        default="",
+        type=path_flags.flag,
+        metavar="PATH",
+        help="weights of --features",
     )
     parser.add_argument(
-        "--filter", default="clean", choices=list(FILTERS), help="resizing of Inception's input"
+        "--filter",
+        default=DEFAULT_FILTER,
+        type=filter_name,
+        choices=list(FILTERS),
+        help="resizing of Inception's input",
     )
     parser.add_argument(
         "--clip",
         default="",
-        type=paths.flag,
+        type=path_flags.flag,
         metavar="DIR",
         help="Hugging Face CLIP: its score instead of alignment",
     )

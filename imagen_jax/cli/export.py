@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import argparse
 
-from imagen_jax.cli import wiring
+from imagen_jax.cli import path_flags, wiring
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.evaluation import report
 from imagen_jax.export import convert, stablehlo
 from imagen_jax.export import export as export_lib
-from imagen_jax.io import paths
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,10 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workdir",
         required=True,
-        type=paths.required_flag,
+        type=path_flags.required_flag,
         help="folder of the training run; for stablehlo and diffusers, or a stage folder",
     )
-    parser.add_argument("--out", required=True, type=paths.required_flag, help="folder to write")
+    parser.add_argument(
+        "--out", required=True, type=path_flags.required_flag, help="folder to write"
+    )
     parser.add_argument(
         "--format",
         choices=["native", "stablehlo", "diffusers"],
@@ -36,14 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text_encoder",
         default="",
-        type=paths.flag,
+        type=path_flags.flag,
         help="native: encoder folder, if it has moved",
     )
     parser.add_argument("--licence", default="", help="native: licence of the weights, for card.md")
     parser.add_argument(
         "--cards",
         default="",
-        type=paths.flag_list,
+        type=path_flags.flag_list,
         metavar="FILE[,FILE...]",
         help="native: files written by evaluations (alignment.json ...), for card.md",
     )

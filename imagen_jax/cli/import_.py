@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import argparse
 
-from imagen_jax.cli import wiring
+from imagen_jax.cli import path_flags, wiring
 from imagen_jax.export import convert
-from imagen_jax.io import paths
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
     parser.add_argument("kind", choices=["if"], help="format of the weights")
-    parser.add_argument("--src", required=True, type=paths.required_flag, help="folder to read")
     parser.add_argument(
-        "--out", required=True, type=paths.required_flag, help="stage folder to write"
+        "--src", required=True, type=path_flags.required_flag, help="folder to read"
+    )
+    parser.add_argument(
+        "--out", required=True, type=path_flags.required_flag, help="stage folder to write"
     )
     parser.add_argument(
         "--image_size",

@@ -14,12 +14,12 @@ from typing import Any
 
 import jax
 
-from imagen_jax.cli import wiring
+from imagen_jax.cli import path_flags, wiring
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import Config
 from imagen_jax.data.embeddings.store import EmbeddingStore
 from imagen_jax.data.embeddings.unit_file import EmbeddingError
-from imagen_jax.io import atomic, paths
+from imagen_jax.io import atomic
 from imagen_jax.parallel import compiled, partitioning, topology
 from imagen_jax.planning import plan
 from imagen_jax.planning.plan import Plan
@@ -54,12 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--save",
         metavar="FILE",
-        type=paths.flag,
+        type=path_flags.flag,
         default="",
         help="write the compiled step for `train --compiled`",
     )
     parser.add_argument(
-        "--json", metavar="FILE", type=paths.flag, default="", help="write the plan's numbers"
+        "--json", metavar="FILE", type=path_flags.flag, default="", help="write the plan's numbers"
     )
 
 

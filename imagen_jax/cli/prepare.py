@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 
-from imagen_jax.cli import wiring
+from imagen_jax.cli import path_flags, wiring
 from imagen_jax.data.sources.registry import open_source
-from imagen_jax.io import atomic, paths
+from imagen_jax.io import atomic
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--captions",
         metavar="FILE",
         default="",
-        type=paths.flag,
+        type=path_flags.flag,
         help="also write the first caption of every image to this .jsonl file, as prompts for sample",
     )
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from imagen_jax.cli import wiring
+from imagen_jax.cli import path_flags, wiring
 from imagen_jax.data.sources.registry import open_source
-from imagen_jax.io import paths
 from imagen_jax.training import pretrain_text as pretrain_text_lib
 from imagen_jax.training import text_corpus
 
@@ -15,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
     wiring.add_config(parser)
     parser.add_argument(
-        "--out", required=True, type=paths.required_flag, help="encoder folder to write"
+        "--out", required=True, type=path_flags.required_flag, help="encoder folder to write"
     )
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import functools
 
-from imagen_jax.cli import wiring
+from imagen_jax.cli import path_flags, wiring
 from imagen_jax.config.schema import CheckpointConfig
 from imagen_jax.data.batches import loaders
-from imagen_jax.io import paths
 from imagen_jax.training.checkpoint import Checkpoints
 from imagen_jax.training.replay import replay
 
@@ -16,7 +15,7 @@ from imagen_jax.training.replay import replay
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
     parser.add_argument(
-        "--workdir", required=True, type=paths.required_flag, help="folder of the run"
+        "--workdir", required=True, type=path_flags.required_flag, help="folder of the run"
     )
     parser.add_argument("--step", required=True, type=int, help="step saved in WORKDIR/faults")
 

@@ -7,14 +7,13 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from imagen_jax.cli import wiring
+from imagen_jax.cli import path_flags, wiring
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import Config
 from imagen_jax.inference import prompts, trace
 from imagen_jax.inference.cascade import Cascade
 from imagen_jax.inference.request import check_guided, with_settings
 from imagen_jax.inference.sample import SampleOptions, sample
-from imagen_jax.io import paths
 from imagen_jax.parallel import distributed
 from imagen_jax.stages.folder import check_chain, load_stage
 
@@ -30,14 +29,19 @@ def add_prompts(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--prompt", help="one prompt")
     which.add_argument(
-        "--prompts", metavar="FILE", type=paths.required_flag, help="prompts: .txt, .csv or .jsonl"
+        "--prompts",
+        metavar="FILE",
+        type=path_flags.required_flag,
+        help="prompts: .txt, .csv or .jsonl",
     )
 
 
 def add_sampling(parser: argparse.ArgumentParser, *, samples_per_prompt: int) -> None:
     """Adds the flags of every verb that samples; `samples_per_prompt` is the flag's default."""
     wiring.add_stages(parser)
-    parser.add_argument("--out", required=True, type=paths.required_flag, help="folder to write")
+    parser.add_argument(
+        "--out", required=True, type=path_flags.required_flag, help="folder to write"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of all noise")
     parser.add_argument(
         "--samples_per_prompt", type=int, default=samples_per_prompt, help="images per prompt"
@@ -65,7 +69,7 @@ def add_sampling(parser: argparse.ArgumentParser, *, samples_per_prompt: int) ->
     parser.add_argument(
         "--guides",
         default="",
-        type=paths.flag_list,
+        type=path_flags.flag_list,
         metavar="DIR[,DIR...]",
         help="stage folders of weaker checkpoints that guide the stages (autoguidance)",
     )
@@ -73,7 +77,10 @@ def add_sampling(parser: argparse.ArgumentParser, *, samples_per_prompt: int) ->
         "--limit", type=int, default=0, help="sample the first N prompts only; 0: all"
     )
     parser.add_argument(
-        "--text_encoder", default="", type=paths.home, help="encoder folder, if it has moved"
+        "--text_encoder",
+        default="",
+        type=path_flags.address,
+        help="encoder folder, if it has moved",
     )
     parser.add_argument(
         "--stage_settings",

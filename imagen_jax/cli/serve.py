@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import argparse
 
-from imagen_jax.cli import wiring
+from imagen_jax.cli import path_flags, wiring
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.inference.cascade import Cascade
-from imagen_jax.io import paths
 from imagen_jax.serving.http_request import Limits
 
 # flag -> (field of Limits, help)
@@ -28,13 +27,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
     wiring.add_stages(parser)
     parser.add_argument(
-        "--out", required=True, type=paths.required_flag, help="folder for the images"
+        "--out", required=True, type=path_flags.required_flag, help="folder for the images"
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=8000, help="0: any free port")
     wiring.add_cpu_devices(parser)
     parser.add_argument(
-        "--text_encoder", default="", type=paths.home, help="encoder folder, if it has moved"
+        "--text_encoder",
+        default="",
+        type=path_flags.address,
+        help="encoder folder, if it has moved",
     )
     for flag, (field, text) in LIMITS.items():
         parser.add_argument(f"--{flag}", type=int, default=getattr(Limits, field), help=text)

@@ -13,10 +13,9 @@ import os
 
 import jax
 
-from imagen_jax.cli import changed_data, wiring
+from imagen_jax.cli import changed_data, path_flags, wiring
 from imagen_jax.data.batches import loaders
 from imagen_jax.data.sources.registry import open_source
-from imagen_jax.io import paths
 from imagen_jax.parallel import distributed
 from imagen_jax.parallel.preemption import Preemption
 from imagen_jax.training.train import train, with_data
@@ -26,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
     wiring.add_config(parser)
     parser.add_argument(
-        "--workdir", required=True, type=paths.required_flag, help="folder of the run"
+        "--workdir", required=True, type=path_flags.required_flag, help="folder of the run"
     )
     parser.add_argument(
         "--allow_changes",
@@ -38,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compiled",
         metavar="FILE",
         default="",
-        type=paths.flag,
+        type=path_flags.flag,
         help="compiled step of `imagen plan --save=FILE`; it is executed as it is, so load only "
         "files you trust",
     )

@@ -9,7 +9,7 @@ import os
 
 import jax
 
-from imagen_jax.cli import config_help
+from imagen_jax.cli import config_help, path_flags
 from imagen_jax.config import overrides
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import Config
@@ -35,7 +35,7 @@ def add_stages(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stages",
         required=True,
-        type=paths.flag_list,
+        type=path_flags.flag_list,
         metavar="DIR[,DIR...]",
         help="stage folders, base first",
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -81,13 +81,22 @@ def load(folder: str | os.PathLike[str], file: str) -> UInt8[np.ndarray, "h w 3"
     Raises:
       EvaluationError: the file is missing or damaged, or a link out of the folder.
     """
+    return _read(folder, file, images.decode)
+
+
+def shorter_side(folder: str | os.PathLike[str], file: str) -> int:
+    """The shorter side of an image of the folder, pixels; reads the header. Raises as `load`."""
+    return _read(folder, file, lambda data: min(images.inspect_image(data, "header").size))
+
+
+def _read(folder: str | os.PathLike[str], file: str, decode: Callable[[bytes], Any]) -> Any:
     path = pathlib.Path(folder) / file
     try:
         if not path.resolve().is_relative_to(pathlib.Path(folder).resolve()):
             raise EvaluationError(f"{path} leads out of the folder; copy the image into it")
         if path.exists() and not path.is_file():
             raise EvaluationError(f"{path} is no regular file; give an image")
-        return images.decode(path.read_bytes())
+        return decode(path.read_bytes())
     except (OSError, images.ImageError, UnicodeError, RuntimeError) as error:
         why = " ".join(str(error).split())
         raise EvaluationError(f"cannot read image {path}: {why}; sample again") from error

@@ -30,6 +30,7 @@ from imagen_jax.evaluation import super_resolution
 from imagen_jax.evaluation.features import fid, fid30k, networks
 from imagen_jax.evaluation.features.extract import LazyImages
 from imagen_jax.evaluation.features.fid import FeatureExtractor, Reference
+from imagen_jax.evaluation.features.resizing import DEFAULT_FILTER
 from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.evaluation.scorers import Scorer
 from imagen_jax.inference.cascade import Cascade
@@ -90,7 +91,7 @@ class Sweep:
     reference: str = ""
     features: str = "random_convolutions"
     features_from: str = ""
-    filter: str = "clean"
+    filter: str = DEFAULT_FILTER
     clip: str = ""
     resamples: int = fid.RESAMPLES
     scorer: Scorer | None = None

@@ -7,8 +7,7 @@ import os
 
 import pytest
 
-from imagen_jax.cli import main
-from imagen_jax.io import paths
+from imagen_jax.cli import main, path_flags
 
 # Flags that hold a text.
 TEXTS = {"prompt", "negative_prompt", "stage_settings", "grid", "title", "name", "names", "licence"}
@@ -32,7 +31,7 @@ def actions(verb: str) -> list[argparse.Action]:
 
 
 def test_every_flag_that_holds_a_path_has_the_type_of_one():
-    types = (paths.flag, paths.required_flag, paths.flag_list, paths.home)
+    types = (path_flags.flag, path_flags.required_flag, path_flags.flag_list, path_flags.address)
     seen = 0
     for verb in main.VERBS:
         for action in actions(verb):
@@ -46,7 +45,7 @@ def test_every_flag_that_holds_a_path_has_the_type_of_one():
 @pytest.mark.parametrize("text", ["~/x", "~", "~/a,b", "~/x/../y"])
 def test_the_home_folder_after_an_equals_sign(text, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert paths.flag(text) == str(tmp_path) + text[1:]
+    assert path_flags.flag(text) == str(tmp_path) + text[1:]
     command = ["sample", "--stages=~/a,~/b", "--prompt=~/kept", f"--out={text}"]
     _, flags = main.parse(command)
     assert flags.out == str(tmp_path) + text[1:]
@@ -89,7 +88,7 @@ def test_commas_in_names(folders, text, expected, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in folders:
         (tmp_path / folder).mkdir(parents=True)
-    assert paths.flag_list(text) == expected
+    assert path_flags.flag_list(text) == expected
 
 
 @pytest.mark.parametrize(

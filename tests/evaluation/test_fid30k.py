@@ -89,7 +89,7 @@ def test_stages_trained_on_coco_are_not_zero_shot():
 
 
 def test_statistics_of_other_settings_are_rejected(tmp_path):
-    about = {"filter": "clean", "inception_sha256": "a", "size": 64}
+    about = {"filter": "bicubic", "inception_sha256": "a", "size": 64}
     gaussian = frechet.Statistics.of(np.random.default_rng(0).normal(size=(9, 3))).gaussian()
     path = tmp_path / "r.npz"
     frechet.save(path, gaussian, {**about, "reference_sha256": "b", "reference_images": 9})
@@ -151,7 +151,7 @@ def test_fid_of_a_folder_with_itself_and_with_saved_statistics(
     again = json.loads((tmp_path / "card.json").read_text())
     assert again["fid"] == card["fid"] and "kid" not in again
     assert again["reference_sha256"] == card["reference_sha256"]
-    assert "| filter | clean |" in (tmp_path / "card.md").read_text()
+    assert "| filter | bicubic |" in (tmp_path / "card.md").read_text()
     assert main.main(["evaluate", "fid", *flags, f"--reference={saved}", "--filter=tf"]) == 1
 
 

@@ -4,8 +4,10 @@ import json
 import os
 
 import pytest
+from PIL import Image
 
 from imagen_jax.evaluation import samples
+from imagen_jax.evaluation.features import fid
 from imagen_jax.evaluation.samples import EvaluationError
 
 PATHS = ["../secret.png", "/etc/hostname", "a/../../secret.png", "..", "", ".", "a\0.png", "./../x"]
@@ -38,3 +40,13 @@ def test_a_file_that_is_not_utf8(tmp_path):
     (tmp_path / "samples.jsonl").write_bytes(b'{"file": "a.png", "prompt": "caf\xe9"}\n')
     with pytest.raises(EvaluationError, match="not UTF-8"):
         samples.read_rows(tmp_path)
+
+
+def test_the_size_of_a_measurement_does_not_depend_on_names(tmp_path):
+    """The same images under other names are measured at the same size."""
+    sizes = [(40, 24), (32, 32), (28, 64)]
+    for folder, names in (("one", "abc"), ("two", "cba"), ("three", "bca")):
+        for name, size in zip(names, sizes, strict=True):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            Image.new("RGB", size).save(tmp_path / folder / f"{name}.png")
+        assert fid.load_images(str(tmp_path / folder))[1] == 24

@@ -7,6 +7,7 @@ the network is compared at its full size, through a file that torch wrote.
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from imagen_jax.evaluation.features import fid, resizing
 from imagen_jax.evaluation.samples import EvaluationError
@@ -66,7 +67,7 @@ def test_a_file_of_another_network_is_named(weight_file, tmp_path):
         assert words in str(caught.value)
     with pytest.raises(weights.WeightsError, match="no such file; download"):
         inception.read(tmp_path / "none.pth")
-    with pytest.raises(EvaluationError, match="clean"):
+    with pytest.raises(EvaluationError, match="cleanfid"):
         fid.inception_network(str(weight_file), "cleen")
 
 
@@ -106,7 +107,7 @@ def test_filters_keep_an_image_of_inceptions_size_and_differ_otherwise(inputs):
         undone = (made + 1) * 127.5 if name == "pytorch" else made * 128 + 128
         np.testing.assert_allclose(undone, whole, atol=1e-3)
         assert made.dtype == np.float32
-    large = [resize(inputs[3]) for resize in resizing.FILTERS.values()]
+    large = [resizing.FILTERS[name](inputs[3]) for name in ("bicubic", "tf", "pytorch")]
     assert min(np.abs(large[i] - large[j]).mean() for i, j in ((0, 1), (0, 2), (1, 2))) > 0.01
 
 
@@ -114,5 +115,27 @@ def test_clean_averages_what_tf_skips():
     stripes = np.zeros((4 * 299, 4 * 299, 3), np.uint8)
     stripes[::2] = 255
     inner = slice(5, -5)
-    assert np.abs(resizing.clean(stripes)[inner]).max() < 0.05  # Grey.
+    assert np.abs(resizing.bicubic(stripes)[inner]).max() < 0.05  # Grey.
     assert resizing.tf(stripes).min() > 0.99  # White: every fourth row, from the first.
+
+
+def test_cleanfid_is_that_of_clean_fids_own_code():
+    """Images of any size and shape, resized once."""
+    resize = pytest.importorskip("cleanfid.resize")
+    theirs = resize.make_resizer("PIL", False, "bicubic", (299, 299))
+    for shape in ((64, 64, 3), (300, 500, 3), (37, 21, 3)):
+        image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+        expected = (np.clip(theirs(image), 0, 255) - 128) / 128
+        np.testing.assert_allclose(resizing.FILTERS["cleanfid"](image), expected, atol=1e-5)
+
+
+def test_cleanfid_gets_whole_images_and_the_old_name_stays(tmp_path):
+    for name, size in (("a", (40, 24)), ("b", (32, 64))):
+        Image.new("RGB", size).save(tmp_path / f"{name}.png")
+    native, size = fid.load_images(str(tmp_path), filter="cleanfid")
+    assert size == 0 and [native.load(i).shape for i in (0, 1)] == [(24, 40, 3), (64, 32, 3)]
+    square, size = fid.load_images(str(tmp_path), filter="clean")
+    assert size == 24 and square.load(1).shape == (24, 24, 3)
+    assert resizing.filter_name("clean") == "bicubic"
+    with pytest.raises(EvaluationError, match="--size=64 does not go with --filter=cleanfid"):
+        fid.load_images(str(tmp_path), 64, "cleanfid")

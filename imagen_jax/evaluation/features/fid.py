@@ -23,7 +23,7 @@ from imagen_jax.evaluation import samples
 from imagen_jax.evaluation.features import clip_score, distances, extract, frechet
 from imagen_jax.evaluation.features.extract import LazyImages, Network, Parts
 from imagen_jax.evaluation.features.frechet import Gaussian
-from imagen_jax.evaluation.features.resizing import FILTERS
+from imagen_jax.evaluation.features.resizing import DEFAULT_FILTER, FILTERS, NATIVE, filter_name
 from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.interop import hf_clip, inception
 from imagen_jax.io import images
@@ -45,14 +45,14 @@ class Settings(NamedTuple):
     Attributes:
       inception: file of Inception's weights.
       filter: row of `resizing.FILTERS`.
-      size: side of the images, pixels; 0: the shorter side of the first sample.
+      size: side of the images, pixels; 0: the shortest side of all samples.
       clip: Hugging Face CLIP folder for CMMD; "": none.
       batch_size: images per batch.
       resamples: groups of images of the jackknife.
     """
 
     inception: str
-    filter: str = "clean"
+    filter: str = DEFAULT_FILTER
     size: int = 0
     clip: str = ""
     batch_size: int = 32
@@ -87,6 +87,7 @@ def inception_network(path: str, filter: str) -> tuple[Network, dict[str, Any]]:
     Raises:
       EvaluationError: unknown filter. WeightsError: the file is not FID's Inception.
     """
+    filter = filter_name(filter)
     if filter not in FILTERS:
         raise EvaluationError(unknown_name("--filter", filter, list(FILTERS)))
     params, sha256 = inception.read(path)
@@ -100,15 +101,16 @@ def inception_network(path: str, filter: str) -> tuple[Network, dict[str, Any]]:
     return network, about
 
 
-def load_images(folder: str, size: int = 0) -> tuple[LazyImages, int]:
-    """The images of a folder, cropped to squares and resized.
+def load_images(folder: str, size: int = 0, filter: str = DEFAULT_FILTER) -> tuple[LazyImages, int]:
+    """The images of a folder, cropped to squares and resized; of a NATIVE filter as they are.
 
     Args:
       folder: folder with a samples.jsonl, in its order, or with image files at any depth, by name.
-      size: side, pixels; 0: the shorter side of the first image.
+      size: side, pixels; 0: the shortest side of all images, which no file name affects.
+      filter: row of `resizing.FILTERS`.
 
     Returns:
-      The images and their side.
+      The images and their side; 0: they have any size.
 
     Raises:
       EvaluationError: no such folder, or fewer than two images in it.
@@ -122,7 +124,14 @@ def load_images(folder: str, size: int = 0) -> tuple[LazyImages, int]:
         raise EvaluationError(f"{folder} is not a folder of images")
     if len(files) < 2:
         raise EvaluationError(f"{folder} holds {len(files)} images; at least 2 are needed")
-    size = size or min(samples.load(folder, files[0]).shape[:2])
+    if filter_name(filter) in NATIVE:
+        if size:
+            raise EvaluationError(
+                f"--size={size} does not go with --filter={filter}, which resizes whole images; "
+                "leave it out"
+            )
+        return LazyImages(len(files), lambda i: samples.load(folder, files[i])), 0
+    size = size or min(samples.shorter_side(folder, file) for file in files)
     load = lambda i: center_square(samples.load(folder, files[i]), size)  # noqa: E731
     return LazyImages(len(files), load), size
 
@@ -157,14 +166,16 @@ def evaluate(
         LEAST_IMAGES images.
     """
     network, about = inception_network(settings.inception, settings.filter)
-    generated, size = load_images(samples_dir, settings.size)
+    generated, size = load_images(samples_dir, settings.size, settings.filter)
     about["size"] = size
     towers = hf_clip.read_towers(settings.clip) if settings.clip else None
     extractor = FeatureExtractor(network, towers, pathlib.Path(store), settings.batch_size, log)
     if reference.endswith(".npz"):
         compared = read_reference(reference, about)
     else:
-        compared = compute_reference(extractor, load_images(reference, size)[0], about)
+        compared = compute_reference(
+            extractor, load_images(reference, size, settings.filter)[0], about
+        )
     for name, count in (("samples", generated.count), ("reference", _count(compared))):
         if 0 < count < LEAST_IMAGES:
             raise EvaluationError(
@@ -224,7 +235,7 @@ def read_reference(path: str, about: dict[str, Any]) -> Reference:
     """
     gaussian, known = frechet.load(path)
     for field in ("filter", "inception_sha256", "size"):
-        if known and known.get(field) != about[field]:
+        if known and filter_name(str(known.get(field))) != str(about[field]):
             raise EvaluationError(
                 f"--reference={path} was made with {field}={known.get(field)}, not {about[field]}; "
                 "compute it again, or use its settings"

@@ -112,12 +112,13 @@ def write_captions(rows: Sequence[dict[str, Any]], out: str | pathlib.Path) -> N
 
 
 def load_images(sources: Sequence[IndexedSource], size: int) -> LazyImages:
-    """All images of the sources, preprocessed by `fid.center_square`."""
+    """All images of the sources, preprocessed by `fid.center_square`; size 0: as they are."""
     records = [(source, i) for source in sources for i in range(len(source))]
 
     def load(number: int) -> np.ndarray:
         source, i = records[number]
-        return fid.center_square(source.record(i).image, size)
+        image = source.record(i).image
+        return fid.center_square(image, size) if size else image
 
     return LazyImages(len(records), load)
 
@@ -144,7 +145,7 @@ def evaluate(
     """
     folder = pathlib.Path(out)
     network, described = fid.inception_network(settings.inception, settings.filter)
-    generated, size = fid.load_images(str(folder / "samples"), settings.size)
+    generated, size = fid.load_images(str(folder / "samples"), settings.size, settings.filter)
     described["size"] = size
     towers = hf_clip.read_towers(settings.clip) if settings.clip else None
     extractor = FeatureExtractor(network, towers, folder / "features", settings.batch_size, log)

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, UInt8
 from imagen_jax.config.fields import unknown_name
 from imagen_jax.evaluation.features import clip_score, fid
 from imagen_jax.evaluation.features.extract import Network
+from imagen_jax.evaluation.features.resizing import DEFAULT_FILTER
 from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.interop import hf_clip, hf_dinov2
 from imagen_jax.io import images
@@ -118,7 +119,7 @@ FEATURE_NETWORKS: dict[str, Callable[[str, str], tuple[Network, dict[str, Any]]]
 }
 
 
-def load(name: str, file: str = "", filter: str = "clean") -> tuple[Network, dict[str, Any]]:
+def load(name: str, file: str = "", filter: str = DEFAULT_FILTER) -> tuple[Network, dict[str, Any]]:
     """A row of FEATURE_NETWORKS, and its fields of a card.
 
     Args:

@@ -1,5 +1,9 @@
 """Resizing to Inception's 299 x 299 input: the filters of the common FID programs.
 
+`cleanfid` and `bicubic` are one filter on different images: clean-fid resizes an image of any size
+and shape to 299 x 299 at once; `bicubic`, called `clean` in earlier versions, gets the square of
+`--size` pixels that `tf` and `pytorch` get.
+
 The filter alone changes an FID by several units (Parmar et al. 2022, arXiv:2104.11222). A card
 records the filter, and saved statistics of another filter are rejected.
 """
@@ -18,8 +22,11 @@ Pixels = UInt8[np.ndarray, "h w 3"]
 Input = Float[np.ndarray, "_ _ 3"]
 
 
-def clean(image: Pixels) -> Input:
-    """clean-fid: bicubic with antialiasing, not rounded, clipped to 0..255; (x - 128) / 128."""
+def bicubic(image: Pixels) -> Input:
+    """clean-fid: bicubic with antialiasing, not rounded, clipped to 0..255; (x - 128) / 128.
+
+    cleanfid/resize.py, make_resizer("PIL", False, "bicubic", (299, 299)); the aspect ratio is lost.
+    """
     size = (INPUT_SIZE, INPUT_SIZE)
     channels = [
         Image.fromarray(image[..., c].astype(np.float32)).resize(size, Image.Resampling.BICUBIC)
@@ -46,7 +53,20 @@ def pytorch(image: Pixels) -> Input:
     return _bilinear(image, *locations) * np.float32(2 / 255) - np.float32(1)
 
 
-FILTERS: dict[str, Callable[[Pixels], Input]] = {"clean": clean, "tf": tf, "pytorch": pytorch}
+FILTERS: dict[str, Callable[[Pixels], Input]] = {
+    "bicubic": bicubic,
+    "cleanfid": bicubic,
+    "tf": tf,
+    "pytorch": pytorch,
+}
+DEFAULT_FILTER = "bicubic"
+NATIVE = ("cleanfid",)  # Filters of whole images at their own size.
+_OLD_NAMES = {"clean": "bicubic"}
+
+
+def filter_name(name: str) -> str:
+    """Today's name of a filter; an earlier name stays valid."""
+    return _OLD_NAMES.get(name, name)
 
 
 def _bilinear(
