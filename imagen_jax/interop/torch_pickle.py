@@ -186,7 +186,10 @@ def _checked(file: io.BufferedIOBase) -> io.BytesIO:
             raise RefusedError(
                 f"its pickle has the instruction {opcode.name}; only tensors are read"
             )
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= argument <= 2 * count + 2:
+        if (
+            opcode.name in ("PUT", "BINPUT", "LONG_BINPUT")
+            and not 0 <= int(argument or 0) <= 2 * count + 2
+        ):
             raise RefusedError(f"its pickle has a memo of index {argument}")
     end = content.tell()
     file.seek(start + end)

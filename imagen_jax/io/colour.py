@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import io
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageCms
@@ -42,10 +42,10 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> Managed:
     if profile is None:
         return Managed(image, "")
     transform = _transform(profile, image.mode) if 0 < len(profile) <= MAX_PROFILE_BYTES else None
-    if transform is None:
-        return Managed(image, IGNORED)
     if transform == "identity":
         return Managed(image, "")
+    if not isinstance(transform, ImageCms.ImageCmsTransform):
+        return Managed(image, IGNORED)
     try:
         converted = ImageCms.applyTransform(image, transform)
     except (ImageCms.PyCMSError, ValueError):
@@ -65,7 +65,8 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | str | 
     """The transform to sRGB; "identity": it changes nothing; None: the profile is unusable."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if source.profile.xcolor_space != SPACES.get(mode):
+        opened: Any = source.profile
+        if opened.xcolor_space != SPACES.get(mode):
             return None
         target = ImageCms.createProfile("sRGB")
         transform = ImageCms.buildTransform(source, target, mode, "RGB", _INTENT)

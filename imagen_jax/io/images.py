@@ -190,7 +190,7 @@ def inspect_image(data: bytes, mode: str) -> ImageInfo:
         transparent, profile_note = image.has_transparency_data, ""
         # Pillow turns the size of a TIFF file itself.
         turned = orientation > 4 and image.format != "TIFF"
-        size = image.size[::-1] if turned else image.size
+        size = (image.height, image.width) if turned else image.size
         if mode == "decode":
             with BUDGET.hold(image.width * image.height):
                 shown, profile_note = rendering.render(image, profile)

@@ -14,7 +14,7 @@ import json
 import tarfile
 import unicodedata
 from collections.abc import Iterator, Mapping
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from imagen_jax.config.data import SourceConfig
 from imagen_jax.data.index.table import Location
@@ -175,7 +175,7 @@ class WebDatasetReader:
         try:
             with (
                 path.open("rb") as file,
-                tarfile.open(fileobj=_Headers(file), mode="r:") as shard,
+                tarfile.open(fileobj=cast(Any, _Headers(file)), mode="r:") as shard,
             ):
                 at = -1
                 for member in shard:
