@@ -28,6 +28,8 @@ from imagen_jax.training.step import block_norms
 from imagen_jax.training.train import train
 from tests.reference.processes import ROOT
 
+STEPS = 16
+
 
 def quiet(line: str) -> None:
     """No log."""
@@ -38,20 +40,20 @@ def config(base_config):
     """Saves at every step and keeps one checkpoint: a reader's is deleted soon."""
     return dataclasses.replace(
         base_config,
-        train=TrainConfig(steps=40, log_every=1),
+        train=TrainConfig(steps=STEPS, log_every=1),
         checkpoint=CheckpointConfig(every=1, keep=1),
-        ema=EmaConfig(profiles=(0.05,), snapshot_every=20),
+        ema=EmaConfig(profiles=(0.05,), snapshot_every=STEPS // 2),
     )
 
 
 @pytest.fixture(scope="module")
 def stream(config, make_batch):
-    """A stream whose step 3 is not finite; `pace`: seconds per step."""
+    """A stream whose step 3 is not finite; `before(step)` is called before a batch is made."""
 
-    def open_stream(pace: float = 0.0):
+    def open_stream(before=lambda step: None):
         def batches(start: int):
             for step in range(start, 10**6):
-                time.sleep(pace)
+                before(step)
                 batch = make_batch(config, seed=step)
                 if step == 3:
                     batch["image"] = batch["image"] * np.float32(np.nan)
@@ -96,12 +98,12 @@ def listed(workdir: pathlib.Path) -> dict[str, int]:
 def test_reading_changes_nothing(alone, config, tmp_path):
     _, workdir = alone
     # The save under way of a live run.
-    under_way = workdir / "checkpoints" / "41.orbax-checkpoint-tmp"
+    under_way = workdir / "checkpoints" / f"{STEPS + 1}.orbax-checkpoint-tmp"
     (under_way / "state").mkdir(parents=True)
     before = listed(workdir)
-    assert export.read_average(str(workdir))[2] == 40
+    assert export.read_average(str(workdir))[2] == STEPS
     assert Checkpoints(str(workdir), config.checkpoint).newest_config() == config
-    assert restore_newest(workdir, config) == 40
+    assert restore_newest(workdir, config) == STEPS
     export.export_average(str(workdir), str(tmp_path / "stage"), sigma_rel=0.1, log=quiet)
     with pytest.raises(CheckpointError, match='access="read"'):
         Checkpoints(str(workdir), config.checkpoint).wait()
@@ -114,8 +116,14 @@ def test_a_run_ends_as_if_alone_beside_readers(alone, config, stream, tmp_path):
     """A run that saves at every step, and keeps one; its newest checkpoint is read all the time."""
     results, read, failed = [], [], []
 
+    def wait_for_readers(step: int) -> None:
+        # The run is faster than a read: it must not end before some have begun and ended.
+        end = time.monotonic() + 60
+        while step % 4 == 3 and len(read) < step // 2 and time.monotonic() < end:
+            time.sleep(0.01)
+
     def go():
-        results.append(train(config, str(tmp_path), stream(pace=0.05), log=quiet))
+        results.append(train(config, str(tmp_path), stream(wait_for_readers), log=quiet))
 
     running = threading.Thread(target=go)
     running.start()
@@ -131,11 +139,11 @@ def test_a_run_ends_as_if_alone_beside_readers(alone, config, stream, tmp_path):
     assert len(set(read)) >= 3 and read == sorted(read)
     (state,) = results
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(alone[0]))
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["40"]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [str(STEPS)]
 
 
 def test_a_step_that_is_deleted_is_not_read(alone):
-    with pytest.raises(CheckpointError, match="--step=7 is no checkpoint of .*, which has 40"):
+    with pytest.raises(CheckpointError, match="--step=7 is no checkpoint of .*, which has 16"):
         export.read_average(str(alone[1]), 7)
 
 
