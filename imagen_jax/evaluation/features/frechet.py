@@ -158,17 +158,18 @@ def distance_interval(
     centred = np.asarray(features, np.float64) - own.mean
     # The squared singular values are the eigenvalues of F^T C F, and C is a sum over images.
     projected, trace = centred @ factor, np.trace(reference.covariance)
-    norms, groups = (centred**2).sum(1), min(resamples, len(centred) // 2)
+    norms, groups = (centred**2).sum(1), min(resamples, len(centred))
     order, distances = np.random.default_rng(seed).permutation(len(centred)), []
     for left_out in np.array_split(order, groups):
         rows = np.delete(np.arange(len(centred)), left_out)
         count, shift = len(rows), centred[rows].mean(0)
+        divisor = max(count - 1, 1)  # A single image has no covariance.
         weighted = projected[rows] - projected[rows].mean(0)
         # W W^T and W^T W have the same non-zero eigenvalues.
         inner = weighted @ weighted.T if count < weighted.shape[1] else weighted.T @ weighted
-        overlap = np.sqrt(np.maximum(np.linalg.eigvalsh(inner / (count - 1)), 0)).sum()
+        overlap = np.sqrt(np.maximum(np.linalg.eigvalsh(inner / divisor), 0)).sum()
         gap = own.mean + shift - reference.mean
-        own_trace = (norms[rows].sum() - count * shift @ shift) / (count - 1)
+        own_trace = (norms[rows].sum() - count * shift @ shift) / divisor
         distances.append(gap @ gap + own_trace + trace - 2 * overlap)
     spread = np.sum((np.array(distances) - np.mean(distances)) ** 2)
     error = float(np.sqrt((groups - 1) / groups * spread))
