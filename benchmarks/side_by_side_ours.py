@@ -13,7 +13,7 @@ import optax
 import reporting
 
 from imagen_jax.config.schema import MeshConfig, ModelConfig
-from imagen_jax.models.conditioning import cosine_steps
+from imagen_jax.diffusion.process import cosine_steps
 from imagen_jax.models.unet import UNet
 from imagen_jax.parallel import flops, partitioning
 

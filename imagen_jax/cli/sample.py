@@ -10,9 +10,10 @@ from typing import Any
 from imagen_jax.cli import path_flags, wiring
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import Config
-from imagen_jax.inference import prompts, trace
+from imagen_jax.inference import given_inputs, prompts, trace
 from imagen_jax.inference.cascade import Cascade
-from imagen_jax.inference.request import check_guided, with_settings
+from imagen_jax.inference.given_inputs import GivenInputs
+from imagen_jax.inference.request import RequestError, check_guided, with_settings
 from imagen_jax.inference.sample import SampleOptions, sample
 from imagen_jax.parallel import distributed
 from imagen_jax.stages.folder import check_chain, load_stage
@@ -22,6 +23,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
     add_prompts(parser)
     add_sampling(parser, samples_per_prompt=1)
+    parser.add_argument(
+        "--inputs",
+        metavar="FILE",
+        default="",
+        type=path_flags.flag,
+        help="embeddings, low-resolution images and noise as .npz, see inference/given_inputs.py",
+    )
+    parser.add_argument(
+        "--floats", action="store_true", help="also write OUT/NNNNN_KK.npy, float32 in [-1, 1]"
+    )
 
 
 def add_prompts(parser: argparse.ArgumentParser) -> None:
@@ -92,7 +103,8 @@ def add_sampling(parser: argparse.ArgumentParser, *, samples_per_prompt: int) ->
 
 def run(flags: argparse.Namespace) -> None:
     """Runs the verb."""
-    sample_rows(flags, read_prompts(flags))
+    given = given_inputs.read(flags.inputs) if flags.inputs else None
+    sample_rows(flags, read_prompts(flags), given=given, floats=flags.floats)
 
 
 def read_prompts(flags: argparse.Namespace) -> list[dict[str, Any]]:
@@ -111,6 +123,9 @@ def sample_rows(
     flags: argparse.Namespace,
     rows: Sequence[Mapping[str, Any]],
     image_fields: Callable[[Sequence[Config]], dict[str, Any]] | None = None,
+    *,
+    given: GivenInputs | None = None,
+    floats: bool = False,
 ) -> None:
     """Samples prompt rows with the flags of `add_sampling`.
 
@@ -119,6 +134,8 @@ def sample_rows(
       rows: prompts.
       image_fields: maps the stages to the fields of `SampleOptions` that hold an image; None:
         sampling starts from noise.
+      given: inputs in place of computed ones; None: none.
+      floats: also write the images before they are rounded to uint8.
     """
     wiring.check_least(flags, 1, "samples_per_prompt", "batch_size", "cpu_devices")
     wiring.check_least(flags, 0, "limit")
@@ -127,7 +144,14 @@ def sample_rows(
     rows = rows[: flags.limit] if flags.limit > 0 else rows
     settings, configs = read_settings(flags.stage_settings), read_configs(flags.stages)
     # Every check comes before the text encoder is loaded.
-    check_chain(configs, configs[0].data.lowres_size if image_fields else 0)
+    given_lowres = image_fields or (given and "lowres" in given.arrays)
+    check_chain(configs, configs[0].data.lowres_size if given_lowres else 0)
+    if given and given.count != len(rows) * flags.samples_per_prompt:
+        raise RequestError(
+            f"--inputs={flags.inputs}: arrays have {given.count} rows, must have "
+            f"{len(rows) * flags.samples_per_prompt}, one for each image"
+        )
+    with_embeddings = given is not None and "text_emb" in given.arrays
     check_guided(
         with_settings(configs, settings, "--stage_settings"),
         negative=bool(flags.negative_prompt),
@@ -143,11 +167,13 @@ def sample_rows(
         checkpoint=",".join(flags.stages),
         negative_prompt=flags.negative_prompt,
         trace=flags.trace,
+        given=given,
+        floats=floats,
         **fields,
     )
     cascade = Cascade.load(
         flags.stages,
-        text_encoder=flags.text_encoder,
+        text_encoder=flags.text_encoder or (None if with_embeddings else ""),
         guides=flags.guides,
         keep=flags.keep_stages,
     )

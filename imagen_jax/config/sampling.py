@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
-from imagen_jax.config.fields import ConfigError, doc
+from imagen_jax.config.fields import ConfigError, check_choice, doc
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,7 +14,22 @@ class SamplingConfig:
 
     sampler: str = doc("ddpm", "Row of diffusion.samplers.SAMPLERS: ddpm, ddim, dpmpp_2m or heun.")
     steps: int = doc(256, "Denoising steps.")
+    spacing: str = doc(
+        "time",
+        "Times of the steps: time (continuous, evenly spaced), or discrete timesteps of 1000: "
+        "leading, linspace, trailing, or a list of DeepFloyd IF, which replaces `steps`: fast27, "
+        "smart27, smart50, smart100, smart185, super27, super40 or super100.",
+    )
+    timesteps: tuple[int, ...] = doc(
+        (),
+        "Discrete timesteps, 999..0 and decreasing, in place of `spacing` and `steps`; timestep k "
+        "is time k / 1000 of the schedule. (): none.",
+    )
     gamma: float = doc(0.0, "ddpm: variance is small**(1-gamma) * large**gamma, 0..1.")
+    variance: str = doc(
+        "fixed",
+        "ddpm: fixed (by gamma), or learned (gamma per pixel by the network's channels 4 to 6).",
+    )
     guidance_weight: float = doc(1.35, "w in w*cond + (1-w)*uncond; 1: off.")
     guidance_schedule: tuple[tuple[float, ...], ...] = doc(
         (),
@@ -45,6 +60,9 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         self._check("steps", self.steps >= 1, "at least 1")
+        check_choice("sampling.variance", self.variance, ("fixed", "learned"))
+        falling = all(a > b for a, b in itertools.pairwise((1000, *self.timesteps, -1)))
+        self._check("timesteps", falling, "decreasing within 999..0; try (999, 500, 0)")
         for field in ("gamma", "guidance_rescale", "aug_level"):
             self._check(field, 0.0 <= getattr(self, field) <= 1.0, "within 0..1")
         for field in ("guidance_weight", "guidance_norm"):

@@ -80,7 +80,7 @@ class ModelConfig:
     lowres_residual: bool = doc(False, "Add the low-resolution image to the output (x0 only).")
     text_dim: int = doc(0, "Width of the text embeddings; 0: that of the encoder.")
     out_channels: int = doc(
-        3, "Channels of the output; those after the third (IF's learned variance) are not used."
+        3, "Channels of the output: 3, or 6 with those of a learned variance (sampling.variance)."
     )
     dtype: str = doc("float32", "Activation dtype; parameters are always float32.")
     remat: str = doc(
@@ -141,11 +141,19 @@ class DiffusionConfig:
     """The noise process, what the network predicts and how its error is weighted."""
 
     prediction: str = doc("eps", "What the network predicts: eps, x0 or v.")
-    schedule: str = doc("cosine", "Row of diffusion.process.SCHEDULES: cosine or linear.")
+    schedule: str = doc(
+        "cosine",
+        "Row of diffusion.process.SCHEDULES: cosine, linear or cosine_steps (IF's 1000 steps).",
+    )
     logsnr_shift: float = doc(0.0, "Added to logsnr, nats; 2*log(64/d) is simple diffusion's.")
     logsnr_min: float = doc(-20.0, "Lower clip of logsnr, nats.")
     logsnr_max: float = doc(20.0, "Upper clip of logsnr, nats.")
     loss_weight: str = doc("eps", "Row of diffusion.process.LOSS_WEIGHTS.")
+    vlb_weight: float = doc(
+        0.0,
+        "Weight of the variational bound in bits per dimension, which trains a learned variance "
+        "(model.out_channels=6); Nichol & Dhariwal's is 0.001. 0: off.",
+    )
     cond_drop_prob: float = doc(0.1, "Probability of training without text, 0..1.")
     aug_level_max: float = doc(
         1.0, "SR stages: training samples aug_level from U(0, aug_level_max), 0..1."
@@ -155,8 +163,15 @@ class DiffusionConfig:
         "image", "SR stages: resolution of the aug_level noise: image, or lowres (upsampled)."
     )
 
+    aug_upsampling: str = doc(
+        "bilinear",
+        "SR stages: upsampling of the low-resolution image: bilinear, or corners (bilinear with "
+        "the corner pixels of both images aligned; IF).",
+    )
+
     def __post_init__(self) -> None:
         check_choice("diffusion.aug_noise_size", self.aug_noise_size, ("image", "lowres"))
+        check_choice("diffusion.aug_upsampling", self.aug_upsampling, ("bilinear", "corners"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -364,6 +379,15 @@ class Config:
                 "config.model.lowres_residual=True needs config.diffusion.prediction='x0', "
                 f"got {self.diffusion.prediction!r}"
             )
+        for field, needed in (
+            ("sampling.variance='learned'", self.sampling.variance == "learned"),
+            (f"diffusion.vlb_weight={self.diffusion.vlb_weight}", self.diffusion.vlb_weight > 0),
+        ):
+            if needed and self.model.out_channels != 6:
+                raise ConfigError(
+                    f"config.{field} needs config.model.out_channels=6, got "
+                    f"{self.model.out_channels}"
+                )
         if self.model.position_embedding and self.data.crop_from:
             raise ConfigError(
                 "config.model.position_embedding=True does not go with "

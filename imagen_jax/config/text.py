@@ -25,7 +25,8 @@ class TextConfig:
     )
     vocabulary: str = doc(
         "",
-        "SentencePiece file; '': spiece.model in, or beside, the folder.",
+        "SentencePiece file, or tokenizer.json of a T5; '': spiece.model or tokenizer.json in, or "
+        "beside, the folder.",
         learns=False,
         compiled=False,
     )
@@ -57,12 +58,29 @@ class TextConfig:
         "Most tokens of a prompt, with the end token; longer prompts are truncated.",
         compiled=False,
     )
+    padding: str = doc(
+        "masked",
+        "Text positions after the end token: masked, or encoded (t5, bytes: the network sees what "
+        "the encoder gives there, max_len vectors for every caption; IF).",
+        compiled=False,
+    )
+    null: str = doc(
+        "zeros",
+        "Text of the unconditional estimate: zeros, or empty (the encoded empty caption; IF).",
+    )
+    lowercase: bool = doc(
+        False,
+        "Lowercase captions and strip the white space around them (IF).",
+        compiled=False,
+    )
     fingerprint: str = doc(
         "", "Set by `train`: identifies the encoder of the training embeddings.", compiled=False
     )
 
     def __post_init__(self) -> None:
         check_choice("text.dtype", self.dtype, ("float32", "bfloat16"))
+        check_choice("text.padding", self.padding, ("masked", "encoded"))
+        check_choice("text.null", self.null, ("zeros", "empty"))
         if self.on_the_fly and not self.path:
             raise ConfigError("config.text.on_the_fly=True needs an encoder: set config.text.path")
 

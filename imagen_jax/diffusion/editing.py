@@ -93,7 +93,11 @@ def composite(edit: Edit, sampled: UInt8[np.ndarray, "n h w 3"]) -> UInt8[np.nda
 
 
 def timesteps(
-    steps: int, strength: float = 1.0, resamplings: int = 1, jump: int = 1
+    steps: int,
+    strength: float = 1.0,
+    resamplings: int = 1,
+    jump: int = 1,
+    discrete: Sequence[float] = (),
 ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
     """Times that each step starts from and ends at, from `strength` to 0.
 
@@ -102,13 +106,18 @@ def timesteps(
       strength: time to start from, above 0, at most 1.
       resamplings: how often each group of `jump` steps is run. The last group is run once.
       jump: steps in a group.
+      discrete: times of `timesteps.step_times` in place of `steps`; the last ones are used, in the
+        share `strength`.
 
     Returns:
       n times each. Where a step starts from a later time than the step before it ended at, noise
       has to be added first.
     """
+    steps = len(discrete) - 1 if discrete else steps
     count = max(math.ceil(steps * strength - 1e-6), 1)
     times = np.linspace(strength, 0.0, count + 1, dtype=np.float32)
+    if discrete:
+        times = np.asarray(discrete[-count - 1 :], np.float32)
     order: list[int] = []
     for first in range(0, count, jump):
         group = range(first, min(first + jump, count))

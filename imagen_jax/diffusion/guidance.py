@@ -20,6 +20,7 @@ level is a row of FACTORS.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,18 @@ DenoisePair = Callable[
     tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]],
 ]
 _PIXELS = (1, 2, 3)
+
+
+class Estimate(NamedTuple):
+    """What `denoise` returns for a sampler with learned variance, in place of x0 alone.
+
+    Attributes:
+      x0: the clean images.
+      gamma: per pixel, log variance between the smallest (0) and largest (1) of DDPM.
+    """
+
+    x0: Float[Array, "b h w c"]
+    gamma: Float[Array, "b h w c"]
 
 
 def guide(

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, Integer, Key
 
 from imagen_jax.config.fields import ConfigError, unknown_name
 from imagen_jax.config.sampling import SamplingConfig
-from imagen_jax.diffusion.guidance import Denoise
+from imagen_jax.diffusion.guidance import Denoise, Estimate
 from imagen_jax.diffusion.process import alpha_sigma, expand
 
 
@@ -29,7 +29,8 @@ class Sampler(NamedTuple):
 
     Attributes:
       init: z -> sampler state.
-      step: (denoise, z, logsnr_t [B], logsnr_s [B], keys [B], state) -> (z at logsnr_s, state).
+      step: (denoise, z, logsnr_t [B], logsnr_s [B], keys [B], state) -> (z at logsnr_s, state);
+        in place of keys, noise [B, H, W, C] may be given, see `normal`.
     """
 
     init: Callable[[Array], Any]
@@ -41,12 +42,21 @@ def fold_in_keys(keys: Key[Array, " b"], number: Integer[Array, ""] | int) -> Ke
     return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)
 
 
-def normal(keys: Key[Array, " b"], shape: tuple[int, ...]) -> Float[Array, "b *d"]:
-    """Standard normal noise; that of image i depends on keys[i] alone."""
+def is_given(noise: Array) -> bool:
+    """Whether `noise` is itself noise, in place of the keys that it is sampled from."""
+    return not jnp.issubdtype(noise.dtype, jax.dtypes.prng_key)
+
+
+def normal(
+    keys: Key[Array, " b"] | Float[Array, "b *d"], shape: tuple[int, ...]
+) -> Float[Array, "b *d"]:
+    """Standard normal noise; that of image i depends on keys[i] alone. Given noise is returned."""
+    if is_given(keys):
+        return keys
     return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
 
 
-def ddpm(gamma: float = 0.0) -> Sampler:
+def ddpm(gamma: float = 0.0, variance: str = "fixed") -> Sampler:
     """Ancestral sampling from q(z_s | z_t, x0) (Ho et al. 2020; Imagen, App. A).
 
     mean = r (alpha_s / alpha_t) z + (1 - r) alpha_s x0, with r = exp(logsnr_t - logsnr_s);
@@ -55,20 +65,41 @@ def ddpm(gamma: float = 0.0) -> Sampler:
     Args:
       gamma: 0 is the smaller variance (that of the posterior), 1 the larger. Paper is silent on
         the value it used.
+      variance: learned: gamma of each pixel is the network's, and `denoise` returns an `Estimate`
+        (learned range, Nichol & Dhariwal 2021, Eq. 15). As in their code, the logarithm of the
+        small variance is that of at least 1e-20.
     """
+    learned = variance == "learned"
 
-    def step(denoise: Denoise, z, logsnr_t, logsnr_s, keys, state):
-        x0 = denoise(z, logsnr_t)
+    def step(denoise: Callable[..., Any], z, logsnr_t, logsnr_s, keys, state):
+        x0, pixel_gamma = denoise(z, logsnr_t) if learned else (denoise(z, logsnr_t), None)
         alpha_t, sigma_t = (expand(v, z) for v in alpha_sigma(logsnr_t))
         alpha_s, sigma_s = (expand(v, z) for v in alpha_sigma(logsnr_s))
         r = expand(jnp.exp(logsnr_t - logsnr_s), z)
         # 1 - r, but exact where the two levels are close.
         one_minus_r = expand(-jnp.expm1(logsnr_t - logsnr_s), z)
         mean = r * (alpha_s / alpha_t) * z + one_minus_r * alpha_s * x0
-        deviation = jnp.sqrt(one_minus_r) * sigma_s ** (1.0 - gamma) * sigma_t**gamma
+        if pixel_gamma is None:
+            deviation = jnp.sqrt(one_minus_r) * sigma_s ** (1.0 - gamma) * sigma_t**gamma
+        else:
+            deviation = jnp.exp(0.5 * learned_log_variance(pixel_gamma, logsnr_t, logsnr_s))
         return mean + deviation * normal(keys, z.shape[1:]), state
 
     return Sampler(init=lambda z: (), step=step)
+
+
+def learned_log_variance(
+    gamma: Float[Array, "b *d"], logsnr_t: Float[Array, " b"], logsnr_s: Float[Array, " b"]
+) -> Float[Array, "b *d"]:
+    """log variance of z_s given z_t (Nichol & Dhariwal 2021, Eq. 15), interpolated per pixel.
+
+    gamma log((1 - r) sigma_t^2) + (1 - gamma) log((1 - r) sigma_s^2), r = exp(logsnr_t - logsnr_s).
+    """
+    _, sigma_t = (expand(v, gamma) for v in alpha_sigma(logsnr_t))
+    _, sigma_s = (expand(v, gamma) for v in alpha_sigma(logsnr_s))
+    one_minus_r = expand(-jnp.expm1(logsnr_t - logsnr_s), gamma)
+    small, large = (jnp.log(jnp.maximum(one_minus_r * s**2, 1e-20)) for s in (sigma_s, sigma_t))
+    return gamma * large + (1.0 - gamma) * small
 
 
 def ddim() -> Sampler:
@@ -136,7 +167,12 @@ SAMPLERS: dict[str, Callable[..., Sampler]] = {
     "heun": heun,
 }
 # Fields of `SamplingConfig` that a sampler takes as keyword arguments.
-OPTIONS: dict[str, tuple[str, ...]] = {"ddpm": ("gamma",)}
+OPTIONS: dict[str, tuple[str, ...]] = {"ddpm": ("gamma", "variance")}
+
+
+def takes_estimate(settings: SamplingConfig) -> bool:
+    """Whether the sampler of `settings` needs an `Estimate` of `denoise`."""
+    return settings.variance == "learned" and "variance" in OPTIONS.get(settings.sampler, ())
 
 
 def make_sampler(settings: SamplingConfig) -> Sampler:
@@ -172,7 +208,7 @@ def denoise_steps(
     state: DenoisingState,
     logsnr_t: Float[Array, " n"],
     logsnr_s: Float[Array, " n"],
-    keys: Key[Array, " b"],
+    keys: Key[Array, " b"] | Float[Array, "given b h w c"],
     first: Int[Array, ""] | int,
     last: Int[Array, ""] | int,
 ) -> DenoisingState:
@@ -184,11 +220,11 @@ def denoise_steps(
 
     Args:
       sampler: a row of SAMPLERS, built.
-      denoise: (z, logsnr [B]) -> x0.
+      denoise: (z, logsnr [B]) -> x0, or an `Estimate`.
       state: from `init_state`, or from the steps before.
       logsnr_t: noise level that each step starts from, nats; those from `last` on are not read.
       logsnr_s: noise level that each step ends at, nats.
-      keys: one key per image; step i samples from fold_in(key, i).
+      keys: one key per image; step i samples from fold_in(key, i). Or the noise of the steps.
       first: the first step.
       last: the step after the last one.
     """
@@ -197,10 +233,11 @@ def denoise_steps(
         estimates = []
 
         def recording(z, logsnr):
-            estimates.append(denoise(z, logsnr))
-            return estimates[-1]
+            estimate = denoise(z, logsnr)
+            estimates.append(estimate.x0 if isinstance(estimate, Estimate) else estimate)
+            return estimate
 
-        step_keys = fold_in_keys(keys, index)
+        step_keys = keys[index] if is_given(keys) else fold_in_keys(keys, index)
         ends = (jnp.broadcast_to(v[index], state.z.shape[:1]) for v in (logsnr_t, logsnr_s))
         z, inner = sampler.step(recording, state.z, *ends, step_keys, state.sampler_state)
         return DenoisingState(z, inner, estimates[0])

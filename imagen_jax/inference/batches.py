@@ -15,7 +15,7 @@ from imagen_jax.diffusion import editing
 from imagen_jax.diffusion.editing import Edit
 from imagen_jax.diffusion.samplers import DenoisingState
 from imagen_jax.inference import stage_sampler
-from imagen_jax.inference.stage_sampler import SamplerInputs
+from imagen_jax.inference.stage_sampler import Noise, SamplerInputs
 from imagen_jax.parallel import partitioning
 from imagen_jax.stages.conditioning import Text
 from imagen_jax.stages.stage import Stage
@@ -30,6 +30,7 @@ class StageInputs(NamedTuple):
       lowres: SR stages: [N, h, w, 3], the images of the stage before, in [-1, 1].
       negative: embeddings and mask of the negative prompts, shaped as the text; None: null text.
       edit: images to start from; None: from noise.
+      noise: given noise, in place of that of the keys.
     """
 
     text: Text
@@ -37,6 +38,7 @@ class StageInputs(NamedTuple):
     lowres: np.ndarray | None = None
     negative: Text | None = None
     edit: Edit | None = None
+    noise: Noise = Noise()
 
     def rows(self, rows: np.ndarray) -> StageInputs:
         """The inputs of some of the images."""
@@ -102,7 +104,7 @@ def sample_batches(
       report_every: steps between two calls of it.
 
     Returns:
-      Images in [-1, 1], on this host.
+      Images in [-1, 1], on this host; beyond it only where the last step has given noise.
     """
     parts, count = [], len(inputs.text.emb)
     devices = jax.local_device_count()
@@ -124,6 +126,7 @@ def _sampler_inputs(config: Config, inputs: StageInputs) -> tuple[SamplerInputs,
         lowres=inputs.lowres,
         guidance_weight=np.full(count, settings.guidance_weight, np.float32),
         negative=inputs.negative,
+        noise=inputs.noise,
     )
     if inputs.lowres is not None:
         arrays = arrays._replace(aug_level=np.full(count, settings.aug_level, np.float32))
@@ -162,6 +165,9 @@ def _sample_batch(
         if on_steps and finished:
             on_steps(finished._replace(x0=jax.block_until_ready(finished.x0)))
         finished = StepReport(rows, last, count, state.x0)
+    given = inputs.noise.steps
+    if given is not None and given.shape[1] == count:  # The last step adds noise, too.
+        return np.asarray(state.z)
     x0 = np.clip(np.asarray(state.x0), -1.0, 1.0)
     if on_steps and finished:
         on_steps(finished)

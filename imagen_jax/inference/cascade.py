@@ -15,6 +15,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
@@ -31,7 +32,7 @@ from imagen_jax.inference.request import (
     guided_stage,
     with_settings,
 )
-from imagen_jax.inference.stage_sampler import image_keys, stage_keys
+from imagen_jax.inference.stage_sampler import Noise, image_keys, stage_keys
 from imagen_jax.io import images
 from imagen_jax.parallel import partitioning
 from imagen_jax.stages.conditioning import Text
@@ -180,20 +181,28 @@ class Cascade:
         """The last stage's images; arguments as those of `sample_stages`."""
         return self.sample_stages(prompts, **fields)[-1]
 
+    def sample_floats(
+        self, prompts: Sequence[str] | SampleRequest = (), **fields: Any
+    ) -> Float[np.ndarray, "n h w 3"]:
+        """As `sample`, but in [-1, 1], before the images are rounded to uint8."""
+        return self.sample_stages(prompts, rounded=False, **fields)[-1]
+
     def sample_stages(
         self,
         prompts: Sequence[str] | SampleRequest = (),
         *,
         on_progress: Callable[[Progress], None] | None = None,
         report_every: int = 1,
+        rounded: bool = True,
         **fields: Any,
-    ) -> list[UInt8[np.ndarray, "n h w 3"]]:
+    ) -> list[Any]:
         """Samples N images through all stages; each stage samples all N before the next one.
 
         Args:
           prompts: N texts, with further fields of `SampleRequest` by name; or a whole request.
           on_progress: called while the devices work on the next steps.
           report_every: steps between two calls of on_progress, at most; the last step is reported.
+          rounded: to uint8; otherwise float32 in [-1, 1].
           **fields: of `SampleRequest`, such as seed, where `prompts` is a list.
 
         Returns:
@@ -214,6 +223,8 @@ class Cascade:
         check_guided(configs, guides=[guide[1] for guide in self._guides if guide])
         inputs, order = self._first_inputs(request, configs[0])
         keys, sampled = inputs.keys, []
+        given = [request.noise.get(config.name, Noise()) for config in configs]
+        noise = jax.tree.map(lambda array: np.asarray(array, np.float32)[order], given)
         for index, config in enumerate(configs):
             guide = self._guides[index]
             report = None
@@ -221,15 +232,15 @@ class Cascade:
                 report = functools.partial(_report, on_progress, configs, index, order)
             lowres = sample_batches(
                 Stage(config, self._params[index]()),
-                inputs._replace(keys=stage_keys(keys, index)),
+                inputs._replace(keys=stage_keys(keys, index), noise=noise[index]),
                 batch_size=request.batch_size,
                 guide=guide and Stage(guide[1], guide[0]()),
                 on_steps=report,
                 report_every=report_every,
             )
             inputs = inputs._replace(lowres=lowres)
-            sampled.append(images.to_uint8(lowres)[np.argsort(order)])
-        if request.edit:
+            sampled.append((images.to_uint8(lowres) if rounded else lowres)[np.argsort(order)])
+        if request.edit and rounded:
             sampled[-1] = editing.composite(request.edit, sampled[-1])
         return sampled
 
@@ -245,10 +256,11 @@ class Cascade:
             text = Text(*self.embed(request.prompts))
         else:
             text = Text(request.text_emb, request.text_mask)
-        negative = request.negative_prompts
         lowres_size, lowres = config.data.lowres_size, None
-        if request.lowres is not None:
+        if request.lowres is not None and request.lowres.dtype == np.uint8:
             lowres = images.to_float(request.lowres)
+        elif request.lowres is not None:
+            lowres = request.lowres.astype(np.float32)
         elif request.edit and lowres_size:
             lowres, _ = editing.resize_edit(request.edit, lowres_size)
         identities = request.identities()
@@ -256,11 +268,28 @@ class Cascade:
             text=text,
             keys=image_keys(*identities.tolist()),
             lowres=lowres,
-            negative=None if negative is None else Text(*self.embed(negative)),
+            negative=self._negative(request, text),
             edit=request.edit,
         )
         order = np.lexsort(identities[::-1])
         return inputs.rows(order), order
+
+    def _negative(self, request: SampleRequest, text: Text) -> Text | None:
+        """What guidance moves away from; None: the null text of zeros."""
+        if request.negative_emb is not None:
+            return Text(request.negative_emb, request.negative_mask)
+        prompts = request.negative_prompts
+        if prompts is None and self.configs[0].text.null == "empty":
+            prompts = [""] * request.count
+        if prompts is None:
+            return None
+        negative = Text(*self.embed(prompts))
+        if negative.emb.shape != text.emb.shape:
+            raise RequestError(
+                f"text_emb of shape {text.emb.shape} must be {negative.emb.shape}, as negative "
+                "prompts and the empty caption are; or give negative_emb"
+            )
+        return negative
 
 
 def _replicated_params(params: Any) -> Callable[[], Any]:

@@ -19,7 +19,10 @@ from imagen_jax.config.fields import ConfigError, unknown_name
 from imagen_jax.config.sampling import SamplingConfig
 from imagen_jax.config.schema import Config
 from imagen_jax.diffusion.editing import Edit
+from imagen_jax.inference import stage_sampler
+from imagen_jax.inference.stage_sampler import Noise
 from imagen_jax.io import text
+from imagen_jax.stages.conditioning import aug_noise_side
 from imagen_jax.stages.denoiser import check_guide
 from imagen_jax.stages.folder import StageError
 from imagen_jax.stages.names import check_names
@@ -45,7 +48,11 @@ class SampleRequest:
       negative_prompts: N texts that guidance moves away from; None: the null text.
       text_emb: [N, L, D] embeddings in place of the prompts', zero at padding.
       text_mask: [N, L], True at their real tokens.
-      lowres: where the first stage is a super-resolution stage: the N images that it upsamples.
+      negative_emb: [N, L, D] embeddings in place of the negative prompts'.
+      negative_mask: [N, L], True at their real tokens.
+      lowres: where the first stage is a super-resolution stage: the N images that it upsamples,
+        uint8, or float32 in [-1, 1].
+      noise: by stage name, noise that is given instead of sampled; for parity and debugging.
       edit: N images to start from, and which part of them to keep; None: from noise.
       batch_size: images sampled at a time, rounded up to a multiple of the devices; the last batch
         is padded, so that one shape is compiled.
@@ -59,7 +66,10 @@ class SampleRequest:
     negative_prompts: Sequence[str] | None = None
     text_emb: Float[np.ndarray, "n l d"] | None = None
     text_mask: Bool[np.ndarray, "n l"] | None = None
-    lowres: UInt8[np.ndarray, "n low low 3"] | None = None
+    negative_emb: Float[np.ndarray, "n l d"] | None = None
+    negative_mask: Bool[np.ndarray, "n l"] | None = None
+    lowres: UInt8[np.ndarray, "n low low 3"] | Float[np.ndarray, "n low low 3"] | None = None
+    noise: Mapping[str, Noise] = dataclasses.field(default_factory=dict)
     edit: Edit | None = None
     batch_size: int = 32
 
@@ -77,8 +87,10 @@ class SampleRequest:
         check_sizes(batch_size=self.batch_size)
         self._check_text(configs[0])
         self._check_negative(configs[0])
-        check_guided(configs, negative=any(self.negative_prompts or ()))
+        negative = self.negative_emb is not None or any(self.negative_prompts or ())
+        check_guided(configs, negative=negative)
         self._check_images(configs)
+        self._check_noise(configs)
         self.identities()
 
     def _check_text(self, config: Config) -> None:
@@ -110,6 +122,18 @@ class SampleRequest:
 
     def _check_negative(self, config: Config) -> None:
         """Raises RequestError unless negative prompts are N texts that fit the embeddings."""
+        if (self.negative_emb is None) != (self.negative_mask is None):
+            raise RequestError("negative_emb and negative_mask go together; give both")
+        if self.negative_emb is not None and self.negative_mask is not None:
+            emb, mask = self.text_emb, self.text_mask
+            fits = emb is not None and emb.shape == self.negative_emb.shape
+            if not fits or mask is None or mask.shape != self.negative_mask.shape:
+                raise RequestError(
+                    f"negative_emb of shape {self.negative_emb.shape} and its mask must have the "
+                    "shapes of text_emb and text_mask"
+                )
+            if self.negative_prompts is not None:
+                raise RequestError("negative_prompts and negative_emb exclude each other")
         if self.negative_prompts is None:
             return
         if isinstance(self.negative_prompts, str) or len(self.negative_prompts) != self.count:
@@ -147,6 +171,36 @@ class SampleRequest:
                     f"{name} of shape {array.shape} must be {(self.count, side, side, 3)}, an "
                     "image for each text; see images.center_crop_resize"
                 )
+
+    def _check_noise(self, configs: Sequence[Config]) -> None:
+        """Raises RequestError where given noise is of no stage or of another shape."""
+        stages = {config.name: config for config in configs}
+        if self.noise and self.edit is not None:
+            raise RequestError("noise and edit exclude each other; leave either out")
+        for name, noise in self.noise.items():
+            if name not in stages:
+                raise RequestError(unknown_name("noise: stage", name, list(stages)))
+            config = stages[name]
+            image = (config.data.image_size, config.data.image_size, 3)
+            side = aug_noise_side(config)
+            count = stage_sampler.noise_levels(config).count
+            for field, array, shapes in (
+                ("start", noise.start, [(self.count, *image)]),
+                ("steps", noise.steps, [(self.count, n, *image) for n in (count - 1, count)]),
+                ("lowres", noise.lowres, [(self.count, side, side, 3)]),
+            ):
+                if array is not None and np.shape(array) not in shapes:
+                    raise RequestError(
+                        f"noise[{name!r}].{field} of shape {np.shape(array)} must be "
+                        + " or ".join(map(str, shapes))
+                    )
+            if noise.steps is not None and config.sampling.sampler != "ddpm":
+                raise RequestError(
+                    f"noise[{name!r}].steps has no effect with sampler="
+                    f"{config.sampling.sampler!r}; leave it out"
+                )
+            if noise.lowres is not None and not config.model.lowres:
+                raise RequestError(f"noise[{name!r}].lowres: a base stage takes none")
 
     def identities(self) -> Int[np.ndarray, "three n"]:
         """Seed, prompt index and sample index of each image. Raises RequestError."""

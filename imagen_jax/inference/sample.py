@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import pathlib
 import time
@@ -21,10 +22,11 @@ from imagen_jax.config import overrides
 from imagen_jax.diffusion.editing import Edit
 from imagen_jax.inference import sample_folder
 from imagen_jax.inference.cascade import Cascade, Progress
+from imagen_jax.inference.given_inputs import GivenInputs
 from imagen_jax.inference.request import with_settings
 from imagen_jax.inference.sample_folder import GRID_IMAGES, Sample
 from imagen_jax.inference.trace import Trace
-from imagen_jax.io import images
+from imagen_jax.io import atomic, images
 from imagen_jax.parallel import distributed
 
 # Batches that each stage samples before the next one is loaded, where one is in memory at a time.
@@ -47,6 +49,8 @@ class SampleOptions:
       lowres: one image [1, h, w, 3] for the first super-resolution stage to upsample.
       checkpoint: paths of the stages, recorded with each image.
       trace: "png" or "gif" of the steps beside each image; "": none.
+      given: inputs of all images in place of computed ones; None: none.
+      floats: also write the images before they are rounded to uint8.
     """
 
     seed: int = 0
@@ -58,6 +62,8 @@ class SampleOptions:
     lowres: UInt8[np.ndarray, "1 h w 3"] | None = None
     checkpoint: str = ""
     trace: str = ""
+    given: GivenInputs | None = None
+    floats: bool = False
 
 
 def sample(
@@ -67,7 +73,7 @@ def sample(
     options: SampleOptions,
     log: Callable[[str], None] = print,
 ) -> None:
-    """Writes `OUT/PPPPP_KK.png`, `OUT/samples.jsonl` and `OUT/grid.png`.
+    """Writes `OUT/PPPPP_KK.png`, `OUT/samples.jsonl` and `OUT/grid.png`; `floats`: also .npy.
 
     Args:
       cascade: the stages and the text encoder.
@@ -120,6 +126,8 @@ def _image_metadata(cascade: Cascade, options: SampleOptions) -> dict[str, str]:
         settings["guides"] = cascade.guide_hashes
     if options.lowres is not None:
         settings["lowres"] = _digest(options.lowres)
+    if options.given is not None:
+        settings["inputs"] = options.given.digest()
     if options.edit is not None:
         names = ("strength", "resamplings", "jump")
         settings["edit"] = {name: getattr(options.edit, name) for name in names}
@@ -168,7 +176,8 @@ def _sample_share(
             if trace:
                 trace(progress)
 
-        sampled = cascade.sample(
+        sample_images = cascade.sample_floats if options.floats else cascade.sample
+        sampled = sample_images(
             prompts,
             seed=seeds + [seeds[-1]] * (len(filled) - len(part)),
             prompt_indices=[sample.prompt_index for sample in filled],
@@ -178,16 +187,38 @@ def _sample_share(
             if options.negative_prompt
             else None,
             edit=options.edit and options.edit.rows(one),
-            lowres=None if options.lowres is None else options.lowres[one],
             batch_size=size,
             on_progress=on_progress,
             report_every=1 if trace else REPORT_EVERY,
+            **_arrays(options, filled),
         )
         for (sample, text), image in zip(part, sampled, strict=False):
+            if options.floats:
+                with atomic.file((folder / sample.file).with_suffix(".npy")) as file:
+                    file.write_bytes(_npy(image))
+                image = images.to_uint8(image)
             images.save_png(folder / sample.file, image, text)
         if trace:
             trace.write(folder / "trace", filled[: len(part)], [text for _, text in part])
         line.after(len(part))
+
+
+def _arrays(options: SampleOptions, samples: Sequence[Sample]) -> dict[str, Any]:
+    """The arguments of `Cascade.sample` that hold arrays."""
+    arguments: dict[str, Any] = {}
+    if options.given is not None:
+        each = options.samples_per_prompt
+        rows = [sample.prompt_index * each + sample.sample_index for sample in samples]
+        arguments |= options.given.rows(np.array(rows))
+    if options.lowres is not None:
+        arguments["lowres"] = options.lowres[np.zeros(len(samples), int)]
+    return arguments
+
+
+def _npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
 
 
 class _ProgressLine:

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from imagen_jax.config.schema import Config
-from imagen_jax.diffusion import editing, process, samplers
+from imagen_jax.diffusion import editing, process, samplers, timesteps
 from imagen_jax.diffusion.samplers import DenoisingState, Sampler, make_sampler
 from imagen_jax.stages.conditioning import Conditioning, Text, add_lowres, aug_noise_side
 from imagen_jax.stages.denoiser import make_denoiser
@@ -28,6 +28,22 @@ from imagen_jax.stages.stage import Stage
 SAMPLE_STREAM = 2  # beside the streams of training/step.py
 # Lists of steps are padded to a multiple of this, so that programs are shared by their lengths.
 PADDED_STEPS = 256
+
+
+class Noise(NamedTuple):
+    """Noise of N images that is given instead of sampled, for parity and debugging.
+
+    Attributes:
+      start: [N, size, size, 3], what denoising starts from; None: sampled.
+      steps: [N, T, size, size, 3] of the T steps, or of all but the last one, which then adds none;
+        None: sampled.
+      lowres: SR stages: [N, side, side, 3], added to the low-resolution image, see
+        `conditioning.aug_noise_side`; None: sampled.
+    """
+
+    start: Any = None
+    steps: Any = None
+    lowres: Any = None
 
 
 class SamplerInputs(NamedTuple):
@@ -43,6 +59,7 @@ class SamplerInputs(NamedTuple):
       init_images: [B, size, size, 3] in [-1, 1], images to start from; None: from noise.
       init_logsnr: [B], the logsnr that they are noised to, nats.
       mask: [B, size, size, 1], True where `init_images` may change; None: everywhere.
+      noise: given noise, in place of that of the keys.
     """
 
     text: Text
@@ -54,6 +71,7 @@ class SamplerInputs(NamedTuple):
     init_images: Any = None
     init_logsnr: Any = None
     mask: Any = None
+    noise: Noise = Noise()
 
 
 class StepInputs(NamedTuple):
@@ -61,7 +79,7 @@ class StepInputs(NamedTuple):
 
     Attributes:
       conditioning: inputs of the network.
-      keys: [B] of the steps' noise.
+      keys: [B] of the steps' noise, or this noise itself, [T, B, size, size, 3].
       guidance_weight, negative, init_images, mask: as in `SamplerInputs`.
     """
 
@@ -120,33 +138,37 @@ def noise_levels(
     config: Config, strength: float = 1.0, resamplings: int = 1, jump: int = 1
 ) -> NoiseLevels:
     """The noise levels of all steps of a stage; arguments as those of `editing.timesteps`."""
-    times = editing.timesteps(config.sampling.steps, strength, resamplings, jump)
+    discrete = timesteps.step_times(config.sampling)
+    times = editing.timesteps(config.sampling.steps, strength, resamplings, jump, discrete)
     count = len(times[0])
     padding = np.zeros(-count % PADDED_STEPS, np.float32)
     logsnr_t, logsnr_s = (
-        np.asarray(process.logsnr_at(jnp.asarray([*t, *padding]), config.diffusion)) for t in times
+        np.asarray(timesteps.logsnr_of(jnp.asarray([*t, *padding]), config.diffusion))
+        for t in times
     )
     return NoiseLevels(logsnr_t, logsnr_s, count)
 
 
 def sample_randomness(
     config: Config, inputs: SamplerInputs
-) -> tuple[Conditioning, Key[Array, " b"], Float[Array, "b size size 3"]]:
+) -> tuple[Conditioning, Array, Float[Array, "b size size 3"]]:
     """Everything that a stage samples before its first step, from the images' keys.
 
     Returns:
       The network's conditioning, whose low-resolution image has its augmentation noise; the keys of
-      the steps; and the noise that denoising starts from.
+      the steps, or their given noise; and the noise that denoising starts from.
     """
     start_keys, lowres_keys, step_keys = jnp.moveaxis(
         jax.vmap(lambda key: jax.random.split(key, 3))(inputs.keys), 1, 0
     )
-    size = config.data.image_size
-    start = samplers.normal(start_keys, (size, size, 3))
+    size, given = config.data.image_size, inputs.noise
+    start = samplers.normal(start_keys, (size, size, 3)) if given.start is None else given.start
+    if given.steps is not None:
+        step_keys = jnp.moveaxis(given.steps, 1, 0)
     if inputs.lowres is None or inputs.aug_level is None:
         return Conditioning(inputs.text), step_keys, start
     side = aug_noise_side(config)
-    eps = samplers.normal(lowres_keys, (side, side, 3))
+    eps = samplers.normal(lowres_keys, (side, side, 3)) if given.lowres is None else given.lowres
     conditioning = add_lowres(inputs.text, inputs.lowres, inputs.aug_level, eps, config)
     return conditioning, step_keys, start
 
@@ -174,12 +196,11 @@ def sample_stage(
     aug_level = None if lowres is None else jnp.full(keys.shape, config.sampling.aug_level)
     inputs = SamplerInputs(text, keys, lowres, aug_level)
     conditioning, step_keys, start = sample_randomness(config, inputs)
-    times = np.linspace(1.0, 0.0, config.sampling.steps + 1, dtype=np.float32)
     x0 = samplers.sample_loop(
         make_sampler(config.sampling),
         make_denoiser(Stage(config, params), conditioning),
         start,
-        process.logsnr_at(jnp.asarray(times), config.diffusion),
+        timesteps.step_levels(config.sampling, config.diffusion),
         step_keys,
     )
     return jnp.clip(x0, -1.0, 1.0)
@@ -188,14 +209,16 @@ def sample_stage(
 def jit_cache_config(config: Config) -> Config:
     """The config with every traced field replaced by a placeholder: the key of compiled programs.
 
-    Guidance weight and aug_level are arrays of `SamplerInputs`, and the number of steps is a traced
-    bound, so configurations that differ in these alone share programs. Two exceptions: oscillating
-    guidance depends on the number of steps, and a weight of 1 compiles without guidance.
+    Guidance weight and aug_level are arrays of `SamplerInputs`, and the steps are arrays and a
+    traced bound, so configurations that differ in these alone share programs. Two exceptions:
+    oscillating guidance depends on the steps, and a weight of 1 compiles without guidance.
     """
     settings = config.sampling
-    steps = settings.steps if settings.guidance_oscillate_after >= 0 else 1
     weight = 1.0 if settings.guidance_weight == 1.0 else 2.0
-    sampling = dataclasses.replace(settings, steps=steps, aug_level=0.0, guidance_weight=weight)
+    sampling = dataclasses.replace(settings, aug_level=0.0, guidance_weight=weight)
+    if settings.guidance_oscillate_after < 0:
+        spacing = timesteps.CONTINUOUS
+        sampling = dataclasses.replace(sampling, steps=1, spacing=spacing, timesteps=())
     return dataclasses.replace(config, sampling=sampling)
 
 

@@ -29,6 +29,7 @@ WEIGHT_FILES = (
     "diffusion_pytorch_model.safetensors",
     "diffusion_pytorch_model.bin",
     "diffusion_pytorch_model.fp16.safetensors",
+    "diffusion_pytorch_model.fp16.bin",
 )
 
 # Layer of `UNet` -> layers of diffusers, concatenated along the output channels.

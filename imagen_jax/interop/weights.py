@@ -26,6 +26,13 @@ from imagen_jax.interop import torch_pickle
 from imagen_jax.interop.torch_pickle import Tensor
 from imagen_jax.io import atomic
 
+# Weights of a Hugging Face model, in order of preference; each whole or sharded.
+MODEL_FILES = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "model.fp16.safetensors",
+    "pytorch_model.fp16.bin",
+)
 # dtypes of safetensors.
 _DTYPES = {
     "F64": np.dtype("<f8"),
@@ -177,7 +184,7 @@ def open_torch(
 
 def read_folder(
     folder: str | pathlib.Path,
-    names: Iterable[str] = ("model.safetensors", "pytorch_model.bin"),
+    names: Iterable[str] = MODEL_FILES,
     keep: Callable[[str], bool] = lambda name: True,
 ) -> dict[str, np.ndarray]:
     """The values of `open_folder`. Raises WeightsError."""
@@ -187,10 +194,13 @@ def read_folder(
 
 def open_folder(
     folder: str | pathlib.Path,
-    names: Iterable[str] = ("model.safetensors", "pytorch_model.bin"),
+    names: Iterable[str] = MODEL_FILES,
     keep: Callable[[str], bool] = lambda name: True,
 ) -> dict[str, Tensor]:
-    """Opens the first of `names` that exists in the folder, whole or sharded (`NAME.index.json`).
+    """Opens the first of `names` that exists in the folder, whole or sharded.
+
+    The index of the shards of `a.safetensors` is `a.safetensors.index.json`, that of
+    `a.fp16.safetensors` is `a.safetensors.index.fp16.json`.
 
     Args:
       folder: a Hugging Face model folder.
@@ -203,6 +213,8 @@ def open_folder(
     folder = pathlib.Path(folder)
     for name in names:
         index = folder / f"{name}.index.json"
+        if ".fp16." in name:
+            index = folder / f"{name.replace('.fp16.', '.')}.index.fp16.json"
         if (folder / name).is_file():
             return _open_file(folder / name, keep)
         if index.is_file():

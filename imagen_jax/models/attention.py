@@ -132,7 +132,8 @@ class AttentionBlock(nn.Module):
             masks.append(jnp.ones((b, height * width), bool))
         if text is not None:
             if cfg.text_norm == "group":
-                text = layers.group_norm(TEXT_GROUPS, "text_norm")(text).astype(x.dtype)
+                norm = layers.group_norm(TEXT_GROUPS, "text_norm", centred=True)
+                text = norm(text).astype(x.dtype)
             pairs.append(layers.dense(2 * c, "text_key_value")(text))
             masks.append(mask)
         key, value = jnp.split(jnp.concatenate(pairs, axis=1), 2, axis=-1)

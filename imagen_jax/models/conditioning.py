@@ -1,31 +1,18 @@
 """Conditioning of the U-Nets: one embedding of noise levels and pooled text, plus text tokens.
 
 `ModelConfig` selects Imagen's variants or those of DeepFloyd IF. IF was trained on 1000 discrete
-steps; `cosine_steps` is the table that maps logsnr to them.
+steps; `process.cosine_steps` is the table that maps logsnr to them.
 """
 
 from __future__ import annotations
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from imagen_jax.config.schema import ModelConfig
+from imagen_jax.diffusion.process import cosine_steps
 from imagen_jax.models import attention, layers
-
-
-def cosine_steps(count: int = 1000) -> Float[np.ndarray, " n"]:
-    """logsnr in nats of the steps 0 .. count-1 of the discrete cosine schedule, decreasing.
-
-    Nichol & Dhariwal 2021, Eq. 17: alpha_bar(t) = cos^2(pi/2 (t + 0.008) / 1.008), with each step's
-    beta at most 0.999. DeepFloyd IF was trained on this table.
-    """
-    t = np.arange(count + 1) / count
-    alpha_bar = np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2
-    betas = np.minimum(1.0 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
-    signal = np.cumprod(1.0 - betas)
-    return np.log(signal) - np.log1p(-signal)
 
 
 def nearest_step(logsnr: Float[Array, " b"]) -> Float[Array, " b"]:

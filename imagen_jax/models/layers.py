@@ -116,6 +116,9 @@ class GroupNorm(nn.Module):
 
     num_groups: int
     epsilon: float = 1e-5
+    # Subtract the mean before the moments are computed: where the values of a group hardly differ,
+    # as tokens of padding do, the difference of their moments has no correct digit.
+    centred: bool = False
 
     @nn.compact
     def __call__(
@@ -129,6 +132,9 @@ class GroupNorm(nn.Module):
         learned_scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
         x = x.astype(jnp.float32)
+        if self.centred:
+            means = jnp.broadcast_to(x.mean(pixels)[:, None], (x.shape[0], 2, channels))
+            x = x - jnp.expand_dims(self._over_groups(means)[:, 0], pixels)
         moments = jnp.stack([x.mean(pixels), jnp.square(x).mean(pixels)], axis=1)
         mean, square = self._over_groups(moments).swapaxes(0, 1)
         variance = jnp.maximum(square - jnp.square(mean), 0.0)
@@ -148,9 +154,9 @@ class GroupNorm(nn.Module):
         return jnp.matmul(groups, member.T, precision="highest")
 
 
-def group_norm(num_groups: int, name: str) -> GroupNorm:
+def group_norm(num_groups: int, name: str, *, centred: bool = False) -> GroupNorm:
     """GroupNorm with float32 statistics."""
-    return GroupNorm(num_groups, name=name)
+    return GroupNorm(num_groups, centred=centred, name=name)
 
 
 def space_to_depth(x: Float[Array, "b h w c"], factor: int) -> Float[Array, "b h2 w2 c2"]:

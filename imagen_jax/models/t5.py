@@ -215,13 +215,18 @@ class T5Encoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens: Int[Array | np.ndarray, "b l"], mask: Bool[Array | np.ndarray, "b l"]
+        self,
+        tokens: Int[Array | np.ndarray, "b l"],
+        mask: Bool[Array | np.ndarray, "b l"],
+        *,
+        keep_padding: bool = False,
     ) -> Float[Array, "b l d"]:
         """Embeds token ids.
 
         Args:
-          tokens: ids in [0, vocab_size); ids at padding have no effect.
+          tokens: ids in [0, vocab_size); ids at padding have no effect on the vectors elsewhere.
           mask: True at real tokens.
+          keep_padding: return the vectors at padding, too.
 
         Returns:
           float32 vectors of rms about 1 times the final norm's scale; zero at padding.
@@ -242,7 +247,8 @@ class T5Encoder(nn.Module):
         for i in range(cfg.num_layers):
             x = EncoderLayer(cfg, name=f"layers_{i}")(x, bias)
         x = RMSNorm(cfg, name="encoder_norm")(x)
-        return jnp.where(mask[..., None], x.astype(jnp.float32), 0.0)
+        x = x.astype(jnp.float32)
+        return x if keep_padding else jnp.where(mask[..., None], x, 0.0)
 
 
 def init_params(config: T5Config, key: Key[Array, ""]) -> Any:

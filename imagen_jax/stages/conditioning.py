@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -67,6 +68,21 @@ def drop_text(text: Text, drop: Bool[Array, " b"]) -> Text:
     )
 
 
+def upsample_corners(image: Float[Array, "b h w c"], size: int) -> Float[Array, "b size size c"]:
+    """Bilinear upsampling that aligns the centres of the corner pixels (`align_corners` of torch).
+
+    `images.upsample` aligns the corners of the images instead.
+    """
+    scale = jnp.full((2,), (size - 1) / max(image.shape[1] - 1, 1), jnp.float32)
+    shape = (image.shape[0], size, size, image.shape[3])
+    return jax.image.scale_and_translate(
+        image, shape, (1, 2), scale, 0.5 * (1.0 - scale), "linear", antialias=False
+    )
+
+
+UPSAMPLINGS = {"bilinear": images.upsample, "corners": upsample_corners}
+
+
 def augment_lowres(
     lowres: Float[Array, "b h w c"],
     aug_level: Float[Array, " b"],
@@ -86,9 +102,11 @@ def augment_lowres(
       config: the stage.
     """
     logsnr = process.aug_logsnr(aug_level, config.diffusion)
+
+    upsample = UPSAMPLINGS[config.diffusion.aug_upsampling]
     if config.diffusion.aug_noise_size == "lowres":
-        return images.upsample(process.q_sample(lowres, logsnr, eps), config.data.image_size)
-    return process.q_sample(images.upsample(lowres, config.data.image_size), logsnr, eps)
+        return upsample(process.q_sample(lowres, logsnr, eps), config.data.image_size)
+    return process.q_sample(upsample(lowres, config.data.image_size), logsnr, eps)
 
 
 def add_lowres(

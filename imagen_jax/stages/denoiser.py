@@ -6,16 +6,17 @@ Guidance needs two estimates of x0 at the same z: `make_denoiser` evaluates both
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import Config
-from imagen_jax.diffusion import guidance, process, thresholding
+from imagen_jax.diffusion import guidance, process, samplers, thresholding, timesteps
 from imagen_jax.stages.conditioning import Conditioning, Text, null_text
-from imagen_jax.stages.network import apply
+from imagen_jax.stages.network import apply_all
 from imagen_jax.stages.stage import Stage
 
 
@@ -26,7 +27,18 @@ def predict_x0(
     conditioning: Conditioning,
     texts: Sequence[Text],
 ) -> list[Float[Array, "b size size 3"]]:
-    """x0 of the same z for each of K texts, by one evaluation of the network.
+    """The x0 of `predict`."""
+    return [x0 for x0, _ in predict(stage, z, logsnr, conditioning, texts)]
+
+
+def predict(
+    stage: Stage,
+    z: Float[Array, "b size size 3"],
+    logsnr: Float[Array, " b"],
+    conditioning: Conditioning,
+    texts: Sequence[Text],
+) -> list[tuple[Array, Array | None]]:
+    """x0, and gamma of a learned variance, of one z for K texts, by one evaluation of the network.
 
     Args:
       stage: parameters and configuration.
@@ -36,7 +48,8 @@ def predict_x0(
       texts: K times embeddings and mask of B prompts; the network's batch is K B.
 
     Returns:
-      K arrays.
+      K pairs of arrays [B, size, size, 3], see `guidance.Estimate`; gamma is None where the network
+      has no channels for it.
     """
     params, config = stage.params, stage.config
 
@@ -55,10 +68,17 @@ def predict_x0(
         conditioning = conditioning._replace(lowres=repeat(conditioning.lowres))
     if conditioning.lowres_logsnr is not None:
         conditioning = conditioning._replace(lowres_logsnr=repeat(conditioning.lowres_logsnr))
-    output = apply(params, config, z, logsnr, conditioning._replace(text=text))
-    x0 = process.to_x0(config.diffusion.prediction, output, z=z, logsnr=logsnr)
-    x0 = x0.reshape(-1, len(texts), *x0.shape[1:])
-    return [x0[:, index] for index in range(len(texts))]
+    output = apply_all(params, config, z, logsnr, conditioning._replace(text=text))
+
+    def split(v: Array) -> list[Array]:
+        v = v.reshape(-1, len(texts), *v.shape[1:])
+        return [v[:, index] for index in range(len(texts))]
+
+    x0 = split(process.to_x0(config.diffusion.prediction, output[..., :3], z=z, logsnr=logsnr))
+    if output.shape[-1] < 6:
+        return [(each, None) for each in x0]
+    # The network's -1..1 is gamma's 0..1 (Nichol & Dhariwal 2021; DeepFloyd IF).
+    return list(zip(x0, split(0.5 * (output[..., 3:6] + 1.0)), strict=True))
 
 
 def make_denoiser(
@@ -68,12 +88,13 @@ def make_denoiser(
     negative: Text | None = None,
     guide: Stage | None = None,
     guidance_weight: Float[Array, " b"] | None = None,
-) -> guidance.Denoise:
+) -> Callable[[Array, Array], Any]:
     """`denoise(z, logsnr) -> x0` of a stage with its guidance and thresholding.
 
     Guidance extrapolates from another estimate of x0 to the conditional one. The other estimate is
     this network's without text, or for the negative prompt; with `guide` (autoguidance) it is that
-    network's, for the same prompt or the negative one.
+    network's, for the same prompt or the negative one. For a sampler with learned variance it
+    returns a `guidance.Estimate`, whose gamma is that of the prompt.
 
     Args:
       stage: parameters, usually the EMA, and configuration; `config.sampling` gives guidance and
@@ -92,22 +113,37 @@ def make_denoiser(
     if guide is not None:
         check_guide(config, guide.config)
 
+    gammas: list[Array | None] = []  # Of the last evaluation.
+
     def conditional(z: Array, logsnr: Array) -> Array:
-        return predict_x0(stage, z, logsnr, conditioning, [text])[0]
+        ((x0, gamma),) = predict(stage, z, logsnr, conditioning, [text])
+        gammas[:] = [gamma]
+        return x0
 
     def pair(z: Array, logsnr: Array) -> tuple[Array, Array]:
         if guide is not None:
             other = predict_x0(guide, z, logsnr, conditioning, [negative or text])[0]
             return conditional(z, logsnr), other
         texts = [text, negative or null_text(text)]
-        x0, other = predict_x0(stage, z, logsnr, conditioning, texts)
+        (x0, gamma), (other, _) = predict(stage, z, logsnr, conditioning, texts)
+        gammas[:] = [gamma]
         return x0, other
 
-    if settings.guidance_weight == 1.0:
-        return thresholding.threshold(conditional, settings)
-    levels = process.logsnr_at(jnp.linspace(1.0, 0.0, settings.steps + 1), config.diffusion)
-    guided = guidance.guide(pair, settings, levels, guidance_weight)
-    return thresholding.threshold(guided, settings)
+    guided = conditional
+    if settings.guidance_weight != 1.0:
+        levels = timesteps.step_levels(settings, config.diffusion)
+        guided = guidance.guide(pair, settings, levels, guidance_weight)
+    denoise = thresholding.threshold(guided, settings)
+    if not samplers.takes_estimate(settings):
+        return denoise
+
+    def denoise_with_variance(z: Array, logsnr: Array) -> guidance.Estimate:
+        x0 = denoise(z, logsnr)
+        (gamma,) = gammas
+        assert gamma is not None  # Config checks the number of channels.
+        return guidance.Estimate(x0, gamma)
+
+    return denoise_with_variance
 
 
 def check_guide(config: Config, guide: Config) -> None:

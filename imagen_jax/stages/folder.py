@@ -130,12 +130,24 @@ def encoder_files(text: TextConfig) -> dict[str, pathlib.Path]:
         return {}
     files = {name: source / name for name in ENCODER_FILES if (source / name).is_file()}
     if text.vocabulary:
-        files["spiece.model"] = pathlib.Path(text.vocabulary)
+        name = "tokenizer.json" if text.vocabulary.endswith(".json") else "spiece.model"
+        files[name] = pathlib.Path(text.vocabulary)
+        settings = files[name].with_name("tokenizer_config.json")
+        if settings.is_file():
+            files[settings.name] = settings
     complete = {"config.json"} < files.keys() - set(VOCABULARY_FILES)
     size = sum(file.stat().st_size for file in files.values())
     if complete and size <= MAX_COPIED_ENCODER_BYTES:
         return files
     return {name: file for name, file in files.items() if name in VOCABULARY_FILES}
+
+
+def all_encoder_files(text: TextConfig) -> dict[str, pathlib.Path]:
+    """All files of a text encoder and its vocabulary by name, whatever their size."""
+    source = pathlib.Path(text.path)
+    if not text.path or not source.is_dir():
+        return {}
+    return {file.name: file for file in source.iterdir() if file.is_file()} | encoder_files(text)
 
 
 def copy_encoder(text: TextConfig, folder: pathlib.Path) -> TextConfig:

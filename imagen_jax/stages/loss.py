@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import Config
-from imagen_jax.diffusion import process
+from imagen_jax.diffusion import likelihood, process
 from imagen_jax.stages.conditioning import (
     Conditioning,
     Text,
@@ -22,13 +23,22 @@ from imagen_jax.stages.conditioning import (
     aug_noise_side,
     drop_text,
 )
-from imagen_jax.stages.network import Params, apply
+from imagen_jax.stages.network import Params, apply_all
 
 DROPOUT_STREAM = 0
 # The loss is also reported by noise level: bounds between the intervals, logsnr in nats.
 LOGSNR_EDGES = np.array([-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0])
 
 Batch = Mapping[str, Array]
+
+
+def check_trainable(config: Config) -> None:
+    """Raises ConfigError where a stage samples in a way that training does not support."""
+    if config.text.null != "zeros":
+        raise ConfigError(
+            f"config.text.null={config.text.null!r} is for sampling; training drops captions to "
+            "'zeros'"
+        )
 
 
 def loss_fn(
@@ -84,7 +94,9 @@ def loss_given_randomness(
 
     Returns:
       The loss, and {"loss", "x0_mse", "loss_by_noise_level"}: x0_mse is the unweighted error of x0,
-      comparable over prediction types; loss_by_noise_level [2, intervals] has, per interval of
+      comparable over prediction types; with `diffusion.vlb_weight` also "vlb", an estimate of the
+      variational bound in bits per dimension, and the loss is L_simple + vlb_weight vlb (Nichol &
+      Dhariwal 2021, Eq. 16); loss_by_noise_level [2, intervals] has, per interval of
       logsnr (LOGSNR_EDGES), the summed loss and the number of examples.
     """
     settings, x0 = config.diffusion, batch["image"]
@@ -97,7 +109,8 @@ def loss_given_randomness(
             text, batch["lowres"], batch["aug_level"], batch["lowres_eps"], config
         )
 
-    output = apply(params, config, z, logsnr, conditioning, dropout_key=dropout_key)
+    channels = apply_all(params, config, z, logsnr, conditioning, dropout_key=dropout_key)
+    output = channels[..., :3]
     target = process.prediction_target(settings.prediction, x0=x0, eps=batch["eps"], logsnr=logsnr)
     error = jnp.mean(jnp.square(output - target), axis=(1, 2, 3))
     losses = process.output_loss_weight(settings.loss_weight, settings.prediction, logsnr) * error
@@ -107,4 +120,12 @@ def loss_given_randomness(
     x0_mse = jnp.mean(jnp.square(jnp.clip(x0_hat, -1.0, 1.0) - x0))
     interval = jax.nn.one_hot(jnp.searchsorted(LOGSNR_EDGES, logsnr), len(LOGSNR_EDGES) + 1)
     by_noise_level = jnp.stack([losses, jnp.ones_like(losses)]) @ interval
-    return loss, {"loss": loss, "x0_mse": x0_mse, "loss_by_noise_level": by_noise_level}
+    report = {"loss": loss, "x0_mse": x0_mse, "loss_by_noise_level": by_noise_level}
+    if settings.vlb_weight:
+        # The bound trains the variance alone: its mean has no gradient (Nichol & Dhariwal 2021).
+        gamma = 0.5 * (channels[..., 3:6] + 1.0)
+        mean = jax.lax.stop_gradient(x0_hat)
+        bound = likelihood.step_bound(x0, mean, gamma, batch["time"], settings)
+        report["vlb"] = likelihood.STEPS * jnp.mean(bound)
+        report["loss"] = loss = loss + settings.vlb_weight * report["vlb"]
+    return loss, report

@@ -9,7 +9,7 @@ from collections.abc import Collection
 
 from imagen_jax.config.fields import ConfigError, unknown_name
 from imagen_jax.config.schema import Config
-from imagen_jax.diffusion import process, samplers, thresholding
+from imagen_jax.diffusion import process, samplers, thresholding, timesteps
 from imagen_jax.stages.network import MODELS
 
 
@@ -28,6 +28,7 @@ def check_names(config: Config, where: str = "config") -> None:
         ("diffusion.loss_weight", settings.loss_weight, process.LOSS_WEIGHTS),
         ("diffusion.prediction", settings.prediction, process.PREDICTIONS),
         ("sampling.sampler", sampling.sampler, samplers.SAMPLERS),
+        ("sampling.spacing", sampling.spacing, timesteps.NAMES),
         ("sampling.thresholding", sampling.thresholding, thresholding.THRESHOLDS),
     ]
     for field, name, registry in rows:

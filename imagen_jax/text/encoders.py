@@ -31,6 +31,7 @@ from imagen_jax.text.vocabulary import (
     ClipVocabulary,
     SentencePieceVocabulary,
     TokenBatch,
+    UnigramVocabulary,
     WordPieceVocabulary,
 )
 
@@ -263,8 +264,12 @@ def _recorded_shape(config: TextConfig) -> T5Config:
         raise ConfigError(f"{where} is not a JSON object: {error}") from error
 
 
-def _sentencepiece(config: TextConfig) -> SentencePieceVocabulary:
+def _sentencepiece(config: TextConfig) -> SentencePieceVocabulary | UnigramVocabulary:
     given = config.vocabulary
+    if not given and _beside(config, "spiece.model") is None:
+        tokenizer = _beside(config, "tokenizer.json")
+        if tokenizer is not None:
+            return UnigramVocabulary(tokenizer, f"{config.path}/tokenizer.json")
     content = t5x.read_file(given) if given else _beside(config, "spiece.model")
     if content is None and given:
         raise ConfigError(f"config.text.vocabulary={given!r} is not a file; give a spiece.model")
@@ -273,6 +278,8 @@ def _sentencepiece(config: TextConfig) -> SentencePieceVocabulary:
             f"config.text.path={config.path!r} has no spiece.model; run pretrain_text, give a "
             "complete Hugging Face T5 folder, or set config.text.vocabulary"
         )
+    if given.endswith(".json"):
+        return UnigramVocabulary(content, given)
     return SentencePieceVocabulary(content, given or f"{config.path}/spiece.model")
 
 

@@ -55,7 +55,11 @@ NETWORKS: dict[type, Network] = {
 }
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sharding"))
+# Id at padding of the encoders whose vectors there can be kept.
+PADDING_ID = 0
+
+
+@functools.partial(jax.jit, static_argnames=("config", "sharding", "keep_padding"))
 def encode_tokens(
     params: Any,
     ids: Int[Array, "b l"],
@@ -63,6 +67,7 @@ def encode_tokens(
     *,
     config: Any,
     sharding: Sharding | None = None,
+    keep_padding: bool = False,
 ) -> Float[Array, "b l d"]:
     """The forward pass; compiled once per length.
 
@@ -72,8 +77,11 @@ def encode_tokens(
       mask: True at real tokens.
       config: the network's shape, such as a `T5Config`.
       sharding: sharding of the result; None: the compiler's choice.
+      keep_padding: T5: return the vectors at padding, which `ids` tell; `mask` is not read.
     """
-    encoded = NETWORKS[type(config)].module(config).apply({"params": params}, ids, mask)
+    options = {"keep_padding": True} if keep_padding else {}
+    mask = ids != PADDING_ID if keep_padding else mask
+    encoded = NETWORKS[type(config)].module(config).apply({"params": params}, ids, mask, **options)
     return jax.lax.with_sharding_constraint(encoded, sharding) if sharding else encoded
 
 
@@ -97,7 +105,7 @@ class FrozenEncoder:
           shape: shape of the network, with `vocab_size`, `emb_dim` and `dtype`.
           tensors: parameters by path, float32, not read yet.
           vocabulary: the vocabulary.
-          config: `max_len` and `dtype`.
+          config: `max_len`, `dtype`, `padding` and `lowercase`.
           mesh: devices of the parameters; None: the first device.
 
         Raises:
@@ -110,11 +118,18 @@ class FrozenEncoder:
             )
         if config.max_len < 2:
             raise ConfigError(f"config.text.max_len={config.max_len} must be at least 2")
+        if config.padding == "encoded" and type(shape) is not T5Config:
+            raise ConfigError(
+                f"config.text.padding='encoded' is for config.text.encoder='t5' and 'bytes', not "
+                f"{name!r}; leave it at 'masked'"
+            )
         self.dim = shape.emb_dim
         self.max_len = config.max_len
         self.name = name
         self.shape = dataclasses.replace(shape, dtype=config.dtype)
         self.mesh = mesh
+        self._keep_padding = config.padding == "encoded"
+        self._lowercase = config.lowercase
         self._tensors = tensors
         self._vocabulary = vocabulary
         self._weights_sha256 = ""
@@ -127,7 +142,10 @@ class FrozenEncoder:
         """
         if not self._weights_sha256:
             self._read(keep=self.mesh is not None)
+        further = {"padding": "encoded"} if self._keep_padding else {}
+        further |= {"lowercase": "true"} if self._lowercase else {}
         return {
+            **further,
             "encoder": self.name,
             "weights_sha256": self._weights_sha256,
             "vocabulary_sha256": self._vocabulary.sha256(),
@@ -174,11 +192,19 @@ class FrozenEncoder:
 
     def token_count(self, caption: str) -> int:
         """Tokens of a caption before any cut, start and end tokens included."""
-        return len(self._vocabulary.start) + len(self._vocabulary(caption)) + 1
+        return len(self._vocabulary.start) + len(self._vocabulary(self._cleaned(caption))) + 1
 
     def tokenize(self, captions: Sequence[str]) -> TokenBatch:
-        """Ids of B captions padded to max_len; a cut caption keeps its end token."""
-        return tokenize(self._vocabulary, captions, max_len=self.max_len)
+        """Ids of B captions padded to max_len; a cut caption keeps its end token.
+
+        With `text.padding=encoded` the mask is True everywhere: all vectors are used.
+        """
+        cleaned = [self._cleaned(caption) for caption in captions]
+        batch = tokenize(self._vocabulary, cleaned, max_len=self.max_len)
+        return batch._replace(mask=np.ones_like(batch.mask)) if self._keep_padding else batch
+
+    def _cleaned(self, caption: str) -> str:
+        return caption.lower().strip() if self._lowercase else caption
 
     def encode(
         self, ids: Int[Array | np.ndarray, "b l"], mask: Bool[Array | np.ndarray, "b l"]
@@ -190,13 +216,21 @@ class FrozenEncoder:
           mask: True at real tokens.
 
         Returns:
-          float32, zero at padding; with a mesh sharded over (data, fsdp) if these divide B.
+          float32, zero at padding unless `text.padding=encoded`; with a mesh sharded over (data,
+          fsdp) if these divide B.
         """
         sharding = self._batch_sharding(len(ids))
         # Arrays of several processes that have this sharding must not be transferred.
         if sharding is None or getattr(ids, "sharding", None) != sharding:
             ids, mask = jax.device_put((jnp.asarray(ids), jnp.asarray(mask)), sharding)
-        return encode_tokens(self.params, ids, mask, config=self.shape, sharding=sharding)
+        return encode_tokens(
+            self.params,
+            ids,
+            mask,
+            config=self.shape,
+            sharding=sharding,
+            keep_padding=self._keep_padding,
+        )
 
     def _batch_sharding(self, size: int) -> NamedSharding | None:
         if self.mesh is None:

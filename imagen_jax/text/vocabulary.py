@@ -98,6 +98,42 @@ class SentencePieceVocabulary:
         return hashlib.sha256(self._content).hexdigest()
 
 
+class UnigramVocabulary:
+    """T5's SentencePiece pieces as `tokenizer.json`, which newer versions of transformers save."""
+
+    start: tuple[int, ...] = ()
+    end = EOS_ID
+
+    def __init__(self, content: bytes, name: str):
+        """Reads the file's content; `name` is for messages. Raises ConfigError."""
+        try:
+            import tokenizers
+        except ImportError:
+            raise ConfigError(
+                f"{name} needs the package tokenizers; install imagen_jax with the extra [clip]"
+            ) from None
+        try:
+            kind = json.loads(content)["model"]["type"]
+            if kind != "Unigram":
+                raise ValueError(f"model.type={kind!r}, expected 'Unigram'")
+            self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
+        except Exception as error:  # The library raises plain Exception for damaged files.
+            raise ConfigError(f"{name} has no T5 vocabulary: {error}") from error
+        # Saved with the file; the caption is cut and padded by `tokenize`.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._content = content
+        self.size = self._tokenizer.get_vocab_size()
+
+    def __call__(self, caption: str) -> list[int]:
+        # The library rejects lone surrogates, which file names may contain.
+        caption = caption.encode("utf-8", errors="replace").decode("utf-8")
+        return self._tokenizer.encode(caption, add_special_tokens=False).ids
+
+    def sha256(self) -> str:
+        return hashlib.sha256(self._content).hexdigest()
+
+
 class ByteVocabulary:
     """UTF-8 bytes plus 3, the number of special ids (ByT5, Xue et al. 2022)."""
 

@@ -169,5 +169,5 @@ def gradient_of_batch(
     unroll = parts if partitioning.platform() == "cpu" else 1
     indexed_parts = (split_examples, jnp.arange(parts))
     (gradient, report), _ = jax.lax.scan(add, zero, indexed_parts, unroll=unroll)
-    mean = {name: report[name] / parts for name in ("loss", "x0_mse")}
+    mean = {name: report[name] / parts for name in report if name != "loss_by_noise_level"}
     return jax.tree.map(lambda g: g / parts, gradient), {**report, **mean}

@@ -29,7 +29,7 @@ from imagen_jax.io import images
 from imagen_jax.parallel import compiled, distributed, partitioning
 from imagen_jax.parallel.preemption import Preempted, Preemption
 from imagen_jax.parallel.profiling import Profiler
-from imagen_jax.stages.loss import LOGSNR_EDGES
+from imagen_jax.stages.loss import LOGSNR_EDGES, check_trainable
 from imagen_jax.stages.names import check_names
 from imagen_jax.training import ema_snapshots, metrics
 from imagen_jax.training.checkpoint import Checkpoints
@@ -95,6 +95,7 @@ def train(
     _check_writable(workdir)
     check_names(config)
     metrics.check_rankable(config.checkpoint.best_metric)
+    check_trainable(config)
     mesh = partitioning.make_mesh(config.mesh)
     partitioning.check_batch_size(config.data.batch_size, mesh, config.train.accumulation)
     partitioning.check_tensor(config.model, mesh)
@@ -257,7 +258,7 @@ class Run:
     ) -> dict[str, float]:
         """Prints the progress line and returns the row of metrics."""
         scalars = ("loss", "x0_mse", "grad_norm", "skipped")
-        values = {name: float(report[name]) for name in scalars}
+        values = {name: float(report[name]) for name in (*scalars, "vlb") if name in report}
         rate = learning_rate(self.config.optimizer, self.config.train.steps)
         values["learning_rate"] = float(np.asarray(rate(step - 1)))
         values |= _mean_loss_by_noise_level(

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from imagen_jax.diffusion import process, samplers
+from imagen_jax.diffusion.process import cosine_steps
 from imagen_jax.export import convert
 from imagen_jax.inference.stage_sampler import image_keys
-from imagen_jax.models.conditioning import cosine_steps
 from imagen_jax.stages.conditioning import Conditioning, Text, null_text
 from imagen_jax.stages.denoiser import make_denoiser
 from imagen_jax.stages.folder import load_stage

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from imagen_jax.cli import main
+from imagen_jax.diffusion.process import cosine_steps
 from imagen_jax.inference.cascade import Cascade
 from imagen_jax.inference.stage_sampler import image_keys, sample_stage
 from imagen_jax.interop import if_config, if_unet, weights
-from imagen_jax.models.conditioning import cosine_steps
 from imagen_jax.models.unet import UNet
 from imagen_jax.stages.conditioning import Text
 from imagen_jax.stages.folder import check_chain, load_stage
