@@ -275,10 +275,11 @@ def score(
     if reference.parts is not None:
         real = reference.parts.features()
         pairs = [_subset(x, min(len(x), KID_IMAGES)) for x in (own, real)]
-        kid = distances.kid(*pairs)
-        numbers |= {f"kid_{name}": value for name, value in kid._asdict().items()}
-        numbers["kid"] = numbers.pop("kid_value")
-        numbers["kid_images"] = [len(x) for x in pairs]
+        if min(map(len, pairs)) > 3:
+            kid = distances.kid(*pairs)
+            numbers |= {f"kid_{name}": value for name, value in kid._asdict().items()}
+            numbers["kid"] = numbers.pop("kid_value")
+            numbers["kid_images"] = [len(x) for x in pairs]
         least = min(len(own), len(real), PRECISION_RECALL_IMAGES)
         if least > distances.NEIGHBOURS:
             own, real = _subset(own, least), _subset(real, least)
