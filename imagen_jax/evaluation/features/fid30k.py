@@ -44,7 +44,8 @@ def open_data(path: str, splits: Sequence[str] = SPLITS, max_quarantined: float 
     """Sources of the reference: TFDS's splits if `path` holds them, else a captioned folder.
 
     Args:
-      path: a TFDS data_dir, or a folder of captioned images (docs/data.md).
+      path: a TFDS data_dir, or a folder of captioned images (docs/data.md); of a text file, every
+        line is a caption, as COCO has five for an image.
       splits: TFDS: splits to use.
       max_quarantined: share of unusable records above which this fails.
 
@@ -53,7 +54,7 @@ def open_data(path: str, splits: Sequence[str] = SPLITS, max_quarantined: float 
     """
     common = {"path": path, "max_quarantined": max_quarantined, "check": "header"}
     if not (pathlib.Path(path) / BUILDER.split("/")[0]).is_dir():
-        return [open_source(DataConfig(kind="folder", **common))]
+        return [open_source(DataConfig(kind="folder", caption_lines=True, **common))]
     tfds = {"kind": "tfds", "name": BUILDER, "caption_key": "captions/text"}
     return [open_source(DataConfig(split=split, **tfds, **common)) for split in splits]
 
