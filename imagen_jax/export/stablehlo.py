@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import Config
 from imagen_jax.diffusion import samplers
 from imagen_jax.export import check, stablehlo_loader
@@ -62,9 +63,16 @@ def export_stablehlo(source: str, out: str, log: Callable[[str], None] = print) 
       StageError, CheckpointError: `source` cannot be read.
       OutputError: `out` exists and is not an exported sampler.
       ExportError: the program samples other images than the live sampler.
+      ConfigError: guidance needs the encoded empty caption.
     """
     folder = atomic.check_replaceable(out, "signature.json", "folder of an exported sampler")
     stage = read_source(source)
+    null = stage.config.text.null
+    if null != "zeros" and stage.config.sampling.guided:
+        raise ConfigError(
+            f"config.text.null={null!r} needs a text encoder beside the program; only stages with "
+            "'zeros', or without guidance, are exported"
+        )
     program = make_program(stage)
     with atomic.folder(folder) as temporary:
         (temporary / "sampler.jaxexport").write_bytes(program.serialize())

@@ -232,7 +232,11 @@ class Cascade:
                 report = functools.partial(_report, on_progress, configs, index, order)
             lowres = sample_batches(
                 Stage(config, self._params[index]()),
-                inputs._replace(keys=stage_keys(keys, index), noise=noise[index]),
+                inputs._replace(
+                    keys=stage_keys(keys, index),
+                    noise=noise[index],
+                    negative=inputs.negative if _uses_negative(request, config, guide) else None,
+                ),
                 batch_size=request.batch_size,
                 guide=guide and Stage(guide[1], guide[0]()),
                 on_steps=report,
@@ -279,7 +283,11 @@ class Cascade:
         if request.negative_emb is not None:
             return Text(request.negative_emb, request.negative_mask)
         prompts = request.negative_prompts
-        if prompts is None and self.configs[0].text.null == "empty":
+        configs = with_settings(self.configs, request.stage_settings)
+        if prompts is None and any(
+            _uses_negative(request, config, guide)
+            for config, guide in zip(configs, self._guides, strict=True)
+        ):
             prompts = [""] * request.count
         if prompts is None:
             return None
@@ -290,6 +298,13 @@ class Cascade:
                 "prompts and the empty caption are; or give negative_emb"
             )
         return negative
+
+
+def _uses_negative(request: SampleRequest, config: Config, guide: Any) -> bool:
+    """Whether a stage gets the negative text of the request, or the empty caption in its place."""
+    if request.negative_prompts is not None or request.negative_emb is not None:
+        return True
+    return config.text.null == "empty" and config.sampling.guided and guide is None
 
 
 def _replicated_params(params: Any) -> Callable[[], Any]:

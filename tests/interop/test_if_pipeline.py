@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 
 from imagen_jax.cli import main
+from imagen_jax.config.fields import ConfigError
 from imagen_jax.inference.cascade import Cascade
 from imagen_jax.inference.request import RequestError, SampleRequest
 from imagen_jax.inference.stage_sampler import Noise
 from imagen_jax.interop import if_scheduler, weights
 from imagen_jax.stages.folder import load_stage
+from imagen_jax.stages.loss import check_trainable
 from imagen_jax.stages.stage import Stage
 from tests.interop.test_if_unet import write
-from tests.reference.if_pipeline import MAX_VALUE, NEGATIVE, PROMPTS, RUNS, SCHEDULER, SIDE, T5
+from tests.reference.if_pipeline import MAX_VALUE, PROMPTS, RUNS, SCHEDULER, SIDE, T5
 from tests.reference.if_pipeline import lowres_image as make_lowres_image
 from tests.reference.if_unet import make_weights
 
@@ -270,6 +272,14 @@ def test_given_noise_is_checked(stages):
             stage_settings={"if_base": {"sampler": "ddim", "steps": 2}},
             **texts,
         )
-    assert NEGATIVE  # Without an encoder, the empty caption has to be given.
+    # Without an encoder, the empty caption has to be given.
     with pytest.raises(RequestError, match="text encoder"):
         cascade.sample(text_emb=texts["text_emb"], text_mask=ones)
+
+
+def test_programs_and_training_refuse_the_empty_caption(stages, tmp_path, capsys):
+    export = ["export", f"--workdir={stages['base']}", "--format=stablehlo"]
+    assert main.main([*export, f"--out={tmp_path / 'program'}"]) == 1
+    assert "config.text.null='empty'" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="config.text.null='empty' is for sampling"):
+        check_trainable(load_stage(str(stages["base"])).config)
