@@ -88,7 +88,12 @@ def given_noise(arrays: dict[str, np.ndarray]) -> Noise:
     return Noise(arrays["start"], arrays["steps"], arrays.get("lowres"))
 
 
-CASES = [(case, run) for case, runs in RUNS.items() for run in runs]
+QUICK = [("base", "negative"), ("base", "timesteps"), ("sr", "plain")]
+CASES = [
+    pytest.param(case, run, marks=[] if (case, run) in QUICK else pytest.mark.slow)
+    for case, runs in RUNS.items()
+    for run in runs
+]
 
 
 @pytest.mark.parametrize(("case", "run"), CASES)
@@ -118,7 +123,7 @@ def test_embeddings_are_those_of_diffusers(stages):
         np.testing.assert_allclose(text_emb, arrays[expected], atol=1e-5)
 
 
-@pytest.mark.parametrize("case", NAMES)
+@pytest.mark.parametrize("case", ["base", pytest.param("sr", marks=pytest.mark.slow)])
 def test_the_command_samples_the_same_images(stages, tmp_path, case):
     arrays, name = golden(case, "plain"), NAMES[case]
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
@@ -139,7 +144,7 @@ def test_the_command_samples_the_same_images(stages, tmp_path, case):
     assert (tmp_path / "out" / "00001_00.png").is_file()
 
 
-@pytest.mark.parametrize("case", NAMES)
+@pytest.mark.parametrize("case", ["base", pytest.param("sr", marks=pytest.mark.slow)])
 def test_export_gives_the_pipeline_back(pipelines, stages, tmp_path, case):
     export = ["export", f"--workdir={stages[case]}", "--format=diffusers"]
     assert main.main([*export, f"--out={tmp_path / 'back'}"]) == 0
