@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import keyword
 import logging
 import os
@@ -146,6 +147,9 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # Lines reach a log file as they are written.
+            stream.reconfigure(line_buffering=True)
     module, flags = parse(list(sys.argv[1:] if argv is None else argv))
     warnings.showwarning = lambda message, *_, **__: print(
         f"imagen {flags.verb}: warning: {' '.join(str(message).split())}", file=sys.stderr

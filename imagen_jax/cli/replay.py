@@ -6,7 +6,7 @@ import argparse
 import functools
 
 from imagen_jax.cli import path_flags, wiring
-from imagen_jax.config.schema import CheckpointConfig
+from imagen_jax.config.train import CheckpointConfig
 from imagen_jax.data.batches import loaders
 from imagen_jax.training.checkpoint import Checkpoints
 from imagen_jax.training.replay import replay

@@ -1,6 +1,7 @@
 """Trains one stage; the same command again resumes from the newest checkpoint.
 
-SIGTERM saves and exits with status 75: run the same command again. SIGUSR1 writes a profile.
+SIGTERM saves and exits with status 75: run the same command again. A run that hangs, or whose other
+processes are lost, exits with status 75, too. SIGUSR1 writes a profile.
 Several processes: see launch/, or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID.
 """
 
@@ -47,7 +48,7 @@ def run(flags: argparse.Namespace) -> None:
     """Runs the verb."""
     with Preemption() as preemption:
         config = wiring.load_config(flags)
-        distributed.initialize()
+        distributed.initialize(heartbeat_timeout=config.train.heartbeat_timeout)
         keep_compiled(flags.workdir)
         allowed = [name for name in flags.allow_changes.split(",") if name]
         source = open_source(config.data)

@@ -20,6 +20,7 @@ TEXT_ENCODERS = "imagen_jax.text_encoders"
 TFDS_BUILDERS = "imagen_jax.tfds_builders"
 SCORERS = "imagen_jax.scorers"
 SOURCES = "imagen_jax.sources"
+METRIC_WRITERS = "imagen_jax.metric_writers"
 
 _PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 

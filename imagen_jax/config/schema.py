@@ -1,8 +1,8 @@
 """The configuration schema: frozen dataclasses, read and written by `overrides`.
 
 A run is one `Config`. Every field has its documentation and unit in its metadata (`doc`), from
-which `imagen config` and the reference are generated. The sections `data`, `sampling` and `text`
-are in modules of their own.
+which `imagen config` and the reference are generated. The sections `data`, `sampling`, `text`,
+`train` and `checkpoint` are in modules of their own.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from imagen_jax.config.data import DataConfig
 from imagen_jax.config.fields import ConfigError, check_choice, doc, section
 from imagen_jax.config.sampling import SamplingConfig
 from imagen_jax.config.text import EmbedConfig, PretrainTextConfig, TextConfig
+from imagen_jax.config.train import CheckpointConfig, TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,66 +249,6 @@ class EmaConfig:
                 f"config.ema.snapshot_every={self.snapshot_every} has nothing to save: "
                 "config.ema.profiles=() must name widths; try (0.05, 0.1)"
             )
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """Length of the run and what is reported on the way."""
-
-    steps: int = doc(2_500_000, "Training steps.")
-    accumulation: int = doc(
-        1, "Sequential parts of a batch (gradient accumulation), to save memory.", learns=False
-    )
-    reduce_dtype: str = doc(
-        "float32",
-        "Dtype in which weight gradients of a bfloat16 stage are summed over devices: float32, or "
-        "bfloat16, which halves the bytes and rounds every addend to 8 bits.",
-    )
-    init_from: str = doc("", "Stage folder whose parameters a new run starts from; empty: none.")
-    overfit_batch: bool = doc(
-        False, "Repeat the first batch, a test whether the stage can learn.", compiled=False
-    )
-    nan_patience: int = doc(
-        10,
-        "Consecutive steps that may be non-finite before a roll-back.",
-        learns=False,
-        compiled=False,
-    )
-    rollbacks: int = doc(
-        1,
-        "Roll-backs to the last checkpoint before the run gives up.",
-        learns=False,
-        compiled=False,
-    )
-    profile_at: int = doc(
-        0,
-        "First step of a profile; 0: only on SIGUSR1.",
-        learns=False,
-        compiled=False,
-    )
-    log_every: int = doc(
-        100, "Steps between progress lines and metric rows.", learns=False, compiled=False
-    )
-    sample_every: int = doc(
-        0,
-        "Steps between sample grids, WORKDIR/samples and TensorBoard; 0: none.",
-        learns=False,
-        compiled=False,
-    )
-
-    def __post_init__(self) -> None:
-        check_choice("train.reduce_dtype", self.reduce_dtype, ("float32", "bfloat16"))
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
-    """When the state is saved and which checkpoints are kept."""
-
-    every: int = doc(5_000, "Steps between saves; the last step is always saved.")
-    keep: int = doc(3, "Newest checkpoints kept.")
-    keep_every: int = doc(0, "Steps between checkpoints that are never deleted; 0: none.")
-    keep_best: int = doc(0, "Checkpoints with the lowest best_metric that are kept; 0: none.")
-    best_metric: str = doc("loss", "Metric of the last report that keep_best compares.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,8 @@ from typing import Any
 import jax
 
 from imagen_jax.config import overrides
-from imagen_jax.config.schema import CheckpointConfig, Config, check_sigma_rel
+from imagen_jax.config.schema import Config, check_sigma_rel
+from imagen_jax.config.train import CheckpointConfig
 from imagen_jax.export.check import check
 from imagen_jax.interop import hf_bert
 from imagen_jax.io import atomic

@@ -23,11 +23,16 @@ class DistributedError(ValueError):
     """Inconsistent multi-process environment variables; the message names the variable."""
 
 
-def initialize(log: Callable[[str], None] = print) -> None:
+def initialize(log: Callable[[str], None] = print, *, heartbeat_timeout: int = 100) -> None:
     """Joins the other processes of the run, if any; call before JAX uses a device.
 
     The processes are given by the three `VARIABLES`, otherwise by `srun` or GKE, which
     `jax.distributed` reads (docs/clusters.md). Without any of these the run has one process.
+
+    Args:
+      log: called with one line before the process waits.
+      heartbeat_timeout: seconds without a sign of life after which a process counts as dead, and
+        JAX aborts the others (SIGABRT).
 
     Raises:
       DistributedError: some of the variables are missing or inconsistent.
@@ -40,7 +45,9 @@ def initialize(log: Callable[[str], None] = print) -> None:
     if arguments:
         process = f"process {arguments['process_id']} of {arguments['num_processes']}"
         log(f"{process}: waiting for the others at {arguments['coordinator_address']}")
-    jax.distributed.initialize(**arguments, initialization_timeout=START_TIMEOUT)
+    timeouts = {"initialization_timeout": START_TIMEOUT}
+    timeouts["heartbeat_timeout_seconds"] = heartbeat_timeout
+    jax.distributed.initialize(**arguments, **timeouts)
 
 
 def _arguments(environment: os._Environ[str] | dict[str, str]) -> dict[str, Any] | None:
@@ -102,6 +109,7 @@ def share(text: str) -> list[str]:
         return [text]
     data = np.frombuffer(text.encode(), np.uint8)
     longest = int(all_gather(np.asarray(data.size)).max())
-    padded = np.zeros(longest + 1, np.uint8)
+    # Few lengths: a gather is compiled for each.
+    padded = np.zeros((longest // 4096 + 1) * 4096, np.uint8)
     padded[: data.size] = data
     return [row.tobytes().rstrip(b"\0").decode() for row in all_gather(padded)]

@@ -29,7 +29,8 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from imagen_jax.config import overrides
 from imagen_jax.config.fields import ConfigError
-from imagen_jax.config.schema import CheckpointConfig, Config
+from imagen_jax.config.schema import Config
+from imagen_jax.config.train import CheckpointConfig
 from imagen_jax.parallel import distributed
 from imagen_jax.training import restore
 from imagen_jax.training.restore import (
@@ -168,6 +169,10 @@ class Checkpoints:
             raise CheckpointError(f'{self.path} is open with access="read"; nothing can be saved')
         return self._writer
 
+    def is_saving(self) -> bool:
+        """Whether a save goes on in the background of this process."""
+        return self._manager().is_saving_in_progress()
+
     def wait(self) -> None:
         """Waits for pending saves. Raises CheckpointError if one failed."""
         manager = self._manager()
@@ -206,6 +211,8 @@ class Checkpoints:
         abstract: TrainState,
         check: Callable[[Config], None],
         log: Callable[[str], None],
+        *,
+        last: int | None = None,
     ) -> tuple[int, TrainState] | None:
         """Step and state of the newest readable checkpoint; None without checkpoints.
 
@@ -217,6 +224,7 @@ class Checkpoints:
           abstract: shapes and shardings of the state.
           check: called with the saved configuration; raises if training must not resume from it.
           log: called with one line per damaged checkpoint.
+          last: no later step is restored; None: any.
 
         Raises:
           CheckpointError: all checkpoints are damaged, the newest cannot be read for another
@@ -230,6 +238,7 @@ class Checkpoints:
                 lambda: restore.attempt(what, lambda: json.dumps(self.steps()[::-1]))
             )
         )
+        steps = [step for step in steps if last is None or step <= last]
         for index, step in enumerate(steps):
             try:
                 check(self._shared_config(step))
@@ -244,6 +253,12 @@ class Checkpoints:
         if broken:
             raise broken
         return None
+
+    def delete_after(self, step: int) -> None:
+        """Deletes the checkpoints of later steps; every process must call it."""
+        later = json.dumps([saved for saved in self.steps() if saved > step])
+        for saved in json.loads(distributed.share(later)[0]):
+            self._manager().delete(saved)
 
     def _prove(self, step: int, error: DamagedError) -> None:
         """Raises UnreachableError unless the first process, too, finds the checkpoint damaged."""

@@ -10,7 +10,8 @@ import jax
 import numpy as np
 import optax
 
-from imagen_jax.config.schema import CheckpointConfig, Config
+from imagen_jax.config.schema import Config
+from imagen_jax.config.train import CheckpointConfig
 from imagen_jax.interop import weights
 from imagen_jax.parallel import partitioning
 from imagen_jax.stages import folder

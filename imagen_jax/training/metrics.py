@@ -1,4 +1,4 @@
-"""Reports of a training run: progress line, metrics.jsonl, TensorBoard scalars and images.
+"""Reports of a training run: progress line, metrics.jsonl, and further writers of metrics.
 
 Also throughput (images/s, TFLOP/s, MFU) and the time spent on data, checkpoints and previews.
 """
@@ -6,18 +6,22 @@ Also throughput (images/s, TFLOP/s, MFU) and the time spent on data, checkpoints
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 from etils import epath
 
+from imagen_jax.config import plugins
 from imagen_jax.config.fields import ConfigError, unknown_name
 from imagen_jax.io import atomic, images, jsonl
 from imagen_jax.parallel import distributed
 from imagen_jax.parallel.peaks import peak_flops
+from imagen_jax.stages.loss import LOGSNR_EDGES
 
 try:
     from tensorboardX import SummaryWriter
@@ -35,29 +39,47 @@ def check_rankable(name: str) -> None:
         raise ConfigError(unknown_name("config.checkpoint.best_metric", name, RANKABLE))
 
 
-class MetricWriter:
-    """Writes the metrics of a run to its workdir; of several processes, the first one writes.
+def mean_loss_by_noise_level(bins: np.ndarray) -> dict[str, float]:
+    """Mean loss by noise level, from summed loss and count [2, bins]; empty bins left out."""
+    bounds = ["-inf", *(f"{edge:g}" for edge in LOGSNR_EDGES), "inf"]
+    names = [f"loss/logsnr_{low}_{high}" for low, high in itertools.pairwise(bounds)]
+    return {n: float(s / c) for n, s, c in zip(names, *bins, strict=True) if c > 0}
+
+
+class Writer(Protocol):
+    """What a metric writer does; (workdir, start step) -> Writer is a row of WRITERS.
+
+    The first process alone creates writers: when training starts, resumes or rolls back. Values
+    of steps after the start step, which an earlier writer may have received, are written again.
+    """
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes scalars by name; they may be NaN or infinite."""
+        ...
+
+    def write_image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Writes a uint8 image [H, W, 3]."""
+        ...
+
+    def close(self) -> None:
+        """Flushes and closes files and connections."""
+        ...
+
+
+class JsonLines:
+    """WORKDIR/metrics.jsonl, and images as WORKDIR/NAME/step_NNNNNNNN.png.
 
     `metrics.jsonl` has one object per report: step, seconds since the start of this process, and
     the metrics. A restart removes the rows after the restored step, so each step occurs once.
-    Images go to WORKDIR/NAME and TensorBoard files to WORKDIR/tensorboard, unless the workdir is a
-    bucket.
+    Images are not written where the workdir is a bucket.
     """
 
     def __init__(self, workdir: str, start_step: int):
-        self._writes = distributed.is_first()
         self._path = epath.Path(workdir) / "metrics.jsonl"
         self._start = time.monotonic()
-        if not self._writes:
-            return
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._keep_rows_up_to(start_step)
         self._file = self._path.open("a")
-        self._board = (
-            SummaryWriter(str(self._path.parent / "tensorboard"), purge_step=start_step + 1)
-            if SummaryWriter and "://" not in workdir
-            else None
-        )
 
     def _keep_rows_up_to(self, step: int) -> None:
         if not self._path.exists():
@@ -69,33 +91,78 @@ class MetricWriter:
         atomic.write_text(self._path, "".join(kept))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes one row of scalars."""
-        if not self._writes:
-            return
+        """Writes one row."""
         row = {"step": step, "seconds": round(time.monotonic() - self._start, 3), **values}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        if self._board:
-            # tensorboardX prints a warning to stderr for every non-finite value.
-            for name in (name for name in values if np.isfinite(values[name])):
+
+    def write_image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Writes one PNG file."""
+        if "://" not in os.fspath(self._path):
+            images.save_png(self._path.parent / name / f"step_{step:08d}.png", image, {})
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+class TensorBoard:
+    """Scalars and images in WORKDIR/tensorboard; nothing without tensorboardX or in a bucket."""
+
+    def __init__(self, workdir: str, start_step: int):
+        folder = os.path.join(workdir, "tensorboard")
+        local = SummaryWriter and "://" not in workdir
+        self._board = SummaryWriter(folder, purge_step=start_step + 1) if local else None
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes the finite scalars: tensorboardX prints a warning for every other value."""
+        for name in (name for name in values if np.isfinite(values[name])):
+            if self._board:
                 self._board.add_scalar(name, values[name], step)
 
     def write_image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Writes a uint8 image [H, W, 3] to WORKDIR/name/step_NNNNNNNN.png and to TensorBoard."""
-        if not self._writes:
-            return
-        if "://" not in os.fspath(self._path):
-            images.save_png(self._path.parent / name / f"step_{step:08d}.png", image, {})
+        """Writes one image."""
         if self._board:
             self._board.add_image(name, image, step, dataformats="HWC")
 
     def close(self) -> None:
-        """Flushes and closes the files."""
-        if not self._writes:
-            return
-        self._file.close()
+        """Flushes and closes the file."""
         if self._board:
             self._board.close()
+
+
+# Metric writers by name, for `train.writers`; metrics.jsonl is always written.
+WRITERS: dict[str, Callable[[str, int], Writer]] = {"tensorboard": TensorBoard}
+
+
+def find_writers(names: Sequence[str]) -> list[Callable[[str, int], Writer]]:
+    """The writers of `train.writers`. Raises ConfigError for an unknown name."""
+    field, group = "config.train.writers", plugins.METRIC_WRITERS
+    return [plugins.find(field, name, group, WRITERS) for name in names]
+
+
+class MetricWriter:
+    """All metric writers of a run; of several processes, the first one writes."""
+
+    def __init__(self, workdir: str, start_step: int, names: Sequence[str] = ("tensorboard",)):
+        """Args: names: writers beside metrics.jsonl, as `train.writers`."""
+        create = [JsonLines, *find_writers(names)] if distributed.is_first() else []
+        self._writers: list[Writer] = [new(workdir, start_step) for new in create]
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes the scalars of a report."""
+        for writer in self._writers:
+            writer.write(step, values)
+
+    def write_image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Writes a uint8 image [H, W, 3]."""
+        for writer in self._writers:
+            writer.write_image(step, name, image)
+
+    def close(self) -> None:
+        """Closes all writers."""
+        for writer in self._writers:
+            writer.close()
 
 
 class Timer:

@@ -61,14 +61,18 @@ def replay(
     with jax.set_mesh(mesh):
         create, abstract = abstract_state(config, optimizer, mesh)
         checkpoints = Checkpoints(workdir, config.checkpoint)
+        # Later checkpoints are of other data, if the fault made the run roll back.
+        rollbacks = int(values.get("rollbacks", 0))
+        later = faults.read_rollbacks(workdir)[rollbacks:]
+        last = min([step, *(back.restored for back in later)])
         found = checkpoints.read(
-            lambda steps: max((saved for saved in steps if saved <= step), default=None),
+            lambda steps: max((saved for saved in steps if saved <= last), default=None),
             lambda saved: (saved, checkpoints.restore(saved, abstract)),
         )
         start, state = found or (0, create())
         log(f"training from step {start} to step {step}")
-        train_step = jit_train_step(config, optimizer, abstract, mesh)
-        stream = iter(batches(start))
+        train_step = jit_train_step(config, optimizer, abstract, mesh, rollbacks=rollbacks)
+        stream = iter(batches(start + values.get("position", step) - step))
         for _ in range(start, step):
             batch = place_batch(_next(stream, step), mesh, config.data.batch_size)
             state, _ = train_step(state, encode(batch))
@@ -103,7 +107,7 @@ def _examine(
 ) -> bool:
     """Logs loss per example and gradient norm per block; True if any value is not finite."""
     step = int(values["step"])
-    key = step_key(config, step)
+    key = step_key(config, step, values.get("rollbacks", 0))
     examples = {**batch, **sample_randomness(key, len(batch["image"]), config)}
     dropout_key = jax.random.fold_in(key, DROPOUT_STREAM)
     single = jax.jit(lambda part: loss_given_randomness(params, part, dropout_key, config)[0])

@@ -24,24 +24,28 @@ from imagen_jax.stages.loss import (
 from imagen_jax.training import ema
 from imagen_jax.training.state import TrainState
 
-# PRNG streams; the key of a step is fold_in(fold_in(key(seed), STREAM), step).
+# PRNG streams; the key of a step is fold_in(fold_in(key(seed), STREAM), step), and after roll-backs
+# their number is folded into it.
 INIT_STREAM, STEP_STREAM = 0, 1
 
 StepFn = Callable[[TrainState, Mapping[str, Array]], tuple[TrainState, dict[str, Any]]]
 
 
-def step_key(config: Config, step: Array | int) -> Key[Array, ""]:
+def step_key(config: Config, step: Array | int, rollbacks: int = 0) -> Key[Array, ""]:
     """The PRNG key of a step; all its random values derive from it."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), STEP_STREAM), step)
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), STEP_STREAM), step)
+    return jax.random.fold_in(key, rollbacks) if rollbacks else key
 
 
-def step_timesteps(config: Config, step: int) -> list[float]:
+def step_timesteps(config: Config, step: int, rollbacks: int = 0) -> list[float]:
     """The timesteps t in [0, 1] of all examples of a step."""
-    times = sample_timesteps(step_key(config, step), config.data.batch_size)
+    times = sample_timesteps(step_key(config, step, rollbacks), config.data.batch_size)
     return [float(time) for time in times]
 
 
-def make_train_step(config: Config, optimizer: optax.GradientTransformation) -> StepFn:
+def make_train_step(
+    config: Config, optimizer: optax.GradientTransformation, rollbacks: int = 0
+) -> StepFn:
     """The training step (state, batch) -> (state, report). Pure; see `jit_train_step`.
 
     An update with non-finite loss or gradient is skipped and counted in `state.skipped`.
@@ -50,7 +54,7 @@ def make_train_step(config: Config, optimizer: optax.GradientTransformation) -> 
     def train_step(
         state: TrainState, batch: Mapping[str, Array]
     ) -> tuple[TrainState, dict[str, Any]]:
-        key = step_key(config, state.step)
+        key = step_key(config, state.step, rollbacks)
         gradient, report = gradient_of_batch(state.params, batch, key, config)
 
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
@@ -79,7 +83,12 @@ def make_train_step(config: Config, optimizer: optax.GradientTransformation) -> 
 
 
 def jit_train_step(
-    config: Config, optimizer: optax.GradientTransformation, state: TrainState, mesh: Mesh
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    mesh: Mesh,
+    *,
+    rollbacks: int = 0,
 ) -> Any:
     """The training step, jitted for the mesh with the state donated (except on CPU).
 
@@ -89,10 +98,11 @@ def jit_train_step(
       state: arrays or shapes with shardings. The new state has the same shardings; left free, the
         compiler would change some of them.
       mesh: from `partitioning.make_mesh`; must be the active mesh.
+      rollbacks: of the run so far.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     return jax.jit(
-        make_train_step(config, optimizer),
+        make_train_step(config, optimizer, rollbacks),
         donate_argnums=partitioning.donated(0),
         out_shardings=(shardings, partitioning.replicated(mesh)),
         compiler_options=partitioning.train_step_options(),

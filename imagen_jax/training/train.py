@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import pathlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
@@ -27,9 +26,10 @@ from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import Config
 from imagen_jax.io import images
 from imagen_jax.parallel import compiled, distributed, partitioning
+from imagen_jax.parallel.checksums import Checksums
 from imagen_jax.parallel.preemption import Preempted, Preemption
 from imagen_jax.parallel.profiling import Profiler
-from imagen_jax.stages.loss import LOGSNR_EDGES, check_trainable
+from imagen_jax.stages.loss import check_trainable
 from imagen_jax.stages.names import check_names
 from imagen_jax.training import ema_snapshots, metrics
 from imagen_jax.training.checkpoint import Checkpoints
@@ -38,17 +38,20 @@ from imagen_jax.training.initial_state import abstract_state, start_from
 from imagen_jax.training.optimizer import learning_rate, make_optimizer, with_defaults
 from imagen_jax.training.ownership import owned
 from imagen_jax.training.preview import preview
+from imagen_jax.training.save_time import SaveTime
 from imagen_jax.training.state import TrainState
 from imagen_jax.training.step import (
     StepFn,
     jit_train_step,
     model_flops,
-    step_timesteps,
 )
+from imagen_jax.training.watchdog import Watchdog
 
-# A source of batches: the first step -> that step's batch and all that follow. A batch has the rows
-# of `partitioning.batch_rows`, or all rows.
+# A source of batches: a position in the data -> its batch and all that follow. A batch has the rows
+# of `partitioning.batch_rows`, or all rows. The position is the step, until a roll-back skips data.
 Batches = Callable[[int], Iterable[Mapping[str, np.ndarray]]]
+# A step whose report the host has not read: its number, report and batch.
+Finished = tuple[int, Mapping[str, Any], Mapping[str, np.ndarray]]
 # Input processing on the devices: encodes the captions where embeddings are not stored.
 Encode = Callable[[Mapping[str, Array]], Mapping[str, Array]]
 
@@ -70,7 +73,7 @@ def train(
     Args:
       config: the stage; `config.model.text_dim` must be set.
       workdir: folder of checkpoints, metrics.jsonl and TensorBoard files, shared by all processes.
-      batches: the data; `batches(step)` starts at that step and yields this process's part.
+      batches: the data; `batches(step)` starts at that step's and yields this process's part.
       log: called with the progress lines, in the first process.
       allow_changes: fields (or sections) in which `config` may differ from the checkpoint's.
       step_info: what a fault file says of a step besides its batch.
@@ -87,8 +90,11 @@ def train(
       CheckpointError: no checkpoint can be read, it is of another model, or saving fails.
       OwnershipError: another run owns the workdir, or has taken it over.
       CompiledError: the compiled step is of another run, or cannot be trusted.
-      DivergedError: training is not finite, also after the roll-backs.
+      DivergedError: training is not finite, or its loss spikes, also after the roll-backs.
+      CorruptionError: replicas of the state differ.
       Preempted: SIGTERM was received and the state is saved.
+
+    Ends the process with status 75 if it hangs or another process of the run is lost (`watchdog`).
     """
     if not distributed.is_first():
         log = _ignore
@@ -96,6 +102,7 @@ def train(
     check_names(config)
     metrics.check_rankable(config.checkpoint.best_metric)
     check_trainable(config)
+    metrics.find_writers(config.train.writers)
     mesh = partitioning.make_mesh(config.mesh)
     partitioning.check_batch_size(config.data.batch_size, mesh, config.train.accumulation)
     partitioning.check_tensor(config.model, mesh)
@@ -107,6 +114,7 @@ def train(
         count = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
         log(f"{config.name}: {count:,} parameters on {mesh.devices.size} {jax.default_backend()}")
         timer = metrics.Timer()
+        checkpoints = Checkpoints(workdir, config.checkpoint, access="write")
         run = Run(
             config=config,
             workdir=workdir,
@@ -120,11 +128,15 @@ def train(
             timer=timer,
             progress=metrics.Progress(config.train.steps, config.data.batch_size, timer, log),
             check_owner=check_owner,
-            checkpoints=Checkpoints(workdir, config.checkpoint, access="write"),
-            faults=Faults(workdir, config.train, _with_timesteps(step_info, config), log),
+            checkpoints=checkpoints,
+            save_time=SaveTime(checkpoints, config.checkpoint.grace, log),
+            faults=Faults(workdir, config, step_info, log),
+            checksums=Checksums(mesh, abstract),
+            watchdog=Watchdog(workdir, config.train.hang_timeout),
             profiler=Profiler(workdir, config.train.profile_at),
         )
         closing.callback(run.close)
+        closing.enter_context(run.watchdog)
 
         with timer.measure("start"):
             step, state = run.restore(create, abstract, allow_changes)
@@ -132,7 +144,7 @@ def train(
             step, state, roll_back = run.advance(step, state)
             if roll_back:
                 del state  # Not beside the state that is restored.
-                step, state = run.restore(create, abstract, allow_changes)
+                step, state = run.restore(create, abstract, allow_changes, failed=step - 1)
         with timer.measure("save"):
             run.checkpoints.wait()
         if run.train_step is not None:
@@ -157,23 +169,35 @@ class Run:
     progress: metrics.Progress
     check_owner: Callable[[], None]
     checkpoints: Checkpoints
+    save_time: SaveTime
     faults: Faults
+    checksums: Checksums
+    watchdog: Watchdog
     profiler: Profiler
-    train_step: StepFn | None = None  # compiled at the first step
+    train_step: StepFn | None = None  # compiled at the first step after a restore
 
     def restore(
         self,
         create: Callable[[], TrainState],
         abstract: TrainState,
         allow_changes: Collection[str],
+        failed: int | None = None,
     ) -> tuple[int, TrainState]:
-        """Step and state of the newest readable checkpoint, or of the start of the run."""
+        """State of the newest readable checkpoint; after step `failed`, of `Faults.last_good`."""
         self.checkpoints.wait()
+        rolls_back = failed is not None
         found = self.checkpoints.restore_newest(
             abstract,
             lambda saved: _check_changes(saved, self.config, self.workdir, allow_changes),
             self.log,
+            last=self.faults.last_good(self.checkpoints.steps(), failed) if rolls_back else None,
         )
+        step = found[0] if found else 0
+        self.faults.resume(step)
+        if rolls_back:
+            self.checkpoints.delete_after(step)
+            self.faults.roll_back(step, failed)
+            self.train_step = None  # The keys of its steps depend on the number of roll-backs.
         if found is None:
             start = self.config.train.init_from
             return 0, start_from(start, abstract, self.optimizer) if start else create()
@@ -187,18 +211,19 @@ class Run:
           Step, state, and whether to roll back.
         """
         config = self.config.train
-        unchecked: list[tuple[int, Mapping[str, Any], Mapping[str, np.ndarray]]] = []
+        unchecked: list[Finished] = []
         loss_by_noise_level: list[Array] = []
         with contextlib.ExitStack() as closing:
             writer = closing.enter_context(
-                contextlib.closing(metrics.MetricWriter(self.workdir, step))
+                contextlib.closing(metrics.MetricWriter(self.workdir, step, config.writers))
             )
-            stream = closing.enter_context(_closing(iter(self.batches(step))))
+            first = self.faults.position(step)
+            stream = closing.enter_context(_closing(iter(self.batches(first))))
             if config.overfit_batch:
                 stream = itertools.repeat(next(stream))
             while step < config.steps:
                 if self.preemption.reached():
-                    self.stop(step, state)
+                    self.stop(step, state, good=not unchecked or not self.failed(unchecked.pop()))
                 self.profiler.before_step(step)
                 with self.timer.measure("data"):
                     batch = next(stream)
@@ -211,7 +236,7 @@ class Run:
                     with jax.transfer_guard("disallow"):
                         state, report = self.train_step(state, placed)
                 # Checks the step before while this one runs, so that dispatch never blocks.
-                if unchecked and self.faults.should_roll_back(*unchecked.pop()):
+                if unchecked and self.failed(unchecked.pop()):
                     return step, state, True
                 unchecked.append((step, report, batch))
                 loss_by_noise_level.append(report["loss_by_noise_level"])
@@ -224,13 +249,21 @@ class Run:
                 if config.sample_every and step % config.sample_every == 0:
                     with self.timer.measure("draw"):
                         writer.write_image(step, "samples", preview(self.config, state, placed))
+                if config.checksum_every and step % config.checksum_every == 0:
+                    self.checksums.compare(state, f"step {step}")
                 self.keep(step, state, report)
-            roll_back = bool(unchecked) and self.faults.should_roll_back(*unchecked.pop())
+            roll_back = bool(unchecked) and self.failed(unchecked.pop())
             if config.overfit_batch:
-                path = pathlib.Path(self.workdir) / "overfit.png"
+                path = epath.Path(self.workdir) / "overfit.png"
                 images.save_png(path, preview(self.config, state, placed), {})
                 self.log(f"one batch, {step} steps: the images are in {path}")
         return step, state, roll_back
+
+    def failed(self, finished: Finished) -> bool:
+        """Waits for a step and checks it: whether the run must roll back."""
+        roll_back = self.faults.should_roll_back(*finished)
+        self.watchdog.completed(finished[0])
+        return roll_back
 
     def first_step(
         self, step: int, state: TrainState, batch: Mapping[str, Array]
@@ -238,9 +271,12 @@ class Run:
         """Compiles the step, runs it and starts the measurement of throughput."""
         devices = self.mesh.devices
         with self.timer.measure("start"):
-            step_fn = jit_train_step(self.config, self.optimizer, state, self.mesh)
+            rollbacks = len(self.faults.rollbacks)
+            step_fn = jit_train_step(
+                self.config, self.optimizer, state, self.mesh, rollbacks=rollbacks
+            )
             traced = step_fn.trace(state, batch)
-            if self.compiled_step:
+            if self.compiled_step and not rollbacks:
                 step_identity = compiled.identity(self.config, list(devices.flat))
                 run_step = compiled.load(self.compiled_step, traced, step_identity)
                 self.log(f"the compiled step is that of {self.compiled_step}")
@@ -261,9 +297,10 @@ class Run:
         values = {name: float(report[name]) for name in (*scalars, "vlb") if name in report}
         rate = learning_rate(self.config.optimizer, self.config.train.steps)
         values["learning_rate"] = float(np.asarray(rate(step - 1)))
-        values |= _mean_loss_by_noise_level(
+        values |= metrics.mean_loss_by_noise_level(
             np.sum(jax.device_get(list(loss_by_noise_level)), axis=0)
         )
+        self.faults.remember(values["loss"])
         return self.progress.report(step, values)
 
     def keep(self, step: int, state: TrainState, report: Mapping[str, Any]) -> None:
@@ -272,6 +309,7 @@ class Run:
         every = self.config.ema.snapshot_every
         snapshot = bool(every) and (step % every == 0 or ends)
         checkpoint = step % self.config.checkpoint.every == 0 or ends
+        self.save_time.poll()
         if not (snapshot or checkpoint):
             return
         with self.timer.measure("save"):
@@ -281,17 +319,22 @@ class Run:
             if checkpoint:
                 best = self.config.checkpoint.best_metric
                 scores = {best: float(report[best])} if self.config.checkpoint.keep_best else {}
+                self.save_time.begin(step, state)
                 self.checkpoints.save(step, state, self.config, scores)
 
-    def stop(self, step: int, state: TrainState) -> NoReturn:
-        """Saves and ends the run. Raises Preempted."""
+    def stop(self, step: int, state: TrainState, *, good: bool) -> NoReturn:
+        """Saves, unless the run was about to roll back, and ends the run. Raises Preempted."""
         with self.timer.measure("save"):
             self.check_owner()
             self.checkpoints.wait()
-            if self.checkpoints.latest_step() != step:
+            self.save_time.poll()
+            if good and self.checkpoints.latest_step() != step:
+                self.save_time.begin(step, state)
                 self.checkpoints.save(step, state, self.config)
             self.checkpoints.wait()
-        raise Preempted(f"asked to stop; saved at step {step}, the same command goes on from there")
+            self.save_time.poll()
+        at = self.checkpoints.latest_step()
+        raise Preempted(f"asked to stop; saved at step {at}, the same command goes on from there")
 
     def close(self) -> None:
         """Stops profiling and closes the checkpoint manager."""
@@ -322,17 +365,6 @@ def _check_changes(saved: Config, given: Config, workdir: str, allowed: Collecti
                 f"config.{path}={new!r}, but {workdir} was trained with {old!r}; set it back, "
                 f"start a new --workdir, or allow it: --allow_changes={path}"
             )
-
-
-def _mean_loss_by_noise_level(bins: np.ndarray) -> dict[str, float]:
-    """Mean loss by noise level, from summed loss and count [2, bins]; empty bins left out."""
-    bounds = ["-inf", *(f"{edge:g}" for edge in LOGSNR_EDGES), "inf"]
-    names = [f"loss/logsnr_{low}_{high}" for low, high in itertools.pairwise(bounds)]
-    return {n: float(s / c) for n, s, c in zip(names, *bins, strict=True) if c > 0}
-
-
-def _with_timesteps(step_info: StepInfoFn, config: Config) -> StepInfoFn:
-    return lambda step: {**step_info(step), "time": step_timesteps(config, step)}
 
 
 def with_data(

@@ -1,19 +1,23 @@
 """docs/extending.md: its examples run in order as one program; registries decide on names."""
 
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
+import types
 
 import pytest
 
 from imagen_jax.config import data, overrides
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.sampling import SamplingConfig
+from imagen_jax.config.train import TrainConfig
 from imagen_jax.data.sources import registry
 from imagen_jax.diffusion import process, samplers, thresholding
 from imagen_jax.stages import network
 from imagen_jax.stages.names import check_names
+from imagen_jax.training.train import train
 from tests.reference.pages import ALL, ROOT
 
 # The fields that `check_names` checks, with their registries.
@@ -73,6 +77,60 @@ def test_the_builder_example_builds(tmp_path, monkeypatch):
     assert captions == {json.loads(row)["prompt"] for row in prompts} and len(source) == 4
     for name in ("my_package.dots", "my_package"):
         sys.modules.pop(name)
+
+
+class Recorder(types.ModuleType):
+    """Stands for the module wandb: keeps what a run receives."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.started, self.rows, self.finished, self.Image = [], [], 0, lambda pixels: pixels.shape
+
+    def init(self, **settings):
+        self.started.append(settings)
+        return self
+
+    def define_metric(self, name, *, step_metric):
+        assert (name, step_metric) == ("*", "train_step")
+
+    def log(self, row):
+        self.rows.append(row)
+
+    def finish(self):
+        self.finished += 1
+
+
+def test_the_weights_and_biases_writer_receives_a_run(
+    base_config, make_batch, tmp_path, monkeypatch
+):
+    name = "test_the_weights_and_biases_writer_receives_a_run"
+    (block,) = (b for b in BLOCKS if b.about.endswith(f"::{name}"))
+    (tmp_path / "my_wandb.py").write_text(block.code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    recorder = Recorder()
+    monkeypatch.setitem(sys.modules, "wandb", recorder)
+    settings = TrainConfig(
+        steps=4, log_every=2, sample_every=4, writers=("my_wandb:WeightsAndBiases",)
+    )
+    config = dataclasses.replace(base_config, train=settings)
+    batches = lambda step: itertools.repeat(make_batch(config))  # noqa: E731
+    train(config, str(tmp_path / "run"), batches, lambda line: None)
+    (started,) = recorder.started
+    assert started["resume"] == "allow" and recorder.finished == 1
+    *scalars, images = recorder.rows
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    for row, line in zip(scalars, map(json.loads, lines), strict=True):
+        assert row.pop("train_step") == line["step"]
+        assert row == {k: v for k, v in line.items() if k not in ("step", "seconds")}
+    assert images["train_step"] == 4 and images["samples"][-1] == 3
+    assert not (tmp_path / "run" / "tensorboard").exists()
+    sys.modules.pop("my_wandb")
+
+
+def test_an_unknown_writer_is_refused(base_config, tmp_path):
+    config = dataclasses.replace(base_config, train=TrainConfig(writers=("tensorbord",)))
+    with pytest.raises(ConfigError, match="config.train.writers='tensorbord'.*'tensorboard'"):
+        train(config, str(tmp_path), lambda step: ())
 
 
 @pytest.mark.parametrize("field", REGISTRIES)

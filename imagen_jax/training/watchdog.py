@@ -1,0 +1,118 @@
+"""A run that makes no progress ends with status RESTART, after which the launchers start it again.
+
+A collective that waits for a lost machine never returns, and no exception reaches the loop. So a
+thread watches the loop: without a completed step for `train.hang_timeout` seconds it writes the
+stacks of all threads and ends the process. Where a collective does fail because a peer has died,
+the process ends at once: whatever would be closed regularly would wait for that peer.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import re
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+from etils import epath
+
+from imagen_jax.parallel import distributed
+from imagen_jax.parallel.preemption import RESTART
+
+FOLDER = "hangs"
+
+# Status codes with which XLA and its collectives report a lost process. Those of wrong programs
+# (INVALID_ARGUMENT) and full memories (RESOURCE_EXHAUSTED) are not among them.
+_STATUS = re.compile(
+    r"\b(UNKNOWN|INTERNAL|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|FAILED_PRECONDITION): "
+)
+# File systems report the same codes; an error of this package counts only with one of these words.
+_COLLECTIVE = re.compile(r"Gloo|NCCL|barrier|coordination|heartbeat", re.IGNORECASE)
+
+
+class Watchdog:
+    """A context that ends the process if the loop hangs or a peer is lost.
+
+    Args:
+      workdir: folder of the run; the stacks are written to WORKDIR/hangs.
+      timeout: seconds without `completed` after which the run hangs; 0: none.
+      end: ends the process with a status, without closing anything.
+    """
+
+    def __init__(self, workdir: str, timeout: float, end: Callable[[int], None] = os._exit):
+        self._folder, self._timeout, self._end = epath.Path(workdir) / FOLDER, timeout, end
+        self._step: int | None = None
+        self._last = time.monotonic()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        self._last = time.monotonic()
+        if self._timeout:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None and distributed.count() > 1 and is_lost_peer(error):
+            reason = " ".join(str(error).split())
+            self._say(f"another process of the run is lost ({reason[:200]}); status {RESTART}")
+            self._end(RESTART)
+        self._stop.set()
+
+    def completed(self, step: int) -> None:
+        """Call when the devices have completed `step`."""
+        self._step, self._last = step, time.monotonic()
+
+    def _watch(self) -> None:
+        while (left := self._last + self._timeout - time.monotonic()) > 0:
+            if self._stop.wait(left):
+                return
+        done = "no step is completed" if self._step is None else f"the last is step {self._step}"
+        self._say(f"no completed step for {self._timeout:g} s, {done}; status {RESTART}")
+        stacks = _stacks()
+        print(stacks, file=sys.stderr, flush=True)
+        self._say(f"stacks are in {self._write(stacks)}")
+        self._end(RESTART)
+
+    def _write(self, stacks: str) -> epath.Path:
+        path = self._folder / f"{time.strftime('%Y%m%dT%H%M%S')}.{distributed.index()}.txt"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{socket.gethostname()}, process {os.getpid()}\n{stacks}")
+        except OSError as error:  # The file system may be what hangs or fails.
+            self._say(f"{path} cannot be written: {error}")
+        return path
+
+    def _say(self, line: str) -> None:
+        """Writes to the log in every process: the one that hangs need not be the first."""
+        where = f"{socket.gethostname()}, process {distributed.index()}"
+        print(f"imagen train: {where}: {line}", file=sys.stderr, flush=True)
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether `error`, or an error it was raised from, reports a failed collective."""
+    sign = _COLLECTIVE if type(error).__module__.startswith("imagen_jax") else _STATUS
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ValueError | RuntimeError) and sign.search(str(cause)):
+            return True
+        cause = cause.__cause__
+    return False
+
+
+def _stacks() -> str:
+    """The stacks of all threads of this process."""
+    with tempfile.TemporaryFile("w+") as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        return file.read()
