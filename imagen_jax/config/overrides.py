@@ -61,6 +61,8 @@ def from_dict(cls: type, values: Any, path: str = "config") -> Any:
     Raises:
       ConfigError: an unknown field, or a value of the wrong type.
     """
+    if isinstance(values, ml_collections.ConfigDict):  # A source of a mixture.
+        values = values.to_dict()
     if not isinstance(values, Mapping):
         raise ConfigError(f"{path} must be a section of fields, got {type(values).__name__}")
     hints = typing.get_type_hints(cls)

@@ -57,8 +57,7 @@ def _group(where: str, line: text.Line) -> list[str]:
 
 def _not_a_group(where: str, got: str) -> ConfigError:
     return ConfigError(
-        f"{where}: {got!r} must be a JSON list of strings, such as "
-        '["a red cross", "one red cross"]'
+        f'{where}: {got!r} must be a JSON list of strings, such as ["a red cross", "one red cross"]'
     )
 
 

@@ -83,7 +83,7 @@ def test_overrides_take_the_type_of_the_field():
         ("data.batch_size=1.5", "must be of type int"),
         ("data.batch_size=True", "must be of type int"),
         ("data.batch_size", "has no value"),
-        ("data=3", "is a section; set one of its fields: batch_size"),
+        ("data=3", "is a section; set one of its fields: background, batch_size"),
         ("model.channels=64", "must be of type tuple"),
         ("model.channels=(64,'a')", "config.model.channels='a' must be of type int"),
         ("model.channels=(64,64)", "give one entry per level"),

@@ -9,6 +9,7 @@ from imagen_jax.config import overrides
 from imagen_jax.config.data import ComponentConfig
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import Config, DataConfig, ModelConfig
+from imagen_jax.config.text import TextConfig
 
 # The lists of paths that the metadata replaced.
 NOT_LEARNED = (
@@ -26,7 +27,8 @@ NOT_LEARNED = (
 NOT_COMPILED = (
     *("name", "data.kind", "data.path", "data.name", "data.split", "data.image_key"),
     *("data.caption_key", "data.resize_filter", "data.min_size", "data.max_quarantined"),
-    *("data.embeddings", "data.fingerprint", "data.loader", "data.prefetch", "text"),
+    *("data.embeddings", "data.fingerprint", "data.loader", "data.prefetch"),
+    *(f"text.{field.name}" for field in dataclasses.fields(TextConfig) if field.name != "null"),
     *("data.background", "data.caption_lines", "data.mixture.*.caption_lines"),
     "data.records",
     *("pretrain_text", "embed", "checkpoint", "sampling", "ema.snapshot_every"),

@@ -266,6 +266,7 @@ def stamps(tmp_path):
 
 def test_multilingual_stamps_need_one_override(stamps, capsys):
     flags = ["prepare", "--config=configs/folder.py:base", f"--config.data.path={stamps}"]
+    flags += ["--config.mesh.cpu_devices=1"]  # The devices of this process stay.
     assert main.main(flags) == 1
     assert "1 of 12" in capsys.readouterr().err
     assert main.main([*flags, "--config.data.min_size=16"]) == 0

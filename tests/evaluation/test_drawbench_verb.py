@@ -38,7 +38,7 @@ def test_from_a_csv_to_a_page(stage_folder, tmp_path, capsys):
     flags = ["--study=drawbench", *folders, f"--out={out}", "--names=before,after"]
     assert main.main(["evaluate", "rate_build", *flags]) == 0
     assert "12 items, 10 of them controls" in capsys.readouterr().out
-    assert len(list((out / "page" / "pictures").iterdir())) == 4 * 16
+    assert len(list((out / "page" / "pictures").iterdir())) == 12 * 16
     assert main.main(["evaluate", "rate_build", *flags[:-1], "--names=a"]) == 1
     assert "must be two names" in capsys.readouterr().err
 

@@ -98,7 +98,7 @@ def arguments(monkeypatch):
         assert len(calls) <= 1
         return calls[0] if calls else None
 
-    before = jax.config.read("jax_cpu_collectives_implementation")
+    before = jax.config.jax_cpu_collectives_implementation
     yield initialize
     jax.config.update("jax_cpu_collectives_implementation", before)
 

@@ -57,8 +57,10 @@ def _square(image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "side side 3
     height, width, _ = image.shape
     longer = max(height, width)
     size = max(round(width * SIDE / longer), 1), max(round(height * SIDE / longer), 1)
-    filter = "box" if SIDE % longer == 0 or longer > SIDE else "bicubic"
-    resized = images.resize_box(image, size, filter)
+    if SIDE % longer == 0:
+        resized = image.repeat(SIDE // longer, axis=0).repeat(SIDE // longer, axis=1)
+    else:
+        resized = images.resize_box(image, size, "box" if longer > SIDE else "bicubic")
     square = np.full((SIDE, SIDE, 3), 255, np.uint8)
     top, left = (SIDE - size[1]) // 2, (SIDE - size[0]) // 2
     square[top : top + size[1], left : left + size[0]] = resized
