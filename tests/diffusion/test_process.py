@@ -50,9 +50,10 @@ def test_aug_level_of_the_discrete_schedule_is_its_timestep():
     """Nichol & Dhariwal 2021, Eq. 17: level 0.2 is timestep 200, after 201 of the 1000 betas."""
     config = DiffusionConfig(aug_schedule="cosine_steps", logsnr_shift=3.0)
     low, middle, high = np.asarray(process.aug_logsnr(jnp.array([0.0, 0.2, 1.0]), config))
-    signal = lambda t: (
-        np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2 / np.cos(0.008 / 1.008 * np.pi / 2) ** 2
-    )  # noqa: E731,E501
+
+    def signal(t: float) -> float:
+        return np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2 / np.cos(0.008 / 1.008 * np.pi / 2) ** 2
+
     assert np.exp(middle) == pytest.approx(signal(0.201) / (1 - signal(0.201)), rel=1e-3)
     assert np.exp(low) == pytest.approx(signal(0.001) / (1 - signal(0.001)), rel=1e-2)
     assert high < -9.0
