@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         default="",
         type=path_flags.flag,
-        help="also write the first caption of every image to this .jsonl file, as prompts for sample",
+        help="also write the first caption of every image to this .jsonl file, prompts for sample",
     )
 
 
