@@ -1,8 +1,12 @@
 """The nearest caption of a name, on vectors whose answer is known."""
 
+import pathlib
+import sys
+
 import numpy as np
 
-from benchmarks.emoji_nearest_caption import rank
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "benchmarks"))
+from emoji_nearest_caption import rank
 
 
 def test_ranks_count_emoji_and_not_their_tones():
