@@ -72,7 +72,13 @@ def stepped(config: Config, make_batch) -> tuple[TrainState, dict]:
     return jax.jit(step.make_train_step(config, rule))(state, make_batch(config))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+LARGE = ("folder.py:base_64", "folder.py:sr_256")  # Their steps take long to compile.
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n in LARGE else n for n in CONFIGS],
+)
 def test_configuration_at_full_size_and_shrunk(name, make_batch):
     config = overrides.load(str(ROOT / "configs" / name))
     wide = train.with_data(config, 4096, {}, {})

@@ -72,7 +72,9 @@ def test_nan_in_all_data_stops_with_one_line(base_config, stream, tmp_path):
     assert len(faults.read_rollbacks(str(tmp_path))) == 1
 
 
-@pytest.mark.parametrize("target", [7, 9, 12])
+@pytest.mark.parametrize(
+    "target", [pytest.param(7, marks=pytest.mark.slow), 9, pytest.param(12, marks=pytest.mark.slow)]
+)
 def test_a_run_that_stops_around_a_roll_back_goes_on_exactly(target, base_config, stream, tmp_path):
     """Stops in the failed window, at the step of the roll-back, and after it."""
     config, quiet = with_train(base_config, steps=14, nan_patience=3), lambda line: None
