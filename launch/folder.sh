@@ -63,8 +63,8 @@ base_flags=(--config.train.steps="$steps" --config.train.sample_every=$((steps /
 sr_flags=(--config.train.steps=$((steps / 2)) --config.train.sample_every=$((steps / 16)))
 printf '\nThe base stage trains for %s steps, super-resolution for %s' "$steps" $((steps / 2))
 if [ "$device" = cpu ]; then
-  # 60 ms a step of the base stage on one core (docs/emoji.md), and two minutes to compile.
-  printf ': about %s minutes on two cores' $((steps * 60 / 60000 + 2))
+  # 73 ms a step of the base stage on one core (docs/emoji.md), and two minutes to compile.
+  printf ': about %s minutes on two cores' $((steps * 73 / 60000 + 2))
 fi
 printf '.\nThe progress lines state the time that is left; grids of samples appear in\n%s and %s.\n' \
   "$run/base/samples" "$run/sr/samples"

@@ -147,9 +147,9 @@ def write_world():
 
     def write(folder: pathlib.Path, config: Config, steps: int, every: int) -> pathlib.Path:
         rng = np.random.default_rng(0)
-        image_folder = folder / "pictures"
+        image_folder = folder / "images"
         image_folder.mkdir()
-        captions = [f"picture {i}" for i in range(12)]
+        captions = [f"image {i}" for i in range(12)]
         for i, caption in enumerate(captions):
             pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(image_folder / f"{i}.png")

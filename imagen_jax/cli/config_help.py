@@ -16,13 +16,12 @@ _PACKAGE = pathlib.Path(__file__).parents[1]
 
 def add_config(parser: argparse.ArgumentParser) -> None:
     """Adds --config; overrides are `--config.a.b=VALUE` or `--config.a.b VALUE`."""
-    parser.add_argument(
+    path_flags.required(
+        parser,
         "--config",
-        required=True,
-        type=path_flags.required_flag,
-        metavar="FILE[:NAME]",
-        help="configuration, for example configs/shapes.py:base; --config.a.b=VALUE or "
+        "configuration, for example configs/shapes.py:base; --config.a.b=VALUE or "
         "--config.a.b VALUE overrides a field",
+        metavar="FILE[:NAME]",
     )
     parser.epilog = _epilog()
 

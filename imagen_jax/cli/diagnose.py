@@ -21,9 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
     wiring.add_config(parser)
     wiring.add_stages(parser)
-    parser.add_argument(
-        "--out", required=True, type=path_flags.required_flag, help="folder to write"
-    )
+    path_flags.required(parser, "--out", "folder to write")
     parser.add_argument("--pictures", type=int, default=8, help="images per sheet")
     parser.add_argument("--seed", type=int, default=0, help="seed of all noise")
 

@@ -29,13 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     def add(name: str, text: str) -> argparse.ArgumentParser:
         edit = edits.add_parser(name, help=text, description=text, allow_abbrev=False)
-        edit.add_argument(
-            "--picture",
-            required=True,
-            type=path_flags.required_flag,
-            metavar="FILE",
-            help="image to start from",
-        )
+        path_flags.required(edit, "--picture", "image to start from", metavar="FILE")
         sample_verb.add_prompts(edit)
         sample_verb.add_sampling(edit, samples_per_prompt=1)
         return edit
@@ -48,13 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="noise to add, 0 (the image stays) to 1 (noise alone)",
     )
     inpaint = add("inpaint", "sample a part of the image; the other pixels stay bit for bit")
-    inpaint.add_argument(
-        "--mask",
-        required=True,
-        type=path_flags.required_flag,
-        metavar="FILE",
-        help="image, white where to sample",
-    )
+    path_flags.required(inpaint, "--mask", "image, white where to sample", metavar="FILE")
     inpaint.add_argument(
         "--strength",
         type=float,

@@ -13,9 +13,7 @@ from imagen_jax.export import export
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
-    parser.add_argument(
-        "--workdir", required=True, type=path_flags.required_flag, help="folder of the training run"
-    )
+    path_flags.required(parser, "--workdir", "folder of the training run")
     parser.add_argument(
         "--sigma_rel",
         required=True,
@@ -26,12 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--step", type=int, help="last step of the average; default: that of the last snapshot"
     )
-    parser.add_argument(
-        "--text_encoder", default="", type=path_flags.flag, help="encoder folder, if it has moved"
-    )
-    parser.add_argument(
-        "--out", required=True, type=path_flags.required_flag, help="stage folder to write"
-    )
+    path_flags.optional(parser, "--text_encoder", "encoder folder, if it has moved")
+    path_flags.required(parser, "--out", "stage folder to write")
 
 
 def run(flags: argparse.Namespace) -> None:

@@ -58,16 +58,9 @@ def run(flags: argparse.Namespace) -> None:
 
 
 def _add_alignment(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--samples",
-        required=True,
-        type=path_flags.required_flag,
-        help="folder written by `imagen sample`",
-    )
+    path_flags.required(parser, "--samples", "folder written by `imagen sample`")
     scorer_flag.add(parser)
-    parser.add_argument(
-        "--out", required=True, type=path_flags.required_flag, help="JSON report to write"
-    )
+    path_flags.required(parser, "--out", "JSON report to write")
 
 
 def _alignment(flags: argparse.Namespace) -> None:
@@ -78,23 +71,11 @@ def _alignment(flags: argparse.Namespace) -> None:
 
 
 def _add_edges(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--samples",
-        required=True,
-        type=path_flags.required_flag,
-        help="folder written by `imagen sample`",
-    )
-    parser.add_argument(
-        "--lowres",
-        required=True,
-        type=path_flags.required_flag,
-        help="the same prompts and seed without the last stage",
-    )
+    path_flags.required(parser, "--samples", "folder written by `imagen sample`")
+    path_flags.required(parser, "--lowres", "the same prompts and seed without the last stage")
     parser.add_argument("--crop", type=int, default=64, help="side of its training crops, pixels")
     scorer_flag.add(parser)
-    parser.add_argument(
-        "--out", required=True, type=path_flags.required_flag, help="JSON report to write"
-    )
+    path_flags.required(parser, "--out", "JSON report to write")
 
 
 def _edges(flags: argparse.Namespace) -> None:
@@ -105,13 +86,12 @@ def _edges(flags: argparse.Namespace) -> None:
 
 
 def _add_drawbench(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    path_flags.required(
+        parser,
         "--prompts",
-        required=True,
-        type=path_flags.required_flag,
-        metavar="FILE",
-        help=".csv with the columns Prompts and Category, or .jsonl with prompt and category; "
+        ".csv with the columns Prompts and Category, or .jsonl with prompt and category; "
         "rows that --scorer can score, as those of configs/drawbench_shapes.jsonl, are also scored",
+        metavar="FILE",
     )
     scorer_flag.add(parser)
     sample_verb.add_sampling(parser, samples_per_prompt=8)
@@ -132,29 +112,12 @@ def _drawbench(flags: argparse.Namespace) -> None:
 
 def _add_rate_build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--study", required=True, choices=list(STUDIES), help="the questions")
-    parser.add_argument(
-        "--samples_a",
-        required=True,
-        type=path_flags.required_flag,
-        metavar="DIR",
-        help="folder of samples",
-    )
-    parser.add_argument(
-        "--samples_b",
-        required=True,
-        type=path_flags.required_flag,
-        metavar="DIR",
-        help="the other folder, or real images",
-    )
+    path_flags.required(parser, "--samples_a", "folder of samples", metavar="DIR")
+    path_flags.required(parser, "--samples_b", "the other folder, or real images", metavar="DIR")
     parser.add_argument(
         "--names", default="A,B", help="names of the two folders, hidden from raters"
     )
-    parser.add_argument(
-        "--out",
-        required=True,
-        type=path_flags.required_flag,
-        help="folder to write: page/ and key.json",
-    )
+    path_flags.required(parser, "--out", "folder to write: page/ and key.json")
     parser.add_argument("--seed", type=int, default=0, help="seed of orders, sides and controls")
     parser.add_argument(
         "--controls", type=float, default=0.1, help="control items per item, 0 to 1"
@@ -181,13 +144,7 @@ def _rate_build(flags: argparse.Namespace) -> None:
 
 
 def _add_rate_score(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--key",
-        required=True,
-        type=path_flags.required_flag,
-        metavar="FILE",
-        help="key.json of rate_build",
-    )
+    path_flags.required(parser, "--key", "key.json of rate_build", metavar="FILE")
     parser.add_argument(
         "--results",
         required=True,
@@ -195,12 +152,7 @@ def _add_rate_score(parser: argparse.ArgumentParser) -> None:
         metavar="PATH[,PATH...]",
         help="result files or folders of them",
     )
-    parser.add_argument(
-        "--out",
-        required=True,
-        type=path_flags.required_flag,
-        help="folder to write: ratings.json, .md, charts",
-    )
+    path_flags.required(parser, "--out", "folder to write: ratings.json, .md, charts")
 
 
 def _rate_score(flags: argparse.Namespace) -> None:
@@ -218,19 +170,8 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
         help="JSON cards of evaluations",
     )
     parser.add_argument("--name", required=True, help="name of the run in the tables")
-    parser.add_argument(
-        "--samples",
-        default="",
-        type=path_flags.flag,
-        metavar="DIR",
-        help="folder of images to show",
-    )
-    parser.add_argument(
-        "--out",
-        required=True,
-        type=path_flags.required_flag,
-        help="folder to write: report.md, report.html",
-    )
+    path_flags.optional(parser, "--samples", "folder of images to show", metavar="DIR")
+    path_flags.required(parser, "--out", "folder to write: report.md, report.html")
 
 
 def _report(flags: argparse.Namespace) -> None:

@@ -19,35 +19,15 @@ from imagen_jax.parallel import distributed
 
 def add_fid(parser: argparse.ArgumentParser) -> None:
     """Flags of `evaluate fid`."""
-    parser.add_argument(
-        "--samples",
-        required=True,
-        type=path_flags.required_flag,
-        metavar="DIR",
-        help="folder of images",
-    )
-    parser.add_argument(
-        "--reference",
-        required=True,
-        type=path_flags.required_flag,
-        metavar="DIR|FILE.npz",
-        help="real images, or mu and sigma",
+    path_flags.required(parser, "--samples", "folder of images", metavar="DIR")
+    path_flags.required(
+        parser, "--reference", "real images, or mu and sigma", metavar="DIR|FILE.npz"
     )
     _add_networks(parser)
     add_batch_flags(parser)
-    parser.add_argument(
-        "--out",
-        required=True,
-        type=path_flags.required_flag,
-        metavar="FILE.json",
-        help="card to write",
-    )
-    parser.add_argument(
-        "--save_reference",
-        default="",
-        type=path_flags.flag,
-        metavar="FILE.npz",
-        help="write mu and sigma of --reference",
+    path_flags.required(parser, "--out", "card to write", metavar="FILE.json")
+    path_flags.optional(
+        parser, "--save_reference", "write mu and sigma of --reference", metavar="FILE.npz"
     )
 
 
@@ -66,12 +46,8 @@ def run_fid(flags: argparse.Namespace) -> None:
 
 def add_fid30k(parser: argparse.ArgumentParser) -> None:
     """Flags of `evaluate fid30k`."""
-    parser.add_argument(
-        "--data",
-        required=True,
-        type=path_flags.required_flag,
-        metavar="DIR",
-        help="TFDS data_dir with coco_captions, or a folder",
+    path_flags.required(
+        parser, "--data", "TFDS data_dir with coco_captions, or a folder", metavar="DIR"
     )
     parser.add_argument(
         "--splits", default=",".join(fid30k.SPLITS), help="TFDS: splits of the reference"
@@ -122,28 +98,10 @@ def run_fid30k(flags: argparse.Namespace) -> None:
 
 def add_clip_score(parser: argparse.ArgumentParser) -> None:
     """Flags of `evaluate clip_score`."""
-    parser.add_argument(
-        "--samples",
-        required=True,
-        type=path_flags.required_flag,
-        metavar="DIR",
-        help="folder written by `imagen sample`",
-    )
-    parser.add_argument(
-        "--clip",
-        required=True,
-        type=path_flags.required_flag,
-        metavar="DIR",
-        help="Hugging Face CLIP folder",
-    )
+    path_flags.required(parser, "--samples", "folder written by `imagen sample`", metavar="DIR")
+    path_flags.required(parser, "--clip", "Hugging Face CLIP folder", metavar="DIR")
     add_batch_flags(parser)
-    parser.add_argument(
-        "--out",
-        required=True,
-        type=path_flags.required_flag,
-        metavar="FILE.json",
-        help="card to write",
-    )
+    path_flags.required(parser, "--out", "card to write", metavar="FILE.json")
 
 
 def run_clip_score(flags: argparse.Namespace) -> None:
@@ -158,12 +116,8 @@ def run_clip_score(flags: argparse.Namespace) -> None:
 
 
 def _add_networks(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--inception",
-        required=True,
-        type=path_flags.required_flag,
-        metavar="FILE",
-        help=f"{PUBLIC_FILE}, or .safetensors of it",
+    path_flags.required(
+        parser, "--inception", f"{PUBLIC_FILE}, or .safetensors of it", metavar="FILE"
     )
     parser.add_argument(
         "--filter",
@@ -175,12 +129,11 @@ def _add_networks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size", type=int, default=0, help="side of all images, pixels; 0: that of the samples"
     )
-    parser.add_argument(
+    path_flags.optional(
+        parser,
         "--clip",
-        default="",
-        type=path_flags.flag,
+        "Hugging Face CLIP: adds CMMD, and to fid30k the CLIP score",
         metavar="DIR",
-        help="Hugging Face CLIP: adds CMMD, and to fid30k the CLIP score",
     )
     parser.add_argument(
         "--resamples", type=int, default=fid.RESAMPLES, help="groups of the jackknife interval"

@@ -18,20 +18,8 @@ from imagen_jax.parallel import distributed
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Flags of `evaluate retrieval`."""
-    parser.add_argument(
-        "--samples",
-        required=True,
-        type=path_flags.required_flag,
-        metavar="DIR",
-        help="folder written by `imagen sample`",
-    )
-    parser.add_argument(
-        "--gallery",
-        required=True,
-        type=path_flags.required_flag,
-        metavar="DIR",
-        help="captioned folder of real images",
-    )
+    path_flags.required(parser, "--samples", "folder written by `imagen sample`", metavar="DIR")
+    path_flags.required(parser, "--gallery", "captioned folder of real images", metavar="DIR")
     parser.add_argument(
         "--match",
         default="",
@@ -46,27 +34,13 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="FIELD[,FIELD...]",
         help="fields in which the nearest image is compared with the row",
     )
-    parser.add_argument(
-        "--against",
-        default="",
-        type=path_flags.flag,
-        metavar="DIR",
-        help="other samples of the same prompts, to compare",
+    path_flags.optional(
+        parser, "--against", "other samples of the same prompts, to compare", metavar="DIR"
     )
     _add_measure(parser)
-    parser.add_argument(
-        "--out",
-        required=True,
-        type=path_flags.required_flag,
-        metavar="FILE.json",
-        help="card to write",
-    )
-    parser.add_argument(
-        "--grid",
-        default="",
-        type=path_flags.flag,
-        metavar="FILE.png",
-        help="figure of samples beside the real images",
+    path_flags.required(parser, "--out", "card to write", metavar="FILE.json")
+    path_flags.optional(
+        parser, "--grid", "figure of samples beside the real images", metavar="FILE.png"
     )
     parser.add_argument(
         "--limit_grid", type=int, default=24, help="pairs in --grid, from the first"
@@ -99,13 +73,7 @@ def _add_measure(parser: argparse.ArgumentParser) -> None:
         choices=["", *networks.FEATURE_NETWORKS],
         help="network of a second measure beside pixels",
     )
-    parser.add_argument(
-        "--features_from",
-        default="",
-        type=path_flags.flag,
-        metavar="PATH",
-        help="weights of --features",
-    )
+    path_flags.optional(parser, "--features_from", "weights of --features", metavar="PATH")
     evaluate_features.add_batch_flags(parser)
 
 
@@ -137,7 +105,7 @@ def run(flags: argparse.Namespace) -> None:
     atomic.write_json(flags.out, card)
     print(scorer.format_table(card))
     if flags.grid:
-        figure = grid.draw(
+        figure = grid.make_grid(
             flags.samples, flags.gallery, card["rows"], limit=flags.limit_grid, credit=flags.credit
         )
         images.save_png(flags.grid, figure, {"samples": flags.samples})

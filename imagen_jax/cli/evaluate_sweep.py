@@ -27,13 +27,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--names", default="", metavar="A[,B...]", help="names of the --stages, one each"
     )
-    parser.add_argument(
+    path_flags.optional(
+        parser,
         "--enlarge",
-        default="",
-        type=path_flags.flag,
-        metavar="DIR",
-        help="super-resolution stage that upsamples the images of every set without text: compares "
+        "super-resolution stage that upsamples the images of every set without text: compares "
         "base stages alone, also with different text encoders",
+        metavar="DIR",
     )
     parser.add_argument(
         "--grid",
@@ -43,17 +42,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         '"thresholding": ["static", "dynamic"]}}\'; instead of a list: '
         f"{' or '.join(sweep.PRESETS)}, the paper's guidance weights",
     )
-    parser.add_argument(
-        "--prompts",
-        required=True,
-        type=path_flags.required_flag,
-        metavar="FILE",
-        help="prompts: .txt, .csv or .jsonl",
-    )
+    path_flags.required(parser, "--prompts", "prompts: .txt, .csv or .jsonl", metavar="FILE")
     parser.add_argument("--limit", type=int, default=0, help="sample the first N prompts; 0: all")
-    parser.add_argument(
-        "--out", required=True, type=path_flags.required_flag, metavar="DIR", help="folder to write"
-    )
+    path_flags.required(parser, "--out", "folder to write", metavar="DIR")
     parser.add_argument("--seed", type=int, default=0, help="seed of all noise")
     parser.add_argument("--samples_per_prompt", type=int, default=1, help="images per prompt")
     _add_measures(parser)
@@ -63,12 +54,11 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def _add_measures(parser: argparse.ArgumentParser) -> None:
     """Flags of score and distance."""
-    parser.add_argument(
+    path_flags.optional(
+        parser,
         "--reference",
-        default="",
-        type=path_flags.flag,
+        "real images; empty: one of the --scorer for every row of --prompts",
         metavar="DIR",
-        help="real images; empty: one of the --scorer for every row of --prompts",
     )
     scorer_flag.add(parser)
     parser.add_argument(
@@ -77,13 +67,7 @@ def _add_measures(parser: argparse.ArgumentParser) -> None:
         choices=list(networks.FEATURE_NETWORKS),
         help="network of the Frechet distance; random_convolutions needs no weights and is no FID",
     )
-    parser.add_argument(
-        "--features_from",
-        default="",
-        type=path_flags.flag,
-        metavar="PATH",
-        help="weights of --features",
-    )
+    path_flags.optional(parser, "--features_from", "weights of --features", metavar="PATH")
     parser.add_argument(
         "--filter",
         default=DEFAULT_FILTER,
@@ -91,12 +75,8 @@ def _add_measures(parser: argparse.ArgumentParser) -> None:
         choices=list(FILTERS),
         help="resizing of Inception's input",
     )
-    parser.add_argument(
-        "--clip",
-        default="",
-        type=path_flags.flag,
-        metavar="DIR",
-        help="Hugging Face CLIP: its score instead of alignment",
+    path_flags.optional(
+        parser, "--clip", "Hugging Face CLIP: its score instead of alignment", metavar="DIR"
     )
     parser.add_argument(
         "--resamples",

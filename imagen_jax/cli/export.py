@@ -18,15 +18,12 @@ from imagen_jax.export import export as export_lib
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
-    parser.add_argument(
+    path_flags.required(
+        parser,
         "--workdir",
-        required=True,
-        type=path_flags.required_flag,
-        help="folder of the training run; for stablehlo and diffusers, or a stage folder",
+        "folder of the training run; for stablehlo and diffusers, or a stage folder",
     )
-    parser.add_argument(
-        "--out", required=True, type=path_flags.required_flag, help="folder to write"
-    )
+    path_flags.required(parser, "--out", "folder to write")
     parser.add_argument(
         "--format",
         choices=["native", "stablehlo", "diffusers"],
@@ -34,12 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="native: a stage folder; stablehlo: a sampler for jax; diffusers: a unet folder",
     )
     parser.add_argument("--step", type=int, default=0, help="native: checkpoint; 0: the newest")
-    parser.add_argument(
-        "--text_encoder",
-        default="",
-        type=path_flags.flag,
-        help="native: encoder folder, if it has moved",
-    )
+    path_flags.optional(parser, "--text_encoder", "native: encoder folder, if it has moved")
     parser.add_argument("--licence", default="", help="native: licence of the weights, for card.md")
     parser.add_argument(
         "--cards",

@@ -1,4 +1,4 @@
-"""Types of flags that hold paths, for argparse.
+"""Flags that hold paths: their types for argparse, and the two usual kinds.
 
 bash expands ~ only at the start of a word, so `--out=~/x` arrives as it is.
 """
@@ -9,6 +9,20 @@ import argparse
 import os
 
 from imagen_jax.io import paths
+
+
+def required(
+    parser: argparse.ArgumentParser, name: str, help: str, *, metavar: str | None = None
+) -> None:
+    """Adds a flag that must name a path."""
+    parser.add_argument(name, required=True, type=required_flag, metavar=metavar, help=help)
+
+
+def optional(
+    parser: argparse.ArgumentParser, name: str, help: str, *, metavar: str | None = None
+) -> None:
+    """Adds a flag whose default is no path, ""."""
+    parser.add_argument(name, default="", type=flag, metavar=metavar, help=help)
 
 
 def flag(text: str) -> str:

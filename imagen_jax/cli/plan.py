@@ -51,16 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--mfu", type=float, default=0.4, help="assumed share of the peak, 0..1")
     parser.add_argument("--price", type=float, default=None, help="cost of a chip-hour")
-    parser.add_argument(
-        "--save",
-        metavar="FILE",
-        type=path_flags.flag,
-        default="",
-        help="write the compiled step for `train --compiled`",
+    path_flags.optional(
+        parser, "--save", "write the compiled step for `train --compiled`", metavar="FILE"
     )
-    parser.add_argument(
-        "--json", metavar="FILE", type=path_flags.flag, default="", help="write the plan's numbers"
-    )
+    path_flags.optional(parser, "--json", "write the plan's numbers", metavar="FILE")
 
 
 def run(flags: argparse.Namespace) -> None:

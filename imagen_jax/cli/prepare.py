@@ -13,12 +13,11 @@ from imagen_jax.io import atomic
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
     wiring.add_config(parser)
-    parser.add_argument(
+    path_flags.optional(
+        parser,
         "--captions",
+        "also write the first caption of every image to this .jsonl file, prompts for sample",
         metavar="FILE",
-        default="",
-        type=path_flags.flag,
-        help="also write the first caption of every image to this .jsonl file, prompts for sample",
     )
 
 

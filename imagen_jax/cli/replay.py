@@ -14,9 +14,7 @@ from imagen_jax.training.replay import replay
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
-    parser.add_argument(
-        "--workdir", required=True, type=path_flags.required_flag, help="folder of the run"
-    )
+    path_flags.required(parser, "--workdir", "folder of the run")
     parser.add_argument("--step", required=True, type=int, help="step saved in WORKDIR/faults")
 
 

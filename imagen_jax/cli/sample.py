@@ -23,12 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
     add_prompts(parser)
     add_sampling(parser, samples_per_prompt=1)
-    parser.add_argument(
+    path_flags.optional(
+        parser,
         "--inputs",
+        "embeddings, low-resolution images and noise as .npz, see inference/given_inputs.py",
         metavar="FILE",
-        default="",
-        type=path_flags.flag,
-        help="embeddings, low-resolution images and noise as .npz, see inference/given_inputs.py",
     )
     parser.add_argument(
         "--floats", action="store_true", help="also write OUT/NNNNN_KK.npy, float32 in [-1, 1]"
@@ -50,9 +49,7 @@ def add_prompts(parser: argparse.ArgumentParser) -> None:
 def add_sampling(parser: argparse.ArgumentParser, *, samples_per_prompt: int) -> None:
     """Adds the flags of every verb that samples; `samples_per_prompt` is the flag's default."""
     wiring.add_stages(parser)
-    parser.add_argument(
-        "--out", required=True, type=path_flags.required_flag, help="folder to write"
-    )
+    path_flags.required(parser, "--out", "folder to write")
     parser.add_argument("--seed", type=int, default=0, help="seed of all noise")
     parser.add_argument(
         "--samples_per_prompt", type=int, default=samples_per_prompt, help="images per prompt"

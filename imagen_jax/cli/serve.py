@@ -26,9 +26,7 @@ LIMITS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
     wiring.add_stages(parser)
-    parser.add_argument(
-        "--out", required=True, type=path_flags.required_flag, help="folder for the images"
-    )
+    path_flags.required(parser, "--out", "folder for the images")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=8000, help="0: any free port")
     wiring.add_cpu_devices(parser)

@@ -25,22 +25,19 @@ from imagen_jax.training.train import train, with_data
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
     wiring.add_config(parser)
-    parser.add_argument(
-        "--workdir", required=True, type=path_flags.required_flag, help="folder of the run"
-    )
+    path_flags.required(parser, "--workdir", "folder of the run")
     parser.add_argument(
         "--allow_changes",
         metavar="FIELD[,FIELD...]",
         default="",
         help="fields or sections of the configuration that may differ from the checkpoint's",
     )
-    parser.add_argument(
+    path_flags.optional(
+        parser,
         "--compiled",
-        metavar="FILE",
-        default="",
-        type=path_flags.flag,
-        help="compiled step of `imagen plan --save=FILE`; it is executed as it is, so load only "
+        "compiled step of `imagen plan --save=FILE`; it is executed as it is, so load only "
         "files you trust",
+        metavar="FILE",
     )
 
 

@@ -1,9 +1,9 @@
 """Detects the encoding of text that is not Unicode, such as Windows-1252, -1251 or Shift-JIS.
 
 A caption of a few words fits several encodings. `detect` therefore judges many texts of one origin
-together. charset-normalizer lists the encodings that a text may have; its letter frequencies tell
-which of them give a language. The encoding that fits most texts is taken, then the next one for the
-texts that it does not fit.
+together. charset-normalizer lists the encodings that a text may have; its letter frequencies
+show which of them give a language. The encoding that fits most texts is taken, then the next one
+for the texts that it does not fit.
 """
 
 from __future__ import annotations

@@ -105,10 +105,3 @@ def init_params(config: BertConfig, key: Key[Array, ""]) -> Any:
 def boxed_shapes(config: BertConfig) -> dict:
     """Shapes (`jax.ShapeDtypeStruct`) boxed with their axis names, for `param_shardings`."""
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-
-
-def flops(config: BertConfig, length: int) -> float:
-    """Floating-point operations (two per multiply-add) of one caption padded to `length` tokens."""
-    kernels = 4 * config.emb_dim**2 + 2 * config.emb_dim * config.mlp_dim
-    attention = 2 * length * config.emb_dim
-    return 2.0 * config.num_layers * length * (kernels + attention)

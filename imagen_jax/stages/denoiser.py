@@ -16,7 +16,7 @@ from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import Config
 from imagen_jax.diffusion import guidance, process, samplers, thresholding, timesteps
 from imagen_jax.stages.conditioning import Conditioning, Text, null_text
-from imagen_jax.stages.network import apply_all
+from imagen_jax.stages.network import apply
 from imagen_jax.stages.stage import Stage
 
 
@@ -68,7 +68,7 @@ def predict(
         conditioning = conditioning._replace(lowres=repeat(conditioning.lowres))
     if conditioning.lowres_logsnr is not None:
         conditioning = conditioning._replace(lowres_logsnr=repeat(conditioning.lowres_logsnr))
-    output = apply_all(params, config, z, logsnr, conditioning._replace(text=text))
+    output = apply(params, config, z, logsnr, conditioning._replace(text=text))
 
     def split(v: Array) -> list[Array]:
         v = v.reshape(-1, len(texts), *v.shape[1:])

@@ -23,7 +23,7 @@ from imagen_jax.stages.conditioning import (
     aug_noise_side,
     drop_text,
 )
-from imagen_jax.stages.network import Params, apply_all
+from imagen_jax.stages.network import Params, apply
 
 DROPOUT_STREAM = 0
 # The loss is also reported by noise level: bounds between the intervals, logsnr in nats.
@@ -109,7 +109,7 @@ def loss_given_randomness(
             text, batch["lowres"], batch["aug_level"], batch["lowres_eps"], config
         )
 
-    channels = apply_all(params, config, z, logsnr, conditioning, dropout_key=dropout_key)
+    channels = apply(params, config, z, logsnr, conditioning, dropout_key=dropout_key)
     output = channels[..., :3]
     target = process.prediction_target(settings.prediction, x0=x0, eps=batch["eps"], logsnr=logsnr)
     error = jnp.mean(jnp.square(output - target), axis=(1, 2, 3))

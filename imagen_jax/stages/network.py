@@ -71,19 +71,6 @@ def apply(
     conditioning: Conditioning,
     *,
     dropout_key: Key[Array, ""] | None = None,
-) -> Float[Array, "b size size 3"]:
-    """The network's prediction, float32: the first three channels of `apply_all`."""
-    return apply_all(params, config, z, logsnr, conditioning, dropout_key=dropout_key)[..., :3]
-
-
-def apply_all(
-    params: Params,
-    config: Config,
-    z: Float[Array, "b size size 3"],
-    logsnr: Float[Array, " b"],
-    conditioning: Conditioning,
-    *,
-    dropout_key: Key[Array, ""] | None = None,
 ) -> Float[Array, "b size size channels"]:
     """All channels of the network's output, float32; channels 4 to 6 are a learned variance.
 

@@ -51,7 +51,7 @@ NETWORKS: dict[type, Network] = {
     T5Config: Network(t5.T5Encoder, t5.boxed_shapes, t5.flops),
     T5xConfig: Network(make_t5x_encoder, t5.boxed_shapes, t5.flops),
     ClipTextConfig: Network(clip.TextTower, clip.boxed_shapes, clip.flops),
-    BertConfig: Network(bert.BertEncoder, bert.boxed_shapes, bert.flops),
+    BertConfig: Network(bert.BertEncoder, bert.boxed_shapes, clip.flops),
 }
 
 
@@ -77,7 +77,7 @@ def encode_tokens(
       mask: True at real tokens.
       config: the network's shape, such as a `T5Config`.
       sharding: sharding of the result; None: the compiler's choice.
-      keep_padding: T5: return the vectors at padding, which `ids` tell; `mask` is not read.
+      keep_padding: T5: return the vectors at padding, found by `ids`; `mask` is not read.
     """
     options = {"keep_padding": True} if keep_padding else {}
     mask = ids != PADDING_ID if keep_padding else mask
@@ -197,7 +197,7 @@ class FrozenEncoder:
     def tokenize(self, captions: Sequence[str]) -> TokenBatch:
         """Ids of B captions padded to max_len; a cut caption keeps its end token.
 
-        With `text.padding=encoded` the mask is True everywhere: all vectors are used.
+        With `text.padding=encoded` the mask is True at every position: all vectors are used.
         """
         cleaned = [self._cleaned(caption) for caption in captions]
         batch = tokenize(self._vocabulary, cleaned, max_len=self.max_len)

@@ -1,6 +1,6 @@
 """Reading of saved arrays in one or several processes: what fails, who reads, who agrees.
 
-A read is repeated with back-off. Then the processes tell each other how it ended, so that all go
+A read is repeated with back-off. Then the processes exchange how it ended, so that all go
 on, or all raise the same error. Where the parameters are replicated over processes, one replica
 reads and the devices' network carries the rest (`parallel.replicas`). Reading changes no file.
 """
@@ -104,7 +104,7 @@ def attempt(what: str, action: Callable[[], T]) -> T:
     """Calls `action`, again after errors that may pass.
 
     Args:
-      what: for the message, such as "checkpoint /work/checkpoints/100".
+      what: for the message, such as "checkpoint WORKDIR/checkpoints/100".
       action: reads something; may raise anything.
 
     Raises:

@@ -334,7 +334,7 @@ class Run:
             self.checkpoints.wait()
             self.save_time.poll()
         at = self.checkpoints.latest_step()
-        raise Preempted(f"asked to stop; saved at step {at}, the same command goes on from there")
+        raise Preempted(f"stop requested; saved at step {at}, the same command goes on from there")
 
     def close(self) -> None:
         """Stops profiling and closes the checkpoint manager."""

@@ -53,7 +53,7 @@ def write_store(config: Config, change=lambda rows: rows, fingerprint=FINGERPRIN
     folder = pathlib.Path(config.data.embeddings)
     shutil.rmtree(folder)
     folder.mkdir()
-    captions = [f"picture {i}" for i in range(12)]
+    captions = [f"image {i}" for i in range(12)]
     rng = np.random.default_rng(0)
     rows = change([rng.normal(size=(3, 8)).astype(ml_dtypes.bfloat16) for _ in captions])
     unit = folder / store.unit_name(captions)
@@ -152,7 +152,7 @@ def test_many_quarantined_images_are_a_warning_and_more_a_failure(healthy):
 
 def test_one_caption_for_all(healthy):
     for path in pathlib.Path(healthy.data.path).glob("*.txt"):
-        path.write_text("picture 1")
+        path.write_text("image 1")
     name, text = only_failure(found(healthy))
     assert name == "captions" and "1 distinct" in text and "caption_key" in text
 

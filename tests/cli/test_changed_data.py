@@ -1,4 +1,4 @@
-"""A folder that changed since a run: `train` says what changed, and goes on when asked."""
+"""A folder that changed since a run: `train` says what changed; --allow_changes goes on."""
 
 import dataclasses
 import json
@@ -35,38 +35,38 @@ def embed(folder, captions) -> None:
 @pytest.mark.slow
 def test_train_says_what_changed_and_goes_on_when_asked(tmp_path, base_config, write_world, capsys):
     config = write_world(tmp_path, base_config, steps=2, every=2)
-    pictures, run = tmp_path / "pictures", tmp_path / "run"
+    images, run = tmp_path / "images", tmp_path / "run"
     command = ["train", f"--config={config}", f"--workdir={run}"]
     assert main.main(command) == 0
-    write(pictures / "12.png", 12, "a new picture")
-    write(pictures / "13.png", 13, "another new picture")
-    (pictures / "3.txt").write_text("a corrected caption")
-    (pictures / "5.png").unlink()
+    write(images / "12.png", 12, "a new image")
+    write(images / "13.png", 13, "another new image")
+    (images / "3.txt").write_text("a corrected caption")
+    (images / "5.png").unlink()
     capsys.readouterr()
 
     said = "2 images added, 1 removed, 0 replaced, 1 with other captions"
     assert main.main(command) == 1
     error = capsys.readouterr().err
     assert said in error and f"since step 2 of {run}" in error
-    asked = ["--allow_changes=data.fingerprint,train.steps", "--config.train.steps=4"]
-    assert all(flag in error for flag in asked)
+    allowed = ["--allow_changes=data.fingerprint,train.steps", "--config.train.steps=4"]
+    assert all(flag in error for flag in allowed)
 
-    # As asked for, but the new captions are not embedded yet.
-    assert main.main([*command, *asked]) == 1
+    # Allowed, but the new captions are not embedded yet.
+    assert main.main([*command, *allowed]) == 1
     captured = capsys.readouterr()
     assert said in captured.out and "lacks 3 captions" in captured.err
-    captions = [f"picture {i}" for i in range(12)]
-    captions += ["a new picture", "another new picture", "a corrected caption"]
+    captions = [f"image {i}" for i in range(12)]
+    captions += ["a new image", "another new image", "a corrected caption"]
     embed(tmp_path / "embeddings", captions)
     # Without further steps nothing would be learned of the new captions.
-    assert main.main([*command, asked[0]]) == 1
+    assert main.main([*command, allowed[0]]) == 1
     assert "--config.train.steps=4" in capsys.readouterr().err
-    assert main.main([*command, *asked]) == 0
+    assert main.main([*command, *allowed]) == 0
     captured = capsys.readouterr()
     assert said in captured.out and "going on from step 2" in captured.out
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").open()]
     assert steps[-1] == 4
-    assert main.main([*command, asked[1]]) == 0  # The data are the same now.
+    assert main.main([*command, allowed[1]]) == 0  # The data are the same now.
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def test_a_run_that_read_captions_by_line_names_the_field(
     tmp_path, base_config, write_world, capsys
 ):
     config = write_world(tmp_path, base_config, steps=2, every=2)
-    (tmp_path / "pictures" / "0.txt").write_text("picture 0\npicture 1")
+    (tmp_path / "images" / "0.txt").write_text("image 0\nimage 1")
     run = tmp_path / "run"
     command = ["train", f"--config={config}", f"--workdir={run}"]
     assert main.main([*command, "--config.data.caption_lines=true"]) == 0
@@ -135,7 +135,7 @@ def test_a_run_that_read_captions_by_line_names_the_field(
     values = json.loads(saved.read_text())
     del values["data"]["caption_lines"], values["data"]["records"]  # As saved before.
     saved.write_text(json.dumps(values))
-    embed(tmp_path / "embeddings", [*(f"picture {i}" for i in range(12)), "picture 0\npicture 1"])
+    embed(tmp_path / "embeddings", [*(f"image {i}" for i in range(12)), "image 0\nimage 1"])
     capsys.readouterr()
     assert main.main(command) == 1
     assert "add --config.data.caption_lines=true" in capsys.readouterr().err

@@ -2,7 +2,6 @@
 
 import io
 import os
-import struct
 import tarfile
 import threading
 
@@ -12,9 +11,9 @@ from PIL import Image
 
 from imagen_jax.config.data import SourceConfig
 from imagen_jax.data.index import scan
-from imagen_jax.data.sources import tfrecord
 from imagen_jax.data.sources.folder import Folder, list_files
 from imagen_jax.data.sources.registry import SOURCES
+from tests.reference.tfrecords import example, record
 
 
 def png(seed: int = 0) -> bytes:
@@ -122,25 +121,6 @@ def test_captions_outside_the_folder_are_not_read(folder):
     captions = {item.key: item.captions for item in reader.scan()}
     assert captions["0.png"] == ()
     assert "secret" not in repr(captions.values())
-
-
-def example(image: bytes, caption: bytes) -> bytes:
-    def field(number: int, content: bytes) -> bytes:
-        size, packed = len(content), b""
-        while size > 127:
-            packed, size = packed + bytes([size & 127 | 128]), size >> 7
-        return bytes([number << 3 | 2]) + packed + bytes([size]) + content
-
-    def feature(name: bytes, value: bytes) -> bytes:
-        return field(1, field(1, name) + field(2, field(1, field(1, value))))
-
-    return field(1, feature(b"image", image) + feature(b"caption", caption))
-
-
-def record(payload: bytes) -> bytes:
-    length = struct.pack("<Q", len(payload))
-    checksums = [struct.pack("<I", tfrecord.masked_crc(part)) for part in (length, payload)]
-    return length + checksums[0] + payload + checksums[1]
 
 
 def records() -> list[bytes]:

@@ -19,7 +19,7 @@ from tests.reference import odd_folder
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory):
     """(builder with the expected table, configuration) of the folder."""
-    builder = odd_folder.Builder(tmp_path_factory.mktemp("odd") / "my pictures")
+    builder = odd_folder.Builder(tmp_path_factory.mktemp("odd") / "my images")
     builder.build()
     data = DataConfig(
         kind="folder", path=str(builder.root), max_quarantined=0.5, min_size=16, image_size=16

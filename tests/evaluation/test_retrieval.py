@@ -47,12 +47,12 @@ def test_near_duplicates_are_the_pairs_within_the_threshold_and_their_chains(sid
     rng = np.random.default_rng(side)
     base = rng.integers(20, 230, size=(side, side, 3)).astype(np.uint8)
     # 0, 1 and 2 differ by 3 levels in a row; 3 by 4 from 0; 4 equals 1; 5 differs in one pixel.
-    pictures = np.stack([base, base + 3, base + 6, base - 4, base + 3, base])
-    pictures[5, 0, 0] = 255 - pictures[5, 0, 0] // 2
-    rms = np.sqrt(np.square(pictures[:, None].astype(float) - pictures).mean((2, 3, 4)))
+    gallery = np.stack([base, base + 3, base + 6, base - 4, base + 3, base])
+    gallery[5, 0, 0] = 255 - gallery[5, 0, 0] // 2
+    rms = np.sqrt(np.square(gallery[:, None].astype(float) - gallery).mean((2, 3, 4)))
     for threshold in (0.0, 2.9, 3.0, 4.0, 6.9, 7.0):
-        reach = np.linalg.matrix_power(rms <= threshold, len(pictures)) > 0
-        found = ranks.near_duplicates(pictures, threshold)
+        reach = np.linalg.matrix_power(rms <= threshold, len(gallery)) > 0
+        found = ranks.near_duplicates(gallery, threshold)
         np.testing.assert_array_equal(found[:, None] == found, reach)
 
 

@@ -145,7 +145,7 @@ def test_the_figure_shows_each_sample_beside_its_real_image(write_gallery, write
     wide = [np.pad(image, ((0, 0), (8, 8), (0, 0)), constant_values=9) for image in pixels]
     real, own = write_gallery(wide), write_folder(generated)
     results = scorer.Retrieval(real).evaluate(own)["rows"]
-    sheet = grid.draw(own, real, results, limit=3)
+    sheet = grid.make_grid(own, real, results, limit=3)
     step = 2 * grid.SIDE + 2 * grid.GAP
     assert sheet.shape[1] == 3 * step + grid.GAP
     top = grid.LINE + grid.GAP
@@ -157,7 +157,7 @@ def test_the_figure_shows_each_sample_beside_its_real_image(write_gallery, write
         assert (beside[:32] == 255).all() and (beside[96:] == 255).all()  # Whole, on white.
         np.testing.assert_array_equal(beside[32:96], wide[i].repeat(4, 0).repeat(4, 1))
     assert (sheet[: grid.LINE] < 128).any() and (sheet[top + grid.SIDE :] < 128).any()
-    credited = grid.draw(own, real, results, limit=3, credit="Art of many hands. " * 12)
+    credited = grid.make_grid(own, real, results, limit=3, credit="Art of many hands. " * 12)
     assert len(credited) - len(sheet) in (2 * grid.LINE, 3 * grid.LINE)
     np.testing.assert_array_equal(credited[: len(sheet)], sheet)
     assert (credited[-grid.LINE :] < 128).any()

@@ -32,6 +32,7 @@ from imagen_jax.inference import prompts
 from imagen_jax.interop import weights
 from imagen_jax.io import images
 from tests.fuzz import mutate
+from tests.reference import tfrecords
 
 Mutation = Callable[[bytes, random.Random], bytes]
 
@@ -57,7 +58,7 @@ class FileReader:
     header: Callable[[bytes], bool] | None = None
 
 
-def picture(mode: str = "RGB", side: int = 40) -> Image.Image:
+def make_image(mode: str = "RGB", side: int = 40) -> Image.Image:
     """A small image of many colours."""
     rng = np.random.default_rng(0)
     small = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
@@ -67,7 +68,7 @@ def picture(mode: str = "RGB", side: int = 40) -> Image.Image:
 def encode(kind: str, mode: str = "RGB", **options) -> bytes:
     """An image file."""
     file = io.BytesIO()
-    picture(mode).save(file, kind, **options)
+    make_image(mode).save(file, kind, **options)
     return file.getvalue()
 
 
@@ -77,7 +78,7 @@ def _image_files() -> dict[str, list[bytes]]:
     exif[0x0112] = 6
     text = PngImagePlugin.PngInfo()
     text.add_text("Comment", "hello" * 50, zip=True)
-    frames = [picture(), picture().rotate(90)]
+    frames = [make_image(), make_image().rotate(90)]
     animated = {"save_all": True, "append_images": frames[1:]}
     known = {"icc_profile": profile, "exif": exif}
     return {
@@ -133,23 +134,8 @@ def _folder(path: pathlib.Path) -> bool:
     return _source("folder")(folder)
 
 
-def _example() -> bytes:
-    def field(number: int, content: bytes) -> bytes:
-        size, packed = len(content), b""
-        while size > 127:
-            packed, size = packed + bytes([size & 127 | 128]), size >> 7
-        return bytes([number << 3 | 2]) + packed + bytes([size]) + content
-
-    def feature(name: bytes, value: bytes) -> bytes:
-        return field(1, field(1, name) + field(2, field(1, field(1, value))))
-
-    return field(1, feature(b"image", _PNG) + feature(b"caption", b"a red circle"))
-
-
 def _records() -> bytes:
-    example = _example()
-    record = struct.pack("<Q", len(example)) + b"\0" * 4 + example + b"\0" * 4
-    return mutate.with_record_checksums(record * 4)
+    return tfrecords.record(tfrecords.example(_PNG, b"a red circle")) * 4
 
 
 def _tar(format: int) -> bytes:

@@ -171,7 +171,7 @@ class Builder:
         self.junk("text files without an image", "readme.txt")
         there = sum(path.is_file() for path in self.root.rglob("*"))
         for i in range((COUNT - there) // 2):
-            self.beside(f"plain/{i:03}.jpg", f"a plain picture, number {i}")
+            self.beside(f"plain/{i:03}.jpg", f"a plain image, number {i}")
         if (COUNT - there) % 2:
             self.junk(".mp4 files", "c.mp4")
         self.entries.sort(key=lambda entry: entry.name)

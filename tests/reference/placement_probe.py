@@ -74,13 +74,13 @@ def probe_step(config):
             seen.update(logsnr=logsnr, z=z, text=conditioning.text.emb, mask=conditioning.text.mask)
             return jnp.zeros_like(z)
 
-        original, loss.apply_all = loss.apply_all, record
+        original, loss.apply = loss.apply, record
         try:
             key = step_lib.step_key(config, step)
             randomness = loss.sample_randomness(key, len(batch["image"]), config)
             loss.loss_given_randomness({}, {**batch, **randomness}, key, config)
         finally:
-            loss.apply_all = original
+            loss.apply = original
         levels = jnp.round((batch["image"][:, 0, 0] + 1.0) * 127.5).astype(jnp.int32)
         return {
             "record": levels[:, 0] + 256 * levels[:, 1],

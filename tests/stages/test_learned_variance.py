@@ -32,7 +32,7 @@ def with_weight(config: Config, weight: float) -> Config:
 
 def test_only_the_variance_is_trained_by_the_bound(config, make_batch, monkeypatch):
     """With the network replaced by its output: gradients by channel."""
-    monkeypatch.setattr(loss_module, "apply_all", lambda params, *_, **__: params)
+    monkeypatch.setattr(loss_module, "apply", lambda params, *_, **__: params)
     batch = jax.tree.map(jnp.asarray, make_batch(config))
     batch |= sample_randomness(jax.random.key(1), len(batch["image"]), config)
     output = jnp.asarray(np.random.default_rng(0).normal(size=(4, 8, 8, 6)), jnp.float32)

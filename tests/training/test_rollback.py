@@ -22,21 +22,6 @@ def with_train(config: Config, **changes) -> Config:
     return dataclasses.replace(config, train=TrainConfig(**{"log_every": 1, **changes}))
 
 
-@pytest.fixture(scope="module")
-def stream(make_batch):
-    """(config, change, event) -> batches by position; `change(position, batch)` spoils some."""
-
-    def open_stream(config, change=lambda position, batch: batch, event=lambda position: None):
-        def batches(start: int):
-            for position in range(start, 10**9):
-                event(position)
-                yield change(position, make_batch(config, seed=position))
-
-        return batches
-
-    return open_stream
-
-
 def nan_in(*positions):
     def change(position, batch):
         factor = np.float32(np.nan if position in positions else 1)

@@ -1,6 +1,5 @@
 """A run killed twenty times at random moments, also during saves, equals an uninterrupted run."""
 
-import json
 import os
 import pathlib
 import random
@@ -20,6 +19,7 @@ from imagen_jax.training.checkpoint import Checkpoints
 from imagen_jax.training.initial_state import abstract_state
 from imagen_jax.training.optimizer import make_optimizer
 from imagen_jax.training.state import TrainState
+from tests.reference.workdirs import newest, rows
 
 SOURCE = pathlib.Path(__file__).parents[2]
 STEPS, SAVED_EVERY, KILLS = 400, 10, 20
@@ -55,17 +55,6 @@ def start(flags: list[str], workdir: pathlib.Path) -> subprocess.Popen:
         env={**os.environ, "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled")},
         stdout=subprocess.DEVNULL,
     )
-
-
-def rows(workdir: pathlib.Path) -> list[dict]:
-    path = workdir / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
-
-
-def newest(workdir: pathlib.Path) -> int:
-    folders = (workdir / "checkpoints").glob("*")
-    return max((int(folder.name) for folder in folders if folder.name.isdigit()), default=0)
 
 
 @pytest.mark.slow

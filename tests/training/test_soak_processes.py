@@ -3,7 +3,6 @@
 `launch/keep_running.sh` and `launch/local_processes.sh` bring the run back each time.
 """
 
-import json
 import os
 import pathlib
 import random
@@ -22,6 +21,7 @@ from imagen_jax.training.checkpoint import Checkpoints
 from imagen_jax.training.initial_state import abstract_state
 from imagen_jax.training.optimizer import make_optimizer
 from tests.reference.launch import until
+from tests.reference.workdirs import newest, rows
 
 SOURCE = pathlib.Path(__file__).parents[2]
 PROCESSES, STEPS_PER_EVENT, SAVED_EVERY = 4, 120, 25
@@ -62,17 +62,6 @@ def processes_of(workdir: pathlib.Path) -> list[int]:
 
 def last_step(workdir: pathlib.Path) -> int:
     return max((row["step"] for row in rows(workdir)), default=0)
-
-
-def rows(workdir: pathlib.Path) -> list[dict]:
-    path = workdir / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
-
-
-def newest(workdir: pathlib.Path) -> int:
-    folders = (workdir / "checkpoints").glob("*")
-    return max((int(folder.name) for folder in folders if folder.name.isdigit()), default=0)
 
 
 def state_of(workdir: pathlib.Path, config_file: pathlib.Path, steps: int):

@@ -49,21 +49,6 @@ def assert_same(a, b) -> None:
 
 
 @pytest.fixture(scope="module")
-def stream(make_batch):
-    """(config, change, event) -> a stream that calls event(step), then yields the step's batch."""
-
-    def open_stream(config, change=lambda step, batch: batch, event=lambda step: None):
-        def batches(start: int):
-            for step in range(start, 10**9):
-                event(step)
-                yield change(step, make_batch(config, seed=step))
-
-        return batches
-
-    return open_stream
-
-
-@pytest.fixture(scope="module")
 def finished(base_config, stream, tmp_path_factory):
     """The state of an uninterrupted run of six steps."""
     workdir = str(tmp_path_factory.mktemp("whole"))

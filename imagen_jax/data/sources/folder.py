@@ -185,8 +185,8 @@ class Folder:
             match = found.named(image) if image else ""
             if match:
                 # The header of a .csv is in lower case.
-                asked = (key for key in (self._key, self._key.lower()) if key in row.fields)
-                key = next(asked, "") if self._key else ""
+                present = (key for key in (self._key, self._key.lower()) if key in row.fields)
+                key = next(present, "") if self._key else ""
                 texts = () if row.fault else captions.of_fields(row.fields, key)
                 level = _EXPLICIT if key else found.level(match)
                 found.add(match, captions.Captions(texts, row.notes, row.fault), level)

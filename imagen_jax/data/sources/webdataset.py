@@ -74,10 +74,10 @@ class WebDatasetReader:
                 yield Item(record, fault="no regular file (a link)")
                 continue
             key, part = _split(member.name)
-            wanted = self._chosen(part.lower(), samples[key])
-            if wanted and part.lower() not in wanted:
+            chosen = self._chosen(part.lower(), samples[key])
+            if chosen and part.lower() not in chosen:
                 yield Item(record, ignored=f"images other than {self._image_key!r}")
-            elif not wanted:
+            elif not chosen:
                 yield Item(record, fault=f"no image {self._image_key!r} in the sample")
             else:
                 found = self._captions(number, samples[key], part.lower(), used)
@@ -104,10 +104,10 @@ class WebDatasetReader:
         if self._image_key == _DEFAULT_IMAGE_KEY:
             return [image]
         kinds = {part for part in sample if f".{part.rpartition('.')[2]}" in names.IMAGE_SUFFIXES}
-        wanted = [part for part in (*kinds, image) if _matches(part, self._image_key)]
-        # A sample without that part: its plain image, if a plain one was asked for.
+        chosen = [part for part in (*kinds, image) if _matches(part, self._image_key)]
+        # A sample without that part has its plain image, if `data.image_key` is a plain suffix.
         plain = f".{self._image_key}" in names.IMAGE_SUFFIXES and "." not in image
-        return wanted or ([image] if plain else [])
+        return chosen or ([image] if plain else [])
 
     def _captions(
         self, number: int, sample: dict[str, tarfile.TarInfo], image: str, used: set[str]

@@ -21,7 +21,7 @@ LINE, FONT = 24, 14  # Height of a line of the header and footer, and its font s
 HEADER = "left: generated, right: real"
 
 
-def draw(
+def make_grid(
     samples_dir: str | os.PathLike[str],
     gallery_dir: str | os.PathLike[str],
     results: Sequence[Mapping[str, Any]],
