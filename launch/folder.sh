@@ -11,16 +11,18 @@ print_help "$@"
 [ $# -ge 2 ] || { echo "usage: $0 IMAGES RUN_FOLDER [--config.field=value ...]" >&2; exit 2; }
 images=$1 run=$2
 shift 2
-text='' encoder='' previous='' overrides=() changes=()
+text='' encoder='' given='' previous='' overrides=() changes=()
 for word in "$@"; do
   case $word in
     --config.text.path=*) text=${word#*=} ;;
     --config.text.encoder=*) encoder=${word#*=} ;;
+    --config.train.steps=*) given=${word#*=} ;;
     --allow[_-]changes=*) changes=("$word"); continue ;;
   esac
   case $previous in
     --config.text.path) text=$word ;;
     --config.text.encoder) encoder=$word ;;
+    --config.train.steps) given=$word ;;
   esac
   previous=$word
   overrides+=("$word")
@@ -55,15 +57,16 @@ elif [ "$text" = "$own" ]; then
 fi
 step "Compute the embedding of every caption, once." embed --config="$base" "${where[@]}"
 
-# Steps by the number of captions at the first start; a stage goes on with its own.
+# Steps: the given ones, or by the number of captions at the first start.
 [ -e "$run/steps" ] || echo $((3000 + 28 * $(wc -l <"$run/prompts.jsonl"))) >"$run/steps"
 steps=$(cat "$run/steps")
-steps=$((steps < most ? steps : most))
+steps=${given:-$((steps < most ? steps : most))}
+sr_steps=${given:-$((steps / 2))}
 base_flags=(--config.train.steps="$steps" --config.train.sample_every=$((steps / 8)))
-sr_flags=(--config.train.steps=$((steps / 2)) --config.train.sample_every=$((steps / 16)))
-printf '\nThe base stage trains for %s steps, super-resolution for %s' "$steps" $((steps / 2))
+sr_flags=(--config.train.steps="$sr_steps" --config.train.sample_every=$((sr_steps / 8)))
+printf '\nThe base stage trains for %s steps, super-resolution for %s' "$steps" "$sr_steps"
 if [ "$device" = cpu ]; then
-  # 73 ms a step of the base stage on one core (docs/emoji.md), and two minutes to compile.
+  # On one core a step of the base stage takes 73 ms (docs/emoji.md), and compiling two minutes.
   printf ': about %s minutes on two cores' $((steps * 73 / 60000 + 2))
 fi
 printf '.\nThe progress lines state the time that is left; grids of samples appear in\n%s and %s.\n' \

@@ -34,6 +34,7 @@ def test_changes_are_allowed_in_training_alone(tools, tmp_path, flag):
     for verb, line in zip(verbs, calls, strict=True):
         assert (words[0] in line) == (verb == "train"), line
         assert (words[1] in line) == (verb not in ("export", "sample")), line
+    assert "The base stage trains for 9 steps, super-resolution for 9" in done.stdout
 
 
 @pytest.mark.parametrize(
