@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from imagen_jax.config.fields import doc, unknown_name
-from imagen_jax.models.clip import ClipTextConfig, SelfAttention, dense, layer_norm
+from imagen_jax.models.clip import ClipTextConfig, SelfAttention, block_flops, dense, layer_norm
 
 ACTIVATIONS = {
     "gelu": lambda x: nn.gelu(x, approximate=False),
@@ -105,3 +105,8 @@ def init_params(config: BertConfig, key: Key[Array, ""]) -> Any:
 def boxed_shapes(config: BertConfig) -> dict:
     """Shapes (`jax.ShapeDtypeStruct`) boxed with their axis names, for `param_shardings`."""
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+
+def flops(config: BertConfig, length: int) -> float:
+    """Floating-point operations of one caption padded to `length` tokens, every block counted."""
+    return config.num_layers * block_flops(config, length)

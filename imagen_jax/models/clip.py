@@ -242,8 +242,12 @@ def boxed_shapes(config: ClipTextConfig) -> dict:
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 
-def flops(config: ClipTextConfig, length: int) -> float:
-    """Floating-point operations (two per multiply-add) of one caption padded to `length` tokens."""
+def block_flops(config: ClipTextConfig, length: int) -> float:
+    """Floating-point operations (two per multiply-add) of one block on `length` tokens."""
     kernels = 4 * config.emb_dim**2 + 2 * config.emb_dim * config.mlp_dim
-    attention = 2 * length * config.emb_dim
-    return 2.0 * (config.num_layers - 1) * length * (kernels + attention)
+    return 2.0 * length * (kernels + 2 * length * config.emb_dim)
+
+
+def flops(config: ClipTextConfig, length: int) -> float:
+    """Floating-point operations of one caption padded to `length` tokens, the last block unused."""
+    return (config.num_layers - 1) * block_flops(config, length)

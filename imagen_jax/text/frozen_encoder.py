@@ -51,7 +51,7 @@ NETWORKS: dict[type, Network] = {
     T5Config: Network(t5.T5Encoder, t5.boxed_shapes, t5.flops),
     T5xConfig: Network(make_t5x_encoder, t5.boxed_shapes, t5.flops),
     ClipTextConfig: Network(clip.TextTower, clip.boxed_shapes, clip.flops),
-    BertConfig: Network(bert.BertEncoder, bert.boxed_shapes, clip.flops),
+    BertConfig: Network(bert.BertEncoder, bert.boxed_shapes, bert.flops),
 }
 
 
