@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import io
 import json
 import pathlib
@@ -81,6 +82,10 @@ def _image_files() -> dict[str, list[bytes]]:
     frames = [make_image(), make_image().rotate(90)]
     animated = {"save_all": True, "append_images": frames[1:]}
     known = {"icc_profile": profile, "exif": exif}
+    heif = {}
+    if importlib.util.find_spec("pillow_heif"):
+        importlib.import_module("pillow_heif").register_heif_opener()
+        heif["heif"] = [encode("heif", **known), encode("heif", "RGBA")]
     return {
         "jpeg": [encode("jpeg", **known), encode("jpeg", "CMYK"), encode("jpeg", progressive=True)]
         + [encode("mpo", **animated)],
@@ -93,6 +98,7 @@ def _image_files() -> dict[str, list[bytes]]:
         + [encode("tiff", compression="tiff_adobe_deflate"), encode("tiff", "1")],
         "gif": [encode("gif"), encode("gif", **animated)],
         "bmp": [encode("bmp"), encode("bmp", "P")],
+        **heif,
     }
 
 
@@ -319,6 +325,7 @@ _TABLES = {
     ".csv": b'file_name,text\na.png,a red circle\nb.png,"a, b"\n',
     ".txt": "a red circle\nein roter Kreis, ça va\n".encode(),
 }
+_ENCODINGS = ("utf-8", "utf-16", "cp1252")
 _PROMPTS = {
     ".jsonl": b'{"prompt": "a red circle", "seed": 3}\n{"prompt": "b"}\n' * 8,
     ".csv": b"prompt,category,seed\na red circle,Colors,1\nb,Text,2\n" * 1,
@@ -346,7 +353,8 @@ def readers(folder: pathlib.Path) -> dict[str, FileReader]:
         "parquet": FileReader(tables, _source("parquet"), wrong, ".parquet"),
     }
     for suffix, data in _TABLES.items():
-        found[f"captions{suffix}"] = FileReader([data * 4], _folder, wrong, suffix, text)
+        seeds = [(data.decode() * 4).encode(encoding) for encoding in _ENCODINGS]
+        found[f"captions{suffix}"] = FileReader(seeds, _folder, wrong, suffix, text)
     for suffix, data in _PROMPTS.items():
         read = lambda path: bool(prompts.read(str(path), log=lambda line: None))  # noqa: E731
         header = _is_json if suffix == ".jsonl" else bool

@@ -3,14 +3,15 @@
     python -m tests.fuzz.run --count=10000 [--readers=png,tar] [--coverage]
 
 Prints a JSON object by reader: inputs, share that passed the header, errors, seconds of the
-slowest input, growth of peak memory in MB; with --coverage also the branches of the readers'
-modules that were taken.
+slowest input, growth of peak memory in MB; with --coverage also the branches of the reader's
+modules that were taken. --table=FILE adds the readers to a Markdown table (docs/fuzzing.md).
 The process ends at once, with a traceback of all threads, when an input takes a minute.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import faulthandler
 import importlib
 import json
@@ -22,13 +23,29 @@ import tempfile
 import time
 import traceback
 import warnings
+from collections.abc import Iterator
 
-MODULES = (
-    *("io.images", "io.rendering", "io.colour", "io.png_chunks", "io.jsonl"),
-    *("data.sources.tfrecord", "data.sources.webdataset", "data.sources.parquet"),
-    *("data.sources.folder", "interop.weights", "interop.torch_pickle", "inference.prompts"),
-    *("evaluation.samples", "evaluation.raters.score", "data.embeddings.unit_file"),
-)
+_IMAGES = ("io.images", "io.rendering", "io.colour")
+_INDEX = ("data.index.scan", "data.sources.records")
+_TEXT = ("io.text", "io.encodings")
+_FOLDER = (*_INDEX, *_TEXT, "data.sources.folder", "data.sources.metadata", "data.sources.captions")
+# Modules of the readers, by the start of their names.
+MODULES = {
+    "png": (*_IMAGES, "io.png_chunks"),
+    "tfrecord": (*_INDEX, "data.sources.tfrecord"),
+    "tar": (*_INDEX, "data.sources.webdataset", "data.sources.captions"),
+    "parquet": (*_INDEX, "data.sources.parquet"),
+    "captions": _FOLDER,
+    "prompts": (*_TEXT, "inference.prompts"),
+    "safetensors": ("interop.weights",),
+    "torch": ("interop.weights", "interop.torch_pickle"),
+    "config": ("config.overrides",),
+    "samples": ("evaluation.samples", "io.jsonl"),
+    "ratings": ("evaluation.raters.score",),
+    "key": ("evaluation.raters.score",),
+    "statistics": ("evaluation.features.frechet",),
+    "embeddings": ("data.embeddings.unit_file",),
+}
 MEMORY = 3 << 30  # Bytes of the address space beyond what the imports take.
 SECONDS = 60
 
@@ -40,13 +57,8 @@ def main() -> int:
     parser.add_argument("--readers", default="", help="names, separated by commas")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--coverage", action="store_true")
+    parser.add_argument("--table", default="", help="Markdown file to add the results to")
     flags = parser.parse_args()
-    measured = None
-    if flags.coverage:
-        import coverage
-
-        measured = coverage.Coverage(branch=True, source=["imagen_jax"], data_file=None)
-        measured.start()
     module = importlib.import_module("tests.fuzz.readers")
     children: list[str] = []
     sys.addaudithook(lambda event, _: children.append(event) if event in CHILDREN else None)
@@ -60,12 +72,14 @@ def main() -> int:
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
         names = flags.readers.split(",") if flags.readers else list(known)
         for name in names:
-            results[name] = _run(known[name], folder / f"{name.replace('.', '_')}", flags, faults)
+            place = folder / name.replace(".", "_")
+            with _measured(name if flags.coverage else "") as branches:
+                results[name] = _run(known[name], place, flags, faults)
+            results[name] |= {"branches": branches} if branches else {}
     report = {"readers": results, "children": children, "faults": faults}
-    if measured is not None:
-        measured.stop()
-        report["branch_coverage"] = _coverage(measured)
     print(json.dumps(report, indent=1))
+    if flags.table and not (faults or children):
+        _add_to_table(pathlib.Path(flags.table), results)
     return 1 if faults or children else 0
 
 
@@ -109,14 +123,39 @@ def _run(reader, folder: pathlib.Path, flags: argparse.Namespace, faults: list[s
     }
 
 
-def _coverage(measured) -> dict[str, str]:
-    found = {}
-    for name in MODULES:
-        module = sys.modules.get(f"imagen_jax.{name}")
-        if module is not None and module.__file__:
-            numbers = measured._analyze(module.__file__).numbers
-            found[name] = f"{numbers.n_executed_branches}/{numbers.n_branches}"
-    return found
+@contextlib.contextmanager
+def _measured(name: str) -> Iterator[dict[str, str]]:
+    """Branches of the reader's modules that are taken in the context, filled at its end."""
+    taken: dict[str, str] = {}
+    if not name:
+        yield taken
+        return
+    import coverage
+
+    names = next((MODULES[start] for start in MODULES if name.startswith(start)), _IMAGES)
+    modules = {module: importlib.import_module(f"imagen_jax.{module}") for module in names}
+    files = {module: str(found.__file__) for module, found in modules.items()}
+    measured = coverage.Coverage(branch=True, include=list(files.values()), data_file=None)
+    measured.start()
+    try:
+        yield taken
+    finally:
+        measured.stop()
+    for module, file in files.items():
+        numbers = measured._analyze(file).numbers
+        taken[module] = f"{numbers.n_executed_branches}/{numbers.n_branches}"
+
+
+def _add_to_table(file: pathlib.Path, results: dict[str, dict]) -> None:
+    """Replaces or adds the rows of the readers in a Markdown table, the only one of the file."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    for name, found in results.items():
+        branches = ", ".join(f"{module} {share}" for module, share in found["branches"].items())
+        cells = [f"{value}" for value in (found | {"branches": branches}).values()]
+        lines = [line for line in lines if not line.startswith(f"| {name} |")]
+        last = max(i for i, line in enumerate(lines) if line.startswith("|"))
+        lines.insert(last + 1, f"| {' | '.join([name, *cells])} |")
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
