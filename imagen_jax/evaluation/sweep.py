@@ -222,10 +222,15 @@ def run(sweep: Sweep, out: str, log: Callable[[str], None] = print) -> list[dict
             "--scorer cannot score the rows of --prompts, so there is nothing to score by; give "
             "--clip=DIR and --reference=DIR, or a --scorer of these prompts"
         )
+    real = _real_images(sweep, last)
+    warn = None if sweep.features == "inception" else log  # Other distances are no FID.
+    sampled = len(sweep.sampled_rows) * sweep.samples_per_prompt
+    fid.check_count(sampled, "samples of --prompts", warn)
+    fid.check_count(real.count, "reference", warn)
     network, about = networks.load(sweep.features, sweep.features_from, sweep.filter)
     towers = hf_clip.read_towers(sweep.clip) if sweep.clip else None
     extractor = FeatureExtractor(network, towers, folder / "features", sweep.batch_size, log)
-    reference = fid.compute_reference(extractor, _real_images(sweep, last), about)
+    reference = fid.compute_reference(extractor, real, about)
     measured = about | {
         "reference_sha256": reference.about["reference_sha256"],
         "clip_sha256": towers.sha256 if towers else "",

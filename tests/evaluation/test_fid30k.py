@@ -42,7 +42,10 @@ def captioned(tmp_path_factory):
     return folder
 
 
-def test_captions_are_selected_by_the_documented_rule(captioned):
+def test_captions_are_selected_by_the_documented_rule(captioned, monkeypatch):
+    with pytest.raises(EvaluationError, match="--count=49: 49 images give no FID; at least 50"):
+        fid30k.select_captions(fid30k.open_data(str(captioned)), 49, seed=3)
+    monkeypatch.setattr(fid, "LEAST_IMAGES", 2)
     (source,) = sources = fid30k.open_data(str(captioned))
     rows = fid30k.select_captions(sources, 6, seed=3)
     digests = {i: hashlib.sha256(f"3/{i}".encode()).digest() for i in range(9)}
@@ -61,7 +64,8 @@ def test_captions_are_selected_by_the_documented_rule(captioned):
         fid30k.select_captions(sources, 10, seed=0)
 
 
-def test_a_folder_of_other_captions_is_rejected(captioned, tmp_path):
+def test_a_folder_of_other_captions_is_rejected(captioned, tmp_path, monkeypatch):
+    monkeypatch.setattr(fid, "LEAST_IMAGES", 2)
     sources = fid30k.open_data(str(captioned))
     fid30k.write_captions(fid30k.select_captions(sources, 4, 0), tmp_path)
     fid30k.write_captions(fid30k.select_captions(sources, 4, 0), tmp_path)
@@ -139,7 +143,7 @@ def test_fid_of_a_folder_with_itself_and_with_saved_statistics(
     saved = f"{tmp_path}/reference.npz"
     more = [f"--reference={captioned}", f"--save_reference={saved}"]
     assert main.main(["evaluate", "fid", *flags, *more]) == 1
-    assert "9 images of the samples give no FID; at least 50" in capsys.readouterr().err
+    assert "9 images give no FID; at least 50" in capsys.readouterr().err
     monkeypatch.setattr(fid, "LEAST_IMAGES", 2)
     assert main.main(["evaluate", "fid", *flags, *more]) == 0
     card = json.loads((tmp_path / "card.json").read_text())
@@ -198,10 +202,17 @@ def world(base_config, random_params, tmp_path_factory, inception_file):
     ]
 
 
+COMMAND = """import sys
+from imagen_jax.cli import main
+from imagen_jax.evaluation.features import fid
+fid.LEAST_IMAGES = 2
+sys.exit(main.main())"""
+
+
 def start(flags, out) -> subprocess.Popen:
     """The command in its own process; later ones share its compilation cache."""
     return subprocess.Popen(
-        [sys.executable, "-m", "imagen_jax", "evaluate", "fid30k", *flags, f"--out={out}"],
+        [sys.executable, "-c", COMMAND, "evaluate", "fid30k", *flags, f"--out={out}"],
         cwd=ROOT,
         env={
             **os.environ,

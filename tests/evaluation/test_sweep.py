@@ -246,6 +246,17 @@ def test_prompts_without_a_scorer_need_clip_and_real_images(world, tmp_path, cap
     assert not (tmp_path / "out").exists()
 
 
+def test_few_images_have_no_fid_and_a_warning_with_other_features(world, done, tmp_path, capsys):
+    weights = ["--features=inception", f"--features_from={tmp_path}/none.pth"]
+    assert main.main(flags(world, tmp_path / "out", *weights)) == 1
+    assert "samples of --prompts: 3 images give no FID; at least 50" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main.main(flags(world, done)) == 0
+    said = capsys.readouterr().out
+    assert "warning: samples of --prompts: 3 images give no distance; at least 50" in said
+    assert "warning: reference: 5 images" in said
+
+
 def test_invalid_grids_are_rejected():
     for text in ('{"base": [1]}', "{", '"x"'):
         with pytest.raises(EvaluationError, match="--grid"):

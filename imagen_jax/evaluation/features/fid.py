@@ -167,23 +167,42 @@ def evaluate(
     """
     network, about = inception_network(settings.inception, settings.filter)
     generated, size = load_images(samples_dir, settings.size, settings.filter)
+    check_count(generated.count, f"--samples={samples_dir}")
     about["size"] = size
     towers = hf_clip.read_towers(settings.clip) if settings.clip else None
     extractor = FeatureExtractor(network, towers, pathlib.Path(store), settings.batch_size, log)
     if reference.endswith(".npz"):
         compared = read_reference(reference, about)
+        if compared.gaussian.count:
+            check_count(compared.gaussian.count, f"--reference={reference}")
     else:
-        compared = compute_reference(
-            extractor, load_images(reference, size, settings.filter)[0], about
-        )
-    for name, count in (("samples", generated.count), ("reference", _count(compared))):
-        if 0 < count < LEAST_IMAGES:
-            raise EvaluationError(
-                f"{count} images of the {name} give no FID; at least {LEAST_IMAGES} are needed, "
-                "and comparable scores need thousands, of equal number"
-            )
+        real, _ = load_images(reference, size, settings.filter)
+        check_count(real.count, f"--reference={reference}")
+        compared = compute_reference(extractor, real, about)
     card = {"card": "fid", **score(extractor, generated, compared, settings.resamples), **about}
     return card, compared
+
+
+def check_count(count: int, given: str, warn: Callable[[str], None] | None = None) -> None:
+    """Whether there are LEAST_IMAGES images.
+
+    Args:
+      count: number of images.
+      given: flag that names them.
+      warn: receives a line in place of the error, for distances that are no FID.
+
+    Raises:
+      EvaluationError: there are fewer.
+    """
+    if count >= LEAST_IMAGES:
+        return
+    message = (
+        f"{given}: {count} images give no FID; at least {LEAST_IMAGES} are needed, and comparable "
+        "scores need thousands, of equal number"
+    )
+    if warn is None:
+        raise EvaluationError(message)
+    warn(f"warning: {message.replace('FID', 'distance')}")
 
 
 class FeatureExtractor(NamedTuple):
@@ -295,11 +314,6 @@ def score(
 def _subset(features: np.ndarray, count: int) -> np.ndarray:
     """A fixed random subset of `count` rows."""
     return features[np.sort(np.random.default_rng(0).permutation(len(features))[:count])]
-
-
-def _count(reference: Reference) -> int:
-    """Number of images of the reference; 0: unknown."""
-    return reference.parts.count if reference.parts else reference.gaussian.count
 
 
 def _sha256_of_file(path: str) -> str:

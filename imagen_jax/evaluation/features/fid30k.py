@@ -70,8 +70,9 @@ def select_captions(
     Paper is silent: whether an image may contribute two captions. Here it contributes one.
 
     Raises:
-      EvaluationError: fewer images than `count`.
+      EvaluationError: fewer images than `count`, or fewer than an FID needs.
     """
+    fid.check_count(count, f"--count={count}")
     records = [(source, i) for source in sources for i in range(len(source))]
     if len(records) < count:
         raise EvaluationError(
