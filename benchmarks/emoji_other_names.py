@@ -6,11 +6,11 @@
 
 Aliases: of package `emoji` and short names of emoji-datasource, emojibase and JoyPixels (by way of
 emojibase). They hold letters only, no fragment of fewer than three, neither "black", "white" or
-"heavy" (outlines, in vendors' names) nor "family" (letters for its members), and a word that the
-emoji's caption lacks. Keywords: Unicode's CLDR annotations (emojibase) that belong to one emoji
-only and, by emojilib's independent list, to the same one only. Flags have no other names. A name
-belongs to one emoji and is no caption. What a reader then removed is in emoji_other_names.txt. The
-world itself reads the tables alone.
+"heavy" (outlines, in vendors' names) nor "family" (letters for its members). They have a word that
+the emoji's caption lacks, or fewer words. Keywords: Unicode's CLDR annotations (emojibase) with a
+word that the caption lacks, which belong to one emoji only and, by emojilib's independent list, to
+the same one only. Flags have no other names. A name belongs to one emoji and is no caption. What a
+reader then removed is in emoji_other_names.txt. The world itself reads the tables alone.
 """
 
 from __future__ import annotations
@@ -114,7 +114,8 @@ def chosen(rows: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
         entry, name = entries.get(_bare(key)), other_names.normalise(name)
         if not entry or entry.group == "flags" or name in taken or not _is_phrase(name):
             continue
-        if other_names.stems(name) - other_names.stems(entry.caption):
+        words, known = other_names.stems(name), other_names.stems(entry.caption)
+        if words - known or (source != "cldr" and words < known):
             sources = found.setdefault(name, {}).setdefault(entry.key, [])
             sources.extend({source} - set(sources))
     one = [(*keys.popitem(), name) for name, keys in found.items() if len(keys) == 1]

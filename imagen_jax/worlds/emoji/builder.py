@@ -102,8 +102,8 @@ def name_prompts(split: str) -> list[dict[str, Any]]:
     """Prompt rows of a split of the other names."""
     training = {entry.key: entry for entry in catalogue.entries() if entry.split == "train"}
     rows = []
-    for name in other_names.usable([entry.caption for entry in training.values()]):
-        if name.key in training and splits.names_split(name.key) == split:
+    for name in other_names.usable({key: entry.caption for key, entry in training.items()}):
+        if splits.names_split(name.key) == split:
             more = {"prompt": name.name, "kind": name.kind, "new_word": name.new_word}
             rows.append({**prompt_row(training[name.key]), **more})
     return _in_hash_order(rows)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Mapping
 
 import snowballstemmer
 
@@ -30,19 +30,15 @@ class OtherName:
     Attributes:
       key: OpenMoji's hex code of the untoned emoji.
       name: the name, normalised.
-      source: where it comes from, see the head of the file.
+      kind: "alias": what vendors call the emoji, with a word that its caption lacks; "short": what
+        vendors call it, in fewer words of its caption; "keyword": a keyword of CLDR.
       new_word: whether none of its content-word stems occurs in a training caption.
     """
 
     key: str
     name: str
-    source: str
+    kind: str
     new_word: bool
-
-    @property
-    def kind(self) -> str:
-        """Whether it is an `alias`, what vendors call the emoji, or a `keyword` of CLDR."""
-        return "keyword" if self.source == "cldr" else "alias"
 
 
 def normalise(name: str) -> str:
@@ -63,19 +59,30 @@ def read() -> list[tuple[str, str, str]]:
     return [(key, name, source) for key, name, source in rows]
 
 
-def usable(captions: Collection[str]) -> list[OtherName]:
-    """The names of the file that are no caption.
+def usable(captions: Mapping[str, str]) -> list[OtherName]:
+    """The names of training emoji that are no training caption.
 
     Args:
-      captions: the training captions.
+      captions: caption of each training emoji, by OpenMoji's hex code.
     """
-    known = {normalise(text) for text in captions}
-    seen = frozenset().union(*map(stems, captions))
+    known = {normalise(text) for text in captions.values()}
+    seen = frozenset().union(*map(stems, captions.values()))
     return [
-        OtherName(key=key, name=name, source=source, new_word=not stems(name) & seen)
+        OtherName(
+            key=key,
+            name=name,
+            kind=_kind(name, source, captions[key]),
+            new_word=not stems(name) & seen,
+        )
         for key, name, source in _unique(read())
-        if normalise(name) not in known
+        if key in captions and normalise(name) not in known
     ]
+
+
+def _kind(name: str, source: str, caption: str) -> str:
+    if source == "cldr":
+        return "keyword"
+    return "alias" if stems(name) - stems(caption) else "short"
 
 
 def _unique(rows: Iterable[tuple[str, str, str]]) -> list[tuple[str, str, str]]:

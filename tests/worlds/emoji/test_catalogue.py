@@ -19,6 +19,9 @@ DIGEST = "9a5ef0740110675fd96d536d83fc789c689fa259c886d79c18e125d09e60c0ed"
 WHITE = 255
 
 
+CAPTIONS = {"1F1": "black bird", "1F2": "cake", "1F3": "A caption"}
+
+
 @pytest.fixture(scope="module")
 def entries():
     return catalogue.entries()
@@ -31,7 +34,7 @@ def training(entries):
 
 @pytest.fixture(scope="module")
 def names(training):
-    return other_names.usable([entry.caption for entry in training])
+    return other_names.usable({entry.key: entry.caption for entry in training})
 
 
 def test_captions_and_splits_are_those_of_the_released_data_set(entries):
@@ -89,7 +92,7 @@ def test_no_emoji_has_other_names_in_both_splits(names):
     assert sizes["names_test"] >= 300 and sizes["names_dev"] >= 150
     parts = {s: {name.key for name in names if split[name] == s} for s in sizes}
     assert not parts["names_test"] & parts["names_dev"]
-    for kind in ("alias", "keyword"):
+    for kind in ("alias", "short", "keyword"):
         assert sum(name.kind == kind and split[name] == "names_test" for name in names) > 100
 
 
@@ -110,9 +113,19 @@ def test_stems_join_the_forms_of_a_word_and_leave_out_words_without_content():
 
 def test_a_name_of_two_emoji_is_not_used(tmp_path, monkeypatch):
     file = tmp_path / "names.tsv"
-    file.write_text("# head\n1F1\tboth\tx\n1F2\tboth\tx\n1F2\tone\tx\n1F3\ta caption\tx\n")
+    file.write_text(
+        "# head\n1F1\tboth\tx\n1F2\tboth\tx\n1F2\tone\tx\n1F3\ta caption\tx\n1F9\tno image\tx\n"
+    )
     monkeypatch.setattr(other_names, "FILE", file)
-    assert [name.name for name in other_names.usable(["A caption"])] == ["one"]
+    assert [name.name for name in other_names.usable(CAPTIONS)] == ["one"]
+
+
+def test_the_kind_of_a_name(tmp_path, monkeypatch):
+    file = tmp_path / "names.tsv"
+    file.write_text("1F1\traven\tx\n1F1\tbird\tx\n1F2\tsome cake\tx,cldr\n1F2\tpie\tcldr\n")
+    monkeypatch.setattr(other_names, "FILE", file)
+    kinds = {name.name: name.kind for name in other_names.usable(CAPTIONS)}
+    assert kinds == {"raven": "alias", "bird": "short", "some cake": "alias", "pie": "keyword"}
 
 
 def test_images_are_art_on_white(entries):
