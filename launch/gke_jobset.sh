@@ -6,16 +6,17 @@
 # --nodes: machines of a slice, or GPU machines; --chips: TPU chips or GPUs of each.
 #   --slices=1              TPU slices, connected by the data-centre network
 #   --spot                  on Spot nodes
-#   --max_restarts=N        after status 75 and all other failures (50)
+#   --max_restarts=100      after status 75 and signals
 #   --grace=SECONDS         time to save when a node is drained (600)
 #   --namespace=default --service_account=default
 #   --python=python         interpreter in the image
 #   --template=FILE         another file than launch/gke_jobset.yaml, with the same placeholders
 #   --dry_run               print the JobSet instead of applying it
-# Lost and drained nodes restart the run without limit. JobSet restarts without a delay.
+# Lost and drained nodes restart the run without limit, unless another process of the run ends first.
+# Any other exit status ends it. JobSet restarts without a delay.
 set -euo pipefail
 name='' image='' accelerator='' topology='' nodes='' chips='' config='' workdir='' spot='' slices=1
-max_restarts=50 grace=600 namespace=default service_account=default python=python
+max_restarts=100 grace=600 namespace=default service_account=default python=python
 template=$(dirname "$0")/gke_jobset.yaml
 # shellcheck source=lib.sh
 source "$(dirname "$0")/lib.sh"
@@ -29,7 +30,7 @@ need_number nodes 4
 need_number chips 4
 need_number slices 2
 need_number grace 600
-need_number max_restarts 50 0
+need_number max_restarts 100 0
 train_line "$python"
 
 # A JSON string, which is YAML too.
@@ -70,11 +71,17 @@ if [ "$slices" -eq 1 ]; then
                         {name: JAX_PROCESS_ID, valueFrom: {fieldRef: {fieldPath: \"$index\"}}}]"
 fi
 
+restarted=''
+for ((status = 1; status < 256; status++)); do
+  if restartable "$status"; then restarted+=", $status"; fi
+done
+
 declare -A values=(
   [NAME]=$name
   [NAMESPACE]=$(json "$namespace")
   [ANNOTATIONS]=$annotations
   [MAX_RESTARTS]=$max_restarts
+  [RESTARTED]="[${restarted:2}]"
   [NODES]=$nodes
   [GRACE]=$grace
   [SERVICE_ACCOUNT]=$(json "$service_account")

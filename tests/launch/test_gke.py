@@ -1,5 +1,7 @@
 """launch/gke_jobset.sh: the JobSet that it applies."""
 
+import re
+
 import pytest
 import yaml
 
@@ -12,20 +14,54 @@ def job_of(jobset):
 
 
 @pytest.mark.parametrize("name", ["gke_jobset_tpu", "gke_jobset_slices", "gke_jobset_gpu"])
-def test_jobset_restarts_with_a_limit_unless_a_machine_is_lost(name):
+def test_jobset_is_one_that_kubernetes_accepts(name):
     jobset = yaml.safe_load((SNAPSHOTS / f"{name}.txt").read_text())
     assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     job, pod = job_of(jobset)
-    # Status 75 is named by no rule, so maxRestarts counts it.
-    (lost,) = job["podFailurePolicy"]["rules"]
-    assert lost["action"] == "FailJob" and "onExitCodes" not in lost
-    assert jobset["spec"]["failurePolicy"]["maxRestarts"] == (0 if name.endswith("gpu") else 50)
-    assert lost["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
-    (rule,) = jobset["spec"]["failurePolicy"]["rules"]
-    assert rule["action"] == "RestartJobSetAndIgnoreMaxRestarts"
-    assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
+    assert jobset["spec"]["failurePolicy"]["maxRestarts"] == (0 if name.endswith("gpu") else 100)
     # Kubernetes rejects a podFailurePolicy with another restartPolicy; pods must not be retried.
     assert (pod["restartPolicy"], job["backoffLimit"]) == ("Never", 0)
+    for rule in jobset["spec"]["failurePolicy"]["rules"]:
+        # The pattern of the field in JobSet's API.
+        assert re.fullmatch("[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?", rule["name"])
+    for rule in job["podFailurePolicy"]["rules"]:
+        if "onExitCodes" in rule:
+            codes = rule["onExitCodes"]["values"]
+            assert codes == sorted(set(codes)) and 0 not in codes and len(codes) <= 255
+            assert rule["onExitCodes"]["containerName"] == pod["containers"][0]["name"]
+
+
+def action(jobset, status: int, *, disrupted: bool) -> str:
+    """What JobSet does when a pod ends, by the documented rules of Job and JobSet."""
+    reason, message = "BackoffLimitExceeded", "Job has reached the specified backoff limit"
+    for index, rule in enumerate(job_of(jobset)[0]["podFailurePolicy"]["rules"]):
+        assert rule["action"] == "FailJob"
+        if "onExitCodes" in rule:
+            codes, operator = rule["onExitCodes"]["values"], rule["onExitCodes"]["operator"]
+            meets = (status in codes) == {"In": True, "NotIn": False}[operator]
+            what = f"Container train for pod default/base failed with exit code {status}"
+        else:
+            meets = disrupted
+            assert rule["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
+            what = "Pod default/base has condition DisruptionTarget"
+        if meets:
+            reason, message = "PodFailurePolicy", f"{what} matching FailJob rule at index {index}"
+            break
+    for rule in jobset["spec"]["failurePolicy"]["rules"]:
+        patterns = rule.get("onJobFailureMessagePatterns", [""])
+        if reason in rule["onJobFailureReasons"] and any(re.search(x, message) for x in patterns):
+            return rule["action"]
+    return "RestartJobSet"
+
+
+def test_jobset_restarts_as_the_other_launchers_do():
+    """After 75 and signals with a limit; after a lost machine without one; not after errors."""
+    jobset = yaml.safe_load((SNAPSHOTS / "gke_jobset_tpu.txt").read_text())
+    restarted = {x for x in range(1, 256) if action(jobset, x, disrupted=False) == "RestartJobSet"}
+    assert restarted == {75, *range(129, 256)}
+    assert action(jobset, 1, disrupted=False) == "FailJobSet"
+    for status in (1, 75, 137, 143):
+        assert action(jobset, status, disrupted=True) == "RestartJobSetAndIgnoreMaxRestarts"
 
 
 def test_jobset_of_a_tpu_slice():
