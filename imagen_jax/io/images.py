@@ -27,7 +27,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 
-from imagen_jax.io import atomic, colour, png_chunks, rendering
+from imagen_jax.io import atomic, colour, icc, isobmff, png_chunks, rendering
 from imagen_jax.io.pixel_budget import BUDGET
 from imagen_jax.io.rendering import WHITE, Colour
 
@@ -94,9 +94,9 @@ def decode(data: bytes, background: Colour = WHITE) -> UInt8[np.ndarray, "h w 3"
 def decoded(data: bytes, background: Colour = WHITE) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
     """Decodes an image file to RGB as viewers show it; its pixels count until the context ends.
 
-    Applies EXIF orientation, converts colours to sRGB by the file's ICC profile, composites
-    transparency over a colour, scales 16-bit grey to 8 bits, converts CMYK and palettes, and takes
-    the first frame of an animation. The format is detected from the content.
+    Applies EXIF orientation, converts colours to sRGB by the file's ICC profile or its numbers,
+    composites transparency over a colour, scales 16-bit grey to 8 bits, converts CMYK and palettes,
+    and takes the first frame of an animation. The format is detected from the content.
 
     Args:
       data: an image file of one of FORMATS, or HEIC where pillow_heif is installed.
@@ -139,10 +139,11 @@ def _opened(data: bytes) -> Iterator[tuple[Image.Image, bytes | None]]:
                 raise ImageError(f"too large ({size} px, at most {MAX_PIXELS:,} in all)")
             if image.info.get("progressive") and data.count(b"\xff\xda") > MAX_SCANS:
                 raise ImageError(f"wrong type (a JPEG of more than {MAX_SCANS} scans)")
-            yield image, image.info.get("icc_profile") or None if profile is None else profile
+            own = image.info.get("icc_profile") or isobmff.profile(data)
+            yield image, own if profile is None else profile
     except ImageError:
         raise
-    except rendering.UnsupportedError as error:
+    except (rendering.UnsupportedError, icc.UnsupportedTransferError) as error:
         raise ImageError(f"wrong type ({error})") from None
     except UnidentifiedImageError:
         if data[4:8] == b"ftyp" and data[8:12] in _HEIF and "HEIF" not in _formats():

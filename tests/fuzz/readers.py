@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import io
 import json
 import pathlib
@@ -16,7 +15,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image, ImageCms, PngImagePlugin
 
 from imagen_jax.config import overrides
 from imagen_jax.config.data import SourceConfig
@@ -32,7 +30,7 @@ from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.inference import prompts
 from imagen_jax.interop import weights
 from imagen_jax.io import images
-from tests.fuzz import mutate
+from tests.fuzz import image_files, mutate
 from tests.reference import tfrecords
 
 Mutation = Callable[[bytes, random.Random], bytes]
@@ -57,49 +55,6 @@ class FileReader:
     suffix: str = ""
     mutation: Mutation = mutate.mutate
     header: Callable[[bytes], bool] | None = None
-
-
-def make_image(mode: str = "RGB", side: int = 40) -> Image.Image:
-    """A small image of many colours."""
-    rng = np.random.default_rng(0)
-    small = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
-    return small.resize((side, side), Image.Resampling.BICUBIC).convert(mode)
-
-
-def encode(kind: str, mode: str = "RGB", **options) -> bytes:
-    """An image file."""
-    file = io.BytesIO()
-    make_image(mode).save(file, kind, **options)
-    return file.getvalue()
-
-
-def _image_files() -> dict[str, list[bytes]]:
-    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    text = PngImagePlugin.PngInfo()
-    text.add_text("Comment", "hello" * 50, zip=True)
-    frames = [make_image(), make_image().rotate(90)]
-    animated = {"save_all": True, "append_images": frames[1:]}
-    known = {"icc_profile": profile, "exif": exif}
-    heif = {}
-    if importlib.util.find_spec("pillow_heif"):
-        importlib.import_module("pillow_heif").register_heif_opener()
-        heif["heif"] = [encode("heif", **known), encode("heif", "RGBA")]
-    return {
-        "jpeg": [encode("jpeg", **known), encode("jpeg", "CMYK"), encode("jpeg", progressive=True)]
-        + [encode("mpo", **animated)],
-        "png": [encode("png", **known, pnginfo=text), encode("png", "P"), encode("png", "RGBA")]
-        + [encode("png", **animated)],
-        "webp": [encode("webp", **known), encode("webp", "RGBA", lossless=True)]
-        + [encode("webp", **animated)],
-        "avif": [encode("avif", **known), encode("avif", "RGBA")],
-        "tiff": [encode("tiff", **known), encode("tiff", compression="tiff_lzw")]
-        + [encode("tiff", compression="tiff_adobe_deflate"), encode("tiff", "1")],
-        "gif": [encode("gif"), encode("gif", **animated)],
-        "bmp": [encode("bmp"), encode("bmp", "P")],
-        **heif,
-    }
 
 
 def read_image(path: pathlib.Path) -> bool:
@@ -318,7 +273,7 @@ def _is_zip(data: bytes) -> bool:
     return zipfile.is_zipfile(io.BytesIO(data))
 
 
-_PNG = encode("png")
+_PNG = image_files.encode("png")
 _TABLES = {
     ".jsonl": b'{"file_name": "a.png", "text": "a red circle"}\n'
     b'{"file_name": "b.png", "text": ["one", "two"], "x": 1}\n',
@@ -339,7 +294,7 @@ def readers(folder: pathlib.Path) -> dict[str, FileReader]:
     png = mutate.sometimes(mutate.with_png_checksums)
     found = {
         name: FileReader(seeds, read_image, (images.ImageError,), f".{name}", mutate.mutate)
-        for name, seeds in _image_files().items()
+        for name, seeds in image_files.seeds().items()
     }
     text = mutate.json_or_bytes
     found["png"] = dataclasses.replace(found["png"], mutation=png)
