@@ -88,6 +88,7 @@ BOUNDS: dict[str, Bound] = {
     "model.text_dim": _NATURAL,
     "model.out_channels": Bound(3),
     "diffusion.cond_drop_prob": _SHARE,
+    "diffusion.text_noise": _NATURAL,
     "diffusion.vlb_weight": _NATURAL,
     "diffusion.aug_level_max": _SHARE,
     "optimizer.learning_rate": _POSITIVE,

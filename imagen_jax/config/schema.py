@@ -156,6 +156,11 @@ class DiffusionConfig:
         "(model.out_channels=6); Nichol & Dhariwal's is 0.001. 0: off.",
     )
     cond_drop_prob: float = doc(0.1, "Probability of training without text, 0..1.")
+    text_noise: float = doc(
+        0.0,
+        "Standard deviation of Gaussian noise on the text embeddings in training, relative to "
+        "their root mean square: near words come to mean the same. 0: off.",
+    )
     aug_level_max: float = doc(
         1.0, "SR stages: training samples aug_level from U(0, aug_level_max), 0..1."
     )

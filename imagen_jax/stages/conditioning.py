@@ -68,6 +68,24 @@ def drop_text(text: Text, drop: Bool[Array, " b"]) -> Text:
     )
 
 
+def add_text_noise(text: Text, eps: Float[Array, "b l d"], level: float) -> Text:
+    """Adds noise to the embeddings of the real tokens, in training (`diffusion.text_noise`).
+
+    A network that trains on few captions otherwise learns each embedding by heart. The noise of a
+    caption has the root mean square of its real tokens, times `level`.
+
+    Args:
+      text: embeddings and mask of B captions.
+      eps: standard normal.
+      level: 0 and above.
+    """
+    real = text.mask[..., None]
+    count = jnp.maximum(real.sum((1, 2), keepdims=True) * text.emb.shape[2], 1)
+    square = jnp.square(text.emb.astype(jnp.float32))
+    rms = jnp.sqrt(jnp.where(real, square, 0.0).sum((1, 2), keepdims=True) / count)
+    return Text(jnp.where(real, text.emb + level * rms * eps, text.emb), text.mask)
+
+
 def upsample_corners(image: Float[Array, "b h w c"], size: int) -> Float[Array, "b size size c"]:
     """Bilinear upsampling that aligns the centres of the corner pixels (`align_corners` of torch).
 

@@ -20,12 +20,13 @@ from imagen_jax.stages.conditioning import (
     Conditioning,
     Text,
     add_lowres,
+    add_text_noise,
     aug_noise_side,
     drop_text,
 )
 from imagen_jax.stages.network import Params, apply
 
-DROPOUT_STREAM = 0
+DROPOUT_STREAM, TEXT_NOISE_STREAM = 0, 1
 # The loss is also reported by noise level: bounds between the intervals, logsnr in nats.
 LOGSNR_EDGES = np.array([-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0])
 
@@ -59,7 +60,8 @@ def sample_randomness(key: Key[Array, ""], size: int, config: Config) -> dict[st
       config: the stage.
 
     Returns:
-      time [B] in [0,1], eps [B,H,W,3], drop [B]; SR: aug_level [B], lowres_eps [B,n,n,3].
+      time [B] in [0,1], eps [B,H,W,3], drop [B]; SR: aug_level [B], lowres_eps [B,n,n,3]; with
+      `diffusion.text_noise`: text_eps [B,L,D].
     """
     key_t, key_eps, key_drop, key_level, key_lowres = jax.random.split(key, 5)
     side = config.data.image_size
@@ -72,6 +74,10 @@ def sample_randomness(key: Key[Array, ""], size: int, config: Config) -> dict[st
         side, highest = aug_noise_side(config), config.diffusion.aug_level_max
         randomness["aug_level"] = jax.random.uniform(key_level, (size,), maxval=highest)
         randomness["lowres_eps"] = jax.random.normal(key_lowres, (size, side, side, 3))
+    if config.diffusion.text_noise:
+        shape = (size, config.data.max_text_len, config.model.text_dim)
+        key_text = jax.random.fold_in(key, TEXT_NOISE_STREAM)
+        randomness["text_eps"] = jax.random.normal(key_text, shape)
     return randomness
 
 
@@ -102,7 +108,10 @@ def loss_given_randomness(
     settings, x0 = config.diffusion, batch["image"]
     logsnr = process.logsnr_at(batch["time"], settings)
     z = process.q_sample(x0, logsnr, batch["eps"])
-    text = drop_text(Text(batch["text_emb"], batch["text_mask"]), batch["drop"])
+    text = Text(batch["text_emb"], batch["text_mask"])
+    if settings.text_noise:
+        text = add_text_noise(text, batch["text_eps"], settings.text_noise)
+    text = drop_text(text, batch["drop"])
     conditioning = Conditioning(text)
     if config.model.lowres:
         conditioning = add_lowres(
