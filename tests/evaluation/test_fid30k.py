@@ -166,11 +166,11 @@ def world(base_config, random_params, tmp_path_factory, inception_file):
     import dataclasses
 
     import jax
-    from tests.test_coco import write_mocked
-    from tests.test_embed_killed import TINY
 
     from imagen_jax.interop import hf_t5
     from imagen_jax.models import t5
+    from tests.data.test_embed_killed import TINY
+    from tests.evaluation.test_coco import write_mocked
 
     folder = tmp_path_factory.mktemp("world")
     splits = {"val": slice(0, 2), "test": slice(2, 4), "restval": slice(4, 6)}

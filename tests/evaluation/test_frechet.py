@@ -1,5 +1,7 @@
 """Frechet distance against scipy and closed forms; merged statistics; foreign files."""
 
+import zipfile
+
 import numpy as np
 import pytest
 from scipy import linalg, stats
@@ -113,6 +115,16 @@ def test_files_without_statistics_are_rejected(tmp_path, content, says):
     (tmp_path / "text.npz").write_text("mu")
     with pytest.raises(EvaluationError, match="cannot read"):
         frechet.load(tmp_path / "text.npz")
+
+
+def test_the_reason_is_one_line(tmp_path, monkeypatch):
+    """The name of an array comes from the file."""
+    monkeypatch.setattr(frechet, "MAX_ARRAY_BYTES", 100)
+    with zipfile.ZipFile(tmp_path / "bad.npz", "w") as archive:
+        archive.writestr("of two\nlines.npy", bytes(200))
+    with pytest.raises(EvaluationError, match="of two lines.npy has 200 bytes") as raised:
+        frechet.load(tmp_path / "bad.npz")
+    assert "\n" not in str(raised.value)
 
 
 def test_incompatible_statistics_are_rejected():

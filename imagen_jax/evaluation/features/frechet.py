@@ -237,8 +237,9 @@ def load(path: str | os.PathLike[str]) -> tuple[Gaussian, dict[str, Any]]:
             count = int(file["count"]) if "count" in file else 0
             about = json.loads(str(file["about"])) if "about" in file else {}
     except _UNREADABLE as error:
+        reason = " ".join(str(error).split())[:200]
         raise EvaluationError(
-            f"cannot read statistics {path}: {error}; give an .npz with mu and sigma"
+            f"cannot read statistics {path}: {reason}; give an .npz with mu and sigma"
         ) from error
     fits = mean.ndim == 1 and covariance.shape == 2 * mean.shape and mean.size > 0
     if not fits or not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
