@@ -119,14 +119,20 @@ def test_clean_averages_what_tf_skips():
     assert resizing.tf(stripes).min() > 0.99  # White: every fourth row, from the first.
 
 
-def test_cleanfid_is_that_of_clean_fids_own_code():
-    """Images of any size and shape, resized once."""
+def test_cleanfid_is_that_of_clean_fids_own_code(tmp_path):
+    """Files of any size and shape, read and resized once; within a hundredth of a level of 255."""
     resize = pytest.importorskip("cleanfid.resize")
-    theirs = resize.make_resizer("PIL", False, "bicubic", (299, 299))
-    for shape in ((64, 64, 3), (300, 500, 3), (37, 21, 3)):
-        image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-        expected = (np.clip(theirs(image), 0, 255) - 128) / 128
-        np.testing.assert_allclose(resizing.FILTERS["cleanfid"](image), expected, atol=1e-5)
+    theirs, rng = resize.build_resizer("clean"), np.random.default_rng(0)
+    shapes = [(64, 64, 3), (300, 500, 3), (37, 21, 3), (299, 299, 3), (700, 31, 3), (8, 900)]
+    for number, shape in enumerate(shapes):
+        image = Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8))
+        image.save(tmp_path / f"{number}.{('png', 'jpg')[number % 2]}")
+    found, size = fid.load_images(str(tmp_path), filter="cleanfid")
+    assert (found.count, size) == (len(shapes), 0)
+    for number, path in enumerate(sorted(tmp_path.iterdir())):
+        expected = theirs(np.array(Image.open(path).convert("RGB")))
+        ours = resizing.FILTERS["cleanfid"](found.load(number)) * 128 + 128
+        assert np.abs(ours - expected).max() < 0.01
 
 
 def test_cleanfid_gets_whole_images_and_the_old_name_stays(tmp_path):
