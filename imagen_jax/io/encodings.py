@@ -64,6 +64,8 @@ _RARE = {
     **dict.fromkeys(("cp1250", "cp874", "cp1256"), 0.1),
     "mac_roman": 0.2,
 }
+# Beside cp1252, which a word of one or two accented letters is in unless others say so.
+_OF_ONE_BYTE = {name for name in LANGUAGES if re.match("cp12|cp874|koi8|mac", name)} - {"cp1252"}
 
 
 def detect(texts: Sequence[bytes]) -> list[str]:
@@ -77,7 +79,8 @@ def detect(texts: Sequence[bytes]) -> list[str]:
     """
     found = [""] * len(texts)
     faults = [_faults(text) for text in texts]
-    likely = [_likely(names, MARGIN) for names in faults]
+    doubts = [_doubt(text) for text in texts]
+    likely = [_likely(names, MARGIN + d) for names, d in zip(faults, doubts, strict=True)]
     left = {i for i, names in enumerate(likely) if names}
     while left:
 
@@ -92,7 +95,8 @@ def detect(texts: Sequence[bytes]) -> list[str]:
     # A text alone in its encoding is more likely in that of the others, where this fits as well.
     counts = collections.Counter(found)
     for i, names in enumerate(faults):
-        near = {name for name in _likely(names, NEAR) if counts[name] > 3 * counts[found[i]]}
+        fitting = _likely(names, NEAR + doubts[i])
+        near = {name for name in fitting if counts[name] > 3 * counts[found[i]]}
         found[i] = max(near, key=lambda name: counts[name], default=found[i])
     return found
 
@@ -116,7 +120,14 @@ def _faults(text: bytes) -> dict[str, float]:
         with contextlib.suppress(UnicodeDecodeError):
             fault = chaos.get(name, _REJECTED) + _fault(text.decode(name), name)
             faults[name] = fault + _RARE.get(name, 0.0)
+            if name in _OF_ONE_BYTE:
+                faults[name] += _doubt(text)
     return faults
+
+
+def _doubt(text: bytes) -> float:
+    """How little the letters of a text say: 0.45 for one that is not ASCII, 0 for four."""
+    return max(0.0, 0.6 - 0.15 * max(1, sum(byte > 0x7F for byte in text)))
 
 
 def _likely(faults: dict[str, float], margin: float) -> dict[str, float]:

@@ -59,6 +59,29 @@ def test_texts_of_several_encodings(names):
     assert decoded(pairs) == [written for _, written in pairs]
 
 
+SHORT = "été Ñu mûr là où Öl Bär Tür Kuß gås får ø æg pão mãe sí té más più é à Ñ né Âge œuf"
+
+
+def test_a_short_word_alone():
+    for written in SHORT.split():
+        assert decoded([("cp1252", written)]) == [written]
+    for written in ("кот", "лес", "мяч", "нос"):
+        assert decoded([("cp1251", written)]) == [written]
+
+
+def test_short_words_beside_others():
+    """A word of one or two letters is in the encoding of the other texts."""
+    for name, words in (
+        ("cp1252", [*SHORT.split(), "çà"]),
+        ("cp1251", ["кот", "дом", "лес", "мяч", "да", "я", "нос"]),
+        ("cp932", ["猫", "犬", "山", "赤い", "いぬ"]),
+        ("gb18030", ["猫", "狗", "山", "红花"]),
+    ):
+        assert decoded([(name, word) for word in words]) == words
+        beside = [*words[:2], *TEXTS[name]]
+        assert decoded([(name, written) for written in beside]) == beside
+
+
 def test_bytes_of_no_text():
     assert encodings.detect([b"\x81\x8d\x8f\x90\x9d\xff\xfe\x00\x01"]) in ([""], ["cp1251"])
     assert encodings.detect([]) == []
