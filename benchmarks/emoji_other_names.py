@@ -4,13 +4,13 @@
     for archive in *.tgz; do mkdir ${archive%.tgz}; tar xzf $archive -C ${archive%.tgz}; done
     python benchmarks/emoji_other_names.py FOLDER_OF_THE_ARCHIVES
 
-Aliases: of package `emoji` and short names of emoji-datasource, emojibase and JoyPixels (by way of
-emojibase). They hold letters only, no fragment of fewer than three, neither "black", "white" or
-"heavy" (outlines, in vendors' names) nor "family" (letters for its members). They have a word that
-the emoji's caption lacks, or fewer words. Keywords: Unicode's CLDR annotations (emojibase) with a
-word that the caption lacks, which belong to one emoji only and, by emojilib's independent list, to
-the same one only. Flags have no other names. A name belongs to one emoji and is no caption. What a
-reader then removed is in emoji_other_names.txt. The world itself reads the tables alone.
+Aliases: of package `emoji`, with its names of countries, and short names of emoji-datasource,
+emojibase and JoyPixels (by way of emojibase). They hold letters only, no fragment of fewer than
+three, neither "black", "white" or "heavy" (outlines, in vendors' names) nor "family" (letters for
+its members). They have a word that the emoji's caption lacks, or fewer words. Keywords: Unicode's
+CLDR annotations (emojibase) with a word that the caption lacks, which belong to one emoji only and,
+by emojilib's independent list, to the same one only. A name belongs to one emoji and is no caption.
+What a reader then removed is in emoji_other_names.txt. The world itself reads the tables alone.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ def aliases(folder: pathlib.Path) -> Rows:
     """Rows (hex code, name, source) of names that vendors use."""
     for sequence, data in emoji.EMOJI_DATA.items():
         if data["status"] == catalogue.FULLY_QUALIFIED:
-            yield from ((_hex(sequence), name, "emoji") for name in data.get("alias", ()))
+            country = [data["en"]] if catalogue.is_flag(_hex(sequence)) else []
+            names = [*data.get("alias", ()), *country]
+            yield from ((_hex(sequence), name, "emoji") for name in names)
     for data in json.loads((folder / DATASOURCE).read_text()):
         yield from ((data["unified"], name, "emoji-datasource") for name in data["short_names"])
     for source in ("emojibase", "joypixels"):
@@ -108,14 +110,14 @@ def chosen(rows: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
     """Rows that pass the rules of the head of this file, sorted; sources joined by commas."""
     entries = {_bare(entry.key): entry for entry in catalogue.entries() if not entry.tone}
     taken = {other_names.normalise(entry.caption) for entry in catalogue.entries()}
-    taken |= {other_names.normalise(data["en"]) for data in emoji.EMOJI_DATA.values()} | _removed()
+    taken |= {other_names.normalise(name) for name in _unicode_names()} | _removed()
     found: dict[str, dict[str, list[str]]] = {}
     for key, name, source in rows:
         entry, name = entries.get(_bare(key)), other_names.normalise(name)
-        if not entry or entry.group == "flags" or name in taken or not _is_phrase(name):
+        if not entry or name in taken or not _is_phrase(name):
             continue
         words, known = other_names.stems(name), other_names.stems(entry.caption)
-        if words - known or (source != "cldr" and words < known):
+        if words - known or (source != "cldr" and words and words < known):
             sources = found.setdefault(name, {}).setdefault(entry.key, [])
             sources.extend({source} - set(sources))
     one = [(*keys.popitem(), name) for name, keys in found.items() if len(keys) == 1]
@@ -124,6 +126,13 @@ def chosen(rows: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
         source = ",".join(name for name in sources if name != "cldr" or len(sources) == 1)
         unique.setdefault((key, other_names.stems(name)), (key, name, source))
     return sorted(unique.values())
+
+
+def _unicode_names() -> Iterator[str]:
+    """Names that captions say in other words; a country is another name of its flag."""
+    for sequence, data in emoji.EMOJI_DATA.items():
+        if not catalogue.is_flag(_hex(sequence)):
+            yield data["en"]
 
 
 def _is_phrase(name: str) -> bool:

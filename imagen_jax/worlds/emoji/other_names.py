@@ -15,6 +15,8 @@ from collections.abc import Iterable, Mapping
 
 import snowballstemmer
 
+from imagen_jax.worlds.emoji import catalogue
+
 FILE = pathlib.Path(__file__).parent / "other_names.tsv"
 # Words without content in a name; every other word counts, also "person" and "face".
 STOP_WORDS = frozenset(
@@ -31,7 +33,8 @@ class OtherName:
       key: OpenMoji's hex code of the untoned emoji.
       name: the name, normalised.
       kind: "alias": what vendors call the emoji, with a word that its caption lacks; "short": what
-        vendors call it, in fewer words of its caption; "keyword": a keyword of CLDR.
+        vendors call it, in fewer words of its caption; "flag": what vendors call a flag, the name
+        of a country or region; "keyword": a keyword of CLDR.
       new_word: whether none of its content-word stems occurs in a training caption.
     """
 
@@ -71,7 +74,7 @@ def usable(captions: Mapping[str, str]) -> list[OtherName]:
         OtherName(
             key=key,
             name=name,
-            kind=_kind(name, source, captions[key]),
+            kind="flag" if catalogue.is_flag(key) else _kind(name, source, captions[key]),
             new_word=not stems(name) & seen,
         )
         for key, name, source in _unique(read())

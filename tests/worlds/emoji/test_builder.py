@@ -85,7 +85,10 @@ def test_prompts_name_images_of_the_gallery(data_dir, gallery):
             assert row["untoned"] == image["untoned"] and row["group"] == image["group"]
             if split in splits.NAMES_SPLITS:
                 assert row["prompt"] != image["text"] and row["key"] == row["untoned"]
-                assert row["kind"] in ("alias", "short", "keyword") and image["kind"] == "train"
+                assert (
+                    row["kind"] in ("alias", "short", "flag", "keyword")
+                    and image["kind"] == "train"
+                )
             else:
                 assert row["prompt"] == image["text"] and row["kind"] == image["kind"]
                 assert row["new_word"] is False

@@ -19,7 +19,7 @@ DIGEST = "9a5ef0740110675fd96d536d83fc789c689fa259c886d79c18e125d09e60c0ed"
 WHITE = 255
 
 
-CAPTIONS = {"1F1": "black bird", "1F2": "cake", "1F3": "A caption"}
+CAPTIONS = {"1F1": "black bird", "1F2": "cake", "1F3": "A caption", "1F1E6-1F1E9": "flag"}
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_no_emoji_has_other_names_in_both_splits(names):
     assert sizes["names_test"] >= 300 and sizes["names_dev"] >= 150
     parts = {s: {name.key for name in names if split[name] == s} for s in sizes}
     assert not parts["names_test"] & parts["names_dev"]
-    for kind in ("alias", "short", "keyword"):
+    for kind in ("alias", "short", "flag", "keyword"):
         assert sum(name.kind == kind and split[name] == "names_test" for name in names) > 100
 
 
@@ -123,9 +123,16 @@ def test_a_name_of_two_emoji_is_not_used(tmp_path, monkeypatch):
 def test_the_kind_of_a_name(tmp_path, monkeypatch):
     file = tmp_path / "names.tsv"
     file.write_text("1F1\traven\tx\n1F1\tbird\tx\n1F2\tsome cake\tx,cldr\n1F2\tpie\tcldr\n")
+    file.write_text(file.read_text() + "1F1E6-1F1E9\tandorra\tx\n")
     monkeypatch.setattr(other_names, "FILE", file)
     kinds = {name.name: name.kind for name in other_names.usable(CAPTIONS)}
-    assert kinds == {"raven": "alias", "bird": "short", "some cake": "alias", "pie": "keyword"}
+    assert kinds == {
+        "raven": "alias",
+        "bird": "short",
+        "some cake": "alias",
+        "pie": "keyword",
+        "andorra": "flag",
+    }
 
 
 def test_images_are_art_on_white(entries):
