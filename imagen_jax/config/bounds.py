@@ -55,6 +55,7 @@ BOUNDS: dict[str, Bound] = {
     "data.max_quarantined": _SHARE,
     "data.mixture.*.min_size": _NATURAL,
     "data.mixture.*.max_quarantined": _SHARE,
+    "data.held_out": _DECAY,
     "data.image_size": _COUNT,
     "data.lowres_size": _NATURAL,
     "data.crop_from": _NATURAL,

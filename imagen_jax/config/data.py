@@ -130,6 +130,12 @@ class DataConfig(SourceConfig):
         "center_crop",
         "How an image becomes square: center_crop, random_crop (the largest square, at a position "
         "sampled in each epoch) or pad (the whole image, with bars of data.background).",
+    held_out: float = doc(
+        0.0,
+        "Share of the records of every source that training does not read, 0..1, chosen by a hash "
+        "of their names; evaluations in training read them.",
+        compiled=False,
+    )
     )
     background: str = doc(
         "white",

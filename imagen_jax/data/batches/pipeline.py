@@ -67,6 +67,7 @@ class Pipeline:
 
         Raises:
           EmbeddingError: captions without embeddings.
+          ConfigError: `data.held_out` leaves no record to train on.
         """
         absent = int((~store.contains(source.hashes())).sum())
         if absent:
@@ -76,7 +77,9 @@ class Pipeline:
                 f"config.data.embeddings={data.embeddings!r} lacks {absent} captions of "
                 f"{data.path!r}, the first: {first!r}; run `imagen embed` for this data"
             )
-        self.source, self.store, self.data, self.seed = source, store, data, seed
+        self._all_records = source
+        self.source = source.part("train", data.held_out) if data.held_out else source
+        self.store, self.data, self.seed = store, data, seed
         self.rows = np.arange(data.batch_size) if rows is None else np.asarray(rows)
         self.decode_jpeg_box: images.DecodeJpegBox | None = None
         stored = len(source) * (data.crop_from or data.image_size) ** 2 * 3
@@ -87,6 +90,17 @@ class Pipeline:
         """The same batches with other rows; the cache of images is shared."""
         other = copy.copy(self)
         other.rows = np.asarray(rows)
+        return other
+
+    def held_out(self) -> Pipeline:
+        """Batches of the records that training does not read, in an order of their own.
+
+        Raises:
+          ConfigError: `data.held_out` holds out none.
+        """
+        other = copy.copy(self)
+        other.source = self._all_records.part("held_out", self.data.held_out)
+        other._cache = {}
         return other
 
     def part(self, index: int, parts: int) -> Pipeline:

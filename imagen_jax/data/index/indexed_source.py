@@ -7,6 +7,8 @@ usable record and rejects the others. The order of the data is then arithmetic o
 
 from __future__ import annotations
 
+import copy
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +18,7 @@ from jaxtyping import Int
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.data.batches.order import permute
 from imagen_jax.data.index.table import Table
-from imagen_jax.data.sources.records import Decode, Quarantine, Reader, Record
+from imagen_jax.data.sources.records import Decode, Part, Quarantine, Reader, Record
 from imagen_jax.io import images
 
 
@@ -53,16 +55,48 @@ class IndexedSource:
         self._broken: set[int] = set()
         self.report = report
         self.fingerprint = table.fingerprint
+        self._numbers: np.ndarray | None = None  # of the records of a part; None: all
+        self._part: dict[str, Any] = {}
+
+    def part(self, part: Part, share: float) -> IndexedSource:
+        """The same source with the records of one part alone.
+
+        A record is held out by a hash of its key, whatever the other records are.
+
+        Args:
+          part: which one.
+          share: of the records that are held out, 0..1; 0: every record is for training.
+
+        Raises:
+          ConfigError: the part has no records.
+        """
+        if share == 0 and part == "train":
+            return self
+        held_out = (_uniform(self.table.key(i)) < share for i in range(len(self.table)))
+        chosen = np.fromiter(held_out, bool, len(self.table)) == (part == "held_out")
+        if not chosen.any():
+            raise ConfigError(
+                f"config.data.held_out={share} leaves no record to the part {part!r} of a source "
+                f"of {len(self.table)}; try 0.1"
+            )
+        other = copy.copy(self)
+        other._numbers = np.flatnonzero(chosen)
+        other._part = {"held_out": share, "part": part}
+        return other
 
     def __len__(self) -> int:
-        return len(self.table)
+        return len(self.table) if self._numbers is None else len(self._numbers)
+
+    def _number(self, i: int) -> int:
+        """The row of the table of record i."""
+        return i if self._numbers is None else int(self._numbers[i])
 
     def captions(self, i: int) -> tuple[str, ...]:
         """The captions of record i; decodes no image."""
-        return self.table.captions(i)
+        return self.table.captions(self._number(i))
 
     def hashes(self) -> np.ndarray:
-        """Hashes of the captions of all records, as in the embedding store."""
+        """Hashes of the captions of all records, of both parts, as in the embedding store."""
         return self.table.hashes()
 
     def order(self, g: Int[np.ndarray, " k"], seed: int) -> Int[np.ndarray, " k"]:
@@ -72,7 +106,7 @@ class IndexedSource:
 
     def order_spec(self) -> dict[str, Any]:
         """JSON values that, with the seed, determine the record of every example."""
-        return {"examples": len(self), "source": self.fingerprint}
+        return {"examples": len(self), "source": self.fingerprint, **self._part}
 
     def record(self, i: int, decode: Decode = images.decode) -> Record:
         """Record i, or the next one that decodes if it was damaged after the index pass.
@@ -87,7 +121,7 @@ class IndexedSource:
           ConfigError: no record decodes.
         """
         for offset in range(len(self)):
-            at = (i + offset) % len(self)
+            at = self._number((i + offset) % len(self))
             if at in self._broken:
                 continue
             key = self.table.key(at)
@@ -101,3 +135,9 @@ class IndexedSource:
                 self.report.add(key, str(error))
                 self._log(f"{key}: {error}; the next record is used in its place")
         raise ConfigError("config.data.path: no record can be decoded any more")
+
+
+def _uniform(key: str) -> float:
+    """A number in [0, 1) that depends on the key alone."""
+    digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:7], "big") / 2**56

@@ -15,7 +15,7 @@ from jaxtyping import Int
 
 from imagen_jax.config.data import mixture_block
 from imagen_jax.data.batches.order import permute
-from imagen_jax.data.sources.records import AnySource, Decode, Quarantine, Record
+from imagen_jax.data.sources.records import AnySource, Decode, Part, Quarantine, Record
 from imagen_jax.io import images
 
 # Added to the seed: sources of equal size and the blocks get different permutations.
@@ -34,12 +34,21 @@ class Mixture:
     def __init__(self, sources: Mapping[str, AnySource], rates: Mapping[str, float]) -> None:
         """Mixes `sources` at `rates`, both by name. Raises ConfigError: see `mixture_block`."""
         self.sources = dict(sources)
+        self._rates = dict(rates)
+        self._part: dict[str, Any] = {}
         self._block = mixture_block(dict(rates))
         self._counts = np.array(list(self._block.values()), np.int64)
         # First slot of each source in a block.
         self._slots = np.cumsum(self._counts) - self._counts
         self._ends = np.cumsum([len(source) for source in self.sources.values()])
         self.fingerprint = "+".join(source.fingerprint for source in self.sources.values())
+
+    def part(self, part: Part, share: float) -> Mixture:
+        """One part of every source, at the same rates; see `IndexedSource.part`."""
+        sources = {name: source.part(part, share) for name, source in self.sources.items()}
+        mixture = Mixture(sources, self._rates)
+        mixture._part = {"held_out": share, "part": part}
+        return mixture
 
     @property
     def report(self) -> Quarantine:
@@ -91,6 +100,7 @@ class Mixture:
             "examples": len(self),
             "source": self.fingerprint,
             "block": list(self._block.values()),
+            **self._part,
         }
 
     def _locate(self, i: int) -> tuple[str, AnySource, int]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import collections
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -278,4 +278,12 @@ class AnySource(Protocol):
 
     def order_spec(self) -> dict[str, Any]:
         """JSON values that, with the seed, determine the record of every example."""
+        ...
+# The records that training reads, and those that it does not, for evaluation.
+Part = Literal["train", "held_out"]
+
+
+
+    def part(self, part: Part, share: float) -> AnySource:
+        """The records for training, or the share of them that is held out by a hash."""
         ...
