@@ -74,6 +74,10 @@ class SourceConfig:
     def __post_init__(self) -> None:
         check_choice("data.check", self.check, ("decode", "header"))
 
+    def fields(self) -> tuple[str, ...]:
+        """Names of the metadata of a sample that the index has to hold, sorted."""
+        return ()
+
 
 @dataclasses.dataclass(frozen=True)
 class ComponentConfig(SourceConfig):
@@ -136,6 +140,10 @@ class DataConfig(SourceConfig):
         "of their names; evaluations in training read them.",
         compiled=False,
     )
+    fit: str = doc(
+        "center_crop",
+        "How an image becomes square: center_crop, random_crop (the largest square, at a position "
+        "sampled in each epoch) or pad (the whole image, with bars of data.background).",
     )
     background: str = doc(
         "white",

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from imagen_jax.config.data import SourceConfig
-from imagen_jax.data.index import scan
+from imagen_jax.data.index import folders, scan
 from imagen_jax.data.sources.folder import Folder, list_files
 from imagen_jax.data.sources.registry import SOURCES
 from tests.reference.tfrecords import example, record
@@ -244,7 +244,7 @@ def test_an_index_without_a_home_is_found_again(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
-    monkeypatch.setattr(scan.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
+    monkeypatch.setattr(folders.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
     access = os.access
     data = str(tmp_path / "data")
@@ -252,7 +252,7 @@ def test_an_index_without_a_home_is_found_again(tmp_path, monkeypatch):
     source = SourceConfig(kind="folder", path=data)
     with pytest.warns(UserWarning, match="XDG_CACHE_HOME"):
         first = scan.cached_index(Folder(source), source)
-    monkeypatch.setattr(scan, "build", lambda *_: pytest.fail("the index is built again"))
+    monkeypatch.setattr(scan, "_build_index", lambda *_: pytest.fail("the index is built again"))
     second = scan.cached_index(Folder(source), source)
     assert first[2] == second[2] and first[2].is_relative_to(tmp_path / "tmp")
     assert not (tmp_path / "~").exists()

@@ -148,7 +148,7 @@ def test_the_index_is_cached_until_a_file_or_a_limit_changes(tmp_path, monkeypat
     write_image(tmp_path / "b.png")
     first = registry.open_source(folder_config(tmp_path))
     with monkeypatch.context() as blocked:
-        blocked.setattr(registry.scan, "build", None)
+        blocked.setattr(registry.scan, "_build_index", None)
         again = registry.open_source(folder_config(tmp_path))
     assert again.fingerprint == first.fingerprint
     assert again.record(1).captions == first.record(1).captions

@@ -27,7 +27,7 @@ from collections.abc import Iterator
 
 _IMAGES = ("io.images", "io.rendering", "io.colour")
 _BOXES = (*_IMAGES, "io.isobmff", "io.icc")
-_INDEX = ("data.index.scan", "data.sources.records")
+_INDEX = ("data.index.check", "data.index.scan", "data.sources.records")
 _TEXT = ("io.text", "io.encodings")
 _FOLDER = (*_INDEX, *_TEXT, "data.sources.folder", "data.sources.metadata", "data.sources.captions")
 # Modules of the readers, by the start of their names.
@@ -36,7 +36,7 @@ MODULES = {
     "avif": _BOXES,
     "heif": _BOXES,
     "tfrecord": (*_INDEX, "data.sources.tfrecord"),
-    "tar": (*_INDEX, "data.sources.webdataset", "data.sources.captions"),
+    "tar": (*_INDEX, "data.sources.tar", "data.sources.webdataset", "data.sources.captions"),
     "parquet": (*_INDEX, "data.sources.parquet"),
     "captions": _FOLDER,
     "prompts": (*_TEXT, "inference.prompts"),

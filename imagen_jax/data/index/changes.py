@@ -70,9 +70,7 @@ def _records(table: Table) -> dict[str, tuple[int, tuple[str, ...]]]:
 
 def _find(cache: pathlib.Path, fingerprint: str) -> Table | None:
     """The cached index with a fingerprint."""
-    for folder in scan.cache_folders(cache):
-        for index in sorted(folder.glob("index_*")):
-            file = index / "fingerprint.txt"
-            if file.is_file() and file.read_text() == fingerprint:
-                return Table.load(index)
+    for found, load in scan.read_indexes(cache):
+        if found == fingerprint:
+            return load()
     return None

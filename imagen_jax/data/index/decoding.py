@@ -17,12 +17,21 @@ MAX_WAITING = 100_000  # Records.
 
 
 class RecordCheck(NamedTuple):
-    """Result of checking a record: bytes of its encoded image; a fault, or notes."""
+    """Result of checking a record.
+
+    Attributes:
+      item: the record.
+      size: bytes of its encoded image.
+      fault: why it cannot be used; "": it can.
+      notes: on a usable record.
+      image_size: width and height, pixels.
+    """
 
     item: Item
     size: int
     fault: str
     notes: tuple[str, ...]
+    image_size: tuple[int, int] = (0, 0)
 
 
 def decode_captions(checks: Iterable[RecordCheck]) -> Iterator[RecordCheck]:

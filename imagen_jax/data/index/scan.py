@@ -1,200 +1,262 @@
-"""The index pass: reads and checks every record of a source once.
+"""The index pass: reads and checks every record of a source once, shard by shard.
 
-All kinds of source are checked by the same rules, and images are read as in training. The result is
-a table of the usable records and a report on the rejected ones, cached beside the data, or in the
-user's cache if the data folder is read-only.
+The rows of a shard are published as a file as soon as it is checked (`shard.py`), so that a pass
+that is killed goes on where it was, and shards that are added later are the only ones read
+(`known.py`). Many shards are shared by processes, one per processor. The index of a source is the
+list of its shards and the sum of their reports, cached beside the data, or in the user's cache if
+the data folder is read-only.
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
+import dataclasses
 import hashlib
-import itertools
 import json
+import multiprocessing
 import os
 import pathlib
-import stat
-import tempfile
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar, cast
-
-from PIL import Image
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
 
 from imagen_jax.config.data import SourceConfig
 from imagen_jax.config.fields import ConfigError
-from imagen_jax.data.index.decoding import RecordCheck, decode_captions
-from imagen_jax.data.index.table import Table, TableWriter
-from imagen_jax.data.sources.records import (
-    Item,
-    Quarantine,
-    Reader,
-    caption_fault,
-    caption_notes,
-    clean,
-    size_fault,
-)
-from imagen_jax.io import atomic, images
+from imagen_jax.data.index import known
+from imagen_jax.data.index import shard as shard_file
+from imagen_jax.data.index.check import check_shard
+from imagen_jax.data.index.folders import cache_folders, writable
+from imagen_jax.data.index.known import ShardFile
+from imagen_jax.data.index.shard import Shard
+from imagen_jax.data.index.table import Entry, Table
+from imagen_jax.data.sources import files
+from imagen_jax.data.sources.records import Quarantine, Reader, ShardedReader
+from imagen_jax.io import atomic
 
-LAYOUT = 3  # Increased when the meaning of a cached index changes.
-CHUNK = 32  # Records per task of a thread.
-A = TypeVar("A")
-B = TypeVar("B")
+LAYOUT = 4  # Increased when the meaning of a cached index changes.
+ONE_FILE_LAYOUT = 3  # The earlier layout: all shards in one table. Such an index is used as it is.
+# Bytes of shards to read from which processes are started; each takes seconds to start.
+SHARED_FROM = 256 << 20
+REPORT_EVERY = 20.0  # Seconds between progress lines.
+
+MakeReader = Callable[[SourceConfig], Reader]
+Log = Callable[[str], None]
 
 
-def cached_index(reader: Reader, source: SourceConfig) -> tuple[Table, Quarantine, pathlib.Path]:
+def cached_index(
+    reader: Reader,
+    source: SourceConfig,
+    make_reader: MakeReader | None = None,
+    log: Log = print,
+) -> tuple[Table, Quarantine, pathlib.Path]:
     """Loads the cached index of the data, or builds and caches it.
+
+    Args:
+      reader: of the source.
+      source: the rules.
+      make_reader: makes the same reader in other processes; None: this process does all.
+      log: called with lines on the progress of a long pass.
 
     Returns:
       The usable records, the report, and the file that holds the report.
     """
-    rules = [LAYOUT, source.kind, source.min_size, source.check]
-    digest = hashlib.sha256(json.dumps([*rules, *reader.identity]).encode()).hexdigest()[:16]
-    name = f"index_{digest}"
+    names = [_index_name(reader, source, layout) for layout in (LAYOUT, ONE_FILE_LAYOUT)]
+    if source.fields():
+        names.pop()  # The earlier layout has no fields.
     folders = cache_folders(reader.cache)
-    cache = next((folder for folder in folders if (folder / name).exists()), None)
-    if cache is None:
-        cache = _writable(folders)
-        _write_index(*build(reader, source), cache / name)
-    content = json.loads((cache / name / "report.json").read_text("utf-8"))
-    report = Quarantine(
-        rejected=[(key, reason) for key, reason in content["rejected"]],
-        total=content["total"],
-        notes={kind: [(k, n) for k, n in pairs] for kind, pairs in content["notes"].items()},
-        noted=content["noted"],
-        captions={int(number): images for number, images in content["captions"].items()},
-        ignored={kind: (count, first) for kind, (count, first) in content["ignored"].items()},
-    )
+    found = [(folder, name) for name in names for folder in folders if (folder / name).exists()]
+    if not found:
+        folder = writable(folders)
+        _build_index(reader, source, folder, make_reader, log)
+        found = [(folder, names[0])]
+    cache, name = found[0]
+    report = Quarantine()
+    report.merge(json.loads((cache / name / "report.json").read_text("utf-8")))
     report_file = cache / "quarantine.json"
     with contextlib.suppress(OSError):  # A shared index may be read-only for this user.
         text = json.dumps(report.as_json(), indent=1, ensure_ascii=False)
         atomic.write_text(report_file, text, errors="backslashreplace")
-    return Table.load(cache / name), report, report_file
+    return Table.load(cache / name, cache / "shards"), report, report_file
 
 
-def build(reader: Reader, source: SourceConfig) -> tuple[Table, Quarantine]:
-    """Checks every record, with one thread per processor."""
-    table, report = TableWriter(), Quarantine()
-    items = iter(reader.scan())
-    chunks = iter(lambda: list(itertools.islice(items, CHUNK)), [])
-    checked = _in_parallel(lambda chunk: [_check_image(reader, i, source) for i in chunk], chunks)
-    usable = 0
-    for item, size, fault, notes in decode_captions(itertools.chain.from_iterable(checked)):
-        captions = cast("tuple[str, ...]", item.captions)
-        if item.ignored:
-            report.ignore(item.key, item.ignored)
-        elif fault := fault or caption_fault(captions):
-            report.add(item.key, fault)
-        else:
-            usable += 1
-            kept = clean(captions)
-            table.append(item.key, kept, size, item.location)
-            report.captions[len(kept)] = report.captions.get(len(kept), 0) + 1
-            for note in (*notes, *caption_notes(captions)):
-                report.note(item.key, note)
-    report.total = usable + len(report.rejected)
-    return table.finish(), report
+def build(
+    reader: Reader, source: SourceConfig, threads: int | None = None
+) -> tuple[Table, Quarantine]:
+    """Checks every record in this process and keeps the rows in memory.
+
+    Args:
+      reader: of the source.
+      source: the rules.
+      threads: that read images; None: one per processor.
+    """
+    shards: dict[str, Shard] = {}
+    entries, report = [], Quarantine()
+    for number, name in enumerate(_shard_names(reader)):
+        columns, content = _check(reader, source, number, threads or _processors())
+        shards[str(number)] = Shard(columns)
+        entries.append(_entry(name, str(number), content))
+        report.merge(content, name)
+    return Table(entries, shards.__getitem__), report
 
 
-def _check_image(reader: Reader, item: Item, source: SourceConfig) -> RecordCheck:
-    """Reads the image of a record and checks it."""
-    if item.fault or item.ignored:
-        return RecordCheck(item, 0, item.fault, ())
-    try:
-        data = reader.read(item.key, item.location)
-        info = images.inspect_image(data, source.check)
-    except images.ImageError as error:
-        return RecordCheck(item, 0, str(error), ())
-    except OSError as error:
-        return RecordCheck(item, 0, f"unreadable ({error.strerror})", ())
-    fault = size_fault(min(info.size), source.min_size)
-    notes = (*item.notes, *_name_notes(item.key, info.format), *info.notes)
-    return RecordCheck(item, len(data), fault, notes)
-
-
-def _name_notes(key: str, format: str) -> list[str]:
-    suffix = pathlib.PurePosixPath(key).suffix.lower()
-    expected = Image.registered_extensions().get(suffix)
-    notes = [] if key.isascii() else ["name not in ASCII"]
-    if expected and expected != {"MPO": "JPEG"}.get(format, format):
-        notes.append(f"wrong extension ({suffix} on a {format})")
-    return notes
-
-
-def _in_parallel(work: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
-    """`map` by threads, in order and with bounded lookahead; Pillow decodes without the GIL."""
-    threads = os.cpu_count() or 1
-    with ThreadPoolExecutor(threads) as pool:
-        pending = collections.deque()
-        for item in items:
-            pending.append(pool.submit(work, item))
-            if len(pending) > 2 * threads:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-
-
-def _write_index(table: Table, report: Quarantine, folder: pathlib.Path) -> None:
-    """Writes the index; one that another process has written meanwhile stays."""
-    content = {
-        "total": report.total,
-        "rejected": report.rejected,
-        "notes": report.notes,
-        "noted": report.noted,
-        "captions": report.captions,
-        "ignored": report.ignored,
-    }
-    with atomic.folder(folder, replace=False) as temporary:
+def _build_index(
+    reader: Reader,
+    source: SourceConfig,
+    cache: pathlib.Path,
+    make_reader: MakeReader | None,
+    log: Log,
+) -> None:
+    """Checks the shards that are not known, and writes the index of all."""
+    rules = [LAYOUT, source.kind, source.min_size, source.check, list(source.fields())]
+    shards = []
+    if isinstance(reader, ShardedReader):
+        shards = known.identify(reader, [*rules, *reader.identity[1:]], cache)
+        rows = [shard.rows for shard in shards]
+    else:
+        name = _index_name(reader, source, LAYOUT).replace("index", "whole")
+        rows = [cache / "shards" / f"{name}.safetensors"]
+    missing = [number for number, path in enumerate(rows) if not path.exists()]
+    if len(missing) > 1 and make_reader is not None and _is_worth_sharing(shards, missing):
+        _share(source, shards, missing, make_reader, log)
+    else:
+        progress = _Progress(len(missing), log)
+        for number in missing:
+            _publish(reader, source, number, rows[number], shards[number].stat if shards else [])
+            progress.add()
+    entries, report = [], Quarantine()
+    for name, path in zip(_shard_names(reader), rows, strict=True):
+        content = shard_file.read_report(path)
+        entries.append(_entry(name, path.name, content))
+        report.merge(content, name)
+    table = Table(entries, lambda file: shard_file.read(cache / "shards" / file))
+    # An index that another process has written meanwhile stays.
+    with atomic.folder(cache / _index_name(reader, source, LAYOUT), replace=False) as temporary:
         table.save(temporary)
-        (temporary / "report.json").write_text(json.dumps(content), encoding="utf-8")
+        known.write_files(temporary, shards)
+        text = json.dumps(dataclasses.asdict(report))
+        (temporary / "report.json").write_text(text, encoding="utf-8")
 
 
-def cache_folders(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Where an index may be: `folder`, the user's cache, the user's folder of temporary files.
-
-    The last one is for read-only data and a user without a home folder, as in containers. Its name
-    is the same in every command, so the index is found again.
-    """
-    name = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    homes = [pathlib.Path(home) / "imagen_jax"] if os.path.isabs(home) else []
-    own = [root for root in (_temporary(),) if not root.exists() or _is_own(root)]
-    return [folder, *(root / name for root in (*homes, *own))]
+def _index_name(reader: Reader, source: SourceConfig, layout: int) -> str:
+    rules: list[Any] = [layout, source.kind, source.min_size, source.check]
+    if source.fields():
+        rules.append(list(source.fields()))
+    text = json.dumps([*rules, *reader.identity])
+    return f"index_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
-def _temporary() -> pathlib.Path:
-    return pathlib.Path(tempfile.gettempdir()) / f"imagen_jax_{os.getuid()}"
+def _shard_names(reader: Reader) -> list[str]:
+    """The names with which the keys of the shards' records begin; one "" for a whole source."""
+    return files.names(reader.shards) if isinstance(reader, ShardedReader) else [""]
 
 
-def _is_own(folder: pathlib.Path) -> bool:
-    """Whether this is a folder, no link, of this user."""
-    status = folder.lstat()
-    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
+def _entry(name: str, file: str, content: dict[str, Any]) -> Entry:
+    return Entry(name, file, content["digest"], content["records"], content["texts"])
 
 
-def _writable(folders: list[pathlib.Path]) -> pathlib.Path:
-    """The first folder that is writable, created if missing; warns if it is a temporary one.
+def _check(reader: Reader, source: SourceConfig, number: int, threads: int):
+    """The columns and the report of a shard."""
+    if not isinstance(reader, ShardedReader):
+        return check_shard(reader, reader.scan(), source, threads=threads)
+    # Reading headers holds the GIL: threads would only wait for each other.
+    threads = 1 if source.check == "header" else threads
+    name = _shard_names(reader)[number]
+    return check_shard(reader, reader.scan_shard(number), source, name=name, threads=threads)
 
-    Raises:
-      ConfigError: none is.
-    """
-    for folder in folders:
-        is_temporary = folder.parent == _temporary()
+
+def _publish(
+    reader: Reader,
+    source: SourceConfig,
+    number: int,
+    rows: pathlib.Path,
+    stat: Sequence[int],
+    threads: int | None = None,
+) -> None:
+    """Checks a shard and writes the file of its rows."""
+    columns, report = _check(reader, source, number, threads or _processors())
+    shard_file.write(rows, columns, {**report, "stat": list(stat)})
+
+
+def _processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _is_worth_sharing(shards: Sequence[ShardFile], missing: Sequence[int]) -> bool:
+    return _processors() > 1 and sum(shards[n].size for n in missing) >= SHARED_FROM
+
+
+def _share(
+    source: SourceConfig,
+    shards: Sequence[ShardFile],
+    missing: Sequence[int],
+    make_reader: MakeReader,
+    log: Log,
+) -> None:
+    """Checks shards in processes. Raises ConfigError: that of a process, or one was killed."""
+    progress = _Progress(len(missing), log)
+    # Not by fork: JAX has threads.
+    context = multiprocessing.get_context("spawn")
+    workers = min(_processors(), len(missing))
+    with ProcessPoolExecutor(workers, context, _start_worker, (make_reader, source)) as pool:
+        tasks = [pool.submit(_work, n, shards[n].rows, shards[n].stat) for n in missing]
         try:
-            if is_temporary:
-                folder.parent.mkdir(mode=0o700, exist_ok=True)
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError:
-            continue
-        if os.access(folder, os.W_OK):
-            if is_temporary:
-                warnings.warn(
-                    f"the index is kept in {folder}, which the system may delete: neither the data "
-                    "nor a home folder is writable; set XDG_CACHE_HOME to a lasting folder",
-                    stacklevel=2,
-                )
-            return folder
-    names = ", ".join(map(str, folders))
-    raise ConfigError(f"no folder for the index is writable ({names}); set XDG_CACHE_HOME to one")
+            for task in as_completed(tasks):
+                task.result()
+                progress.add()
+        except BrokenProcessPool:
+            raise ConfigError(
+                f"config.data.path={source.path!r}: a process of the index pass was killed, "
+                "perhaps for lack of memory; run the same command again, it continues there"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_worker: tuple[Reader, SourceConfig] | None = None  # Of a process of `_share`.
+
+
+def _start_worker(make_reader: MakeReader, source: SourceConfig) -> None:
+    global _worker
+    _worker = make_reader(source), source
+    parent = multiprocessing.parent_process()
+
+    def end_with_parent() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _work(number: int, rows: pathlib.Path, stat: Sequence[int]) -> None:
+    assert _worker is not None
+    _publish(*_worker, number, rows, stat, threads=1)
+
+
+class _Progress:
+    """Logs how many shards are checked."""
+
+    def __init__(self, total: int, log: Log) -> None:
+        self._total, self._log, self._done = total, log, 0
+        self._started = self._reported = time.monotonic()
+
+    def add(self) -> None:
+        """Counts a shard; logs a line every `REPORT_EVERY` seconds."""
+        self._done += 1
+        now = time.monotonic()
+        if now - self._reported >= REPORT_EVERY:
+            self._reported = now
+            left = (now - self._started) * (self._total - self._done) / self._done
+            self._log(f"index: {self._done:,} of {self._total:,} shards, {left:,.0f} s left")
+
+
+def read_indexes(cache: pathlib.Path) -> Iterator[tuple[str, Callable[[], Table]]]:
+    """Fingerprint and opener of every index of the data whose indexes are in `cache`."""
+    for folder in cache_folders(cache):
+        for index in sorted(folder.glob("index_*")):
+            file = index / "fingerprint.txt"
+            if file.is_file():
+                yield file.read_text(), lambda at=index: Table.load(at, at.parent / "shards")

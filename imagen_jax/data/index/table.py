@@ -1,131 +1,182 @@
-"""The table of an index: one row per usable record, in memory-mapped columns.
+"""The table of an index: the usable records of all shards, in the order of the shards.
 
-Ten million records with one caption of 60 letters each take about 2 GB on disk; pages are read on
-access, so little memory is used.
+The rows stay in the files of the shards (`shard.py`), of which the last used ones are mapped. A
+table holds some numbers per shard, so a billion records in a hundred thousand shards open at once.
 """
 
 from __future__ import annotations
 
-import array
+import bisect
+import functools
 import hashlib
+import itertools
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from imagen_jax.data.embeddings.unit_file import HASH_BYTES, caption_hash
+from imagen_jax.data.index import shard as shard_file
+from imagen_jax.data.index.shard import Shard
 
 Location = tuple[int, int, int]
+MAX_MAPPED = 1024  # Files of shards; the number of maps of a process is limited.
+# Records up to which the fingerprint is the hash of all rows, as in earlier versions; beyond, it is
+# the hash of the shards' hashes.
+ROWS_HASHED = 1 << 19
+_LIST = "shards.json"
 
 
-class TableWriter:
-    """Collects rows in memory, about as many bytes as the table will have."""
+class Entry(NamedTuple):
+    """A shard in a table.
 
-    def __init__(self) -> None:
-        self._keys, self._texts, self._hashes = bytearray(), bytearray(), bytearray()
-        self._numbers = {name: array.array("q") for name in Table.NUMBERS}
-        self._digest = hashlib.sha256(b"[")
+    Attributes:
+      name: of its file; the keys of its records begin with it.
+      file: of its rows, in the folder of the shards' files.
+      digest: hash of its rows.
+      records, captions: numbers of them.
+    """
 
-    def append(self, key: str, captions: Sequence[str], size: int, location: Location) -> None:
-        """Adds a record.
-
-        Args:
-          key: its stable name.
-          captions: at least one.
-          size: bytes of its encoded image.
-          location: where its reader finds the image.
-        """
-        numbers = self._numbers
-        self._digest.update(b", " if numbers["sizes"] else b"")
-        self._digest.update(json.dumps([key, size, *captions]).encode())
-        self._keys += _encoded(key)
-        for text in captions:
-            self._texts += _encoded(text)
-            self._hashes += caption_hash(text)
-            numbers["text_ends"].append(len(self._texts))
-        numbers["key_ends"].append(len(self._keys))
-        numbers["caption_ends"].append(len(numbers["text_ends"]))
-        numbers["sizes"].append(size)
-        numbers["places"].extend(location)
-
-    def finish(self) -> Table:
-        """The table of all rows."""
-        self._digest.update(b"]")
-        numbers = {name: np.frombuffer(column, np.int64) for name, column in self._numbers.items()}
-        return Table(
-            self._digest.hexdigest()[:16],
-            keys=np.frombuffer(self._keys, np.uint8),
-            texts=np.frombuffer(self._texts, np.uint8),
-            hashes=np.frombuffer(self._hashes, np.uint8),
-            **numbers,
-        )
+    name: str
+    file: str
+    digest: str
+    records: int
+    captions: int
 
 
 class Table:
-    """Random access to the rows of an index.
+    """Random access to the records of an index.
 
     Attributes:
       fingerprint: hash of all keys, sizes and captions, 16 hex digits.
+      entries: the shards.
     """
 
-    NUMBERS = ("key_ends", "text_ends", "caption_ends", "sizes", "places")
+    def __init__(
+        self,
+        entries: Sequence[Entry],
+        open_shard: Callable[[str], Shard],
+        fingerprint: str = "",
+        selected: np.ndarray | None = None,
+    ) -> None:
+        """A table of shards.
 
-    def __init__(self, fingerprint: str, **columns: np.ndarray) -> None:
-        """Use `TableWriter` or `load`."""
-        self.fingerprint = fingerprint
-        self._columns = columns
+        Args:
+          entries: the shards, in order.
+          open_shard: their rows, by `Entry.file`.
+          fingerprint: "": computed.
+          selected: row numbers of the records, ascending; None: all rows.
+        """
+        self.entries = list(entries)
+        self._open = functools.lru_cache(MAX_MAPPED)(open_shard)
+        self._ends = list(itertools.accumulate(entry.records for entry in self.entries))
+        self._selected = selected
+        self.fingerprint = fingerprint or self._fingerprint()
 
     def __len__(self) -> int:
-        return len(self._columns["sizes"])
+        return self.rows if self._selected is None else len(self._selected)
+
+    @property
+    def rows(self) -> int:
+        """Number of records before the selection."""
+        return self._ends[-1] if self._ends else 0
 
     def key(self, i: int) -> str:
         """Name of record i."""
-        return self._text("keys", *self._span("key_ends", i))
+        number, shard, row = self._locate(i)
+        return self.entries[number].name + shard.key(row)
 
     def captions(self, i: int) -> tuple[str, ...]:
         """Captions of record i, at least one."""
-        first, last = self._span("caption_ends", i)
-        return tuple(self._text("texts", *self._span("text_ends", k)) for k in range(first, last))
+        _, shard, row = self._locate(i)
+        return shard.captions(row)
+
+    def kinds(self, i: int) -> tuple[int, ...]:
+        """The number in `data.captions` of each caption of record i; (): it is not set."""
+        _, shard, row = self._locate(i)
+        return shard.kinds(row)
 
     def size(self, i: int) -> int:
         """Bytes of the encoded image of record i."""
-        return int(self._columns["sizes"][i])
+        _, shard, row = self._locate(i)
+        return shard.size(row)
 
     def location(self, i: int) -> Location:
         """Location of the image of record i, in the terms of its reader."""
-        file, offset, size = self._columns["places"][3 * i : 3 * i + 3].tolist()
-        return file, offset, size
+        number, shard, row = self._locate(i)
+        *file, first, second = shard.place(row)
+        return (file[0] if file else number), first, second
 
     def hashes(self) -> np.ndarray:
         """Hashes of all captions in order, S16 as in the embedding store."""
-        return self._columns["hashes"].view(f"S{HASH_BYTES}")
+        parts = [shard.hashes() for _, shard in self.shards()]
+        if self._selected is not None:
+            counts = np.concatenate([shard.caption_counts() for _, shard in self.shards()])
+            chosen = np.zeros(self.rows, bool)
+            chosen[self._selected] = True
+            return np.concatenate(parts)[np.repeat(chosen, counts)]
+        return np.concatenate(parts) if parts else np.zeros(0, "S16")
+
+    def shards(self) -> Iterator[tuple[Entry, Shard]]:
+        """All shards with records, before the selection."""
+        for entry in self.entries:
+            if entry.records:
+                yield entry, self._open(entry.file)
+
+    def select(self, rows: np.ndarray) -> Table:
+        """The records with these row numbers, ascending."""
+        digest = hashlib.sha256(self.fingerprint.encode())
+        digest.update(np.ascontiguousarray(rows, "<i8").tobytes())
+        return Table(self.entries, self._open, digest.hexdigest()[:16], rows)
 
     def save(self, folder: pathlib.Path) -> None:
-        """Writes one file per column."""
-        for name, column in self._columns.items():
-            np.save(folder / f"{name}.npy", column)
+        """Writes the list of shards, for `load`."""
+        rows = [list(entry) for entry in self.entries]
+        (folder / _LIST).write_text(json.dumps(rows), encoding="utf-8")
         (folder / "fingerprint.txt").write_text(self.fingerprint)
 
     @classmethod
-    def load(cls, folder: pathlib.Path) -> Table:
-        """Memory-maps the files written by `save`."""
-        names = ("keys", "texts", "hashes", *cls.NUMBERS)
-        columns = {name: _open(folder / f"{name}.npy") for name in names}
-        return cls((folder / "fingerprint.txt").read_text(), **columns)
+    def load(cls, folder: pathlib.Path, shards: pathlib.Path) -> Table:
+        """Opens the index in `folder`, of any layout.
 
-    def _span(self, name: str, i: int) -> tuple[int, int]:
-        ends = self._columns[name]
-        return (int(ends[i - 1]) if i else 0), int(ends[i])
+        Args:
+          folder: of `save`, or of an index of the first layout, whose columns hold all records.
+          shards: the folder of the shards' files.
+        """
+        fingerprint = (folder / "fingerprint.txt").read_text()
+        if (folder / _LIST).exists():
+            rows = json.loads((folder / _LIST).read_text("utf-8"))
+            entries = [Entry(*row) for row in rows]
+            return cls(entries, lambda name: shard_file.read(shards / name), fingerprint)
+        whole = Shard({path.stem: _mapped(path) for path in folder.glob("*.npy")})
+        entry = Entry("", "", "", len(whole), len(whole.hashes()))
+        return cls([entry], lambda _: whole, fingerprint)
 
-    def _text(self, name: str, start: int, end: int) -> str:
-        return self._columns[name][start:end].tobytes().decode("utf-8", "surrogatepass")
+    def _locate(self, i: int) -> tuple[int, Shard, int]:
+        """Number of the shard of record i, the shard, and the number of the row in it."""
+        row = i if self._selected is None else int(self._selected[i])
+        if not 0 <= row < self.rows:
+            raise IndexError(i)
+        number = bisect.bisect_right(self._ends, row)
+        entry = self.entries[number]
+        return number, self._open(entry.file), row - self._ends[number] + entry.records
+
+    def _fingerprint(self) -> str:
+        if self.rows > ROWS_HASHED:
+            parts = [[entry.name, entry.digest] for entry in self.entries if entry.records]
+            return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+        digest, separator = hashlib.sha256(b"["), b""
+        for entry, shard in self.shards():
+            for i in range(entry.records):
+                key = entry.name + shard.key(i)
+                row = shard_file.row_bytes(key, shard.size(i), shard.captions(i))
+                digest.update(separator + row)
+                separator = b", "
+        digest.update(b"]")
+        return digest.hexdigest()[:16]
 
 
-def _open(path: pathlib.Path) -> np.ndarray:
+def _mapped(path: pathlib.Path) -> np.ndarray:
     # A plain array on the same memory: slicing a np.memmap is several times slower.
     return np.asarray(np.load(path, mmap_mode="r"))
-
-
-def _encoded(text: str) -> bytes:
-    return text.encode("utf-8", "surrogatepass")

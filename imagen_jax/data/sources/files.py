@@ -75,6 +75,11 @@ class Files:
         for descriptor in self._open.values():
             os.close(descriptor)
 
+    def read_start(self, location: tuple[int, int, int], count: int) -> tuple[bytes, int]:
+        """At most `count` first bytes of a file number, offset and size; and the size."""
+        number, offset, size = location
+        return self.read(number, offset, min(size, count)), size
+
     def read(self, number: int, offset: int, size: int) -> bytes:
         """Reads `size` bytes of file `number` at `offset`. Raises ImageError: it is shorter."""
         if len(self.paths) <= MAX_OPEN_FILES:

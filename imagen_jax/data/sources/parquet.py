@@ -45,7 +45,8 @@ class ParquetReader:
                 f"config.data.kind='parquet' needs the module {error.name!r}; install pyarrow"
             ) from None
         paths = files.find(source.path, [".parquet"])
-        self._source, self._files = source, files.Files(paths)
+        self._source, self._files, self.shards = source, files.Files(paths), paths
+        self._names = files.names(paths)
         self.cache = files.cache_folder(source.path, paths)
         self.identity = [files.stats(paths), source.image_key, source.caption_key]
         self._groups: collections.OrderedDict[tuple[int, int], Any] = collections.OrderedDict()
@@ -53,26 +54,38 @@ class ParquetReader:
 
     def scan(self) -> Iterator[Item]:
         """Lists the rows in the order of the files. Raises ConfigError: a missing column."""
-        for number, name in enumerate(files.names(self._files.paths)):
+        for number in range(len(self.shards)):
+            yield from self.scan_shard(number)
+
+    def scan_shard(self, number: int) -> Iterator[Item]:
+        """Lists the rows of a file. Raises ConfigError: a missing column."""
+        name = self._names[number]
+        try:
+            table = self._pq.ParquetFile(self.shards[number])
+        except _DAMAGED as error:
+            yield Item(name, fault=f"unreadable ({' '.join(str(error).split())})")
+            return
+        self._check_columns(table.schema_arrow.names)
+        row = 0
+        for group in range(table.num_row_groups):
             try:
-                table = self._pq.ParquetFile(self._files.paths[number])
+                items = list(self._group_items(table, number, group))
+            except ConfigError:
+                raise
             except _DAMAGED as error:
-                yield Item(name, fault=f"unreadable ({' '.join(str(error).split())})")
+                why = " ".join(str(error).split())
+                yield Item(f"{name}__{row}", fault=f"unreadable row group ({why})")
                 continue
-            self._check_columns(table.schema_arrow.names)
-            row = 0
-            for group in range(table.num_row_groups):
-                try:
-                    items = list(self._group_items(table, number, group))
-                except ConfigError:
-                    raise
-                except _DAMAGED as error:
-                    why = " ".join(str(error).split())
-                    yield Item(f"{name}__{row}", fault=f"unreadable row group ({why})")
-                    continue
-                for item in items:
-                    yield item._replace(key=f"{name}__{row}")
-                    row += 1
+            for item in items:
+                yield item._replace(key=f"{name}__{row}")
+                row += 1
+
+    def read_start(self, key: str, location: Location, count: int) -> tuple[bytes, int]:
+        """The first bytes of the image at `location`, and its size."""
+        if location[1] >= 0:
+            return self._files.read_start(location, count)
+        data = self.read(key, location)
+        return data, len(data)
 
     def read(self, key: str, location: Location) -> bytes:
         """The image at `location`: file number, offset, bytes; or file number, -1 - group, row."""

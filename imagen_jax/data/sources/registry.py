@@ -61,7 +61,8 @@ def _open(source: SourceConfig, field: str, log: Log) -> IndexedSource:
     path = str(paths.local(source.path, f"{field}.path"))
     try:
         reader = make_reader(dataclasses.replace(source, path=path))
-        table, report, report_file = scan.cached_index(reader, source)
+        located = dataclasses.replace(source, path=path)
+        table, report, report_file = scan.cached_index(reader, located, make_reader, log)
     except ConfigError as error:
         # Readers do not know the name of their source in a mixture; they write config.data.
         raise type(error)(str(error).replace("config.data.", f"{field}.")) from error

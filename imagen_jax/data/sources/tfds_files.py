@@ -20,7 +20,7 @@ from imagen_jax.config.fields import ConfigError, unknown_name
 from imagen_jax.data.index.table import Location
 from imagen_jax.data.sources import files
 from imagen_jax.data.sources.records import Item, Reader
-from imagen_jax.data.sources.tfrecord import FeatureNames, TFRecords
+from imagen_jax.data.sources.tfrecord import FeatureNames, TFRecords, check_names
 
 TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"  # TFDS's default file names.
 
@@ -178,21 +178,27 @@ class ArrayRecords:
                 f"{error.name!r}; install array_record"
             ) from None
         paths = [*shards]
-        self._source, self._names = source, files.names(paths)
+        self._source, self.shards, self._names = source, paths, files.names(paths)
         self._readers = [module.ArrayRecordReader(str(path)) for path in paths]
         self._lock = threading.Lock()
         self.identity = [files.stats(paths), source.image_key, source.caption_key]
 
     def scan(self) -> Iterator[Item]:
         """Lists the records in the order of the files. Raises ConfigError: a missing feature."""
+        for number in range(len(self.shards)):
+            yield from self.scan_shard(number)
+
+    def scan_shard(self, number: int) -> Iterator[Item]:
+        """Lists the records of a file. Raises ConfigError: a missing feature."""
         names = FeatureNames(self._source)
-        for number, (name, reader) in enumerate(zip(self._names, self._readers, strict=True)):
-            for index in range(reader.num_records()):
-                (first, last), captions = names.find(self._example(number, index))
-                # File number, record number, and offset and size of the image in the record.
-                location = (number, index, (first << 32) + last - first)
-                yield Item(f"{name}__{index}", captions, location)
-        names.check()
+        if number == 0:
+            every = ((n, i) for n, r in enumerate(self._readers) for i in range(r.num_records()))
+            check_names(FeatureNames(self._source), (self._example(*at) for at in every))
+        for index in range(self._readers[number].num_records()):
+            (first, last), captions = names.find(self._example(number, index))
+            # File number, record number, and offset and size of the image in the record.
+            location = (number, index, (first << 32) + last - first)
+            yield Item(f"{self._names[number]}__{index}", captions, location)
 
     def read(self, key: str, location: Location) -> bytes:
         """The image at `location`: file number, record number, offset and size in the record."""

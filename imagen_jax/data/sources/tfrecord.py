@@ -7,9 +7,11 @@ each later read is one `pread`. The framing is length (u64), its checksum (u32),
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import pathlib
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import google_crc32c
@@ -20,6 +22,7 @@ from imagen_jax.data.index.table import Location
 from imagen_jax.data.sources import files
 from imagen_jax.data.sources.records import Caption, Item, texts_of
 
+CHECKED = 100  # Records without a feature after which its name is an error.
 MAX_RECORD_BYTES = 1 << 30  # Read at once; an image has some megabytes.
 
 
@@ -40,7 +43,8 @@ class TFRecords:
             files.find(source.path, [".tfrecord", ".tfrecords"]) if shards is None else [*shards]
         )
         self._source, self._shards = source, shards
-        self._files = files.Files(paths)
+        self._files, self.shards = files.Files(paths), paths
+        self._names = files.names(paths)
         self.cache = files.cache_folder(source.path, paths)
         self.identity = [files.stats(paths), source.image_key, source.caption_key]
 
@@ -50,24 +54,36 @@ class TFRecords:
         Raises:
           ConfigError: a missing feature; with `shards` also a truncated file.
         """
-        names = FeatureNames(self._source)
-        paths = self._files.paths
-        for number, (path, name) in enumerate(zip(paths, files.names(paths), strict=True)):
-            count = 0
-            try:
-                for frame in read_frames(path):
-                    yield _item(f"{name}__{count}", number, frame, names)
-                    count += 1
-            except TruncatedError as error:
-                if self._shards is not None:
-                    raise
-                yield Item(name, fault=f"truncated (only {count} records are used: {error})")
-            expected = self._shards[path] if self._shards else count
-            if count != expected:
-                raise ConfigError(
-                    f"{path} holds {count} records, expected {expected}; copy it again"
-                )
-        names.check()
+        for number in range(len(self.shards)):
+            yield from self.scan_shard(number)
+
+    def scan_shard(self, number: int) -> Iterator[Item]:
+        """Lists the records of a file. Raises ConfigError: see `scan`."""
+        if number == 0:
+            check_names(FeatureNames(self._source), self._first())
+        names, path, name = FeatureNames(self._source), self.shards[number], self._names[number]
+        count = 0
+        try:
+            for frame in read_frames(path):
+                yield _item(f"{name}__{count}", number, frame, names)
+                count += 1
+        except TruncatedError as error:
+            if self._shards is not None:
+                raise
+            yield Item(name, fault=f"truncated (only {count} records are used: {error})")
+        expected = self._shards[path] if self._shards else count
+        if count != expected:
+            raise ConfigError(f"{path} holds {count} records, expected {expected}; copy it again")
+
+    def _first(self) -> Iterator[memoryview]:
+        """The records of all files, up to the first damage of each."""
+        for path in self.shards:
+            with contextlib.suppress(TruncatedError):
+                yield from (frame.payload for frame in read_frames(path) if frame.intact)
+
+    def read_start(self, key: str, location: Location, count: int) -> tuple[bytes, int]:
+        """The first bytes of the image at `location`, and its size."""
+        return self._files.read_start(location, count)
 
     def read(self, key: str, location: Location) -> bytes:
         """The image at `location`: file number, offset, bytes."""
@@ -108,8 +124,6 @@ class FeatureNames:
     A record without a feature is rejected; if no record has it, the configuration is wrong.
     """
 
-    CHECK_AFTER = 100  # Records without a feature after which its name is an error.
-
     def __init__(self, source: SourceConfig) -> None:
         """Takes the feature names from `source.image_key` and `source.caption_key`."""
         self._feature_names = {"image_key": source.image_key, "caption_key": source.caption_key}
@@ -121,8 +135,6 @@ class FeatureNames:
         features = parse_example(payload)
         self._seen |= features.keys()
         self._count += 1
-        if self._count == self.CHECK_AFTER:
-            self.check()
         spans = features.get(self._feature_names["caption_key"], ())
         texts = texts_of([bytes(payload[a:b]) for a, b in spans])
         return (features.get(self._feature_names["image_key"]) or [(0, 0)])[0], texts
@@ -132,6 +144,14 @@ class FeatureNames:
         for field, name in self._feature_names.items():
             if self._count and name not in self._seen:
                 raise ConfigError(unknown_name(f"config.data.{field}", name, sorted(self._seen)))
+
+
+def check_names(names: FeatureNames, payloads: Iterable[memoryview]) -> None:
+    """Checks that some of the first records has each feature. Raises ConfigError."""
+    for payload in itertools.islice(payloads, CHECKED):
+        with contextlib.suppress(ExampleError):
+            names.find(payload)
+    names.check()
 
 
 def read_frames(path: pathlib.Path) -> Iterator[Frame]:

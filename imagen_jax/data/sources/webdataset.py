@@ -10,16 +10,18 @@ image; each later read of an image is one `pread`.
 
 from __future__ import annotations
 
+import functools
 import json
-import tarfile
+import re
 import unicodedata
-from collections.abc import Iterator, Mapping
-from typing import Any, BinaryIO, cast
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 from imagen_jax.config.data import SourceConfig
 from imagen_jax.data.index.table import Location
-from imagen_jax.data.sources import captions, files, names
+from imagen_jax.data.sources import captions, files, names, tar
 from imagen_jax.data.sources.records import Item, texts_of
+from imagen_jax.data.sources.tar import Member
 from imagen_jax.io import text
 
 _DEFAULT_IMAGE_KEY = SourceConfig.image_key  # Any part with the suffix of an image.
@@ -28,9 +30,8 @@ _JSON = ".json"
 _PARTS = frozenset(
     {_JSON, ".cls", ".cls2", ".npy", ".npz", ".pyd", ".pickle", ".pkl", ".id", ".pt", ".pth"}
 )
-
-
-MAX_HEADER_BYTES = 1 << 20
+# Names as img2dataset writes them: a number and a suffix. None of them is junk.
+_PLAIN = re.compile(r"[0-9]+\.(?:jpg|png|webp|txt|json)", re.ASCII)
 
 
 class WebDatasetReader:
@@ -41,65 +42,74 @@ class WebDatasetReader:
         paths = files.find(source.path, [".tar"])
         self._image_key = source.image_key.lower().lstrip(".")
         self._caption_key, self._by_line = source.caption_key, source.caption_lines
-        self._files = files.Files(paths)
+        self._files, self.shards = files.Files(paths), paths
+        self._names = files.names(paths)
         self.cache = files.cache_folder(source.path, paths)
         keys = [source.image_key, source.caption_key]
         self.identity = [files.stats(paths), *keys, captions.VERSION, source.caption_lines]
 
     def scan(self) -> Iterator[Item]:
         """Lists the images in the order of the files."""
-        for number, name in enumerate(files.names(self._files.paths)):
-            members, fault = self._members(number)
-            if fault:
-                yield Item(name, fault=fault)
-            yield from self._shard(number, name, members)
+        for number in range(len(self.shards)):
+            yield from self.scan_shard(number)
+
+    def scan_shard(self, number: int) -> Iterator[Item]:
+        """Lists the images of a file."""
+        members, fault = tar.members(self.shards[number])
+        if fault:
+            yield Item(self._names[number], fault=fault)
+        yield from self._shard(number, self._names[number], members)
 
     def read(self, key: str, location: Location) -> bytes:
         """The image at `location`: file number, offset, bytes."""
         del key
         return self._files.read(*location)
 
-    def _shard(self, number: int, name: str, members: list[tarfile.TarInfo]) -> Iterator[Item]:
+    def read_start(self, key: str, location: Location, count: int) -> tuple[bytes, int]:
+        """The first bytes of the image at `location`, and its size."""
+        return self._files.read_start(location, count)
+
+    def _shard(self, number: int, name: str, members: list[Member]) -> Iterator[Item]:
         """The records of a shard."""
-        kept = [member for member in members if not names.is_junk(member.name)]
-        images = [member for member in kept if self._is_image(number, member)]
-        samples: dict[str, dict[str, tarfile.TarInfo]] = {}
-        for member in kept:
-            key, part = _split(member.name)
-            samples.setdefault(key, {}).setdefault(part.lower(), member)
+        files_ = [_described(member) for member in members]
+        images = [file for file in files_ if not file.junk and self._is_image(number, file)]
+        samples: dict[str, Sample] = {}
+        for file in files_:
+            if not file.junk:
+                samples.setdefault(file.key, {}).setdefault(file.part, file.member)
         used: set[str] = set()
-        for member in images:
+        for file in images:
+            member, sample = file.member, samples[file.key]
             record = f"{name}/{member.name}"
-            if not member.isfile():
+            if not member.is_file:
                 yield Item(record, fault="no regular file (a link)")
                 continue
-            key, part = _split(member.name)
-            chosen = self._chosen(part.lower(), samples[key])
-            if chosen and part.lower() not in chosen:
+            chosen = self._chosen(file.part, sample)
+            if chosen and file.part not in chosen:
                 yield Item(record, ignored=f"images other than {self._image_key!r}")
             elif not chosen:
                 yield Item(record, fault=f"no image {self._image_key!r} in the sample")
             else:
-                found = self._captions(number, samples[key], part.lower(), used)
-                location = (number, member.offset_data, member.size)
+                found = self._captions(number, sample, file.part, used)
+                location = (number, member.offset, member.size)
                 yield Item(record, found.texts, location, found.fault, found.notes)
-        listed = {id(member) for member in images}
-        for member in members:
-            if id(member) not in listed and member.name not in used:
-                yield _other(name, member)
+        listed = {id(file) for file in images}
+        for file in files_:
+            if id(file) not in listed and file.member.name not in used:
+                yield _other(name, file)
 
-    def _is_image(self, number: int, member: tarfile.TarInfo) -> bool:
+    def _is_image(self, number: int, file: _File) -> bool:
         """By the suffix, else by the first bytes."""
-        suffix = names.suffix(member.name)
+        suffix, member = file.suffix, file.member
         if suffix in names.IMAGE_SUFFIXES:
             return True
         known = suffix in captions.SUFFIXES or suffix in _PARTS or suffix in names.OTHER_IMAGES
-        if known or not member.isfile():
+        if known or not member.is_file:
             return False
         start = min(member.size, names.MAGIC_BYTES)
-        return names.has_magic(self._files.read(number, member.offset_data, start))
+        return names.has_magic(self._files.read(number, member.offset, start))
 
-    def _chosen(self, image: str, sample: Mapping[str, tarfile.TarInfo]) -> list[str]:
+    def _chosen(self, image: str, sample: Sample) -> list[str]:
         """The parts of a sample that are records, by `data.image_key`; []: it has none."""
         if self._image_key == _DEFAULT_IMAGE_KEY:
             return [image]
@@ -110,17 +120,10 @@ class WebDatasetReader:
         return chosen or ([image] if plain else [])
 
     def _captions(
-        self, number: int, sample: dict[str, tarfile.TarInfo], image: str, used: set[str]
+        self, number: int, sample: Sample, image: str, used: set[str]
     ) -> captions.Captions:
         """The captions of one image of a sample; adds the names of the files read to `used`."""
-        own, plain = [], []
-        stem = image.rpartition(".")[0]
-        for suffix in (*captions.SUFFIXES, _JSON):
-            own += [f"{image}{suffix}", f"{stem}{suffix}" if stem else suffix[1:]]
-            plain.append(suffix[1:])
-        parts = [part for part in dict.fromkeys([*own, *plain]) if part in sample]
-        # All texts come before all .json: img2dataset writes both with the same caption.
-        parts.sort(key=lambda part: part.endswith("json"))
+        parts = [part for part in _caption_parts(image) if part in sample]
         used.update(sample[part].name for part in parts)
         if explicit := captions.explicit_key(self._caption_key):
             for part, member in sample.items():
@@ -145,18 +148,18 @@ class WebDatasetReader:
                 return found._replace(notes=(*found.notes, *note))
         return first or captions.Captions(())
 
-    def _text(self, number: int, member: tarfile.TarInfo) -> captions.Captions:
-        fault = "" if member.isfile() else "caption unreadable (a link)"
+    def _text(self, number: int, member: Member) -> captions.Captions:
+        fault = "" if member.is_file else "caption unreadable (a link)"
         if fault := fault or captions.size_fault(member.size):
             return captions.Captions((), fault=fault)
-        data = self._files.read(number, member.offset_data, member.size)
+        data = self._files.read(number, member.offset, member.size)
         return captions.of_file(data, by_line=self._by_line)
 
-    def _json(self, number: int, member: tarfile.TarInfo) -> dict[str, Any]:
+    def _json(self, number: int, member: Member) -> dict[str, Any]:
         """The object in a .json; {}: none. Text that is not Unicode becomes bytes."""
-        if not member.isfile():
+        if not member.is_file:
             return {}
-        data = self._files.read(number, member.offset_data, member.size)
+        data = self._files.read(number, member.offset, member.size)
         try:
             content = text.decode(data)
             if isinstance(content, str):
@@ -168,42 +171,47 @@ class WebDatasetReader:
             return {}
         return row if isinstance(row, dict) else {}
 
-    def _members(self, number: int) -> tuple[list[tarfile.TarInfo], str]:
-        """All files in a shard before the first damage, and a description of the damage."""
-        path, found = self._files.paths[number], []
-        end = path.stat().st_size
-        try:
-            with (
-                path.open("rb") as file,
-                tarfile.open(fileobj=cast(Any, _Headers(file)), mode="r:") as shard,
-            ):
-                at = -1
-                for member in shard:
-                    if member.offset <= at or member.size < 0:
-                        raise tarfile.ReadError("headers that lead back")
-                    at = member.offset
-                    if member.offset_data + member.size > end:
-                        raise tarfile.ReadError("unexpected end of data")
-                    if not member.isdir():
-                        found.append(member)
-        # tarfile raises ValueError for numbers and names that it cannot read.
-        except (tarfile.TarError, OSError, ValueError) as error:
-            return found, f"truncated (the first {len(found)} files are used: {error})"
-        return found, ""
+
+class _File(NamedTuple):
+    """A file of a shard.
+
+    Attributes:
+      member: its place in the shard.
+      key: of its sample.
+      part: what follows the key, in lower case.
+      suffix: in lower case.
+      junk: whether it is junk of another system.
+    """
+
+    member: Member
+    key: str
+    part: str
+    suffix: str
+    junk: bool
 
 
-class _Headers:
-    """A tar file for reading headers: `tarfile` reads a long name or a PAX header as a whole."""
+Sample = dict[str, Member]  # By part.
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.seek, self.tell = file.seek, file.tell
 
-    def read(self, size: int) -> bytes:
-        """Reads `size` bytes. Raises ReadError: no header has so many."""
-        if not 0 <= size <= MAX_HEADER_BYTES:
-            raise tarfile.ReadError(f"a header of {size} bytes")
-        return self._file.read(size)
+def _described(member: Member) -> _File:
+    name = member.name
+    if _PLAIN.fullmatch(name):
+        stem, _, part = name.partition(".")
+        return _File(member, stem, part, f".{part}", False)
+    key, part = _split(name)
+    return _File(member, key, part.lower(), names.suffix(name), names.is_junk(name))
+
+
+@functools.lru_cache(4096)
+def _caption_parts(image: str) -> list[str]:
+    """The parts that hold the captions of the image `image` of a sample, in their order."""
+    own, plain = [], []
+    stem = image.rpartition(".")[0]
+    for suffix in (*captions.SUFFIXES, _JSON):
+        own += [f"{image}{suffix}", f"{stem}{suffix}" if stem else suffix[1:]]
+        plain.append(suffix[1:])
+    # All texts come before all .json: img2dataset writes both with the same caption.
+    return sorted(dict.fromkeys([*own, *plain]), key=lambda part: part.endswith("json"))
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -227,10 +235,10 @@ def _as_bytes(value: Any) -> Any:
     return value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value
 
 
-def _other(shard: str, member: tarfile.TarInfo) -> Item:
+def _other(shard: str, file: _File) -> Item:
     """A file of a shard that is neither an image nor a caption of one."""
-    key, suffix = f"{shard}/{member.name}", names.suffix(member.name)
-    if names.is_junk(member.name):
+    key, suffix = f"{shard}/{file.member.name}", file.suffix
+    if file.junk:
         return Item(key, ignored="junk")
     if suffix in names.OTHER_IMAGES:
         return Item(key, fault=f"wrong type ({suffix})")
