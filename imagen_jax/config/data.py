@@ -78,10 +78,6 @@ class SourceConfig:
         """Names of the metadata of a sample that the index has to hold, sorted."""
         return ()
 
-    def fields(self) -> tuple[str, ...]:
-        """Names of the metadata of a sample that the index has to hold, sorted."""
-        return ()
-
 
 @dataclasses.dataclass(frozen=True)
 class ComponentConfig(SourceConfig):
@@ -134,10 +130,6 @@ class DataConfig(SourceConfig):
     resize_filter: str = doc(
         "box", "Antialiased resize filter: box, bilinear, bicubic or lanczos.", compiled=False
     )
-    fit: str = doc(
-        "center_crop",
-        "How an image becomes square: center_crop, random_crop (the largest square, at a position "
-        "sampled in each epoch) or pad (the whole image, with bars of data.background).",
     held_out: float = doc(
         0.0,
         "Share of the records of every source that training does not read, 0..1, chosen by a hash "
