@@ -16,6 +16,7 @@ are absent.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -25,6 +26,9 @@ from scipy import stats
 
 CONFIDENCE = 0.95
 NORMAL_QUANTILE = 1.96
+# Degrees of freedom of `squared_distance` at which half of the excess is removed, by simulation
+# (benchmarks/score_intervals.py).
+_FEW_SQUARES = 8
 Mean = float | Float[np.ndarray, "*n"] | np.floating
 
 
@@ -80,6 +84,35 @@ def score_interval(mean: Mean, scale: Mean) -> tuple[Mean, Mean]:
     centre = (mean + scale / 2) / (1 + scale)
     half = np.sqrt(scale * mean * (1 - mean) + scale**2 / 4) / (1 + scale)
     return np.clip(centre - half, 0, mean), np.clip(centre + half, mean, 1)
+
+
+def squared_distance(
+    value: float, *, jackknife: float, second: float, bias: float, freedom: int
+) -> tuple[float, float]:
+    """95% interval of a squared distance of two distributions, such as the FID.
+
+    The jackknife's variance holds the second-order part twice (Efron & Stein 1981), which is all
+    that varies where the distributions are equal. That part is a sum of squares. Where it has few
+    degrees of freedom, the excess stays, because the distance is then far from normal. The interval
+    is symmetric for the square root, whose variance depends little on the distance.
+
+    Args:
+      value: the distance, 0 or more, with its bias.
+      jackknife: its variance by the jackknife.
+      second: variance of its second-order part.
+      bias: its expectation where the distributions are equal.
+      freedom: degrees of freedom of `jackknife`.
+    """
+    variance = jackknife
+    if second > 0:
+        squares = 2 * bias**2 / second
+        variance -= min(second, jackknife / 2) * squares / (squares + _FEW_SQUARES)
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(variance)
+    root = math.sqrt(value)
+    step = half / max(2 * root, 1e-100)
+    if value < bias:  # Nearer than new images would be, such as the reference's own.
+        step = min(step, 3 * math.sqrt(max(second, 0) / bias) + math.sqrt(bias))
+    return max(root - step, 0.0) ** 2, (root + step) ** 2
 
 
 def effective_sample_size(marks: Sequence[tuple[str, bool | float]]) -> float:

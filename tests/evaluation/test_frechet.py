@@ -80,6 +80,7 @@ def test_the_interval_matches_the_deviation_over_new_images():
     deviation = np.std([frechet.distance(Statistics.of(x).gaussian(), reference) for x in sets])
     intervals = [frechet.distance_interval(x, reference, resamples=40) for x in sets[:40]]
     halves = [i.high - i.value for i in intervals]
+    halves += [i.value - i.low for i in intervals]
     assert np.mean(halves) == pytest.approx(stats.t.ppf(0.975, 39) * deviation, rel=0.15)
     again = frechet.distance_interval(sets[0], reference, resamples=40)
     assert again == intervals[0]

@@ -6,13 +6,13 @@ for KID, a CLIP for CMMD; for precision and recall the authors use VGG-16, most 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy import stats
 
-from imagen_jax.evaluation.intervals import CONFIDENCE
+from imagen_jax.evaluation import intervals
 from imagen_jax.evaluation.samples import EvaluationError
 
 NEIGHBOURS = 3
@@ -62,14 +62,27 @@ def kid(a: Features, b: Features) -> Estimate:
     pairs_a, pairs_b = _remainder_within(own_a, n), _remainder_within(own_b, m)
     total, rows, columns = cross.rows.sum(), (cross.rows**2).sum(), (cross.columns**2).sum()
     pairs = (cross.squares - rows / m - columns / n + total**2 / (n * m)) / ((n - 1) * (m - 1))
-    single_a = (means_a - cross.rows / m).var(ddof=1) - pairs_a / (n - 1) - pairs / m
-    single_b = (means_b - cross.columns / n).var(ddof=1) - pairs_b / (m - 1) - pairs / n
+    single_a = (means_a - cross.rows / m).var(ddof=1)
+    single_b = (means_b - cross.columns / n).var(ddof=1)
+    jackknife = 4 * single_a / n + 4 * single_b / m  # Holds the variance of pairs twice.
     of_pairs = 2 * max(pairs_a, 0) / (n * (n - 1)) + 2 * max(pairs_b, 0) / (m * (m - 1))
     of_pairs += 4 * max(pairs, 0) / (n * m)
-    variance = 4 * single_a / n + 4 * single_b / m + of_pairs
-    error = float(max(variance, of_pairs / 2) ** 0.5)
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, min(n, m) - 1)) * error
-    return Estimate(float(value), error, float(value) - half, float(value) + half)
+    error = math.sqrt(max(jackknife - of_pairs, of_pairs / 2))
+    # The interval is that of the biased estimate, which includes the pairs of an image with itself.
+    bias = (_own_pairs(a) - means_a.mean()) / n + (_own_pairs(b) - means_b.mean()) / m
+    low, high = intervals.squared_distance(
+        max(float(value + bias), 0.0),
+        jackknife=float(jackknife),
+        second=float(of_pairs),
+        bias=float(bias),
+        freedom=min(n, m) - 1,
+    )
+    return Estimate(float(value), error, low - float(bias), high - float(bias))
+
+
+def _own_pairs(x: Features) -> float:
+    """Mean kernel of an image with itself."""
+    return float((((x**2).mean(1) + 1) ** 3).mean())
 
 
 def _kernel_sums(x: Features, y: Features) -> _Sums:

@@ -15,14 +15,14 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy import linalg, stats
+from scipy import linalg
 
-from imagen_jax.evaluation.intervals import CONFIDENCE
+from imagen_jax.evaluation import intervals
 from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.io import atomic
 
@@ -138,12 +138,10 @@ def distance_interval(
 ) -> Interval:
     """Distance of images to a reference, with an interval over new images of that number.
 
-    The interval is the distance plus and minus Student's quantile times the standard error of the
-    grouped jackknife: the images without one of `resamples` groups at a time. The reference is
-    fixed. A bootstrap is unsuitable: a resample repeats images, has a smaller effective covariance
-    and varies up to four times as much. The interval does not cover the bias of the FID, which
-    falls with the number of images. It is too wide (1.4 times) where the images are nearly those of
-    the reference.
+    The reference is fixed, and the interval does not cover the bias of the FID, which falls with
+    the number of images. It is made of a jackknife over `resamples` groups of images: the distances
+    without one group at a time, and without two (see `_interval`). A bootstrap is unsuitable: a
+    resample repeats images, has a smaller effective covariance and varies up to four times as much.
 
     Args:
       features: features of the images.
@@ -155,26 +153,73 @@ def distance_interval(
     _check_sizes(own, reference)
     factor = _factor(reference.covariance)
     value = _distance(own, reference, factor)
-    centred = np.asarray(features, np.float64) - own.mean
-    # The squared singular values are the eigenvalues of F^T C F, and C is a sum over images.
-    projected, trace = centred @ factor, np.trace(reference.covariance)
-    norms, groups = (centred**2).sum(1), min(resamples, len(centred))
-    order, distances = np.random.default_rng(seed).permutation(len(centred)), []
-    for left_out in np.array_split(order, groups):
+    without = _leave_out(np.asarray(features, np.float64) - own.mean, own, reference, factor)
+    order = np.random.default_rng(seed).permutation(len(features))
+    groups = np.array_split(order, min(resamples, len(order)))
+    one = np.array([without(group) for group in groups])
+    if len(groups) < 4:
+        return _interval(value, one, None)
+    pairs = [np.concatenate([groups[k], groups[k - 1]]) for k in range(len(groups))]
+    return _interval(value, one, np.array([without(pair) for pair in pairs]))
+
+
+def _leave_out(
+    centred: Float[np.ndarray, "n d"],
+    own: Gaussian,
+    reference: Gaussian,
+    factor: Float[np.ndarray, "d r"],
+) -> Callable[[np.ndarray], float]:
+    """Distance without the images of some indices.
+
+    The squared singular values of `distance` are the eigenvalues of F^T C F, and C is a sum over
+    images. With fewer images than features, those of the images' products are fewer.
+    """
+    projected, norms = centred @ factor, (centred**2).sum(1)
+    few = len(projected) < projected.shape[1]
+    products = projected @ projected.T if few else projected.T @ projected
+    trace = np.trace(reference.covariance)
+
+    def without(left_out: np.ndarray) -> float:
         rows = np.delete(np.arange(len(centred)), left_out)
-        count, shift = len(rows), centred[rows].mean(0)
+        count, shift = len(rows), -centred[left_out].sum(0) / len(rows)
+        if few:
+            inner = products[np.ix_(rows, rows)]
+            inner = inner - inner.mean(0) - inner.mean(1)[:, None] + inner.mean()
+        else:
+            mean = shift @ factor
+            inner = products - projected[left_out].T @ projected[left_out]
+            inner -= count * np.outer(mean, mean)
         divisor = max(count - 1, 1)  # A single image has no covariance.
-        weighted = projected[rows] - projected[rows].mean(0)
-        # W W^T and W^T W have the same non-zero eigenvalues.
-        inner = weighted @ weighted.T if count < weighted.shape[1] else weighted.T @ weighted
         overlap = np.sqrt(np.maximum(np.linalg.eigvalsh(inner / divisor), 0)).sum()
         gap = own.mean + shift - reference.mean
         own_trace = (norms[rows].sum() - count * shift @ shift) / divisor
-        distances.append(gap @ gap + own_trace + trace - 2 * overlap)
-    spread = np.sum((np.array(distances) - np.mean(distances)) ** 2)
-    error = float(np.sqrt((groups - 1) / groups * spread))
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, groups - 1)) * error
-    return Interval(value, max(value - half, 0.0), value + half)
+        return float(gap @ gap + own_trace + trace - 2 * overlap)
+
+    return without
+
+
+def _interval(
+    value: float, one: Float[np.ndarray, " g"], two: Float[np.ndarray, " g"] | None
+) -> Interval:
+    """95% interval of a distance from its jackknife, see `intervals.squared_distance`.
+
+    Args:
+      value: distance of all images.
+      one: distances without group k.
+      two: distances without groups k and k - 1; None: there are too few groups.
+    """
+    groups, second = len(one), 0.0
+    if two is not None:  # Efron & Stein 1981, Sec. 4.
+        left = groups * value - (groups - 1) * (one + np.roll(one, 1)) + (groups - 2) * two
+        second = float(left.var(ddof=1)) / 2
+    low, high = intervals.squared_distance(
+        value,
+        jackknife=float((groups - 1) / groups * ((one - one.mean()) ** 2).sum()),
+        second=second,
+        bias=float((groups - 1) * (one.mean() - value)),
+        freedom=groups - 1,
+    )
+    return Interval(value, low, high)
 
 
 def save(path: str | os.PathLike[str], gaussian: Gaussian, about: Mapping[str, Any]) -> None:
