@@ -26,6 +26,7 @@ CAPTION_SOURCES = (
     "metadata.jsonl, .csv or .parquet with file_name and text, caption or prompt"
 )
 MAX_LISTED = 1000  # Notes of one kind that the report lists by name; all are counted.
+MAX_REJECTED = 100_000  # Rejected records that the report lists by name; all are counted.
 
 Decode = Callable[[bytes], UInt8[np.ndarray, "h w 3"]]
 Caption = str | bytes
@@ -50,6 +51,8 @@ class Item(NamedTuple):
       fault: why the record cannot be used; "": unknown to the reader.
       notes: deviations of a usable record, for the report.
       ignored: what this is where it is no record, such as junk; "": it is one.
+      fields: metadata of the sample, by name: at least those that `SourceConfig.fields` names.
+      kinds: for each caption its number in `data.captions`; (): that is not set.
     """
 
     key: str
@@ -58,6 +61,8 @@ class Item(NamedTuple):
     fault: str = ""
     notes: tuple[str, ...] = ()
     ignored: str = ""
+    fields: Mapping[str, Any] = {}
+    kinds: tuple[int, ...] = ()
 
 
 @runtime_checkable
@@ -81,12 +86,37 @@ class Reader(Protocol):
         ...
 
 
+@runtime_checkable
+class ShardedReader(Reader, Protocol):
+    """A reader whose files are indexed one by one, by several processes.
+
+    Attributes:
+      shards: the files. `identity` begins with their `files.stats`.
+    """
+
+    shards: Sequence[pathlib.Path]
+
+    def scan_shard(self, number: int) -> Iterator[Item]:
+        """Lists the records of one file; their keys begin with its name (`files.names`)."""
+        ...
+
+
+@runtime_checkable
+class HeaderReader(Protocol):
+    """A reader that can read the first bytes of an image alone."""
+
+    def read_start(self, key: str, location: Location, count: int) -> tuple[bytes, int]:
+        """At most `count` first bytes of an encoded image, and its size in bytes."""
+        ...
+
+
 @dataclasses.dataclass
 class Quarantine:
     """Report of an index: rejected records with reasons, and notes on usable ones.
 
     Attributes:
-      rejected: (name, reason) of every rejected record.
+      rejected: (name, reason) of the first `MAX_REJECTED` rejected records.
+      unlisted: by kind, the number of further ones.
       total: number of records, rejected ones included.
       notes: by kind, (name, note) of the first `MAX_LISTED` usable records with a note: converted,
         rotated, wrong extension, long caption.
@@ -101,10 +131,38 @@ class Quarantine:
     noted: dict[str, int] = dataclasses.field(default_factory=dict)
     captions: dict[int, int] = dataclasses.field(default_factory=dict)
     ignored: dict[str, tuple[int, list[str]]] = dataclasses.field(default_factory=dict)
+    unlisted: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def add(self, key: str, reason: str) -> None:
         """Adds a rejected record; `reason` is a kind with details in brackets."""
-        self.rejected.append((key, reason))
+        if len(self.rejected) < MAX_REJECTED:
+            self.rejected.append((key, reason))
+        else:
+            self.unlisted[_kind(reason)] = self.unlisted.get(_kind(reason), 0) + 1
+
+    def merge(self, content: Mapping[str, Any], name: str = "") -> None:
+        """Adds another report.
+
+        Args:
+          content: `dataclasses.asdict` of it, or that from JSON.
+          name: prefix of the names of its records.
+        """
+        self.total += content["total"]
+        for key, reason in content["rejected"]:
+            self.add(name + key, reason)
+        for kind, count in content.get("unlisted", {}).items():
+            self.unlisted[kind] = self.unlisted.get(kind, 0) + count
+        for kind, count in content["noted"].items():
+            self.noted[kind] = self.noted.get(kind, 0) + count
+        for kind, pairs in content["notes"].items():
+            listed = self.notes.setdefault(kind, [])
+            listed += [(name + key, note) for key, note in pairs[: MAX_LISTED - len(listed)]]
+        for number, count in content["captions"].items():
+            self.captions[int(number)] = self.captions.get(int(number), 0) + count
+        for kind, (count, first) in content["ignored"].items():
+            before, names = self.ignored.get(kind, (0, []))
+            names = [*names, *(name + key for key in first)][:5]
+            self.ignored[kind] = before + count, names
 
     def note(self, key: str, note: str) -> None:
         """Adds a note on a usable record; `note` is a kind with details in brackets."""
@@ -121,11 +179,17 @@ class Quarantine:
     @property
     def share(self) -> float:
         """Share of rejected records, 0..1."""
-        return len(self.rejected) / max(self.total, 1)
+        return self.rejected_count / max(self.total, 1)
+
+    @property
+    def rejected_count(self) -> int:
+        """Number of rejected records."""
+        return len(self.rejected) + sum(self.unlisted.values())
 
     def counts(self) -> dict[str, int]:
         """Number of rejected records per kind of reason, most frequent first."""
-        return dict(collections.Counter(_kind(why) for _, why in self.rejected).most_common())
+        counted = collections.Counter(_kind(why) for _, why in self.rejected)
+        return dict((counted + collections.Counter(self.unlisted)).most_common())
 
     def names(self, limit: int) -> str:
         """The first `limit` rejected records with their reasons, in one line."""
@@ -138,7 +202,7 @@ class Quarantine:
         if self.rejected:
             counts = ", ".join(f"{number} {kind}" for kind, number in self.counts().items())
             parts.append(
-                f"{len(self.rejected)} of {self.total} records quarantined ({counts}): "
+                f"{self.rejected_count} of {self.total} records quarantined ({counts}): "
                 f"{self.names(5)}"
             )
         if self.noted:
@@ -185,14 +249,14 @@ class Quarantine:
         seen = f"; seen: {self.ignored_counts()}" if self.ignored else ""
         if self.total == 0:
             raise ConfigError(f"{field}.path holds no images{seen}; check the path and the kind")
-        if self.share > limit or len(self.rejected) == self.total:
+        if self.share > limit or self.rejected_count == self.total:
             hint = ""
             counts = self.counts()
             if 2 * (counts.get("no caption", 0) + counts.get("missing file", 0)) > self.total:
                 hint = f"{seen}; {CAPTION_SOURCES}"
             raise ConfigError(
                 f"{field}.max_quarantined={limit:g} but {self.share:.1%} of the records "
-                f"({len(self.rejected)} of {self.total}) are unusable: {self.names(3)}{hint}; "
+                f"({self.rejected_count} of {self.total}) are unusable: {self.names(3)}{hint}; "
                 f"repair or remove them, or raise --{field}.max_quarantined"
             )
 
