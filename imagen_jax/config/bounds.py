@@ -62,6 +62,7 @@ BOUNDS: dict[str, Bound] = {
     "data.batch_size": _COUNT,
     "data.max_text_len": _COUNT,
     "data.prefetch": _NATURAL,
+    "data.reads": _COUNT,
     "text.max_len": Bound(2),
     "pretrain_text.vocab_size": _COUNT,
     "pretrain_text.emb_dim": _COUNT,

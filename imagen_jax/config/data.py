@@ -71,8 +71,16 @@ class SourceConfig:
         learns=False,
     )
 
+    shuffle: str = doc(
+        "global",
+        "Order of an epoch: global (any record after any other) or window (shards in random order, "
+        "and records shuffled within windows of 65,536).",
+        compiled=False,
+    )
+
     def __post_init__(self) -> None:
         check_choice("data.check", self.check, ("decode", "header"))
+        check_choice("data.shuffle", self.shuffle, ("global", "window"))
 
     def fields(self) -> tuple[str, ...]:
         """Names of the metadata of a sample that the index has to hold, sorted."""
@@ -172,6 +180,12 @@ class DataConfig(SourceConfig):
     loader: str = doc(
         "seqio",
         "seqio (tf.data) or numpy (same batches without TensorFlow).",
+        learns=False,
+        compiled=False,
+    )
+    reads: int = doc(
+        32,
+        "Images of a batch that are read at the same time; more for stores that answer late.",
         learns=False,
         compiled=False,
     )

@@ -84,7 +84,7 @@ def test_each_image_has_one_of_its_own_captions(world, stream):
         assert {name: value.dtype.name for name, value in batch.items()} == {
             "image": "float32",
             "lowres": "float32",
-            "text_emb": "float32",
+            "text_emb": "bfloat16",
             "text_mask": "bool",
         }
         for image, emb, mask in zip(

@@ -30,7 +30,7 @@ class ImagenFeatureConverter(seqio.FeatureConverter):
           text: text_emb (embeddings) or text_ids (token ids, encoded later).
         """
         stored, read, rank = {
-            "text_emb": (tf.bfloat16, tf.float32, 2),
+            "text_emb": (tf.bfloat16, tf.bfloat16, 2),
             "text_ids": (tf.int32, tf.int32, 1),
         }[text]
         self._text, self._text_dtype = text, read

@@ -27,6 +27,9 @@ def batches(pipeline: Pipeline, start_step: int = 0) -> Iterator[Batch]:
     loader = pipeline.data.loader
     if loader not in LOADERS:
         raise ConfigError(unknown_name("config.data.loader", loader, list(LOADERS)))
+    # Each batch under way reads as many images at a time.
+    workers = pipeline.data.reads * max(pipeline.data.prefetch, 1)
+    pipeline.reads = ThreadPoolExecutor(workers, thread_name_prefix="reads")
     return LOADERS[loader](pipeline, start_step)
 
 
@@ -45,6 +48,8 @@ def _numpy(pipeline: Pipeline, start_step: int) -> Iterator[Batch]:
             yield batch
     finally:
         pool.shutdown(cancel_futures=True)
+        if pipeline.reads is not None:
+            pipeline.reads.shutdown()
 
 
 def _seqio(pipeline: Pipeline, start_step: int) -> Iterator[Batch]:

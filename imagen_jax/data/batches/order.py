@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 from jaxtyping import Float, Int, UInt64
 
@@ -47,6 +49,60 @@ def permute(
         value[pending] = (left << half) | right
         pending = pending[value[pending] >= n]
     return value.astype(np.int64)
+
+
+WINDOW = 1 << 16  # Records that are shuffled together by `permute_in_windows`.
+_WINDOW_STREAM = 1 << 44  # Added to the seed: windows and shards get different permutations.
+
+
+def permute_in_windows(
+    position: Int[np.ndarray, " k"],
+    epoch: Int[np.ndarray, " k"],
+    *,
+    ends: Int[np.ndarray, " shards"],
+    seed: int,
+    window: int = WINDOW,
+) -> Int[np.ndarray, " k"]:
+    """Like `permute`, but neighbouring positions are in few shards.
+
+    In each epoch the shards are put in random order, and the records, in that order, are shuffled
+    within windows of equal size.
+
+    Args:
+      position: 0..n-1, n the last of `ends`.
+      epoch: epoch of each position, at least 0.
+      ends: for each shard the number of the first record after it.
+      seed: selects the family of permutations.
+      window: records that are shuffled together.
+
+    Returns:
+      0..n-1; for any one epoch and seed a bijection of `position`.
+    """
+    n, result = int(ends[-1]), np.empty_like(position)
+    number = position // window
+    within = np.empty_like(position)
+    # The last window is smaller, so its permutation is another.
+    for size in {min(window, n), n - (n - 1) // window * window}:
+        same = np.minimum(n - number * window, window) == size
+        keys = epoch[same] * (-(-n // window)) + number[same]
+        at = position[same] % window
+        within[same] = permute(at, keys, n=size, seed=seed + _WINDOW_STREAM)
+    place = number * window + within
+    counts = np.diff(ends, prepend=0)
+    for one in np.unique(epoch):
+        order = _shard_order(len(ends), int(one), seed)
+        stops = np.cumsum(counts[order])
+        chosen = epoch == one
+        slot = np.searchsorted(stops, place[chosen], side="right")
+        shard = order[slot]
+        result[chosen] = place[chosen] - stops[slot] + ends[shard]
+    return result
+
+
+@functools.lru_cache(8)
+def _shard_order(count: int, epoch: int, seed: int) -> Int[np.ndarray, " count"]:
+    """The shards in the order of an epoch; the same for all of its batches."""
+    return permute(np.arange(count), np.full(count, epoch), n=count, seed=seed)
 
 
 def random_bits(g: Int[np.ndarray, " k"], seed: int) -> UInt64[np.ndarray, " k"]:

@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor, Future
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
@@ -42,6 +45,7 @@ class Pipeline:
 
     Attributes:
       rows: row numbers of the global batch that this process reads, ascending.
+      reads: threads that read images, set by the loader; None: images are read one by one.
       decode_jpeg_box: decodes a rectangle of a JPEG faster than the whole image, to the same
         pixels; None: not available. The seqio loader sets TensorFlow's.
     """
@@ -82,6 +86,7 @@ class Pipeline:
         self.store, self.data, self.seed = store, data, seed
         self.rows = np.arange(data.batch_size) if rows is None else np.asarray(rows)
         self.decode_jpeg_box: images.DecodeJpegBox | None = None
+        self.reads: Executor | None = None
         stored = len(source) * (data.crop_from or data.image_size) ** 2 * 3
         self._use_cache = view.is_deterministic(data) and stored <= cache_bytes
         self._cache: dict[int, tuple[np.ndarray, tuple[str, ...]]] = {}
@@ -133,8 +138,9 @@ class Pipeline:
         g, records = self._records(step)
         bits = random_bits(g, self.seed)
         augmentations = view.sample_augmentations(bits)
+        reads = self._start_reads(records.tolist())
         squares, captions = zip(
-            *map(self._load_example_image, records.tolist(), augmentations), strict=True
+            *map(self._load_example_image, records.tolist(), augmentations, reads), strict=True
         )
         chosen = [texts[b % len(texts)] for texts, b in zip(captions, bits.tolist(), strict=True)]
         text, text_mask = self.store.lookup(chosen, self.data.max_text_len)
@@ -165,30 +171,61 @@ class Pipeline:
 
         Returns:
           image f32[B, H, W, 3] and, for an SR stage, lowres f32[B, h, w, 3], both in [-1, 1];
-          text_emb f32[B, L, D], zeros beyond the text; text_mask bool[B, L], True at real tokens.
-          With encoding on the fly: text_ids, see `encode`.
+          text_emb bf16[B, L, D], zeros beyond the text; text_mask bool[B, L], True at real tokens.
+          With encoding on the fly: text_ids. `encode` gives what the model reads.
         """
         batch = self.examples_at(step)
         for name in ("image", "lowres"):
             if name in batch:
                 batch[name] = images.to_float(batch[name])
-        if "text_emb" in batch:
-            batch["text_emb"] = batch["text_emb"].astype(np.float32)
         return batch
 
     def encode(self, batch: Mapping[str, Array]) -> Mapping[str, Array]:
-        """Encodes the token ids of a batch on its devices; returns any other batch unchanged."""
+        """Text of a batch on its devices as the model reads it: float32[B, L, D].
+
+        Encodes token ids; embeddings of a store, bfloat16 until here, are widened without loss.
+        """
         if isinstance(self.store, TokenSource):
             return self.store.encode(batch, self.data.max_text_len)
-        return batch
+        return {**batch, "text_emb": _widened(batch["text_emb"])}
 
     def _records(self, step: int) -> tuple[Int[np.ndarray, " k"], Int[np.ndarray, " k"]]:
         """The numbers of the examples in the run, and their record numbers."""
         g = np.int64(step) * self.data.batch_size + self.rows
         return g, self.source.order(g, self.seed)
 
+    def _start_reads(self, records: list[int]) -> list[Callable[[], bytes] | None]:
+        """For each record a function that waits for its encoded image; None: it reads then.
+
+        Each task reads several images one after the other, as one per image would cost more than
+        reading it from a local disk.
+        """
+        pool, wanted = self.reads, [i for i in records if i not in self._cache]
+        if pool is None or len(wanted) < 2:
+            return [None] * len(records)
+        tasks = min(len(wanted), self.data.reads)
+        results: dict[int, Future[dict[int, bytes | Exception]]] = {}
+        for k in range(tasks):
+            part = wanted[k::tasks]
+            results |= dict.fromkeys(part, pool.submit(self._read, part))
+        started = {i: functools.partial(_result, task, i) for i, task in results.items()}
+        return [started.get(i) for i in records]
+
+    def _read(self, records: list[int]) -> dict[int, bytes | Exception]:
+        """Encoded images, or the errors of reading them."""
+        found: dict[int, bytes | Exception] = {}
+        for i in records:
+            try:
+                found[i] = self.source.read(i)
+            except images.ImageError as error:
+                found[i] = error
+        return found
+
     def _load_example_image(
-        self, i: int, augmentation: view.Augmentation
+        self,
+        i: int,
+        augmentation: view.Augmentation,
+        read: Callable[[], bytes] | None = None,
     ) -> tuple[np.ndarray, tuple[str, ...]]:
         """The square of record i before mirroring, and the record's captions."""
         if i in self._cache:
@@ -199,7 +236,20 @@ class Pipeline:
             augmentation=augmentation,
             decode_jpeg_box=self.decode_jpeg_box,
         )
-        record = self.source.record(i, decode)
+        record = self.source.record(i, decode, read)
         if self._use_cache:
             self._cache[i] = (record.image, record.captions)
         return record.image, record.captions
+
+
+def _result(task: Future[dict[int, bytes | Exception]], i: int) -> bytes:
+    """What a task read of record i; raises its error."""
+    found = task.result()[i]
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+@jax.jit
+def _widened(text_emb: Array) -> Array:
+    return text_emb.astype(jnp.float32)

@@ -79,6 +79,7 @@ class StreamSource(seqio.DataSource):
         """Wraps `pipeline`; shards of the source are equal parts of its rows."""
         self._pipeline = pipeline
         self._start_step = start_step
+        self.error: Exception | None = None  # Of reading; TensorFlow only passes on its text.
         super().__init__(splits=(SPLIT,), caching_permitted=False, performs_internal_shuffling=True)
 
     @property
@@ -107,7 +108,11 @@ class StreamSource(seqio.DataSource):
         specs = _stored_specs(pipeline)
 
         def read(step: np.int64) -> list[np.ndarray]:
-            examples = pipeline.examples_at(int(step))
+            try:
+                examples = pipeline.examples_at(int(step))
+            except Exception as error:
+                self.error = error
+                raise
             return [examples[name] for name in specs]
 
         def load(step: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -180,8 +185,9 @@ def imagen_batches(pipeline: Pipeline, start_step: int = 0) -> Iterator[Batch]:
     lengths = {"image": data.image_size, feature: pipeline.store.spec(data.max_text_len)[0][0]}
     if data.lowres_size:
         lengths["lowres"] = data.lowres_size
+    source = StreamSource(pipeline, start_step)
     dataset = seqio.get_dataset(
-        task.replace(source=StreamSource(pipeline, start_step)),
+        task.replace(source=source),
         task_feature_lengths=lengths,
         feature_converter=ImagenFeatureConverter(bool(data.lowres_size), feature),
         dataset_split=SPLIT,
@@ -193,4 +199,15 @@ def imagen_batches(pipeline: Pipeline, start_step: int = 0) -> Iterator[Batch]:
     options = tf.data.Options()
     options.threading.private_threadpool_size = max(data.prefetch, 1)
     options.threading.max_intra_op_parallelism = 1
-    return dataset.prefetch(max(data.prefetch, 1)).with_options(options).as_numpy_iterator()
+    ahead = dataset.prefetch(max(data.prefetch, 1)).with_options(options)
+    return _with_own_errors(ahead.as_numpy_iterator(), source)
+
+
+def _with_own_errors(batches: Iterator[Batch], source: StreamSource) -> Iterator[Batch]:
+    """The same batches; an error of reading is raised as itself."""
+    try:
+        yield from batches
+    except tf.errors.OpError:
+        if source.error is None:
+            raise
+        raise source.error from None

@@ -16,10 +16,14 @@ import numpy as np
 from jaxtyping import Int
 
 from imagen_jax.config.fields import ConfigError
-from imagen_jax.data.batches.order import permute
+from imagen_jax.data.batches.order import WINDOW, permute, permute_in_windows
+from imagen_jax.data.index.patience import PatientReader
 from imagen_jax.data.index.table import Table
 from imagen_jax.data.sources.records import Decode, Part, Quarantine, Reader, Record
 from imagen_jax.io import images
+
+STAND_IN_STREAM = 1 << 52  # Seed of the choice of stand-ins.
+LOGGED = 10  # Damaged records that are logged one by one, and are never too many.
 
 
 class IndexedSource:
@@ -39,6 +43,8 @@ class IndexedSource:
         reader: Reader,
         report: Quarantine,
         log: Callable[[str], None] = print,
+        max_broken: float = 1.0,
+        window: bool = False,
     ) -> None:
         """Wraps the result of an index pass.
 
@@ -46,13 +52,17 @@ class IndexedSource:
           table: the usable records.
           reader: reads the encoded image of one.
           report: the rejected records.
-          log: called with one line per record that is found damaged later.
+          log: called with lines on records that are found damaged later, and on the store.
+          max_broken: share of damaged records above which reading stops, 0..1.
+          window: shuffle shards, and records within a window, instead of all records.
         """
         self.table = table
         self._reader = reader
+        self._window = window
         self.cache = reader.cache
-        self._log = log
-        self._broken: set[int] = set()
+        self._log, self._max_broken = log, max_broken
+        self._broken: dict[int, None] = {}
+        self._store = PatientReader(reader, log)
         self.report = report
         self.fingerprint = table.fingerprint
         self._numbers: np.ndarray | None = None  # of the records of a part; None: all
@@ -102,39 +112,84 @@ class IndexedSource:
     def order(self, g: Int[np.ndarray, " k"], seed: int) -> Int[np.ndarray, " k"]:
         """Record numbers of the examples g of a run, shuffled anew in every epoch."""
         n = len(self)
+        if self._window:
+            return self._windows(g, seed)
         return permute(g % n, g // n, n=n, seed=seed)
 
     def order_spec(self) -> dict[str, Any]:
         """JSON values that, with the seed, determine the record of every example."""
-        return {"examples": len(self), "source": self.fingerprint, **self._part}
+        window = {"shuffle": "window", "window": WINDOW} if self._window else {}
+        return {"examples": len(self), "source": self.fingerprint, **self._part, **window}
 
-    def record(self, i: int, decode: Decode = images.decode) -> Record:
-        """Record i, or the next one that decodes if it was damaged after the index pass.
+    def _windows(self, g: Int[np.ndarray, " k"], seed: int) -> Int[np.ndarray, " k"]:
+        """`order` that reads some neighbouring shards at a time."""
+        ends = self.table.ends()
+        if self._numbers is not None:
+            ends = np.searchsorted(self._numbers, ends)
+        return permute_in_windows(g % len(self), g // len(self), ends=ends, seed=seed)
 
-        The replacement is fixed, so record numbers do not shift. The report lists damaged records.
+    def read(self, i: int) -> bytes:
+        """The encoded image of record i; waits while the store fails.
+
+        Raises:
+          ImageError: the data changed since the index was made.
+          StoreError: the store fails for minutes.
+        """
+        at = self._number(i)
+        data = self._store.read(self.table.key(at), self.table.location(at))
+        if len(data) != self.table.size(at):
+            raise images.ImageError("changed since the index was made")
+        return data
+
+    def record(
+        self, i: int, decode: Decode = images.decode, read: Callable[[], bytes] | None = None
+    ) -> Record:
+        """Record i, or a stand-in if its image was damaged after the index pass.
+
+        The stand-in is chosen by a hash of i, so it is the same in every process, and record
+        numbers do not shift. The report lists damaged records.
 
         Args:
           i: 0..len - 1.
           decode: encoded image -> pixels, or the part of them that is needed.
+          read: as `self.read(i)`, which may have run before; None: that is called.
 
         Raises:
-          ConfigError: no record decodes.
+          ConfigError: no record decodes, or more than `max_broken` of them do not.
+          StoreError: see `read`.
         """
-        for offset in range(len(self)):
-            at = self._number((i + offset) % len(self))
+        for attempt in range(len(self) + 1):
+            chosen = i if not attempt else self._stand_in(i, attempt - 1)
+            at = self._number(chosen)
             if at in self._broken:
                 continue
-            key = self.table.key(at)
             try:
-                data = self._reader.read(key, self.table.location(at))
-                if len(data) != self.table.size(at):
-                    raise images.ImageError("changed since the index was made")
-                return Record(key, decode(data), self.table.captions(at))
-            except (images.ImageError, OSError) as error:
-                self._broken.add(at)
-                self.report.add(key, str(error))
-                self._log(f"{key}: {error}; the next record is used in its place")
+                data = read() if read and not attempt else self.read(chosen)
+                return Record(self.table.key(at), decode(data), self.table.captions(at))
+            except images.ImageError as error:
+                self._add_broken(at, str(error))
         raise ConfigError("config.data.path: no record can be decoded any more")
+
+    def _stand_in(self, i: int, attempt: int) -> int:
+        """The record that replaces record i after some attempts; runs through all records."""
+        number, epoch = np.array([attempt]), np.array([i])
+        return int(permute(number, epoch, n=len(self), seed=STAND_IN_STREAM)[0])
+
+    def _add_broken(self, at: int, why: str) -> None:
+        """Notes a damaged record. Raises ConfigError: there are too many."""
+        if at in self._broken:  # Found by another thread at the same time.
+            return
+        self._broken[at] = None
+        count, key = len(self._broken), self.table.key(at)
+        self.report.add(key, why)
+        if count <= LOGGED or count & (count - 1) == 0:
+            self._log(f"{key}: {why}; another record is used in its place ({count:,} so far)")
+        if count > max(self._max_broken * len(self.table), LOGGED):
+            raise ConfigError(
+                f"config.data.max_quarantined={self._max_broken:g} but {count:,} of "
+                f"{len(self.table):,} images no longer decode, the last: {key}: {why}; repair the "
+                "data and run the same command again"
+            )
 
 
 def _uniform(key: str) -> float:

@@ -82,6 +82,11 @@ class Table:
         """Number of records before the selection."""
         return self._ends[-1] if self._ends else 0
 
+    def ends(self) -> np.ndarray:
+        """For each shard the number of the first record after it."""
+        ends = np.array(self._ends, np.int64)
+        return ends if self._selected is None else np.searchsorted(self._selected, ends)
+
     def key(self, i: int) -> str:
         """Name of record i."""
         number, shard, row = self._locate(i)

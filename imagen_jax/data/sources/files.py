@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import glob
 import os
 import pathlib
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.io.images import ImageError
@@ -64,16 +65,12 @@ def stats(files: Sequence[pathlib.Path]) -> list[tuple[str, int, int]]:
 
 
 class Files:
-    """Reads byte ranges of files; thread-safe."""
+    """Reads byte ranges of files; thread-safe. Keeps the last used ones open."""
 
     def __init__(self, paths: Sequence[pathlib.Path]) -> None:
         self.paths = list(paths)
-        self._open: dict[int, int] = {}
+        self._open: collections.OrderedDict[int, _Descriptor] = collections.OrderedDict()
         self._lock = threading.Lock()
-
-    def __del__(self) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
 
     def read_start(self, location: tuple[int, int, int], count: int) -> tuple[bytes, int]:
         """At most `count` first bytes of a file number, offset and size; and the size."""
@@ -82,14 +79,38 @@ class Files:
 
     def read(self, number: int, offset: int, size: int) -> bytes:
         """Reads `size` bytes of file `number` at `offset`. Raises ImageError: it is shorter."""
-        if len(self.paths) <= MAX_OPEN_FILES:
-            with self._lock:
-                if number not in self._open:
-                    self._open[number] = os.open(self.paths[number], os.O_RDONLY)
-            data = os.pread(self._open[number], size, offset)
-        else:
-            with self.paths[number].open("rb", buffering=0) as file:
-                data = os.pread(file.fileno(), size, offset)
+        descriptor = self._descriptor(number)
+        try:
+            data = os.pread(descriptor.number, size, offset)
+        except OSError:
+            with self._lock:  # Opened again by the next read.
+                self._open.pop(number, None)
+            raise
         if len(data) != size:
             raise ImageError(f"unreadable ({self.paths[number].name} has become shorter)")
         return data
+
+    def _descriptor(self, number: int) -> _Descriptor:
+        with self._lock:
+            if number in self._open:
+                self._open.move_to_end(number)
+                return self._open[number]
+        # Not under the lock: a store may take long to open a file.
+        descriptor = _Descriptor(self.paths[number])
+        with self._lock:
+            descriptor = self._open.setdefault(number, descriptor)
+            while len(self._open) > MAX_OPEN_FILES:
+                self._open.popitem(last=False)
+        return descriptor
+
+
+class _Descriptor:
+    """An open file; closed when the last read that uses it ends."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        # `os` may be gone at the end of the interpreter.
+        if hasattr(self, "number"):
+            close(self.number)

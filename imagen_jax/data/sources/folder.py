@@ -7,6 +7,7 @@ with suffixes in any case.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import pathlib
@@ -20,6 +21,7 @@ from imagen_jax.data.index.table import Location
 from imagen_jax.data.sources import captions, metadata, names
 from imagen_jax.data.sources.files import CACHE
 from imagen_jax.data.sources.records import Item
+from imagen_jax.io.images import ImageError
 
 METADATA = metadata.JSON_LINES
 # Suffixes of files that are no images; others are recognised by their first bytes.
@@ -137,7 +139,18 @@ class Folder:
     def read(self, key: str, location: Location) -> bytes:
         """The bytes of an image file."""
         del location  # The key is the path.
-        return (self.root / key).read_bytes()
+        try:
+            return (self.root / key).read_bytes()
+        except FileNotFoundError:
+            # An unmounted folder is an error of the store, a deleted image is not.
+            if self._is_mounted():
+                raise ImageError("missing file") from None
+            raise
+
+    def _is_mounted(self) -> bool:
+        with contextlib.suppress(OSError), os.scandir(self.root) as found:
+            return next(found, None) is not None
+        return False
 
     def read_start(self, key: str, location: Location, count: int) -> tuple[bytes, int]:
         """The first bytes of an image file, and its size."""

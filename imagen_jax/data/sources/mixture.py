@@ -7,7 +7,7 @@ new shuffled order.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -73,10 +73,17 @@ class Mixture:
         """Hashes of the captions of all records, as in the embedding store."""
         return np.concatenate([source.hashes() for source in self.sources.values()])
 
-    def record(self, i: int, decode: Decode = images.decode) -> Record:
+    def read(self, i: int) -> bytes:
+        """The encoded image of record i; see `IndexedSource.read`."""
+        _, source, local = self._locate(i)
+        return source.read(local)
+
+    def record(
+        self, i: int, decode: Decode = images.decode, read: Callable[[], bytes] | None = None
+    ) -> Record:
         """Record i; a damaged one is replaced by another of its source (`IndexedSource.record`)."""
         name, source, local = self._locate(i)
-        record = source.record(local, decode)
+        record = source.record(local, decode, read)
         return record._replace(key=f"{name}:{record.key}")
 
     def order(self, g: Int[np.ndarray, " k"], seed: int) -> Int[np.ndarray, " k"]:

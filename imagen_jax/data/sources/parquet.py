@@ -96,6 +96,8 @@ class ParquetReader:
         try:
             return self._group(number, -1 - offset)[size_or_row].as_py()
         except _DAMAGED as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # Of the file system; pyarrow's own have no number.
             raise ImageError(f"unreadable row group ({' '.join(str(error).split())})") from error
 
     def _check_columns(self, names: list[str]) -> None:

@@ -336,8 +336,17 @@ class AnySource(Protocol):
         """Hashes of the captions of all records, as in the embedding store."""
         ...
 
-    def record(self, i: int, decode: Decode = images.decode) -> Record:
-        """Record i; a damaged one is replaced by another, by a fixed rule."""
+    def read(self, i: int) -> bytes:
+        """The encoded image of record i. Raises ImageError: it changed."""
+        ...
+
+    def record(
+        self, i: int, decode: Decode = images.decode, read: Callable[[], bytes] | None = None
+    ) -> Record:
+        """Record i; a damaged one is replaced by another, by a fixed rule.
+
+        `read`: as `self.read(i)`, which may have run before.
+        """
         ...
 
     def order(self, g: Int[np.ndarray, " k"], seed: int) -> Int[np.ndarray, " k"]:

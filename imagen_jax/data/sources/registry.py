@@ -69,4 +69,11 @@ def _open(source: SourceConfig, field: str, log: Log) -> IndexedSource:
     if report.rejected or report.noted or report.ignored:
         log(f"{source.path}: {report.summary()} (all in {report_file})")
     report.check(source.max_quarantined, field)
-    return IndexedSource(table=table, reader=reader, report=report, log=log)
+    return IndexedSource(
+        table=table,
+        reader=reader,
+        report=report,
+        log=log,
+        max_broken=source.max_quarantined,
+        window=source.shuffle == "window",
+    )
