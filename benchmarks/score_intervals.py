@@ -1,6 +1,6 @@
 """Simulated coverage of the 95% intervals of FID and KID (docs/evaluation.md).
 
-    .venv/bin/python benchmarks/score_intervals.py --repeats=400 [--score=fid]
+    .venv/bin/python benchmarks/score_intervals.py --score=fid --repeats=400
 
 Features of known distributions take the place of Inception's. The truth is the mean of the score
 over all repeats, at that number of images: the FID's bias is part of what a user reads. KID has
@@ -127,18 +127,22 @@ SCORES = {"fid": fid_coverage, "kid": kid_coverage}
 
 
 def main() -> None:
-    """Prints a table, a row per case as it is finished."""
+    """Prints a table, a row per case as it is finished, and lowest, mean and highest by size."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=400)
-    parser.add_argument("--score", choices=list(SCORES), help="one of the scores; default: both")
+    parser.add_argument("--score", choices=list(SCORES), default="fid")
     flags = parser.parse_args()
-    scores = [flags.score] if flags.score else list(SCORES)
-    print(f"| features | number | images | shift, scale | {' | '.join(scores)} |")
-    print("|---" * (4 + len(scores)) + "|")
+    print(f"| features | number | images | shift, scale | {flags.score} |\n|---|---|---|---|---|")
+    by_size: dict[tuple[int, int], list[float]] = {size: [] for size in SIZES}
     for case in cases():
-        shares = [f"{SCORES[score](case, flags.repeats):.3f}" for score in scores]
-        cells = (case.kind, case.size, case.count, f"{case.shift:g}, {case.scale:g}", *shares)
+        share = SCORES[flags.score](case, flags.repeats)
+        by_size[case.size, case.count].append(share)
+        change = f"{case.shift:g}, {case.scale:g}"
+        cells = (case.kind, case.size, case.count, change, f"{share:.3f}")
         print(f"| {' | '.join(map(str, cells))} |", flush=True)
+    for (size, count), found in by_size.items():
+        numbers = f"{min(found):.3f} | {np.mean(found):.3f} | {max(found):.3f}"
+        print(f"| {size} | {count} | {numbers} |")
 
 
 if __name__ == "__main__":
