@@ -73,8 +73,8 @@ class Pipeline:
           EmbeddingError: captions without embeddings.
           ConfigError: `data.held_out` leaves no record to train on.
         """
-        absent = int((~store.contains(source.hashes())).sum())
-        if absent:
+        if not store.covers(source):
+            absent = sum(int((~store.contains(block)).sum()) for block in source.hash_blocks())
             texts = (text for i in range(len(source)) for text in source.captions(i))
             first = next(text for text in texts if store.missing([text]))
             raise EmbeddingError(

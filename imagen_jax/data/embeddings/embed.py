@@ -10,6 +10,7 @@ each claims a unit before encoding it (claims.py), and takes over the units of d
 from __future__ import annotations
 
 import collections
+import hashlib
 import os
 import pathlib
 import time
@@ -19,7 +20,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from imagen_jax.data.embeddings import store, unit_file
+from imagen_jax.data.embeddings import packs, store, unit_file
 from imagen_jax.data.embeddings.claims import Claims
 from imagen_jax.io import paths
 from imagen_jax.text.encoders import TextEncoder
@@ -142,10 +143,21 @@ def embed(
         store.write_unit(folder / name, unit.captions, rows, dtype)
         progress.add(unit)
 
-    with Claims(folder, patience) as claims:
-        _share(names, folder, claims, encode, progress.wait)
-    rows = [store.describe_unit(folder / name) for name in names]
-    store.write_manifest(folder, rows, fingerprint)
+    plan_hash = hashlib.sha256("".join(names).encode()).hexdigest()[:16]
+    if len(names) <= packs.MAX_LOOSE:
+        with Claims(folder, patience) as claims:
+            _share(names, folder, claims, encode, progress.wait)
+        rows = [store.describe_unit(folder / name) for name in names]
+        store.write_manifest(folder, rows, fingerprint)
+    elif store.plan_of(folder) != plan_hash:
+        with Claims(folder, patience) as claims:
+            _share(names, folder, claims, encode, progress.wait)
+            while store.plan_of(folder) != plan_hash:
+                if claims.take(store.MANIFEST):
+                    store.write_packed(folder, names, fingerprint, plan_hash)
+                    claims.release(store.MANIFEST)
+                else:
+                    time.sleep(POLL_EVERY)
     _clean_up(folder, names)
     report = _describe(captions, plan, encoder, unit_size, dtype)
     log(
@@ -166,15 +178,18 @@ def _share(
     # Workers start at random units, so they rarely compete for one.
     first = int.from_bytes(os.urandom(4), "little") % len(names)
     pending = [*names[first:], *names[:first]]
+    finished = packs.Finished(folder)
     while pending:
         for name in pending:
-            if (folder / name).exists() or not claims.take(name):
+            if name in finished or not claims.take(name):
                 continue
-            # Checked again: another worker may have finished it just before the claim.
-            if not (folder / name).exists():
+            # Checked again: another worker may have finished or packed it just before the claim.
+            finished.refresh()
+            if name not in finished:
                 encode(name)
             claims.release(name)
-        pending = [name for name in pending if not (folder / name).exists()]
+        finished.refresh()
+        pending = [name for name in pending if name not in finished]
         if pending:
             wait(pending)
 
@@ -192,8 +207,12 @@ class _Progress:
 
     def _left(self) -> tuple[int, int]:
         """Number of units missing in the folder, and their tokens."""
-        written = set(os.listdir(self._folder))
-        missing = [unit for name, unit in self._work.items() if name not in written]
+        written, finished = set(os.listdir(self._folder)), packs.Finished(self._folder)
+        missing = [
+            unit
+            for name, unit in self._work.items()
+            if name not in written and name not in finished.packed
+        ]
         return len(missing), sum(unit.tokens for unit in missing)
 
     def add(self, unit: UnitOfWork) -> None:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from imagen_jax.data.embeddings.store import CaptionSource
 from imagen_jax.text.encoders import TextEncoder
 
 
@@ -43,6 +44,11 @@ class TokenSource:
     def contains(self, hashes: np.ndarray) -> Bool[np.ndarray, " k"]:
         """True for every hash: any caption can be encoded."""
         return np.ones(len(hashes), bool)
+
+    def covers(self, source: CaptionSource) -> bool:
+        """True: any caption can be encoded."""
+        del source
+        return True
 
     def spec(self, max_text_len: int) -> tuple[tuple[int, ...], str]:
         """Shape and dtype of the ids of one example: the encoder's `max_len` tokens."""

@@ -4,20 +4,26 @@
 tokens are stored: 20 tokens of 4096 channels are 164 kB in bfloat16 and 82 kB in int8; padded to
 128 tokens they are 1 MB. The paper also encodes captions before training (Imagen, Sec. 2.5).
 
-A folder holds unit files (`unit_file.py`) and, once complete, `manifest.json`.
+A folder holds unit files (`unit_file.py`), or packs of many (`packs.py`), and, once complete, the
+sorted table of all captions (`key_table.py`) and `manifest.json`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
 import json
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
 
 import ml_dtypes
 import numpy as np
 from jaxtyping import BFloat16, Bool
 
+from imagen_jax.data.embeddings import key_table, packs
+from imagen_jax.data.embeddings.key_table import UnitKeys
 from imagen_jax.data.embeddings.unit_file import (
     HASH_BYTES,
     EmbeddingError,
@@ -31,7 +37,7 @@ from imagen_jax.data.embeddings.unit_file import (
     unit_name,
     write_unit,
 )
-from imagen_jax.io import paths
+from imagen_jax.io import atomic, paths
 
 __all__ = [
     "EmbeddingError",
@@ -63,7 +69,66 @@ def write_manifest(folder: pathlib.Path, units: Sequence[Unit], fingerprint: dic
         "relative_rms_error": error if error == error else None,
         "units": [u._asdict() for u in units],
     }
+    keys = (UnitKeys(*read_keys(folder / unit.file)) for unit in units)
+    key_table.write(folder, _tag(manifest), keys, manifest["captions"])
     publish_file(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+
+
+def write_packed(folder: pathlib.Path, names: Sequence[str], fingerprint: dict, plan: str) -> None:
+    """Packs the finished units of a large store, and writes its key table and manifest.
+
+    Args:
+      folder: of the store.
+      names: of the units, in the order of the plan.
+      fingerprint: of the encoder.
+      plan: hash of the plan.
+    """
+    rows, places, headers = [], [], []
+    for pack, units in packs.pack(folder, names):
+        path = folder / pack.file
+        headers += [read_header(path, unit.start) for unit in units]
+        places += [(len(rows), unit.start) for unit in units]
+        rows.append(pack)
+    norm = sum(h.squared_norm for h in headers)
+    manifest = {
+        "fingerprint": fingerprint,
+        "dim": headers[0].dim,
+        "dtype": headers[0].dtype,
+        "captions": sum(pack.captions for pack in rows),
+        "tokens": sum(pack.tokens for pack in rows),
+        "relative_rms_error": (sum(h.squared_error for h in headers) / norm) ** 0.5 if norm else 0,
+        "plan": plan,
+        "packs": [pack._asdict() for pack in rows],
+    }
+    tag = _tag(manifest)
+    with atomic.file(folder / f"units_{tag}.npy") as temporary, temporary.open("wb") as file:
+        np.save(file, np.array(places, np.int64).reshape(-1, 2))
+    keys = (UnitKeys(*read_keys(folder / rows[n].file, at)) for n, at in places)
+    key_table.write(folder, tag, keys, manifest["captions"])
+    publish_file(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+
+
+def plan_of(folder: pathlib.Path) -> str:
+    """The hash of the plan of a complete, packed store; "": it is another, or incomplete."""
+    path = folder / MANIFEST
+    return json.loads(path.read_text()).get("plan", "") if path.exists() else ""
+
+
+def _tag(manifest: dict) -> str:
+    """A hash of the units of a store, by which its tables are named."""
+    rows = manifest.get("packs") or manifest["units"]
+    names = [[row["file"], row["sha256"]] for row in rows]
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
+
+
+class CaptionSource(Protocol):
+    """A source of captions: its fingerprint, and the hashes of its captions in blocks."""
+
+    fingerprint: str
+
+    def hash_blocks(self) -> Iterator[np.ndarray]:
+        """S16, as in the store."""
+        ...
 
 
 class EmbeddingStore:
@@ -85,21 +150,21 @@ class EmbeddingStore:
         self.dim: int = manifest["dim"]
         self.fingerprint: dict = manifest["fingerprint"]
         self.captions: int = manifest["captions"]
+        self._tag = _tag(manifest)
+        self._places = None
+        if "packs" in manifest:
+            self._places = np.load(folder / f"units_{self._tag}.npy", mmap_mode="r")
+            _check_packs(folder, manifest["packs"])
+        else:
+            for row in manifest["units"]:
+                read_header(folder / row["file"])
         # Maps a unit on first use; closes the least recently used one.
-        self._rows = functools.lru_cache(MAX_OPEN_UNITS)(
-            lambda number: Rows(folder / manifest["units"][number]["file"])
+        self._rows = functools.lru_cache(MAX_OPEN_UNITS)(self._open_rows)
+        # A store of an earlier version has no table; `embed` adds it.
+        table = key_table.read(folder, self._tag) or key_table.build(
+            UnitKeys(*read_keys(folder / row["file"])) for row in manifest["units"]
         )
-        hashes, counts, units, offsets = [], [], [], []
-        for number, row in enumerate(manifest["units"]):
-            keys, lengths = read_keys(folder / row["file"])
-            hashes.append(keys)
-            counts.append(lengths)
-            units.append(np.full(len(keys), number, np.int32))
-            offsets.append(np.cumsum(lengths, dtype=np.int64) - lengths)
-        keys = np.concatenate(hashes)
-        order = np.argsort(keys)
-        self._keys, self._counts = keys[order], np.concatenate(counts)[order]
-        self._units, self._offsets = np.concatenate(units)[order], np.concatenate(offsets)[order]
+        self._keys, self._units, self._offsets, self._counts = table
 
     @classmethod
     def open(cls, path: str, expected_fingerprint: dict | None = None) -> EmbeddingStore:
@@ -129,7 +194,14 @@ class EmbeddingStore:
 
     def verify(self) -> None:
         """Reads every unit and compares its hash. Raises EmbeddingError: a damaged unit."""
-        for row in self._manifest["units"]:
+        for row in self._manifest.get("packs", ()):
+            with (self._folder / row["file"]).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != row["sha256"]:
+                    raise EmbeddingError(
+                        f"{self._folder / row['file']} is damaged; delete it with its .json and "
+                        f"{MANIFEST}, and run `imagen embed`"
+                    )
+        for row in self._manifest.get("units", ()):
             path = self._folder / row["file"]
             hashes = {describe_unit(path, reread=reread).sha256 for reread in (False, True)}
             if hashes != {row["sha256"]}:
@@ -179,6 +251,24 @@ class EmbeddingStore:
             out[:count] = self._rows(int(self._units[row]))[start : start + count]
         return text_emb, np.arange(max_text_len) < counts[:, None]
 
+    def covers(self, source: CaptionSource) -> bool:
+        """Whether every caption of a source is in the store; a result of before is remembered."""
+        text = f"{self._tag} {source.fingerprint}".encode()
+        known = self._folder / f".covers_{hashlib.sha256(text).hexdigest()[:16]}"
+        if known.exists():
+            return True
+        if not all(self.contains(np.sort(block)).all() for block in source.hash_blocks()):
+            return False
+        with contextlib.suppress(OSError):  # A shared store may be read-only for this user.
+            known.touch()
+        return True
+
+    def _open_rows(self, number: int) -> Rows:
+        if self._places is None:
+            return Rows(self._folder / self._manifest["units"][number]["file"])
+        pack, start = self._places[number].tolist()
+        return Rows(self._folder / self._manifest["packs"][pack]["file"], start)
+
     def _find(self, captions: Sequence[str]) -> np.ndarray:
         """Table row of each caption; any row for a missing one."""
         return np.searchsorted(self._keys, _hashes(captions)).clip(max=len(self._keys) - 1)
@@ -186,6 +276,14 @@ class EmbeddingStore:
 
 def _hashes(captions: Sequence[str]) -> np.ndarray:
     return np.array([caption_hash(c) for c in captions], f"S{HASH_BYTES}")
+
+
+def _check_packs(folder: pathlib.Path, rows: Sequence[dict]) -> None:
+    """Raises EmbeddingError: a pack is missing or has another size."""
+    for row in rows:
+        path = folder / row["file"]
+        if not path.exists() or path.stat().st_size != row["bytes"]:
+            raise EmbeddingError(f"{path} is missing or damaged; copy the store again")
 
 
 def _check_fingerprint(path: str, stored: dict, expected: dict) -> None:

@@ -155,11 +155,20 @@ def dequantize(
     return q.astype(np.float32) * scale[:, None] * rms
 
 
-def read_header(path: pathlib.Path) -> Header:
-    """Reads the header and checks the length of the file. Raises EmbeddingError."""
+def read_header(path: pathlib.Path, at: int | None = None) -> Header:
+    """Reads a header.
+
+    Args:
+      path: of the file.
+      at: offset of a unit in a pack; None: the file is the unit, and its length is checked.
+
+    Raises:
+      EmbeddingError: missing or damaged.
+    """
     header, size = None, 0
     try:
         with path.open("rb") as file:
+            file.seek(at or 0)
             content = file.read(_HEADER.size)
         if content.startswith(TAG):
             _, count, tokens, dim, tag, error, norm = _HEADER.unpack(content)
@@ -172,7 +181,7 @@ def read_header(path: pathlib.Path) -> Header:
             size = header.end
     except (OSError, struct.error, UnicodeDecodeError):
         header = None
-    if header is None or path.stat().st_size != size:
+    if header is None or (at is None and path.stat().st_size != size):
         raise EmbeddingError(f"{path} is missing or damaged; delete it and run `imagen embed`")
     return header
 
@@ -206,10 +215,10 @@ def describe_unit(path: pathlib.Path, *, reread: bool = False) -> Unit:
 class Rows:
     """The rows of a unit file, memory-mapped."""
 
-    def __init__(self, path: pathlib.Path) -> None:
-        """Opens the file. Raises EmbeddingError."""
-        header = read_header(path)
-        raw = np.memmap(path, mode="r")[header.rows : header.end]
+    def __init__(self, path: pathlib.Path, at: int | None = None) -> None:
+        """Opens a file, or the unit at an offset of a pack. Raises EmbeddingError."""
+        header, start = read_header(path, at), at or 0
+        raw = np.memmap(path, mode="r")[start + header.rows : start + header.end]
         shape = (header.tokens, header.dim)
         self._scales = None
         if header.dtype == "bfloat16":
@@ -227,11 +236,15 @@ class Rows:
         return dequantize(rms, scale[tokens], self._rows[tokens]).astype(ml_dtypes.bfloat16)
 
 
-def read_keys(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes S16[n] and token counts i4[n] of the captions. Raises EmbeddingError."""
-    header = read_header(path)
+def read_keys(path: pathlib.Path, at: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes S16[n] and token counts i4[n] of the captions; `at` as in `read_header`.
+
+    Raises:
+      EmbeddingError: missing or damaged.
+    """
+    header = read_header(path, at)
     with path.open("rb") as file:
-        file.seek(header.start)
+        file.seek((at or 0) + header.start)
         content = file.read(header.rows - header.start)
     split = HASH_BYTES * header.captions
     return np.frombuffer(content[:split], f"S{HASH_BYTES}"), np.frombuffer(content[split:], "<i4")

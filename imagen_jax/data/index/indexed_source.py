@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -108,6 +108,10 @@ class IndexedSource:
     def hashes(self) -> np.ndarray:
         """Hashes of the captions of all records, of both parts, as in the embedding store."""
         return self.table.hashes()
+
+    def hash_blocks(self) -> Iterator[np.ndarray]:
+        """`hashes` of one shard after the other."""
+        return self.table.hash_blocks()
 
     def order(self, g: Int[np.ndarray, " k"], seed: int) -> Int[np.ndarray, " k"]:
         """Record numbers of the examples g of a run, shuffled anew in every epoch."""

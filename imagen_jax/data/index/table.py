@@ -115,13 +115,20 @@ class Table:
 
     def hashes(self) -> np.ndarray:
         """Hashes of all captions in order, S16 as in the embedding store."""
-        parts = [shard.hashes() for _, shard in self.shards()]
-        if self._selected is not None:
-            counts = np.concatenate([shard.caption_counts() for _, shard in self.shards()])
-            chosen = np.zeros(self.rows, bool)
-            chosen[self._selected] = True
-            return np.concatenate(parts)[np.repeat(chosen, counts)]
-        return np.concatenate(parts) if parts else np.zeros(0, "S16")
+        return np.concatenate([np.zeros(0, "S16"), *self.hash_blocks()])
+
+    def hash_blocks(self) -> Iterator[np.ndarray]:
+        """`hashes` of one shard after the other."""
+        start = 0
+        for entry, shard in self.shards():
+            found = shard.hashes()
+            if self._selected is not None:
+                first, last = np.searchsorted(self._selected, [start, start + entry.records])
+                chosen = np.zeros(entry.records, bool)
+                chosen[self._selected[first:last] - start] = True
+                found = found[np.repeat(chosen, shard.caption_counts())]
+            start += entry.records
+            yield found
 
     def shards(self) -> Iterator[tuple[Entry, Shard]]:
         """All shards with records, before the selection."""

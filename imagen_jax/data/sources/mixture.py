@@ -7,7 +7,7 @@ new shuffled order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -72,6 +72,11 @@ class Mixture:
     def hashes(self) -> np.ndarray:
         """Hashes of the captions of all records, as in the embedding store."""
         return np.concatenate([source.hashes() for source in self.sources.values()])
+
+    def hash_blocks(self) -> Iterator[np.ndarray]:
+        """`hashes` in blocks."""
+        for source in self.sources.values():
+            yield from source.hash_blocks()
 
     def read(self, i: int) -> bytes:
         """The encoded image of record i; see `IndexedSource.read`."""

@@ -336,6 +336,10 @@ class AnySource(Protocol):
         """Hashes of the captions of all records, as in the embedding store."""
         ...
 
+    def hash_blocks(self) -> Iterator[np.ndarray]:
+        """`hashes` in blocks, for sources larger than the memory."""
+        ...
+
     def read(self, i: int) -> bytes:
         """The encoded image of record i. Raises ImageError: it changed."""
         ...
