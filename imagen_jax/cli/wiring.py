@@ -21,6 +21,7 @@ from imagen_jax.data.sources.registry import open_source
 from imagen_jax.io import paths
 from imagen_jax.parallel import partitioning
 from imagen_jax.stages.names import check_names
+from imagen_jax.text import fingerprints
 from imagen_jax.text.encoders import load_text_encoder
 from imagen_jax.training.optimizer import with_rule_defaults
 
@@ -113,5 +114,5 @@ def _open_text(config: Config) -> EmbeddingStore | TokenSource:
     if config.text.on_the_fly:
         mesh = partitioning.make_mesh(config.mesh)
         return TokenSource(load_text_encoder(config.text, mesh))
-    expected = load_text_encoder(config.text).fingerprint() if config.text.path else None
+    expected = fingerprints.fingerprint(config.text) if config.text.path else None
     return EmbeddingStore.open(config.data.embeddings, expected)

@@ -1,0 +1,61 @@
+"""fingerprints.py: the cached fingerprint of an encoder is that of its files."""
+
+import dataclasses
+import os
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from imagen_jax.config.text import T5Config, TextConfig
+from imagen_jax.interop import hf_t5
+from imagen_jax.models import t5
+from imagen_jax.text import fingerprints
+from imagen_jax.text.encoders import load_text_encoder
+
+SHAPE = T5Config(vocab_size=384, emb_dim=8, num_layers=1, num_heads=2, head_dim=4, mlp_dim=16)
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch) -> TextConfig:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    save(tmp_path / "text", 1.0)
+    return TextConfig(encoder="bytes", path=str(tmp_path / "text"), max_len=16)
+
+
+def save(folder, value: float) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    params = jax.tree.map(
+        lambda leaf: np.full(leaf.shape, value, np.float32), t5.parameter_shapes(SHAPE)
+    )
+    hf_t5.save(folder, SHAPE, params)
+
+
+def test_the_weights_are_read_once(config, monkeypatch):
+    expected = load_text_encoder(config).fingerprint()
+    assert fingerprints.fingerprint(config) == expected
+    monkeypatch.setattr(fingerprints, "load_text_encoder", None)
+    assert fingerprints.fingerprint(config) == expected
+
+
+def test_other_weights_or_settings_are_read_again(config, tmp_path):
+    first = fingerprints.fingerprint(config)
+    longer = dataclasses.replace(config, max_len=17)
+    assert fingerprints.fingerprint(longer) == {**first, "max_len": 17}
+    save(tmp_path / "text", 2.0)
+    second = fingerprints.fingerprint(config)
+    assert second == load_text_encoder(config).fingerprint() != first
+
+
+def test_a_damaged_cache_or_none_is_no_error(config, tmp_path, monkeypatch):
+    expected = fingerprints.fingerprint(config)
+    (file,) = (tmp_path / "cache").rglob("*.json")
+    file.write_text("{")
+    assert fingerprints.fingerprint(config) == expected
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert fingerprints.fingerprint(config) == expected
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    assert fingerprints.fingerprint(config) == expected
