@@ -103,7 +103,7 @@ setuptools.setup(
         # sentence-transformers, and so torch, as a dependency, which its weights do not need.
         "minilm": ["tokenizers>=0.22,<0.24"],
         # The page and the JSON API (imagen serve).
-        "serve": ["starlette>=1.10,<2", "uvicorn>=0.54"],
+        "serve": ["prometheus-client>=0.26", "starlette>=1.10,<2", "uvicorn>=0.54"],
         # HEIC images, as phones write them.
         "heic": ["pillow-heif>=1.1"],
         # Charts (evaluate sweep, evaluate rate_score).

@@ -1,7 +1,6 @@
 """Serves a cascade as a web page and a JSON API; see docs/serving.md.
 
-It listens on loopback by default. There are no accounts: everyone who reaches the address can
-sample.
+It listens on loopback by default. Without --token_file everyone who reaches the address can sample.
 """
 
 from __future__ import annotations
@@ -20,12 +19,14 @@ LIMITS = {
     "max_samples": ("samples", "images of one request"),
     "max_steps": ("steps", "denoising steps of a stage"),
     "keep": ("kept_images", "images kept in --out; older ones are deleted"),
+    "patience": ("patience", "seconds after which a job that no client asks about is dropped"),
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
     wiring.add_stages(parser)
+    wiring.add_loras(parser)
     path_flags.required(parser, "--out", "folder for the images")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=8000, help="0: any free port")
@@ -37,7 +38,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="encoder folder, if it has moved",
     )
     for flag, (field, text) in LIMITS.items():
-        parser.add_argument(f"--{flag}", type=int, default=getattr(Limits, field), help=text)
+        default = getattr(Limits, field)
+        parser.add_argument(f"--{flag}", type=type(default), default=default, help=text)
+    parser.add_argument(
+        "--hosts",
+        default="",
+        help="further names of the server in the header Host, comma-separated",
+    )
+    parser.add_argument(
+        "--origins", default="", help="addresses of a proxy, https://name, by commas"
+    )
+    parser.add_argument("--prefix", default="", help="path that a proxy puts before all others")
+    path_flags.optional(parser, "--token_file", "file with the token that clients must send")
 
 
 def run(flags: argparse.Namespace) -> None:
@@ -46,15 +58,24 @@ def run(flags: argparse.Namespace) -> None:
     if not 0 <= flags.port < 65536:
         raise ConfigError(f"--port={flags.port} must be from 0 to 65535")
     try:
+        from imagen_jax.serving.access import Access, read_token
         from imagen_jax.serving.server import serve
     except ModuleNotFoundError as error:
-        if error.name not in ("starlette", "uvicorn"):
+        if error.name not in ("prometheus_client", "starlette", "uvicorn"):
             raise
         raise ConfigError(
-            "serve needs starlette and uvicorn; install imagen_jax with the extra [serve]"
+            "serve needs starlette, uvicorn and prometheus-client; install imagen_jax with the extra [serve]"
         ) from None
+    access = Access(
+        hosts=_names(flags.hosts),
+        origins=_names(flags.origins),
+        token=read_token(flags.token_file) if flags.token_file else "",
+        prefix=flags.prefix,
+    )
     wiring.set_up_devices(flags.cpu_devices)
-    cascade = Cascade.load(flags.stages, text_encoder=flags.text_encoder)
+    cascade = Cascade.load(
+        flags.stages, text_encoder=flags.text_encoder, loras=wiring.read_loras(flags)
+    )
     limits = Limits(**{field: getattr(flags, flag) for flag, (field, _) in LIMITS.items()})
     serve(
         cascade,
@@ -62,6 +83,11 @@ def run(flags: argparse.Namespace) -> None:
         host=flags.host,
         port=flags.port,
         limits=limits,
+        access=access,
         checkpoint=",".join(flags.stages),
         log=lambda line: print(line, flush=True),
     )
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.split(",") if name)

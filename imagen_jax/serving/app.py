@@ -10,10 +10,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import importlib.resources
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
@@ -21,12 +23,14 @@ from starlette.routing import Route
 
 from imagen_jax.config.schema import Config
 from imagen_jax.serving import http_request
+from imagen_jax.serving.access import Access, Guard
 from imagen_jax.serving.gallery import Gallery
-from imagen_jax.serving.http_request import SETTINGS, ClientRequestError, Guard, Limits
-from imagen_jax.serving.worker import QueueFull, Worker, preview
+from imagen_jax.serving.http_request import SETTINGS, ClientRequestError, Limits
+from imagen_jax.serving.worker import QueueFull, Worker, WorkerFailed
 
 SHOWN_IMAGES = 60
 RETRY_SECONDS = 2
+NO_JOB = "no such job; the server forgets finished jobs after a while"
 
 
 def make_app(
@@ -34,7 +38,7 @@ def make_app(
     gallery: Gallery,
     configs: Sequence[Config],
     limits: Limits,
-    hosts: Collection[str] = (),
+    access: Access,
 ) -> Guard:
     """Builds the application.
 
@@ -43,7 +47,7 @@ def make_app(
       gallery: holds the finished images.
       configs: of the stages.
       limits: of a request.
-      hosts: accepted names in the header Host; empty: any.
+      access: which requests are answered.
     """
     text, policy = _page()
 
@@ -51,8 +55,11 @@ def make_app(
         return HTMLResponse(text, headers={"content-security-policy": policy})
 
     async def health(request: Request) -> Response:
-        state = "ready" if worker.ready else "warming up"
-        return JSONResponse({"status": state, "waiting": worker.waiting()})
+        status = {"status": worker.state, "waiting": worker.waiting()}
+        return JSONResponse(status, 503 if worker.state == "failed" else 200)
+
+    async def metrics(request: Request) -> Response:
+        return Response(worker.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     async def about(request: Request) -> Response:
         return JSONResponse(_about(configs, limits))
@@ -67,15 +74,21 @@ def make_app(
     async def job(request: Request) -> Response:
         found = worker.job(request.path_params["id"])
         if found is None:
-            raise HTTPException(404, "no such job; the server forgets finished jobs after a while")
+            raise HTTPException(404, NO_JOB)
         return JSONResponse(found.describe() | {"ahead": worker.ahead(found)})
+
+    async def cancel(request: Request) -> Response:
+        found = worker.cancel(request.path_params["id"])
+        if found is None:
+            raise HTTPException(404, NO_JOB)
+        return JSONResponse(found.describe())
 
     async def job_preview(request: Request) -> Response:
         found = worker.job(request.path_params["id"])
-        png = None if found is None else preview(found)
-        if png is None:
+        preview = None if found is None else found.preview
+        if preview is None:
             raise HTTPException(404, "no job of this name is being sampled")
-        return Response(png, media_type="image/png")
+        return Response(await run_in_threadpool(preview.png), media_type="image/png")
 
     async def images(request: Request) -> Response:
         return JSONResponse({"pictures": gallery.newest(SHOWN_IMAGES)})
@@ -89,9 +102,11 @@ def make_app(
     routes = [
         Route("/", page),
         Route("/api/health", health),
+        Route("/metrics", metrics),
         Route("/api/about", about),
         Route("/api/jobs", submit, methods=["POST"]),
         Route("/api/jobs/{id}", job),
+        Route("/api/jobs/{id}", cancel, methods=["DELETE"]),
         Route("/api/jobs/{id}/preview.png", job_preview),
         Route("/api/pictures", images),
         Route("/pictures/{id}.png", image),
@@ -100,8 +115,11 @@ def make_app(
         HTTPException: _http_error,
         ClientRequestError: _client_request_error,
         QueueFull: _queue_full,
+        WorkerFailed: _worker_failed,
     }
-    return Guard(Starlette(routes=routes, exception_handlers=handlers), hosts)
+    guard = Guard(Starlette(routes=routes, exception_handlers=handlers), access, worker.metrics)
+    worker.metrics.watch("connections", "Open connections.", lambda: len(guard.connections))
+    return guard
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
@@ -114,6 +132,10 @@ async def _client_request_error(request: Request, error: ClientRequestError) -> 
 
 async def _queue_full(request: Request, error: QueueFull) -> Response:
     return _error(str(error), 429, {"retry-after": str(RETRY_SECONDS)})
+
+
+async def _worker_failed(request: Request, error: WorkerFailed) -> Response:
+    return _error(str(error), 503, None)
 
 
 def _error(message: str, status: int, headers: Any) -> Response:

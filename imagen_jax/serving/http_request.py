@@ -11,15 +11,13 @@ import dataclasses
 import json
 import secrets
 import unicodedata
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
 from imagen_jax.config.fields import unknown_name
 from imagen_jax.config.schema import Config
 from imagen_jax.inference.request import MAX_SEED
 
-LOOPBACK = ("localhost", "127.0.0.1", "::1")  # values of the header Host, without the port
 MAX_HEADER_BYTES = 16 * 1024
 BODY_SECONDS = 10.0  # time within which the whole body must arrive
 DRAIN_FACTOR = 256  # of a body that is too large, this many times the limit is read and discarded
@@ -56,6 +54,7 @@ class Limits:
       queue: requests that wait; further ones are answered 429.
       batch: images in one call of the model.
       kept_images: images kept in the folder; older ones are deleted.
+      patience: seconds after which a job that no client asks about is dropped.
     """
 
     samples: int = 8
@@ -66,6 +65,7 @@ class Limits:
     queue: int = 64
     batch: int = 8
     kept_images: int = 1000
+    patience: float = 120.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,82 +87,9 @@ class ClientRequest:
     stages: Mapping[str, Mapping[str, Any]]
 
 
-class Guard:
-    """ASGI middleware: refuses requests of other sites and adds security headers to all responses.
-
-    A page of another site can send requests to a server on loopback. With DNS rebinding it can also
-    read the responses; the header Host then has that site's name. Origin, if sent, is that site.
-    """
-
-    HEADERS = (
-        (b"x-content-type-options", b"nosniff"),
-        (b"x-frame-options", b"DENY"),
-        (b"referrer-policy", b"no-referrer"),
-        (b"cross-origin-resource-policy", b"same-origin"),
-    )
-
-    def __init__(self, app: Any, hosts: Collection[str]):
-        """Wraps an ASGI application.
-
-        Args:
-          app: answers the requests that pass.
-          hosts: accepted names in the header Host; empty: any.
-        """
-        self._app, self._hosts = app, hosts
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Answers one request."""
-
-        async def send_guarded(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                names = {name for name, _ in message["headers"]}
-                added = [*self.HEADERS]
-                if b"cache-control" not in names:
-                    added.append((b"cache-control", b"no-store"))
-                if b"content-security-policy" not in names:
-                    added.append((b"content-security-policy", b"default-src 'none'"))
-                message = {**message, "headers": [*message["headers"], *added]}
-            await send(message)
-
-        if scope["type"] != "http":
-            return
-        try:
-            check_site(scope["headers"], self._hosts)
-        except ClientRequestError as error:
-            headers = [(b"content-type", b"application/json")]
-            start = {"type": "http.response.start", "status": error.status, "headers": headers}
-            await send_guarded(start)
-            await send_guarded({"type": "http.response.body", "body": error_body(str(error))})
-        else:
-            await self._app(scope, receive, send_guarded)
-
-
 def error_body(message: str) -> bytes:
     """The JSON body of a refusal."""
     return json.dumps({"error": message}, ensure_ascii=False, separators=(",", ":")).encode()
-
-
-def check_site(headers: Sequence[tuple[bytes, bytes]], hosts: Collection[str]) -> None:
-    """Checks the headers Host and Origin.
-
-    Args:
-      headers: of the request, names in lower case.
-      hosts: accepted names in the header Host; empty: any.
-
-    Raises:
-      ClientRequestError: the request is for another name, or comes from another site's page.
-    """
-    values = {name: value.decode("latin-1") for name, value in headers}
-    host, origin = values.get(b"host", ""), values.get(b"origin")
-    if hosts and _host_name(host) not in hosts:
-        raise ClientRequestError(
-            f"header Host={_short(host)} is not a name of this server, expected one of "
-            f"{', '.join(hosts)}"
-        )
-    if origin is not None and _network_location(origin) != host:
-        raise ClientRequestError(
-            f"header Origin={_short(origin)} is another site, expected http://{_short(host)}", 403
-        )
 
 
 async def read_request(
@@ -185,7 +112,7 @@ async def read_request(
     content_type = headers.get("content-type", "").split(";")[0].strip()
     if content_type != "application/json":
         raise ClientRequestError(
-            f"content-type={_short(content_type)} must be application/json", 415
+            f"content-type={short(content_type)} must be application/json", 415
         )
     return parse(await _read_body(receive, limits.body), configs, limits)
 
@@ -273,7 +200,7 @@ def _settings(config: Config, values: Any, limits: Limits) -> dict[str, Any]:
 def _check_names(where: str, values: Mapping[str, Any], names: Sequence[str]) -> None:
     for name in values:
         if name not in names:
-            raise ClientRequestError(unknown_name(f"{where}field", _short(name), names))
+            raise ClientRequestError(unknown_name(f"{where}field", short(name), names))
 
 
 def _text(field: str, value: Any, limits: Limits) -> str:
@@ -300,25 +227,10 @@ def _shown(value: Any) -> str:
     """A value as JSON, shortened for a message."""
     if isinstance(value, int) and abs(value) > 10**SHOWN:
         return "a huge number"
-    return _short(json.dumps(value))
+    return short(json.dumps(value))
 
 
-def _short(text: str) -> str:
+def short(text: str) -> str:
+    """The text, printable, at most SHOWN characters of it."""
     printable = "".join(c if c.isprintable() else "?" for c in text)
     return printable if len(printable) <= SHOWN else printable[:SHOWN] + "..."
-
-
-def _host_name(host: str) -> str:
-    """The name in a Host header, without the port; "" if it is malformed."""
-    try:
-        return urlsplit(f"//{host}").hostname or ""
-    except ValueError:
-        return ""
-
-
-def _network_location(origin: str) -> str:
-    """Host and port in an Origin header; "" if it is malformed."""
-    try:
-        return urlsplit(origin).netloc
-    except ValueError:
-        return ""

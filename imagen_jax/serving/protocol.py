@@ -4,7 +4,8 @@ Closing a socket with unread bytes resets the connection, and the client loses t
 example the refusal of a malformed request that it is still sending. RFC 9112, section 9.6: close
 the sending side only, then discard what arrives until the client closes or a time has passed.
 uvicorn closes at once; `lingering` wraps its protocol and gives it a transport that closes this
-way.
+way. The wrapper also refuses a client with too many connections, and closes a connection on which
+no request arrives in time (`connections`).
 """
 
 from __future__ import annotations
@@ -15,15 +16,25 @@ from typing import Any
 
 import h11
 
+from imagen_jax.serving.connections import Connections
+
 LINGER_SECONDS = 2.0
 # Every response of the application has this header (`http_request.Guard`). A 400 without it is
 # uvicorn's own, which is plain text.
 APPLICATION_HEADER = b"x-content-type-options"
-_BODY = json.dumps({"error": "Invalid HTTP request received."}).encode()
-MALFORMED = (
-    b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\n"
-    b"content-length: %d\r\n\r\n%b" % (len(_BODY), _BODY)
-)
+
+
+def _refusal(status: bytes, error: str) -> bytes:
+    body = json.dumps({"error": error}).encode()
+    return (
+        b"HTTP/1.1 %b\r\ncontent-type: application/json\r\nconnection: close\r\n"
+        b"content-length: %d\r\n\r\n%b" % (status, len(body), body)
+    )
+
+
+MALFORMED = _refusal(b"400 Bad Request", "Invalid HTTP request received.")
+TOO_SLOW = _refusal(b"408 Request Timeout", "the head of the request did not arrive in time")
+TOO_MANY = _refusal(b"503 Service Unavailable", "this client has too many connections")
 
 
 class LingeringTransport:
@@ -69,20 +80,32 @@ class LingeringTransport:
 class LingeringProtocol(asyncio.Protocol):
     """Passes the events of a connection to another protocol until that one closes it."""
 
-    def __init__(self, protocol: asyncio.Protocol):
-        """Wraps `protocol`."""
-        self._protocol = protocol
+    def __init__(self, protocol: asyncio.Protocol, connections: Connections):
+        """Wraps `protocol`; `connections` knows how many there are."""
+        self._protocol, self._connections = protocol, connections
         self._transport: Any = None
+        self._client: Any = None
+        self._started = False  # Whether a byte has come; of an idle connection nobody is told.
 
     def connection_made(self, transport: Any) -> None:
         """Passes on a `LingeringTransport`."""
         self._transport = LingeringTransport(transport, self._protocol)
+        self._client = transport.get_extra_info("peername")
         self._protocol.connection_made(self._transport)
+        if not self._connections.opened(self._client, self._close_slow):
+            self._transport.write(TOO_MANY)
+            self._transport.close()
+
+    def _close_slow(self) -> None:
+        if self._started:
+            self._transport.write(TOO_SLOW)
+        self._transport.close()
 
     def data_received(self, data: bytes) -> None:
         """Passes bytes on, or discards them once the protocol has closed the connection."""
         if self._transport.closed:
             return
+        self._started = True
         try:
             self._protocol.data_received(data)
         except h11.LocalProtocolError:
@@ -103,15 +126,21 @@ class LingeringProtocol(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Passes it on, unless the protocol has closed the connection itself."""
+        self._connections.closed(self._client)
         if not self._transport.closed:
             self._protocol.connection_lost(exc)
 
 
-def lingering(protocol: type[asyncio.Protocol]) -> type[asyncio.Protocol]:
-    """Returns a class as `protocol`, constructed with the same arguments, that lingers."""
+def lingering(protocol: type[asyncio.Protocol], connections: Connections) -> type[asyncio.Protocol]:
+    """Returns a class as `protocol`, constructed with the same arguments, that lingers.
+
+    Args:
+      protocol: of an HTTP connection.
+      connections: of all instances of the class.
+    """
 
     class Lingering(LingeringProtocol):
         def __init__(self, **arguments: Any):
-            super().__init__(protocol(**arguments))
+            super().__init__(protocol(**arguments), connections)
 
     return Lingering

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import ipaddress
 import signal
 import socket
 from collections.abc import Callable
+from typing import Any
 
 import uvicorn
 
 from imagen_jax.inference.cascade import Cascade
+from imagen_jax.serving.access import LOOPBACK, Access, Guard
 from imagen_jax.serving.app import make_app
 from imagen_jax.serving.gallery import Gallery
-from imagen_jax.serving.http_request import LOOPBACK, MAX_HEADER_BYTES, Guard, Limits
+from imagen_jax.serving.http_request import MAX_HEADER_BYTES, Limits
 from imagen_jax.serving.protocol import lingering
 from imagen_jax.serving.worker import Worker
 
@@ -26,6 +29,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     limits: Limits,
+    access: Access,
     checkpoint: str = "",
     log: Callable[[str], None] = print,
 ) -> None:
@@ -34,9 +38,10 @@ def serve(
     Args:
       cascade: samples the images; all of it is in memory.
       out: folder for the images.
-      host: address to listen on; on loopback, only names of loopback are answered.
+      host: address to listen on; on loopback, only names of loopback and of `access` are answered.
       port: 0: any free port.
       limits: of a request and of the server.
+      access: which requests are answered.
       checkpoint: the stage folders, recorded with every image.
       log: receives lines.
 
@@ -45,7 +50,9 @@ def serve(
     """
     gallery = Gallery(out, limits.kept_images)
     worker = Worker(cascade, gallery, limits, checkpoint=checkpoint, log=log)
-    app = make_app(worker, gallery, cascade.configs, limits, LOOPBACK if _local(host) else ())
+    if _local(host):
+        access = dataclasses.replace(access, hosts=(*LOOPBACK, *access.hosts))
+    app = make_app(worker, gallery, cascade.configs, limits, access)
     with _listen(host, port) as listening:
         name = f"[{host}]" if ":" in host else host
         log(f"http://{name}:{listening.getsockname()[1]}")
@@ -61,24 +68,24 @@ def serve(
 
 def http_server(app: Guard) -> uvicorn.Server:
     """Configures uvicorn for the application."""
-    config = uvicorn.Config(
-        app,
-        http="h11",
-        ws="none",
-        lifespan="off",
+    settings: dict[str, Any] = {
+        "app": app,
+        "ws": "none",
+        "lifespan": "off",
         # Clients cause its warnings, and could fill a disk with them.
-        log_level="error",
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        limit_concurrency=MAX_CONNECTIONS,
-        timeout_keep_alive=5,
-        timeout_graceful_shutdown=2,
-        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-    )
-    config.load()
-    config.http_protocol_class = lingering(config.http_protocol_class)
-    return uvicorn.Server(config)
+        "log_level": "error",
+        "access_log": False,
+        "server_header": False,
+        "proxy_headers": False,
+        "limit_concurrency": MAX_CONNECTIONS,
+        "timeout_keep_alive": 5,
+        "timeout_graceful_shutdown": 2,
+        "h11_max_incomplete_event_size": MAX_HEADER_BYTES,
+    }
+    plain = uvicorn.Config(http="h11", **settings)
+    plain.load()
+    protocol = lingering(plain.http_protocol_class, app.connections)
+    return uvicorn.Server(uvicorn.Config(http=protocol, **settings))
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -12,9 +12,10 @@ import dataclasses
 import json
 import secrets
 import threading
+import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -24,18 +25,47 @@ from imagen_jax.inference.request import SampleRequest
 from imagen_jax.io import images
 from imagen_jax.serving.gallery import Gallery
 from imagen_jax.serving.http_request import ClientRequest, Limits
+from imagen_jax.serving.metrics import Metrics
 
 REPORTS_PER_STAGE = 20  # updates of progress and preview
 STOP_TIMEOUT = 30.0  # seconds; a compilation cannot be interrupted
 MAX_FINISHED_JOBS = 1000  # finished jobs that clients can still look up
+ENDED = ("done", "failed", "cancelled")
+FAILURES = 3  # consecutive batches that fail, after which the server's health is "failed"
+LOG_SECONDS = 60.0  # at most one traceback in this time
 
 
 class QueueFull(RuntimeError):
     """The queue is at its limit."""
 
 
+class WorkerFailed(RuntimeError):
+    """The thread that samples has ended."""
+
+
 class Stopped(Exception):
     """The server is shutting down."""
+
+
+class Dropped(Exception):
+    """No client waits for the batch any more."""
+
+
+class Preview:
+    """Estimates of x0 of a job's images during sampling; encoded once, when a client asks."""
+
+    def __init__(self, estimates: np.ndarray):
+        """Holds estimates [n, h, w, 3] in [-1, 1]."""
+        self._estimates, self._png = estimates, b""
+        self._lock = threading.Lock()
+
+    def png(self) -> bytes:
+        """The estimates side by side, as PNG."""
+        with self._lock:
+            if not self._png:
+                pixels = images.to_uint8(self._estimates)
+                self._png = images.encode_png(np.concatenate(pixels, axis=1))
+            return self._png
 
 
 @dataclasses.dataclass(eq=False)
@@ -45,12 +75,14 @@ class Job:
     Attributes:
       request: the validated request.
       id: random identifier.
-      state: "waiting", "drawing" (being sampled), "done" or "failed".
+      state: "waiting", "drawing" (being sampled), "done", "failed" or "cancelled" (a client's wish,
+        or no client has asked about it for a while).
       started: number of images that have been put into a batch.
       progress: share of the work done, 0..1.
       doing: stage and step, for people.
       images: identifiers of the finished images.
-      preview: estimates of x0 of the images being sampled, [n, h, w, 3] in [-1, 1].
+      preview: estimates of x0 of the images being sampled.
+      asked: when a client last asked about it, of `time.monotonic`.
     """
 
     request: ClientRequest
@@ -60,7 +92,13 @@ class Job:
     progress: float = 0.0
     doing: str = ""
     images: list[str] = dataclasses.field(default_factory=list)
-    preview: np.ndarray | None = None
+    preview: Preview | None = None
+    asked: float = dataclasses.field(default_factory=time.monotonic)
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more happens to it."""
+        return self.state in ENDED
 
     def batch_key(self) -> str:
         """Requests share a batch if these strings are equal."""
@@ -95,7 +133,11 @@ class Worker:
           checkpoint: the stage folders, recorded with every image.
           log: receives lines.
         """
-        self.ready = False
+        self.state = "warming up"  # then "ready", or "failed"
+        self.metrics = Metrics()
+        self.metrics.watch("waiting", "Jobs that wait.", self.waiting)
+        self.metrics.watch("ready", "1: batches are sampled.", lambda: self.state == "ready")
+        self._failures, self._ended, self._logged = 0, False, -LOG_SECONDS
         self._cascade, self._gallery, self._limits = cascade, gallery, limits
         self._checkpoint, self._log = checkpoint, log
         self._queue: collections.deque[Job] = collections.deque()
@@ -117,9 +159,12 @@ class Worker:
             self._thread.join(STOP_TIMEOUT)
 
     def submit(self, request: ClientRequest) -> Job:
-        """Queues a request. Raises QueueFull."""
+        """Queues a request. Raises QueueFull or WorkerFailed."""
         job = Job(request)
         with self._changed:
+            if self._ended:
+                raise WorkerFailed("the server has failed; its log has the reason")
+            self._drop_abandoned()
             if len(self._queue) >= self._limits.queue:
                 raise QueueFull(f"{len(self._queue)} requests wait; try again in a few seconds")
             self._queue.append(job)
@@ -128,8 +173,18 @@ class Worker:
         return job
 
     def job(self, identifier: str) -> Job | None:
-        """The job of that identifier; None: unknown, or forgotten."""
-        return self._jobs.get(identifier)
+        """The job of that identifier, for a client; None: unknown, or forgotten."""
+        found = self._jobs.get(identifier)
+        if found:
+            found.asked = time.monotonic()
+        return found
+
+    def cancel(self, identifier: str) -> Job | None:
+        """Drops the job of that identifier unless it has ended; None: unknown, or forgotten."""
+        found = self._jobs.get(identifier)
+        if found:
+            self._finish([found], "cancelled")
+        return found
 
     def ahead(self, job: Job) -> int:
         """Number of requests that wait before this one."""
@@ -150,6 +205,12 @@ class Worker:
                     self._process(self._take_batch())
             except Stopped:
                 return
+            # Whatever it is, clients must learn that nothing is sampled any more.
+            except BaseException:
+                self._log(traceback.format_exc())
+                with self._changed:
+                    self.state, self._ended = "failed", True
+                    self._finish(list(self._jobs.values()), "failed")
 
     def _warm_up(self) -> None:
         sizes = {1, _padded(self._limits.batch, self._limits.batch)}
@@ -157,7 +218,7 @@ class Worker:
             self._log(f"compiling for batches of {size}")
             request = SampleRequest(prompts=[""] * size, batch_size=size)
             self._cascade.sample(request, on_progress=self._check)
-        self.ready = True
+        self.state = "ready"
         self._log("ready")
 
     def _check(self, progress: Progress) -> None:
@@ -167,7 +228,12 @@ class Worker:
     def _take_batch(self) -> list[tuple[Job, int]]:
         """The next batch, (job, sample index), of requests with the settings of the oldest one."""
         with self._changed:
-            self._changed.wait_for(lambda: self._queue or self._stopping)
+            self._drop_abandoned()
+            while not self._queue:
+                self._changed.wait_for(lambda: self._queue or self._stopping)
+                if self._stopping:
+                    raise Stopped
+                self._drop_abandoned()
             if self._stopping:
                 raise Stopped
             key, units = self._queue[0].batch_key(), []
@@ -181,21 +247,41 @@ class Worker:
                         self._queue.remove(job)
             return units
 
+    def _drop_abandoned(self) -> None:
+        oldest = time.monotonic() - self._limits.patience
+        abandoned = [job for job in self._jobs.values() if job.asked < oldest]
+        self._finish(abandoned, "cancelled")
+
     def _process(self, units: list[tuple[Job, int]]) -> None:
         """Samples a batch, stores its images and updates its jobs."""
         jobs = list({job.id: job for job, _ in units}.values())
         try:
-            batch = self._sample(units)
+            with self.metrics.batch_seconds.time():
+                batch = self._sample(units)
             for (job, sample), image in zip(units, batch, strict=False):
-                job.images.append(self._gallery.add(image, self._settings_of(job, sample)))
+                if not job.ended:
+                    job.images.append(self._gallery.add(image, self._settings_of(job, sample)))
         except Stopped:
             raise
+        except Dropped:
+            return
         # The failure of one batch does not affect the next one.
-        except Exception:
-            self._log(traceback.format_exc())
+        except Exception as error:
+            self._failures += 1
+            if self._failures >= FAILURES:
+                self.state = "failed"
+            self._report(error)
             self._finish(jobs, "failed")
             return
+        self._failures, self.state = 0, "ready"
         self._finish([j for j in jobs if len(j.images) == j.request.samples], "done")
+
+    def _report(self, error: Exception) -> None:
+        """Logs the failure of a batch; a client that causes many must not fill the disk."""
+        now = time.monotonic()
+        if now - self._logged >= LOG_SECONDS:
+            self._logged = now
+            self._log("".join(traceback.format_exception(error)))
 
     def _sample(self, units: list[tuple[Job, int]]) -> np.ndarray:
         """Images of a batch, [n, h, w, 3] uint8, n >= len(units); reports progress to its jobs."""
@@ -208,14 +294,19 @@ class Worker:
 
         def report(progress: Progress) -> None:
             self._check(progress)
+            with self._changed:
+                self._drop_abandoned()
+            waited_for = {job.id: job for job, _ in units if not job.ended}
+            if not waited_for:
+                raise Dropped
             share = (progress.stage_index + progress.step / progress.steps) / progress.stages
             estimates = np.asarray(progress.x0)
-            for job in {job.id: job for job, _ in units}.values():
+            for job in waited_for.values():
                 rows = [row for row, (other, _) in enumerate(units) if other is job]
                 done = len(job.images) + share * len(rows)
                 job.doing = f"{progress.stage}: step {progress.step} of {progress.steps}"
                 job.progress = done / job.request.samples
-                job.preview = estimates[rows]
+                job.preview = Preview(estimates[rows])
 
         batch = SampleRequest(
             prompts=[request.prompt for request in requests],
@@ -235,24 +326,21 @@ class Worker:
         settings = dataclasses.asdict(job.request)
         return {**settings, "sample_index": sample, "checkpoint": self._checkpoint}
 
-    def _finish(self, jobs: list[Job], state: str) -> None:
+    def _finish(self, jobs: Iterable[Job], state: str) -> None:
+        """Ends those of the jobs that have not ended."""
         with self._changed:
             for job in jobs:
+                if job.ended:
+                    continue
+                self.metrics.jobs.labels(state).inc()
+                self.metrics.images.inc(len(job.images) if state == "done" else 0)
                 if job in self._queue:
                     self._queue.remove(job)
                 job.state, job.preview, job.doing = state, None, ""
                 job.progress = 1.0 if state == "done" else job.progress
-            finished = [job for job in self._jobs.values() if job.state in ("done", "failed")]
+            finished = [job for job in self._jobs.values() if job.ended]
             for job in finished[:-MAX_FINISHED_JOBS]:
                 del self._jobs[job.id]
-
-
-def preview(job: Job) -> bytes | None:
-    """The current estimates of a job's images, side by side, as PNG; None: there are none."""
-    estimates = job.preview
-    if estimates is None:
-        return None
-    return images.encode_png(np.concatenate(images.to_uint8(estimates), axis=1))
 
 
 def _padded(count: int, largest: int) -> int:

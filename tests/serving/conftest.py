@@ -2,6 +2,7 @@
 
 import dataclasses
 import http.client
+import http.server
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 
 import jax
 import numpy as np
@@ -41,13 +43,14 @@ def stage_folders(base_config, sr_config, random_params, tmp_path_factory) -> st
 class Client:
     """Sends requests to one address; every response is (status, headers, body)."""
 
-    def __init__(self, port: int):
-        self.port = port
+    def __init__(self, port: int, prefix: str = "", token: str = ""):
+        self.port, self.prefix = port, prefix
+        self.headers = {"authorization": f"Bearer {token}"} if token else {}
 
     def call(self, method: str, path: str, body=None, **headers):
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         try:
-            connection.request(method, path, body, headers)
+            connection.request(method, self.prefix + path, body, self.headers | headers)
             response = connection.getresponse()
             return response.status, dict(response.getheaders()), response.read()
         finally:
@@ -75,7 +78,7 @@ class Client:
 
 @pytest.fixture(scope="session")
 def make_client():
-    """port -> `Client`."""
+    """(port, prefix, token) -> `Client`."""
     return Client
 
 
@@ -113,6 +116,63 @@ class Server:
         self.process.send_signal(signal.SIGTERM)
         output, _ = self.process.communicate(timeout=60)
         return output
+
+
+class PrefixProxy(http.server.BaseHTTPRequestHandler):
+    """Passes PREFIX/X on to X of a server, under the server's own name."""
+
+    PREFIX = "/draw"
+    target = 0  # the server's port
+
+    def log_message(self, *arguments):
+        """Silence."""
+
+    def pass_on(self):
+        """Sends the request on and the response back."""
+        if not self.path.startswith(f"{self.PREFIX}/"):
+            self.send_error(404)
+            return
+        dropped = ("connection", "content-length", "transfer-encoding")
+        body = self.rfile.read(int(self.headers.get("content-length") or 0))
+        headers = {n: v for n, v in self.headers.items() if n.lower() not in dropped}
+        server = http.client.HTTPConnection("127.0.0.1", self.target, timeout=120)
+        try:
+            path = self.path.removeprefix(self.PREFIX)
+            if "host" not in {n.lower() for n in headers} or "127.0.0.1" in headers["Host"]:
+                headers["Host"] = f"127.0.0.1:{self.target}"
+            server.request(self.command, path, body or None, headers)
+            response = server.getresponse()
+            data = response.read()
+        finally:
+            server.close()
+        self.send_response(response.status)
+        for name, value in response.getheaders():
+            if name.lower() not in dropped:
+                self.send_header(name, value)
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    do_GET = do_POST = do_PUT = do_DELETE = pass_on
+
+
+@pytest.fixture
+def prefix_proxy():
+    """Port of a server -> port of a proxy that answers under PrefixProxy.PREFIX."""
+    running = []
+
+    def start(port: int) -> int:
+        handler = type("Handler", (PrefixProxy,), {"target": port})
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        running.append(server)
+        return server.server_address[1]
+
+    yield start
+    for server in running:
+        server.shutdown()
+        server.server_close()
 
 
 @pytest.fixture

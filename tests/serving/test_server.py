@@ -18,9 +18,10 @@ from PIL import Image
 from imagen_jax.cli import main
 from imagen_jax.inference.cascade import Cascade, Progress
 from imagen_jax.io import images
+from imagen_jax.serving.access import LOOPBACK, Access
 from imagen_jax.serving.app import make_app
 from imagen_jax.serving.gallery import Gallery
-from imagen_jax.serving.http_request import LOOPBACK, Limits
+from imagen_jax.serving.http_request import Limits
 from imagen_jax.serving.server import http_server
 from imagen_jax.serving.worker import Worker
 
@@ -110,7 +111,7 @@ def quick(base_config, sr_config, tmp_path, make_client):
     limits, configs = Limits(kept_images=50, queue=8), [base_config, sr_config]
     gallery, lines = Gallery(tmp_path / "out", limits.kept_images), []
     worker = Worker(Quick(configs), gallery, limits, checkpoint="here", log=lines.append)
-    app = make_app(worker, gallery, configs, limits, LOOPBACK)
+    app = make_app(worker, gallery, configs, limits, Access(hosts=LOOPBACK))
     server = http_server(app)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
@@ -152,15 +153,18 @@ def misbehave(client, what) -> None:
     assert b"<" not in text or returned["content-type"] == "application/json"
 
 
-def crowd(client, requests: int, clients: int, seed: int) -> list[dict]:
-    """Sends requests of which a third are invalid; returns the jobs of the others."""
+def crowd(client, requests: int, clients: int, seed: int, *, to=None) -> list[dict]:
+    """Sends requests of which a third are invalid, those `to` another client's address if given.
+
+    Returns the jobs of the others.
+    """
     rng = random.Random(seed)
     turns = [
         rng.choice([*BAD, *GARBAGE]) if n % 3 == 2 else rng.choice(GOOD) for n in range(requests)
     ]
 
     def one(what):
-        return generate(client, what) if isinstance(what, dict) else misbehave(client, what)
+        return generate(client, what) if isinstance(what, dict) else misbehave(to or client, what)
 
     with concurrent.futures.ThreadPoolExecutor(clients) as pool:
         return [job for job in pool.map(one, turns) if job]

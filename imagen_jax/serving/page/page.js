@@ -9,16 +9,28 @@ const make = (tag, values = {}, ...children) => {
 };
 const pause = (milliseconds) => new Promise((resume) => setTimeout(resume, milliseconds));
 const POLL = 400; // milliseconds
+const followed = new Set(); // jobs that this page waits for
 const SMALL = 256; // images up to this side are shown with sharp pixels
 
 let about; // stages and limits, from /api/about
 let size = 0; // side of the last stage's images, pixels
 
+// Addresses are relative to the page's, so that the page works under any prefix.
 async function call(path, options) {
   const response = await fetch(path, options);
   const body = await response.json();
-  if (!response.ok) throw new Error(body.error);
+  if (response.status === 401) find("access").hidden = false;
+  if (!response.ok && !body.status) throw new Error(body.error);
   return body;
+}
+
+// An image cannot send a header, so the token is in a cookie of this path.
+function giveToken(event) {
+  event.preventDefault();
+  const path = location.pathname.replace(/[^/]*$/, "");
+  const secure = location.protocol === "https:" ? "; Secure" : "";
+  document.cookie = `imagen_token=${find("token").value}; SameSite=Strict; path=${path}${secure}`;
+  location.reload();
 }
 
 function showProblem(problem) {
@@ -76,7 +88,7 @@ async function generate(event) {
   event.preventDefault();
   showProblem("");
   try {
-    const job = await call("/api/jobs", { method: "POST", body: JSON.stringify(readForm()),
+    const job = await call("api/jobs", { method: "POST", body: JSON.stringify(readForm()),
       headers: { "content-type": "application/json" } });
     await follow(job);
   } catch (error) {
@@ -90,22 +102,29 @@ async function follow(job) {
   const bar = make("progress", { max: 1, value: 0 });
   const box = make("div", { className: "job" }, image,
     make("p", { textContent: job.prompt }), bar, doing);
+  const cancel = make("button", { type: "button", textContent: "Cancel" });
+  cancel.addEventListener("click", () => drop(job.id));
+  box.append(cancel);
   find("jobs").append(box);
+  followed.add(job.id);
   try {
-    for (; job.state === "waiting" || job.state === "drawing"; job = await call(`/api/jobs/${job.id}`)) {
+    for (; job.state === "waiting" || job.state === "drawing"; job = await call(`api/jobs/${job.id}`)) {
       bar.value = job.progress;
       doing.textContent = job.state === "waiting" ? `waiting, ${job.ahead} ahead` : job.doing;
       image.hidden = !job.preview;
       // The changing address makes the browser load the new estimate.
-      if (job.preview) image.src = `/api/jobs/${job.id}/preview.png?at=${job.progress}`;
+      if (job.preview) image.src = `api/jobs/${job.id}/preview.png?at=${job.progress}`;
       await pause(POLL);
     }
     if (job.state === "failed") throw new Error("Sampling failed; the server's log has the reason.");
   } finally {
+    followed.delete(job.id);
     box.remove();
     await showImages();
   }
 }
+
+const drop = (id) => fetch(`api/jobs/${id}`, { method: "DELETE", keepalive: true });
 
 function settingsOf(image) {
   const stages = Object.entries(image.stages)
@@ -116,7 +135,7 @@ function settingsOf(image) {
 }
 
 function card(image) {
-  const address = `/pictures/${image.id}.png`;
+  const address = `pictures/${image.id}.png`;
   const element = make("img", { src: address, alt: image.prompt, loading: "lazy",
     className: size <= SMALL ? "small" : "" });
   const reuse = make("button", { type: "button", textContent: "Use these settings" });
@@ -134,7 +153,7 @@ function card(image) {
 }
 
 async function showImages() {
-  const { pictures } = await call("/api/pictures");
+  const { pictures } = await call("api/pictures");
   find("gallery").replaceChildren(...pictures.map(card));
   find("empty").hidden = pictures.length > 0;
 }
@@ -142,7 +161,7 @@ async function showImages() {
 async function watch() {
   for (;;) {
     try {
-      const { status, waiting } = await call("/api/health");
+      const { status, waiting } = await call("api/health");
       find("health").textContent = waiting ? `${status}, ${waiting} waiting` : status;
     } catch {
       find("health").textContent = "no response from the server";
@@ -152,7 +171,9 @@ async function watch() {
 }
 
 async function start() {
-  about = await call("/api/about");
+  find("access").addEventListener("submit", giveToken);
+  window.addEventListener("pagehide", () => followed.forEach(drop));
+  about = await call("api/about");
   showStages();
   fill({});
   find("ask").addEventListener("submit", generate);
