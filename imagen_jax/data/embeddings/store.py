@@ -16,7 +16,7 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
@@ -121,6 +121,7 @@ def _tag(manifest: dict) -> str:
     return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
 
 
+@runtime_checkable
 class CaptionSource(Protocol):
     """A source of captions: its fingerprint, and the hashes of its captions in blocks."""
 
