@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from imagen_jax.config.schema import Config
 from imagen_jax.diffusion import editing
@@ -65,6 +65,10 @@ class StepReport(NamedTuple):
 StepCallback = Callable[[StepReport], None]
 
 
+class NotFiniteError(ArithmeticError):
+    """An image holds NaN or infinity, which would be saved as black."""
+
+
 @functools.cache
 def programs() -> tuple[Callable[..., Any], Callable[..., DenoisingState]]:
     """`init_denoising` and `run_steps`, jitted for the devices of this process."""
@@ -91,6 +95,7 @@ def sample_batches(
     guide: Stage | None = None,
     on_steps: StepCallback | None = None,
     report_every: int = 1,
+    numbers: Int[np.ndarray, " n"] | None = None,
 ) -> Float[np.ndarray, "n size size 3"]:
     """One stage's images, batch by batch over the devices of this process.
 
@@ -102,17 +107,26 @@ def sample_batches(
       guide: the checkpoint that guides (autoguidance); None: classifier-free guidance.
       on_steps: called with the progress of the batch while the next steps run.
       report_every: steps between two calls of it.
+      numbers: of the images, for messages; None: 0 to N-1.
 
     Returns:
       Images in [-1, 1], on this host; beyond it only where the last step has given noise.
+
+    Raises:
+      NotFiniteError: an image is not finite; names stage, image and step.
     """
     parts, count = [], len(inputs.text.emb)
+    numbers = np.arange(count) if numbers is None else numbers
     devices = jax.local_device_count()
     size = -(-min(batch_size, count) // devices) * devices
     for first in range(0, count, size):
         end = min(first + size, count)
         part = inputs.rows(np.minimum(np.arange(first, first + size), count - 1))
-        sampled = _sample_batch(stage, part, guide, (first, end), on_steps, report_every)
+        try:
+            sampled = _sample_batch(stage, part, guide, (first, end), on_steps, report_every)
+        except _NotFinite as found:
+            image = int(numbers[min(first + found.row, end - 1)])
+            raise NotFiniteError(_not_finite_line(stage, guide, image, found)) from None
         parts.append(sampled[: end - first])
     return np.concatenate(parts)
 
@@ -152,25 +166,72 @@ def _sample_batch(
     config = stage_sampler.jit_cache_config(stage.config)
     guide_config, guide_params = guide or (None, None)
     init, run = programs()
-    step_inputs, state = init(config, partitioning.shard_batch(arrays))
-    stride, finished = report_every if on_steps else count, None
+
+    def advance(state: Any, first: int, last: int) -> Any:
+        place = (stage.params, config, step_inputs, state, levels, first, last)
+        return run(*place, guide_params, guide_config)
+
+    step_inputs, start = init(config, partitioning.shard_batch(arrays))
+    state, stride, finished = start, report_every if on_steps else count, None
     for first in range(0, count, stride):
         last = min(first + stride, count)
-        state = run(
-            *(stage.params, config, step_inputs, state, levels, first, last),
-            guide_params,
-            guide_config,
-        )
+        state = advance(state, first, last)
         # Blocks only when the next steps have been dispatched.
         if on_steps and finished:
             on_steps(finished._replace(x0=jax.block_until_ready(finished.x0)))
         finished = StepReport(rows, last, count, state.x0)
     given = inputs.noise.steps
+    x0 = np.asarray(state.x0)
+    if not np.isfinite(x0).all():
+        raise _not_finite(start, advance, count)
     if given is not None and given.shape[1] == count:  # The last step adds noise, too.
         return np.asarray(state.z)
-    x0 = np.clip(np.asarray(state.x0), -1.0, 1.0)
+    x0 = np.clip(x0, -1.0, 1.0)
     if on_steps and finished:
         on_steps(finished)
     if arrays.mask is None or arrays.init_images is None:
         return x0
     return np.where(arrays.mask, x0, arrays.init_images)
+
+
+class _NotFinite(Exception):
+    """An image of a batch is not finite.
+
+    Attributes:
+      row: in the batch.
+      step: the first one whose estimate of x0 is not finite, from 1.
+      steps: steps in all.
+    """
+
+    def __init__(self, row: int, step: int, steps: int):
+        super().__init__()
+        self.row, self.step, self.steps = row, step, steps
+
+
+def _not_finite(start: DenoisingState, advance: Callable[..., Any], count: int) -> _NotFinite:
+    """Runs a batch again, step by step, up to the first estimate that is not finite."""
+    state = start
+    for step in range(count):
+        state = advance(state, step, step + 1)
+        finite = np.isfinite(np.asarray(state.x0)).all(axis=(1, 2, 3))
+        if not finite.all():
+            break
+    # On a device whose errors come and go, the second run may be finite.
+    return _NotFinite(int(np.argmin(finite)), step + 1, count)
+
+
+def _not_finite_line(stage: Stage, guide: Stage | None, image: int, found: _NotFinite) -> str:
+    config = stage.config
+    line = (
+        f"stage {config.name!r}: image {image} is not finite from step {found.step} of "
+        f"{found.steps} on"
+    )
+    for which, part in (("", stage), ("guide's ", guide)):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(part.params if part else {}):
+            if not np.isfinite(np.asarray(leaf, np.float32)).all():
+                name = "/".join(str(key.key) for key in path)
+                return f"{line}: the {which}parameter {name} is not; export the stage again"
+    return (
+        f"{line}, though its parameters are: try a smaller guidance_weight than "
+        f"{config.sampling.guidance_weight:g}, or model.dtype=float32"
+    )
