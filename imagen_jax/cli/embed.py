@@ -37,6 +37,7 @@ def run(flags: argparse.Namespace) -> None:
     config = wiring.load_config(flags)
     source = open_source(config.data)
     captions = [text for i in range(len(source)) for text in source.captions(i)]
+    captions += source.further_captions
     mesh = partitioning.make_mesh(config.mesh)
     encoder = load_text_encoder(config.text, mesh)
     settings = config.embed

@@ -8,10 +8,11 @@ import math
 
 from PIL import ImageColor
 
-from imagen_jax.config import bounds
+from imagen_jax.config import bounds, where
 from imagen_jax.config.fields import ConfigError, check_choice, doc
 
 FITS = ("center_crop", "random_crop", "pad")
+IMAGE_FIELDS = ("width", "height", "bytes")  # Fields of `where` that every source has.
 MAX_BLOCK = 10_000  # Examples within which a mixture's rates hold exactly.
 
 
@@ -71,6 +72,23 @@ class SourceConfig:
         learns=False,
     )
 
+    where: str = doc(
+        "",
+        "Condition on the metadata of a sample, such as 'width>=256 and aesthetic>5'; width, "
+        "height (pixels) and bytes are those of the image; needs pyarrow.",
+        compiled=False,
+    )
+    # Excluded from __hash__, as a mixture is.
+    captions: dict[str, float] = dataclasses.field(
+        default_factory=dict,
+        hash=False,
+        metadata={
+            "doc": "Weights of captions by the name of their field or part, such as "
+            "{'recaption': 0.75, 'alt': 0.2, '': 0.05}; '' is the empty caption. Sampled for every "
+            "example among those that its image has; {}: caption_key.",
+            "compiled": False,
+        },
+    )
     shuffle: str = doc(
         "global",
         "Order of an epoch: global (any record after any other) or window (shards in random order, "
@@ -82,9 +100,20 @@ class SourceConfig:
         check_choice("data.check", self.check, ("decode", "header"))
         check_choice("data.shuffle", self.shuffle, ("global", "window"))
 
+        where.names(self.where)
+        for name, weight in self.captions.items():
+            if not 0 < weight < math.inf:
+                raise ConfigError(f"config.data.captions: {name!r}={weight} must be above 0")
+        if self.captions and not self.caption_names():
+            raise ConfigError("config.data.captions holds the empty caption alone; add a field")
+
     def fields(self) -> tuple[str, ...]:
         """Names of the metadata of a sample that the index has to hold, sorted."""
-        return ()
+        return tuple(name for name in where.names(self.where) if name not in IMAGE_FIELDS)
+
+    def caption_names(self) -> tuple[str, ...]:
+        """Names of the fields in `captions`, sorted; a caption's kind is its number among them."""
+        return tuple(sorted(name for name in self.captions if name))
 
 
 @dataclasses.dataclass(frozen=True)

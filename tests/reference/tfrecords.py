@@ -5,14 +5,16 @@ import struct
 from imagen_jax.data.sources import tfrecord
 
 
+def field(number: int, content: bytes) -> bytes:
+    """A length-delimited field of a message."""
+    size, packed = len(content), b""
+    while size > 127:
+        packed, size = packed + bytes([size & 127 | 128]), size >> 7
+    return bytes([number << 3 | 2]) + packed + bytes([size]) + content
+
+
 def example(image: bytes, caption: bytes) -> bytes:
     """A serialised tf.train.Example with the features image and caption."""
-
-    def field(number: int, content: bytes) -> bytes:
-        size, packed = len(content), b""
-        while size > 127:
-            packed, size = packed + bytes([size & 127 | 128]), size >> 7
-        return bytes([number << 3 | 2]) + packed + bytes([size]) + content
 
     def feature(name: bytes, value: bytes) -> bytes:
         return field(1, field(1, name) + field(2, field(1, field(1, value))))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future
 from typing import Any
@@ -76,6 +77,7 @@ class Pipeline:
         if not store.covers(source):
             absent = sum(int((~store.contains(block)).sum()) for block in source.hash_blocks())
             texts = (text for i in range(len(source)) for text in source.captions(i))
+            texts = itertools.chain(source.further_captions, texts)
             first = next(text for text in texts if store.missing([text]))
             raise EmbeddingError(
                 f"config.data.embeddings={data.embeddings!r} lacks {absent} captions of "
@@ -89,7 +91,7 @@ class Pipeline:
         self.reads: Executor | None = None
         stored = len(source) * (data.crop_from or data.image_size) ** 2 * 3
         self._use_cache = view.is_deterministic(data) and stored <= cache_bytes
-        self._cache: dict[int, tuple[np.ndarray, tuple[str, ...]]] = {}
+        self._cache: dict[int, tuple[np.ndarray, view.Captions]] = {}
 
     def for_rows(self, rows: Int[np.ndarray, " k"]) -> Pipeline:
         """The same batches with other rows; the cache of images is shared."""
@@ -142,7 +144,7 @@ class Pipeline:
         squares, captions = zip(
             *map(self._load_example_image, records.tolist(), augmentations, reads), strict=True
         )
-        chosen = [texts[b % len(texts)] for texts, b in zip(captions, bits.tolist(), strict=True)]
+        chosen = view.choose_captions(bits, captions)
         text, text_mask = self.store.lookup(chosen, self.data.max_text_len)
         image = np.stack(squares)
         if self.data.flip:
@@ -226,7 +228,7 @@ class Pipeline:
         i: int,
         augmentation: view.Augmentation,
         read: Callable[[], bytes] | None = None,
-    ) -> tuple[np.ndarray, tuple[str, ...]]:
+    ) -> tuple[np.ndarray, view.Captions]:
         """The square of record i before mirroring, and the record's captions."""
         if i in self._cache:
             return self._cache[i]
@@ -237,9 +239,10 @@ class Pipeline:
             decode_jpeg_box=self.decode_jpeg_box,
         )
         record = self.source.record(i, decode, read)
+        found = record.image, view.Captions(record.captions, record.weights)
         if self._use_cache:
-            self._cache[i] = (record.image, record.captions)
-        return record.image, record.captions
+            self._cache[i] = found
+        return found
 
 
 def _result(task: Future[dict[int, bytes | Exception]], i: int) -> bytes:

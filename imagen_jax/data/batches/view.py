@@ -6,12 +6,15 @@ all loaders give the same pixels.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Int, UInt8, UInt64
 
 from imagen_jax.config.data import DataConfig
 from imagen_jax.data.batches import order
@@ -28,7 +31,7 @@ SIDE_WORDS = re.compile(
 )
 # Radius of each filter in pixels of the source, times the reduction factor.
 FILTER_SUPPORT = {"box": 0.5, "bilinear": 1.0, "bicubic": 2.0, "lanczos": 3.0}
-SQUARE_STREAM, LEFT_STREAM, TOP_STREAM, FLIP_STREAM = range(1, 5)
+SQUARE_STREAM, LEFT_STREAM, TOP_STREAM, FLIP_STREAM, CAPTION_STREAM = range(1, 6)
 
 
 class Augmentation(NamedTuple):
@@ -51,6 +54,26 @@ def sample_augmentations(bits: np.ndarray) -> list[Augmentation]:
     streams = (SQUARE_STREAM, LEFT_STREAM, TOP_STREAM, FLIP_STREAM)
     columns = np.stack([order.uniform(bits, stream) for stream in streams], axis=1).tolist()
     return [Augmentation(square, left, top, flip < 0.5) for square, left, top, flip in columns]
+
+
+class Captions(NamedTuple):
+    """The captions of an image and their weights; (): equal ones."""
+
+    texts: tuple[str, ...]
+    weights: tuple[float, ...]
+
+
+def choose_captions(bits: UInt64[np.ndarray, " k"], captions: Sequence[Captions]) -> list[str]:
+    """Samples the caption of every example from `order.random_bits`."""
+    uniform = order.uniform(bits, CAPTION_STREAM).tolist()
+    chosen = []
+    for (texts, weights), number, u in zip(captions, bits.tolist(), uniform, strict=True):
+        if not weights:
+            chosen.append(texts[number % len(texts)])
+            continue
+        ends = list(itertools.accumulate(weights))
+        chosen.append(texts[bisect.bisect_right(ends[:-1], u * ends[-1])])
+    return chosen
 
 
 def is_deterministic(data: DataConfig) -> bool:

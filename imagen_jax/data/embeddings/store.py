@@ -126,6 +126,7 @@ class CaptionSource(Protocol):
     """A source of captions: its fingerprint, and the hashes of its captions in blocks."""
 
     fingerprint: str
+    further_captions: tuple[str, ...]
 
     def hash_blocks(self) -> Iterator[np.ndarray]:
         """S16, as in the store."""
@@ -254,7 +255,7 @@ class EmbeddingStore:
 
     def covers(self, source: CaptionSource) -> bool:
         """Whether every caption of a source is in the store; a result of before is remembered."""
-        text = f"{self._tag} {source.fingerprint}".encode()
+        text = f"{self._tag} {source.fingerprint} {source.further_captions}".encode()
         known = self._folder / f".covers_{hashlib.sha256(text).hexdigest()[:16]}"
         if known.exists():
             return True

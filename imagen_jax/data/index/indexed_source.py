@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from jaxtyping import Int
 
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.data.batches.order import WINDOW, permute, permute_in_windows
+from imagen_jax.data.embeddings.unit_file import caption_hash
 from imagen_jax.data.index.patience import PatientReader
 from imagen_jax.data.index.table import Table
 from imagen_jax.data.sources.records import Decode, Part, Quarantine, Reader, Record
@@ -45,6 +46,7 @@ class IndexedSource:
         log: Callable[[str], None] = print,
         max_broken: float = 1.0,
         window: bool = False,
+        weights: Mapping[str, float] | None = None,
     ) -> None:
         """Wraps the result of an index pass.
 
@@ -54,11 +56,15 @@ class IndexedSource:
           report: the rejected records.
           log: called with lines on records that are found damaged later, and on the store.
           max_broken: share of damaged records above which reading stops, 0..1.
+          weights: `data.captions`.
           window: shuffle shards, and records within a window, instead of all records.
         """
         self.table = table
         self._reader = reader
-        self._window = window
+        self._window, self._weights = window, dict(weights or {})
+        self._by_kind = [self._weights[name] for name in sorted(self._weights) if name]
+        # Captions beside those of the records.
+        self.further_captions = ("",) if "" in self._weights else ()
         self.cache = reader.cache
         self._log, self._max_broken = log, max_broken
         self._broken: dict[int, None] = {}
@@ -107,11 +113,12 @@ class IndexedSource:
 
     def hashes(self) -> np.ndarray:
         """Hashes of the captions of all records, of both parts, as in the embedding store."""
-        return self.table.hashes()
+        return np.concatenate([*self.hash_blocks()])
 
     def hash_blocks(self) -> Iterator[np.ndarray]:
         """`hashes` of one shard after the other."""
-        return self.table.hash_blocks()
+        yield from self.table.hash_blocks()
+        yield np.array([caption_hash(text) for text in self.further_captions], "S16")
 
     def order(self, g: Int[np.ndarray, " k"], seed: int) -> Int[np.ndarray, " k"]:
         """Record numbers of the examples g of a run, shuffled anew in every epoch."""
@@ -123,7 +130,14 @@ class IndexedSource:
     def order_spec(self) -> dict[str, Any]:
         """JSON values that, with the seed, determine the record of every example."""
         window = {"shuffle": "window", "window": WINDOW} if self._window else {}
-        return {"examples": len(self), "source": self.fingerprint, **self._part, **window}
+        weights = {"captions": self._weights} if self._weights else {}
+        return {
+            "examples": len(self),
+            "source": self.fingerprint,
+            **self._part,
+            **window,
+            **weights,
+        }
 
     def _windows(self, g: Int[np.ndarray, " k"], seed: int) -> Int[np.ndarray, " k"]:
         """`order` that reads some neighbouring shards at a time."""
@@ -169,10 +183,20 @@ class IndexedSource:
                 continue
             try:
                 data = read() if read and not attempt else self.read(chosen)
-                return Record(self.table.key(at), decode(data), self.table.captions(at))
+                return Record(self.table.key(at), decode(data), *self._texts(at))
             except images.ImageError as error:
                 self._add_broken(at, str(error))
         raise ConfigError("config.data.path: no record can be decoded any more")
+
+    def _texts(self, at: int) -> tuple[tuple[str, ...], tuple[float, ...]]:
+        """Captions of a row and their weights; (): equal ones."""
+        captions = self.table.captions(at)
+        if not self._weights:
+            return captions, ()
+        kinds = self.table.kinds(at)
+        weights = tuple(self._by_kind[kind] / kinds.count(kind) for kind in kinds)
+        empty = tuple(self._weights[text] for text in self.further_captions)
+        return (*captions, *self.further_captions), (*weights, *empty)
 
     def _stand_in(self, i: int, attempt: int) -> int:
         """The record that replaces record i after some attempts; runs through all records."""

@@ -30,6 +30,7 @@ from imagen_jax.data.index import shard as shard_file
 from imagen_jax.data.index.check import check_shard
 from imagen_jax.data.index.folders import cache_folders, writable
 from imagen_jax.data.index.known import ShardFile
+from imagen_jax.data.index.selection import select
 from imagen_jax.data.index.shard import Shard
 from imagen_jax.data.index.table import Entry, Table
 from imagen_jax.data.sources import files
@@ -64,7 +65,7 @@ def cached_index(
       The usable records, the report, and the file that holds the report.
     """
     names = [_index_name(reader, source, layout) for layout in (LAYOUT, ONE_FILE_LAYOUT)]
-    if source.fields():
+    if source.where or source.captions:
         names.pop()  # The earlier layout has no fields.
     folders = cache_folders(reader.cache)
     found = [(folder, name) for name in names for folder in folders if (folder / name).exists()]
@@ -79,7 +80,10 @@ def cached_index(
     with contextlib.suppress(OSError):  # A shared index may be read-only for this user.
         text = json.dumps(report.as_json(), indent=1, ensure_ascii=False)
         atomic.write_text(report_file, text, errors="backslashreplace")
-    return Table.load(cache / name, cache / "shards"), report, report_file
+    table = Table.load(cache / name, cache / "shards")
+    if source.where:
+        table = select(table, source.where, writable([cache, *folders]))
+    return table, report, report_file
 
 
 def build(
@@ -110,7 +114,7 @@ def _build_index(
     log: Log,
 ) -> None:
     """Checks the shards that are not known, and writes the index of all."""
-    rules = [LAYOUT, source.kind, source.min_size, source.check, list(source.fields())]
+    rules = [LAYOUT, source.kind, source.min_size, source.check, *_requested(source)]
     shards = []
     if isinstance(reader, ShardedReader):
         shards = known.identify(reader, [*rules, *reader.identity[1:]], cache)
@@ -142,10 +146,15 @@ def _build_index(
 
 def _index_name(reader: Reader, source: SourceConfig, layout: int) -> str:
     rules: list[Any] = [layout, source.kind, source.min_size, source.check]
-    if source.fields():
-        rules.append(list(source.fields()))
+    if source.fields() or source.captions:
+        rules += _requested(source)
     text = json.dumps([*rules, *reader.identity])
     return f"index_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def _requested(source: SourceConfig) -> list[list[str]]:
+    """Names of the metadata that the rows hold."""
+    return [list(source.fields()), list(source.caption_names())]
 
 
 def _shard_names(reader: Reader) -> list[str]:

@@ -21,6 +21,7 @@ from imagen_jax.data.index.table import Location
 from imagen_jax.data.sources import captions, metadata, names
 from imagen_jax.data.sources.files import CACHE
 from imagen_jax.data.sources.records import Item
+from imagen_jax.data.sources.sample_fields import SampleFields
 from imagen_jax.io.images import ImageError
 
 METADATA = metadata.JSON_LINES
@@ -109,6 +110,7 @@ class Folder:
         if not self.root.is_dir():
             raise ConfigError(f"config.data.path={source.path!r} is not a folder")
         self._junk: list[str] = []
+        self._metadata = SampleFields(source)
         self._files = sorted(_walk(self.root, self._junk))
         self._by_line, self._key = source.caption_lines, captions.explicit_key(source.caption_key)
         self.cache = self.root / CACHE
@@ -128,7 +130,8 @@ class Folder:
                 texts, notes, fault = found.of(file.name)
                 if not names.is_image(file.name):
                     notes = (*notes, "no suffix of an image")
-                yield Item(file.name, texts, fault=fault, notes=notes)
+                item = Item(file.name, texts, fault=fault, notes=notes)
+                yield self._metadata.add(item, found.fields.get(file.name, {}))
             elif names.suffix(file.name) in names.OTHER_IMAGES:
                 yield Item(file.name, fault=f"wrong type ({names.suffix(file.name)})")
             elif file.name not in used:
@@ -209,6 +212,8 @@ class Folder:
                 texts = () if row.fault else captions.of_fields(row.fields, key)
                 level = _EXPLICIT if key else found.level(match)
                 found.add(match, captions.Captions(texts, row.notes, row.fault), level)
+                if self._metadata.names:
+                    found.fields.setdefault(match, {}).update(row.fields)
             else:
                 has = f"; the row has {', '.join(row.fields)}" if row.fields else ""
                 why = row.fault or f"missing file ({image or f'no file_name{has}'})"
@@ -249,6 +254,7 @@ class _Found:
         self._by_stem = names.Lookup((names.stem(file.name), file.name) for file in images)
         self._found: dict[str, captions.Captions] = {}
         self._level: dict[str, int] = {}
+        self.fields: dict[str, dict[str, Any]] = {}  # Rows of tables, where they are needed.
 
     def of(self, image: str) -> captions.Captions:
         """The captions of an image."""

@@ -43,6 +43,9 @@ class Mixture:
         self._ends = np.cumsum([len(source) for source in self.sources.values()])
         self.fingerprint = "+".join(source.fingerprint for source in self.sources.values())
 
+        further = [text for source in self.sources.values() for text in source.further_captions]
+        self.further_captions = tuple(dict.fromkeys(further))
+
     def part(self, part: Part, share: float) -> Mixture:
         """One part of every source, at the same rates; see `IndexedSource.part`."""
         sources = {name: source.part(part, share) for name, source in self.sources.items()}

@@ -21,6 +21,7 @@ from imagen_jax.config.fields import ConfigError, unknown_name
 from imagen_jax.data.index.table import Location
 from imagen_jax.data.sources import files
 from imagen_jax.data.sources.records import Item, texts_of
+from imagen_jax.data.sources.sample_fields import SampleFields
 from imagen_jax.io.images import ImageError
 
 MAX_CACHED_BYTES = 512 << 20  # Of decompressed row groups; the last one is always kept.
@@ -46,7 +47,7 @@ class ParquetReader:
             ) from None
         paths = files.find(source.path, [".parquet"])
         self._source, self._files, self.shards = source, files.Files(paths), paths
-        self._names = files.names(paths)
+        self._names, self._metadata = files.names(paths), SampleFields(source)
         self.cache = files.cache_folder(source.path, paths)
         self.identity = [files.stats(paths), source.image_key, source.caption_key]
         self._groups: collections.OrderedDict[tuple[int, int], Any] = collections.OrderedDict()
@@ -101,14 +102,20 @@ class ParquetReader:
             raise ImageError(f"unreadable row group ({' '.join(str(error).split())})") from error
 
     def _check_columns(self, names: list[str]) -> None:
-        for field in ("image_key", "caption_key"):
+        for field in ("image_key",) if self._source.captions else ("image_key", "caption_key"):
             name = getattr(self._source, field)
             if name not in names:
                 raise ConfigError(unknown_name(f"config.data.{field}", name, names))
 
     def _group_items(self, table: Any, number: int, group: int) -> Iterator[Item]:
         """The rows of a row group with empty keys."""
-        captions = self._texts(table.read_row_group(group, columns=[self._source.caption_key])[0])
+        names = table.schema_arrow.names
+        captions = [None] * table.metadata.row_group(group).num_rows
+        if self._source.caption_key in names:
+            column = table.read_row_group(group, columns=[self._source.caption_key])[0]
+            captions = self._texts(column)
+        present = [name for name in self._metadata.names if name in names]
+        columns = [self._texts(table.read_row_group(group, columns=[name])[0]) for name in present]
         images = self._group(number, group)
         chunk = self._raw_chunk(table, number, group)
         notes = ()
@@ -118,6 +125,7 @@ class ParquetReader:
         at = 0
         for row, (value, texts) in enumerate(zip(images, captions, strict=True)):
             location = (number, -1 - group, row)
+            metadata = {name: values[row] for name, values in zip(present, columns, strict=True)}
             if not value.is_valid:
                 yield Item("", texts_of(texts), fault="no image")
                 continue
@@ -130,7 +138,8 @@ class ParquetReader:
                     location, at = (number, chunk[0] + found, len(data)), found + len(data)
                 else:  # An encoding that does not store values contiguously.
                     chunk = None
-            yield Item("", texts_of(texts), location, notes=notes)
+            item = Item("", texts_of(texts), location, notes=notes)
+            yield self._metadata.add(item, metadata)
 
     def _texts(self, column: Any) -> list[Any]:
         """The values of the caption column; texts that are not UTF-8 as bytes."""

@@ -33,11 +33,12 @@ Caption = str | bytes
 
 
 class Record(NamedTuple):
-    """One image (RGB pixels) with all its captions."""
+    """One image (RGB pixels) with all its captions, and their weights; (): equal ones."""
 
     key: str
     image: UInt8[np.ndarray, "h w 3"]
     captions: tuple[str, ...]
+    weights: tuple[float, ...] = ()
 
 
 class Item(NamedTuple):
@@ -320,6 +321,7 @@ class AnySource(Protocol):
     """What the pipeline reads: an `IndexedSource`, or a `Mixture` of several."""
 
     fingerprint: str
+    further_captions: tuple[str, ...]  # That batches may hold beside those of the records.
 
     @property
     def report(self) -> Quarantine:

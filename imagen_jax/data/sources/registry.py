@@ -76,4 +76,5 @@ def _open(source: SourceConfig, field: str, log: Log) -> IndexedSource:
         log=log,
         max_broken=source.max_quarantined,
         window=source.shuffle == "window",
+        weights=source.captions,
     )

@@ -20,7 +20,12 @@ from imagen_jax.config.fields import ConfigError, unknown_name
 from imagen_jax.data.index.table import Location
 from imagen_jax.data.sources import files
 from imagen_jax.data.sources.records import Item, Reader
-from imagen_jax.data.sources.tfrecord import FeatureNames, TFRecords, check_names
+from imagen_jax.data.sources.tfrecord import (
+    FeatureNames,
+    TFRecords,
+    check_names,
+    parse_values,
+)
 
 TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"  # TFDS's default file names.
 
@@ -195,10 +200,12 @@ class ArrayRecords:
             every = ((n, i) for n, r in enumerate(self._readers) for i in range(r.num_records()))
             check_names(FeatureNames(self._source), (self._example(*at) for at in every))
         for index in range(self._readers[number].num_records()):
-            (first, last), captions = names.find(self._example(number, index))
+            payload = self._example(number, index)
+            (first, last), captions = names.find(payload)
             # File number, record number, and offset and size of the image in the record.
             location = (number, index, (first << 32) + last - first)
-            yield Item(f"{self._names[number]}__{index}", captions, location)
+            item = Item(f"{self._names[number]}__{index}", captions, location)
+            yield names.metadata.add(item, parse_values(payload, names.metadata.names))
 
     def read(self, key: str, location: Location) -> bytes:
         """The image at `location`: file number, record number, offset and size in the record."""

@@ -11,8 +11,8 @@ import contextlib
 import itertools
 import pathlib
 import struct
-from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import google_crc32c
 
@@ -21,6 +21,7 @@ from imagen_jax.config.fields import ConfigError, unknown_name
 from imagen_jax.data.index.table import Location
 from imagen_jax.data.sources import files
 from imagen_jax.data.sources.records import Caption, Item, texts_of
+from imagen_jax.data.sources.sample_fields import SampleFields
 
 CHECKED = 100  # Records without a feature after which its name is an error.
 MAX_RECORD_BYTES = 1 << 30  # Read at once; an image has some megabytes.
@@ -107,7 +108,8 @@ def _item(key: str, number: int, frame: Frame, names: FeatureNames) -> Item:
         (first, last), captions = names.find(frame.payload)
     except ExampleError as error:
         return Item(key, fault=f"damaged record ({error})")
-    return Item(key, captions, (number, frame.start + first, last - first))
+    item = Item(key, captions, (number, frame.start + first, last - first))
+    return names.metadata.add(item, parse_values(frame.payload, names.metadata.names))
 
 
 class TruncatedError(ConfigError):
@@ -119,14 +121,18 @@ class ExampleError(ValueError):
 
 
 class FeatureNames:
-    """Finds the image and the captions in Examples.
+    """Finds the image, the captions and the metadata in Examples.
 
     A record without a feature is rejected; if no record has it, the configuration is wrong.
     """
 
     def __init__(self, source: SourceConfig) -> None:
         """Takes the feature names from `source.image_key` and `source.caption_key`."""
+        self._source = source
         self._feature_names = {"image_key": source.image_key, "caption_key": source.caption_key}
+        if source.captions:  # They replace the key.
+            del self._feature_names["caption_key"]
+        self.metadata = SampleFields(source)
         self._seen: set[str] = set()
         self._count = 0
 
@@ -135,9 +141,9 @@ class FeatureNames:
         features = parse_example(payload)
         self._seen |= features.keys()
         self._count += 1
-        spans = features.get(self._feature_names["caption_key"], ())
+        spans = features.get(self._source.caption_key, ())
         texts = texts_of([bytes(payload[a:b]) for a, b in spans])
-        return (features.get(self._feature_names["image_key"]) or [(0, 0)])[0], texts
+        return (features.get(self._source.image_key) or [(0, 0)])[0], texts
 
     def check(self) -> None:
         """Raises ConfigError when no record had one of the features."""
@@ -206,6 +212,52 @@ def parse_example(payload: memoryview) -> dict[str, list[tuple[int, int]]]:
                 for value in _fields(payload, values, 1)
             ]
     return found
+
+
+def parse_values(payload: memoryview, names: Sequence[str]) -> dict[str, list[Any]]:
+    """Values of some features of a serialised `tf.train.Example`: bytes, float or int.
+
+    Feature: bytes_list(1), float_list(2), int64_list(3), each with value(1), numbers packed.
+    """
+    found: dict[str, list[Any]] = {}
+    for features in _fields(payload, (0, len(payload)), 1) if names else ():
+        for item in _fields(payload, features, 1):
+            name = "".join(
+                str(payload[a:b], "utf-8", "replace") for a, b in _fields(payload, item, 1)
+            )
+            if name in names:
+                found[name] = [
+                    value
+                    for feature in _fields(payload, item, 2)
+                    for number, read in _VALUES.items()
+                    for values in _fields(payload, feature, number)
+                    for value in read(payload, values)
+                ]
+    return found
+
+
+def _bytes_values(data: memoryview, span: tuple[int, int]) -> list[bytes]:
+    return [bytes(data[a:b]) for a, b in _fields(data, span, 1)]
+
+
+def _float_values(data: memoryview, span: tuple[int, int]) -> list[float]:
+    return [
+        value
+        for a, b in _fields(data, span, 1)
+        for value in struct.unpack(f"<{(b - a) // 4}f", data[a : a + (b - a) // 4 * 4])
+    ]
+
+
+def _int_values(data: memoryview, span: tuple[int, int]) -> list[int]:
+    found = []
+    for at, end in _fields(data, span, 1):
+        while at < end:
+            value, at = _varint(data, at)
+            found.append(value - (1 << 64) if value >> 63 else value)
+    return found
+
+
+_VALUES = {1: _bytes_values, 2: _float_values, 3: _int_values}
 
 
 def _fields(

@@ -21,6 +21,7 @@ from imagen_jax.config.data import SourceConfig
 from imagen_jax.data.index.table import Location
 from imagen_jax.data.sources import captions, files, names, tar
 from imagen_jax.data.sources.records import Item, texts_of
+from imagen_jax.data.sources.sample_fields import SampleFields
 from imagen_jax.data.sources.tar import Member
 from imagen_jax.io import text
 
@@ -43,7 +44,7 @@ class WebDatasetReader:
         self._image_key = source.image_key.lower().lstrip(".")
         self._caption_key, self._by_line = source.caption_key, source.caption_lines
         self._files, self.shards = files.Files(paths), paths
-        self._names = files.names(paths)
+        self._names, self._metadata = files.names(paths), SampleFields(source)
         self.cache = files.cache_folder(source.path, paths)
         keys = [source.image_key, source.caption_key]
         self.identity = [files.stats(paths), *keys, captions.VERSION, source.caption_lines]
@@ -92,11 +93,24 @@ class WebDatasetReader:
             else:
                 found = self._captions(number, sample, file.part, used)
                 location = (number, member.offset, member.size)
-                yield Item(record, found.texts, location, found.fault, found.notes)
+                item = Item(record, found.texts, location, found.fault, found.notes)
+                if self._metadata.names:
+                    item = self._metadata.add(item, self._row(number, sample, used))
+                yield item
         listed = {id(file) for file in images}
         for file in files_:
             if id(file) not in listed and file.member.name not in used:
                 yield _other(name, file)
+
+    def _row(self, number: int, sample: Sample, used: set[str]) -> dict[str, Any]:
+        """The metadata of a sample: its .json, and texts by the names of their parts."""
+        row = self._json(number, sample["json"]) if "json" in sample else {}
+        for name in self._metadata.captions:
+            for part, member in sample.items():
+                if _matches(part, name.lower()) and not part.endswith("json"):
+                    used.add(member.name)
+                    row = {**row, name: list(self._text(number, member).texts)}
+        return row
 
     def _is_image(self, number: int, file: _File) -> bool:
         """By the suffix, else by the first bytes."""
