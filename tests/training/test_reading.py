@@ -1,4 +1,7 @@
-"""Commands that read a run change nothing in its workdir, and work while it saves."""
+"""Commands that read a run change nothing in its workdir, and work while it saves.
+
+Another number of commands than a hundred in the slow test: SOAK_COMMANDS=30 pytest -k hundred PATH
+"""
 
 import dataclasses
 import json
@@ -14,6 +17,7 @@ import numpy as np
 import pytest
 
 from imagen_jax.cli import main
+from imagen_jax.config.overrides import load
 from imagen_jax.config.schema import CheckpointConfig, EmaConfig, TrainConfig
 from imagen_jax.export import export
 from imagen_jax.interop.weights import WeightsError
@@ -24,11 +28,13 @@ from imagen_jax.training.initial_state import abstract_state, start_from
 from imagen_jax.training.optimizer import make_optimizer
 from imagen_jax.training.replay import replay
 from imagen_jax.training.restore import CheckpointError
+from imagen_jax.training.state import TrainState
 from imagen_jax.training.step import block_norms
 from imagen_jax.training.train import train
 from tests.reference.processes import ROOT
 
 STEPS = 16
+COMMANDS = int(os.environ.get("SOAK_COMMANDS", "100"))
 
 
 def quiet(line: str) -> None:
@@ -71,8 +77,8 @@ def alone(config, stream, tmp_path_factory):
     return train(config, str(workdir), stream(), log=quiet), workdir
 
 
-def restore_newest(workdir: pathlib.Path, config) -> int:
-    """Reads the whole state, as `doctor` does; returns its step."""
+def restore_newest(workdir: pathlib.Path, config) -> TrainState:
+    """Reads the whole state, as `doctor` does."""
     mesh = partitioning.make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         optimizer = make_optimizer(config.optimizer, config.train.steps)
@@ -83,7 +89,7 @@ def restore_newest(workdir: pathlib.Path, config) -> int:
             lambda step: checkpoints.restore(step, abstract),
         )
     assert state
-    return int(state.step)
+    return state
 
 
 def with_ema(config, other):
@@ -103,7 +109,7 @@ def test_reading_changes_nothing(alone, config, tmp_path):
     before = listed(workdir)
     assert export.read_average(str(workdir))[2] == STEPS
     assert Checkpoints(str(workdir), config.checkpoint).newest_config() == config
-    assert restore_newest(workdir, config) == STEPS
+    assert int(restore_newest(workdir, config).step) == STEPS
     export.export_average(str(workdir), str(tmp_path / "stage"), sigma_rel=0.1, log=quiet)
     with pytest.raises(CheckpointError, match='access="read"'):
         Checkpoints(str(workdir), config.checkpoint).wait()
@@ -130,7 +136,7 @@ def test_a_run_ends_as_if_alone_beside_readers(alone, config, stream, tmp_path):
     while running.is_alive():
         try:
             read.append(export.read_average(str(tmp_path))[2])
-            read.append(restore_newest(tmp_path, config))
+            read.append(int(restore_newest(tmp_path, config).step))
         except CheckpointError as error:
             failed.append(str(error))
     running.join()
@@ -170,7 +176,7 @@ def test_a_run_starts_from_the_average_of_another(alone, config, sr_config):
 
 
 @pytest.mark.slow
-def test_a_hundred_commands_beside_a_run(base_config, write_world, tmp_path, capsys):
+def test_a_hundred_commands_beside_a_run(base_config, write_world, tmp_path, capsys, request):
     """100 exports, replays and doctors against a process that saves at every step."""
     spec = write_world(tmp_path, base_config, steps=100_000, every=1)
     workdir, environment = tmp_path / "run", {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
@@ -183,6 +189,7 @@ def test_a_hundred_commands_beside_a_run(base_config, write_world, tmp_path, cap
         )
 
     running = start(workdir)
+    request.addfinalizer(running.kill)
     while not list(workdir.glob("checkpoints/[0-9]*/config/metadata")):
         assert running.poll() is None
         time.sleep(0.1)
@@ -197,16 +204,21 @@ def test_a_hundred_commands_beside_a_run(base_config, write_world, tmp_path, cap
         ["replay", "--step=1"],
         ["doctor", f"--config={spec}"],
     ]
-    for number in range(100):
+    for number in range(COMMANDS):
         status = main.main([*verbs[number % 3], f"--workdir={workdir}"])
         assert status == 0, (verbs[number % 3], capsys.readouterr())
         assert running.poll() is None, "the run has died"
     running.terminate()
     assert running.wait(timeout=120) == 75
     step = max(int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*"))
-    assert start(tmp_path / "whole", f"--config.train.steps={step}").wait() == 0
+    whole = ["--config.checkpoint.every=1000000", f"--config.train.steps={step}"]
+    assert start(tmp_path / "whole", *whole).wait() == 0
     metrics = [
         [(row["step"], row["loss"]) for row in map(json.loads, (folder / "metrics.jsonl").open())]
         for folder in (workdir, tmp_path / "whole")
     ]
     assert metrics[0] == metrics[1] and len(metrics[0]) == step
+    config = load(str(spec), [f"model.text_dim={base_config.model.text_dim}"])
+    read, alone = (restore_newest(folder, config) for folder in (workdir, tmp_path / "whole"))
+    assert int(read.step) == step
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(read), jax.device_get(alone))
