@@ -78,6 +78,12 @@ class SourceConfig:
         "height (pixels) and bytes are those of the image; needs pyarrow.",
         compiled=False,
     )
+    unique: str = doc(
+        "",
+        "Leave out records that repeat an earlier one by captions, bytes (of the image) or pixels "
+        "(a perceptual hash); empty: keep all.",
+        compiled=False,
+    )
     # Excluded from __hash__, as a mixture is.
     captions: dict[str, float] = dataclasses.field(
         default_factory=dict,
@@ -100,6 +106,7 @@ class SourceConfig:
         check_choice("data.check", self.check, ("decode", "header"))
         check_choice("data.shuffle", self.shuffle, ("global", "window"))
 
+        check_choice("data.unique", self.unique, ("", "captions", "bytes", "pixels"))
         where.names(self.where)
         for name, weight in self.captions.items():
             if not 0 < weight < math.inf:

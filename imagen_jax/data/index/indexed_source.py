@@ -18,6 +18,8 @@ from jaxtyping import Int
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.data.batches.order import WINDOW, permute, permute_in_windows
 from imagen_jax.data.embeddings.unit_file import caption_hash
+from imagen_jax.data.index import duplicates, folders
+from imagen_jax.data.index.duplicates import Duplicates
 from imagen_jax.data.index.patience import PatientReader
 from imagen_jax.data.index.table import Table
 from imagen_jax.data.sources.records import Decode, Part, Quarantine, Reader, Record
@@ -145,6 +147,16 @@ class IndexedSource:
         if self._numbers is not None:
             ends = np.searchsorted(self._numbers, ends)
         return permute_in_windows(g % len(self), g // len(self), ends=ends, seed=seed)
+
+    def duplicates(self, kind: str) -> Duplicates:
+        """How many records repeat another; `kind`: one of `duplicates.KINDS`."""
+        cache = folders.writable(folders.cache_folders(self.cache))
+        return duplicates.find(self.table, self._reader, kind, cache)
+
+    def image_keys(self, kind: str) -> np.ndarray:
+        """Keys by which records of two sources are compared; see `duplicates.keys`."""
+        cache = folders.writable(folders.cache_folders(self.cache))
+        return duplicates.keys(self.table, self._reader, kind, cache)
 
     def read(self, i: int) -> bytes:
         """The encoded image of record i; waits while the store fails.

@@ -25,7 +25,7 @@ from typing import Any
 
 from imagen_jax.config.data import SourceConfig
 from imagen_jax.config.fields import ConfigError
-from imagen_jax.data.index import known
+from imagen_jax.data.index import duplicates, known
 from imagen_jax.data.index import shard as shard_file
 from imagen_jax.data.index.check import check_shard
 from imagen_jax.data.index.folders import cache_folders, writable
@@ -83,6 +83,8 @@ def cached_index(
     table = Table.load(cache / name, cache / "shards")
     if source.where:
         table = select(table, source.where, writable([cache, *folders]))
+    if source.unique:
+        table = duplicates.without(table, reader, source.unique, writable([cache, *folders]))
     return table, report, report_file
 
 

@@ -113,6 +113,10 @@ class Table:
         *file, first, second = shard.place(row)
         return (file[0] if file else number), first, second
 
+    def numbers(self) -> np.ndarray:
+        """The row numbers of all records, ascending."""
+        return np.arange(self.rows) if self._selected is None else np.asarray(self._selected)
+
     def hashes(self) -> np.ndarray:
         """Hashes of all captions in order, S16 as in the embedding store."""
         return np.concatenate([np.zeros(0, "S16"), *self.hash_blocks()])
@@ -162,7 +166,7 @@ class Table:
             entries = [Entry(*row) for row in rows]
             return cls(entries, lambda name: shard_file.read(shards / name), fingerprint)
         whole = Shard({path.stem: _mapped(path) for path in folder.glob("*.npy")})
-        entry = Entry("", "", "", len(whole), len(whole.hashes()))
+        entry = Entry("", "", fingerprint, len(whole), len(whole.hashes()))
         return cls([entry], lambda _: whole, fingerprint)
 
     def _locate(self, i: int) -> tuple[int, Shard, int]:
