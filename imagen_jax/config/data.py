@@ -21,7 +21,9 @@ class SourceConfig:
     """One source of captioned images."""
 
     kind: str = doc(
-        "tfds", "Kind of source: tfds, folder, tfrecord, webdataset or parquet.", compiled=False
+        "tfds",
+        "Kind of source: tfds, folder, tfrecord, webdataset, parquet or synthetic.",
+        compiled=False,
     )
     path: str = doc(
         "",
@@ -34,7 +36,7 @@ class SourceConfig:
     name: str = doc(
         "",
         "tfds: BUILDER[/CONFIG][:VERSION]; BUILDER is a name of TFDS, an entry point of "
-        "imagen_jax.tfds_builders, or package.module:ClassName.",
+        "imagen_jax.tfds_builders, or package.module:ClassName. synthetic: NUMBERxSIDE.",
         compiled=False,
     )
     split: str = doc("train", "tfds: split to read.", compiled=False)

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import os
+import tempfile
 import threading
 import time
 
@@ -243,3 +244,17 @@ def test_descriptors_are_pooled_and_opened_again_after_an_error(tmp_path, monkey
     assert taken == stale and pool.read(5, 0, 1) == b"\5"
     os.close(kept)
     os.close(taken)
+
+
+def test_synthetic_images_need_no_data(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    data = DataConfig(kind="synthetic", name="100x24")
+    source = registry.open_source(data, log=lambda line: None)
+    assert len(source) == 100 and source.captions(99) == ("synthetic image 99",)
+    first = source.record(3).image
+    assert first.shape == (24, 24, 3) and first.std() > 10
+    assert (first != source.record(4).image).any()
+    assert registry.open_source(data).fingerprint == source.fingerprint
+    for name in ("", "100", "0x24", "100x0", "ax24"):
+        with pytest.raises(ConfigError, match="must be NUMBERxSIDE"):
+            registry.open_source(DataConfig(kind="synthetic", name=name))

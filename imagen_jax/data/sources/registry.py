@@ -18,6 +18,7 @@ from imagen_jax.data.sources.folder import Folder
 from imagen_jax.data.sources.mixture import Mixture
 from imagen_jax.data.sources.parquet import ParquetReader
 from imagen_jax.data.sources.records import Reader
+from imagen_jax.data.sources.synthetic import Synthetic
 from imagen_jax.data.sources.tfds_files import open_tfds
 from imagen_jax.data.sources.tfrecord import TFRecords
 from imagen_jax.data.sources.webdataset import WebDatasetReader
@@ -28,6 +29,7 @@ Log = Callable[[str], None]
 SOURCES: dict[str, Callable[[SourceConfig], Reader]] = {
     "folder": Folder,
     "parquet": ParquetReader,
+    "synthetic": Synthetic,
     "tfds": open_tfds,
     "tfrecord": TFRecords,
     "webdataset": WebDatasetReader,
@@ -56,9 +58,9 @@ def open_source(data: DataConfig, log: Log = print) -> IndexedSource | Mixture:
 
 def _open(source: SourceConfig, field: str, log: Log) -> IndexedSource:
     make_reader = plugins.find(f"{field}.kind", source.kind, plugins.SOURCES, SOURCES)
-    if not source.path:
+    if not source.path and make_reader is not Synthetic:
         raise ConfigError(f"{field}.path is empty; give the {source.kind} data's folder")
-    path = str(paths.local(source.path, f"{field}.path"))
+    path = str(paths.local(source.path, f"{field}.path")) if source.path else ""
     try:
         reader = make_reader(dataclasses.replace(source, path=path))
         located = dataclasses.replace(source, path=path)
