@@ -14,7 +14,7 @@ from imagen_jax.config.text import TextConfig
 # The lists of paths that the metadata replaced.
 NOT_LEARNED = (
     *("name", "data.path", "data.embeddings", "data.loader", "data.prefetch"),
-    *("data.max_quarantined", "data.check", "data.mixture.*.path"),
+    *("data.max_quarantined", "data.check", "data.mixture.*.path", "data.reads"),
     *("data.caption_lines", "data.mixture.*.caption_lines", "data.records"),
     *("data.mixture.*.max_quarantined", "data.mixture.*.check"),
     *("text.path", "text.vocabulary", "text.preset", "text.dtype", "text.on_the_fly"),
@@ -30,7 +30,8 @@ NOT_COMPILED = (
     *("data.embeddings", "data.fingerprint", "data.loader", "data.prefetch"),
     *(f"text.{field.name}" for field in dataclasses.fields(TextConfig) if field.name != "null"),
     *("data.background", "data.caption_lines", "data.mixture.*.caption_lines"),
-    "data.records",
+    *("data.records", "data.reads", "data.shuffle", "data.where", "data.unique"),
+    *(f"data.mixture.*.{name}" for name in ("shuffle", "where", "unique")),
     *("pretrain_text", "embed", "checkpoint", "sampling", "ema.snapshot_every"),
     *("mesh.cpu_devices", "train.overfit_batch", "train.nan_patience", "train.rollbacks"),
     *("train.profile_at", "train.log_every", "train.sample_every"),
