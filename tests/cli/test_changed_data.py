@@ -68,6 +68,21 @@ def test_train_says_what_changed_and_goes_on_when_asked(tmp_path, base_config, w
     assert steps[-1] == 4
     assert main.main([*command, allowed[1]]) == 0  # The data are the same now.
 
+    # A third time: images are removed, another caption is corrected.
+    (images / "0.png").unlink()
+    (images / "13.png").unlink()
+    (images / "4.txt").write_text("a caption corrected later")
+    said = "0 images added, 2 removed, 0 replaced, 1 with other captions"
+    later = ["--config.train.steps=6"]
+    assert main.main([*command, *later]) == 1
+    assert said in capsys.readouterr().err
+    assert main.main([*command, *later, allowed[0]]) == 1
+    assert "lacks 1 captions" in capsys.readouterr().err
+    embed(tmp_path / "embeddings", [*captions, "a caption corrected later"])
+    assert main.main([*command, *later, allowed[0]]) == 0
+    assert "going on from step 4" in capsys.readouterr().out
+    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 6
+
 
 @pytest.fixture
 def folder(tmp_path):
