@@ -22,9 +22,9 @@ Row = dict[str, Any]
 
 
 def read(workdir: str) -> list[Row]:
-    """The rows in order, without the truncated last line of a killed run."""
+    """The rows of steps in order; without evaluations and a killed run's truncated last line."""
     lines = jsonl.read(pathlib.Path(workdir) / "metrics.jsonl", default=None)
-    return [row for _, row in lines if row is not None]
+    return [row for _, row in lines if row is not None and "loss" in row]
 
 
 def smoothed(rows: Sequence[Row], name: str, window: int) -> list[Point]:

@@ -2,7 +2,8 @@
 
 --format=stablehlo writes the sampler of a stage as a program that needs jax and numpy only;
 --format=diffusers writes a unet folder of DeepFloyd IF, for a network of its shape. Every export
-samples with what it wrote and prints the difference from the live sampler.
+samples with what it wrote and prints the difference from the live sampler. A LoRA is merged;
+--format=lora writes it alone, for `sample --loras`, diffusers and peft.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import argparse
 from imagen_jax.cli import path_flags, wiring
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.evaluation import report
-from imagen_jax.export import convert, stablehlo
+from imagen_jax.export import adapters, convert, stablehlo
 from imagen_jax.export import export as export_lib
 
 
@@ -26,11 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     path_flags.required(parser, "--out", "folder to write")
     parser.add_argument(
         "--format",
-        choices=["native", "stablehlo", "diffusers"],
+        choices=["native", "stablehlo", "diffusers", "lora"],
         default="native",
-        help="native: a stage folder; stablehlo: a sampler for jax; diffusers: a unet folder",
+        help="native: a stage folder; stablehlo: a sampler for jax; diffusers: a unet folder; "
+        "lora: the LoRA of a run",
     )
-    parser.add_argument("--step", type=int, default=0, help="native: checkpoint; 0: the newest")
+    parser.add_argument(
+        "--step", type=int, default=0, help="native, lora: checkpoint; 0: the newest"
+    )
     path_flags.optional(parser, "--text_encoder", "native: encoder folder, if it has moved")
     parser.add_argument("--licence", default="", help="native: licence of the weights, for card.md")
     parser.add_argument(
@@ -45,14 +49,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(flags: argparse.Namespace) -> None:
     """Runs the verb."""
     wiring.set_up_devices(1)
-    if flags.format != "native" and (
-        flags.step or flags.licence or flags.cards or flags.text_encoder
-    ):
+    described = flags.licence or flags.cards or flags.text_encoder
+    if flags.format != "native" and (described or (flags.step and flags.format != "lora")):
         raise ConfigError(
             "--step, --licence, --cards and --text_encoder go with --format=native, not "
             f"{flags.format}"
         )
-    if flags.format == "stablehlo":
+    if flags.format == "lora":
+        adapters.export_lora(flags.workdir, flags.out, step=flags.step)
+    elif flags.format == "stablehlo":
         stablehlo.export_stablehlo(flags.workdir, flags.out)
     elif flags.format == "diffusers":
         convert.export_diffusers(flags.workdir, flags.out)

@@ -49,6 +49,7 @@ def add_prompts(parser: argparse.ArgumentParser) -> None:
 def add_sampling(parser: argparse.ArgumentParser, *, samples_per_prompt: int) -> None:
     """Adds the flags of every verb that samples; `samples_per_prompt` is the flag's default."""
     wiring.add_stages(parser)
+    wiring.add_loras(parser)
     path_flags.required(parser, "--out", "folder to write")
     parser.add_argument("--seed", type=int, default=0, help="seed of all noise")
     parser.add_argument(
@@ -173,6 +174,7 @@ def sample_rows(
         text_encoder=flags.text_encoder or (None if with_embeddings else ""),
         guides=flags.guides,
         keep=flags.keep_stages,
+        loras=wiring.read_loras(flags),
     )
     sample(
         cascade, rows, flags.out, options, print if distributed.is_first() else lambda line: None

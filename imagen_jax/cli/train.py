@@ -15,6 +15,7 @@ import os
 import jax
 
 from imagen_jax.cli import changed_data, path_flags, wiring
+from imagen_jax.cli.evaluators import make_evaluators
 from imagen_jax.data.batches import loaders
 from imagen_jax.data.sources.registry import open_source
 from imagen_jax.parallel import distributed
@@ -65,6 +66,7 @@ def run(flags: argparse.Namespace) -> None:
             encode=pipeline.encode,
             preemption=preemption,
             compiled_step=flags.compiled,
+            evaluators=make_evaluators(config, pipeline, flags.workdir),
         )
 
 

@@ -18,6 +18,8 @@ from imagen_jax.data.embeddings.on_the_fly import TokenSource
 from imagen_jax.data.embeddings.store import EmbeddingStore
 from imagen_jax.data.sources.records import AnySource
 from imagen_jax.data.sources.registry import open_source
+from imagen_jax.inference import adapters
+from imagen_jax.inference.adapters import LoraSpec
 from imagen_jax.io import paths
 from imagen_jax.parallel import partitioning
 from imagen_jax.stages.names import check_names
@@ -40,6 +42,23 @@ def add_stages(parser: argparse.ArgumentParser) -> None:
         metavar="DIR[,DIR...]",
         help="stage folders, base first",
     )
+
+
+def add_loras(parser: argparse.ArgumentParser) -> None:
+    """Adds --loras, for `read_loras`."""
+    parser.add_argument(
+        "--loras",
+        default="",
+        type=path_flags.flag_list,
+        metavar="[STAGE=]PATH[@WEIGHT][,...]",
+        help="LoRAs by stage name, each a folder of `export --format=lora`, or of diffusers or "
+        "peft; those of a stage are added",
+    )
+
+
+def read_loras(flags: argparse.Namespace) -> list[LoraSpec]:
+    """The LoRAs of the flags. Raises ConfigError."""
+    return [adapters.parse(text) for text in flags.loras or ()]
 
 
 def add_cpu_devices(parser: argparse.ArgumentParser) -> None:
@@ -69,11 +88,13 @@ def with_home(config: Config) -> Config:
     text = {name: paths.home(getattr(config.text, name)) for name in ("path", "vocabulary")}
     corpus = paths.home(config.pretrain_text.corpus)
     init_from = paths.home(config.train.init_from)
+    prompts = paths.home(config.evaluate.prompts)
     return dataclasses.replace(
         config,
         text=dataclasses.replace(config.text, **text),
         pretrain_text=dataclasses.replace(config.pretrain_text, corpus=corpus),
         train=dataclasses.replace(config.train, init_from=init_from),
+        evaluate=dataclasses.replace(config.evaluate, prompts=prompts),
     )
 
 

@@ -21,6 +21,7 @@ TFDS_BUILDERS = "imagen_jax.tfds_builders"
 SCORERS = "imagen_jax.scorers"
 SOURCES = "imagen_jax.sources"
 METRIC_WRITERS = "imagen_jax.metric_writers"
+EVALUATORS = "imagen_jax.evaluators"
 
 _PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 

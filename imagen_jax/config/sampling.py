@@ -57,6 +57,7 @@ class SamplingConfig:
         0.0, "dynamic: largest divisor, at least 1; larger values are clipped. 0: no cap."
     )
     aug_level: float = doc(0.0, "SR stages: noise on the low-resolution image, 0..1.")
+    lora_scale: float = doc(1.0, "Factor on the weights of the LoRAs that are loaded; 0: off.")
 
     def __post_init__(self) -> None:
         self._check("steps", self.steps >= 1, "at least 1")
@@ -69,6 +70,7 @@ class SamplingConfig:
             self._check(field, 0.0 <= getattr(self, field) < float("inf"), "at least 0")
         finite = abs(self.guidance_parallel) < float("inf")
         self._check("guidance_parallel", finite, "a finite factor; try 0.0")
+        self._check("lora_scale", abs(self.lora_scale) < float("inf"), "a finite factor; try 1.0")
         after = self.guidance_oscillate_after
         self._check("guidance_oscillate_after", after >= -1, "at least 0, or -1 for never")
         knots = self.guidance_schedule

@@ -14,9 +14,10 @@ from typing import Any
 from imagen_jax.config import bounds
 from imagen_jax.config.data import DataConfig
 from imagen_jax.config.fields import ConfigError, check_choice, doc, section
+from imagen_jax.config.lora import LoraConfig
 from imagen_jax.config.sampling import SamplingConfig
 from imagen_jax.config.text import EmbedConfig, PretrainTextConfig, TextConfig
-from imagen_jax.config.train import CheckpointConfig, TrainConfig
+from imagen_jax.config.train import CheckpointConfig, EvaluateConfig, TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,6 +204,11 @@ class OptimizerConfig:
         "adamw, adafactor, lion: decoupled decay of kernels per step, times the learning rate; "
         "norms and biases do not decay.",
     )
+    multipliers: tuple[str, ...] = doc(
+        (),
+        "Learning rates of parts, PATTERN=FACTOR on the paths of parameters, such as "
+        "('text_*=0.1',); the last match counts.",
+    )
     clip_norm: float = doc(1.0, "Global gradient norm is clipped to this; 0: not clipped.")
     multiply_by_parameter_scale: bool = doc(False, "Adafactor: steps relative to the weights' rms.")
 
@@ -295,10 +301,14 @@ class Config:
     )
     embed: EmbedConfig = section(EmbedConfig, "Embedding store.", learns=False, compiled=False)
     model: ModelConfig = section(ModelConfig, "U-Net.")
+    lora: LoraConfig = section(LoraConfig, "Low-rank updates of the kernels.")
     diffusion: DiffusionConfig = section(DiffusionConfig, "Noise process and loss.")
     optimizer: OptimizerConfig = section(OptimizerConfig, "Optimizer and learning rate.")
     ema: EmaConfig = section(EmaConfig, "Moving averages of the parameters.")
     train: TrainConfig = section(TrainConfig, "Length of the run, accumulation, reports.")
+    evaluate: EvaluateConfig = section(
+        EvaluateConfig, "Evaluations in training.", learns=False, compiled=False
+    )
     checkpoint: CheckpointConfig = section(
         CheckpointConfig, "Checkpoints.", learns=False, compiled=False
     )

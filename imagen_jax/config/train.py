@@ -23,6 +23,20 @@ class TrainConfig:
     init_from: str = doc(
         "", "Stage folder or workdir of a run whose parameters a new run starts from; empty: none."
     )
+    init_partial: bool = doc(
+        False,
+        "Start parameters at random that init_from lacks or has in another shape, and ignore those "
+        "that the network lacks; each is listed. Otherwise they are an error.",
+    )
+    init_optimizer: str = doc(
+        "reset",
+        "Optimizer state with init_from: reset, or kept (of a workdir with the same parameters).",
+    )
+    trainable: tuple[str, ...] = doc(
+        (),
+        "Parameters that are trained, by patterns of their paths such as ('*attention*',); the "
+        "others are frozen. (): all, or with a LoRA its own.",
+    )
     overfit_batch: bool = doc(
         False, "Repeat the first batch, a test whether the stage can learn.", compiled=False
     )
@@ -91,6 +105,32 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_choice("train.reduce_dtype", self.reduce_dtype, ("float32", "bfloat16"))
+        check_choice("train.init_optimizer", self.init_optimizer, ("reset", "kept"))
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """Evaluations in training: what is computed, on which parameters, and when."""
+
+    every: int = doc(0, "Steps between evaluations, besides the first and the last; 0: none.")
+    evaluators: tuple[str, ...] = doc(
+        ("validation_loss",),
+        "What is computed: rows of cli.evaluators.EVALUATORS, entry points or package.module:name.",
+    )
+    averages: tuple[str, ...] = doc(
+        ("ema", "params"),
+        "Parameters that are evaluated: ema, params (the raw ones), or an average of "
+        "ema.profiles, such as power_0.050.",
+    )
+    examples: int = doc(
+        256,
+        "Examples per evaluation, rounded up to whole batches; validation_loss reads as many of "
+        "each part. Held-out images repeat with other noise where they are fewer.",
+    )
+    prompts: str = doc("", "scorer: prompts to sample, .txt, .csv or .jsonl.")
+    scorer: str = doc(
+        "", "scorer: an entry point of imagen_jax.scorers, or package.module:name of your own."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +141,11 @@ class CheckpointConfig:
     keep: int = doc(3, "Newest checkpoints kept.")
     keep_every: int = doc(0, "Steps between checkpoints that are never deleted; 0: none.")
     keep_best: int = doc(0, "Checkpoints with the lowest best_metric that are kept; 0: none.")
-    best_metric: str = doc("loss", "Metric of the last report that keep_best compares.")
+    best_metric: str = doc(
+        "loss",
+        "Metric that keep_best compares: loss, x0_mse or grad_norm of the step, or one of an "
+        "evaluation, such as ema/validation_loss.",
+    )
     grace: float = doc(
         30.0,
         "Seconds from SIGTERM to the end of the machine; a save that takes longer is reported.",

@@ -31,6 +31,7 @@ from imagen_jax.stages.folder import (
     load_stage,
     write_stage_files,
 )
+from imagen_jax.stages.lora import merged_stage
 from imagen_jax.stages.network import init_params
 from imagen_jax.stages.stage import Stage
 from imagen_jax.text.encoders import TEXT_ENCODERS
@@ -79,13 +80,13 @@ def export(
         "licence": licence,
         "scores": scores,
     }
-    config = _write(folder, Stage(config, params), card, log)
+    config = _write(folder, merged_stage(Stage(config, params)), card, log)
     log(f"{folder}: step {step} of {workdir}")
     return config
 
 
 def read_source(source: str) -> Stage:
-    """Reads a stage from a stage folder, or from the newest checkpoint of a run.
+    """Reads a stage from a stage folder, or from the newest checkpoint of a run; a LoRA is merged.
 
     Raises:
       StageError, CheckpointError: neither can be read.
@@ -93,7 +94,7 @@ def read_source(source: str) -> Stage:
     if (pathlib.Path(source) / PARAMS_FILE).is_file():
         return load_stage(source)
     params, config, _ = read_average(source)
-    return Stage(config, params)
+    return merged_stage(Stage(config, params))
 
 
 def read_average(workdir: str, step: int = 0) -> tuple[Any, Config, int]:
@@ -180,7 +181,7 @@ def export_average(
         f"by {len(snapshots)} snapshots"
     )
     card = {"step": step, "average": label}
-    config = _write(folder, Stage(config, average.params), card, log)
+    config = _write(folder, merged_stage(Stage(config, average.params)), card, log)
     log(f"{folder}: step {step} of {workdir}, {label}")
     return config
 

@@ -23,6 +23,8 @@ from imagen_jax.config import overrides
 from imagen_jax.config.fields import ConfigError, unknown_name
 from imagen_jax.config.schema import Config
 from imagen_jax.diffusion import editing
+from imagen_jax.inference import adapters
+from imagen_jax.inference.adapters import LoraSpec
 from imagen_jax.inference.batches import StageInputs, StepReport, sample_batches
 from imagen_jax.inference.request import (
     RequestError,
@@ -75,7 +77,7 @@ class Cascade:
     Attributes:
       configs: of the stages; `sampling` holds the defaults of a request.
       encoder: the text encoder; None: requests give embeddings.
-      weight_hashes: a short hash of each stage's parameter file; "" where there is none.
+      weight_hashes: a short hash of each stage's parameter file and LoRAs; "" where there is none.
       guide_hashes: the same of the guiding checkpoints.
       keep: "all" stages stay on the devices, or "one" at a time.
     """
@@ -105,7 +107,10 @@ class Cascade:
         for config in self.configs:
             check_names(config, f"stage {config.name!r}: config")
         check_chain(self.configs, stages[0].config.data.lowres_size if stages else 0)
-        self._params = [_replicated_params(stage.params) for stage in stages]
+        # By the scale of the LoRAs, which parameters in memory do not have.
+        self._params: list[Callable[[float], Any]] = [
+            functools.partial(_ignore_scale, _replicated_params(stage.params)) for stage in stages
+        ]
         self._guides: list[tuple[Callable[[], Any], Config] | None] = [None] * len(stages)
         for guide in guides:
             index = guided_stage(guide.config, self.configs)
@@ -119,6 +124,7 @@ class Cascade:
         text_encoder: str | None = "",
         guides: Sequence[str] = (),
         keep: Literal["all", "one"] = "all",
+        loras: Sequence[LoraSpec] = (),
     ) -> Cascade:
         """Loads stage folders, base first; or super-resolution stages alone, for given images.
 
@@ -129,9 +135,11 @@ class Cascade:
           guides: stage folders of weaker checkpoints, each to guide the stage of the same image
             size (autoguidance, arXiv:2406.02507).
           keep: "all" stages stay on the devices, or "one" at a time, read again for each call.
+          loras: added to the parameters of the stages with their weights.
 
         Raises:
           StageError: a folder is no stage, or they do not follow from each other.
+          WeightsError: a LoRA cannot be read, or is of another network.
           ConfigError: the text encoder is missing, or is not the one that a stage was trained with.
         """
         if isinstance(dirs, str) or not dirs:
@@ -140,23 +148,36 @@ class Cascade:
             raise RequestError(unknown_name("keep", keep, ["all", "one"]))
         stages, weaker = ([load_stage(path) for path in paths] for paths in (dirs, guides))
         check_chain([stage.config for stage in stages], stages[0].config.data.lowres_size)
+        configs = [stage.config for stage in stages]
+        specs = adapters.of_stages(loras, configs)
         encoder = None
         if text_encoder is not None:
             text = stages[0].config.text
             text = dataclasses.replace(text, path=text_encoder or text.path)
             encoder = load_text_encoder(text)
             _check_encoder([stage.config for stage in stages], encoder, text.path)
+        tuned = [
+            adapters.TunedParams(path, own, config)
+            for path, own, config in zip(dirs, specs, configs, strict=True)
+        ]
         if keep == "one":  # Parameters are mapped from their files: none has been read so far.
             stages, weaker = ([s._replace(params={}) for s in part] for part in (stages, weaker))
+        stages = [s._replace(params={}) if own else s for s, own in zip(stages, specs, strict=True)]
         cascade = cls(stages, encoder, weaker)
         cascade.keep = keep
-        cascade.weight_hashes = [weights_hash(path) for path in dirs]
+        cascade.weight_hashes = [
+            weights_hash(path) + adapters.digest(own, config)
+            for path, own, config in zip(dirs, specs, configs, strict=True)
+        ]
         cascade.guide_hashes = [weights_hash(path) for path in guides]
         if keep == "one":
-            cascade._params = [functools.partial(_read, path) for path in dirs]
+            cascade._params = [params.read for params in tuned]
             for path, guide in zip(guides, weaker, strict=True):
                 index = guided_stage(guide.config, cascade.configs)
                 cascade._guides[index] = functools.partial(_read, path), guide.config
+        for index, own in enumerate(specs if keep == "all" else ()):
+            if own:
+                cascade._params[index] = tuned[index].get
         return cascade
 
     def embed(
@@ -210,6 +231,7 @@ class Cascade:
 
         Raises:
           RequestError, ConfigError: the request cannot be sampled; nothing has been computed.
+          NotFiniteError: an image is not finite; names stage, image and step.
         """
         if not isinstance(prompts, SampleRequest):
             request = SampleRequest(prompts=prompts, **fields)
@@ -231,7 +253,7 @@ class Cascade:
             if on_progress:
                 report = functools.partial(_report, on_progress, configs, index, order)
             lowres = sample_batches(
-                Stage(config, self._params[index]()),
+                Stage(config, self._params[index](config.sampling.lora_scale)),
                 inputs._replace(
                     keys=stage_keys(keys, index),
                     noise=noise[index],
@@ -241,6 +263,7 @@ class Cascade:
                 guide=guide and Stage(guide[1], guide[0]()),
                 on_steps=report,
                 report_every=report_every,
+                numbers=order,
             )
             inputs = inputs._replace(lowres=lowres)
             sampled.append((images.to_uint8(lowres) if rounded else lowres)[np.argsort(order)])
@@ -305,6 +328,11 @@ def _uses_negative(request: SampleRequest, config: Config, guide: Any) -> bool:
     if request.negative_prompts is not None or request.negative_emb is not None:
         return True
     return config.text.null == "empty" and config.sampling.guided and guide is None
+
+
+def _ignore_scale(params: Callable[[], Any], scale: float) -> Any:
+    del scale
+    return params()
 
 
 def _replicated_params(params: Any) -> Callable[[], Any]:

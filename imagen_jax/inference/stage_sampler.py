@@ -209,13 +209,14 @@ def sample_stage(
 def jit_cache_config(config: Config) -> Config:
     """The config with every traced field replaced by a placeholder: the key of compiled programs.
 
-    Guidance weight and aug_level are arrays of `SamplerInputs`, and the steps are arrays and a
-    traced bound, so configurations that differ in these alone share programs. Two exceptions:
-    oscillating guidance depends on the steps, and a weight of 1 compiles without guidance.
+    Guidance weight and aug_level are arrays of `SamplerInputs`, LoRAs are added to the parameters
+    before, and the steps are arrays and a traced bound, so configurations that differ in these
+    alone share programs. Two exceptions: oscillating guidance depends on the steps, and a weight of
+    1 compiles without guidance.
     """
     settings = config.sampling
     weight = 1.0 if settings.guidance_weight == 1.0 else 2.0
-    sampling = dataclasses.replace(settings, aug_level=0.0, guidance_weight=weight)
+    sampling = dataclasses.replace(settings, aug_level=0.0, guidance_weight=weight, lora_scale=1.0)
     if settings.guidance_oscillate_after < 0:
         spacing = timesteps.CONTINUOUS
         sampling = dataclasses.replace(sampling, steps=1, spacing=spacing, timesteps=())

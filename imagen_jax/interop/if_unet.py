@@ -81,7 +81,7 @@ def load(folder: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
     config = model_config(read_config(folder), str(folder / "config.json"))
     arrays = weights.read_folder(folder, WEIGHT_FILES)
     shapes = parameter_shapes(config)
-    names = {path: _names(path, config) for path in shapes}
+    names = {path: diffusers_names(path, config) for path in shapes}
     expected: dict[str, tuple[int, ...]] = {}
     for path, leaf in shapes.items():
         # A broadcast scalar: the shape of the transposed array without its memory.
@@ -128,7 +128,7 @@ def save(
     )
     arrays: dict[str, np.ndarray] = {}
     for path, array in flat.items():
-        arrays |= _to_diffusers(path, np.asarray(array), _names(path, config))
+        arrays |= _to_diffusers(path, np.asarray(array), diffusers_names(path, config))
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights.write_safetensors(folder / WEIGHT_FILES[0], arrays)
@@ -150,7 +150,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     return weights.flatten(partitioning.unbox(variables["params"]))
 
 
-def _names(path: str, config: ModelConfig) -> tuple[str, ...]:
+def diffusers_names(path: str, config: ModelConfig) -> tuple[str, ...]:
     """Names in diffusers of a parameter such as up_2_0_attention_self/key_value/kernel."""
     top, *inner, leaf = path.split("/")
     last = len(config.channels) - 1

@@ -343,3 +343,14 @@ def slot_sharding(
 def unbox(params: Any) -> Any:
     """Plain arrays of parameters boxed with their logical axis names."""
     return nn.meta.unbox(params)
+
+
+def factor_names(boxed: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Logical axis names of the two factors of a low-rank update of a boxed kernel."""
+    names = boxed.names if isinstance(boxed, nn.Partitioned) else (None,) * boxed.ndim
+    return (*names[:-1], None), (None, names[-1])
+
+
+def box(value: Any, names: tuple[Any, ...]) -> Any:
+    """An array boxed with its logical axis names, for `param_shardings`."""
+    return nn.LogicallyPartitioned(value, names)

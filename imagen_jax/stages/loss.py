@@ -35,10 +35,11 @@ Batch = Mapping[str, Array]
 
 def check_trainable(config: Config) -> None:
     """Raises ConfigError where a stage samples in a way that training does not support."""
-    if config.text.null != "zeros":
+    if config.text.null != "zeros" and config.diffusion.cond_drop_prob > 0:
         raise ConfigError(
             f"config.text.null={config.text.null!r} is for sampling; training drops captions to "
-            "'zeros'"
+            "'zeros'. To tune a stage without dropping captions, set "
+            "config.diffusion.cond_drop_prob=0"
         )
 
 
@@ -87,7 +88,7 @@ def sample_timesteps(key: Key[Array, ""], size: int) -> Float[Array, " b"]:
 
 
 def loss_given_randomness(
-    params: Params, batch: Batch, dropout_key: Key[Array, ""], config: Config
+    params: Params, batch: Batch, dropout_key: Key[Array, ""] | None, config: Config
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Weighted squared error of the network's output, mean over images, pixels and channels.
 
@@ -95,7 +96,7 @@ def loss_given_randomness(
       params: plain parameters.
       batch: image [B,H,W,3] in [-1,1], text_emb [B,L,D], text_mask [B,L], SR: lowres [B,h,w,3];
         and the values of `sample_randomness`.
-      dropout_key: randomness of the dropout layers.
+      dropout_key: randomness of the dropout layers; None: no dropout.
       config: the stage.
 
     Returns:

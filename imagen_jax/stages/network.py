@@ -16,6 +16,7 @@ from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import Config
 from imagen_jax.models.efficient_unet import EfficientUNet
 from imagen_jax.models.unet import UNet
+from imagen_jax.stages import lora
 from imagen_jax.stages.conditioning import Conditioning
 
 MODELS = {"unet": UNet, "efficient_unet": EfficientUNet}
@@ -33,8 +34,8 @@ def init_params(config: Config, key: Key[Array, ""]) -> Params:
     """Random float32 parameters, each boxed with its logical axis names.
 
     Raises:
-      ConfigError: `model.text_dim` is not set, or the image size is not divisible by the network's
-        total downsampling.
+      ConfigError: `model.text_dim` is not set, the image size is not divisible by the network's
+        total downsampling, or a target of the LoRA matches no kernel.
     """
     model, size, dim = config.model, config.data.image_size, config.model.text_dim
     if dim < 1:
@@ -60,7 +61,10 @@ def init_params(config: Config, key: Key[Array, ""]) -> Params:
     )
     network = MODELS[model.name](model)
     variables = network.init(key, *arguments, lowres_logsnr=one if model.lowres else None)
-    return variables["params"]
+    params = variables["params"]
+    if config.lora.rank:
+        params = {**params, lora.GROUP: lora.init(config.lora, params, key)}
+    return params
 
 
 def apply(
@@ -85,6 +89,8 @@ def apply(
     inputs = z
     if conditioning.lowres is not None:
         inputs = jnp.concatenate([z, conditioning.lowres], axis=-1)
+    if lora.GROUP in params:
+        params = lora.merged(params, config.lora.scale)
     options: dict[str, Any] = {}
     if dropout_key is not None:
         options = {"train": True, "rngs": {"dropout": dropout_key}}

@@ -31,7 +31,9 @@ from imagen_jax.config import overrides
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import Config
 from imagen_jax.config.train import CheckpointConfig
+from imagen_jax.interop.weights import flatten, unflatten
 from imagen_jax.parallel import distributed
+from imagen_jax.stages.parameters import merge
 from imagen_jax.training import restore
 from imagen_jax.training.restore import (
     CheckpointError,
@@ -328,10 +330,20 @@ class Checkpoints:
         return overrides.from_json(text)
 
     def restore_ema(self, step: int, abstract_params: Any, name: str = "ema") -> Any:
-        """Reads one average of the parameters and nothing else. Raises CheckpointError."""
-        item = {"ema": {name: abstract_params}}
+        """Reads one average of the parameters, frozen ones as they are. Raises CheckpointError."""
+        averaged, flat = flatten(self.shapes(step)["ema"][name]), flatten(abstract_params)
+        frozen = unflatten({path: leaf for path, leaf in flat.items() if path not in averaged})
+        trained = unflatten({path: leaf for path, leaf in flat.items() if path in averaged})
+        item = {"ema": {name: trained}} if trained else {}
+        item |= {"params": frozen} if frozen else {}
+        found = restore.read_arrays(self.path / str(step) / "state", item, partial=True)
+        return merge(found.get("params", {}), found["ema"][name] if trained else {})
+
+    def restore_optimizer(self, step: int, abstract: Any) -> Any:
+        """Reads the state of the optimizer and nothing else. Raises CheckpointError."""
+        item = {"opt_state": abstract}
         folder = self.path / str(step) / "state"
-        return restore.read_arrays(folder, item, partial=True)["ema"][name]
+        return restore.read_arrays(folder, item, partial=True)["opt_state"]
 
     def close(self) -> None:
         """Stops background saving; call `wait` first to see failures."""

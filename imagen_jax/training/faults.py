@@ -100,7 +100,8 @@ class Faults:
         metrics, losses = self._workdir / "metrics.jsonl", []
         if metrics.exists():
             rows = [row for _, row in jsonl.read(metrics, default=None) if isinstance(row, dict)]
-            losses = [row["loss"] for row in rows if row.get("step", step + 1) <= step]
+            of_steps = [row for row in rows if "loss" in row]  # Other rows are evaluations.
+            losses = [row["loss"] for row in of_steps if row.get("step", step + 1) <= step]
         return {
             "rollbacks": [dataclasses.asdict(back) for back in rollbacks],
             "in_a_row": in_a_row,

@@ -33,10 +33,11 @@ except ImportError:  # Optional: metrics.jsonl holds the same numbers.
 RANKABLE = ("loss", "x0_mse", "grad_norm")
 
 
-def check_rankable(name: str) -> None:
-    """Raises ConfigError unless `checkpoint.best_metric` names a metric of every report."""
-    if name not in RANKABLE:
-        raise ConfigError(unknown_name("config.checkpoint.best_metric", name, RANKABLE))
+def check_rankable(name: str, evaluated: Sequence[str] = ()) -> None:
+    """Raises ConfigError unless `checkpoint.best_metric` is of every report, or `evaluated`."""
+    if name not in (*RANKABLE, *evaluated):
+        known = (*RANKABLE, *evaluated)
+        raise ConfigError(unknown_name("config.checkpoint.best_metric", name, known))
 
 
 def mean_loss_by_noise_level(bins: np.ndarray) -> dict[str, float]:

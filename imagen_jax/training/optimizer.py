@@ -16,6 +16,7 @@ import optax
 from imagen_jax.config.fields import ConfigError, unknown_name
 from imagen_jax.config.schema import Config, OptimizerConfig
 from imagen_jax.stages.network import with_defaults as with_network_defaults
+from imagen_jax.training.trainable import multiply_updates
 
 # Fields that only some rules or schedules use: their value without effect, and the default of
 # configurations saved before it was None.
@@ -177,7 +178,7 @@ def with_defaults(config: Config) -> Config:
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
-    """Gradient clipping by global norm, then the update rule `config.name` on the schedule.
+    """Clipping by global norm, the update rule `config.name` on the schedule, the multipliers.
 
     The defaults of Adam and Adafactor are those of Imagen, App. F. Differs from paper: its printed
     configuration leaves optax.adafactor's `multiply_by_parameter_scale` on, which makes 1e-4 a
@@ -187,7 +188,9 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
       ConfigError: see `with_rule_defaults`.
     """
     config = with_rule_defaults(config)
-    rule = RULES[config.name].make(config, learning_rate(config, total_steps))
+    parts = [RULES[config.name].make(config, learning_rate(config, total_steps))]
     if config.clip_norm > 0:
-        return optax.chain(optax.clip_by_global_norm(config.clip_norm), rule)
-    return rule
+        parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
+    if config.multipliers:
+        parts.append(multiply_updates(config.multipliers))
+    return optax.chain(*parts) if len(parts) > 1 else parts[0]

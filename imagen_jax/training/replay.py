@@ -21,12 +21,12 @@ from imagen_jax.parallel import partitioning
 from imagen_jax.parallel.partitioning import place_batch
 from imagen_jax.stages.loss import DROPOUT_STREAM, loss_given_randomness, sample_randomness
 from imagen_jax.training import faults
+from imagen_jax.training.batch_streams import Batches, Encode
 from imagen_jax.training.checkpoint import Checkpoints
 from imagen_jax.training.initial_state import abstract_state
 from imagen_jax.training.optimizer import make_optimizer
 from imagen_jax.training.restore import CheckpointError
 from imagen_jax.training.step import block_norms, gradient_of_batch, jit_train_step, step_key
-from imagen_jax.training.train import Batches, Encode
 
 
 def replay(

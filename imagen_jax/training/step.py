@@ -21,8 +21,10 @@ from imagen_jax.stages.loss import (
     sample_randomness,
     sample_timesteps,
 )
+from imagen_jax.stages.parameters import merge, select
 from imagen_jax.training import ema
 from imagen_jax.training.state import TrainState
+from imagen_jax.training.trainable import patterns
 
 # PRNG streams; the key of a step is fold_in(fold_in(key(seed), STREAM), step), and after roll-backs
 # their number is folded into it.
@@ -57,21 +59,22 @@ def make_train_step(
         key = step_key(config, state.step, rollbacks)
         gradient, report = gradient_of_batch(state.params, batch, key, config)
 
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        before = select(state.params, patterns(config))
+        updates, opt_state = optimizer.update(gradient, state.opt_state, before)
+        trained = optax.apply_updates(before, updates)
         decays = ema.decays(state.step, config.ema)
-        averages = {name: ema.update(a, params, decays[name]) for name, a in state.ema.items()}
+        averages = {name: ema.update(a, trained, decays[name]) for name, a in state.ema.items()}
 
         norms = block_norms(gradient)
         grad_norm = optax.tree.norm(norms)
         finite = jnp.isfinite(report["loss"]) & jnp.isfinite(grad_norm)
-        previous = (state.params, state.ema, state.opt_state)
-        params, averages, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (params, averages, opt_state), previous
+        previous = (before, state.ema, state.opt_state)
+        trained, averages, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (trained, averages, opt_state), previous
         )
         state = TrainState(
             step=state.step + 1,
-            params=params,
+            params=merge(state.params, trained),
             ema=averages,
             opt_state=opt_state,
             skipped=state.skipped + (1 - finite.astype(jnp.int32)),
@@ -145,19 +148,22 @@ def gradient_of_batch(
     """Gradient and report of a batch, accumulated over `train.accumulation` parts.
 
     Timesteps and noise are sampled for the whole batch, so the accumulated gradient equals the
-    unaccumulated one up to rounding and dropout.
+    unaccumulated one up to rounding and dropout. Of the trained parameters alone.
     """
+    trained = select(params, patterns(config))
     parts = config.train.accumulation
     examples = {**batch, **sample_randomness(key, len(batch["image"]), config)}
     dropout_key = jax.random.fold_in(key, DROPOUT_STREAM)
-    value_and_grad = jax.value_and_grad(loss_given_randomness, has_aux=True)
+
+    def loss(trained: Any, examples: Mapping[str, Array], key: Key[Array, ""]) -> Any:
+        return loss_given_randomness(merge(params, trained), examples, key, config)
 
     def gradient_fn(*arguments: Any) -> Any:
         with gradients.reduce_dtype(config.train.reduce_dtype):
-            return value_and_grad(*arguments)
+            return jax.value_and_grad(loss, has_aux=True)(*arguments)
 
     if parts == 1:
-        (_, report), gradient = gradient_fn(params, examples, dropout_key, config)
+        (_, report), gradient = gradient_fn(trained, examples, dropout_key)
         return gradient, report
 
     # Part i holds examples i, i + k, ...: every example stays on its device.
@@ -167,12 +173,12 @@ def gradient_of_batch(
     def add(total: Any, indexed: tuple[Mapping[str, Array], Array]) -> tuple[Any, None]:
         part, index = indexed
         part_key = jax.random.fold_in(dropout_key, index)
-        (_, report), gradient = gradient_fn(params, part, part_key, config)
+        (_, report), gradient = gradient_fn(trained, part, part_key)
         return jax.tree.map(jnp.add, total, (gradient, report)), None
 
     split_examples = jax.tree.map(split, examples)
     first = jax.tree.map(lambda x: x[0], split_examples)
-    (_, report), gradient = jax.eval_shape(lambda: gradient_fn(params, first, dropout_key, config))
+    (_, report), gradient = jax.eval_shape(lambda: gradient_fn(trained, first, dropout_key))
     # Starting at zero and not at the first part lets the compiler compile one part, not two.
     zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (gradient, report))
     # XLA's gradients of convolutions inside a loop are about 100 times slower on CPUs.

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NoReturn
 
 import jax
@@ -22,7 +22,6 @@ from etils import epath
 from jaxtyping import Array
 
 from imagen_jax.config import overrides
-from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import Config
 from imagen_jax.io import images
 from imagen_jax.parallel import compiled, distributed, partitioning
@@ -32,28 +31,27 @@ from imagen_jax.parallel.profiling import Profiler
 from imagen_jax.stages.loss import check_trainable
 from imagen_jax.stages.names import check_names
 from imagen_jax.training import ema_snapshots, metrics
+from imagen_jax.training.batch_streams import Batches, Encode, closing_stream
 from imagen_jax.training.checkpoint import Checkpoints
+from imagen_jax.training.evaluations import Evaluations, Evaluator
 from imagen_jax.training.faults import Faults, StepInfoFn
 from imagen_jax.training.initial_state import abstract_state, start_from
-from imagen_jax.training.optimizer import learning_rate, make_optimizer, with_defaults
+from imagen_jax.training.optimizer import learning_rate, make_optimizer
 from imagen_jax.training.ownership import owned
 from imagen_jax.training.preview import preview
 from imagen_jax.training.save_time import SaveTime
-from imagen_jax.training.state import TrainState
+from imagen_jax.training.start_checks import check_changes, check_writable
+from imagen_jax.training.state import TrainState, all_averages
 from imagen_jax.training.step import (
     StepFn,
     jit_train_step,
     model_flops,
 )
+from imagen_jax.training.trainable import log_trained
 from imagen_jax.training.watchdog import Watchdog
 
-# A source of batches: a position in the data -> its batch and all that follow. A batch has the rows
-# of `partitioning.batch_rows`, or all rows. The position is the step, until a roll-back skips data.
-Batches = Callable[[int], Iterable[Mapping[str, np.ndarray]]]
 # A step whose report the host has not read: its number, report and batch.
 Finished = tuple[int, Mapping[str, Any], Mapping[str, np.ndarray]]
-# Input processing on the devices: encodes the captions where embeddings are not stored.
-Encode = Callable[[Mapping[str, Array]], Mapping[str, Array]]
 
 
 def train(
@@ -67,6 +65,7 @@ def train(
     encode: Encode = lambda batch: batch,
     preemption: Preemption | None = None,
     compiled_step: str | None = None,
+    evaluators: Mapping[str, Evaluator] = {},
 ) -> TrainState:
     """Trains one stage to `config.train.steps`, from the newest checkpoint if there is one.
 
@@ -80,6 +79,7 @@ def train(
       encode: turns a batch on its devices into the inputs of the model.
       preemption: listens for SIGTERM; None: `train` starts to listen.
       compiled_step: file of `plan --save` with the compiled step; None: compile it here.
+      evaluators: by name, called every `evaluate.every` steps.
 
     Returns:
       The state after the last step.
@@ -98,9 +98,9 @@ def train(
     """
     if not distributed.is_first():
         log = _ignore
-    _check_writable(workdir)
+    check_writable(workdir)
     check_names(config)
-    metrics.check_rankable(config.checkpoint.best_metric)
+    evaluations = Evaluations(config, workdir, evaluators)
     check_trainable(config)
     metrics.find_writers(config.train.writers)
     mesh = partitioning.make_mesh(config.mesh)
@@ -113,6 +113,7 @@ def train(
         create, abstract = abstract_state(config, optimizer, mesh)
         count = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
         log(f"{config.name}: {count:,} parameters on {mesh.devices.size} {jax.default_backend()}")
+        log_trained(config, abstract.params, log)
         timer = metrics.Timer()
         checkpoints = Checkpoints(workdir, config.checkpoint, access="write")
         run = Run(
@@ -134,12 +135,14 @@ def train(
             checksums=Checksums(mesh, abstract),
             watchdog=Watchdog(workdir, config.train.hang_timeout),
             profiler=Profiler(workdir, config.train.profile_at),
+            evaluations=evaluations,
         )
         closing.callback(run.close)
         closing.enter_context(run.watchdog)
 
         with timer.measure("start"):
             step, state = run.restore(create, abstract, allow_changes)
+        run.evaluate_missing(step, state)
         while step < config.train.steps:
             step, state, roll_back = run.advance(step, state)
             if roll_back:
@@ -174,6 +177,7 @@ class Run:
     checksums: Checksums
     watchdog: Watchdog
     profiler: Profiler
+    evaluations: Evaluations
     train_step: StepFn | None = None  # compiled at the first step after a restore
 
     def restore(
@@ -188,7 +192,7 @@ class Run:
         rolls_back = failed is not None
         found = self.checkpoints.restore_newest(
             abstract,
-            lambda saved: _check_changes(saved, self.config, self.workdir, allow_changes),
+            lambda saved: check_changes(saved, self.config, self.workdir, allow_changes),
             self.log,
             last=self.faults.last_good(self.checkpoints.steps(), failed) if rolls_back else None,
         )
@@ -200,7 +204,9 @@ class Run:
             self.train_step = None  # The keys of its steps depend on the number of roll-backs.
         if found is None:
             start = self.config.train.init_from
-            return 0, start_from(start, abstract, self.optimizer) if start else create()
+            if not start:
+                return 0, create()
+            return 0, start_from(start, abstract, self.optimizer, self.config, self.log)
         self.log(f"going on from step {found[0]}")
         return found
 
@@ -218,7 +224,7 @@ class Run:
                 contextlib.closing(metrics.MetricWriter(self.workdir, step, config.writers))
             )
             first = self.faults.position(step)
-            stream = closing.enter_context(_closing(iter(self.batches(first))))
+            stream = closing.enter_context(closing_stream(iter(self.batches(first))))
             if config.overfit_batch:
                 stream = itertools.repeat(next(stream))
             while step < config.steps:
@@ -249,6 +255,10 @@ class Run:
                 if config.sample_every and step % config.sample_every == 0:
                     with self.timer.measure("draw"):
                         writer.write_image(step, "samples", preview(self.config, state, placed))
+                if self.evaluations.due(step):
+                    if unchecked and self.failed(unchecked.pop()):
+                        return step, state, True
+                    self.evaluate(step, state, writer)
                 if config.checksum_every and step % config.checksum_every == 0:
                     self.checksums.compare(state, f"step {step}")
                 self.keep(step, state, report)
@@ -303,6 +313,33 @@ class Run:
         self.faults.remember(values["loss"])
         return self.progress.report(step, values)
 
+    def evaluate(self, step: int, state: TrainState, writer: metrics.MetricWriter) -> None:
+        """Writes an evaluation; stops between its batches. Raises Preempted."""
+
+        def proceed() -> None:
+            self.watchdog.completed(step)
+            if self.preemption.reached():
+                self.stop(step, state, good=True)
+
+        with self.timer.measure("evaluate"):
+            found = self.evaluations.run(step, state, proceed)
+            writer.write(step, found.scalars)
+            for name, image in found.images.items():
+                writer.write_image(step, name, image)
+        self.log(self.evaluations.line())
+
+    def evaluate_missing(self, step: int, state: TrainState) -> None:
+        """Evaluates where a run begins, or was stopped before the evaluation was written."""
+        if not self.evaluations.missing(step):
+            return
+        with contextlib.closing(
+            metrics.MetricWriter(self.workdir, step, self.config.train.writers)
+        ) as writer:
+            self.evaluate(step, state, writer)
+        if step and self.evaluations.ranks(step):
+            self.checkpoints.delete_after(step - 1)  # It was saved without its score.
+            self.keep(step, state, {})
+
     def keep(self, step: int, state: TrainState, report: Mapping[str, Any]) -> None:
         """Saves what is due after `step` updates."""
         ends = step == self.config.train.steps
@@ -315,11 +352,10 @@ class Run:
         with self.timer.measure("save"):
             self.check_owner()
             if snapshot:
-                ema_snapshots.save(self.workdir, step, state.ema, self.config)
+                ema_snapshots.save(self.workdir, step, all_averages(state), self.config)
             if checkpoint:
-                best = self.config.checkpoint.best_metric
-                scores = {best: float(report[best])} if self.config.checkpoint.keep_best else {}
                 self.save_time.begin(step, state)
+                scores = self.evaluations.score(step, report)
                 self.checkpoints.save(step, state, self.config, scores)
 
     def stop(self, step: int, state: TrainState, *, good: bool) -> NoReturn:
@@ -342,31 +378,6 @@ class Run:
         self.checkpoints.close()
 
 
-def _check_writable(workdir: str) -> None:
-    """Raises ConfigError where `workdir` cannot be written; before anything is compiled."""
-    probe = epath.Path(workdir) / f".writable.{jax.process_index()}"
-    try:
-        probe.parent.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(
-            f"--workdir={workdir} cannot be written ({error.strerror or error}); name a writable "
-            "folder"
-        ) from error
-
-
-def _check_changes(saved: Config, given: Config, workdir: str, allowed: Collection[str]) -> None:
-    """Raises ConfigError where `given` differs from `saved` in a field that affects learning."""
-    changes = overrides.changes(with_defaults(saved), with_defaults(given))
-    for path, (old, new) in changes.items():
-        if not overrides.matches_any_field(path, allowed):
-            raise ConfigError(
-                f"config.{path}={new!r}, but {workdir} was trained with {old!r}; set it back, "
-                f"start a new --workdir, or allow it: --allow_changes={path}"
-            )
-
-
 def with_data(
     config: Config, dim: int, encoder: Mapping[str, Any], stream: Mapping[str, Any]
 ) -> Config:
@@ -382,17 +393,6 @@ def with_data(
     data = dataclasses.replace(config.data, fingerprint=overrides.fingerprint(dict(stream)))
     model = dataclasses.replace(config.model, text_dim=dim)
     return dataclasses.replace(config, model=model, text=text, data=data)
-
-
-@contextlib.contextmanager
-def _closing(stream: Iterator) -> Iterator[Iterator]:
-    """Closes a stream that has a `close` method."""
-    try:
-        yield stream
-    finally:
-        close = getattr(stream, "close", None)
-        if close:
-            close()
 
 
 def _ignore(line: str) -> None:

@@ -1,0 +1,112 @@
+"""LoRAs of a request: `[STAGE=]PATH[@WEIGHT]`, added to the parameters of loaded stages."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from imagen_jax.config.fields import ConfigError, unknown_name
+from imagen_jax.config.schema import Config
+from imagen_jax.parallel import partitioning
+from imagen_jax.stages import lora, lora_file
+from imagen_jax.stages.folder import load_stage
+
+
+class LoraSpec(NamedTuple):
+    """A LoRA to use.
+
+    Attributes:
+      stage: name of the stage; "": the only one.
+      path: as of `lora_file.read`.
+      weight: factor of its updates.
+    """
+
+    stage: str
+    path: str
+    weight: float = 1.0
+
+    def __str__(self) -> str:
+        return f"{self.stage}={self.path}@{self.weight:g}"
+
+
+def parse(text: str) -> LoraSpec:
+    """Reads `[STAGE=]PATH[@WEIGHT]`. Raises ConfigError."""
+    stage, equals, rest = text.partition("=")
+    stage, rest = (stage, rest) if equals else ("", text)
+    path, at, weight = rest.rpartition("@")
+    try:
+        value = float(weight) if at else 1.0
+    except ValueError:
+        path, at, value = rest, "", 1.0  # The @ is part of the path.
+    path = path if at else rest
+    if not path or not abs(value) < float("inf"):
+        raise ConfigError(
+            f"--loras={text!r} must be [STAGE=]PATH[@WEIGHT], such as base=runs/cat@0.8"
+        )
+    return LoraSpec(stage, path, value)
+
+
+def of_stages(specs: Sequence[LoraSpec], configs: Sequence[Config]) -> list[list[LoraSpec]]:
+    """The LoRAs of each stage. Raises ConfigError where a stage is unknown or not named."""
+    names = [config.name for config in configs]
+    found: list[list[LoraSpec]] = [[] for _ in configs]
+    for spec in specs:
+        if not spec.stage and len(names) > 1:
+            raise ConfigError(
+                f"--loras={spec.path}: name its stage, {names[0]}={spec.path}; the stages are "
+                f"{', '.join(names)}"
+            )
+        if spec.stage and spec.stage not in names:
+            raise ConfigError(unknown_name("--loras: stage", spec.stage, names))
+        found[names.index(spec.stage) if spec.stage else 0].append(spec)
+    return found
+
+
+class TunedParams:
+    """Parameters of a stage folder with LoRAs, on the devices; those of one scale at a time."""
+
+    def __init__(self, path: str, specs: Sequence[LoraSpec], config: Config):
+        """Reads the LoRAs.
+
+        Args:
+          path: stage folder.
+          specs: its LoRAs.
+          config: of the stage.
+
+        Raises:
+          WeightsError: a LoRA cannot be read, or is of another network.
+        """
+        self._path, self._scale, self._placed = path, 1.0, None
+        self._adapters = [(lora_file.read(spec.path, config), spec.weight) for spec in specs]
+        for adapter, _ in self._adapters:
+            lora.check_fits(load_stage(path).params, adapter)
+
+    def read(self, scale: float) -> Any:
+        """Parameters with the LoRAs times `scale`, read again."""
+        params = load_stage(self._path).params
+        if self._adapters and scale:
+            weighted = [(adapter, weight * scale) for adapter, weight in self._adapters]
+            params = lora.with_adapters(params, weighted)
+        return partitioning.replicate(params)
+
+    def get(self, scale: float) -> Any:
+        """The same, kept until a request has another scale."""
+        if self._placed is None or scale != self._scale:
+            self._placed = None  # Not beside the next ones.
+            self._placed, self._scale = self.read(scale), scale
+        return self._placed
+
+
+def digest(specs: Sequence[LoraSpec], config: Config) -> str:
+    """A short hash of LoRAs and weights, beside that of the stage's file; "" for none."""
+    if not specs:
+        return ""
+    hashed = hashlib.sha256()
+    for spec in specs:
+        for path, pair in sorted(lora_file.read(spec.path, config).items()):
+            hashed.update(path.encode())
+            for array in pair:
+                hashed.update(array.tobytes())
+        hashed.update(str(spec.weight).encode())
+    return f"+{hashed.hexdigest()[:16]}"
