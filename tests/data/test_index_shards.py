@@ -349,3 +349,28 @@ def test_plain_headers_need_no_tarfile(tmp_path, monkeypatch):
     expected = tar.members(tmp_path / "a.tar")
     monkeypatch.setattr(tar.tarfile, "open", None)
     assert tar.members(tmp_path / "a.tar") == expected and len(expected[0]) == 2 * SAMPLES - 1
+
+
+class Arrays:
+    """A reader without shards that uses all numbers of a location, as docs/extending.md's does."""
+
+    def __init__(self, source):
+        self.cache = pathlib.Path(source.path) / ".imagen_index"
+        self.identity = ["arrays"]
+
+    def scan(self):
+        for i in range(5):
+            yield records.Item(f"image {i}", (f"caption {i}",), (i, 10 + i, 20 + i))
+
+    def read(self, key, location):
+        assert location == (location[0], 10 + location[0], 20 + location[0])
+        return jpeg(location[0])
+
+
+def test_a_reader_without_shards_gets_its_locations_back(tmp_path, monkeypatch):
+    monkeypatch.setitem(registry.SOURCES, "arrays", Arrays)
+    source = open_folder(tmp_path, kind="arrays")
+    assert [source.table.location(i) for i in range(5)] == [(i, 10 + i, 20 + i) for i in range(5)]
+    for i in range(5):
+        np.testing.assert_array_equal(source.record(i).image, images.decode(jpeg(i)))
+    assert len(open_folder(tmp_path, kind="arrays", unique="bytes")) == 5

@@ -25,6 +25,7 @@ from imagen_jax.data.sources.records import (
     Item,
     Quarantine,
     Reader,
+    ShardedReader,
     caption_fault,
     caption_notes,
     clean,
@@ -70,6 +71,8 @@ def check_shard(
         lambda chunk: [_check_image(reader, item, source) for item in chunk], chunks, threads
     )
     texts = 0
+    # The number of the file is the shard's; a reader without shards may use all three numbers.
+    first = 1 if isinstance(reader, ShardedReader) else 0
     for item, size, fault, notes, image_size in decode_captions(
         itertools.chain.from_iterable(checked)
     ):
@@ -82,7 +85,7 @@ def check_shard(
         else:
             kept = clean(captions)
             kinds = [k for k, text in zip(item.kinds, captions, strict=False) if text.strip()]
-            row = Row(key, kept, size, item.location[1:], image_size, item.fields, kinds)
+            row = Row(key, kept, size, item.location[first:], image_size, item.fields, kinds)
             writer.append(row)
             texts += len(kept)
             report.captions[len(kept)] = report.captions.get(len(kept), 0) + 1

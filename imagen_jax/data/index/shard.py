@@ -36,7 +36,7 @@ class Row(NamedTuple):
       key: its stable name, without the name of the shard.
       captions: at least one.
       size: bytes of its encoded image.
-      place: where its reader finds the image in the shard.
+      place: where its reader finds the image in the shard; of a source without shards: anywhere.
       image_size: width and height of the image, pixels; (0, 0): unknown.
       fields: requested metadata of the sample, by name.
       kinds: for each caption its number in `data.captions`.
@@ -45,7 +45,7 @@ class Row(NamedTuple):
     key: str
     captions: Sequence[str]
     size: int
-    place: tuple[int, int]
+    place: tuple[int, ...]
     image_size: tuple[int, int] = (0, 0)
     fields: Mapping[str, Field] = {}
     kinds: Sequence[int] = ()
@@ -117,7 +117,7 @@ class Shard:
     def __init__(self, columns: Mapping[str, np.ndarray]) -> None:
         """Wraps the columns of `ShardWriter.finish`, `read`, or of an index of the first layout."""
         self._columns = columns
-        # Indexes of the first layout state the number of the file in front of each place.
+        # Sources without shards and indexes of the first layout have all three numbers of a place.
         self._place_width = len(columns["places"]) // max(len(self), 1)
 
     def __len__(self) -> int:
@@ -144,7 +144,7 @@ class Shard:
         return int(self._columns["sizes"][i])
 
     def place(self, i: int) -> list[int]:
-        """Place of the image of record i; three numbers in an index of the first layout."""
+        """Place of the image of record i: two numbers, or the three of its reader."""
         width = self._place_width
         return self._columns["places"][width * i : width * (i + 1)].tolist()
 
