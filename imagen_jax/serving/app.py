@@ -64,6 +64,36 @@ def make_app(
     async def about(request: Request) -> Response:
         return JSONResponse(_about(configs, limits))
 
+    async def images(request: Request) -> Response:
+        return JSONResponse({"pictures": gallery.newest(SHOWN_IMAGES)})
+
+    async def image(request: Request) -> Response:
+        file = gallery.file(request.path_params["id"])
+        if file is None or not file.is_file():
+            raise HTTPException(404, "no such image; the server deletes old ones")
+        return FileResponse(file, headers={"cache-control": "private, max-age=86400"})
+
+    routes = [
+        Route("/", page),
+        Route("/api/health", health),
+        Route("/metrics", metrics),
+        Route("/api/about", about),
+        *_job_routes(worker, configs, limits),
+        Route("/api/pictures", images),
+        Route("/pictures/{id}.png", image),
+    ]
+    handlers: Any = {
+        HTTPException: _http_error,
+        ClientRequestError: _client_request_error,
+        QueueFull: _queue_full,
+        WorkerFailed: _worker_failed,
+    }
+    guard = Guard(Starlette(routes=routes, exception_handlers=handlers), access, worker.metrics)
+    worker.metrics.watch("connections", "Open connections.", lambda: len(guard.connections))
+    return guard
+
+
+def _job_routes(worker: Worker, configs: Sequence[Config], limits: Limits) -> list[Route]:
     async def submit(request: Request) -> Response:
         validated = await http_request.read_request(
             request.headers, request.receive, configs, limits
@@ -90,36 +120,12 @@ def make_app(
             raise HTTPException(404, "no job of this name is being sampled")
         return Response(await run_in_threadpool(preview.png), media_type="image/png")
 
-    async def images(request: Request) -> Response:
-        return JSONResponse({"pictures": gallery.newest(SHOWN_IMAGES)})
-
-    async def image(request: Request) -> Response:
-        file = gallery.file(request.path_params["id"])
-        if file is None or not file.is_file():
-            raise HTTPException(404, "no such image; the server deletes old ones")
-        return FileResponse(file, headers={"cache-control": "private, max-age=86400"})
-
-    routes = [
-        Route("/", page),
-        Route("/api/health", health),
-        Route("/metrics", metrics),
-        Route("/api/about", about),
+    return [
         Route("/api/jobs", submit, methods=["POST"]),
         Route("/api/jobs/{id}", job),
         Route("/api/jobs/{id}", cancel, methods=["DELETE"]),
         Route("/api/jobs/{id}/preview.png", job_preview),
-        Route("/api/pictures", images),
-        Route("/pictures/{id}.png", image),
     ]
-    handlers: Any = {
-        HTTPException: _http_error,
-        ClientRequestError: _client_request_error,
-        QueueFull: _queue_full,
-        WorkerFailed: _worker_failed,
-    }
-    guard = Guard(Starlette(routes=routes, exception_handlers=handlers), access, worker.metrics)
-    worker.metrics.watch("connections", "Open connections.", lambda: len(guard.connections))
-    return guard
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:

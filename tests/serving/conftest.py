@@ -122,7 +122,6 @@ class PrefixProxy(http.server.BaseHTTPRequestHandler):
     """Passes PREFIX/X on to X of a server, under the server's own name."""
 
     PREFIX = "/draw"
-    target = 0  # the server's port
 
     def log_message(self, *arguments):
         """Silence."""
@@ -135,11 +134,11 @@ class PrefixProxy(http.server.BaseHTTPRequestHandler):
         dropped = ("connection", "content-length", "transfer-encoding")
         body = self.rfile.read(int(self.headers.get("content-length") or 0))
         headers = {n: v for n, v in self.headers.items() if n.lower() not in dropped}
-        server = http.client.HTTPConnection("127.0.0.1", self.target, timeout=120)
+        server = http.client.HTTPConnection("127.0.0.1", self.server.target, timeout=120)
         try:
             path = self.path.removeprefix(self.PREFIX)
             if "host" not in {n.lower() for n in headers} or "127.0.0.1" in headers["Host"]:
-                headers["Host"] = f"127.0.0.1:{self.target}"
+                headers["Host"] = f"127.0.0.1:{self.server.target}"
             server.request(self.command, path, body or None, headers)
             response = server.getresponse()
             data = response.read()
@@ -158,21 +157,13 @@ class PrefixProxy(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def prefix_proxy():
-    """Port of a server -> port of a proxy that answers under PrefixProxy.PREFIX."""
-    running = []
-
-    def start(port: int) -> int:
-        handler = type("Handler", (PrefixProxy,), {"target": port})
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        running.append(server)
-        return server.server_address[1]
-
-    yield start
-    for server in running:
-        server.shutdown()
-        server.server_close()
+    """A proxy that answers under PrefixProxy.PREFIX; `target` is the port that it passes on to."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), PrefixProxy)
+    server.daemon_threads, server.target = True, 0
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
 
 
 @pytest.fixture

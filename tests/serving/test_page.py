@@ -3,6 +3,7 @@
 import base64
 import json
 import pathlib
+import time
 
 import pytest
 
@@ -26,7 +27,7 @@ def test_generate_and_repeat(browser, start_server, tmp_path):
     server = start_server(tmp_path / "out")
     browser.open(f"http://127.0.0.1:{server.client.port}/")
     browser.wait("document.querySelectorAll('#stages tr').length === 2")
-    browser.wait("document.getElementById('health').textContent === 'ready'")
+    browser.wait("document.getElementById('health')?.textContent === 'ready'")
     assert browser.value("document.getElementById('chain').textContent") == "base 8 px → sr 16 px"
     assert browser.value("!document.getElementById('empty').hidden")
 
@@ -81,6 +82,44 @@ def test_generate_and_repeat(browser, start_server, tmp_path):
     assert all("400 (Bad Request)" in problem for problem in browser.problems), browser.problems
     own = f"http://127.0.0.1:{server.client.port}/"
     assert all(url.startswith((own, "data:")) for url in browser.requests)
+
+
+def test_under_a_prefix_with_a_token(browser, start_server, prefix_proxy, tmp_path):
+    token = tmp_path / "token"
+    token.write_text("0123456789abcdef")
+    public = f"http://127.0.0.1:{prefix_proxy.server_port}"
+    server = start_server(tmp_path / "out", f"--token_file={token}", f"--origins={public}")
+    prefix_proxy.target = server.client.port
+    browser.open(f"{public}/draw/")
+    browser.wait("!document.getElementById('access').hidden")
+    assert "needs its token" in browser.value("document.getElementById('problem').textContent")
+    fill(browser, "#token", "0123456789abcdef")
+    browser.click("#access button")
+    browser.wait("document.getElementById('health')?.textContent === 'ready'")
+    browser.wait("document.querySelectorAll('#stages tr').length === 2")
+    fill(browser, "#prompt", "a cat")
+    browser.click("#draw")
+    browser.wait("document.querySelectorAll('figure').length === 1", seconds=120)
+    browser.wait("[...document.images].every((img) => img.complete && img.naturalWidth === 16)")
+
+    # A job is cancelled by its button, and when the page is left.
+    fill(browser, "[data-stage=base] .steps", "250")
+    fill(browser, "#samples", "8")
+    for leave in ("document.querySelector('.job button').click()", "location.href = 'about:blank'"):
+        browser.click("#draw")
+        browser.wait("document.querySelectorAll('.job').length === 1")
+        browser.value(leave)
+        counted = 'imagen_jobs_total{state="cancelled"}'
+        headers = {"authorization": "Bearer 0123456789abcdef"}
+        line = f"{counted} {1.0 if 'click' in leave else 2.0}"
+        for _ in range(200):
+            if line in server.client.call("GET", "/metrics", **headers)[2].decode():
+                break
+            time.sleep(0.05)
+        else:
+            raise AssertionError(f"no line {line}")
+        if "click" in leave:
+            browser.wait("document.querySelectorAll('.job').length === 0")
 
 
 def pixels(path: pathlib.Path) -> bytes:

@@ -280,7 +280,7 @@ def test_a_crowd_behind_a_proxy(start_server, prefix_proxy, make_client, tmp_pat
     token.write_text(TOKEN)
     flags = [f"--token_file={token}", "--patience=3", "--max_queue=16", "--batch_size=4"]
     server = start_server(tmp_path / "out", *flags, "--keep=60")
-    port = prefix_proxy(server.client.port)
+    port, prefix_proxy.target = prefix_proxy.server_port, server.client.port
     client, direct = make_client(port, "/draw", TOKEN), make_client(server.client.port, "", TOKEN)
     assert make_client(port, "/draw").call("GET", "/api/about")[0] == 401
     crowd(client, 50, 20, seed=100, to=direct)
