@@ -79,6 +79,20 @@ def test_images_of_a_batch_are_read_at_the_same_time(stream, reader, loader):
     assert 5 < most <= 10
 
 
+@pytest.mark.parametrize("loader", LOADERS)
+def test_two_streams_of_a_pipeline_end_apart(stream, loader):
+    """An evaluation reads the training data beside the training."""
+    pipeline = stream(loader)
+    training = loaders.batches(pipeline)
+    next(training)
+    evaluation = loaders.batches(pipeline, 7)
+    equal(next(evaluation), pipeline.batch_at(7))
+    evaluation.close()
+    for step in range(1, 8):
+        equal(next(training), pipeline.batch_at(step))
+    training.close()
+
+
 def test_text_reaches_the_device_in_bfloat16_and_the_model_in_float32(stream):
     pipeline = stream("numpy")
     batch = pipeline.batch_at(0)

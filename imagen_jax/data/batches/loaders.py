@@ -27,9 +27,6 @@ def batches(pipeline: Pipeline, start_step: int = 0) -> Iterator[Batch]:
     loader = pipeline.data.loader
     if loader not in LOADERS:
         raise ConfigError(unknown_name("config.data.loader", loader, list(LOADERS)))
-    # Each batch under way reads as many images at a time.
-    workers = pipeline.data.reads * max(pipeline.data.prefetch, 1)
-    pipeline.reads = ThreadPoolExecutor(workers, thread_name_prefix="reads")
     return LOADERS[loader](pipeline, start_step)
 
 
@@ -37,19 +34,20 @@ def _numpy(pipeline: Pipeline, start_step: int) -> Iterator[Batch]:
     """`data.prefetch` batches at a time, made by threads."""
     ahead = max(pipeline.data.prefetch, 1)
     pool = ThreadPoolExecutor(ahead, thread_name_prefix="batches")
+    # Each batch under way reads as many images at a time.
+    reads = ThreadPoolExecutor(ahead * pipeline.data.reads, thread_name_prefix="reads")
     steps = itertools.count(start_step)
     try:
         pending = collections.deque(
-            pool.submit(pipeline.batch_at, next(steps)) for _ in range(ahead)
+            pool.submit(pipeline.batch_at, next(steps), reads) for _ in range(ahead)
         )
         while True:
             batch = pending.popleft().result()
-            pending.append(pool.submit(pipeline.batch_at, next(steps)))
+            pending.append(pool.submit(pipeline.batch_at, next(steps), reads))
             yield batch
     finally:
         pool.shutdown(cancel_futures=True)
-        if pipeline.reads is not None:
-            pipeline.reads.shutdown()
+        reads.shutdown()
 
 
 def _seqio(pipeline: Pipeline, start_step: int) -> Iterator[Batch]:

@@ -46,7 +46,6 @@ class Pipeline:
 
     Attributes:
       rows: row numbers of the global batch that this process reads, ascending.
-      reads: threads that read images, set by the loader; None: images are read one by one.
       decode_jpeg_box: decodes a rectangle of a JPEG faster than the whole image, to the same
         pixels; None: not available. The seqio loader sets TensorFlow's.
     """
@@ -88,7 +87,6 @@ class Pipeline:
         self.store, self.data, self.seed = store, data, seed
         self.rows = np.arange(data.batch_size) if rows is None else np.asarray(rows)
         self.decode_jpeg_box: images.DecodeJpegBox | None = None
-        self.reads: Executor | None = None
         stored = len(source) * (data.crop_from or data.image_size) ** 2 * 3
         self._use_cache = view.is_deterministic(data) and stored <= cache_bytes
         self._cache: dict[int, tuple[np.ndarray, view.Captions]] = {}
@@ -129,8 +127,12 @@ class Pipeline:
             "embeddings": self.store.fingerprint,
         }
 
-    def examples_at(self, step: int) -> Batch:
+    def examples_at(self, step: int, reads: Executor | None = None) -> Batch:
         """The examples of `rows` at a step, as stored: uint8 and bfloat16.
+
+        Args:
+          step: at least 0.
+          reads: threads that read images; None: they are read one by one.
 
         Returns:
           image uint8[B, H, W, 3], lowres uint8[B, h, w, 3] if the stage has one,
@@ -140,9 +142,9 @@ class Pipeline:
         g, records = self._records(step)
         bits = random_bits(g, self.seed)
         augmentations = view.sample_augmentations(bits)
-        reads = self._start_reads(records.tolist())
+        started = self._start_reads(records.tolist(), reads)
         squares, captions = zip(
-            *map(self._load_example_image, records.tolist(), augmentations, reads), strict=True
+            *map(self._load_example_image, records.tolist(), augmentations, started), strict=True
         )
         chosen = view.choose_captions(bits, captions)
         text, text_mask = self.store.lookup(chosen, self.data.max_text_len)
@@ -165,7 +167,7 @@ class Pipeline:
         """The rows of the global batch that this process reads at a step, and their records."""
         return {"rows": self.rows.tolist(), "records": self._records(step)[1].tolist()}
 
-    def batch_at(self, step: int) -> Batch:
+    def batch_at(self, step: int, reads: Executor | None = None) -> Batch:
         """The rows of the batch of a step, as the model reads them.
 
         Args:
@@ -176,7 +178,7 @@ class Pipeline:
           text_emb bf16[B, L, D], zeros beyond the text; text_mask bool[B, L], True at real tokens.
           With encoding on the fly: text_ids. `encode` gives what the model reads.
         """
-        batch = self.examples_at(step)
+        batch = self.examples_at(step, reads)
         for name in ("image", "lowres"):
             if name in batch:
                 batch[name] = images.to_float(batch[name])
@@ -196,13 +198,15 @@ class Pipeline:
         g = np.int64(step) * self.data.batch_size + self.rows
         return g, self.source.order(g, self.seed)
 
-    def _start_reads(self, records: list[int]) -> list[Callable[[], bytes] | None]:
+    def _start_reads(
+        self, records: list[int], pool: Executor | None
+    ) -> list[Callable[[], bytes] | None]:
         """For each record a function that waits for its encoded image; None: it reads then.
 
         Each task reads several images one after the other, as one per image would cost more than
         reading it from a local disk.
         """
-        pool, wanted = self.reads, [i for i in records if i not in self._cache]
+        wanted = [i for i in records if i not in self._cache]
         if pool is None or len(wanted) < 2:
             return [None] * len(records)
         tasks = min(len(wanted), self.data.reads)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -79,6 +80,9 @@ class StreamSource(seqio.DataSource):
         """Wraps `pipeline`; shards of the source are equal parts of its rows."""
         self._pipeline = pipeline
         self._start_step = start_step
+        # Its threads end with this object: TensorFlow may still read after the last batch.
+        workers = pipeline.data.reads * max(pipeline.data.prefetch, 1)
+        self._reads = ThreadPoolExecutor(workers, thread_name_prefix="reads")
         self.error: Exception | None = None  # Of reading; TensorFlow only passes on its text.
         super().__init__(splits=(SPLIT,), caching_permitted=False, performs_internal_shuffling=True)
 
@@ -109,7 +113,7 @@ class StreamSource(seqio.DataSource):
 
         def read(step: np.int64) -> list[np.ndarray]:
             try:
-                examples = pipeline.examples_at(int(step))
+                examples = pipeline.examples_at(int(step), self._reads)
             except Exception as error:
                 self.error = error
                 raise
