@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from imagen_jax.data.batches.pipeline import Pipeline
-from imagen_jax.data.embeddings import embed, key_table, packs
+from imagen_jax.data.embeddings import embed, key_table, packs, shared_plan
 from imagen_jax.data.embeddings import store as embeddings
 from imagen_jax.data.embeddings.key_table import UnitKeys
 from imagen_jax.data.embeddings.store import EmbeddingError, EmbeddingStore
@@ -154,3 +154,45 @@ def test_that_a_store_covers_a_source_is_remembered(world, monkeypatch):
         patch.setattr(source, "fingerprint", "another")
         with pytest.raises(TypeError):
             store.covers(source)
+
+
+def test_one_worker_makes_the_plan_of_all(tmp_path):
+    made = []
+
+    class Counting(SlowEncoder):
+        def tokenize(self, captions):
+            if len(captions) > 4:
+                made.append(len(captions))
+            return super().tokenize(captions)
+
+    start = threading.Barrier(3)
+
+    def work():
+        start.wait()
+        embed.embed([*CAPTIONS, "красный", "круг"], Counting(), str(tmp_path), 4, silent)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert made == [42]
+    assert [path.name[:6] for path in tmp_path.iterdir() if path.name[0] == "."] == [".plan_"]
+    assert EmbeddingStore.open(str(tmp_path)).captions == 42
+
+
+def test_a_plan_that_a_worker_did_not_finish_is_made_by_another(tmp_path):
+    encoder = LetterEncoder()
+
+    def die():
+        raise KeyboardInterrupt
+
+    settings = {"unit_size": 4, "encoder": encoder.fingerprint()}
+    with pytest.raises(KeyboardInterrupt):
+        shared_plan.get(tmp_path, CAPTIONS, settings, make=die, patience=0.3)
+    make = lambda: embed.plan_units(CAPTIONS, encoder, 4)  # noqa: E731
+    found = shared_plan.get(tmp_path, CAPTIONS[::-1], settings, make=make, patience=0.3)
+    expected = make()
+    assert found[1:] == expected[1:]
+    for one, other in zip(found.units, expected.units, strict=True):
+        assert (one.length, list(one.captions), one.tokens) == other

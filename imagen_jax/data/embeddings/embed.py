@@ -15,13 +15,13 @@ import os
 import pathlib
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from imagen_jax.data.embeddings import packs, store, unit_file
+from imagen_jax.data.embeddings import packs, shared_plan, store, unit_file
 from imagen_jax.data.embeddings.claims import Claims
+from imagen_jax.data.embeddings.shared_plan import Plan, UnitOfWork
 from imagen_jax.io import paths
 from imagen_jax.text.encoders import TextEncoder
 
@@ -29,23 +29,6 @@ BUCKET = 8  # Tokens; compiled lengths are its multiples.
 CHUNK = 4096  # Captions tokenized at a time, which bounds memory.
 REPORT_EVERY = 20.0  # Seconds between progress lines.
 POLL_EVERY = 0.5  # Seconds between checks for units of other workers.
-
-
-class UnitOfWork(NamedTuple):
-    """A unit to encode: padded length in tokens, captions, number of real tokens."""
-
-    length: int
-    captions: list[str]
-    tokens: int
-
-
-class Plan(NamedTuple):
-    """All units, with counts of distinct captions, tokens and truncated captions."""
-
-    units: list[UnitOfWork]
-    unique: int
-    tokens: int
-    truncated: int
 
 
 def plan_units(captions: Sequence[str], encoder: TextEncoder, unit_size: int) -> Plan:
@@ -126,11 +109,17 @@ def embed(
         raise store.EmbeddingError("there are no captions to embed; check config.data")
     folder = paths.local(out, "config.data.embeddings")
     folder.mkdir(parents=True, exist_ok=True)
-    plan = plan_units(captions, encoder, unit_size)
-    if plan.truncated:
-        log(f"{plan.truncated} captions are longer than {encoder.max_len} tokens and are cut")
     fingerprint = encoder.fingerprint()
     settings = {"unit_size": unit_size, "encoder": fingerprint}
+    plan = shared_plan.get(
+        folder,
+        captions,
+        settings,
+        make=lambda: plan_units(captions, encoder, unit_size),
+        patience=patience,
+    )
+    if plan.truncated:
+        log(f"{plan.truncated} captions are longer than {encoder.max_len} tokens and are cut")
     if dtype != "bfloat16":
         settings["dtype"] = dtype
     names = [store.unit_name(unit.captions, length=unit.length, **settings) for unit in plan.units]
@@ -139,8 +128,9 @@ def embed(
 
     def encode(name: str) -> None:
         unit = work[name]
-        rows = _encode_unit(encoder, unit.captions, unit.length, unit_size)
-        store.write_unit(folder / name, unit.captions, rows, dtype)
+        texts = list(unit.captions)
+        rows = _encode_unit(encoder, texts, unit.length, unit_size)
+        store.write_unit(folder / name, texts, rows, dtype)
         progress.add(unit)
 
     plan_hash = hashlib.sha256("".join(names).encode()).hexdigest()[:16]
