@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from imagen_jax.config.data import DataConfig
+from imagen_jax.config.data import ComponentConfig, DataConfig
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.data.batches import loaders
 from imagen_jax.data.batches.order import permute_in_windows
@@ -272,3 +272,14 @@ def test_synthetic_images_need_no_data(tmp_path, monkeypatch):
     for name in ("", "100", "0x24", "100x0", "ax24"):
         with pytest.raises(ConfigError, match="must be NUMBERxSIDE"):
             registry.open_source(DataConfig(kind="synthetic", name=name))
+
+
+def test_the_order_of_a_mixture_names_what_its_sources_add(tmp_path):
+    write_shard(tmp_path / "0.tar", 0)
+    plain = {"kind": "webdataset", "path": str(tmp_path), "max_quarantined": 0.9}
+    parts = {"a": ComponentConfig(**plain), "b": ComponentConfig(**plain, shuffle="window")}
+    quiet = {"log": lambda line: None}
+    mixed = registry.open_source(DataConfig(mixture=parts), **quiet).order_spec()
+    assert mixed["sources"] == {"b": {"shuffle": "window", "window": 65536}}
+    same = {"a": parts["a"], "b": parts["a"]}
+    assert "sources" not in registry.open_source(DataConfig(mixture=same), **quiet).order_spec()

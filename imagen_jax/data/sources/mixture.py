@@ -111,11 +111,18 @@ class Mixture:
 
     def order_spec(self) -> dict[str, Any]:
         """JSON values that, with the seed, determine the record of every example."""
+        common = {"examples", "source", *self._part}
+        own = {
+            name: further
+            for name, source in self.sources.items()
+            if (further := {k: v for k, v in source.order_spec().items() if k not in common})
+        }
         return {
             "examples": len(self),
             "source": self.fingerprint,
             "block": list(self._block.values()),
             **self._part,
+            **({"sources": own} if own else {}),
         }
 
     def _locate(self, i: int) -> tuple[str, AnySource, int]:
