@@ -7,7 +7,7 @@ of ModelConfig that diffusers does not support.
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from imagen_jax.config.fields import ConfigError
@@ -86,6 +86,47 @@ _UP = {False: "ResnetUpsampleBlock2D", True: "SimpleCrossAttnUpBlock2D"}
 _ACTIVATIONS = {"gelu": "gelu", "silu": "swish", "swish": "swish"}
 
 
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and value >= 0
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_list(value: Any, of: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list | tuple) and len(value) > 0 and all(map(of, value))
+
+
+# Kinds of values of the fields of _DEFAULTS that have many; the others are compared with a list.
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "act_fn": (_is_text, "a name"),
+    "addition_embed_type_num_heads": (_is_count, "a number"),
+    "attention_head_dim": (lambda v: _is_count(v) or _is_list(v, _is_count), "numbers"),
+    "block_out_channels": (lambda v: _is_list(v, _is_count), "numbers, one per level"),
+    "cross_attention_dim": (_is_count, "a number"),
+    "down_block_types": (lambda v: _is_list(v, _is_text), "names, one per level"),
+    "up_block_types": (lambda v: _is_list(v, _is_text), "names, one per level"),
+    "dropout": (lambda v: _is_number(v) and v < 1, "a number below 1"),
+    "encoder_hid_dim": (_is_count, "a number"),
+    "layers_per_block": (lambda v: _is_count(v) or _is_list(v, _is_count), "numbers"),
+    "mid_block_only_cross_attention": (lambda v: v is None or _is_bool(v), "true, false or null"),
+    "norm_num_groups": (_is_count, "a number"),
+    "only_cross_attention": (lambda v: _is_bool(v) or _is_list(v, _is_bool), "true or false"),
+    "resnet_out_scale_factor": (lambda v: _is_number(v) and v > 0, "a number above 0"),
+    "sample_size": (lambda v: v is None or _is_count(v), "a number of pixels"),
+    "time_embedding_dim": (lambda v: v is None or _is_count(v), "a number or null"),
+}
+
+
 def read_config(folder: str | pathlib.Path) -> dict[str, Any]:
     """The fields of FOLDER/config.json. Raises WeightsError."""
     path = pathlib.Path(folder) / "config.json"
@@ -126,6 +167,9 @@ def _check(values: Mapping[str, Any]) -> None:
     for field in values.keys() - _ONLY.keys() - _DEFAULTS.keys() - _WITHOUT_EFFECT.keys():
         require(field.startswith("_") or values[field] is None, field, "fields known here")
 
+    for field, (valid, expected) in _KINDS.items():
+        require(valid(values[field]), field, expected)
+
     down, up = values["down_block_types"], values["up_block_types"]
     for block in down:
         require(block in _DOWN.values(), "down_block_types", " and ".join(_DOWN.values()))
@@ -149,8 +193,6 @@ def _check(values: Mapping[str, Any]) -> None:
     require(fits, "in_channels", f"{channels} with this class_embed_type")
     require(values["out_channels"] in (3, 6), "out_channels", "3 or 6")
     heads = "addition_embed_type_num_heads"
-    for field in ("encoder_hid_dim", "cross_attention_dim", "norm_num_groups", heads):
-        require(type(values[field]) is int, field, "a number")
     require(len(set(_levels(values, "attention_head_dim"))) == 1, "attention_head_dim", "one")
     width = values["encoder_hid_dim"]
     require(width % values[heads] == 0, heads, f"divisors of encoder_hid_dim={width}")

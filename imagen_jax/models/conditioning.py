@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from imagen_jax.config.schema import ModelConfig
@@ -22,9 +23,14 @@ def nearest_step(logsnr: Float[Array, " b"]) -> Float[Array, " b"]:
 
 
 def sinusoidal(position: Float[Array, " b"], dim: int) -> Float[Array, "b dim"]:
-    """Cosines and sines of `position` at wavelengths 2 pi .. 2 pi 10^4 (Vaswani et al. 2017)."""
-    frequency = jnp.exp(-jnp.log(1e4) * jnp.arange(dim // 2) / (dim // 2))
-    angle = position[:, None] * frequency
+    """Cosines and sines of `position` at wavelengths 2 pi .. 2 pi 10^4 (Vaswani et al. 2017).
+
+    The frequencies are those of torch, bit for bit: float32 exponents, correctly rounded
+    exponentials. At a position of 1000, a last bit of a frequency changes the angle by 6e-5.
+    """
+    exponent = np.float32(-np.log(1e4)) * np.arange(dim // 2, dtype=np.float32)
+    exponent /= np.float32(dim // 2)
+    angle = position[:, None] * np.exp(exponent.astype(np.float64)).astype(np.float32)
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import re
 import shutil
 
 import jax
@@ -17,6 +18,7 @@ from imagen_jax.diffusion.process import cosine_steps
 from imagen_jax.inference.cascade import Cascade
 from imagen_jax.inference.stage_sampler import image_keys, sample_stage
 from imagen_jax.interop import if_config, if_unet, weights
+from imagen_jax.models.conditioning import sinusoidal
 from imagen_jax.models.unet import UNet
 from imagen_jax.stages.conditioning import Text
 from imagen_jax.stages.folder import check_chain, load_stage
@@ -81,6 +83,19 @@ def test_steps_of_the_table():
     continuous = np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2 / np.cos(np.pi * 0.004 / 1.008) ** 2
     np.testing.assert_allclose(1 / (1 + np.exp(-logsnr[:998])), continuous, rtol=1e-6)
     assert logsnr[-1] == pytest.approx(np.log(2.4286e-9), abs=0.01)
+
+
+@pytest.mark.parametrize("width", [192, 320])
+def test_sinusoids_of_the_steps_are_those_of_torch(width):
+    """torch rounds exponent, frequency and angle to float32; a last bit of a frequency is 3e-5."""
+    half = width // 2
+    exponent = np.float32(-np.log(1e4)) * np.arange(half, dtype=np.float32) / np.float32(half)
+    frequency = np.exp(exponent.astype(np.float64)).astype(np.float32)
+    steps = np.arange(1000, dtype=np.float32)
+    angle = (steps[:, None] * frequency).astype(np.float64)
+    found = np.asarray(jax.jit(sinusoidal, static_argnums=1)(steps, width))
+    expected = np.concatenate([np.cos(angle), np.sin(angle)], axis=1)
+    assert np.abs(found - expected).max() < 2e-7
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -173,11 +188,20 @@ def test_torch_files_and_missing_parameters(folders, tmp_path):
     ("field", "value"),
     [
         ("act_fn", "mish"),
+        ("act_fn", "relu"),
+        ("addition_embed_type", None),
+        ("addition_embed_type", "image"),
+        ("addition_embed_type", "text_image"),
         ("addition_embed_type", "text_time"),
+        ("addition_embed_type_num_heads", 5),
         ("attention_head_dim", [16, 8]),
         ("attention_type", "gated"),
+        ("attention_type", "gated-text-image"),
         ("block_out_channels", [32, 64, 64]),
+        ("class_embed_type", "identity"),
         ("class_embed_type", "projection"),
+        ("class_embed_type", "simple_projection"),
+        ("class_embeddings_concat", True),
         ("conv_in_kernel", 1),
         ("cross_attention_norm", "layer_norm"),
         ("down_block_types", ["DownBlock2D", "SimpleCrossAttnDownBlock2D"]),
@@ -189,6 +213,8 @@ def test_torch_files_and_missing_parameters(folders, tmp_path):
         ("norm_num_groups", None),
         ("num_class_embeds", 10),
         ("resnet_skip_time_act", True),
+        ("resnet_time_scale_shift", "default"),
+        ("resnet_time_scale_shift", "ada_group"),
         ("time_embedding_act_fn", "silu"),
         ("time_embedding_type", "fourier"),
         ("up_block_types", ["ResnetUpsampleBlock2D", "SimpleCrossAttnUpBlock2D"]),
@@ -202,6 +228,16 @@ def test_what_cannot_be_represented_is_named(tmp_path, capsys, field, value):
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1 and f"{field}={value!r}" in error, error
     assert not (tmp_path / "stage").exists()
+
+
+@pytest.mark.parametrize("field", sorted(if_config._DEFAULTS))
+def test_a_value_of_another_kind_is_named(field):
+    """Values of JSON that no version of diffusers writes there."""
+    values = json.loads((GOLDEN / "base" / "config.json").read_text())
+    for value in (-1, 0, "x", {}, [None], 1e9, float("nan")):
+        if (field, value) not in (("dropout", 0), ("resnet_skip_time_act", 0)):
+            with pytest.raises(weights.WeightsError, match=re.escape(f"{field}=")):
+                if_config.model_config(values | {field: value}, "test")
 
 
 @pytest.mark.parametrize(
