@@ -136,7 +136,7 @@ def test_the_table_is_sorted_in_parts(tmp_path, monkeypatch, part):
         keys = rng.integers(0, 256, (count, 16), np.uint8)
         keys[: count // 4, 15] = 0  # NumPy strips zeros at the end of a text.
         units.append(UnitKeys(keys.view("S16")[:, 0], rng.integers(0, 9, count).astype("<i4")))
-    key_table.write(tmp_path, "tag", units, 251)
+    key_table.write(tmp_path, units, tag="tag", captions=251)
     found, expected = key_table.read(tmp_path, "tag"), key_table.build(units)
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_array_equal(one, other)

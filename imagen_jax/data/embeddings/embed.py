@@ -144,7 +144,7 @@ def embed(
             _share(names, folder, claims, encode, progress.wait)
             while store.plan_of(folder) != plan_hash:
                 if claims.take(store.MANIFEST):
-                    store.write_packed(folder, names, fingerprint, plan_hash)
+                    store.write_packed(folder, names, fingerprint=fingerprint, plan=plan_hash)
                     claims.release(store.MANIFEST)
                 else:
                     time.sleep(POLL_EVERY)

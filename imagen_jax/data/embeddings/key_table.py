@@ -53,13 +53,13 @@ def build(units: Iterable[UnitKeys]) -> KeyTable:
     return KeyTable(*(np.ascontiguousarray(rows[name]) for name in _COLUMNS))
 
 
-def write(folder: pathlib.Path, tag: str, units: Iterable[UnitKeys], captions: int) -> None:
+def write(folder: pathlib.Path, units: Iterable[UnitKeys], *, tag: str, captions: int) -> None:
     """Writes the table of a store.
 
     Args:
       folder: of the store.
-      tag: part of the names of the files: a hash of the units.
       units: in their order.
+      tag: part of the names of the files: a hash of the units.
       captions: number of all captions.
     """
     bits = max(-(-captions // PART) - 1, 0).bit_length()

@@ -70,11 +70,13 @@ def write_manifest(folder: pathlib.Path, units: Sequence[Unit], fingerprint: dic
         "units": [u._asdict() for u in units],
     }
     keys = (UnitKeys(*read_keys(folder / unit.file)) for unit in units)
-    key_table.write(folder, _tag(manifest), keys, manifest["captions"])
+    key_table.write(folder, keys, tag=_tag(manifest), captions=manifest["captions"])
     publish_file(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
 
 
-def write_packed(folder: pathlib.Path, names: Sequence[str], fingerprint: dict, plan: str) -> None:
+def write_packed(
+    folder: pathlib.Path, names: Sequence[str], *, fingerprint: dict, plan: str
+) -> None:
     """Packs the finished units of a large store, and writes its key table and manifest.
 
     Args:
@@ -104,7 +106,7 @@ def write_packed(folder: pathlib.Path, names: Sequence[str], fingerprint: dict, 
     with atomic.file(folder / f"units_{tag}.npy") as temporary, temporary.open("wb") as file:
         np.save(file, np.array(places, np.int64).reshape(-1, 2))
     keys = (UnitKeys(*read_keys(folder / rows[n].file, at)) for n, at in places)
-    key_table.write(folder, tag, keys, manifest["captions"])
+    key_table.write(folder, keys, tag=tag, captions=manifest["captions"])
     publish_file(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
 
 

@@ -48,7 +48,7 @@ class Duplicates(NamedTuple):
     surplus: int
 
 
-def find(table: Table, reader: Reader, kind: str, cache: pathlib.Path) -> Duplicates:
+def find(table: Table, reader: Reader, *, kind: str, cache: pathlib.Path) -> Duplicates:
     """Counts the duplicates of a source.
 
     Args:
@@ -57,13 +57,13 @@ def find(table: Table, reader: Reader, kind: str, cache: pathlib.Path) -> Duplic
       kind: one of KINDS.
       cache: folder of the indexes.
     """
-    counts = np.bincount(first_of_each(keys(table, reader, kind, cache), kind))
+    counts = np.bincount(first_of_each(keys(table, reader, kind=kind, cache=cache), kind))
     return Duplicates(kind, int((counts > 1).sum()), int((counts[counts > 0] - 1).sum()))
 
 
-def without(table: Table, reader: Reader, kind: str, cache: pathlib.Path) -> Table:
+def without(table: Table, reader: Reader, *, kind: str, cache: pathlib.Path) -> Table:
     """The table without duplicates of a kind; arguments as of `find`."""
-    kept = np.unique(first_of_each(keys(table, reader, kind, cache), kind))
+    kept = np.unique(first_of_each(keys(table, reader, kind=kind, cache=cache), kind))
     return table if len(kept) == len(table) else table.select(table.numbers()[kept])
 
 
@@ -123,7 +123,7 @@ def _near(distinct: np.ndarray) -> np.ndarray:
     return np.concatenate(pairs)
 
 
-def keys(table: Table, reader: Reader, kind: str, cache: pathlib.Path) -> np.ndarray:
+def keys(table: Table, reader: Reader, *, kind: str, cache: pathlib.Path) -> np.ndarray:
     """The keys of all records, S32; arguments as of `find`."""
     parts = [np.zeros(0, _KEY)]
     for number, (entry, shard) in enumerate(zip(table.entries, _shards(table), strict=True)):

@@ -151,12 +151,12 @@ class IndexedSource:
     def duplicates(self, kind: str) -> Duplicates:
         """How many records repeat another; `kind`: one of `duplicates.KINDS`."""
         cache = folders.writable(folders.cache_folders(self.cache))
-        return duplicates.find(self.table, self._reader, kind, cache)
+        return duplicates.find(self.table, self._reader, kind=kind, cache=cache)
 
     def image_keys(self, kind: str) -> np.ndarray:
         """Keys by which records of two sources are compared; see `duplicates.keys`."""
         cache = folders.writable(folders.cache_folders(self.cache))
-        return duplicates.keys(self.table, self._reader, kind, cache)
+        return duplicates.keys(self.table, self._reader, kind=kind, cache=cache)
 
     def read(self, i: int) -> bytes:
         """The encoded image of record i; waits while the store fails.

@@ -84,7 +84,8 @@ def cached_index(
     if source.where:
         table = select(table, source.where, writable([cache, *folders]))
     if source.unique:
-        table = duplicates.without(table, reader, source.unique, writable([cache, *folders]))
+        home = writable([cache, *folders])
+        table = duplicates.without(table, reader, kind=source.unique, cache=home)
     return table, report, report_file
 
 

@@ -57,6 +57,7 @@ class Table:
         self,
         entries: Sequence[Entry],
         open_shard: Callable[[str], Shard],
+        *,
         fingerprint: str = "",
         selected: np.ndarray | None = None,
     ) -> None:
@@ -144,7 +145,8 @@ class Table:
         """The records with these row numbers, ascending."""
         digest = hashlib.sha256(self.fingerprint.encode())
         digest.update(np.ascontiguousarray(rows, "<i8").tobytes())
-        return Table(self.entries, self._open, digest.hexdigest()[:16], rows)
+        name = digest.hexdigest()[:16]
+        return Table(self.entries, self._open, fingerprint=name, selected=rows)
 
     def save(self, folder: pathlib.Path) -> None:
         """Writes the list of shards, for `load`."""
@@ -164,10 +166,11 @@ class Table:
         if (folder / _LIST).exists():
             rows = json.loads((folder / _LIST).read_text("utf-8"))
             entries = [Entry(*row) for row in rows]
-            return cls(entries, lambda name: shard_file.read(shards / name), fingerprint)
+            opened = lambda name: shard_file.read(shards / name)  # noqa: E731
+            return cls(entries, opened, fingerprint=fingerprint)
         whole = Shard({path.stem: _mapped(path) for path in folder.glob("*.npy")})
         entry = Entry("", "", fingerprint, len(whole), len(whole.hashes()))
-        return cls([entry], lambda _: whole, fingerprint)
+        return cls([entry], lambda _: whole, fingerprint=fingerprint)
 
     def _locate(self, i: int) -> tuple[int, Shard, int]:
         """Number of the shard of record i, the shard, and the number of the row in it."""
