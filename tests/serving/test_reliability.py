@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -22,6 +24,19 @@ from imagen_jax.serving.worker import Worker
 from tests.serving.test_server import crowd
 
 TOKEN = "0123456789abcdef"
+# In a process of its own: the clients' threads share an interpreter lock.
+ASK_FOR_HEALTH = """
+import http.client, select, sys, time
+taken = []
+while not select.select([sys.stdin], [], [], 0.05)[0]:
+    started = time.perf_counter()
+    connection = http.client.HTTPConnection("127.0.0.1", int(sys.argv[1]), timeout=60)
+    connection.request("GET", "/api/health")
+    assert connection.getresponse().status == 200
+    connection.close()
+    taken.append(time.perf_counter() - started)
+print(len(taken), max(taken))
+"""
 STEPS = 400
 
 
@@ -284,32 +299,26 @@ def test_a_crowd_behind_a_proxy(start_server, prefix_proxy, make_client, tmp_pat
     client, direct = make_client(port, "/draw", TOKEN), make_client(server.client.port, "", TOKEN)
     assert make_client(port, "/draw").call("GET", "/api/about")[0] == 401
     crowd(client, 50, 20, seed=100, to=direct)
-    resident, slowest, ended = server.resident(), [], threading.Event()
-
-    def ask_for_health():
-        while not ended.is_set():
-            started = time.monotonic()
-            assert server.client.call("GET", "/api/health")[0] == 200
-            slowest.append(time.monotonic() - started)
-            time.sleep(0.05)
-
-    health = threading.Thread(target=ask_for_health)
-    health.start()
+    resident, left = server.resident(), 0
+    health = subprocess.Popen(
+        [sys.executable, "-c", ASK_FOR_HEALTH, str(server.client.port)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     half = [socket.create_connection(("127.0.0.1", server.client.port)) for _ in range(64)]
     for connection in half[:32]:
         connection.sendall(b"POST /api/jobs HTTP/1.1\r\nHost: local")
-    left = 0
     for turn in range(4):
         while left < 8 * (turn + 1) - 2:
             left += client.post({"prompt": "left", "samples": 8})[0] == 202
         assert len(crowd(client, 50, 20, seed=turn, to=direct)) == 34
-    ended.set()
-    health.join()
+    answers, slowest = health.communicate()[0].split()
     print(
-        f"health: {len(slowest)} answers, slowest {max(slowest) * 1e3:.0f} ms; resident "
+        f"health: {answers} answers, slowest {1e3 * float(slowest):.0f} ms; resident "
         f"{resident / 2**20:.1f} MiB, then {server.resident() / 2**20:.1f} MiB; {left} clients left"
     )
-    assert max(slowest) < 0.1
+    assert int(answers) > 20 and float(slowest) < 0.1
     assert server.resident() < 1.05 * resident
     for connection in half:
         connection.settimeout(20)
