@@ -10,6 +10,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.sampling import SamplingConfig
 from imagen_jax.config.schema import DiffusionConfig
@@ -70,8 +72,9 @@ def process(given: Mapping[str, Any], where: str) -> DiffusionConfig:
         known = field.startswith("_") or values[field] is None
         _require(known, values, field, "fields known here", where)
     prediction = values["prediction_type"]
-    _require(prediction in _PREDICTIONS, values, "prediction_type", _PREDICTIONS, where)
-    logsnr = cosine_steps()
+    # A tuple: a list in the file cannot be hashed.
+    _require(prediction in tuple(_PREDICTIONS), values, "prediction_type", _PREDICTIONS, where)
+    logsnr = cosine_steps(dtype=np.float32).astype(np.float32)
     return DiffusionConfig(
         prediction=_PREDICTIONS[prediction],
         loss_weight=_PREDICTIONS[prediction],
@@ -92,9 +95,11 @@ def sampling(given: Mapping[str, Any], where: str) -> SamplingConfig:
     """
     values = {**_DEFAULTS, **given}
     variance = values["variance_type"]
-    _require(variance in _VARIANCES, values, "variance_type", _VARIANCES, where)
+    _require(variance in tuple(_VARIANCES), values, "variance_type", _VARIANCES, where)
     _require(values["timestep_spacing"] in _SPACINGS, values, "timestep_spacing", _SPACINGS, where)
     _require(values["steps_offset"] == 0, values, "steps_offset", 0, where)
+    for field in ("thresholding", "clip_sample"):
+        _require(isinstance(values[field], bool), values, field, "true or false", where)
     fields: dict[str, Any] = {"thresholding": "none"}
     if values["thresholding"]:
         cap, ratio = values["sample_max_value"], values["dynamic_thresholding_ratio"]

@@ -7,11 +7,13 @@ import pathlib
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from imagen_jax.cli import main
 from imagen_jax.config.fields import ConfigError
+from imagen_jax.diffusion import process
 from imagen_jax.inference.cascade import Cascade
 from imagen_jax.inference.request import RequestError, SampleRequest
 from imagen_jax.inference.stage_sampler import Noise
@@ -173,12 +175,18 @@ def test_export_gives_the_pipeline_back(pipelines, stages, tmp_path, case):
     ("field", "value"),
     [
         ("beta_schedule", "linear"),
+        ("beta_schedule", "scaled_linear"),
+        ("beta_schedule", "sigmoid"),
+        ("clip_sample", "x"),
         ("num_train_timesteps", 500),
         ("trained_betas", [0.1, 0.2]),
         ("rescale_betas_zero_snr", True),
         ("prediction_type", "flow"),
+        ("prediction_type", ["epsilon"]),
+        ("thresholding", None),
         ("variance_type", "learned"),
         ("variance_type", "fixed_large_log"),
+        ("variance_type", {}),
         ("sample_max_value", 0.5),
         ("dynamic_thresholding_ratio", 0),
         ("timestep_spacing", "karras"),
@@ -217,6 +225,14 @@ def test_schedulers_there_and_back(fields):
     assert {name: back[name] for name in fields} == fields
     assert if_scheduler.same(given, diffusion, sampling)
     assert (diffusion.schedule, diffusion.aug_upsampling) == ("cosine_steps", "corners")
+
+
+def test_every_timestep_has_the_level_of_diffusers():
+    """Also the first and the last: diffusers rounds betas and their product to float32."""
+    diffusion = if_scheduler.process(SCHEDULER, "test")
+    found = process.logsnr_at(jnp.arange(1000, dtype=jnp.float32) / 1000, diffusion)
+    expected = process.cosine_steps(dtype=np.float32).astype(np.float32)
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_stage_three_is_refused_by_name(pipelines, tmp_path, capsys):
