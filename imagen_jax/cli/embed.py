@@ -11,6 +11,7 @@ import argparse
 from imagen_jax.cli import wiring
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.data.embeddings import embed as embed_lib
+from imagen_jax.data.embeddings.store import EmbeddingStore
 from imagen_jax.data.sources.registry import open_source
 from imagen_jax.parallel import partitioning
 from imagen_jax.text.encoders import load_text_encoder
@@ -63,6 +64,8 @@ def run(flags: argparse.Namespace) -> None:
         dtype=settings.dtype,
         patience=settings.patience,
     )
+    # Remembered in the store, so that training need not compare all captions when it starts.
+    EmbeddingStore.open(config.data.embeddings).covers(source)
 
 
 def _print_estimate(values: dict[str, int | float], flop_rate: float) -> None:
