@@ -132,6 +132,17 @@ def test_a_shard_that_is_rewritten_in_place_is_new(folder, scanned):
     assert changed == {("caption 9 9",)}
 
 
+def test_shards_of_one_name_size_and_time_are_told_apart(tmp_path, scanned):
+    """As from an object store whose files have no times."""
+    for number, name in enumerate("ab"):
+        (tmp_path / name).mkdir()
+        write_shard(tmp_path / name / "0.tar", number)
+        os.utime(tmp_path / name / "0.tar", ns=(0, 0))
+        source = open_folder(tmp_path)
+    assert scanned == ["0.tar", "0.tar"]
+    assert {source.captions(i)[0][:9] for i in range(len(source))} == {"caption 0", "caption 1"}
+
+
 def test_another_rule_reads_again_and_the_same_does_not(folder, scanned):
     open_folder(folder)
     open_folder(folder)

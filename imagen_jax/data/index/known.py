@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from imagen_jax.data.index import shard as shard_file
 from imagen_jax.data.sources.records import ShardedReader
 
-FILES = "files.json"  # In an index: name, size, modification time and file of each shard.
+FILES = "files.json"  # In an index: path, size, modification time and file of each shard.
 _BLOCKS, _BLOCK_BYTES = 16, 4096
 
 
@@ -59,27 +59,32 @@ def identify(reader: ShardedReader, rules: Sequence[Any], cache: pathlib.Path) -
     for path in reader.shards:
         status = path.stat()
         stat = (status.st_size, status.st_mtime_ns, status.st_ino)
-        name = listed.get((path.name, stat[0], stat[1]))
+        name = listed.get((_relative(path, cache), stat[0], stat[1]))
         if name is None or not (folder / name).exists():
             name = _name(prefix, path, stat, folder)
         found.append(ShardFile(path, *stat, folder / name))
     return found
 
 
-def write_files(folder: pathlib.Path, shards: Iterable[ShardFile]) -> None:
+def write_files(folder: pathlib.Path, shards: Iterable[ShardFile], cache: pathlib.Path) -> None:
     """Writes the list by which later passes know the shards without reading them."""
-    rows = [[s.path.name, s.size, s.mtime_ns, s.rows.name] for s in shards]
+    rows = [[_relative(s.path, cache), s.size, s.mtime_ns, s.rows.name] for s in shards]
     (folder / FILES).write_text(json.dumps(rows), encoding="utf-8")
 
 
 def _listed(cache: pathlib.Path, prefix: str) -> dict[tuple[str, int, int], str]:
-    """Files of rows by name, size and modification time of the shard."""
+    """Files of rows by path, size and modification time of the shard."""
     found = {}
     for path in sorted(cache.glob(f"index_*/{FILES}")):
         for name, size, mtime_ns, file in json.loads(path.read_text("utf-8")):
             if file.startswith(prefix):
                 found[name, size, mtime_ns] = file
     return found
+
+
+def _relative(path: pathlib.Path, cache: pathlib.Path) -> str:
+    """The path of a shard as seen from the index, which a copy of both keeps."""
+    return os.path.relpath(path, cache)
 
 
 def _name(prefix: str, path: pathlib.Path, stat: tuple[int, int, int], folder: pathlib.Path) -> str:

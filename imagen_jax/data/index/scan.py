@@ -142,7 +142,7 @@ def _build_index(
     # An index that another process has written meanwhile stays.
     with atomic.folder(cache / _index_name(reader, source, LAYOUT), replace=False) as temporary:
         table.save(temporary)
-        known.write_files(temporary, shards)
+        known.write_files(temporary, shards, cache)
         text = json.dumps(dataclasses.asdict(report))
         (temporary / "report.json").write_text(text, encoding="utf-8")
 
