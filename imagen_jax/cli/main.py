@@ -40,6 +40,7 @@ GROUPS = {
     },
     "training": {
         "train": "train one stage",
+        "dreambooth": "teach a cascade a subject from a few images",
         "diagnose": "contact sheets of trained stages beside real images",
         "replay": "repeat a training step that was not finite",
     },

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from imagen_jax.config.fields import ConfigError, unknown_name
 from imagen_jax.config.schema import Config
+from imagen_jax.io import paths
 from imagen_jax.parallel import partitioning
 from imagen_jax.stages import lora, lora_file
 from imagen_jax.stages.folder import load_stage
@@ -44,7 +45,7 @@ def parse(text: str) -> LoraSpec:
         raise ConfigError(
             f"--loras={text!r} must be [STAGE=]PATH[@WEIGHT], such as base=runs/cat@0.8"
         )
-    return LoraSpec(stage, path, value)
+    return LoraSpec(stage, paths.home(path), value)
 
 
 def of_stages(specs: Sequence[LoraSpec], configs: Sequence[Config]) -> list[list[LoraSpec]]:

@@ -145,8 +145,8 @@ def _scale(
     return alpha / (rank**0.5 if settings.get("use_rslora") else rank)
 
 
-def _of_layer(layer: str, pattern: Mapping[str, float] | None) -> float | None:
-    """The value of peft's pattern that a layer's name ends with."""
+def _of_layer(layer: str, pattern: Mapping[str, Any] | None) -> Any:
+    """The value of peft's pattern that a layer's name ends with; None: there is none."""
     for key, value in (pattern or {}).items():
         if re.fullmatch(rf"(.*\.)?({key})", layer):
             return value

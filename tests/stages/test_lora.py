@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -58,7 +59,7 @@ def test_the_first_update_is_zero_and_targets_are_chosen(base_config, make_batch
     assert "conv_in" in names and all(n == "conv_in" or n.endswith("/query") for n in names)
     assert len(names) > 1
     jax.tree.map(np.testing.assert_array_equal, lora.merged(params, 1.0), plain)
-    batch, key = make_batch(config), jax.random.key(1)
+    batch, key = jax.tree.map(jnp.asarray, make_batch(config)), jax.random.key(1)
     losses = [loss_fn(p, batch, key, c)[0] for p, c in ((params, config), (plain, base_config))]
     assert losses[0] == losses[1]
     with pytest.raises(ConfigError, match="config.lora.targets: 'atention' matches no kernel"):

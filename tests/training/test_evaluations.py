@@ -6,6 +6,7 @@ import os
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -80,7 +81,7 @@ def test_the_loss_is_that_of_the_fixed_times_noise_and_data(
             batch = make_batch(config, seed=start + index)
             batch |= sample_randomness(jax.random.fold_in(key, index), size, config)
             for row in range(size):
-                one = {name: value[row : row + 1] for name, value in batch.items()}
+                one = {k: jnp.asarray(value[row : row + 1]) for k, value in batch.items()}
                 losses.append(float(loss_given_randomness(params, one, None, config)[0]))
         expected[part] = np.mean(losses)
     assert found["validation_loss"] == pytest.approx(expected["validation"], rel=1e-4)

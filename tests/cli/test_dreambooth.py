@@ -1,0 +1,98 @@
+"""`dreambooth`: a subject's images and sampled images of its class tune every stage."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from imagen_jax.cli import main
+from imagen_jax.config.text import T5Config, TextConfig
+from imagen_jax.interop import hf_t5
+from imagen_jax.interop.weights import flatten
+from imagen_jax.models import t5
+from imagen_jax.stages.folder import check_chain, load_stage, write_stage
+
+
+def write_encoder(folder) -> str:
+    """A random byte encoder of width 8."""
+    shape = T5Config(vocab_size=384, emb_dim=8, num_layers=1, num_heads=2, head_dim=4, mlp_dim=16)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: rng.standard_normal(leaf.shape, np.float32), t5.parameter_shapes(shape)
+    )
+    hf_t5.save(folder, shape, params)
+    return str(folder)
+
+
+@pytest.fixture
+def cascade(base_config, sr_config, random_params, tmp_path):
+    """(base, SR) stage folders with a random byte encoder."""
+    rng = np.random.default_rng(0)
+    text = TextConfig(encoder="bytes", path=write_encoder(tmp_path / "text"), max_len=16)
+    folders = []
+    for config in (base_config, sr_config):
+        config = dataclasses.replace(config, text=text)
+        write_stage(tmp_path / config.name, random_params(config), config, {})
+        folders.append(str(tmp_path / config.name))
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(3):
+        pixels = rng.integers(0, 256, (20, 20, 3), np.uint8)
+        Image.fromarray(pixels).save(images / f"{i}.png")
+    return folders
+
+
+def command(cascade, tmp_path, *flags) -> list[str]:
+    return [
+        "dreambooth",
+        f"--stages={','.join(cascade)}",
+        f"--images={tmp_path / 'images'}",
+        "--prompt=a sks dog",
+        "--class_prompt=a dog",
+        f"--workdir={tmp_path / 'out'}",
+        "--config.train.steps=2",
+        *flags,
+    ]
+
+
+@pytest.mark.slow
+def test_both_stages_are_tuned_on_subject_and_class(cascade, tmp_path):
+    assert main.main(command(cascade, tmp_path, "--class_images=4")) == 0
+    out = tmp_path / "out"
+    for name, count in (("subject", 3), ("class", 4)):
+        lines = (out / "data" / name / "metadata.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        assert len(rows) == count
+        assert {row["text"] for row in rows} == {"a sks dog" if name == "subject" else "a dog"}
+    stages = [load_stage(str(out / "stages" / name)) for name in ("base", "sr")]
+    check_chain([stage.config for stage in stages])
+    for stage, before in zip(stages, cascade, strict=True):
+        old, new = flatten(load_stage(before).params), flatten(stage.params)
+        moved = {name for name in old if not np.array_equal(old[name], new[name])}
+        assert moved and all("attention" in name for name in moved)
+        assert (out / "loras" / stage.config.name / "lora.safetensors").is_file()
+        assert stage.config.data.mixture.keys() == {"subject", "class"}
+    # The same command again computes nothing and gives the same.
+    before = (out / "stages" / "sr" / "params.safetensors").read_bytes()
+    assert main.main(command(cascade, tmp_path, "--class_images=4")) == 0
+    assert (out / "stages" / "sr" / "params.safetensors").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_without_prior_preservation_and_without_lora(cascade, tmp_path):
+    flags = ["--class_images=0", "--config.lora.rank=0"]
+    assert main.main(command(cascade[:1], tmp_path, *flags)) == 0
+    out = tmp_path / "out"
+    assert not (out / "class_samples").exists() and not (out / "loras").exists()
+    old, new = (flatten(load_stage(p).params) for p in (cascade[0], str(out / "stages" / "base")))
+    assert any(not np.array_equal(old[n], new[n]) for n in old if "attention" not in n)
+
+
+def test_prompts_must_differ(cascade, tmp_path, capsys):
+    words = command(cascade, tmp_path)
+    words[3] = "--prompt=a dog"
+    assert main.main(words) == 1
+    assert "--prompt must differ from --class_prompt" in capsys.readouterr().err
