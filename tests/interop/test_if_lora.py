@@ -35,7 +35,7 @@ def adapter(path, config):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("kind", ["diffusers", "peft"])
+@pytest.mark.parametrize("kind", ["diffusers", pytest.param("peft", marks=pytest.mark.slow)])
 def test_a_lora_of_peft_gives_its_output(folders, case, kind):  # noqa: F811
     config, params = if_unet.load(folders[case])
     golden = np.load(LORAS / case / "golden.npz")["out"]
@@ -61,6 +61,7 @@ def test_what_is_written_reads_back_the_same_updates(folders, case, tmp_path):  
             assert np.abs(got - expected).max() < 1e-5 * np.abs(expected).max(), kernel
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_older_names_of_diffusers_are_read(folders, case, tmp_path):  # noqa: F811
     """`X.lora.down.weight` with `X.alpha`, and those of attention processors."""
