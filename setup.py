@@ -109,7 +109,7 @@ setuptools.setup(
         # Charts (evaluate sweep, evaluate rate_score).
         "eval": ["matplotlib>=3.10,<4"],
         # Peers of tests (importorskip) and benchmarks; optional.
-        "peers": ["torch", "transformers", "diffusers", "imagen-pytorch", "clean-fid"],
+        "peers": ["torch", "transformers", "diffusers", "peft", "imagen-pytorch", "clean-fid"],
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         "cuda": ["jax[cuda13]>=0.10,<0.12"],
         "dev": [
