@@ -36,7 +36,7 @@ emoji: $(EMOJI)  ## Train a cascade on emoji with a text encoder that has read t
 	bash launch/emoji.sh runs/emoji
 
 test: install  ## Run the default tests.
-	$(VENV)/bin/python -m pytest -q -m 'not slow' -n 2 --dist loadfile
+	$(VENV)/bin/python -m pytest -q -m 'not slow' -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: install  ## Run the slow tests (minutes to half an hour).
 	$(VENV)/bin/python -m pytest -q -m slow
@@ -61,7 +61,7 @@ docs: tools  ## Build the documentation into build/docs; a warning is an error.
 	$(VENV)/bin/python -m sphinx -W --keep-going -q -E -b html docs build/docs
 
 coverage: tools  ## Run the default tests; report the lines of the package that no test executes.
-	$(VENV)/bin/python -m pytest -q -m 'not slow' -n 2 --dist loadfile $(COVERED)
+	$(VENV)/bin/python -m pytest -q -m 'not slow' -n 2 --dist loadfile --no-loadscope-reorder $(COVERED)
 
 coverage-slow: tools  ## After coverage: add the slow tests (an hour or more).
 	$(VENV)/bin/python -m pytest -q -m slow --cov-append $(COVERED)

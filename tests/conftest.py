@@ -72,6 +72,11 @@ SR = dataclasses.replace(
 )
 
 
+def pytest_collection_modifyitems(items):
+    """Puts the files that take longest first, so that no worker waits for another at the end."""
+    items.sort(key=lambda item: item.path.parent.name not in ("training", "parallel"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def quick_compilation(tmp_path_factory):
     """Short compilation: with tiny models most of the suite's time is the compiler's."""

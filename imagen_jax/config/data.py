@@ -256,7 +256,7 @@ class DataConfig(SourceConfig):
     def background_rgb(self) -> tuple[int, int, int]:
         """`background` in 0..255. Raises ConfigError: it is no colour, or transparent."""
         try:
-            red, green, blue = ImageColor.getrgb(self.background)
+            red, green, blue = list(ImageColor.getrgb(self.background))
         except ValueError:
             raise ConfigError(
                 f"config.data.background={self.background!r} must be a colour such as white, "

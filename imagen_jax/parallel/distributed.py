@@ -45,7 +45,7 @@ def initialize(log: Callable[[str], None] = print, *, heartbeat_timeout: int = 1
     if arguments:
         process = f"process {arguments['process_id']} of {arguments['num_processes']}"
         log(f"{process}: waiting for the others at {arguments['coordinator_address']}")
-    timeouts = {"initialization_timeout": START_TIMEOUT}
+    timeouts: dict[str, Any] = {"initialization_timeout": START_TIMEOUT}
     timeouts["heartbeat_timeout_seconds"] = heartbeat_timeout
     jax.distributed.initialize(**arguments, **timeouts)
 

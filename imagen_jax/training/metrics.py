@@ -112,8 +112,9 @@ class TensorBoard:
 
     def __init__(self, workdir: str, start_step: int):
         folder = os.path.join(workdir, "tensorboard")
-        local = SummaryWriter and "://" not in workdir
-        self._board = SummaryWriter(folder, purge_step=start_step + 1) if local else None
+        self._board = None
+        if SummaryWriter and "://" not in workdir:
+            self._board = SummaryWriter(folder, purge_step=start_step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes the finite scalars: tensorboardX prints a warning for every other value."""

@@ -257,7 +257,8 @@ def _replicas(leaves: list[Any]) -> jax.sharding.Mesh | None:
     if distributed.count() == 1 or not isinstance(leaves[0].sharding, NamedSharding):
         return None
     placed = leaves[0].sharding.mesh
-    mesh = replicas.replica_mesh(jax.sharding.Mesh(placed.devices, placed.axis_names))
+    devices = np.asarray(placed.devices)
+    mesh = replicas.replica_mesh(jax.sharding.Mesh(devices, placed.axis_names))
     return mesh if mesh.shape["replica"] > 1 else None
 
 

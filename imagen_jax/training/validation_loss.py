@@ -83,7 +83,7 @@ class ValidationLoss:
                 key = jax.random.fold_in(self._key, index)
                 found.append(self._loss(params, placed, key))
         proceed()
-        return np.sum(jax.device_get(found), axis=0, dtype=np.float64)
+        return np.asarray(jax.device_get(found), np.float64).sum(axis=0)
 
     def _by_noise_level(self, params: Any, batch: Mapping[str, Array], key: Any) -> Array:
         randomness = sample_randomness(key, len(batch["image"]), self._config)

@@ -12,7 +12,7 @@ from imagen_jax.cli import main, path_flags
 # Flags that hold a text.
 TEXTS = {"prompt", "negative_prompt", "stage_settings", "grid", "title", "name", "names", "licence"}
 TEXTS |= {"topology", "host", "scorer", "splits", "allow_changes", "marks"}
-TEXTS |= {"match", "by", "credit", "class_prompt"}
+TEXTS |= {"match", "by", "credit", "class_prompt", "hosts", "origins", "prefix"}
 
 
 def actions(verb: str) -> list[argparse.Action]:

@@ -13,7 +13,7 @@ from imagen_jax.config.schema import Config
 # Any finite number has a meaning, or the section checks relations of its own.
 FREE = {"text.layer", "diffusion.logsnr_shift", "diffusion.logsnr_min", "diffusion.logsnr_max"}
 OPTIONAL = {"model.skip_scale", "optimizer.decay_fraction", "optimizer.b1", "optimizer.b2"}
-OPTIONAL |= {"optimizer.eps", "train.spike_factor"}
+OPTIONAL |= {"optimizer.eps", "train.spike_factor", "lora.alpha"}
 
 
 def numeric_fields() -> dict[str, object]:

@@ -21,7 +21,7 @@ NOT_LEARNED = (
     *("pretrain_text", "embed", "model.remat", "train.log_every", "train.sample_every"),
     *("train.profile_at", "train.nan_patience", "train.rollbacks", "train.accumulation"),
     *("train.spike_factor", "train.hang_timeout", "train.heartbeat_timeout", "train.writers"),
-    *("train.checksum_every",),
+    *("train.checksum_every", "evaluate"),
     *("checkpoint", "ema.snapshot_every", "mesh", "sampling"),
 )
 NOT_COMPILED = (
@@ -36,7 +36,7 @@ NOT_COMPILED = (
     *("mesh.cpu_devices", "train.overfit_batch", "train.nan_patience", "train.rollbacks"),
     *("train.profile_at", "train.log_every", "train.sample_every"),
     *("train.spike_factor", "train.hang_timeout", "train.heartbeat_timeout", "train.writers"),
-    *("train.checksum_every",),
+    *("train.checksum_every", "evaluate", "data.held_out"),
     # The source of a mixture has the fields of a source.
     *(f"data.mixture.*.{name}" for name in ("kind", "path", "name", "split", "image_key")),
     *(f"data.mixture.*.{name}" for name in ("caption_key", "min_size", "max_quarantined")),

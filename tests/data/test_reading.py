@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import os
+import pathlib
 import tempfile
 import threading
 import time
@@ -21,7 +22,7 @@ from imagen_jax.data.batches.order import permute_in_windows
 from imagen_jax.data.batches.pipeline import Pipeline
 from imagen_jax.data.index import patience
 from imagen_jax.data.index.patience import StoreError
-from imagen_jax.data.sources import files, registry
+from imagen_jax.data.sources import files, records, registry
 from tests.data.conftest import write_images
 from tests.data.test_index_shards import open_folder, write_shard
 from tests.data.test_pipeline import equal
@@ -149,7 +150,12 @@ def test_a_store_that_stays_away_stops_the_run_with_one_line(
 def test_lines_on_a_failing_store_are_few(quick, monkeypatch):
     lines, left = [], [40]
 
-    class Reader:
+    class Reader(records.Reader):
+        cache, identity = pathlib.Path(), []
+
+        def scan(self):
+            return iter(())
+
         def read(self, key, location):
             left[0] -= 1
             if left[0] > 0:

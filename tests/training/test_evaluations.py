@@ -70,7 +70,7 @@ def test_the_loss_is_that_of_the_fixed_times_noise_and_data(
 ):
     """Against the loss of single examples, one at a time."""
     config = with_evaluation(base_config, examples=7)  # Rounded up to two batches.
-    params = random_params(config)
+    params = jax.tree.map(jnp.asarray, random_params(config))
     with jax.set_mesh(partitioning.make_mesh(config.mesh)):
         found = make_loss(config)(params, 0, "ema", lambda: None).scalars
     single = jax.jit(lambda params, one: loss_given_randomness(params, one, None, config)[0])

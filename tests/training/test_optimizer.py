@@ -118,6 +118,7 @@ OTHER_VALUES = {
     "weight_decay": 0.4,
     "clip_norm": 0.1,
     "multiply_by_parameter_scale": True,
+    "multipliers": ("kernel=0.5",),
 }
 
 

@@ -66,7 +66,7 @@ class IndexedSource:
         self._window, self._weights = window, dict(weights or {})
         self._by_kind = [self._weights[name] for name in sorted(self._weights) if name]
         # Captions beside those of the records.
-        self.further_captions = ("",) if "" in self._weights else ()
+        self.further_captions: tuple[str, ...] = ("",) if "" in self._weights else ()
         self.cache = reader.cache
         self._log, self._max_broken = log, max_broken
         self._broken: dict[int, None] = {}
