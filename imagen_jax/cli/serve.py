@@ -64,7 +64,7 @@ def run(flags: argparse.Namespace) -> None:
         if error.name not in ("prometheus_client", "starlette", "uvicorn"):
             raise
         raise ConfigError(
-            "serve needs starlette, uvicorn and prometheus-client; install imagen_jax with the extra [serve]"
+            "serve needs starlette, uvicorn and prometheus-client; install imagen_jax[serve]"
         ) from None
     access = Access(
         hosts=_names(flags.hosts),
