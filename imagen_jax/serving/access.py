@@ -17,6 +17,8 @@ from http.cookies import CookieError, SimpleCookie
 from typing import Any
 from urllib.parse import urlsplit
 
+import h11
+
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.serving.connections import Connections
 from imagen_jax.serving.http_request import ClientRequestError, error_body, short
@@ -115,8 +117,12 @@ class Guard:
             return
         # A client that does not read its response loses the connection.
         with self.connections.answering(scope["client"]), contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(RESPONSE_SECONDS):
-                await self._answer(scope, receive, send_guarded)
+            try:
+                async with asyncio.timeout(RESPONSE_SECONDS):
+                    await self._answer(scope, receive, send_guarded)
+            except h11.LocalProtocolError:
+                # The body is malformed, and uvicorn has said so; it closes the connection next.
+                await asyncio.sleep(0)
 
     async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
         path, prefix = scope["path"], self._access.prefix

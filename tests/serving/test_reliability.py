@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import socket
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from imagen_jax.serving.gallery import Gallery
 from imagen_jax.serving.http_request import Limits
 from imagen_jax.serving.server import http_server
 from imagen_jax.serving.worker import Worker
-from tests.serving.test_server import crowd
+from tests.serving.test_server import GARBAGE, crowd
 
 TOKEN = "0123456789abcdef"
 # In a process of its own: the clients' threads share an interpreter lock.
@@ -208,6 +209,16 @@ def test_the_token_is_needed_for_all_but_page_and_health(run):
         {"cookie": ";;;=\x01"},
     ):
         assert client.call("GET", "/api/about", **headers)[0] == 401
+
+
+def test_a_malformed_body_without_the_token_is_refused_once(run, caplog):
+    client = run(Access(hosts=LOOPBACK, token=TOKEN)).client
+    logging.getLogger("uvicorn.error").addHandler(caplog.handler)
+    for what in GARBAGE:
+        answer = client.raw(what)
+        assert answer.startswith(b"HTTP/1.1 4") and answer.count(b"HTTP/1.1") == 1
+    logging.getLogger("uvicorn.error").removeHandler(caplog.handler)
+    assert not caplog.records
 
 
 def test_a_proxy_with_a_prefix_and_another_name(run):
