@@ -119,22 +119,28 @@ def test_the_claim_of_a_dead_worker_is_taken_over(tmp_path):
     assert files(shared) == files(alone)
 
 
-def test_workers_share_the_units_and_encode_none_twice(tmp_path):
-    alone, shared = tmp_path / "alone", tmp_path / "shared"
-    units = embed.embed(CAPTIONS, LetterEncoder(), str(alone), 4, silent)["units"]
-    workers = [SlowEncoder() for _ in range(3)]
-    reports = []
-    start = threading.Barrier(3)
+def embed_together(encoders, folder) -> list[dict]:
+    """Reports of workers that start at the same time, one for each encoder."""
+    start, reports = threading.Barrier(len(encoders)), []
 
     def work(encoder):
         start.wait()
-        reports.append(embed.embed(CAPTIONS, encoder, str(shared), 4, silent))
+        reports.append(embed.embed(CAPTIONS, encoder, str(folder), 4, silent))
 
-    threads = [threading.Thread(target=work, args=[worker]) for worker in workers]
+    threads = [threading.Thread(target=work, args=[encoder]) for encoder in encoders]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    return reports
+
+
+def test_workers_share_the_units_and_encode_none_twice(tmp_path):
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    units = embed.embed(CAPTIONS, LetterEncoder(), str(alone), 4, silent)["units"]
+    first = threading.Barrier(3)  # No worker goes on before each has a unit.
+    workers = [SlowEncoder(first) for _ in range(3)]
+    reports = embed_together(workers, shared)
     assert sum(report["computed"] for report in reports) == units
     assert all(report["computed"] for report in reports)
     assert len(sum((worker.seen for worker in workers), [])) == len(CAPTIONS)
@@ -142,7 +148,16 @@ def test_workers_share_the_units_and_encode_none_twice(tmp_path):
 
 
 class SlowEncoder(LetterEncoder):
+    """Takes its time; its first call waits for the others at the barrier, if there is one."""
+
+    def __init__(self, barrier: threading.Barrier | None = None):
+        super().__init__()
+        self.barrier = barrier
+
     def encode(self, ids, mask):
+        if self.barrier:
+            self.barrier.wait(timeout=60)
+            self.barrier = None
         time.sleep(0.02)
         return super().encode(ids, mask)
 

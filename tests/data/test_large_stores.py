@@ -13,7 +13,14 @@ from imagen_jax.data.embeddings import embed, key_table, packs, shared_plan
 from imagen_jax.data.embeddings import store as embeddings
 from imagen_jax.data.embeddings.key_table import UnitKeys
 from imagen_jax.data.embeddings.store import EmbeddingError, EmbeddingStore
-from tests.data.test_embed import CAPTIONS, LetterEncoder, SlowEncoder, files, silent
+from tests.data.test_embed import (
+    CAPTIONS,
+    LetterEncoder,
+    SlowEncoder,
+    embed_together,
+    files,
+    silent,
+)
 
 
 @pytest.fixture
@@ -78,18 +85,7 @@ def test_killed_while_packing(tmp_path, large, monkeypatch, at):
 def test_workers_pack_once(tmp_path, large):
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     units = embed.embed(CAPTIONS, LetterEncoder(), str(alone), 4, silent)["units"]
-    workers, reports = [SlowEncoder() for _ in range(3)], []
-    start = threading.Barrier(3)
-
-    def work(encoder):
-        start.wait()
-        reports.append(embed.embed(CAPTIONS, encoder, str(shared), 4, silent))
-
-    threads = [threading.Thread(target=work, args=[worker]) for worker in workers]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    reports = embed_together([SlowEncoder() for _ in range(3)], shared)
     assert sum(report["computed"] for report in reports) == units
     assert files(shared) == files(alone)
 
