@@ -175,7 +175,7 @@ from imagen_jax.data.embeddings.store import EmbeddingStore
 from imagen_jax.data.sources.registry import open_source
 from imagen_jax.data.sources.webdataset import WebDatasetReader
 folder, loader, delay, reads = sys.argv[1], sys.argv[2], float(sys.argv[3]), int(sys.argv[4])
-data = DataConfig(kind="webdataset", path=folder + "/pictures.tar", embeddings=folder + "/store",
+data = DataConfig(kind="webdataset", path=folder + "/images.tar", embeddings=folder + "/store",
     max_text_len=world.LENGTH, loader=loader, image_size=64, batch_size=256, reads=reads)
 source = open_source(data, log=lambda line: None)
 read = WebDatasetReader.read

@@ -69,7 +69,7 @@ def photo(side, seed):
 def write_world(folder, side, count):
     """Writes a tar file of images and the embeddings of their captions."""
     captions = [f"picture {i} of {side} px" for i in range(count)]
-    with tarfile.open(folder / "pictures.tar", "w") as shard:
+    with tarfile.open(folder / "images.tar", "w") as shard:
         for i, caption in enumerate(captions):
             for name, data in ((f"{i}.jpg", photo(side, i)), (f"{i}.txt", caption.encode())):
                 member = tarfile.TarInfo(name)
@@ -124,7 +124,7 @@ def main():
             write_world(folder, side, count)
             data = DataConfig(
                 kind="webdataset",
-                path=str(folder / "pictures.tar"),
+                path=str(folder / "images.tar"),
                 embeddings=str(folder / "store"),
                 max_text_len=LENGTH,
                 loader=loader,

@@ -1,6 +1,6 @@
 """Trains a LoRA of a stage of DeepFloyd IF on a folder of images; writes it for diffusers and peft.
 
-    python examples/finetune_if.py --unet=IF/unet --text=T5_FOLDER --pictures=PICTURES \
+    python examples/finetune_if.py --unet=IF/unet --text=T5_FOLDER --images=IMAGES \
       --workdir=runs/if --steps=1000
 
 `--unet` is the diffusers unet folder of a base stage, `--text` the T5 it was trained with. The
@@ -27,7 +27,7 @@ from imagen_jax.training.train import train, with_data
 def main() -> None:
     """Imports, trains, exports."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for flag in ("--unet", "--text", "--pictures", "--workdir"):
+    for flag in ("--unet", "--text", "--images", "--workdir"):
         parser.add_argument(flag, required=True)
     parser.add_argument("--encoder", default="t5", help="row of text.encoders.TEXT_ENCODERS")
     parser.add_argument("--steps", type=int, default=1000)
@@ -36,7 +36,7 @@ def main() -> None:
 
     stage, run = f"{flags.workdir}/imported", f"{flags.workdir}/run"
     config = convert.import_if(flags.unet, stage)
-    data = {"kind": "folder", "path": flags.pictures, "fit": "random_crop", "loader": "numpy"}
+    data = {"kind": "folder", "path": flags.images, "fit": "random_crop", "loader": "numpy"}
     config = dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, **data, batch_size=flags.batch_size),

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     def add(name: str, text: str) -> argparse.ArgumentParser:
         edit = edits.add_parser(name, help=text, description=text, allow_abbrev=False)
-        path_flags.required(edit, "--picture", "image to start from", metavar="FILE")
+        path_flags.required(edit, "--image", "image to start from", metavar="FILE")
         sample_verb.add_prompts(edit)
         sample_verb.add_sampling(edit, samples_per_prompt=1)
         return edit
@@ -83,9 +83,9 @@ def _image_fields(flags: argparse.Namespace, configs: Sequence[Config]) -> dict[
             raise ConfigError(
                 f"--stages: stage {configs[0].name!r} is a base stage; leave it out to upscale"
             )
-        return {"lowres": _read_image(flags.picture, side, "--picture")}
+        return {"lowres": _read_image(flags.image, side, "--image")}
     size = configs[-1].data.image_size
-    edit = Edit(_read_image(flags.picture, size, "--picture"), strength=flags.strength)
+    edit = Edit(_read_image(flags.image, size, "--image"), strength=flags.strength)
     if flags.what == "inpaint":
         mask = _read_image(flags.mask, size, "--mask").mean(axis=-1) > 127
         if not mask.any():

@@ -65,7 +65,7 @@ def make_app(
         return JSONResponse(_about(configs, limits))
 
     async def images(request: Request) -> Response:
-        return JSONResponse({"pictures": gallery.newest(SHOWN_IMAGES)})
+        return JSONResponse({"images": gallery.newest(SHOWN_IMAGES)})
 
     async def image(request: Request) -> Response:
         file = gallery.file(request.path_params["id"])
@@ -79,8 +79,8 @@ def make_app(
         Route("/metrics", metrics),
         Route("/api/about", about),
         *_job_routes(worker, configs, limits),
-        Route("/api/pictures", images),
-        Route("/pictures/{id}.png", image),
+        Route("/api/images", images),
+        Route("/images/{id}.png", image),
     ]
     handlers: Any = {
         HTTPException: _http_error,

@@ -85,7 +85,9 @@ class LingeringProtocol(asyncio.Protocol):
         self._protocol, self._connections = protocol, connections
         self._transport: Any = None
         self._client: Any = None
-        self._started = False  # Whether a byte has come; of an idle connection nobody is told.
+        self._started = (
+            False  # Whether a byte has come. An idle connection is closed without a response.
+        )
 
     def connection_made(self, transport: Any) -> None:
         """Passes on a `LingeringTransport`."""

@@ -75,8 +75,8 @@ class Job:
     Attributes:
       request: the validated request.
       id: random identifier.
-      state: "waiting", "drawing" (being sampled), "done", "failed" or "cancelled" (a client's wish,
-        or no client has asked about it for a while).
+      state: "waiting", "sampling", "done", "failed" or "cancelled" (a client's wish, or no
+        client has asked about it for a while).
       started: number of images that have been put into a batch.
       progress: share of the work done, 0..1.
       doing: stage and step, for people.
@@ -109,7 +109,7 @@ class Job:
         """The job as the JSON API shows it."""
         shown = {name: getattr(self, name) for name in ("id", "state", "progress", "doing")}
         shown["preview"] = self.preview is not None
-        return shown | {"pictures": list(self.images), **dataclasses.asdict(self.request)}
+        return shown | {"images": list(self.images), **dataclasses.asdict(self.request)}
 
 
 class Worker:
@@ -242,7 +242,7 @@ class Worker:
                     room = self._limits.batch - len(units)
                     end = min(job.started + room, job.request.samples)
                     units += [(job, sample) for sample in range(job.started, end)]
-                    job.started, job.state = end, "drawing" if end else job.state
+                    job.started, job.state = end, "sampling" if end else job.state
                     if end == job.request.samples:
                         self._queue.remove(job)
             return units

@@ -3,35 +3,22 @@
 import dataclasses
 import json
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from imagen_jax.cli import main
-from imagen_jax.config.text import T5Config, TextConfig
-from imagen_jax.interop import hf_t5
+from imagen_jax.config.text import TextConfig
 from imagen_jax.interop.weights import flatten
-from imagen_jax.models import t5
 from imagen_jax.stages.folder import check_chain, load_stage, write_stage
-
-
-def write_encoder(folder) -> str:
-    """A random byte encoder of width 8."""
-    shape = T5Config(vocab_size=384, emb_dim=8, num_layers=1, num_heads=2, head_dim=4, mlp_dim=16)
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda leaf: rng.standard_normal(leaf.shape, np.float32), t5.parameter_shapes(shape)
-    )
-    hf_t5.save(folder, shape, params)
-    return str(folder)
+from tests.reference.byte_encoder import write_byte_encoder
 
 
 @pytest.fixture
 def cascade(base_config, sr_config, random_params, tmp_path):
     """(base, SR) stage folders with a random byte encoder."""
     rng = np.random.default_rng(0)
-    text = TextConfig(encoder="bytes", path=write_encoder(tmp_path / "text"), max_len=16)
+    text = TextConfig(encoder="bytes", path=write_byte_encoder(tmp_path / "text"), max_len=16)
     folders = []
     for config in (base_config, sr_config):
         config = dataclasses.replace(config, text=text)

@@ -11,7 +11,7 @@ from imagen_jax.cli.evaluators import make_evaluators
 from imagen_jax.cli.wiring import open_pipeline
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.overrides import load
-from tests.cli.test_dreambooth import write_encoder
+from tests.reference.byte_encoder import write_byte_encoder
 from tests.reference.processes import finish, start
 
 FLAGS = [
@@ -101,7 +101,7 @@ def test_two_processes_equal_one(world, tmp_path):
 
 @pytest.mark.slow
 def test_a_scorer_rates_samples_of_prompts(world, tmp_path):
-    text = write_encoder(tmp_path / "text")
+    text = write_byte_encoder(tmp_path / "text")
     (tmp_path / "prompts.txt").write_text("a\nb\nc\n")
     flags = [
         f"--config.text.path={text}",

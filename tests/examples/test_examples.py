@@ -9,19 +9,18 @@ import re
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from imagen_jax.cli import main
-from imagen_jax.config.text import T5Config, TextConfig
+from imagen_jax.config.text import TextConfig
 from imagen_jax.evaluation import charts
-from imagen_jax.interop import hf_t5, if_lora
-from imagen_jax.models import t5
+from imagen_jax.interop import if_lora
 from imagen_jax.stages import lora_file
 from imagen_jax.stages.folder import check_chain, load_stage, write_stage
 from tests.interop.test_if_unet import write as write_if
+from tests.reference.byte_encoder import write_byte_encoder
 from tests.reference.pages import ROOT
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -39,17 +38,6 @@ def example(name: str, *arguments: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def write_encoder(folder: pathlib.Path, dim: int) -> str:
-    """A random byte encoder of width `dim`."""
-    shape = T5Config(vocab_size=384, emb_dim=dim, num_layers=1, num_heads=2, head_dim=4, mlp_dim=16)
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda leaf: rng.standard_normal(leaf.shape, np.float32), t5.parameter_shapes(shape)
-    )
-    hf_t5.save(folder, shape, params)
-    return str(folder)
 
 
 @pytest.fixture
@@ -88,7 +76,7 @@ def test_custom_data_learns_its_colours(tmp_path):
 
 @pytest.mark.slow
 def test_custom_sampler_samples_with_every_sampler(base_config, random_params, tmp_path):
-    text = TextConfig(encoder="bytes", path=write_encoder(tmp_path / "text", 8), max_len=16)
+    text = TextConfig(encoder="bytes", path=write_byte_encoder(tmp_path / "text", 8), max_len=16)
     config = dataclasses.replace(base_config, text=text)
     write_stage(tmp_path / "base", random_params(config), config, {})
     flags = [f"--stage={tmp_path / 'base'}", "--prompt=a", f"--out={tmp_path / 'sheet.png'}"]
@@ -121,8 +109,8 @@ def test_a_custom_stage_is_trained_and_exported(image_folder, tmp_path):
 @pytest.mark.slow
 def test_a_lora_of_ifs_architecture_is_trained_and_exported(image_folder, tmp_path):
     unet = write_if("base", tmp_path / "unet")
-    text = write_encoder(tmp_path / "text", 24)
-    flags = [f"--unet={unet}", f"--text={text}", "--encoder=bytes", f"--pictures={image_folder}"]
+    text = write_byte_encoder(tmp_path / "text", 24)
+    flags = [f"--unet={unet}", f"--text={text}", "--encoder=bytes", f"--images={image_folder}"]
     out = tmp_path / "out"
     example("finetune_if", *flags, f"--workdir={out}", "--steps=2", "--batch_size=2")
     stage = load_stage(str(out / "imported"))

@@ -2,22 +2,20 @@
 
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
 
 from imagen_jax.cli import main
-from imagen_jax.config.text import T5Config, TextConfig
+from imagen_jax.config.text import TextConfig
 from imagen_jax.inference.batches import NotFiniteError
 from imagen_jax.inference.cascade import Cascade
 from imagen_jax.inference.stage_sampler import Noise
-from imagen_jax.interop import hf_t5, weights
-from imagen_jax.models import t5
+from imagen_jax.interop import weights
 from imagen_jax.stages.folder import write_stage
 from imagen_jax.stages.stage import Stage
+from tests.reference.byte_encoder import write_byte_encoder
 
 COUNT = 5
-ENCODER = T5Config(vocab_size=384, emb_dim=8, num_layers=1, num_heads=2, head_dim=4, mlp_dim=16)
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +66,7 @@ def test_image_and_step_are_named_with_finite_parameters(stages, texts):
 
 def test_the_command_writes_no_image(stages, tmp_path, capsys):
     wrong, name = broken(stages[0], np.nan)
-    rng = np.random.default_rng(0)
-    shapes = t5.parameter_shapes(ENCODER)
-    params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32), shapes)
-    hf_t5.save(tmp_path / "text", ENCODER, params)
-    text = TextConfig(encoder="bytes", path=str(tmp_path / "text"), max_len=16)
+    text = TextConfig(encoder="bytes", path=write_byte_encoder(tmp_path / "text"), max_len=16)
     config = dataclasses.replace(wrong.config, text=text)
     write_stage(tmp_path / "stage", wrong.params, config, {})
     flags = ["--prompt=x", f"--out={tmp_path / 'out'}"]

@@ -195,7 +195,7 @@ def test_editing_from_the_command_line(folders, picture, tmp_path):
     mask = np.zeros((16, 16, 3), np.uint8)
     mask[4:10, 2:9] = 255
     images.save_png(masked, mask, {})
-    given = [f"--picture={picture}", "--prompt=a"]
+    given = [f"--image={picture}", "--prompt=a"]
     edits = {
         "inpaint": [stages, f"--mask={masked}", "--resamplings=2"],
         "image": [stages, "--strength=0.3"],
@@ -218,11 +218,11 @@ def test_edits_that_are_refused(folders, picture, tmp_path, capsys):
     black = tmp_path / "black.png"
     images.save_png(black, np.zeros((16, 16, 3), np.uint8), {})
     (tmp_path / "text.png").write_text("not a picture")
-    sr, own = folders.split(",")[1], f"--picture={picture}"
+    sr, own = folders.split(",")[1], f"--image={picture}"
     for what, stages, flags, says in [
         ("image", folders, [own, "--strength=0"], "strength=0.0 must be above 0"),
-        ("image", folders, [f"--picture={tmp_path}/no.png"], "no.png: no such file"),
-        ("image", folders, [f"--picture={tmp_path}/text.png"], "wrong type (not an image)"),
+        ("image", folders, [f"--image={tmp_path}/no.png"], "no.png: no such file"),
+        ("image", folders, [f"--image={tmp_path}/text.png"], "wrong type (not an image)"),
         ("inpaint", folders, [own, f"--mask={black}"], "has no white pixels"),
         ("inpaint", folders, [own, f"--mask={picture}", "--jump=0"], "jump=0 must be at least 1"),
         ("upscale", folders, [own], "stage 'base' is a base stage; leave it out"),

@@ -13,27 +13,18 @@ import sys
 import threading
 
 import jax
-import numpy as np
 import pytest
 
-from imagen_jax.config.text import T5Config, TextConfig
-from imagen_jax.interop import hf_t5
-from imagen_jax.models import t5
+from imagen_jax.config.text import TextConfig
 from imagen_jax.stages.folder import write_stage
-
-ENCODER = T5Config(vocab_size=384, emb_dim=8, num_layers=1, num_heads=2, head_dim=4, mlp_dim=16)
+from tests.reference.byte_encoder import write_byte_encoder
 
 
 @pytest.fixture(scope="session")
 def stage_folders(base_config, sr_config, random_params, tmp_path_factory) -> str:
     """--stages of a random cascade, 8 -> 16 px, with its text encoder."""
     root = tmp_path_factory.mktemp("stages")
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda leaf: rng.standard_normal(leaf.shape, np.float32), t5.parameter_shapes(ENCODER)
-    )
-    hf_t5.save(root / "text", ENCODER, params)
-    text = TextConfig(encoder="bytes", path=str(root / "text"), max_len=16)
+    text = TextConfig(encoder="bytes", path=write_byte_encoder(root / "text"), max_len=16)
     for config in (base_config, sr_config):
         config = dataclasses.replace(config, text=text)
         write_stage(root / config.name, random_params(config), config, {})

@@ -36,7 +36,7 @@ def test_generate_and_repeat(browser, start_server, tmp_path):
     fill(browser, "#seed", "41")
     # Enough steps for the progress to be visible.
     fill(browser, "[data-stage=base] .steps", "250")
-    browser.click("#draw")
+    browser.click("#generate")
     browser.wait("document.querySelectorAll('.job progress').length === 1")
     browser.wait(
         r"/^(base|sr): step \d+ of \d+$/.test("
@@ -63,9 +63,9 @@ def test_generate_and_repeat(browser, start_server, tmp_path):
     browser.click("figure:last-child button")
     assert value(browser, "#prompt") == EVIL and value(browser, "#seed") == "41"
     assert value(browser, "[data-stage=base] .steps") == "250"
-    browser.click("#draw")
+    browser.click("#generate")
     browser.wait("document.querySelectorAll('figure').length === 4", seconds=120)
-    newest = server.client.get("/api/pictures")["pictures"]
+    newest = server.client.get("/api/images")["images"]
     levels = [pixels(tmp_path / "out" / f"{about['id']}.png") for about in newest]
     assert levels[0] == levels[2] and levels[1] == levels[3] and levels[0] != levels[1]
 
@@ -73,7 +73,7 @@ def test_generate_and_repeat(browser, start_server, tmp_path):
     fill(browser, "#prompt", "a" * 10)
     browser.value("document.getElementById('samples').max = ''")
     fill(browser, "#samples", "99")
-    browser.click("#draw")
+    browser.click("#generate")
     browser.wait("!document.getElementById('problem').hidden")
     message = browser.value("document.getElementById('problem').textContent")
     assert message == "samples=99 must be an integer from 1 to 8"
@@ -98,7 +98,7 @@ def test_under_a_prefix_with_a_token(browser, start_server, prefix_proxy, tmp_pa
     browser.wait("document.getElementById('health')?.textContent === 'ready'")
     browser.wait("document.querySelectorAll('#stages tr').length === 2")
     fill(browser, "#prompt", "a cat")
-    browser.click("#draw")
+    browser.click("#generate")
     browser.wait("document.querySelectorAll('figure').length === 1", seconds=120)
     browser.wait("[...document.images].every((img) => img.complete && img.naturalWidth === 16)")
 
@@ -106,7 +106,7 @@ def test_under_a_prefix_with_a_token(browser, start_server, prefix_proxy, tmp_pa
     fill(browser, "[data-stage=base] .steps", "250")
     fill(browser, "#samples", "8")
     for leave in ("document.querySelector('.job button').click()", "location.href = 'about:blank'"):
-        browser.click("#draw")
+        browser.click("#generate")
         browser.wait("document.querySelectorAll('.job').length === 1")
         browser.value(leave)
         counted = 'imagen_jobs_total{state="cancelled"}'

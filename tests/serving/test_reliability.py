@@ -146,7 +146,7 @@ def test_jobs_that_are_cancelled_are_not_sampled(run):
     server = run()
     wait(lambda: server.worker.state == "ready")
     first = submit(server.client, "slow")
-    wait(lambda: state(server.client, first) == "drawing")
+    wait(lambda: state(server.client, first) == "sampling")
     second = submit(server.client, "slow", seed=1)
     for job in (second, first):
         status, _, body = server.client.call("DELETE", f"/api/jobs/{job['id']}")
@@ -155,7 +155,7 @@ def test_jobs_that_are_cancelled_are_not_sampled(run):
     wait(lambda: state(server.client, third) == "done")
     assert server.cascade.steps < STEPS
     assert state(server.client, first) == state(server.client, second) == "cancelled"
-    assert server.client.get("/api/pictures")["pictures"][0]["prompt"] == "a cat"
+    assert server.client.get("/api/images")["images"][0]["prompt"] == "a cat"
     assert server.client.call("DELETE", "/api/jobs/unknown")[0] == 404
     status, _, body = server.client.call("DELETE", f"/api/jobs/{third['id']}")
     assert status == 200 and json.loads(body)["state"] == "done"
@@ -189,7 +189,7 @@ def test_the_token_is_needed_for_all_but_page_and_health(run):
     client = run(Access(token=TOKEN)).client
     for path in ("/", "/api/health"):
         assert client.call("GET", path)[0] == 200
-    for path in ("/api/about", "/api/pictures", "/metrics", "/pictures/x.png", "/nothing"):
+    for path in ("/api/about", "/api/images", "/metrics", "/images/x.png", "/nothing"):
         status, headers, body = client.call("GET", path)
         assert status == 401 and headers["www-authenticate"] == "Bearer"
         assert TOKEN not in body.decode()

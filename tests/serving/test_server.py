@@ -49,14 +49,14 @@ BAD = [
     ("POST", "/api/jobs", b'{"prompt": "a"}', JSON | {"origin": "null"}),
     ("POST", "/api/jobs", b'{"prompt": "a"}', JSON | {"origin": "http://[::1"}),
     ("POST", "/api/jobs", b'{"prompt": "a"}', JSON | {"host": "evil.example"}),
-    ("GET", "/api/pictures", None, {"host": "rebound.example:8000"}),
+    ("GET", "/api/images", None, {"host": "rebound.example:8000"}),
     ("GET", "/", None, {"host": "[::1"}),
     ("PUT", "/api/jobs", b"{}", JSON),
-    ("DELETE", "/api/pictures", None, {}),
-    ("GET", "/pictures/../../etc/passwd.png", None, {}),
-    ("GET", "/pictures/%2e%2e%2f%2e%2e%2fetc%2fpasswd.png", None, {}),
-    ("GET", "/pictures/" + "a" * 32 + ".png", None, {}),
-    ("GET", "/pictures/..%00.png", None, {}),
+    ("DELETE", "/api/images", None, {}),
+    ("GET", "/images/../../etc/passwd.png", None, {}),
+    ("GET", "/images/%2e%2e%2f%2e%2e%2fetc%2fpasswd.png", None, {}),
+    ("GET", "/images/" + "a" * 32 + ".png", None, {}),
+    ("GET", "/images/..%00.png", None, {}),
     ("GET", "/api/jobs/../../x", None, {}),
     ("GET", "/api/jobs/%3Cscript%3E", None, {}),
     ("GET", "/nothing", None, {}),
@@ -132,10 +132,10 @@ def generate(client, request) -> dict:
         time.sleep(0.05)
     assert status == 202, body
     job = json.loads(body)
-    while job["state"] in ("waiting", "drawing"):
+    while job["state"] in ("waiting", "sampling"):
         time.sleep(0.02)
         job = client.get(f"/api/jobs/{job['id']}")
-    assert job["state"] == "done" and len(job["pictures"]) == request.get("samples", 1), job
+    assert job["state"] == "done" and len(job["images"]) == request.get("samples", 1), job
     return job
 
 
@@ -184,10 +184,10 @@ def test_valid_and_invalid_requests_together(quick, tmp_path):
     assert {path.split("/")[0] for path in files(tmp_path)} == {"out"}
     assert all(re.fullmatch(r"[0-9a-f]{32}\.(png|json)", name) for name in files(out))
     assert len(files(out)) <= 2 * 50
-    newest = client.get("/api/pictures")["pictures"]
+    newest = client.get("/api/images")["images"]
     assert len(newest) == 50
     for about in newest[:5]:
-        status, headers, body = client.call("GET", f"/pictures/{about['id']}.png")
+        status, headers, body = client.call("GET", f"/images/{about['id']}.png")
         assert status == 200 and headers["content-type"] == "image/png"
         with Image.open(io.BytesIO(body)) as image:
             level = (about["seed"] + 7 * about["sample_index"]) % 256
@@ -240,7 +240,7 @@ def test_the_queue_is_bounded_and_batches_are_shared(quick):
     worker.start()
     for job in jobs:
         while (state := client.get(f"/api/jobs/{job['id']}")["state"]) != "done":
-            assert state in ("waiting", "drawing")
+            assert state in ("waiting", "sampling")
     assert client.get("/api/health") == {"status": "ready", "waiting": 0}
 
 
@@ -249,9 +249,9 @@ def test_a_failed_job_is_reported_and_the_next_one_is_sampled(quick):
     worker.start()
     _, _, body = client.post({"prompt": "break"})
     job = json.loads(body)
-    while job["state"] in ("waiting", "drawing"):
+    while job["state"] in ("waiting", "sampling"):
         job = client.get(f"/api/jobs/{job['id']}")
-    assert job["state"] == "failed" and job["pictures"] == []
+    assert job["state"] == "failed" and job["images"] == []
     assert any("the device is on fire" in line for line in lines)
     generate(client, {"prompt": "a cat"})
 
@@ -298,7 +298,7 @@ def test_two_hundred_requests_from_twenty_clients(start_server, stage_folders, t
     job = generate(client, {"prompt": "a cat", "samples": 3, "seed": 11})
     flags = [f"--stages={stage_folders}", "--prompt=a cat", "--seed=11", "--samples_per_prompt=3"]
     assert main.main(["sample", *flags, f"--out={tmp_path / 'sampled'}"]) == 0
-    for k, identifier in enumerate(job["pictures"]):
+    for k, identifier in enumerate(job["images"]):
         both = [
             images.decode(file.read_bytes()).astype(int)
             for file in (

@@ -143,10 +143,8 @@ def test_an_interrupted_evaluation_is_repeated_with_the_same_numbers(
     ]
 
 
-@pytest.mark.slow
-def test_a_run_stopped_in_its_last_evaluation_completes_it(base_config, stream, tmp_path):
-    config = with_evaluation(base_config, steps=2)
-    values = dict.fromkeys(range(9), 1.0)
+def train_stopped_at_the_second_step(config, folder, stream, values) -> None:
+    """Trains with an evaluation that is preempted at step 2, and again to the end."""
 
     def stop(step, proceed):
         if step == 2:
@@ -154,8 +152,15 @@ def test_a_run_stopped_in_its_last_evaluation_completes_it(base_config, stream, 
 
     with pytest.raises(Preempted):
         evaluators = {"a": Recorded(values, event=stop)}
-        train(config, str(tmp_path), stream(config), len, evaluators=evaluators)
-    train(config, str(tmp_path), stream(config), len, evaluators={"a": Recorded(values)})
+        train(config, str(folder), stream(config), len, evaluators=evaluators)
+    train(config, str(folder), stream(config), len, evaluators={"a": Recorded(values)})
+
+
+@pytest.mark.slow
+def test_a_run_stopped_in_its_last_evaluation_completes_it(base_config, stream, tmp_path):
+    config = with_evaluation(base_config, steps=2)
+    values = dict.fromkeys(range(9), 1.0)
+    train_stopped_at_the_second_step(config, tmp_path, stream, values)
     assert [row["step"] for row in evaluated(tmp_path)] == [0, 2]
 
 
@@ -174,15 +179,7 @@ def test_the_best_checkpoint_is_that_of_the_evaluation(base_config, stream, tmp_
 def test_a_checkpoint_saved_before_its_evaluation_is_ranked(base_config, stream, tmp_path):
     config = with_evaluation(base_config, keep_best=1, best="ema/value")
     values = {0: 0.0, 2: 1.0, 4: 3.0, 6: 2.0}
-
-    def stop(step, proceed):
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with pytest.raises(Preempted):
-        evaluators = {"a": Recorded(values, event=stop)}
-        train(config, str(tmp_path), stream(config), len, evaluators=evaluators)
-    train(config, str(tmp_path), stream(config), len, evaluators={"a": Recorded(values)})
+    train_stopped_at_the_second_step(config, tmp_path, stream, values)
     found = {int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()}
     assert found == {2, 6}
 

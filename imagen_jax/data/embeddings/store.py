@@ -16,7 +16,7 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
@@ -27,6 +27,7 @@ from imagen_jax.data.embeddings.key_table import UnitKeys
 from imagen_jax.data.embeddings.unit_file import (
     HASH_BYTES,
     EmbeddingError,
+    Header,
     Rows,
     Unit,
     caption_hash,
@@ -57,16 +58,8 @@ MAX_OPEN_UNITS = 1024  # Mapped unit files; the number of maps of a process is l
 def write_manifest(folder: pathlib.Path, units: Sequence[Unit], fingerprint: dict) -> None:
     """Writes `manifest.json`, which marks a store as complete; equal for all workers."""
     headers = [read_header(folder / u.file) for u in units]
-    norm = sum(h.squared_norm for h in headers)
-    error = (sum(h.squared_error for h in headers) / norm) ** 0.5 if norm else 0.0
     manifest = {
-        "fingerprint": fingerprint,
-        "dim": headers[0].dim,
-        "dtype": headers[0].dtype,
-        "captions": sum(u.captions for u in units),
-        "tokens": sum(u.tokens for u in units),
-        # Root of the summed squared error over the squared norm; NaN in units of the first layout.
-        "relative_rms_error": error if error == error else None,
+        **_summary(fingerprint, headers, units),
         "units": [u._asdict() for u in units],
     }
     keys = (UnitKeys(*read_keys(folder / unit.file)) for unit in units)
@@ -91,14 +84,8 @@ def write_packed(
         headers += [read_header(path, unit.start) for unit in units]
         places += [(len(rows), unit.start) for unit in units]
         rows.append(pack)
-    norm = sum(h.squared_norm for h in headers)
     manifest = {
-        "fingerprint": fingerprint,
-        "dim": headers[0].dim,
-        "dtype": headers[0].dtype,
-        "captions": sum(pack.captions for pack in rows),
-        "tokens": sum(pack.tokens for pack in rows),
-        "relative_rms_error": (sum(h.squared_error for h in headers) / norm) ** 0.5 if norm else 0,
+        **_summary(fingerprint, headers, rows),
         "plan": plan,
         "packs": [pack._asdict() for pack in rows],
     }
@@ -108,6 +95,23 @@ def write_packed(
     keys = (UnitKeys(*read_keys(folder / rows[n].file, at)) for n, at in places)
     key_table.write(folder, keys, tag=tag, captions=manifest["captions"])
     publish_file(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+
+
+def _summary(
+    fingerprint: dict, headers: Sequence[Header], files: Sequence[Unit | packs.Pack]
+) -> dict[str, Any]:
+    """What a manifest says of all units together."""
+    norm = sum(h.squared_norm for h in headers)
+    error = (sum(h.squared_error for h in headers) / norm) ** 0.5 if norm else 0.0
+    return {
+        "fingerprint": fingerprint,
+        "dim": headers[0].dim,
+        "dtype": headers[0].dtype,
+        "captions": sum(f.captions for f in files),
+        "tokens": sum(f.tokens for f in files),
+        # Root of the summed squared error over the squared norm; NaN in units of the first layout.
+        "relative_rms_error": error if error == error else None,
+    }
 
 
 def plan_of(folder: pathlib.Path) -> str:

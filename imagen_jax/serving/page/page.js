@@ -108,7 +108,7 @@ async function follow(job) {
   find("jobs").append(box);
   followed.add(job.id);
   try {
-    for (; job.state === "waiting" || job.state === "drawing"; job = await call(`api/jobs/${job.id}`)) {
+    for (; job.state === "waiting" || job.state === "sampling"; job = await call(`api/jobs/${job.id}`)) {
       bar.value = job.progress;
       doing.textContent = job.state === "waiting" ? `waiting, ${job.ahead} ahead` : job.doing;
       image.hidden = !job.preview;
@@ -135,7 +135,7 @@ function settingsOf(image) {
 }
 
 function card(image) {
-  const address = `pictures/${image.id}.png`;
+  const address = `images/${image.id}.png`;
   const element = make("img", { src: address, alt: image.prompt, loading: "lazy",
     className: size <= SMALL ? "small" : "" });
   const reuse = make("button", { type: "button", textContent: "Use these settings" });
@@ -153,9 +153,9 @@ function card(image) {
 }
 
 async function showImages() {
-  const { pictures } = await call("api/pictures");
-  find("gallery").replaceChildren(...pictures.map(card));
-  find("empty").hidden = pictures.length > 0;
+  const { images } = await call("api/images");
+  find("gallery").replaceChildren(...images.map(card));
+  find("empty").hidden = images.length > 0;
 }
 
 async function watch() {
