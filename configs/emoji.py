@@ -27,6 +27,7 @@ def get_config(name: str = "base") -> ml_collections.ConfigDict:
     c.data.name = "emoji"
     c.data.path = "runs/emoji/data"
     c.data.embeddings = "runs/emoji/embeddings"
+    c.data.captions = {"caption": 0.5, "short": 0.5}  # Fewer words: worlds/emoji/shorter.py.
     c.data.max_text_len = c.text.max_len = 24
     c.text.encoder = "bert"
     c.text.path = "minilm"

@@ -17,18 +17,21 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from imagen_jax.worlds.emoji import catalogue, other_names, rendering, splits
+from imagen_jax.worlds.emoji import catalogue, other_names, rendering, shorter, splits
 from imagen_jax.worlds.emoji.attribution import ATTRIBUTION
 
-# Of a prompt by the split of its emoji; the prompts of other names are "alias" or "keyword".
+# Of a prompt by the split of its emoji; those of other names have `other_names.OtherName.kind`.
 KINDS = {"train": "train", "combinations_dev": "combination", "combinations_test": "combination"}
 
 
 class Emoji(tfds.core.GeneratorBasedBuilder):
     """OpenMoji's colour emoji with Unicode's English names, 64x64 on white."""
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "First release: OpenMoji 17.0.0."}
+    VERSION = tfds.core.Version("1.1.0")
+    RELEASE_NOTES = {
+        "1.0.0": "First release: OpenMoji 17.0.0.",
+        "1.1.0": "Shorter captions.",
+    }
     url_infos = None  # Nothing is downloaded.
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -38,6 +41,9 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
                 {
                     "image": tfds.features.Image(shape=(size, size, 3), encoding_format="png"),
                     "caption": tfds.features.Text(doc="The name of the emoji."),
+                    "short": tfds.features.Sequence(
+                        tfds.features.Text(), doc="The caption in fewer words, see shorter."
+                    ),
                     "row": tfds.features.Text(doc="The prompt row (JSON), see prompt_row."),
                 }
             ),
@@ -52,11 +58,18 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(split) for split in splits.SPLITS}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        short = shorter.shorter({e.key: e.caption for e in catalogue.entries() if not e.tone})
         chosen = (entry for entry in catalogue.entries() if entry.split == split)
         for index, entry in enumerate(chosen):
-            row = json.dumps(prompt_row(entry))
-            image = rendering.png(entry.key)
-            yield index, {"image": image, "caption": entry.caption, "row": row}
+            yield (
+                index,
+                {
+                    "image": rendering.png(entry.key),
+                    "caption": entry.caption,
+                    "short": short.get(entry.key, ()),
+                    "row": json.dumps(prompt_row(entry)),
+                },
+            )
 
     def text_files(self) -> Mapping[str, Iterable[Any]]:
         """Prompts of the splits, each in an order given by a hash."""

