@@ -28,6 +28,7 @@ def get_config(name: str = "base") -> ml_collections.ConfigDict:
     c.name = name
     c.data.kind, c.data.name = "folder", ""
     c.data.path = ""
+    c.data.captions = {}
     c.data.embeddings = ""
     c.data.max_text_len = c.text.max_len = 64
     c.data.min_size = c.data.image_size = int(name.partition("_")[2] or c.data.image_size)
