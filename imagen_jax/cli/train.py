@@ -21,6 +21,7 @@ from imagen_jax.data.sources.registry import open_source
 from imagen_jax.parallel import distributed
 from imagen_jax.parallel.preemption import Preemption
 from imagen_jax.training.train import train, with_data
+from imagen_jax.training.watchdog import restartable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(flags: argparse.Namespace) -> None:
     """Runs the verb."""
-    with Preemption() as preemption:
+    with Preemption() as preemption, restartable():
         config = wiring.load_config(flags)
         distributed.initialize(heartbeat_timeout=config.train.heartbeat_timeout)
         keep_compiled(flags.workdir)

@@ -81,6 +81,11 @@ def _explicit(given: dict[str, str]) -> dict[str, Any]:
     }
 
 
+def is_joined() -> bool:
+    """Whether this process has joined others in `initialize`; uses no device."""
+    return jax.distributed.is_initialized()
+
+
 def is_first() -> bool:
     """Whether this process writes the output of the run: log lines, metrics, images."""
     return jax.process_index() == 0

@@ -48,7 +48,7 @@ from imagen_jax.training.step import (
     model_flops,
 )
 from imagen_jax.training.trainable import log_trained
-from imagen_jax.training.watchdog import Watchdog
+from imagen_jax.training.watchdog import Watchdog, restartable
 
 # A step whose report the host has not read: its number, report and batch.
 Finished = tuple[int, Mapping[str, Any], Mapping[str, np.ndarray]]
@@ -108,7 +108,7 @@ def train(
     partitioning.check_tensor(config.model, mesh)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
 
-    with jax.set_mesh(mesh), contextlib.ExitStack() as closing:
+    with jax.set_mesh(mesh), restartable(), contextlib.ExitStack() as closing:
         check_owner = closing.enter_context(owned(workdir, log))
         create, abstract = abstract_state(config, optimizer, mesh)
         count = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))

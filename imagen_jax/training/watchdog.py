@@ -8,6 +8,7 @@ the process ends at once: whatever would be closed regularly would wait for that
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import re
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 
 from etils import epath
@@ -31,7 +32,8 @@ FOLDER = "hangs"
 _STATUS = re.compile(
     r"\b(UNKNOWN|INTERNAL|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|FAILED_PRECONDITION): "
 )
-# File systems report the same codes; an error of this package counts only with one of these words.
+# File systems report the same codes; what an error of this package was raised from counts only with
+# one of these words.
 _COLLECTIVE = re.compile(r"Gloo|NCCL|barrier|coordination|heartbeat", re.IGNORECASE)
 
 
@@ -63,10 +65,8 @@ class Watchdog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is not None and distributed.count() > 1 and is_lost_peer(error):
-            reason = " ".join(str(error).split())
-            self._say(f"another process of the run is lost ({reason[:200]}); status {RESTART}")
-            self._end(RESTART)
+        if error is not None:
+            _end_if_peer_is_lost(error, self._end)
         self._stop.set()
 
     def completed(self, step: int) -> None:
@@ -78,10 +78,10 @@ class Watchdog:
             if self._stop.wait(left):
                 return
         done = "no step is completed" if self._step is None else f"the last is step {self._step}"
-        self._say(f"no completed step for {self._timeout:g} s, {done}; status {RESTART}")
+        _say(f"no completed step for {self._timeout:g} s, {done}; status {RESTART}")
         stacks = _stacks()
         print(stacks, file=sys.stderr, flush=True)
-        self._say(f"stacks are in {self._write(stacks)}")
+        _say(f"stacks are in {self._write(stacks)}")
         self._end(RESTART)
 
     def _write(self, stacks: str) -> epath.Path:
@@ -90,19 +90,43 @@ class Watchdog:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(f"{socket.gethostname()}, process {os.getpid()}\n{stacks}")
         except OSError as error:  # The file system may be what hangs or fails.
-            self._say(f"{path} cannot be written: {error}")
+            _say(f"{path} cannot be written: {error}")
         return path
 
-    def _say(self, line: str) -> None:
-        """Writes to the log in every process: the one that hangs need not be the first."""
-        where = f"{socket.gethostname()}, process {distributed.index()}"
-        print(f"imagen train: {where}: {line}", file=sys.stderr, flush=True)
+
+@contextlib.contextmanager
+def restartable(end: Callable[[int], None] = os._exit) -> Iterator[None]:
+    """A context that ends the process with status RESTART if another one of the run is lost.
+
+    For what precedes the `Watchdog`: joining the run, its data, the ownership of the workdir.
+
+    Args:
+      end: ends the process with a status, without closing anything.
+    """
+    try:
+        yield
+    except Exception as error:
+        _end_if_peer_is_lost(error, end)
+        raise
+
+
+def _end_if_peer_is_lost(error: BaseException, end: Callable[[int], None]) -> None:
+    if is_lost_peer(error) and distributed.is_joined():
+        reason = " ".join(str(error).split())
+        _say(f"another process of the run is lost ({reason[:200]}); status {RESTART}")
+        end(RESTART)
+
+
+def _say(line: str) -> None:
+    """Writes to the log in every process: the one that hangs need not be the first."""
+    where = f"{socket.gethostname()}, process {distributed.index()}"
+    print(f"imagen train: {where}: {line}", file=sys.stderr, flush=True)
 
 
 def is_lost_peer(error: BaseException) -> bool:
     """Whether `error`, or an error it was raised from, reports a failed collective."""
-    sign = _COLLECTIVE if type(error).__module__.startswith("imagen_jax") else _STATUS
-    cause: BaseException | None = error
+    own = type(error).__module__.startswith("imagen_jax")
+    sign, cause = (_COLLECTIVE, error.__cause__) if own else (_STATUS, error)
     while cause is not None:
         if isinstance(cause, ValueError | RuntimeError) and sign.search(str(cause)):
             return True

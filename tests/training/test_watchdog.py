@@ -11,10 +11,12 @@ import time
 import jax
 import pytest
 
+from imagen_jax.config.fields import ConfigError
 from imagen_jax.parallel.preemption import RESTART
 from imagen_jax.training import watchdog
+from imagen_jax.training.ownership import OwnershipError
 from imagen_jax.training.restore import CheckpointError
-from imagen_jax.training.watchdog import Watchdog, is_lost_peer
+from imagen_jax.training.watchdog import Watchdog, is_lost_peer, restartable
 from tests.reference.launch import until
 from tests.reference.processes import start
 
@@ -77,18 +79,22 @@ def test_steps_and_the_end_of_the_run_keep_it_quiet(tmp_path):
         ),
         (CheckpointError("cannot save"), ValueError("UNAVAILABLE: gs://b: HTTP 503"), False),
         (CheckpointError("cannot save"), OSError("No space left on device"), False),
+        (CheckpointError("no heartbeat since 1 s"), None, False),
+        (OwnershipError("taken over by process 7 on a, last heartbeat 12:00"), None, False),
+        (ConfigError("config.train.heartbeat_timeout=-1 must be positive"), None, False),
         (TypeError("a fault of the program"), None, False),
     ],
 )
 def test_which_errors_report_a_lost_peer(error, cause, lost, tmp_path, monkeypatch):
     error.__cause__ = cause
     assert is_lost_peer(error) is lost
-    for processes in (1, 2):
-        monkeypatch.setattr(watchdog.distributed, "count", lambda processes=processes: processes)
+    for joined in (False, True):
+        monkeypatch.setattr(watchdog.distributed, "is_joined", lambda joined=joined: joined)
         dog, statuses = ended_by(tmp_path, 0.0)
-        with pytest.raises(type(error)), dog:
-            raise error
-        assert statuses == ([RESTART] if lost and processes == 2 else [])
+        for context in (dog, restartable(statuses.append)):
+            with pytest.raises(type(error)), context:
+                raise error
+        assert statuses == ([RESTART] * 2 if lost and joined else [])
 
 
 def train(config, workdir, *more):
@@ -107,7 +113,8 @@ def test_a_dead_or_stopped_peer_ends_the_others_restartably(
     number, base_config, write_world, tmp_path
 ):
     config = write_world(tmp_path, base_config, steps=10**6, every=10**6)
-    flags = ("--config.train.hang_timeout=60", "--config.train.heartbeat_timeout=200")
+    flags = ["--config.train.hang_timeout=60", "--config.train.heartbeat_timeout=200"]
+    flags.append("--config.data.batch_size=3")
     started = start(train(config, tmp_path / "run", *flags), 3, 1)
     assert until(lambda: reached(tmp_path / "run", 3), seconds=240)
     started[1].send_signal(number)
@@ -120,6 +127,25 @@ def test_a_dead_or_stopped_peer_ends_the_others_restartably(
         assert len(list((tmp_path / "run" / "hangs").iterdir())) == 2
     else:
         assert all("another process of the run is lost" in log for log in logs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["start", "devices", "ownership", "exchange"])
+def test_a_peer_that_dies_before_the_first_step(place, base_config, write_world, tmp_path):
+    config = write_world(tmp_path, base_config, steps=10**6, every=10**6)
+    script = [sys.executable, SOURCE / "tests" / "reference" / "dying_peer.py", place, "train"]
+    flags = [f"--config={config}", f"--workdir={tmp_path / 'run'}"]
+    heartbeat = 200 if place == "exchange" else 20
+    flags += [f"--config.train.heartbeat_timeout={heartbeat}", "--config.data.batch_size=3"]
+    started = start([*script, *flags], 3, 1)
+    logs = [process.communicate(timeout=150)[0] for process in started]
+    # Both are restartable; JAX itself aborts when a heartbeat is missing.
+    status = RESTART if place == "exchange" else -signal.SIGABRT
+    ended = [process.returncode for process in started]
+    assert ended == [status, status, -signal.SIGKILL], logs
+    if place == "exchange":
+        assert all("another process of the run is lost" in log for log in logs[:2])
+        assert not any("Traceback" in log for log in logs)
 
 
 def test_lines_reach_a_log_file_at_once(tmp_path):
