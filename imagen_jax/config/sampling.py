@@ -12,13 +12,17 @@ from imagen_jax.config.fields import ConfigError, check_choice, doc
 class SamplingConfig:
     """How a trained stage samples; `diffusion.guidance` explains the guidance fields."""
 
-    sampler: str = doc("ddpm", "Row of diffusion.samplers.SAMPLERS: ddpm, ddim, dpmpp_2m or heun.")
+    sampler: str = doc(
+        "ddpm",
+        "Row of diffusion.samplers.SAMPLERS: ddpm, ddim, dpmpp_2m, dpmpp_2m_sde or heun.",
+    )
     steps: int = doc(256, "Denoising steps.")
     spacing: str = doc(
         "time",
-        "Times of the steps: time (continuous, evenly spaced), or discrete timesteps of 1000: "
-        "leading, linspace, trailing, or a list of DeepFloyd IF, which replaces `steps`: fast27, "
-        "smart27, smart50, smart100, smart185, super27, super40 or super100.",
+        "Times of the steps: time (evenly spaced), logsnr (evenly spaced noise levels), karras "
+        "(EDM's noise levels, rho 7), or discrete timesteps of 1000: leading, linspace, trailing, "
+        "or a list of DeepFloyd IF, which replaces `steps`: fast27, smart27, smart50, smart100, "
+        "smart185, super27, super40 or super100.",
     )
     timesteps: tuple[int, ...] = doc(
         (),
@@ -26,6 +30,9 @@ class SamplingConfig:
         "is time k / 1000 of the schedule. (): none.",
     )
     gamma: float = doc(0.0, "ddpm: variance is small**(1-gamma) * large**gamma, 0..1.")
+    churn: float = doc(
+        0.0, "heun: each step first adds noise, by which sigma / alpha rises by this share; 0: off."
+    )
     variance: str = doc(
         "fixed",
         "ddpm: fixed (by gamma), or learned (gamma per pixel by the network's channels 4 to 6).",
@@ -70,6 +77,7 @@ class SamplingConfig:
             self._check(field, 0.0 <= getattr(self, field) < float("inf"), "at least 0")
         finite = abs(self.guidance_parallel) < float("inf")
         self._check("guidance_parallel", finite, "a finite factor; try 0.0")
+        self._check("churn", 0.0 <= self.churn <= 1.0, "within 0..1; EDM's S_churn / steps")
         self._check("lora_scale", abs(self.lora_scale) < float("inf"), "a finite factor; try 1.0")
         after = self.guidance_oscillate_after
         self._check("guidance_oscillate_after", after >= -1, "at least 0, or -1 for never")

@@ -97,7 +97,7 @@ def timesteps(
     strength: float = 1.0,
     resamplings: int = 1,
     jump: int = 1,
-    discrete: Sequence[float] = (),
+    listed: Sequence[float] = (),
 ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
     """Times that each step starts from and ends at, from `strength` to 0.
 
@@ -106,18 +106,18 @@ def timesteps(
       strength: time to start from, above 0, at most 1.
       resamplings: how often each group of `jump` steps is run. The last group is run once.
       jump: steps in a group.
-      discrete: times of `timesteps.step_times` in place of `steps`; the last ones are used, in the
+      listed: times of `timesteps.step_times` in place of `steps`; the last ones are used, in the
         share `strength`.
 
     Returns:
       n times each. Where a step starts from a later time than the step before it ended at, noise
       has to be added first.
     """
-    steps = len(discrete) - 1 if discrete else steps
+    steps = len(listed) - 1 if listed else steps
     count = max(math.ceil(steps * strength - 1e-6), 1)
     times = np.linspace(strength, 0.0, count + 1, dtype=np.float32)
-    if discrete:
-        times = np.asarray(discrete[-count - 1 :], np.float32)
+    if listed:
+        times = np.asarray(listed[-count - 1 :], np.float32)
     order: list[int] = []
     for first in range(0, count, jump):
         group = range(first, min(first + jump, count))

@@ -73,19 +73,25 @@ def ddpm(gamma: float = 0.0, variance: str = "fixed") -> Sampler:
 
     def step(denoise: Callable[..., Any], z, logsnr_t, logsnr_s, keys, state):
         x0, pixel_gamma = denoise(z, logsnr_t) if learned else (denoise(z, logsnr_t), None)
-        alpha_t, sigma_t = (expand(v, z) for v in alpha_sigma(logsnr_t))
-        alpha_s, sigma_s = (expand(v, z) for v in alpha_sigma(logsnr_s))
-        r = expand(jnp.exp(logsnr_t - logsnr_s), z)
-        # 1 - r, but exact where the two levels are close.
-        one_minus_r = expand(-jnp.expm1(logsnr_t - logsnr_s), z)
-        mean = r * (alpha_s / alpha_t) * z + one_minus_r * alpha_s * x0
-        if pixel_gamma is None:
-            deviation = jnp.sqrt(one_minus_r) * sigma_s ** (1.0 - gamma) * sigma_t**gamma
-        else:
+        mean, deviation = _posterior(x0, z, logsnr_t, logsnr_s, gamma)
+        if pixel_gamma is not None:
             deviation = jnp.exp(0.5 * learned_log_variance(pixel_gamma, logsnr_t, logsnr_s))
         return mean + deviation * normal(keys, z.shape[1:]), state
 
     return Sampler(init=lambda z: (), step=step)
+
+
+def _posterior(
+    x0: Array, z: Array, logsnr_t: Array, logsnr_s: Array, gamma: float = 0.0
+) -> tuple[Array, Array]:
+    """Mean and standard deviation of q(z_s | z_t, x0), see `ddpm`."""
+    alpha_t, sigma_t = (expand(v, z) for v in alpha_sigma(logsnr_t))
+    alpha_s, sigma_s = (expand(v, z) for v in alpha_sigma(logsnr_s))
+    r = expand(jnp.exp(logsnr_t - logsnr_s), z)
+    # 1 - r, but exact where the two levels are close.
+    one_minus_r = expand(-jnp.expm1(logsnr_t - logsnr_s), z)
+    mean = r * (alpha_s / alpha_t) * z + one_minus_r * alpha_s * x0
+    return mean, jnp.sqrt(one_minus_r) * sigma_s ** (1.0 - gamma) * sigma_t**gamma
 
 
 def learned_log_variance(
@@ -124,34 +130,66 @@ def dpmpp_2m() -> Sampler:
     one only, is DDIM's.
     """
 
-    def init(z):
-        return jnp.zeros_like(z), jnp.zeros(z.shape[:1]), jnp.zeros(z.shape[:1], bool)
-
     def step(denoise: Denoise, z, logsnr_t, logsnr_s, keys, state):
-        previous_x0, previous_logsnr, has_previous = state
-        x0 = denoise(z, logsnr_t)
-        h = logsnr_s - logsnr_t
-        h_previous = logsnr_t - previous_logsnr
-        factor = jnp.where(has_previous, h / (2.0 * jnp.where(has_previous, h_previous, 1.0)), 0.0)
-        extrapolated = x0 + expand(factor, z) * (x0 - previous_x0)
-        z = _ddim_update(extrapolated, z, logsnr_t, logsnr_s)
-        return z, (x0, logsnr_t, jnp.ones_like(has_previous))
+        x0, state = _extrapolate(denoise(z, logsnr_t), logsnr_t, logsnr_s, state)
+        return _ddim_update(x0, z, logsnr_t, logsnr_s), state
 
-    return Sampler(init=init, step=step)
+    return Sampler(init=_no_estimate, step=step)
 
 
-def heun() -> Sampler:
-    """Heun's second-order method on the probability-flow ODE (arXiv:2206.00364, Alg. 1).
+def dpmpp_2m_sde() -> Sampler:
+    """SDE-DPM-Solver++(2M) (arXiv:2211.01095, App. B): `dpmpp_2m` of the reverse SDE.
 
-    In y = z / alpha and n = sigma / alpha the ODE is dy/dn = (y - x0) / n; an Euler step (which is
-    DDIM) is followed by the mean of the slopes at both ends. Two evaluations per step.
+    The x0 of `dpmpp_2m`, in the ancestral step of `ddpm` with gamma = 0: for a constant x0 this
+    step solves the SDE exactly.
     """
 
     def step(denoise: Denoise, z, logsnr_t, logsnr_s, keys, state):
-        alpha_t, _ = (expand(v, z) for v in alpha_sigma(logsnr_t))
+        x0, state = _extrapolate(denoise(z, logsnr_t), logsnr_t, logsnr_s, state)
+        mean, deviation = _posterior(x0, z, logsnr_t, logsnr_s)
+        return mean + deviation * normal(keys, z.shape[1:]), state
+
+    return Sampler(init=_no_estimate, step=step)
+
+
+def _no_estimate(z: Array) -> tuple[Array, Array, Array]:
+    return jnp.zeros_like(z), jnp.zeros(z.shape[:1]), jnp.zeros(z.shape[:1], bool)
+
+
+def _extrapolate(x0: Array, logsnr_t: Array, logsnr_s: Array, state: Any) -> tuple[Array, Any]:
+    """x0 in the middle of the step by the estimate before, which `state` holds; the new state."""
+    previous_x0, previous_logsnr, has_previous = state
+    h = logsnr_s - logsnr_t
+    h_previous = jnp.where(has_previous, logsnr_t - previous_logsnr, 1.0)
+    factor = jnp.where(has_previous, h / (2.0 * h_previous), 0.0)
+    extrapolated = x0 + expand(factor, x0) * (x0 - previous_x0)
+    return extrapolated, (x0, logsnr_t, jnp.ones_like(has_previous))
+
+
+def heun(churn: float = 0.0) -> Sampler:
+    """Heun's second-order method on the probability-flow ODE (arXiv:2206.00364, Algs. 1 and 2).
+
+    In y = z / alpha and n = sigma / alpha the ODE is dy/dn = (y - x0) / n; an Euler step (which is
+    DDIM) is followed by the mean of the slopes at both ends. Two evaluations per step.
+
+    Args:
+      churn: gamma of Alg. 2. Each step first raises n to (1 + gamma) n by new noise; 0: none. The
+        paper's S_churn is gamma times the number of steps, at most 0.41 of it; its S_noise is 1
+        here.
+    """
+
+    def step(denoise: Denoise, z, logsnr_t, logsnr_s, keys, state):
+        alpha_t, sigma_t = (expand(v, z) for v in alpha_sigma(logsnr_t))
         alpha_s, _ = (expand(v, z) for v in alpha_sigma(logsnr_s))
-        n_t, n_s = (expand(jnp.exp(-0.5 * v), z) for v in (logsnr_t, logsnr_s))
         y = z / alpha_t
+        if churn:
+            y = y + ((1.0 + churn) ** 2 - 1.0) ** 0.5 * sigma_t / alpha_t * normal(
+                keys, z.shape[1:]
+            )
+            logsnr_t = logsnr_t - 2.0 * jnp.log1p(churn)
+            alpha_t, _ = (expand(v, z) for v in alpha_sigma(logsnr_t))
+            z = alpha_t * y
+        n_t, n_s = (expand(jnp.exp(-0.5 * v), z) for v in (logsnr_t, logsnr_s))
         slope = (y - denoise(z, logsnr_t)) / n_t
         euler = y + (n_s - n_t) * slope
         slope_end = (euler - denoise(alpha_s * euler, logsnr_s)) / n_s
@@ -164,10 +202,11 @@ SAMPLERS: dict[str, Callable[..., Sampler]] = {
     "ddpm": ddpm,
     "ddim": ddim,
     "dpmpp_2m": dpmpp_2m,
+    "dpmpp_2m_sde": dpmpp_2m_sde,
     "heun": heun,
 }
 # Fields of `SamplingConfig` that a sampler takes as keyword arguments.
-OPTIONS: dict[str, tuple[str, ...]] = {"ddpm": ("gamma", "variance")}
+OPTIONS: dict[str, tuple[str, ...]] = {"ddpm": ("gamma", "variance"), "heun": ("churn",)}
 
 
 def takes_estimate(settings: SamplingConfig) -> bool:
@@ -216,7 +255,7 @@ def denoise_steps(
 
     The bounds may be traced, so one program runs any number of steps. After the last step of all,
     `x0` is the result: the mean, without new noise. Every step calls `sampler.step` once, so T
-    steps evaluate `denoise` T times with ddpm, ddim and dpmpp_2m, and 2 T times with heun.
+    steps evaluate `denoise` 2 T times with heun, and T times with the other samplers.
 
     Args:
       sampler: a row of SAMPLERS, built.

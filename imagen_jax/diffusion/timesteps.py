@@ -1,13 +1,15 @@
-"""The times of the denoising steps: evenly spaced in [0, 1], or a list of discrete timesteps.
+"""The times of the denoising steps: a grid of [0, 1], or a list of discrete timesteps.
 
-A stage trained in continuous time visits `sampling.steps` evenly spaced times. A stage trained on
-1000 discrete timesteps (Ho et al. 2020; DeepFloyd IF) visits some of these: timestep k is time
-k / 1000 of the stage's schedule, and the step after the last one ends at the clean image. A new
-spacing is one function and one row of SPACINGS, a new list one row of LISTS.
+A stage trained in continuous time visits `sampling.steps` times, evenly spaced or by noise levels
+(GRIDS). A stage trained on 1000 discrete timesteps (Ho et al. 2020; DeepFloyd IF) visits some of
+these: timestep k is time k / 1000 of the stage's schedule, and the step after the last one ends at
+the clean image. A new grid is one function and one row of GRIDS, of discrete timesteps of
+SPACINGS, a new list one row of LISTS.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -102,27 +104,60 @@ LISTS: dict[str, tuple[int, ...]] = {
 }
 # fmt: on
 
+# Noise levels that the grids of GRIDS run between, logsnr in nats: sigma / alpha of 80 and 0.002
+# (arXiv:2206.00364, Table 1), or the stage's own ends where these are nearer.
+NOISIEST, CLEANEST = -2.0 * math.log(80.0), -2.0 * math.log(0.002)
+
+
+def even_logsnr(noisiest: float, cleanest: float, steps: int) -> np.ndarray:
+    """Levels that are evenly spaced in logsnr."""
+    return np.linspace(noisiest, cleanest, steps + 1)
+
+
+def karras(noisiest: float, cleanest: float, steps: int, rho: float = 7.0) -> np.ndarray:
+    """Levels whose (sigma / alpha)^(1 / rho) is evenly spaced (arXiv:2206.00364, Eq. 5)."""
+    ends = np.exp(-0.5 * np.array([noisiest, cleanest]) / rho)
+    return -2.0 * rho * np.log(np.linspace(*ends, steps + 1))
+
+
+GRIDS: dict[str, Callable[[float, float, int], np.ndarray]] = {
+    "logsnr": even_logsnr,
+    "karras": karras,
+}
+
 # Names of `sampling.spacing`.
-NAMES = (CONTINUOUS, *SPACINGS, *LISTS)
+NAMES = (CONTINUOUS, *GRIDS, *SPACINGS, *LISTS)
 
 
-def is_discrete(settings: SamplingConfig) -> bool:
-    """Whether the steps start from discrete timesteps."""
-    return bool(settings.timesteps) or settings.spacing != CONTINUOUS
-
-
-def step_times(settings: SamplingConfig) -> tuple[float, ...]:
-    """The times of discrete steps: where each starts from, and CLEAN; (): continuous time.
+def step_times(settings: SamplingConfig, config: DiffusionConfig) -> tuple[float, ...]:
+    """The times that the steps start from, and where the last one ends; (): evenly spaced.
 
     Args:
-      settings: `timesteps`, or `spacing` with `steps`.
+      settings: `timesteps`, or `spacing` with `steps`. Discrete timesteps end at CLEAN.
+      config: the stage's process, by which noise levels become times.
     """
-    if not is_discrete(settings):
+    if not settings.timesteps and settings.spacing == CONTINUOUS:
         return ()
+    if not settings.timesteps and settings.spacing in GRIDS:
+        return tuple(_times_of(GRIDS[settings.spacing], settings.steps, config).tolist())
     found = settings.timesteps or LISTS.get(settings.spacing)
     if found is None:
         found = SPACINGS[settings.spacing](settings.steps).astype(int).tolist()
     return (*(step / COUNT for step in found), CLEAN)
+
+
+def _times_of(
+    grid: Callable[[float, float, int], np.ndarray], steps: int, config: DiffusionConfig
+) -> np.ndarray:
+    """Times of the levels of a grid, by bisection of the schedule, which falls with time."""
+    low_end, high_end = (float(process.logsnr_at(jnp.float32(t), config)) for t in (1.0, 0.0))
+    levels = grid(max(NOISIEST, low_end), min(CLEANEST, high_end), steps)
+    low, high = np.zeros(len(levels)), np.ones(len(levels))
+    for _ in range(40):
+        middle = 0.5 * (low + high)
+        logsnr = np.asarray(process.logsnr_at(jnp.asarray(middle, jnp.float32), config))
+        low, high = np.where(logsnr > levels, middle, low), np.where(logsnr > levels, high, middle)
+    return 0.5 * (low + high)
 
 
 def logsnr_of(times: Float[Array, " n"], config: DiffusionConfig) -> Float[Array, " n"]:
@@ -133,7 +168,7 @@ def logsnr_of(times: Float[Array, " n"], config: DiffusionConfig) -> Float[Array
 
 def step_levels(settings: SamplingConfig, config: DiffusionConfig) -> Float[Array, " steps_plus_1"]:
     """logsnr in nats of all steps from noise, noisiest first."""
-    times = step_times(settings)
+    times = step_times(settings, config)
     if not times:
         times = np.linspace(1.0, 0.0, settings.steps + 1)
     return logsnr_of(jnp.asarray(np.asarray(times, np.float32)), config)

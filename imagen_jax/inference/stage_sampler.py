@@ -138,8 +138,8 @@ def noise_levels(
     config: Config, strength: float = 1.0, resamplings: int = 1, jump: int = 1
 ) -> NoiseLevels:
     """The noise levels of all steps of a stage; arguments as those of `editing.timesteps`."""
-    discrete = timesteps.step_times(config.sampling)
-    times = editing.timesteps(config.sampling.steps, strength, resamplings, jump, discrete)
+    listed = timesteps.step_times(config.sampling, config.diffusion)
+    times = editing.timesteps(config.sampling.steps, strength, resamplings, jump, listed)
     count = len(times[0])
     padding = np.zeros(-count % PADDED_STEPS, np.float32)
     logsnr_t, logsnr_s = (

@@ -69,6 +69,31 @@ def test_ancestral_sampling_at_either_variance(gamma):
     np.testing.assert_allclose(got, [-1.96, -1.0, 0.0, 1.0, 1.96], atol=0.05)
 
 
+@pytest.mark.parametrize("churn", [0.05, 0.4])
+def test_churn_is_the_papers_algorithm(churn):
+    """arXiv:2206.00364, Alg. 2, in its own variables: sigma and x = z / alpha."""
+    logsnrs = np.array([-8.0, -3.0, 0.0, 2.0, 6.0])
+    sigmas, z = np.exp(-0.5 * logsnrs), np.random.default_rng(0).normal(size=(2, *SHAPE))
+    x = z * np.sqrt(1.0 + sigmas[0] ** 2)
+
+    def denoiser(x, sigma):
+        z = x / np.sqrt(1.0 + sigma**2)
+        return reference.gaussian_mean(z, -2.0 * np.log(sigma), M, C)
+
+    for step in range(4):
+        noise = samplers.normal(samplers.fold_in_keys(keys(2), step), SHAPE)
+        raised = sigmas[step] * (1.0 + churn)
+        x = x + np.sqrt(raised**2 - sigmas[step] ** 2) * np.asarray(noise, np.float64)
+        x0 = denoiser(x, raised)
+        slope = (x - x0) / raised
+        end = x + (sigmas[step + 1] - raised) * slope
+        slope_end = (end - denoiser(end, sigmas[step + 1])) / sigmas[step + 1]
+        x = x + (sigmas[step + 1] - raised) * 0.5 * (slope + slope_end)
+    got = draw("heun", logsnrs, jnp.asarray(z, jnp.float32), churn=churn)
+    # The result is x0 as first seen in the last step.
+    np.testing.assert_allclose(got, x0, atol=2e-5)
+
+
 def test_ancestral_sampling_draws_anew_at_every_step_and_picture():
     logsnrs = jnp.array([-3.0, -1.0, 1.0, 20.0])
     z = jnp.zeros((2, *SHAPE))
@@ -89,7 +114,7 @@ def test_noise_of_a_picture_does_not_depend_on_its_batch():
 @pytest.mark.parametrize(
     ("name", "evaluations"),
     [("ddpm", lambda n: n), ("ddim", lambda n: n), ("dpmpp_2m", lambda n: n),
-     ("heun", lambda n: 2 * n)],
+     ("dpmpp_2m_sde", lambda n: n), ("heun", lambda n: 2 * n)],
 )  # fmt: skip
 def test_evaluations_of_the_network(name, evaluations, steps):
     levels = []

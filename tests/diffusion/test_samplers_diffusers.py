@@ -73,19 +73,20 @@ def keys(step):
 def same_noise(monkeypatch):
     """diffusers draws, step by step, the noise that our sampler draws."""
     step = iter(range(STEPS))
-    module = diffusers.schedulers.scheduling_ddpm
     draw = lambda *args, **options: torch.from_numpy(  # noqa: E731
         np.array(samplers.normal(keys(next(step)), SHAPE))
     )
-    monkeypatch.setattr(module, "randn_tensor", draw)
+    for name in ("scheduling_ddpm", "scheduling_dpmsolver_multistep"):
+        monkeypatch.setattr(getattr(diffusers.schedulers, name), "randn_tensor", draw)
 
 
 @pytest.mark.parametrize("prediction", ["sample", "epsilon"])
 @pytest.mark.parametrize("schedule", list(SCHEDULES))
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("ddpm", {"gamma": 0.0}), ("ddpm", {"gamma": 1.0}), ("ddim", {}), ("dpmpp_2m", {})],
-)
+    [("ddpm", {"gamma": 0.0}), ("ddpm", {"gamma": 1.0}), ("ddim", {}), ("dpmpp_2m", {}),
+     ("dpmpp_2m_sde", {})],
+)  # fmt: skip
 def test_every_step_agrees(name, options, schedule, prediction, same_noise):
     given = {"beta_schedule": SCHEDULES[schedule], "prediction_type": prediction}
     if name == "ddpm":
@@ -97,7 +98,7 @@ def test_every_step_agrees(name, options, schedule, prediction, same_noise):
         scheduler = diffusers.DPMSolverMultistepScheduler(
             # The clip, which its documentation asks for with cosine, leaves alpha a size at which
             # float32 can divide by it.
-            algorithm_type="dpmsolver++",
+            algorithm_type="sde-dpmsolver++" if name == "dpmpp_2m_sde" else "dpmsolver++",
             solver_order=2,
             lambda_min_clipped=-5.1,
             **given,
