@@ -99,10 +99,14 @@ def tuning_config(stage: str, folder: pathlib.Path, flags: argparse.Namespace) -
         loader="numpy",
         batch_size=4,
     )
+    diffusion = config.diffusion
+    if config.text.null != "zeros":  # Training drops captions to zeros alone.
+        diffusion = dataclasses.replace(diffusion, cond_drop_prob=0.0)
     config = dataclasses.replace(
         config,
         seed=flags.seed,
         data=data,
+        diffusion=diffusion,
         lora=LoraConfig(rank=8),
         optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=0),
         ema=EmaConfig(decay=0.99),
