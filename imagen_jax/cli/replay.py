@@ -10,6 +10,7 @@ from imagen_jax.config.train import CheckpointConfig
 from imagen_jax.data.batches import loaders
 from imagen_jax.training.checkpoint import Checkpoints
 from imagen_jax.training.replay import replay
+from imagen_jax.training.teacher import add_teacher
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,4 +25,4 @@ def run(flags: argparse.Namespace) -> None:
     wiring.set_up_devices(config.mesh.cpu_devices)
     pipeline = wiring.open_pipeline(config)
     batches = functools.partial(loaders.batches, pipeline)
-    replay(config, flags.workdir, flags.step, batches, encode=pipeline.encode)
+    replay(config, flags.workdir, flags.step, batches, encode=add_teacher(config, pipeline.encode))

@@ -20,6 +20,7 @@ from imagen_jax.data.batches import loaders
 from imagen_jax.data.sources.registry import open_source
 from imagen_jax.parallel import distributed
 from imagen_jax.parallel.preemption import Preemption
+from imagen_jax.training.teacher import add_teacher, with_teacher
 from imagen_jax.training.train import train, with_data
 from imagen_jax.training.watchdog import restartable
 
@@ -57,6 +58,7 @@ def run(flags: argparse.Namespace) -> None:
         config = with_data(config, store.dim, store.fingerprint, pipeline.fingerprint())
         data = dataclasses.replace(config.data, records=source.fingerprint)
         config = dataclasses.replace(config, data=data)
+        config = with_teacher(config)
         changed_data.check_lines(config, flags.workdir, allowed)
         train(
             config,
@@ -64,7 +66,7 @@ def run(flags: argparse.Namespace) -> None:
             functools.partial(loaders.batches, pipeline),
             allow_changes=allowed,
             step_info=pipeline.step_info,
-            encode=pipeline.encode,
+            encode=add_teacher(config, pipeline.encode),
             preemption=preemption,
             compiled_step=flags.compiled,
             evaluators=make_evaluators(config, pipeline, flags.workdir),

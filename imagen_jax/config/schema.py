@@ -13,6 +13,7 @@ from typing import Any
 
 from imagen_jax.config import bounds
 from imagen_jax.config.data import DataConfig
+from imagen_jax.config.distill import DistillConfig
 from imagen_jax.config.fields import ConfigError, check_choice, doc, section
 from imagen_jax.config.lora import LoraConfig
 from imagen_jax.config.sampling import SamplingConfig
@@ -303,6 +304,7 @@ class Config:
     model: ModelConfig = section(ModelConfig, "U-Net.")
     lora: LoraConfig = section(LoraConfig, "Low-rank updates of the kernels.")
     diffusion: DiffusionConfig = section(DiffusionConfig, "Noise process and loss.")
+    distill: DistillConfig = section(DistillConfig, "Distillation of another stage.")
     optimizer: OptimizerConfig = section(OptimizerConfig, "Optimizer and learning rate.")
     ema: EmaConfig = section(EmaConfig, "Moving averages of the parameters.")
     train: TrainConfig = section(TrainConfig, "Length of the run, accumulation, reports.")

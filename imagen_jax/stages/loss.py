@@ -95,7 +95,8 @@ def loss_given_randomness(
     Args:
       params: plain parameters.
       batch: image [B,H,W,3] in [-1,1], text_emb [B,L,D], text_mask [B,L], SR: lowres [B,h,w,3];
-        and the values of `sample_randomness`.
+        the values of `sample_randomness`; and x0_target [B,H,W,3] where the network learns another
+        x0 than the image, see `distillation`.
       dropout_key: randomness of the dropout layers; None: no dropout.
       config: the stage.
 
@@ -106,22 +107,15 @@ def loss_given_randomness(
       Dhariwal 2021, Eq. 16); loss_by_noise_level [2, intervals] has, per interval of
       logsnr (LOGSNR_EDGES), the summed loss and the number of examples.
     """
-    settings, x0 = config.diffusion, batch["image"]
-    logsnr = process.logsnr_at(batch["time"], settings)
-    z = process.q_sample(x0, logsnr, batch["eps"])
-    text = Text(batch["text_emb"], batch["text_mask"])
-    if settings.text_noise:
-        text = add_text_noise(text, batch["text_eps"], settings.text_noise)
-    text = drop_text(text, batch["drop"])
-    conditioning = Conditioning(text)
-    if config.model.lowres:
-        conditioning = add_lowres(
-            text, batch["lowres"], batch["aug_level"], batch["lowres_eps"], config
-        )
+    settings, x0, eps = config.diffusion, batch["image"], batch["eps"]
+    z, logsnr, conditioning = network_inputs(batch, config)
+    if "x0_target" in batch:
+        x0 = batch["x0_target"]
+        eps = process.to_eps(x0, z=z, logsnr=logsnr)
 
     channels = apply(params, config, z, logsnr, conditioning, dropout_key=dropout_key)
     output = channels[..., :3]
-    target = process.prediction_target(settings.prediction, x0=x0, eps=batch["eps"], logsnr=logsnr)
+    target = process.prediction_target(settings.prediction, x0=x0, eps=eps, logsnr=logsnr)
     error = jnp.mean(jnp.square(output - target), axis=(1, 2, 3))
     losses = process.output_loss_weight(settings.loss_weight, settings.prediction, logsnr) * error
     loss = jnp.mean(losses)
@@ -139,3 +133,20 @@ def loss_given_randomness(
         report["vlb"] = likelihood.STEPS * jnp.mean(bound)
         report["loss"] = loss = loss + settings.vlb_weight * report["vlb"]
     return loss, report
+
+
+def network_inputs(
+    batch: Batch, config: Config
+) -> tuple[Float[Array, "b h w 3"], Float[Array, " b"], Conditioning]:
+    """z, logsnr in nats and conditioning of a batch with the values of `sample_randomness`."""
+    settings = config.diffusion
+    logsnr = process.logsnr_at(batch["time"], settings)
+    z = process.q_sample(batch["image"], logsnr, batch["eps"])
+    text = Text(batch["text_emb"], batch["text_mask"])
+    if settings.text_noise:
+        text = add_text_noise(text, batch["text_eps"], settings.text_noise)
+    text = drop_text(text, batch["drop"])
+    if not config.model.lowres:
+        return z, logsnr, Conditioning(text)
+    lowres = batch["lowres"], batch["aug_level"], batch["lowres_eps"]
+    return z, logsnr, add_lowres(text, *lowres, config)

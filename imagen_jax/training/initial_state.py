@@ -49,6 +49,17 @@ def abstract_state(
     return jax.jit(create, out_shardings=shardings, compiler_options=options), abstract
 
 
+def abstract_params(config: Config, mesh: partitioning.AnyMesh) -> Any:
+    """Shapes of the parameters of a stage with their shardings; allocates nothing."""
+    boxed = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    shapes, shardings = partitioning.unbox(boxed), partitioning.param_shardings(boxed, mesh)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )
+
+
 def start_from(
     path: str,
     abstract: TrainState,
@@ -80,7 +91,7 @@ def start_from(
         stored = flatten(checkpoints.shapes(step)["params"])
     wanted = _common(path, stored, expected, config, log)
     if step is None:
-        read = {name: _place(stored[name], expected[name]) for name in wanted}
+        read = {name: place(stored[name], expected[name]) for name in wanted}
     elif wanted:
         read = flatten(checkpoints.restore_ema(step, unflatten({k: expected[k] for k in wanted})))
     if len(read) < len(expected) and config is not None:
@@ -138,7 +149,7 @@ def _random(config: Config, expected: Mapping[str, Any]) -> dict[str, jax.Array]
     return jax.jit(create, out_shardings=shardings, compiler_options=options)()
 
 
-def _place(array: Any, like: Any) -> jax.Array:
+def place(array: Any, like: Any) -> jax.Array:
     """An array of a stage folder; its file is mapped, and a process reads its shards of it."""
     return jax.make_array_from_callback(
         like.shape, like.sharding, lambda index: np.asarray(array[index], like.dtype)

@@ -19,14 +19,20 @@ from imagen_jax.config.schema import Config
 from imagen_jax.diffusion import process
 from imagen_jax.parallel import partitioning
 from imagen_jax.parallel.partitioning import place_batch
-from imagen_jax.stages.loss import DROPOUT_STREAM, loss_given_randomness, sample_randomness
+from imagen_jax.stages.loss import DROPOUT_STREAM, loss_given_randomness
 from imagen_jax.training import faults
 from imagen_jax.training.batch_streams import Batches, Encode
 from imagen_jax.training.checkpoint import Checkpoints
 from imagen_jax.training.initial_state import abstract_state
 from imagen_jax.training.optimizer import make_optimizer
 from imagen_jax.training.restore import CheckpointError
-from imagen_jax.training.step import block_norms, gradient_of_batch, jit_train_step, step_key
+from imagen_jax.training.step import (
+    block_norms,
+    examples_of,
+    gradient_of_batch,
+    jit_train_step,
+    step_key,
+)
 
 
 def replay(
@@ -108,7 +114,7 @@ def _examine(
     """Logs loss per example and gradient norm per block; True if any value is not finite."""
     step = int(values["step"])
     key = step_key(config, step, values.get("rollbacks", 0))
-    examples = {**batch, **sample_randomness(key, len(batch["image"]), config)}
+    examples = examples_of(batch, key, config)
     dropout_key = jax.random.fold_in(key, DROPOUT_STREAM)
     single = jax.jit(lambda part: loss_given_randomness(params, part, dropout_key, config)[0])
     records = values.get("records", range(len(batch["image"])))
@@ -117,7 +123,11 @@ def _examine(
     for index, record in enumerate(records):
         loss = float(single({name: value[index : index + 1] for name, value in examples.items()}))
         bad |= not np.isfinite(loss)
-        inputs = {name: bool(np.isfinite(array[index]).all()) for name, array in batch.items()}
+        inputs = {
+            name: bool(np.isfinite(array[index]).all())
+            for name, array in batch.items()
+            if name != "teacher"
+        }
         non_finite = [name for name, finite in inputs.items() if not finite]
         note = f"  not finite in the batch: {', '.join(non_finite)}" if non_finite else ""
         log(f"record {record}  logsnr {float(logsnr[index]):.2f}  loss {loss:.4g}{note}")

@@ -12,9 +12,11 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
+from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import Config
 from imagen_jax.models import gradients
 from imagen_jax.parallel import flops, partitioning
+from imagen_jax.stages import distillation
 from imagen_jax.stages.loss import (
     DROPOUT_STREAM,
     loss_given_randomness,
@@ -142,6 +144,25 @@ def block_norms(gradient: Mapping[str, Any]) -> dict[str, Array]:
     return {name: optax.tree.norm(block) for name, block in gradient.items()}
 
 
+def examples_of(
+    batch: Mapping[str, Array], key: Key[Array, ""], config: Config
+) -> dict[str, Array]:
+    """A batch with the randomness of its step, and with `config.distill` the teacher's targets.
+
+    Raises:
+      ConfigError: the batch lacks the teacher's parameters.
+    """
+    examples = {**batch, **sample_randomness(key, len(batch["image"]), config)}
+    if not config.distill.teacher:
+        return examples
+    if "teacher" not in examples:
+        raise ConfigError(
+            f"config.distill.teacher={config.distill.teacher!r}: the batch has no parameters of "
+            "it; give train(encode=Teacher(...)), see training/teacher.py"
+        )
+    return distillation.add_targets(examples, config)
+
+
 def gradient_of_batch(
     params: Any, batch: Mapping[str, Array], key: Key[Array, ""], config: Config
 ) -> tuple[Any, dict[str, Array]]:
@@ -152,7 +173,7 @@ def gradient_of_batch(
     """
     trained = select(params, patterns(config))
     parts = config.train.accumulation
-    examples = {**batch, **sample_randomness(key, len(batch["image"]), config)}
+    examples = examples_of(batch, key, config)
     dropout_key = jax.random.fold_in(key, DROPOUT_STREAM)
 
     def loss(trained: Any, examples: Mapping[str, Array], key: Key[Array, ""]) -> Any:

@@ -1,0 +1,97 @@
+"""Distillation is training like any other: killed and resumed, exported, sampled."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from imagen_jax.config import overrides
+from imagen_jax.config.distill import DistillConfig
+from imagen_jax.config.fields import ConfigError
+from imagen_jax.config.schema import Config
+from imagen_jax.stages import folder
+from imagen_jax.training.teacher import Teacher, add_teacher, with_teacher
+from imagen_jax.training.train import train
+
+
+@pytest.fixture(scope="module")
+def teacher(base_config, random_params, tmp_path_factory):
+    path = tmp_path_factory.mktemp("teacher") / "stage"
+    folder.write_stage(path, random_params(base_config, 1), base_config, {})
+    return path
+
+
+def student(config, teacher, steps):
+    return with_teacher(dataclasses.replace(config, distill=DistillConfig(str(teacher), steps)))
+
+
+def identity(batch):
+    return batch
+
+
+@pytest.mark.parametrize("steps", [None, 2])
+def test_resumed_in_the_middle_it_ends_the_same(base_config, teacher, stream, tmp_path, steps):
+    config = student(base_config, teacher, steps)
+    whole = train(config, str(tmp_path / "whole"), stream(config), encode=Teacher(config, identity))
+
+    class Killed(Exception):
+        pass
+
+    def kill(position):
+        if position == 5:
+            raise Killed
+
+    parts = str(tmp_path / "parts")
+    with pytest.raises(Killed):
+        train(config, parts, stream(config, event=kill), encode=Teacher(config, identity))
+    resumed = train(config, parts, stream(config), encode=Teacher(config, identity))
+    jax.tree.map(np.testing.assert_array_equal, whole.params, resumed.params)
+    jax.tree.map(np.testing.assert_array_equal, whole.ema, resumed.ema)
+    start = folder.load_stage(str(teacher)).params
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), start, whole.params)
+    assert max(jax.tree.leaves(moved)) > 1e-3
+
+
+def test_parts_of_a_batch_give_the_same_gradient(base_config, teacher, stream, tmp_path):
+    config = student(base_config, teacher, 2)
+    in_parts = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulation=2))
+    ends = [
+        train(c, str(tmp_path / str(i)), stream(c), encode=Teacher(c, identity)).params
+        for i, c in enumerate((config, in_parts))
+    ]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-4), *ends)
+
+
+def test_the_students_settings_follow_from_the_teacher(base_config, teacher):
+    config = student(base_config, teacher, 2)
+    assert config.train.init_from == str(teacher)
+    assert (config.sampling.sampler, config.sampling.steps) == ("ddim", 2)
+    assert config.sampling.guidance_weight == 1.0 and config.diffusion.cond_drop_prob == 0.0
+    assert config.distill.sampling.guidance_weight == base_config.sampling.guidance_weight
+    guided = student(base_config, teacher, None)
+    assert guided.sampling.steps == base_config.sampling.steps
+    assert overrides.from_dict(Config, dataclasses.asdict(config), "config") == config
+
+
+def test_another_network_is_refused(base_config, teacher):
+    model = dataclasses.replace(base_config.model, channels=(16,))
+    with pytest.raises(ConfigError, match=r"config\.model\.channels=\(16,\) must be \(8,\)"):
+        student(dataclasses.replace(base_config, model=model), teacher, None)
+
+
+def test_eps_has_no_student_of_few_steps(base_config, teacher):
+    diffusion = dataclasses.replace(base_config.diffusion, prediction="eps", loss_weight="eps")
+    with pytest.raises(ConfigError, match=r"config\.diffusion\.prediction='eps'"):
+        student(dataclasses.replace(base_config, diffusion=diffusion), teacher, 4)
+
+
+def test_a_run_without_the_teachers_parameters_is_refused(base_config, teacher, stream, tmp_path):
+    config = student(base_config, teacher, 2)
+    with pytest.raises(ConfigError, match=r"config\.distill\.teacher=.*training/teacher\.py"):
+        train(config, str(tmp_path), stream(config))
+
+
+def test_without_a_teacher_nothing_is_added(base_config):
+    assert with_teacher(base_config) is base_config
+    assert add_teacher(base_config, identity) is identity
