@@ -16,22 +16,23 @@ class PromptError(ValueError):
 
 
 class _Row(NamedTuple):
-    """A row, and why its text cannot be decoded ("" if it can)."""
+    """A row, why its text cannot be decoded ("" if it can), and its encoding ("": Unicode)."""
 
     line: int
     fields: dict[str, Any]
     fault: str = ""
+    encoding: str = ""
 
 
 def read(path: str, log: Callable[[str], None] = print) -> list[dict[str, Any]]:
-    """Reads prompts. Rows whose text cannot be used are skipped and logged.
+    """Reads prompts. Rows whose text cannot be used are skipped and logged; encodings are logged.
 
     Args:
       path: .txt (a prompt per line), .csv (a column `prompt`, or `prompts` as in
         DrawBench's, in any case) or .jsonl (objects with `prompt`), in Unicode or an encoding that
         can be detected. Empty lines of a .txt are skipped. A field `seed` is the seed of the
         row's images.
-      log: called with one line per skipped row.
+      log: called with one line per skipped row, and one per encoding that is not Unicode.
 
     Raises:
       PromptError: no such file, unknown kind, no prompts, or a row without one.
@@ -43,6 +44,7 @@ def read(path: str, log: Callable[[str], None] = print) -> list[dict[str, Any]]:
     if file.suffix.lower() not in readers:
         raise PromptError(f"--prompts={path}: must end in {', '.join(readers)}")
     rows, skipped = [], []
+    encodings: dict[str, tuple[int, str]] = {}  # Number of prompts, and the first one.
     try:
         for row in readers[file.suffix.lower()](file):
             prompt = row.fields.get("prompt", "")
@@ -54,6 +56,8 @@ def read(path: str, log: Callable[[str], None] = print) -> list[dict[str, Any]]:
                 skipped.append(f"line {row.line}: a prompt with {why}")
             else:
                 rows.append(_with_seed(row.fields, f"--prompts={path}: line {row.line}"))
+                count, first = encodings.get(row.encoding, (0, prompt))
+                encodings[row.encoding] = count + 1, first
     except text.TextError as error:
         raise PromptError(f"--prompts={path}: {error}; write it as UTF-8") from error
     if not rows:
@@ -61,6 +65,9 @@ def read(path: str, log: Callable[[str], None] = print) -> list[dict[str, Any]]:
         raise PromptError(f"--prompts={path}: holds no prompts{why}")
     for why in skipped:
         log(f"--prompts={path}: {why} is skipped")
+    for name, (count, first) in encodings.items():
+        if name:
+            log(f"--prompts={path}: {count} read in {name}, such as {first!r}")
     return rows
 
 
@@ -91,7 +98,7 @@ def _read_txt(file: pathlib.Path) -> Iterator[_Row]:
         for part in jsonl.split_lines(line.text):  # A line may end in \r alone.
             number += 1
             if part.strip():
-                yield _Row(number, {"prompt": part.strip()}, line.fault)
+                yield _Row(number, {"prompt": part.strip()}, line.fault, line.encoding)
 
 
 def _read_csv(file: pathlib.Path) -> Iterator[_Row]:
@@ -99,7 +106,7 @@ def _read_csv(file: pathlib.Path) -> Iterator[_Row]:
         fields = dict(row.fields)
         if "prompts" in fields:
             fields["prompt"] = fields.pop("prompts")
-        yield _Row(row.number, fields, row.fault)
+        yield _Row(row.number, fields, row.fault, row.encoding)
 
 
 def _read_jsonl(file: pathlib.Path) -> Iterator[_Row]:
@@ -111,4 +118,4 @@ def _read_jsonl(file: pathlib.Path) -> Iterator[_Row]:
         except (ValueError, RecursionError) as error:
             raise PromptError(f"--prompts={file}: line {number} is not JSON ({error})") from error
         prompt = row.get("prompt") if isinstance(row, dict) else None
-        yield _Row(number, row if isinstance(prompt, str) else {}, line.fault)
+        yield _Row(number, row if isinstance(prompt, str) else {}, line.fault, line.encoding)

@@ -8,6 +8,7 @@ replaced by marks.
 from __future__ import annotations
 
 import codecs
+import collections
 import contextlib
 import csv
 import io
@@ -44,7 +45,7 @@ class Line(NamedTuple):
 
     Attributes:
       text: without a byte order mark; with `fault`, bytes that cannot be decoded are surrogates.
-      encoding: "" for Unicode.
+      encoding: described for a report; "" for Unicode.
       fault: why it cannot be decoded; "" if it can.
     """
 
@@ -59,7 +60,7 @@ class Row(NamedTuple):
     Attributes:
       number: of its last line, from 1.
       fields: by the names of the header, in lower case.
-      encoding: "" for Unicode.
+      encoding: described for a report; "" for Unicode.
       fault: why it cannot be used; "" if it can.
     """
 
@@ -114,7 +115,7 @@ def read_lines(path: str | os.PathLike[str]) -> Iterator[Line]:
         yield from map(Line, re.findall(r"[^\n]*\n|[^\n]+", content))
         return
     other = _detect_lines(file)
-    known = [name for name in dict.fromkeys(other.values()) if name]
+    known = [guess for guess, _ in collections.Counter(other.values()).most_common() if guess.name]
     for number, data in enumerate(_lines(file)):
         try:
             text = decode(data)
@@ -124,10 +125,11 @@ def read_lines(path: str | os.PathLike[str]) -> Iterator[Line]:
         if isinstance(text, str):
             yield Line(text)
             continue
-        name = other.get(number) or next((n for n in known if encodings.fits(text, n)), "")
-        name = name or encodings.detect([text])[0]
-        if name:
-            yield Line(text.decode(name), name)
+        guess = other.get(number) or encodings.nearest(text, known)
+        if not guess.name:
+            guess = encodings.detect([text])[0]
+        if guess.name:
+            yield Line(text.decode(guess.name), encodings.described(guess))
         else:
             yield Line(data.decode("utf-8", "surrogateescape"), fault="an unknown encoding")
 
@@ -138,7 +140,7 @@ def _lines(file: pathlib.Path) -> Iterator[bytes]:
             yield line.removeprefix(codecs.BOM_UTF8) if number == 0 else line
 
 
-def _detect_lines(file: pathlib.Path) -> dict[int, str]:
+def _detect_lines(file: pathlib.Path) -> dict[int, encodings.Guess]:
     """Encodings of the lines that are not Unicode, by number; of the first ones."""
     found: dict[int, bytes] = {}
     for number, line in enumerate(_lines(file)):

@@ -74,8 +74,10 @@ def test_russian_lines_among_utf8(tmp_path, encoding):
     texts = ["красный круг на синем фоне", "кошка сидит на окне", "большая собака"]
     data = "\n".join(texts).encode(encoding) + "\nein Bär\n".encode()
     (tmp_path / "p.txt").write_bytes(data)
-    found = [row["prompt"] for row in prompts.read(str(tmp_path / "p.txt"))]
+    log = []
+    found = [row["prompt"] for row in prompts.read(str(tmp_path / "p.txt"), log.append)]
     assert found == [*texts, "ein Bär"]
+    assert log == [f"--prompts={tmp_path}/p.txt: 3 read in {encoding}, such as {texts[0]!r}"]
 
 
 SKIPPED = {

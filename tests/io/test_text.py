@@ -35,7 +35,7 @@ TEXTS = {
 
 def decoded(pairs):
     data = [written.encode(name) for name, written in pairs]
-    names = encodings.detect(data)
+    names = [guess.name for guess in encodings.detect(data)]
     return [one.decode(name) for one, name in zip(data, names, strict=True) if name]
 
 
@@ -82,8 +82,63 @@ def test_short_words_beside_others():
         assert decoded([(name, written) for written in beside]) == beside
 
 
+NAMES = {
+    "cp1250": [
+        "Węgry Włochy Łotwa Norwegia Gruzja-Północna Książę Świnoujście Indie-Wschodnie Źródło Ćma",
+        "Česko Německo Řecko Švédsko Dánsko Ukrajina-Východní Švýcarsko Keňa Maďarsko Černá-Hora",
+        "Slovenija Češka Švica Žalec Nemčija Španija Avstrijska Turčija Grčija Južna-Koreja",
+        "România Franţa Elveţia Suedia Turcia-Mică Bucureşti Moscovă Braşov Austria-Ungară Viena",
+    ],
+    "cp1254": ["Türkiye Fransa İngiltere Mısır Güneydoğu Kıbrıs Gürcistan Kırgızistan Işık Çeşme"],
+    "cp1257": [
+        "Lietuva Prancūzija Šveicarija Rūsys Žemė Ąžuolas Įlanka Ežeras Vyšnios Ūkis",
+        "Latvija Francija Šveice Somija Rīga Jūrmala Ļeņingrada Ēģipte Čehija",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_of_other_languages_in_latin_letters(name):
+    """Most of their letters are those of Windows-1252, where ł is ³ and ğ is ð."""
+    for names in NAMES[name]:
+        written = [word for word in names.split() if not word.isascii()]
+        assert decoded([(name, word) for word in written]) == written
+        beside = [(name, word) for word in written] + [("cp1251", "красный круг на синем фоне")]
+        assert decoded(beside) == [word for _, word in beside]
+
+
+WORDS = {
+    "cp1250": "Keňa koń dům łoś žába",
+    "cp1251": "да дом я кот нос",
+    "cp1252": "été crème Öl là",
+    "cp1253": "γη φως νερό",
+    "cp1254": "ılık kuş",
+    "cp1255": "דג עץ",
+    "cp1256": "قط يد",
+    "cp932": "猫 犬 山",
+    "gb18030": "狗 山 红花",
+    "cp949": "개 꽃 나무",
+    "cp874": "บี หมา",
+}
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_what_a_word_leaves_open_is_said(name):
+    """A word alone may be read wrongly, but not in silence; many words are certain."""
+    for word in WORDS[name].split():
+        (guess,) = encodings.detect([word.encode(name)])
+        right = guess.name and word.encode(name).decode(guess.name) == word
+        assert right or not guess.name or guess.other, word
+    assert encodings.detect([b"\xe4\xe0"])[0].other  # "да", or "äà".
+    beside = [word.encode("cp1252") for word in FRENCH] + ["да".encode("cp1251")]
+    assert [bool(guess.other) for guess in encodings.detect(beside)] == [False] * 3 + [True]
+    if name in TEXTS:
+        texts = [written.encode(name) for written in TEXTS[name] if len(written) > 20]
+        assert not any(guess.other for guess in encodings.detect(texts))
+
+
 def test_bytes_of_no_text():
-    assert encodings.detect([b"\x81\x8d\x8f\x90\x9d\xff\xfe\x00\x01"]) in ([""], ["cp1251"])
+    assert encodings.detect([b"\x81\x8d\x8f\x90\x9d\xff\xfe\x00\x01"]) == [encodings.Guess("")]
     assert encodings.detect([]) == []
 
 
@@ -174,5 +229,5 @@ def test_mutated_texts_and_tables_end_in_text_or_its_own_error(tmp_path):
             found = text.decode(bytes(data))
             if isinstance(found, str):
                 text.fault(found)
-            elif name := encodings.detect([found])[0]:
+            elif name := encodings.detect([found])[0].name:
                 assert found.decode(name)

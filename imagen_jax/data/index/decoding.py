@@ -6,11 +6,13 @@ that follow, wait until there are enough of them (`io/encodings.py`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import collections
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from imagen_jax.data.sources.records import Caption, Item
 from imagen_jax.io import encodings, text
+from imagen_jax.io.encodings import Guess
 
 SAMPLE = 512  # Texts by which encodings are detected.
 MAX_WAITING = 100_000  # Records.
@@ -37,7 +39,7 @@ class RecordCheck(NamedTuple):
 def decode_captions(checks: Iterable[RecordCheck]) -> Iterator[RecordCheck]:
     """The same records, in their order, with captions that are text, or a fault."""
     waiting: list[RecordCheck] = []
-    known: list[str] = []
+    known: list[Guess] = []
     count = 0
     for raw in checks:
         check = _with_known(_with_unicode(raw), known)
@@ -70,30 +72,37 @@ def _with_unicode(check: RecordCheck) -> RecordCheck:
     return _with(check, found)
 
 
-def _with_known(check: RecordCheck, known: Sequence[str]) -> RecordCheck:
+def _with_known(check: RecordCheck, known: Sequence[Guess]) -> RecordCheck:
     """Decodes by the encodings found so far, where one fits."""
-    for encoding in known if _undecoded(check) else ():
-        if all(encodings.fits(caption, encoding) for caption in _undecoded(check)):
-            return _with_encodings(check, dict.fromkeys(_undecoded(check), encoding))
-    return check
+    if not known or not _undecoded(check):
+        return check
+    guesses = {caption: encodings.nearest(caption, known) for caption in _undecoded(check)}
+    if not all(guess.name for guess in guesses.values()):
+        return check
+    return _with_encodings(check, guesses)
 
 
-def _detect(checks: Sequence[RecordCheck], known: list[str]) -> Iterator[RecordCheck]:
-    """Decodes all captions of `checks`; adds their encodings to `known`."""
+def _detect(checks: Sequence[RecordCheck], known: list[Guess]) -> Iterator[RecordCheck]:
+    """Decodes the captions of `checks`; adds their encodings to `known`, frequent ones first."""
     texts = list(dict.fromkeys(found for check in checks for found in _undecoded(check)))
-    names = dict(zip(texts, encodings.detect(texts), strict=True))
-    known += [name for name in dict.fromkeys(names.values()) if name and name not in known]
+    guesses = dict(zip(texts, encodings.detect(texts), strict=True))
+    names = [guess.name for guess in known]
+    for guess, _ in collections.Counter(guesses.values()).most_common():
+        if guess.name and guess.name not in names:
+            known.append(guess)
+            names.append(guess.name)
     for check in checks:
-        yield _with_encodings(check, names) if _undecoded(check) else check
+        yield _with_encodings(check, guesses) if _undecoded(check) else check
 
 
-def _with_encodings(check: RecordCheck, names: dict[bytes, str]) -> RecordCheck:
-    """Decodes captions by the encoding of each; "": unknown."""
-    used = [names[caption] for caption in _undecoded(check)]
-    if not all(used):
+def _with_encodings(check: RecordCheck, guesses: Mapping[bytes, Guess]) -> RecordCheck:
+    """Decodes captions by the encoding of each."""
+    used = [guesses[caption] for caption in _undecoded(check)]
+    if not all(guess.name for guess in used):
         return check._replace(fault="caption in an unknown encoding")
-    found = [c.decode(names[c]) if isinstance(c, bytes) else c for c in check.item.captions]
-    notes = (*check.notes, *(f"caption in {name}" for name in dict.fromkeys(used)))
+    found = [c.decode(guesses[c].name) if isinstance(c, bytes) else c for c in check.item.captions]
+    kinds = dict.fromkeys(encodings.described(guess) for guess in used)
+    notes = (*check.notes, *(f"caption in {kind}" for kind in kinds))
     return _with(check, found)._replace(notes=notes)
 
 
