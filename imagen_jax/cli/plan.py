@@ -25,6 +25,7 @@ from imagen_jax.planning import plan
 from imagen_jax.planning.plan import Plan
 from imagen_jax.planning.report import report
 from imagen_jax.planning.search import search_batch, search_train
+from imagen_jax.training.teacher import with_teacher
 
 STAGES = ("train", "sample", "embed")
 
@@ -111,6 +112,7 @@ def _make(
         if flags.batch:
             data = dataclasses.replace(config.data, batch_size=flags.batch)
             config = dataclasses.replace(config, data=data)
+        config = with_teacher(config)
         if flags.search:
             return search_train(config, where, options, print)
         return plan.compile_program(plan.train_program(config, where), where, options)

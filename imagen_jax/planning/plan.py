@@ -147,6 +147,8 @@ def train_program(config: Config, where: Slice) -> Program:
 
     _, state = abstract_state(config, optimizer, mesh)
     batch = _with_sharding(batch_shapes(config), partitioning.batch_sharding(mesh))
+    if config.distill.teacher:
+        batch["teacher"] = state.params
 
     with jax.set_mesh(mesh):
         traced = jit_train_step(config, optimizer, state, mesh).trace(state, batch)

@@ -44,6 +44,7 @@ def format_card(
         "output": size_line(config),
         "parameters": f"{parameter_count(params):,} (float32, {average})",
         "trained for": f"{step} steps of {config.data.batch_size} images",
+        "distilled": _distilled_line(config),
         "last report": f"step {known['step']}: {', '.join(shown)}" if shown else "",
         "data": _data_line(config.data),
         "text encoder": encoder_line(config),
@@ -87,6 +88,15 @@ def sampling_line(config: Config) -> str:
         f"{settings.sampler}, {settings.steps} steps, guidance weight "
         f"{settings.guidance_weight:g}, {settings.thresholding} thresholding{aug}"
     )
+
+
+def _distilled_line(config: Config) -> str:
+    """What the stage learned from which teacher; "" without one."""
+    settings = config.distill
+    if not settings.teacher:
+        return ""
+    what = "guidance" if settings.steps is None else f"{settings.steps} sampling steps"
+    return f"{what}, of the teacher `{settings.teacher}`"
 
 
 def size_line(config: Config) -> str:

@@ -18,7 +18,16 @@ from tests.reference.launch import CAPTURE, CASES, ODD, OVERRIDE, ROOT, SNAPSHOT
 SCRIPTS = sorted(p.name for p in (ROOT / "launch").glob("*.sh"))
 WITH_OPTIONS = sorted(
     set(SCRIPTS)
-    - {"demo.sh", "demo_256.sh", "emoji.sh", "folder.sh", "lib.sh", "steps.sh", "slurm_job.sh"}
+    - {
+        "demo.sh",
+        "demo_256.sh",
+        "distill.sh",
+        "emoji.sh",
+        "folder.sh",
+        "lib.sh",
+        "steps.sh",
+        "slurm_job.sh",
+    }
 )
 
 
@@ -100,7 +109,9 @@ def test_help_names_every_option(script):
         assert f"--{name}" in result.stdout, name
 
 
-@pytest.mark.parametrize("script", ["demo.sh", "demo_256.sh", "emoji.sh", "folder.sh"])
+@pytest.mark.parametrize(
+    "script", ["demo.sh", "demo_256.sh", "distill.sh", "emoji.sh", "folder.sh"]
+)
 def test_help_of_a_script_without_options(script):
     result = launch(script, "--help", PYTHON="false")
     assert result.returncode == 0 and result.stderr == ""

@@ -10,6 +10,8 @@ from imagen_jax.config import overrides
 from imagen_jax.config.distill import DistillConfig
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import Config
+from imagen_jax.parallel import topology
+from imagen_jax.planning.plan import train_program
 from imagen_jax.stages import folder
 from imagen_jax.training.teacher import Teacher, add_teacher, with_teacher
 from imagen_jax.training.train import train
@@ -90,6 +92,17 @@ def test_a_run_without_the_teachers_parameters_is_refused(base_config, teacher, 
     config = student(base_config, teacher, 2)
     with pytest.raises(ConfigError, match=r"config\.distill\.teacher=.*training/teacher\.py"):
         train(config, str(tmp_path), stream(config))
+
+
+def test_a_plan_has_room_for_the_teacher(base_config, teacher):
+    where = topology.this_machine()
+    without = train_program(base_config, where)
+    config = student(base_config, teacher, 2)
+    bytes_of_params = 4 * without.params
+    found = train_program(config, where)
+    assert found.arguments == without.arguments + bytes_of_params
+    # Two evaluations of the teacher, each guided: a batch of twice the size.
+    assert found.flops > without.flops + 3.5 * (without.flops / 3)
 
 
 def test_without_a_teacher_nothing_is_added(base_config):
