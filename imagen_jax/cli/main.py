@@ -22,7 +22,6 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from imagen_jax.config.fields import ConfigError, unknown_name
-from imagen_jax.parallel.preemption import RESTART, Preempted
 
 GROUPS = {
     "configuration": {
@@ -152,6 +151,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # Lines reach a log file as they are written.
             stream.reconfigure(line_buffering=True)
     module, flags = parse(list(sys.argv[1:] if argv is None else argv))
+    # JAX, a second of imports, is not needed for --help and wrong usage.
+    from imagen_jax.parallel.preemption import RESTART, Preempted
+
     warnings.showwarning = lambda message, *_, **__: print(
         f"imagen {flags.verb}: warning: {' '.join(str(message).split())}", file=sys.stderr
     )

@@ -1,5 +1,8 @@
 """The command line: exit codes, one line on stderr, never a traceback."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -169,3 +172,13 @@ def test_an_unexpected_error_keeps_its_traceback(monkeypatch, config):
     monkeypatch.setattr(prepare, "open_source", lambda data: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main.main(["prepare", f"--config={config}"])
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["trian"]])
+def test_help_and_wrong_verbs_need_no_jax(arguments):
+    program = (
+        "import sys\nfrom imagen_jax.cli import main\n"
+        f"try: main.main({arguments})\nexcept SystemExit: pass\n"
+        "sys.exit(10 + ('jax' in sys.modules or 'numpy' in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == 10
