@@ -32,12 +32,13 @@ def network(case: str):
     return unet
 
 
-def output(unet, case: str) -> np.ndarray:
+def output(unet, case: str, dtype: str = "float32") -> np.ndarray:
     """Its output on the inputs of the golden file, [B, channels, h, w]."""
     import torch
 
     golden = np.load(GOLDEN / case / "golden.npz")
-    x, t, text = (torch.from_numpy(golden[name]) for name in ("x", "t", "text"))
+    x, text = (torch.from_numpy(golden[name].astype(dtype)) for name in ("x", "text"))
+    t = torch.from_numpy(golden["t"])
     labels = torch.from_numpy(golden["class_labels"]) if "class_labels" in golden else None
     with torch.no_grad():
         return unet(x, t, text, class_labels=labels).sample.numpy()
@@ -48,18 +49,18 @@ def targets(case: str) -> list[str]:
     return TARGETS + (["conv1"] if case == "base" else [])
 
 
-def fill(unet) -> None:
-    """Seeds all factors, so that none is zero; an update is about a tenth of its kernel.
+def fill(unet, size: float = 0.3) -> None:
+    """Seeds all factors, so that none is zero; an update is about size**2 of its kernel.
 
-    Updates as large as their kernels saturate the attention, which amplifies rounding.
+    Updates as large as their kernels amplify rounding in float32, `if_lora_precision`.
     """
     import torch
 
     factors = {n: p for n, p in unet.named_parameters() if ".lora_" in n}
     rng = np.random.default_rng(2)
     for name in sorted(factors):
-        size = np.prod(factors[name].shape[1:])
-        values = 0.3 * rng.normal(size=factors[name].shape) / size**0.5
+        inputs = np.prod(factors[name].shape[1:])
+        values = size * rng.normal(size=factors[name].shape) / inputs**0.5
         factors[name].data = torch.from_numpy(values.astype(np.float32))
 
 
