@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+from imagen_jax.cli.distance_evaluator import FeatureDistances
 from imagen_jax.cli.sampling_evaluators import HeldOutSamples, ScoredSamples
 from imagen_jax.config import plugins
 from imagen_jax.config.fields import ConfigError
@@ -42,6 +43,10 @@ def _scorer(config: Config, pipeline: Pipeline, workdir: str) -> Evaluator:
     return ScoredSamples(config, workdir)
 
 
+def _distances(config: Config, pipeline: Pipeline, workdir: str) -> Evaluator:
+    return FeatureDistances(config, _held_out(config, pipeline), workdir)
+
+
 def _held_out(config: Config, pipeline: Pipeline) -> Pipeline:
     if not config.data.held_out:
         raise ConfigError(
@@ -55,6 +60,7 @@ EVALUATORS: dict[str, Make] = {
     "validation_loss": _validation_loss,
     "samples": _samples,
     "scorer": _scorer,
+    "distances": _distances,
 }
 
 

@@ -127,6 +127,11 @@ class EvaluateConfig:
         "Examples per evaluation, rounded up to whole batches; validation_loss reads as many of "
         "each part. Held-out images repeat with other noise where they are fewer.",
     )
+    features: tuple[str, ...] = doc(
+        (),
+        "distances: networks with their weights, NAME=PATH: inception gives the FID, clip the "
+        "CMMD; of the others the Frechet distance. Rows of features.networks.FEATURE_NETWORKS.",
+    )
     prompts: str = doc("", "scorer: prompts to sample, .txt, .csv or .jsonl.")
     scorer: str = doc(
         "", "scorer: an entry point of imagen_jax.scorers, or package.module:name of your own."
