@@ -174,7 +174,10 @@ def read_csv(path: str | os.PathLike[str]) -> Iterator[Row]:
     while header and not header.strip():
         header = next(stream, "")
     delimiter = max(",;\t", key=header.count)
-    names = [name.strip().lower() for name in next(csv.reader([header], delimiter=delimiter), [])]
+    if stated := re.fullmatch(r"sep=(.)\s*", header, re.IGNORECASE):  # Spreadsheets write it.
+        delimiter, header = stated[1], next(stream, "")
+    rows = csv.reader([header], delimiter=delimiter, skipinitialspace=True)
+    names = [name.strip().strip('"').lower() for name in next(rows, [])]
     first = len(lines)
     reader = csv.reader(stream, delimiter=delimiter)
     try:

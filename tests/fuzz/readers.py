@@ -30,7 +30,7 @@ from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.inference import prompts
 from imagen_jax.interop import weights
 from imagen_jax.io import images
-from tests.fuzz import image_files, mutate
+from tests.fuzz import embedding_files, image_files, mutate
 from tests.reference import tfrecords
 
 Mutation = Callable[[bytes, random.Random], bytes]
@@ -238,17 +238,6 @@ def _read_npz(path: pathlib.Path) -> bool:
     return True
 
 
-def _read_unit(path: pathlib.Path) -> bool:
-    unit_file.describe_unit(path)
-    return True
-
-
-def _unit(folder: pathlib.Path) -> bytes:
-    rows = [np.ones((2, 6), np.float32) for _ in range(3)]
-    unit_file.write_unit(folder / "unit.emb", ["a", "b", "c"], rows)
-    return (folder / "unit.emb").read_bytes()
-
-
 def _is_json(data: bytes) -> bool:
     """Whether the file, or one of its lines, is JSON."""
     for part in (data, *data.split(b"\n")):
@@ -342,6 +331,17 @@ def readers(folder: pathlib.Path) -> dict[str, FileReader]:
         "key.json": FileReader([key], _read_key, score_errors, "", text, _is_json),
         "statistics": FileReader([_npz()], _read_npz, score_errors, ".npz", header=_is_zip),
         "embeddings": FileReader(
-            [_unit(folder)], _read_unit, (unit_file.EmbeddingError,), header=_starts(unit_file.TAG)
+            embedding_files.units(folder),
+            embedding_files.read_unit,
+            (unit_file.EmbeddingError,),
+            header=_starts(unit_file.TAG, unit_file.OLD_TAG),
+        ),
+        "manifest.json": FileReader(
+            embedding_files.manifests(folder),
+            embedding_files.read_manifest,
+            (unit_file.EmbeddingError,),
+            "",
+            text,
+            embedding_files.is_json,
         ),
     }

@@ -48,6 +48,7 @@ MODULES = {
     "key": ("evaluation.raters.score",),
     "statistics": ("evaluation.features.frechet",),
     "embeddings": ("data.embeddings.unit_file",),
+    "manifest": ("data.embeddings.store", "data.embeddings.packs", "data.embeddings.key_table"),
 }
 MEMORY = 3 << 30  # Bytes of the address space beyond what the imports take.
 SECONDS = 60

@@ -200,7 +200,7 @@ def test_damage_is_named(data, says):
     ],
 )
 def test_texts_that_cannot_be_used(data, says):
-    assert text.fault(text.decode(data)).startswith(says)
+    assert text.fault(str(text.decode(data))).startswith(says)
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])

@@ -15,6 +15,7 @@ import functools
 import hashlib
 import json
 import pathlib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -52,6 +53,7 @@ __all__ = [
 ]
 
 MANIFEST = "manifest.json"
+_NAME = re.compile(r"\w[\w.-]{0,200}", re.ASCII)
 MAX_OPEN_UNITS = 1024  # Mapped unit files; the number of maps of a process is limited.
 
 
@@ -161,11 +163,14 @@ class EmbeddingStore:
         self._tag = _tag(manifest)
         self._places = None
         if "packs" in manifest:
-            self._places = np.load(folder / f"units_{self._tag}.npy", mmap_mode="r")
             _check_packs(folder, manifest["packs"])
+            self._places = _read_places(folder / f"units_{self._tag}.npy", manifest["packs"])
+            pack, start = self._places[0].tolist()
+            headers = [read_header(folder / manifest["packs"][pack]["file"], start)]
         else:
-            for row in manifest["units"]:
-                read_header(folder / row["file"])
+            headers = [read_header(folder / row["file"]) for row in manifest["units"]]
+        if any(header.dim != self.dim for header in headers):
+            raise _damaged(folder / MANIFEST)
         # Maps a unit on first use; closes the least recently used one.
         self._rows = functools.lru_cache(MAX_OPEN_UNITS)(self._open_rows)
         # A store of an earlier version has no table; `embed` adds it.
@@ -195,7 +200,7 @@ class EmbeddingStore:
                 f"({len(list(folder.glob('unit_*.bin')))} finished units, no {MANIFEST}); "
                 "run `imagen embed` again, it continues there"
             )
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = _read_manifest(folder / MANIFEST)
         if expected_fingerprint is not None:
             _check_fingerprint(path, manifest["fingerprint"], expected_fingerprint)
         return cls(folder, manifest)
@@ -284,6 +289,48 @@ class EmbeddingStore:
 
 def _hashes(captions: Sequence[str]) -> np.ndarray:
     return np.array([caption_hash(c) for c in captions], f"S{HASH_BYTES}")
+
+
+def _read_manifest(path: pathlib.Path) -> dict:
+    """The manifest of a store. Raises EmbeddingError: it is damaged, or names other folders."""
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+        packed = "packs" in manifest
+        rows = manifest["packs"] if packed else manifest["units"]
+        numbers = ["captions", "tokens", *(("bytes", "units") if packed else ())]
+        values = [(manifest, ("dim", "captions")), *((row, numbers) for row in rows)]
+        usable = (
+            bool(rows)
+            and isinstance(manifest["fingerprint"], dict)
+            and all(
+                type(one[name]) is int and one[name] >= 0 for one, names in values for name in names
+            )
+            and all(isinstance(row["sha256"], str) and _is_name(row["file"]) for row in rows)
+        )
+    except (ValueError, KeyError, TypeError, RecursionError):
+        usable = False
+    if not usable:
+        raise _damaged(path)
+    return manifest
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(_NAME.fullmatch(value))
+
+
+def _damaged(path: pathlib.Path) -> EmbeddingError:
+    return EmbeddingError(f"{path} is damaged; delete it and run `imagen embed`")
+
+
+def _read_places(path: pathlib.Path, rows: Sequence[dict]) -> np.ndarray:
+    """Pack and offset of each unit, memory-mapped. Raises EmbeddingError: missing or damaged."""
+    try:
+        places = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise _damaged(path.with_name(MANIFEST)) from error
+    if places.dtype != np.int64 or places.shape != (sum(row["units"] for row in rows), 2):
+        raise _damaged(path.with_name(MANIFEST))
+    return places
 
 
 def _check_packs(folder: pathlib.Path, rows: Sequence[dict]) -> None:

@@ -28,6 +28,7 @@ from imagen_jax.io import atomic
 
 TAG, OLD_TAG = b"IMGNEMB2", b"IMGNEMB1"
 HASH_BYTES = 16
+DTYPES = ("bfloat16", "int8")
 _HEADER, _OLD_HEADER = struct.Struct("<8sQQQ8sdd8x"), struct.Struct("<8sQQQ")
 _SHA_BYTES = 32
 
@@ -160,7 +161,7 @@ def read_header(path: pathlib.Path, at: int | None = None) -> Header:
 
     Args:
       path: of the file.
-      at: offset of a unit in a pack; None: the file is the unit, and its length is checked.
+      at: offset of a unit in a pack; None: the file is the unit.
 
     Raises:
       EmbeddingError: missing or damaged.
@@ -181,9 +182,11 @@ def read_header(path: pathlib.Path, at: int | None = None) -> Header:
             size = header.end
     except (OSError, struct.error, UnicodeDecodeError):
         header = None
-    if header is None or (at is None and path.stat().st_size != size):
-        raise EmbeddingError(f"{path} is missing or damaged; delete it and run `imagen embed`")
-    return header
+    if header is not None and header.dtype in DTYPES:
+        whole = path.stat().st_size
+        if whole == size if at is None else whole >= at + size:
+            return header
+    raise EmbeddingError(f"{path} is missing or damaged; delete it and run `imagen embed`")
 
 
 def describe_unit(path: pathlib.Path, *, reread: bool = False) -> Unit:
@@ -247,4 +250,7 @@ def read_keys(path: pathlib.Path, at: int | None = None) -> tuple[np.ndarray, np
         file.seek((at or 0) + header.start)
         content = file.read(header.rows - header.start)
     split = HASH_BYTES * header.captions
-    return np.frombuffer(content[:split], f"S{HASH_BYTES}"), np.frombuffer(content[split:], "<i4")
+    hashes, counts = content[:split], np.frombuffer(content[split:], "<i4")
+    if counts.min(initial=0) < 0 or counts.sum(dtype=np.int64) != header.tokens:
+        raise EmbeddingError(f"{path} is damaged; delete it and run `imagen embed`")
+    return np.frombuffer(hashes, f"S{HASH_BYTES}"), counts

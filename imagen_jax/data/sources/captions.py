@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from imagen_jax.config.data import SourceConfig
-from imagen_jax.data.sources.records import Caption, texts_of
+from imagen_jax.data.sources.records import Caption, is_blank, texts_of
 from imagen_jax.io import jsonl, text
 
 # Part of a reader's identity; increased when the meaning of a text file changes.
@@ -77,6 +77,12 @@ def explicit_key(key: str) -> str:
 
 
 def of_fields(fields: Mapping[str, Any], key: str = "") -> tuple[Caption, ...]:
-    """The captions in a row or a JSON object: those of `key`, else of text, caption or prompt."""
-    keys = [name for name in (key, *_FIELDS) if name and name in fields]
-    return texts_of(fields[keys[0]]) if keys else ()
+    """The captions in a row or a JSON object: those of `key`, else of text, caption or prompt.
+
+    An empty text or caption is passed over; that of `key`, which the user named, is not.
+    """
+    if key and key in fields:
+        return texts_of(fields[key])
+    found = [texts_of(fields[name]) for name in _FIELDS if name in fields]
+    filled = (texts for texts in found if not all(map(is_blank, texts)))
+    return next(filled, max(found, key=len, default=()))

@@ -241,7 +241,8 @@ def _rows(
         name = row.fields.get("file_name")
         image = ""
         if isinstance(name, str) and name:
-            image = os.path.normpath(path.parent / name).replace(os.sep, "/")
+            at = os.path.normpath(root / path.parent / name)  # An absolute name stays as it is.
+            image = os.path.relpath(at, os.path.normpath(root)).replace(os.sep, "/")
         yield row.number, row, image
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import pathlib
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -273,7 +274,14 @@ def caption_fault(captions: tuple[str, ...]) -> str:
     for caption in captions:
         if fault := text.fault(caption):
             return f"caption with {fault}"
-    return "" if any(c.strip() for c in captions) else "empty caption"
+    return "empty caption" if all(map(is_blank, captions)) else ""
+
+
+def is_blank(caption: Caption) -> bool:
+    """Whether nothing of a caption is visible: white space, and characters without a width."""
+    if isinstance(caption, bytes) or caption.isascii():
+        return not caption.strip()
+    return all(char.isspace() or unicodedata.category(char) == "Cf" for char in caption)
 
 
 def size_fault(side: int, min_size: int) -> str:
@@ -290,7 +298,7 @@ def caption_notes(captions: tuple[str, ...]) -> list[str]:
 
 def clean(captions: tuple[str, ...]) -> tuple[str, ...]:
     """Strips white space and removes empty captions."""
-    return tuple(c.strip() for c in captions if c.strip())
+    return tuple(c.strip() for c in captions if not is_blank(c))
 
 
 def texts_of(value: Any) -> tuple[Caption, ...]:

@@ -18,6 +18,14 @@ MAX_HEADER_BYTES = 1 << 20
 _BLOCK = 512
 _OCTAL = re.compile(rb"[ \0]*([0-7]{1,12})[ \0]*")
 _ZEROS = bytes(_BLOCK)
+_PACKED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PK\x03\x04": "zip",
+    b"7z\xbc\xaf": "7z",
+}
 
 
 class Member(NamedTuple):
@@ -40,12 +48,31 @@ def members(path: pathlib.Path) -> tuple[list[Member], str]:
     """All members but folders before the first damage, and what that is; "": there is none."""
     try:
         found = _plain_members(path)
+        if found is None and (packed := _compression(path)):
+            return [], f"compressed ({packed}; unpack it first: samples are read at their offsets)"
     except OSError:
         found = None
-    return _all_members(path) if found is None else (found, "")
+    return _all_members(path) if found is None else found
 
 
-def _plain_members(path: pathlib.Path) -> list[Member] | None:
+def _compression(path: pathlib.Path) -> str:
+    """The program that packed a file, by its first bytes; "": none that is known."""
+    with path.open("rb") as file:
+        start = file.read(6)
+    return next((name for mark, name in _PACKED.items() if start.startswith(mark)), "")
+
+
+def _after_end(file: BinaryIO, at: int) -> str:
+    """What follows the end of a tar file, such as a second one; "": zeros."""
+    file.seek(at)
+    rest = file.read(MAX_HEADER_BYTES)
+    if not rest.strip(b"\0"):
+        return ""
+    size = os.fstat(file.fileno()).st_size - at
+    return f"data after its end ({size:,} bytes are not read; tar files cannot be concatenated)"
+
+
+def _plain_members(path: pathlib.Path) -> tuple[list[Member], str] | None:
     """The members of an undamaged file of plain headers; None: it is another."""
     found, at = [], 0
     with path.open("rb", buffering=1 << 16) as file:
@@ -54,7 +81,7 @@ def _plain_members(path: pathlib.Path) -> list[Member] | None:
             file.seek(at)
             header = file.read(_BLOCK)
             if header == _ZEROS:
-                return found
+                return found, _after_end(file, at)
             member = _plain_member(header, at) if len(header) == _BLOCK else None
             if member is None or member.offset + member.size > end:
                 return None
@@ -105,10 +132,10 @@ def _all_members(path: pathlib.Path) -> tuple[list[Member], str]:
                 if not member.isdir():
                     place = (member.offset_data, member.size)
                     found.append(Member(member.name, *place, member.isfile()))
+            return found, _after_end(file, min(shard.offset, end))
     # tarfile raises ValueError for numbers and names that it cannot read.
     except (tarfile.TarError, OSError, ValueError) as error:
         return found, f"truncated (the first {len(found)} files are used: {error})"
-    return found, ""
 
 
 class _Headers:

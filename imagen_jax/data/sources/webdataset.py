@@ -14,13 +14,13 @@ import functools
 import json
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from imagen_jax.config.data import SourceConfig
 from imagen_jax.data.index.table import Location
 from imagen_jax.data.sources import captions, files, names, tar
-from imagen_jax.data.sources.records import Item, texts_of
+from imagen_jax.data.sources.records import Item, is_blank, texts_of
 from imagen_jax.data.sources.sample_fields import SampleFields
 from imagen_jax.data.sources.tar import Member
 from imagen_jax.io import text
@@ -33,6 +33,8 @@ _PARTS = frozenset(
 )
 # Names as img2dataset writes them: a number and a suffix. None of them is junk.
 _PLAIN = re.compile(r"[0-9]+\.(?:jpg|png|webp|txt|json)", re.ASCII)
+
+_REPEATED = ("several samples of this name",)
 
 
 class WebDatasetReader:
@@ -74,13 +76,10 @@ class WebDatasetReader:
         """The records of a shard."""
         files_ = [_described(member) for member in members]
         images = [file for file in files_ if not file.junk and self._is_image(number, file)]
-        samples: dict[str, Sample] = {}
-        for file in files_:
-            if not file.junk:
-                samples.setdefault(file.key, {}).setdefault(file.part, file.member)
+        samples, repeated = _samples(files_)
         used: set[str] = set()
         for file in images:
-            member, sample = file.member, samples[file.key]
+            member, sample = file.member, samples[file.member.offset]
             record = f"{name}/{member.name}"
             if not member.is_file:
                 yield Item(record, fault="no regular file (a link)")
@@ -93,7 +92,8 @@ class WebDatasetReader:
             else:
                 found = self._captions(number, sample, file.part, used)
                 location = (number, member.offset, member.size)
-                item = Item(record, found.texts, location, found.fault, found.notes)
+                notes = (*found.notes, *(_REPEATED if file.key in repeated else ()))
+                item = Item(record, found.texts, location, found.fault, notes)
                 if self._metadata.names:
                     item = self._metadata.add(item, self._row(number, sample, used))
                 yield item
@@ -156,7 +156,7 @@ class WebDatasetReader:
             else:
                 row = self._json(number, sample[part])
                 found = captions.Captions(captions.of_fields(row, self._caption_key))
-            blank = not found.fault and not any(caption.strip() for caption in found.texts)
+            blank = not found.fault and not any(not is_blank(caption) for caption in found.texts)
             first = first or (found if found.texts or found.fault else None)
             if not blank:
                 return found._replace(notes=(*found.notes, *note))
@@ -205,6 +205,25 @@ class _File(NamedTuple):
 
 
 Sample = dict[str, Member]  # By part.
+
+
+def _samples(files_: Sequence[_File]) -> tuple[dict[int, Sample], set[str]]:
+    """The sample of each file, by the file's offset, and the keys of more than one sample.
+
+    The files of a sample may stand anywhere; a part that comes again begins another sample.
+    """
+    latest: dict[str, Sample] = {}
+    found, repeated = {}, set()
+    for file in files_:
+        if file.junk:
+            continue
+        sample = latest.setdefault(file.key, {})
+        if file.part in sample:
+            repeated.add(file.key)
+            sample = latest[file.key] = {}
+        sample[file.part] = file.member
+        found[file.member.offset] = sample
+    return found, repeated
 
 
 def _described(member: Member) -> _File:
