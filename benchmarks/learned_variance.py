@@ -187,6 +187,37 @@ def score(row: str, steps: int, args: argparse.Namespace) -> dict[str, Any]:
     return {"alignment": align(folder, settings, args), "bound": bits}
 
 
+def gammas(args: argparse.Namespace) -> str:
+    """Markdown: gamma of the learned variance by noise level, beside the ends of its range."""
+    stage = load_stage(str(train("learned", args)))
+    sampling = dataclasses.replace(stage.config.sampling, variance="learned")
+    config = dataclasses.replace(stage.config, sampling=sampling)
+    x0, text = read_images(stage, args)
+    x0, text = jnp.asarray(x0[:BATCH]), Text(text.emb[:BATCH], text.mask[:BATCH])
+    keys = image_keys(args.seed, range(len(x0)), [0] * len(x0))
+    steps = int(args.sampler_steps.split(",")[0])
+    levels = process.logsnr_at(jnp.linspace(1.0, 0.0, steps + 1), config.diffusion)
+    lines = ["| logsnr | squared error of x0 | gamma: 5 %, median, 95 % | log variance, 0 to 1 |"]
+    lines += ["|---|---|---|---|"]
+    for index in range(steps // 5, steps, steps // 5):
+        logsnr_t, logsnr_s = (jnp.full(len(x0), levels[index + i]) for i in (0, 1))
+        eps = samplers.normal(samplers.fold_in_keys(keys, index), x0.shape[1:])
+        z = process.q_sample(x0, logsnr_t, eps)
+        ((mean, gamma),) = predict(
+            Stage(config, stage.params), z, logsnr_t, Conditioning(text), [text]
+        )
+        assert gamma is not None
+        low, middle, high = np.percentile(np.asarray(gamma), (5, 50, 95))
+        ends = [
+            float(samplers.learned_log_variance(end * jnp.ones_like(x0), logsnr_t, logsnr_s).mean())
+            for end in (0.0, 1.0)
+        ]
+        error = float(jnp.square(mean - x0).mean())
+        row = f"{levels[index]:.1f} | {error:.4f} | {low:.1f}, {middle:.1f}, {high:.1f}"
+        lines += [f"| {row} | {ends[0]:.1f} to {ends[1]:.1f} |"]
+    return "\n".join(lines)
+
+
 def table(scores: dict[str, dict[str, Any]]) -> str:
     """Markdown of all scores, with 95% intervals over prompts and over images."""
     lines = ["| variance | steps | exact, of the prompts | bound, bits per dimension |"]
@@ -221,6 +252,7 @@ def main() -> None:
                 scores[f"{row}/{steps}"] = score(row, steps, args)
                 atomic.write_json(file, scores)
     print(table(scores))
+    print(gammas(args))
 
 
 if __name__ == "__main__":

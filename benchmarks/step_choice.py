@@ -89,6 +89,7 @@ def train(seed: int, args: argparse.Namespace) -> pathlib.Path:
         "data.held_out": HELD_OUT,
         "text.encoder": TEXT.encoder,
         "text.path": TEXT.path,
+        "text.max_len": TEXT.max_len,
         "pretrain_text.corpus": "",
         "train.steps": args.steps,
         "evaluate.every": args.every,
