@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     def add(name: str, text: str) -> argparse.ArgumentParser:
         edit = edits.add_parser(name, help=text, description=text, allow_abbrev=False)
-        path_flags.required(edit, "--image", "image to start from", metavar="FILE")
+        path_flags.required(edit, "--image", "image to start from", metavar="FILE", bucket="read")
         sample_verb.add_prompts(edit)
         sample_verb.add_sampling(edit, samples_per_prompt=1)
         return edit
@@ -42,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="noise to add, 0 (the image stays) to 1 (noise alone)",
     )
     inpaint = add("inpaint", "sample a part of the image; the other pixels stay bit for bit")
-    path_flags.required(inpaint, "--mask", "image, white where to sample", metavar="FILE")
+    path_flags.required(
+        inpaint, "--mask", "image, white where to sample", metavar="FILE", bucket="read"
+    )
     inpaint.add_argument(
         "--strength",
         type=float,

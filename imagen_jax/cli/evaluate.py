@@ -58,9 +58,9 @@ def run(flags: argparse.Namespace) -> None:
 
 
 def _add_alignment(parser: argparse.ArgumentParser) -> None:
-    path_flags.required(parser, "--samples", "folder written by `imagen sample`")
+    path_flags.required(parser, "--samples", "folder written by `imagen sample`", bucket="read")
     scorer_flag.add(parser)
-    path_flags.required(parser, "--out", "JSON report to write")
+    path_flags.required(parser, "--out", "JSON report to write", bucket="write")
 
 
 def _alignment(flags: argparse.Namespace) -> None:
@@ -71,11 +71,13 @@ def _alignment(flags: argparse.Namespace) -> None:
 
 
 def _add_edges(parser: argparse.ArgumentParser) -> None:
-    path_flags.required(parser, "--samples", "folder written by `imagen sample`")
-    path_flags.required(parser, "--lowres", "the same prompts and seed without the last stage")
+    path_flags.required(parser, "--samples", "folder written by `imagen sample`", bucket="read")
+    path_flags.required(
+        parser, "--lowres", "the same prompts and seed without the last stage", bucket="read"
+    )
     parser.add_argument("--crop", type=int, default=64, help="side of its training crops, pixels")
     scorer_flag.add(parser)
-    path_flags.required(parser, "--out", "JSON report to write")
+    path_flags.required(parser, "--out", "JSON report to write", bucket="write")
 
 
 def _edges(flags: argparse.Namespace) -> None:
@@ -92,6 +94,7 @@ def _add_drawbench(parser: argparse.ArgumentParser) -> None:
         ".csv with the columns Prompts and Category, or .jsonl with prompt and category; "
         "rows that --scorer can score, as those of configs/drawbench_shapes.jsonl, are also scored",
         metavar="FILE",
+        bucket="read",
     )
     scorer_flag.add(parser)
     sample_verb.add_sampling(parser, samples_per_prompt=8)
@@ -112,12 +115,14 @@ def _drawbench(flags: argparse.Namespace) -> None:
 
 def _add_rate_build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--study", required=True, choices=list(STUDIES), help="the questions")
-    path_flags.required(parser, "--samples_a", "folder of samples", metavar="DIR")
-    path_flags.required(parser, "--samples_b", "the other folder, or real images", metavar="DIR")
+    path_flags.required(parser, "--samples_a", "folder of samples", metavar="DIR", bucket="read")
+    path_flags.required(
+        parser, "--samples_b", "the other folder, or real images", metavar="DIR", bucket="read"
+    )
     parser.add_argument(
         "--names", default="A,B", help="names of the two folders, hidden from raters"
     )
-    path_flags.required(parser, "--out", "folder to write: page/ and key.json")
+    path_flags.required(parser, "--out", "folder to write: page/ and key.json", bucket="write")
     parser.add_argument("--seed", type=int, default=0, help="seed of orders, sides and controls")
     parser.add_argument(
         "--controls", type=float, default=0.1, help="control items per item, 0 to 1"
@@ -144,15 +149,17 @@ def _rate_build(flags: argparse.Namespace) -> None:
 
 
 def _add_rate_score(parser: argparse.ArgumentParser) -> None:
-    path_flags.required(parser, "--key", "key.json of rate_build", metavar="FILE")
+    path_flags.required(parser, "--key", "key.json of rate_build", metavar="FILE", bucket="read")
     parser.add_argument(
         "--results",
         required=True,
-        type=path_flags.flag_list,
+        type=path_flags.input_list,
         metavar="PATH[,PATH...]",
         help="result files or folders of them",
     )
-    path_flags.required(parser, "--out", "folder to write: ratings.json, .md, charts")
+    path_flags.required(
+        parser, "--out", "folder to write: ratings.json, .md, charts", bucket="write"
+    )
 
 
 def _rate_score(flags: argparse.Namespace) -> None:
@@ -165,13 +172,15 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cards",
         required=True,
-        type=path_flags.flag_list,
+        type=path_flags.input_list,
         metavar="FILE[,FILE...]",
         help="JSON cards of evaluations",
     )
     parser.add_argument("--name", required=True, help="name of the run in the tables")
-    path_flags.optional(parser, "--samples", "folder of images to show", metavar="DIR")
-    path_flags.required(parser, "--out", "folder to write: report.md, report.html")
+    path_flags.optional(
+        parser, "--samples", "folder of images to show", metavar="DIR", bucket="read"
+    )
+    path_flags.required(parser, "--out", "folder to write: report.md, report.html", bucket="write")
 
 
 def _report(flags: argparse.Namespace) -> None:

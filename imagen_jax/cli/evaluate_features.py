@@ -19,15 +19,19 @@ from imagen_jax.parallel import distributed
 
 def add_fid(parser: argparse.ArgumentParser) -> None:
     """Flags of `evaluate fid`."""
-    path_flags.required(parser, "--samples", "folder of images", metavar="DIR")
+    path_flags.required(parser, "--samples", "folder of images", metavar="DIR", bucket="read")
     path_flags.required(
-        parser, "--reference", "real images, or mu and sigma", metavar="DIR|FILE.npz"
+        parser, "--reference", "real images, or mu and sigma", metavar="DIR|FILE.npz", bucket="read"
     )
     _add_networks(parser)
     add_batch_flags(parser)
-    path_flags.required(parser, "--out", "card to write", metavar="FILE.json")
+    path_flags.required(parser, "--out", "card to write", metavar="FILE.json", bucket="write")
     path_flags.optional(
-        parser, "--save_reference", "write mu and sigma of --reference", metavar="FILE.npz"
+        parser,
+        "--save_reference",
+        "write mu and sigma of --reference",
+        metavar="FILE.npz",
+        bucket="write",
     )
 
 
@@ -98,10 +102,12 @@ def run_fid30k(flags: argparse.Namespace) -> None:
 
 def add_clip_score(parser: argparse.ArgumentParser) -> None:
     """Flags of `evaluate clip_score`."""
-    path_flags.required(parser, "--samples", "folder written by `imagen sample`", metavar="DIR")
-    path_flags.required(parser, "--clip", "Hugging Face CLIP folder", metavar="DIR")
+    path_flags.required(
+        parser, "--samples", "folder written by `imagen sample`", metavar="DIR", bucket="read"
+    )
+    path_flags.required(parser, "--clip", "Hugging Face CLIP folder", metavar="DIR", bucket="read")
     add_batch_flags(parser)
-    path_flags.required(parser, "--out", "card to write", metavar="FILE.json")
+    path_flags.required(parser, "--out", "card to write", metavar="FILE.json", bucket="write")
 
 
 def run_clip_score(flags: argparse.Namespace) -> None:
@@ -117,7 +123,11 @@ def run_clip_score(flags: argparse.Namespace) -> None:
 
 def _add_networks(parser: argparse.ArgumentParser) -> None:
     path_flags.required(
-        parser, "--inception", f"{PUBLIC_FILE}, or .safetensors of it", metavar="FILE"
+        parser,
+        "--inception",
+        f"{PUBLIC_FILE}, or .safetensors of it",
+        metavar="FILE",
+        bucket="read",
     )
     parser.add_argument(
         "--filter",
@@ -134,6 +144,7 @@ def _add_networks(parser: argparse.ArgumentParser) -> None:
         "--clip",
         "Hugging Face CLIP: adds CMMD, and to fid30k the CLIP score",
         metavar="DIR",
+        bucket="read",
     )
     parser.add_argument(
         "--resamples", type=int, default=fid.RESAMPLES, help="groups of the jackknife interval"

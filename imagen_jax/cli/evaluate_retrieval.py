@@ -18,8 +18,12 @@ from imagen_jax.parallel import distributed
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Flags of `evaluate retrieval`."""
-    path_flags.required(parser, "--samples", "folder written by `imagen sample`", metavar="DIR")
-    path_flags.required(parser, "--gallery", "captioned folder of real images", metavar="DIR")
+    path_flags.required(
+        parser, "--samples", "folder written by `imagen sample`", metavar="DIR", bucket="read"
+    )
+    path_flags.required(
+        parser, "--gallery", "captioned folder of real images", metavar="DIR", bucket="read"
+    )
     parser.add_argument(
         "--match",
         default="",
@@ -38,7 +42,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         parser, "--against", "other samples of the same prompts, to compare", metavar="DIR"
     )
     _add_measure(parser)
-    path_flags.required(parser, "--out", "card to write", metavar="FILE.json")
+    path_flags.required(parser, "--out", "card to write", metavar="FILE.json", bucket="write")
     path_flags.optional(
         parser, "--grid", "figure of samples beside the real images", metavar="FILE.png"
     )
@@ -73,7 +77,9 @@ def _add_measure(parser: argparse.ArgumentParser) -> None:
         choices=["", *networks.FEATURE_NETWORKS],
         help="network of a second measure beside pixels",
     )
-    path_flags.optional(parser, "--features_from", "weights of --features", metavar="PATH")
+    path_flags.optional(
+        parser, "--features_from", "weights of --features", metavar="PATH", bucket="read"
+    )
     evaluate_features.add_batch_flags(parser)
 
 

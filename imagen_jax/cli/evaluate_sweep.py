@@ -20,7 +20,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--stages",
         required=True,
         action="append",
-        type=path_flags.flag_list,
+        type=path_flags.input_list,
         metavar="DIR[,DIR...]",
         help="stage folders, base first; repeat the flag for other checkpoints or encoders",
     )
@@ -42,9 +42,11 @@ def add(parser: argparse.ArgumentParser) -> None:
         '"thresholding": ["static", "dynamic"]}}\'; instead of a list: '
         f"{' or '.join(sweep.PRESETS)}, the paper's guidance weights",
     )
-    path_flags.required(parser, "--prompts", "prompts: .txt, .csv or .jsonl", metavar="FILE")
+    path_flags.required(
+        parser, "--prompts", "prompts: .txt, .csv or .jsonl", metavar="FILE", bucket="read"
+    )
     parser.add_argument("--limit", type=int, default=0, help="sample the first N prompts; 0: all")
-    path_flags.required(parser, "--out", "folder to write", metavar="DIR")
+    path_flags.required(parser, "--out", "folder to write", metavar="DIR", bucket="write")
     parser.add_argument("--seed", type=int, default=0, help="seed of all noise")
     parser.add_argument("--samples_per_prompt", type=int, default=1, help="images per prompt")
     _add_measures(parser)
@@ -59,6 +61,7 @@ def _add_measures(parser: argparse.ArgumentParser) -> None:
         "--reference",
         "real images; empty: one of the --scorer for every row of --prompts",
         metavar="DIR",
+        bucket="read",
     )
     scorer_flag.add(parser)
     parser.add_argument(
@@ -67,7 +70,9 @@ def _add_measures(parser: argparse.ArgumentParser) -> None:
         choices=list(networks.FEATURE_NETWORKS),
         help="network of the Frechet distance; random_convolutions needs no weights and is no FID",
     )
-    path_flags.optional(parser, "--features_from", "weights of --features", metavar="PATH")
+    path_flags.optional(
+        parser, "--features_from", "weights of --features", metavar="PATH", bucket="read"
+    )
     parser.add_argument(
         "--filter",
         default=DEFAULT_FILTER,
@@ -76,7 +81,11 @@ def _add_measures(parser: argparse.ArgumentParser) -> None:
         help="resizing of Inception's input",
     )
     path_flags.optional(
-        parser, "--clip", "Hugging Face CLIP: its score instead of alignment", metavar="DIR"
+        parser,
+        "--clip",
+        "Hugging Face CLIP: its score instead of alignment",
+        metavar="DIR",
+        bucket="read",
     )
     parser.add_argument(
         "--resamples",

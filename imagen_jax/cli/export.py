@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workdir",
         "folder of the training run; for stablehlo and diffusers, or a stage folder",
     )
-    path_flags.required(parser, "--out", "folder to write")
+    path_flags.required(parser, "--out", "folder to write", bucket="write")
     parser.add_argument(
         "--format",
         choices=["native", "stablehlo", "diffusers", "lora"],

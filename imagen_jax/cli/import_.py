@@ -15,8 +15,8 @@ from imagen_jax.export import convert
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
     parser.add_argument("kind", choices=["if"], help="format of the weights")
-    path_flags.required(parser, "--src", "folder to read")
-    path_flags.required(parser, "--out", "stage folder to write")
+    path_flags.required(parser, "--src", "folder to read", bucket="read")
+    path_flags.required(parser, "--out", "stage folder to write", bucket="write")
     parser.add_argument(
         "--image_size",
         type=int,

@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
+from imagen_jax.cli import staging
 from imagen_jax.config.fields import ConfigError, unknown_name
 
 GROUPS = {
@@ -159,7 +160,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     _silence_other_threads()
     try:
-        module.run(flags)
+        with staging.staged(flags):
+            module.run(flags)
     except Preempted as stop:
         print(f"imagen {flags.verb}: {stop}", file=sys.stderr)
         return RESTART

@@ -7,22 +7,46 @@ from __future__ import annotations
 
 import argparse
 import os
+from typing import Literal
 
-from imagen_jax.io import paths
+from imagen_jax.io import buckets, paths
+
+
+class Input(str):
+    """An address in a bucket whose file or folder a verb reads; `staging` makes it local."""
+
+
+class Output(str):
+    """An address in a bucket to which `staging` uploads what a verb writes."""
+
+
+Bucket = Literal["", "read", "write"]
 
 
 def required(
-    parser: argparse.ArgumentParser, name: str, help: str, *, metavar: str | None = None
+    parser: argparse.ArgumentParser,
+    name: str,
+    help: str,
+    *,
+    metavar: str | None = None,
+    bucket: Bucket = "",
 ) -> None:
-    """Adds a flag that must name a path."""
-    parser.add_argument(name, required=True, type=required_flag, metavar=metavar, help=help)
+    """Adds a flag that must name a path; `bucket`: what an address in a bucket is for."""
+    kind = {"": required_flag, "read": required_input, "write": required_output}[bucket]
+    parser.add_argument(name, required=True, type=kind, metavar=metavar, help=help)
 
 
 def optional(
-    parser: argparse.ArgumentParser, name: str, help: str, *, metavar: str | None = None
+    parser: argparse.ArgumentParser,
+    name: str,
+    help: str,
+    *,
+    metavar: str | None = None,
+    bucket: Bucket = "",
 ) -> None:
-    """Adds a flag whose default is no path, ""."""
-    parser.add_argument(name, default="", type=flag, metavar=metavar, help=help)
+    """Adds a flag whose default is no path, ""; `bucket` as in `required`."""
+    kind = {"": flag, "read": input_flag, "write": output_flag}[bucket]
+    parser.add_argument(name, default="", type=kind, metavar=metavar, help=help)
 
 
 def flag(text: str) -> str:
@@ -47,6 +71,26 @@ def required_flag(text: str) -> str:
     return flag(text)
 
 
+def input_flag(text: str) -> str:
+    """`flag`, or an address in a bucket, as an `Input`."""
+    return Input(text) if buckets.is_address(text) else flag(text)
+
+
+def required_input(text: str) -> str:
+    """`input_flag` that must not be empty."""
+    return Input(text) if buckets.is_address(text) else required_flag(text)
+
+
+def output_flag(text: str) -> str:
+    """`flag`, or an address in a bucket, as an `Output`."""
+    return Output(text) if buckets.is_address(text) else flag(text)
+
+
+def required_output(text: str) -> str:
+    """`output_flag` that must not be empty."""
+    return Output(text) if buckets.is_address(text) else required_flag(text)
+
+
 def address(text: str) -> str:
     """A path, or an address such as gs://, with ~ expanded.
 
@@ -57,6 +101,20 @@ def address(text: str) -> str:
         return paths.home(text)
     except paths.PathError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def input_list(text: str) -> list[str]:
+    """`flag_list` whose paths may be addresses in buckets; these hold no commas."""
+    found: list[str] = []
+    local: list[str] = []
+    for part in [*text.split(","), None] if text else []:
+        if part is not None and not buckets.is_address(part):
+            local.append(part)
+            continue
+        found += flag_list(",".join(local)) if local else []
+        found += [Input(part)] if part is not None else []
+        local = []
+    return found
 
 
 def flag_list(text: str) -> list[str]:

@@ -13,7 +13,7 @@ from imagen_jax.training import text_corpus
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
     wiring.add_config(parser)
-    path_flags.required(parser, "--out", "encoder folder to write")
+    path_flags.required(parser, "--out", "encoder folder to write", bucket="write")
 
 
 def run(flags: argparse.Namespace) -> None:

@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--inputs",
         "embeddings, low-resolution images and noise as .npz, see inference/given_inputs.py",
         metavar="FILE",
+        bucket="read",
     )
     parser.add_argument(
         "--floats", action="store_true", help="also write OUT/NNNNN_KK.npy, float32 in [-1, 1]"
@@ -41,7 +42,7 @@ def add_prompts(parser: argparse.ArgumentParser) -> None:
     which.add_argument(
         "--prompts",
         metavar="FILE",
-        type=path_flags.required_flag,
+        type=path_flags.required_input,
         help="prompts: .txt, .csv or .jsonl",
     )
 
@@ -50,7 +51,7 @@ def add_sampling(parser: argparse.ArgumentParser, *, samples_per_prompt: int) ->
     """Adds the flags of every verb that samples; `samples_per_prompt` is the flag's default."""
     wiring.add_stages(parser)
     wiring.add_loras(parser)
-    path_flags.required(parser, "--out", "folder to write")
+    path_flags.required(parser, "--out", "folder to write", bucket="write")
     parser.add_argument("--seed", type=int, default=0, help="seed of all noise")
     parser.add_argument(
         "--samples_per_prompt", type=int, default=samples_per_prompt, help="images per prompt"
@@ -78,7 +79,7 @@ def add_sampling(parser: argparse.ArgumentParser, *, samples_per_prompt: int) ->
     parser.add_argument(
         "--guides",
         default="",
-        type=path_flags.flag_list,
+        type=path_flags.input_list,
         metavar="DIR[,DIR...]",
         help="stage folders of weaker checkpoints that guide the stages (autoguidance)",
     )

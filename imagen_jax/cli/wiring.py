@@ -38,7 +38,7 @@ def add_stages(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stages",
         required=True,
-        type=path_flags.flag_list,
+        type=path_flags.input_list,
         metavar="DIR[,DIR...]",
         help="stage folders, base first",
     )

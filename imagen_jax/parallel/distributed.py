@@ -81,6 +81,11 @@ def _explicit(given: dict[str, str]) -> dict[str, Any]:
     }
 
 
+def is_planned() -> bool:
+    """Whether the environment names several processes, which `initialize` joins."""
+    return _arguments(os.environ) is not None
+
+
 def is_joined() -> bool:
     """Whether this process has joined others in `initialize`; uses no device."""
     return jax.distributed.is_initialized()

@@ -31,7 +31,9 @@ def actions(verb: str) -> list[argparse.Action]:
 
 
 def test_every_flag_that_holds_a_path_has_the_type_of_one():
-    types = (path_flags.flag, path_flags.required_flag, path_flags.flag_list, path_flags.address)
+    types = {path_flags.flag, path_flags.required_flag, path_flags.flag_list, path_flags.address}
+    types |= {path_flags.input_flag, path_flags.required_input, path_flags.input_list}
+    types |= {path_flags.output_flag, path_flags.required_output}
     seen = 0
     for verb in main.VERBS:
         for action in actions(verb):
@@ -56,8 +58,8 @@ def test_the_home_folder_after_an_equals_sign(text, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flag", "says"),
     [
-        ("--out=gs://bucket/x", "gs:// paths (object stores) are not supported here yet"),
-        ("--out=s3://bucket/x", "s3:// paths"),
+        ("--inputs=hdfs://x/y", "hdfs:// paths (object stores) are not supported here yet"),
+        ("--out=file://bucket/x", "file:// paths"),
         ("--out=", "the path is empty"),
         ("--out=~no_such_user/x", "the home folder ~no_such_user is unknown"),
         ("--stages=a,,b", "the path is empty"),

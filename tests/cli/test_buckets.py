@@ -1,0 +1,185 @@
+"""Addresses of buckets in every flag that holds a path: they work, or are refused in one line."""
+
+import argparse
+import http.server
+import json
+import os
+import pathlib
+import threading
+
+import pytest
+
+from imagen_jax.cli import main, path_flags, staging
+from imagen_jax.io import buckets
+from tests.cli.test_paths import actions
+
+REFUSING = (path_flags.flag, path_flags.required_flag, path_flags.flag_list)
+READING = (path_flags.input_flag, path_flags.required_input, path_flags.input_list)
+WRITING = (path_flags.output_flag, path_flags.required_output)
+FLAGS = [
+    (verb, action)
+    for verb in main.VERBS
+    for action in actions(verb)
+    if action.type in (*REFUSING, *READING, *WRITING)
+]
+
+
+def kind_of(action: argparse.Action, text: str) -> type:
+    assert action.type and not isinstance(action.type, str)
+    value = action.type(text)
+    return type(value[0] if isinstance(value, list) else value)
+
+
+def test_there_are_flags():
+    assert len(FLAGS) > 60
+    assert {action.type for _, action in FLAGS} == {*REFUSING, *READING, *WRITING}
+
+
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+@pytest.mark.parametrize(
+    ("verb", "action"), FLAGS, ids=[f"{v}{a.option_strings[0]}" for v, a in FLAGS]
+)
+def test_an_address_in_a_flag(verb, action, scheme):
+    address = f"{scheme}://bucket/a/b"
+    if action.type in REFUSING:
+        with pytest.raises(argparse.ArgumentTypeError) as refused:
+            kind_of(action, address)
+        assert str(refused.value).startswith(f"{address}: {scheme}:// paths (object stores)")
+        assert "\n" not in str(refused.value)
+    else:
+        expected = path_flags.Input if action.type in READING else path_flags.Output
+        assert kind_of(action, address) is expected
+    for other in ("hdfs://host/a", "https://host/a", f"{scheme}x://bucket/a"):
+        with pytest.raises(argparse.ArgumentTypeError, match="paths .object stores. are not"):
+            kind_of(action, other)
+
+
+def test_a_list_of_local_folders_and_addresses(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a,b").mkdir()
+    found = path_flags.input_list("a,b,gs://bucket/x,c,s3://bucket/y")
+    assert found == ["a,b", "gs://bucket/x", "c", "s3://bucket/y"]
+    kinds = [str, path_flags.Input, str, path_flags.Input]
+    assert [type(value) for value in found] == kinds
+
+
+@pytest.mark.parametrize(
+    ("scheme", "variable"), [("gs", "TENSORSTORE_GCS_HTTP_URL"), ("s3", "AWS_ENDPOINT_URL")]
+)
+@pytest.mark.parametrize("flag", ["--prompts", "--out"])
+def test_a_store_that_does_not_answer(scheme, variable, flag, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv(variable, "http://127.0.0.1:1")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    monkeypatch.setattr(buckets, "RETRIES", 1)
+    monkeypatch.chdir(tmp_path)
+    flags = {"--prompts": "p.txt", "--out": "out", "--stages": "s", flag: f"{scheme}://bucket/a"}
+    assert main.main(["sample", *(f"{name}={value}" for name, value in flags.items())]) == 1
+    (line,) = [x for x in capfd.readouterr().err.splitlines() if x.startswith("imagen sample:")]
+    assert f"{scheme}://bucket/a" in line
+    assert os.listdir(tmp_path) == []
+
+
+class Occupied(http.server.BaseHTTPRequestHandler):
+    """A server of Google's whose objects all appear between a request and the next."""
+
+    def do_GET(self):
+        self.send_error(404)
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        assert "ifGenerationMatch=0" in self.path
+        self.send_error(412)
+
+    def log_message(self, format, *args):
+        """Says nothing."""
+
+
+def test_of_two_writers_of_an_object_one_fails(tmp_path, monkeypatch):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Occupied) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://127.0.0.1:{server.server_port}")
+        (tmp_path / "a").write_text("x")
+        with pytest.raises(buckets.BucketError, match="gs://bucket/a exists; another process"):
+            buckets.upload(tmp_path / "a", "gs://bucket/a")
+        server.shutdown()
+
+
+def test_several_processes_do_not_write_to_a_bucket(monkeypatch, tmp_path, capsys):
+    for name, value in {
+        "COORDINATOR_ADDRESS": "h:1",
+        "NUM_PROCESSES": "2",
+        "PROCESS_ID": "0",
+    }.items():
+        monkeypatch.setenv(f"JAX_{name}", value)
+    flags = ["--stages=s", "--prompt=a", "--out=gs://bucket/a"]
+    assert main.main(["sample", *flags]) == 1
+    assert "gs://bucket/a: several processes" in capsys.readouterr().err
+
+
+@pytest.fixture(params=["gs", "s3"])
+def bucket(request, monkeypatch):
+    """The address of an empty bucket on loopback."""
+    if request.param == "gs":
+        emulator = pytest.importorskip("gcp_storage_emulator.server")
+        server = emulator.create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket")
+        server.start()
+        port = server._api._httpd.socket.getsockname()[1]
+        monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://127.0.0.1:{port}")
+        request.addfinalizer(server.stop)
+    else:
+        server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", 0)
+        server.start()
+        host, port = server.get_host_and_port()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+        request.addfinalizer(server.stop)
+        import boto3
+
+        boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="bucket")
+    return f"{request.param}://bucket"
+
+
+@pytest.mark.slow
+def test_files_and_folders_go_to_a_bucket_and_back(bucket, tmp_path):
+    source = tmp_path / "stage"
+    files = {"config.json": b"{}", "text/a b é.txt": b"x" * 3_000_000, "text/c": b"c"}
+    for name, data in files.items():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_bytes(data)
+    assert buckets.upload(source, f"{bucket}/runs/stage", last=staging.MARKS) == 3
+    (tmp_path / "back").mkdir()
+    back = buckets.download(f"{bucket}/runs/stage/", tmp_path / "back")
+    assert {
+        str(p.relative_to(back)): p.read_bytes() for p in back.rglob("*") if p.is_file()
+    } == files
+    one = buckets.download(f"{bucket}/runs/stage/config.json", tmp_path / "back")
+    assert one.read_bytes() == b"{}"
+    with pytest.raises(buckets.BucketError, match="/runs/stage exists; name a new one"):
+        buckets.check_free(f"{bucket}/runs/stage")
+    buckets.check_free(f"{bucket}/runs/sta")
+    with pytest.raises(buckets.BucketError, match="/config.json exists; name a new one"):
+        buckets.upload(source / "config.json", f"{bucket}/runs/stage/config.json")
+    with pytest.raises(buckets.BucketError, match="/runs/sta holds nothing"):
+        buckets.download(f"{bucket}/runs/sta", tmp_path / "back")
+
+
+@pytest.mark.slow
+def test_a_verb_whose_paths_are_all_on_a_bucket(bucket, tmp_path, monkeypatch, capsys):
+    """`evaluate report`: reads cards, writes a folder."""
+    monkeypatch.chdir(tmp_path)
+    card = tmp_path / "cards" / "fid.json"
+    card.parent.mkdir()
+    card.write_text(json.dumps({"card": "fid30k", "fid": 9.0, "zero_shot": True}))
+    buckets.upload(card.parent, f"{bucket}/cards")
+    command = ["evaluate", "report", f"--cards={bucket}/cards/fid.json", "--name=x"]
+    before = sorted(os.listdir(tmp_path))
+    status = main.main([*command, f"--out={bucket}/report"])
+    assert status == 0, capsys.readouterr()
+    assert sorted(os.listdir(tmp_path)) == before
+    (tmp_path / "back").mkdir()
+    back = buckets.download(f"{bucket}/report", tmp_path / "back")
+    assert {"report.md", "report.html"} <= {path.name for path in pathlib.Path(back).iterdir()}
+    assert main.main([*command, f"--out={bucket}/report"]) == 1
+    assert "/report exists" in capsys.readouterr().err
