@@ -33,6 +33,7 @@ def get_config(name: str = "base") -> ml_collections.ConfigDict:
     c.text.path = "minilm"
     c.pretrain_text.corpus = ""
     c.checkpoint.every = 2_500
+    c.sampling.thresholding = "static"  # Dynamic thresholding greys the white: docs/emoji.md.
     if name == "base":
         c.train.steps = 27_000
         c.optimizer.decay_fraction = 0.5
