@@ -84,7 +84,17 @@ def read_config(flags: argparse.Namespace) -> Config:
 
 
 def with_home(config: Config) -> Config:
-    """The configuration with ~ expanded in its paths; `paths.local` expands those of the data."""
+    """The configuration with ~ expanded in its paths; `paths.local` expands those of the data.
+
+    Raises:
+      PathError: an address of a bucket in a field that must be a local path.
+    """
+    for name, value in {
+        "pretrain_text.corpus": config.pretrain_text.corpus,
+        "train.init_from": config.train.init_from,
+        "evaluate.prompts": config.evaluate.prompts,
+    }.items():
+        paths.local(value, f"config.{name}")
     text = {name: paths.home(getattr(config.text, name)) for name in ("path", "vocabulary")}
     corpus = paths.home(config.pretrain_text.corpus)
     init_from = paths.home(config.train.init_from)

@@ -20,6 +20,7 @@ import tensorstore as ts
 
 from imagen_jax.config.text import T5Config
 from imagen_jax.interop import weights
+from imagen_jax.io import buckets
 from imagen_jax.models import t5
 
 
@@ -74,7 +75,8 @@ def open_store(folder: str) -> ts.KvStore:
         path = f"{pathlib.Path(folder).absolute()}/"
         return ts.KvStore.open({"driver": "file", "path": path}).result()
     try:
-        return ts.KvStore.open(folder.rstrip("/") + "/").result()
+        address = folder.rstrip("/") + "/"
+        return ts.KvStore.open(address, context=buckets.patience()).result()
     except ValueError as error:
         raise weights.WeightsError(f"{folder} cannot be opened: {_first_line(error)}") from error
 

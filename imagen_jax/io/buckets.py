@@ -32,6 +32,14 @@ def is_address(text: str) -> bool:
     return _ADDRESS.fullmatch(text) is not None
 
 
+def patience() -> ts.Context:
+    """How often tensorstore repeats a request; its own 32 times take a quarter of an hour."""
+    import tensorstore as ts
+
+    retries = {"max_retries": RETRIES}
+    return ts.Context({"gcs_request_retries": retries, "s3_request_retries": retries})
+
+
 def download(address: str, folder: pathlib.Path) -> pathlib.Path:
     """Copies an object, or all objects below an address.
 
@@ -119,13 +127,11 @@ def _open(address: str) -> tuple[ts.KvStore, str]:
     if not found:
         raise BucketError(f"{address} is no address of gs:// or s3://; give gs://BUCKET/NAME")
     scheme, bucket, path = found.groups()
-    retries = {"max_retries": RETRIES}
-    context = ts.Context({"gcs_request_retries": retries, "s3_request_retries": retries})
     spec: dict[str, Any] = {"driver": "gcs" if scheme == "gs" else "s3", "bucket": bucket}
     if scheme == "s3" and (endpoint := os.environ.get("AWS_ENDPOINT_URL")):
         region = os.environ.get("AWS_REGION", os.environ.get("AWS_DEFAULT_REGION", "us-east-1"))
         spec |= {"endpoint": endpoint, "aws_region": region}
-    store = _answer(address, lambda: ts.KvStore.open(spec, context=context).result())
+    store = _answer(address, lambda: ts.KvStore.open(spec, context=patience()).result())
     return store, (path or "").strip("/")
 
 

@@ -10,9 +10,13 @@ import threading
 import pytest
 
 from imagen_jax.cli import main, path_flags, staging
-from imagen_jax.io import buckets
+from imagen_jax.data.embeddings.store import EmbeddingStore
+from imagen_jax.interop import t5x
+from imagen_jax.interop.weights import WeightsError
+from imagen_jax.io import buckets, paths
 from tests.cli.test_paths import actions
 
+ROOT = pathlib.Path(__file__).parents[2]
 REFUSING = (path_flags.flag, path_flags.required_flag, path_flags.flag_list)
 READING = (path_flags.input_flag, path_flags.required_input, path_flags.input_list)
 WRITING = (path_flags.output_flag, path_flags.required_output)
@@ -78,6 +82,33 @@ def test_a_store_that_does_not_answer(scheme, variable, flag, tmp_path, monkeypa
     (line,) = [x for x in capfd.readouterr().err.splitlines() if x.startswith("imagen sample:")]
     assert f"{scheme}://bucket/a" in line
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("verb", ["prepare", "embed", "train", "doctor", "pretrain_text"])
+@pytest.mark.parametrize(
+    "field", ["data.path", "pretrain_text.corpus", "train.init_from", "evaluate.prompts"]
+)
+def test_an_address_in_the_configuration(verb, field, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    out = {"train": ["--workdir=w"], "doctor": ["--workdir=w"], "pretrain_text": ["--out=o"]}
+    config = [f"--config={ROOT}/configs/folder.py:base", f"--config.{field}=gs://bucket/a"]
+    assert main.main([verb, *config, *out.get(verb, [])]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"imagen {verb}: config.{field}=gs://bucket/a: gs:// paths")
+    assert os.listdir(tmp_path) == []
+
+
+def test_embeddings_at_an_address(tmp_path):
+    with pytest.raises(paths.PathError, match="^config.data.embeddings=s3://b/a: s3:// paths"):
+        EmbeddingStore.open("s3://b/a")
+
+
+def test_a_t5x_checkpoint_that_does_not_answer(monkeypatch, capfd):
+    monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", "http://127.0.0.1:1")
+    monkeypatch.setattr(buckets, "RETRIES", 1)
+    with pytest.raises(WeightsError, match="gs://bucket/t5") as error:
+        t5x.read_file("gs://bucket/t5/spiece.model")
+    assert "\n" not in str(error.value)
 
 
 class Occupied(http.server.BaseHTTPRequestHandler):
