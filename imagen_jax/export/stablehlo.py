@@ -25,6 +25,7 @@ from imagen_jax.export.export import read_source
 from imagen_jax.inference import stage_sampler
 from imagen_jax.interop import weights
 from imagen_jax.io import atomic
+from imagen_jax.models import attention
 from imagen_jax.stages import model_card
 from imagen_jax.stages.conditioning import Text
 from imagen_jax.stages.folder import CARD_FILE, PARAMS_FILE, copy_encoder, write_params
@@ -114,7 +115,8 @@ def make_program(stage: Stage) -> jax.export.Exported:
         name: jax.ShapeDtypeStruct([batch if n == BATCH else n for n in shape], dtype)
         for name, (shape, dtype, _) in _inputs(config).items()
     }
-    return jax.export.export(jax.jit(sample), platforms=PLATFORMS)(shapes, inputs)
+    with attention.portable():
+        return jax.export.export(jax.jit(sample), platforms=PLATFORMS)(shapes, inputs)
 
 
 def describe(config: Config, program: jax.export.Exported) -> dict[str, Any]:
@@ -131,7 +133,8 @@ def describe(config: Config, program: jax.export.Exported) -> dict[str, Any]:
             "dtype": "float32",
             "meaning": "RGB images in [-1, 1]; level = round((x + 1) * 127.5)",
         },
-        "params": f"{PARAMS_FILE}: float32 arrays, the program's first argument, by name",
+        "params": f"{PARAMS_FILE}, or its shards: float32 arrays, the program's first argument, by "
+        "name",
         "sampling": dataclasses.asdict(config.sampling),
         "text_encoder": {
             "encoder": text.encoder,

@@ -7,9 +7,9 @@
     images = sr(text_emb, text_mask, **which, lowres=lowres)
     pixels = load.to_uint8(images)
 
-A stage's folder holds sampler.jaxexport (StableHLO, with its signature), params.safetensors and
-signature.json, which describes inputs and output. These files are data; this module is the only
-code. `imagen export --format=stablehlo` puts a copy of it, load.py, into every folder.
+A stage's folder holds sampler.jaxexport (StableHLO, with its signature), params.safetensors (or its
+shards) and signature.json, which describes inputs and output. These files are data; this module is
+the only code. `imagen export --format=stablehlo` puts a copy of it, load.py, into every folder.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Stage:
 
         program = export.deserialize(bytearray((folder / "sampler.jaxexport").read_bytes()))
         self._sample = jax.jit(program.call)
-        self._params = jax.device_put(read_safetensors(folder / "params.safetensors"))
+        self._params = jax.device_put(read_params(folder / "params.safetensors"))
 
     def __call__(
         self,
@@ -100,6 +100,21 @@ class Stage:
 def to_uint8(pixels: Any) -> np.ndarray:
     """Converts images in [-1, 1] to levels 0..255."""
     return np.clip(np.round((np.asarray(pixels) + 1.0) * 127.5), 0.0, 255.0).astype(np.uint8)
+
+
+def read_params(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """Memory-maps a safetensors file, or the shards that PATH.index.json names.
+
+    Raises:
+      ValueError: as `read_safetensors`.
+    """
+    if path.is_file():
+        return read_safetensors(path)
+    index = json.loads(path.with_name(f"{path.name}.index.json").read_text())
+    arrays = {}
+    for file in sorted(set(index["weight_map"].values())):
+        arrays |= read_safetensors(path.with_name(pathlib.PurePath(file).name))
+    return arrays
 
 
 def read_safetensors(path: str | pathlib.Path) -> dict[str, np.ndarray]:

@@ -227,18 +227,24 @@ def _open_file(path: pathlib.Path, keep: Callable[[str], bool]) -> dict[str, Ten
 
 
 def _open_shards(index: pathlib.Path, keep: Callable[[str], bool]) -> dict[str, Tensor]:
-    try:
-        files = dict(json.loads(index.read_text())["weight_map"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise WeightsError(f"{index} is not an index of weight shards: {error}") from error
     tensors: dict[str, Tensor] = {}
-    for file in sorted({file for name, file in files.items() if keep(name)}):
-        # File name only: an index must not refer to files outside its folder.
-        path = index.parent / pathlib.PurePath(file).name
-        if not path.is_file():
-            raise WeightsError(f"{index} names the shard {path.name}, which is missing")
+    for path in sorted({path for name, path in shards_of(index).items() if keep(name)}):
         tensors |= _open_file(path, keep)
     return tensors
+
+
+def shards_of(index: pathlib.Path) -> dict[str, pathlib.Path]:
+    """The file of each tensor of an index of shards. Raises WeightsError."""
+    try:
+        files = dict(json.loads(index.read_text())["weight_map"])
+        # File name only: an index must not refer to files outside its folder.
+        paths = {name: index.parent / pathlib.PurePath(file).name for name, file in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise WeightsError(f"{index} is not an index of weight shards: {error}") from error
+    for path in set(paths.values()):
+        if not path.is_file():
+            raise WeightsError(f"{index} names the shard {path.name}, which is missing")
+    return paths
 
 
 def read_config(path: pathlib.Path, kind: str) -> dict[str, Any]:

@@ -6,7 +6,10 @@ logical axes "batch" and "heads" (`partitioning.RULES`).
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
+from collections.abc import Iterator
 from typing import Literal
 
 import flax.linen as nn
@@ -21,6 +24,19 @@ from imagen_jax.parallel import partitioning
 TEXT_GROUPS = 32  # Groups of the GroupNorm on text tokens, as in IF.
 
 POSITION_STD = 0.5  # Initial deviation of a position embedding; tokens have variance one.
+
+
+_PORTABLE = contextvars.ContextVar("portable", default=False)
+
+
+@contextlib.contextmanager
+def portable() -> Iterator[None]:
+    """Programs traced within run on every platform: no kernel of one vendor is in them."""
+    token = _PORTABLE.set(True)
+    try:
+        yield
+    finally:
+        _PORTABLE.reset(token)
 
 
 def attend(
@@ -46,7 +62,8 @@ def attend(
         return partitioning.constrain(x, ("batch", None, "heads", None))
 
     query, key, value = split(query), split(key), split(value)
-    if attention_implementation(query, key, jax.default_backend()) == "xla":
+    platform = "any" if _PORTABLE.get() else partitioning.platform()
+    if attention_implementation(query, key, platform) == "xla":
         out = softmax_attention(query, key, value, mask)
     else:
         if mask is not None:  # cuDNN takes one row per query.
@@ -88,7 +105,7 @@ def attention_implementation(
     Args:
       query: [B, Q, heads, channels].
       key: [B, K, heads, channels].
-      backend: `jax.default_backend()`.
+      backend: `partitioning.platform()`; "any": the program is for several.
     """
     half = query.dtype in (jnp.bfloat16, jnp.float16)
     channels, even = query.shape[-1], query.shape[1] % 2 == 0 and key.shape[1] % 2 == 0
@@ -140,7 +157,7 @@ class AttentionBlock(nn.Module):
         key_mask = None if text is None else jnp.concatenate(masks, axis=1)
         out = attend(query, key, value, heads=c // cfg.head_dim, mask=key_mask)
         out = x + layers.dense(c, "out", zero_init=True)(out).reshape(x.shape)
-        return partitioning.constrain(out, ("batch", None, None, "channels"))
+        return partitioning.constrain(out, ("batch", "height", None, "channels"))
 
 
 def attention_blocks(

@@ -220,4 +220,4 @@ class ResBlock(nn.Module):
         if self.always_project or x.shape[-1] != self.features:
             x = conv(self.features, "shortcut", kernel=1)(x)
         out = (x + h) / cfg.residual_divisor
-        return partitioning.constrain(out, ("batch", None, None, "channels"))
+        return partitioning.constrain(out, ("batch", "height", None, "channels"))

@@ -40,6 +40,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
     "channels": "tensor",
     "heads": "tensor",
+    "height": "height",  # of `sampling_mesh` alone
 }
 
 
@@ -126,6 +127,36 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] = ()) -> Mesh:  
             ici, dcn, devices, process_is_granule=by_process, **split
         )
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def sampling_mesh(
+    devices: Sequence[jax.Device],  # pyright: ignore[reportInvalidTypeForm]
+    *,
+    fsdp: int,
+    height: int,
+) -> Mesh:
+    """A mesh to sample with: AXES and `height`, which shards the rows of images.
+
+    Args:
+      devices: in the order of the batch.
+      fsdp: devices that share one copy of the parameters.
+      height: devices that share one image.
+
+    Raises:
+      ConfigError: fsdp * height does not divide the number of devices.
+    """
+    if len(devices) % (fsdp * height):
+        fits = [n for n in range(1, len(devices) + 1) if len(devices) % (n * height) == 0] or [1]
+        nearest = min(fits, key=lambda n: abs(n - fsdp))
+        raise ConfigError(
+            f"config.sampling.fsdp*height={fsdp}*{height} must divide the number of devices, "
+            f"{len(devices)}; try fsdp={nearest}"
+            + ("" if len(devices) % height == 0 else " height=1")
+        )
+    sizes = (len(devices) // (fsdp * height), fsdp, 1, height)
+    return Mesh(
+        np.asarray(devices).reshape(sizes), (*AXES, "height"), axis_types=(AxisType.Auto,) * 4
+    )
 
 
 def _slice_count(devices: Sequence[jax.Device], number: str) -> int:  # pyright: ignore[reportInvalidTypeForm]
@@ -286,12 +317,15 @@ def fetch(array: jax.Array | np.ndarray) -> np.ndarray:
 
 
 def spec(names: Sequence[str | None], shape: Sequence[int], mesh: AnyMesh) -> PartitionSpec:
-    """`RULES` applied to the axes of one array; an axis that is not divisible is not sharded."""
+    """`RULES` applied to the axes of one array.
+
+    An axis that is not divisible is not sharded, nor one whose mesh axis does not exist.
+    """
 
     def split(name: str | None, length: int) -> str | tuple[str, ...] | None:
         axes = RULES[name] if name else None
-        parts = math.prod(mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ()))
-        return axes if length % parts == 0 else None
+        parts = [mesh.shape.get(a) for a in ((axes,) if isinstance(axes, str) else axes or ())]
+        return axes if None not in parts and length % math.prod(parts) == 0 else None
 
     return PartitionSpec(*(split(n, length) for n, length in zip(names, shape, strict=True)))
 
@@ -305,6 +339,12 @@ def constrain(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(names, x.shape, mesh)))
+
+
+def shard_height(x: jax.Array) -> jax.Array:
+    """Images [B, H, W, C] sharded by rows where the active mesh is a `sampling_mesh`."""
+    names = jax.sharding.get_abstract_mesh().axis_names
+    return constrain(x, ("batch", "height", None, None)) if "height" in names else x
 
 
 def param_shardings(boxed: Any, mesh: AnyMesh) -> Any:

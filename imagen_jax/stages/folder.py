@@ -1,7 +1,8 @@
 """The stage folder: the file format of one trained stage, its reader and its writer.
 
     config.json          the configuration
-    params.safetensors   the averaged parameters, float32, named by their path
+    params.safetensors   the averaged parameters, float32, named by their path; above
+                         MAX_SHARD_BYTES in shards with an index
     card.md              model card, for people
     text/                the text encoder: all files of a small one, the vocabulary of a large one
 
@@ -18,13 +19,10 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import numpy as np
-
 from imagen_jax.config import overrides
 from imagen_jax.config.schema import Config
 from imagen_jax.config.text import TextConfig
-from imagen_jax.interop import weights
+from imagen_jax.interop import shards, weights
 from imagen_jax.io import atomic
 from imagen_jax.stages.stage import Stage
 
@@ -32,6 +30,9 @@ CONFIG_FILE = "config.json"
 PARAMS_FILE = "params.safetensors"
 CARD_FILE = "card.md"
 ENCODER_FOLDER = "text"
+
+# Larger parameters are written in several files, each of at most this size.
+MAX_SHARD_BYTES = 2**30
 
 # A larger text encoder is not copied; config.json keeps its path and fingerprint.
 MAX_COPIED_ENCODER_BYTES = 64 * 2**20
@@ -58,11 +59,14 @@ def load_stage(path: str) -> Stage:
 
     Raises:
       StageError: a file is missing, or config.json is not a configuration.
-      WeightsError: params.safetensors is damaged.
+      WeightsError: params.safetensors, or a shard of it, is damaged.
     """
     folder = pathlib.Path(path)
-    for name in (CONFIG_FILE, PARAMS_FILE):
-        if not (folder / name).is_file():
+    for name, found in (
+        (CONFIG_FILE, (folder / CONFIG_FILE).is_file()),
+        (PARAMS_FILE, has_params(folder)),
+    ):
+        if not found:
             raise StageError(
                 f"--stages: {folder} has no {name}; a stage folder is written by "
                 "`imagen export --workdir=WORKDIR --out=DIR`"
@@ -75,7 +79,13 @@ def load_stage(path: str) -> Stage:
     if (encoder / "config.json").is_file():
         text = dataclasses.replace(config.text, path=str(encoder.absolute()), vocabulary="")
         config = dataclasses.replace(config, text=text)
-    return Stage(config, weights.unflatten(weights.read_safetensors(folder / PARAMS_FILE)))
+    return Stage(config, weights.unflatten(shards.read_shards(folder / PARAMS_FILE)))
+
+
+def has_params(folder: pathlib.Path) -> bool:
+    """Whether a folder holds a stage's parameters, in one file or in shards."""
+    path = folder / PARAMS_FILE
+    return path.is_file() or shards.index_of(path).is_file()
 
 
 def check_stage_output(out: str) -> pathlib.Path:
@@ -84,7 +94,9 @@ def check_stage_output(out: str) -> pathlib.Path:
     Raises:
       OutputError: `out` exists and is not a stage folder.
     """
-    return atomic.check_replaceable(out, PARAMS_FILE, "stage folder")
+    index = shards.index_of(pathlib.Path(out) / PARAMS_FILE)
+    mark = index.name if index.is_file() else PARAMS_FILE
+    return atomic.check_replaceable(out, mark, "stage folder")
 
 
 def write_stage(
@@ -113,9 +125,8 @@ def write_stage_files(
 
 
 def write_params(folder: pathlib.Path, params: Any) -> None:
-    """Writes params.safetensors into a folder that exists."""
-    flat = weights.flatten(jax.tree.map(np.asarray, params))
-    weights.write_safetensors(folder / PARAMS_FILE, flat)
+    """Writes params.safetensors, or its shards, into a new folder."""
+    shards.write_shards(folder / PARAMS_FILE, weights.flatten(params), MAX_SHARD_BYTES)
 
 
 def encoder_files(text: TextConfig) -> dict[str, pathlib.Path]:
@@ -166,9 +177,12 @@ def copy_encoder(text: TextConfig, folder: pathlib.Path) -> TextConfig:
 
 
 def weights_hash(path: str) -> str:
-    """SHA-256 of a stage folder's parameter file, first 16 hex digits; samples record it."""
-    with (pathlib.Path(path) / PARAMS_FILE).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    """SHA-256 of a stage folder's parameter files, first 16 hex digits; samples record it."""
+    digest = hashlib.sha256()
+    for shard in shards.shard_files(pathlib.Path(path) / PARAMS_FILE):
+        with shard.open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()[:16]
 
 
 def check_chain(configs: Sequence[Config], lowres_size: int = 0) -> None:

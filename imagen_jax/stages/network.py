@@ -16,6 +16,7 @@ from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import Config
 from imagen_jax.models.efficient_unet import EfficientUNet
 from imagen_jax.models.unet import UNet
+from imagen_jax.parallel import partitioning
 from imagen_jax.stages import lora
 from imagen_jax.stages.conditioning import Conditioning
 
@@ -89,6 +90,7 @@ def apply(
     inputs = z
     if conditioning.lowres is not None:
         inputs = jnp.concatenate([z, conditioning.lowres], axis=-1)
+    inputs = partitioning.shard_height(inputs)
     if lora.GROUP in params:
         params = lora.merged(params, config.lora.scale)
     options: dict[str, Any] = {}

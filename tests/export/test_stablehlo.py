@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 from typing import NamedTuple
@@ -17,10 +18,12 @@ import pytest
 from imagen_jax.export import stablehlo, stablehlo_loader
 from imagen_jax.export.check import ExportError, compare
 from imagen_jax.inference import stage_sampler
+from imagen_jax.interop import shards
 from imagen_jax.io import images
 from imagen_jax.io.atomic import OutputError
+from imagen_jax.parallel import partitioning
 from imagen_jax.stages.conditioning import Text
-from imagen_jax.stages.folder import load_stage, write_stage
+from imagen_jax.stages.folder import PARAMS_FILE, load_stage, write_stage
 from imagen_jax.stages.stage import Stage
 from imagen_jax.training.restore import CheckpointError
 
@@ -168,6 +171,31 @@ def test_the_signature_describes_the_inputs(exported):
         assert params > 10_000 and (folder / "sampler.jaxexport").stat().st_size < 2e6
     pattern = r"StableHLO: differs from the live sampler by at most [01] of 255 levels"
     assert sum(bool(re.match(pattern, line)) for line in lines) == 1
+
+
+def test_no_kernel_of_one_vendor_is_in_a_program_for_all(base_config, random_params, monkeypatch):
+    """Exported on a GPU, where the live sampler's attention is cuDNN's."""
+    model = dataclasses.replace(base_config.model, dtype="bfloat16")
+    stage = Stage(dataclasses.replace(base_config, model=model), random_params(base_config))
+    monkeypatch.setattr(partitioning, "platform", lambda: "gpu")
+    text = Text(np.zeros((2, 4, 8), np.float32), np.ones((2, 4), bool))
+    keys = stage_sampler.image_keys(0, [0, 1], [0, 0])
+    with pytest.raises(RuntimeError, match="cuDNN"):  # It is not installed here.
+        stage_sampler.sample_stage.trace(stage.params, stage.config, text, keys)
+    program = stablehlo.make_program(stage)
+    assert program.platforms == ("cpu", "cuda", "tpu")
+    assert "cudnn" not in program.mlir_module().lower()
+
+
+def test_a_program_reads_shards(exported, tmp_path):
+    folder = tmp_path / "sharded"
+    shutil.copytree(exported.folders[0], folder)
+    whole = stablehlo_loader.read_params(folder / "params.safetensors")
+    (folder / "params.safetensors").unlink()
+    shards.write_shards(folder / "params.safetensors", whole, 4000)
+    assert len(list(folder.glob("params-*"))) > 2
+    found = stablehlo_loader.read_params(folder / "params.safetensors")
+    np.testing.assert_equal(found, stablehlo_loader.read_params(exported.folders[0] / PARAMS_FILE))
 
 
 def test_lowres_is_checked_against_the_signature(exported):
