@@ -15,16 +15,19 @@ from typing import Any
 import jax
 
 from imagen_jax.cli import path_flags, wiring
+from imagen_jax.cli.sample import read_settings
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import Config
 from imagen_jax.data.embeddings.store import EmbeddingStore
 from imagen_jax.data.embeddings.unit_file import EmbeddingError
+from imagen_jax.inference.request import with_settings
 from imagen_jax.io import atomic
 from imagen_jax.parallel import compiled, partitioning, topology
-from imagen_jax.planning import plan
+from imagen_jax.planning import cascade_plan, plan
 from imagen_jax.planning.plan import Plan
 from imagen_jax.planning.report import report
 from imagen_jax.planning.search import search_batch, search_train
+from imagen_jax.stages.folder import check_chain
 from imagen_jax.training.teacher import with_teacher
 
 STAGES = ("train", "sample", "embed")
@@ -37,6 +40,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--topology", required=True, metavar="NAME", help="slice, such as v5e-256, or here"
     )
     parser.add_argument("--stage", choices=STAGES, default="train", help="the program")
+    parser.add_argument(
+        "--cascade",
+        default="",
+        type=path_flags.flag_list,
+        metavar="FILE[:NAME][,...]",
+        help="sample: the stages after --config; plans them all with the text encoder",
+    )
+    parser.add_argument(
+        "--stage_settings",
+        metavar="JSON",
+        default="{}",
+        help="sample: sampling fields by stage name, as of `imagen sample`",
+    )
     parser.add_argument(
         "--batch",
         type=int,
@@ -65,16 +81,36 @@ def run(flags: argparse.Namespace) -> None:
     wiring.check_least(flags, 0, "batch")
     if flags.save and flags.stage != "train":
         raise ConfigError(f"--save={flags.save} needs --stage=train, got --stage={flags.stage}")
+    if flags.cascade and (flags.stage != "sample" or flags.search):
+        raise ConfigError("--cascade goes with --stage=sample, without --search")
     where, config = _open(flags)
     if flags.stage != "embed":
         config = with_text_dim(config)
     options = {} if flags.exact or flags.topology == "here" else plan.QUICK
+    if flags.cascade:
+        _run_cascade(flags, config, where, options)
+        return
     made = _make(flags, config, where, options)
     print(report(made, flags.mfu, flags.price))
     how = "as the run will" if not options else "quickly (--exact: as the run will)"
     print(f"\ncompiled {how} in {made.compile_seconds:.0f} s")
     if flags.save:
         _save(made, flags.save)
+    if flags.json:
+        atomic.write_json(flags.json, made.as_json())
+
+
+def _run_cascade(
+    flags: argparse.Namespace, config: Config, where: topology.Slice, options: Mapping[str, Any]
+) -> None:
+    """Plans the stages of --config and --cascade with their text encoder."""
+    specs = [argparse.Namespace(**{**vars(flags), "config": spec}) for spec in flags.cascade]
+    configs = [config, *(with_text_dim(wiring.read_config(spec)) for spec in specs)]
+    configs = with_settings(configs, read_settings(flags.stage_settings), "--stage_settings")
+    check_chain(configs)
+    batch = flags.batch or len(where.devices)
+    made = cascade_plan.plan_cascade(configs, where, batch, options, print)
+    print("\n" + cascade_plan.report(made))
     if flags.json:
         atomic.write_json(flags.json, made.as_json())
 
@@ -117,6 +153,7 @@ def _make(
             return search_train(config, where, options, print)
         return plan.compile_program(plan.train_program(config, where), where, options)
     program_of = plan.sample_program if flags.stage == "sample" else plan.embed_program
+    (config,) = with_settings([config], read_settings(flags.stage_settings), "--stage_settings")
     if flags.search:
         return search_batch(lambda n: program_of(config, where, n), where, options, print)
     batch = flags.batch or len(where.devices)

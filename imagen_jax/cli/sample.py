@@ -60,9 +60,10 @@ def add_sampling(parser: argparse.ArgumentParser, *, samples_per_prompt: int) ->
     wiring.add_cpu_devices(parser)
     parser.add_argument(
         "--keep_stages",
-        choices=("all", "one"),
-        default="all",
-        help="stages in memory: all, or one at a time (each samples many batches before the next)",
+        choices=("auto", "all", "one"),
+        default="auto",
+        help="networks in memory: all, or one at a time (each samples many batches before the "
+        "next); auto: all where they have room",
     )
     parser.add_argument(
         "--trace",

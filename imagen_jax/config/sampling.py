@@ -7,6 +7,9 @@ import itertools
 
 from imagen_jax.config.fields import ConfigError, check_choice, doc
 
+# Fields that say how the images are computed, and change them by rounding alone.
+PLACEMENT = ("batch_size", "fsdp", "height")
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
@@ -65,8 +68,31 @@ class SamplingConfig:
     )
     aug_level: float = doc(0.0, "SR stages: noise on the low-resolution image, 0..1.")
     lora_scale: float = doc(1.0, "Factor on the weights of the LoRAs that are loaded; 0: off.")
+    dtype: str | None = doc(
+        None,
+        "Of parameters and activations, in place of model.dtype: float32 or bfloat16; None: "
+        "bfloat16 on accelerators, float32 on CPUs.",
+    )
+    batch_size: int | None = doc(
+        None, "Images sampled at a time, at most; None: what the devices' memory has room for."
+    )
+    fsdp: int | None = doc(
+        None,
+        "Devices of a process that share one copy of the parameters; None: 1 where a device has "
+        "room for all of them, otherwise all devices.",
+    )
+    height: int = doc(
+        1, "Devices of a process that share the rows of one image; each has all parameters."
+    )
 
     def __post_init__(self) -> None:
+        if self.dtype is not None:
+            check_choice("sampling.dtype", self.dtype, ("float32", "bfloat16"))
+        for field in ("batch_size", "fsdp", "height"):
+            value = getattr(self, field)
+            self._check(field, value is None or value >= 1, "at least 1")
+        # XLA (JAX 0.10) computes other images where both axes of a mesh are larger than 1.
+        self._check("fsdp", self.height == 1 or self.fsdp in (None, 1), "1 with sampling.height")
         self._check("steps", self.steps >= 1, "at least 1")
         check_choice("sampling.variance", self.variance, ("fixed", "learned"))
         falling = all(a > b for a, b in itertools.pairwise((1000, *self.timesteps, -1)))

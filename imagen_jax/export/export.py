@@ -8,6 +8,7 @@ export samples with what it wrote (`check`) before the folder appears.
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,21 +19,21 @@ from imagen_jax.config import overrides
 from imagen_jax.config.schema import Config, check_sigma_rel
 from imagen_jax.config.train import CheckpointConfig
 from imagen_jax.export.check import check
+from imagen_jax.inference import placement
 from imagen_jax.interop import hf_bert
 from imagen_jax.io import atomic
-from imagen_jax.parallel import partitioning
+from imagen_jax.parallel import memory, partitioning
 from imagen_jax.stages import model_card
 from imagen_jax.stages.folder import (
     CARD_FILE,
-    PARAMS_FILE,
     StageError,
     check_stage_output,
     copy_encoder,
+    has_params,
     load_stage,
     write_stage_files,
 )
 from imagen_jax.stages.lora import merged_stage
-from imagen_jax.stages.network import init_params
 from imagen_jax.stages.stage import Stage
 from imagen_jax.text.encoders import TEXT_ENCODERS
 from imagen_jax.training import ema, ema_snapshots
@@ -91,7 +92,7 @@ def read_source(source: str) -> Stage:
     Raises:
       StageError, CheckpointError: neither can be read.
     """
-    if (pathlib.Path(source) / PARAMS_FILE).is_file():
+    if has_params(pathlib.Path(source)):
         return load_stage(source)
     params, config, _ = read_average(source)
     return merged_stage(Stage(config, params))
@@ -234,10 +235,20 @@ def _with_encoder(config: Config, text_encoder: str = "") -> Config:
 
 
 def _abstract_params(config: Config) -> Any:
-    """Shapes of the parameters, placed on the first device of this process."""
-    boxed = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    """Shapes of the parameters, on one device, or sharded over those of this process."""
+    boxed = placement.boxed_shapes(config)
+    plain = partitioning.unbox(boxed)
+    devices = memory.local_devices()
+    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(plain))
+    fsdp = placement.choose_fsdp(size, [size], "one", devices)
+    if fsdp > 1:
+        mesh = partitioning.sampling_mesh(jax.local_devices(), fsdp=fsdp, height=1)
+        shardings = partitioning.param_shardings(boxed, mesh)
+    else:
+        first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        shardings = jax.tree.map(lambda leaf: first, plain)
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        partitioning.unbox(boxed),
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        plain,
+        shardings,
     )

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from imagen_jax.config.fields import ConfigError, unknown_name
 from imagen_jax.config.schema import Config
 from imagen_jax.io import paths
-from imagen_jax.parallel import partitioning
 from imagen_jax.stages import lora, lora_file
-from imagen_jax.stages.folder import load_stage
 
 
 class LoraSpec(NamedTuple):
@@ -64,39 +62,9 @@ def of_stages(specs: Sequence[LoraSpec], configs: Sequence[Config]) -> list[list
     return found
 
 
-class TunedParams:
-    """Parameters of a stage folder with LoRAs, on the devices; those of one scale at a time."""
-
-    def __init__(self, path: str, specs: Sequence[LoraSpec], config: Config):
-        """Reads the LoRAs.
-
-        Args:
-          path: stage folder.
-          specs: its LoRAs.
-          config: of the stage.
-
-        Raises:
-          WeightsError: a LoRA cannot be read, or is of another network.
-        """
-        self._path, self._scale, self._placed = path, 1.0, None
-        self._adapters = [(lora_file.read(spec.path, config), spec.weight) for spec in specs]
-        for adapter, _ in self._adapters:
-            lora.check_fits(load_stage(path).params, adapter)
-
-    def read(self, scale: float) -> Any:
-        """Parameters with the LoRAs times `scale`, read again."""
-        params = load_stage(self._path).params
-        if self._adapters and scale:
-            weighted = [(adapter, weight * scale) for adapter, weight in self._adapters]
-            params = lora.with_adapters(params, weighted)
-        return partitioning.replicate(params)
-
-    def get(self, scale: float) -> Any:
-        """The same, kept until a request has another scale."""
-        if self._placed is None or scale != self._scale:
-            self._placed = None  # Not beside the next ones.
-            self._placed, self._scale = self.read(scale), scale
-        return self._placed
+def read(specs: Sequence[LoraSpec], config: Config) -> list[tuple[lora.Adapter, float]]:
+    """The LoRAs of a stage with their weights. Raises WeightsError."""
+    return [(lora_file.read(spec.path, config), spec.weight) for spec in specs]
 
 
 def digest(specs: Sequence[LoraSpec], config: Config) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,9 +15,10 @@ from imagen_jax.config.schema import Config
 from imagen_jax.diffusion import editing
 from imagen_jax.diffusion.editing import Edit
 from imagen_jax.diffusion.samplers import DenoisingState
-from imagen_jax.inference import stage_sampler
+from imagen_jax.inference import placement, stage_sampler
+from imagen_jax.inference.batch_size import fitting, out_of_memory
 from imagen_jax.inference.stage_sampler import Noise, SamplerInputs
-from imagen_jax.parallel import partitioning
+from imagen_jax.parallel import memory, partitioning
 from imagen_jax.stages.conditioning import Text
 from imagen_jax.stages.stage import Stage
 
@@ -96,11 +98,12 @@ def sample_batches(
     on_steps: StepCallback | None = None,
     report_every: int = 1,
     numbers: Int[np.ndarray, " n"] | None = None,
+    room: int | None = None,
 ) -> Float[np.ndarray, "n size size 3"]:
     """One stage's images, batch by batch over the devices of this process.
 
     Args:
-      stage: configuration, and parameters replicated on all these devices.
+      stage: configuration, and parameters placed as its `sampling` says, see `placement`.
       inputs: of N images.
       batch_size: images sampled at a time, rounded up to a multiple of the devices; the last batch
         is padded to it.
@@ -108,27 +111,51 @@ def sample_batches(
       on_steps: called with the progress of the batch while the next steps run.
       report_every: steps between two calls of it.
       numbers: of the images, for messages; None: 0 to N-1.
+      room: bytes of a device that activations may take; batches are smaller where these need more.
+        None: any.
 
     Returns:
       Images in [-1, 1], on this host; beyond it only where the last step has given noise.
 
     Raises:
       NotFiniteError: an image is not finite; names stage, image and step.
+      OutOfMemoryError: a batch does not fit; names stage, need and remedy.
     """
     parts, count = [], len(inputs.text.emb)
     numbers = np.arange(count) if numbers is None else numbers
-    devices = jax.local_device_count()
-    size = -(-min(batch_size, count) // devices) * devices
-    for first in range(0, count, size):
-        end = min(first + size, count)
-        part = inputs.rows(np.minimum(np.arange(first, first + size), count - 1))
-        try:
-            sampled = _sample_batch(stage, part, guide, (first, end), on_steps, report_every)
-        except _NotFinite as found:
-            image = int(numbers[min(first + found.row, end - 1)])
-            raise NotFiniteError(_not_finite_line(stage, guide, image, found)) from None
-        parts.append(sampled[: end - first])
+    mesh = placement.make_mesh(stage.config.sampling)
+    devices = partitioning.batch_devices(mesh) if mesh else jax.local_device_count()
+    most = min(batch_size, stage.config.sampling.batch_size or batch_size, count)
+    size = -(-most // devices) * devices
+    rows = lambda first: np.minimum(np.arange(first, first + size), count - 1)  # noqa: E731
+    active = jax.set_mesh(mesh) if mesh else contextlib.nullcontext()
+    with active:
+        if room is not None and stage.config.sampling.batch_size is None:
+            size = _fitting_size(stage, inputs.rows(rows(0)), guide, devices, room)
+        for first in range(0, count, size):
+            end = min(first + size, count)
+            part = inputs.rows(rows(first))
+            try:
+                sampled = _sample_batch(stage, part, guide, (first, end), on_steps, report_every)
+            except _NotFinite as found:
+                image = int(numbers[min(first + found.row, end - 1)])
+                raise NotFiniteError(_not_finite_line(stage, guide, image, found)) from None
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                found = memory.local_devices()
+                raise out_of_memory(stage, size, devices, found, error) from error
+            parts.append(sampled[: end - first])
     return np.concatenate(parts)
+
+
+def _fitting_size(
+    stage: Stage, inputs: StageInputs, guide: Stage | None, devices: int, room: int
+) -> int:
+    """Images at a time, at most those of `inputs`."""
+    arrays, _, levels = _sampler_inputs(stage.config, inputs)
+    stage = Stage(stage_sampler.jit_cache_config(stage.config), stage.params)
+    return fitting(programs(), stage, guide, arrays, levels=levels, parts=devices, room=room)
 
 
 def _sampler_inputs(config: Config, inputs: StageInputs) -> tuple[SamplerInputs, int, Any]:
@@ -171,7 +198,7 @@ def _sample_batch(
         place = (stage.params, config, step_inputs, state, levels, first, last)
         return run(*place, guide_params, guide_config)
 
-    step_inputs, start = init(config, partitioning.shard_batch(arrays))
+    step_inputs, start = init(config, _place(arrays))
     state, stride, finished = start, report_every if on_steps else count, None
     for first in range(0, count, stride):
         last = min(first + stride, count)
@@ -192,6 +219,14 @@ def _sample_batch(
     if arrays.mask is None or arrays.init_images is None:
         return x0
     return np.where(arrays.mask, x0, arrays.init_images)
+
+
+def _place(arrays: SamplerInputs) -> SamplerInputs:
+    """The arrays over the active mesh, or over all devices of the process."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return partitioning.shard_batch(arrays)
+    return jax.device_put(arrays, partitioning.batch_sharding(mesh))
 
 
 class _NotFinite(Exception):

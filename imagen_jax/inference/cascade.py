@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -34,9 +34,9 @@ from imagen_jax.inference.request import (
     guided_stage,
     with_settings,
 )
+from imagen_jax.inference.stage_params import Networks, StageParams
 from imagen_jax.inference.stage_sampler import Noise, image_keys, stage_keys
 from imagen_jax.io import images
-from imagen_jax.parallel import partitioning
 from imagen_jax.stages.conditioning import Text
 from imagen_jax.stages.folder import StageError, check_chain, load_stage, weights_hash
 from imagen_jax.stages.names import check_names
@@ -79,7 +79,7 @@ class Cascade:
       encoder: the text encoder; None: requests give embeddings.
       weight_hashes: a short hash of each stage's parameter file and LoRAs; "" where there is none.
       guide_hashes: the same of the guiding checkpoints.
-      keep: "all" stages stay on the devices, or "one" at a time.
+      keep: "all" networks stay on the devices, or "one" at a time.
     """
 
     def __init__(
@@ -103,18 +103,13 @@ class Cascade:
         self.encoder = encoder
         self.weight_hashes = [""] * len(self.configs)
         self.guide_hashes = [""] * len(guides)
-        self.keep: Literal["all", "one"] = "all"
         for config in self.configs:
             check_names(config, f"stage {config.name!r}: config")
         check_chain(self.configs, stages[0].config.data.lowres_size if stages else 0)
-        # By the scale of the LoRAs, which parameters in memory do not have.
-        self._params: list[Callable[[float], Any]] = [
-            functools.partial(_ignore_scale, _replicated_params(stage.params)) for stage in stages
-        ]
-        self._guides: list[tuple[Callable[[], Any], Config] | None] = [None] * len(stages)
+        self._guides: list[StageParams | None] = [None] * len(stages)
         for guide in guides:
-            index = guided_stage(guide.config, self.configs)
-            self._guides[index] = _replicated_params(guide.params), guide.config
+            self._guides[guided_stage(guide.config, self.configs)] = StageParams(guide)
+        self._set_networks([StageParams(stage) for stage in stages], "auto")
 
     @classmethod
     def load(
@@ -123,7 +118,7 @@ class Cascade:
         *,
         text_encoder: str | None = "",
         guides: Sequence[str] = (),
-        keep: Literal["all", "one"] = "all",
+        keep: Literal["auto", "all", "one"] = "auto",
         loras: Sequence[LoraSpec] = (),
     ) -> Cascade:
         """Loads stage folders, base first; or super-resolution stages alone, for given images.
@@ -134,7 +129,8 @@ class Cascade:
             no encoder is loaded, and requests give embeddings.
           guides: stage folders of weaker checkpoints, each to guide the stage of the same image
             size (autoguidance, arXiv:2406.02507).
-          keep: "all" stages stay on the devices, or "one" at a time, read again for each call.
+          keep: "all" networks stay on the devices, or "one" at a time, read again for each call;
+            "auto": all where their parameters have room.
           loras: added to the parameters of the stages with their weights.
 
         Raises:
@@ -144,41 +140,47 @@ class Cascade:
         """
         if isinstance(dirs, str) or not dirs:
             raise StageError(f"dirs={dirs!r} must be a list of stage folders, base first")
-        if keep not in ("all", "one"):
-            raise RequestError(unknown_name("keep", keep, ["all", "one"]))
+        if keep not in ("auto", "all", "one"):
+            raise RequestError(unknown_name("keep", keep, ["auto", "all", "one"]))
         stages, weaker = ([load_stage(path) for path in paths] for paths in (dirs, guides))
-        check_chain([stage.config for stage in stages], stages[0].config.data.lowres_size)
         configs = [stage.config for stage in stages]
+        check_chain(configs, configs[0].data.lowres_size)
         specs = adapters.of_stages(loras, configs)
         encoder = None
         if text_encoder is not None:
-            text = stages[0].config.text
+            text = configs[0].text
             text = dataclasses.replace(text, path=text_encoder or text.path)
             encoder = load_text_encoder(text)
-            _check_encoder([stage.config for stage in stages], encoder, text.path)
-        tuned = [
-            adapters.TunedParams(path, own, config)
-            for path, own, config in zip(dirs, specs, configs, strict=True)
-        ]
-        if keep == "one":  # Parameters are mapped from their files: none has been read so far.
-            stages, weaker = ([s._replace(params={}) for s in part] for part in (stages, weaker))
-        stages = [s._replace(params={}) if own else s for s, own in zip(stages, specs, strict=True)]
         cascade = cls(stages, encoder, weaker)
-        cascade.keep = keep
+        tuned = [
+            StageParams(stage, adapters.read(own, stage.config))
+            for stage, own in zip(stages, specs, strict=True)
+        ]
+        cascade._set_networks(tuned, keep)
+        if encoder is not None:
+            _check_encoder(configs, encoder, text_encoder or configs[0].text.path)
         cascade.weight_hashes = [
             weights_hash(path) + adapters.digest(own, config)
             for path, own, config in zip(dirs, specs, configs, strict=True)
         ]
         cascade.guide_hashes = [weights_hash(path) for path in guides]
-        if keep == "one":
-            cascade._params = [params.read for params in tuned]
-            for path, guide in zip(guides, weaker, strict=True):
-                index = guided_stage(guide.config, cascade.configs)
-                cascade._guides[index] = functools.partial(_read, path), guide.config
-        for index, own in enumerate(specs if keep == "all" else ()):
-            if own:
-                cascade._params[index] = tuned[index].get
         return cascade
+
+    def _set_networks(self, params: Sequence[StageParams], keep: Literal["auto", "all", "one"]):
+        self._params = params
+        self._networks = Networks(params, self._guides, self.encoder, keep)
+        self.keep = self._networks.keep
+
+    def placed_configs(self, settings: Mapping[str, Mapping[str, Any]]) -> list[Config]:
+        """The configurations that a request with these settings samples with.
+
+        Args:
+          settings: fields of `SamplingConfig` by stage name.
+
+        Returns:
+          Configurations in which dtype and mesh of the stages are decided.
+        """
+        return self._networks.placed(with_settings(self.configs, settings))
 
     def embed(
         self, prompts: Sequence[str]
@@ -193,6 +195,8 @@ class Cascade:
             batch_size=TEXT_BATCH,
             max_len=self.configs[0].data.max_text_len,
         )
+        if self.keep == "one":
+            self._networks.release_encoder()
         order = [rows[prompt] for prompt in prompts]
         return text_emb[order], text_mask[order]
 
@@ -232,6 +236,7 @@ class Cascade:
         Raises:
           RequestError, ConfigError: the request cannot be sampled; nothing has been computed.
           NotFiniteError: an image is not finite; names stage, image and step.
+          OutOfMemoryError: a stage does not fit the devices; names stage, need and remedy.
         """
         if not isinstance(prompts, SampleRequest):
             request = SampleRequest(prompts=prompts, **fields)
@@ -239,10 +244,10 @@ class Cascade:
             request = prompts
         else:
             raise TypeError(f"{', '.join(fields)}: set these fields in the SampleRequest")
-        configs = with_settings(self.configs, request.stage_settings)
+        configs = self.placed_configs(request.stage_settings)
         check_sizes(report_every=report_every)
         request.check(configs)
-        check_guided(configs, guides=[guide[1] for guide in self._guides if guide])
+        check_guided(configs, guides=[guide.config for guide in self._guides if guide])
         inputs, order = self._first_inputs(request, configs[0])
         keys, sampled = inputs.keys, []
         given = [request.noise.get(config.name, Noise()) for config in configs]
@@ -253,18 +258,21 @@ class Cascade:
             if on_progress:
                 report = functools.partial(_report, on_progress, configs, index, order)
             lowres = sample_batches(
-                Stage(config, self._params[index](config.sampling.lora_scale)),
+                Stage(config, self._params[index].get(config)),
                 inputs._replace(
                     keys=stage_keys(keys, index),
                     noise=noise[index],
                     negative=inputs.negative if _uses_negative(request, config, guide) else None,
                 ),
                 batch_size=request.batch_size,
-                guide=guide and Stage(guide[1], guide[0]()),
+                guide=guide and Stage(_placed_guide(guide, config), guide.get(config)),
                 on_steps=report,
                 report_every=report_every,
                 numbers=order,
+                room=self._networks.room(configs, index),
             )
+            if self.keep == "one":
+                self._networks.release(index)
             inputs = inputs._replace(lowres=lowres)
             sampled.append((images.to_uint8(lowres) if rounded else lowres)[np.argsort(order)])
         if request.edit and rounded:
@@ -330,18 +338,10 @@ def _uses_negative(request: SampleRequest, config: Config, guide: Any) -> bool:
     return config.text.null == "empty" and config.sampling.guided and guide is None
 
 
-def _ignore_scale(params: Callable[[], Any], scale: float) -> Any:
-    del scale
-    return params()
-
-
-def _replicated_params(params: Any) -> Callable[[], Any]:
-    placed = partitioning.replicate(params)
-    return lambda: placed
-
-
-def _read(path: str) -> Any:
-    return partitioning.replicate(load_stage(path).params)
+def _placed_guide(guide: StageParams, config: Config) -> Config:
+    """The configuration of a guide, in the dtype of the stage that it guides."""
+    model = dataclasses.replace(guide.config.model, dtype=config.model.dtype)
+    return dataclasses.replace(guide.config, model=model)
 
 
 def _report(

@@ -19,11 +19,11 @@ import numpy as np
 from jaxtyping import UInt8
 
 from imagen_jax.config import overrides
+from imagen_jax.config.sampling import PLACEMENT
 from imagen_jax.diffusion.editing import Edit
 from imagen_jax.inference import sample_folder
 from imagen_jax.inference.cascade import Cascade, Progress
 from imagen_jax.inference.given_inputs import GivenInputs
-from imagen_jax.inference.request import with_settings
 from imagen_jax.inference.sample_folder import GRID_IMAGES, Sample
 from imagen_jax.inference.trace import Trace
 from imagen_jax.io import atomic, images
@@ -114,10 +114,17 @@ def sample(
 def _image_metadata(cascade: Cascade, options: SampleOptions) -> dict[str, str]:
     """The PNG text chunks that all images of a run share."""
     settings: dict[str, Any] = {}
-    for config, weights in zip(
-        with_settings(cascade.configs, options.stage_settings), cascade.weight_hashes, strict=True
+    for trained, config, weights in zip(
+        cascade.configs,
+        cascade.placed_configs(options.stage_settings),
+        cascade.weight_hashes,
+        strict=True,
     ):
-        settings[config.name] = {"weights": weights, **dataclasses.asdict(config.sampling)}
+        values = dataclasses.asdict(config.sampling)
+        if config.model.dtype == trained.model.dtype:
+            del values["dtype"]  # As in folders from before there was a choice.
+        values = {name: value for name, value in values.items() if name not in PLACEMENT}
+        settings[config.name] = {"weights": weights, **values}
     if cascade.encoder is not None:
         settings["text_encoder"] = overrides.fingerprint(cascade.encoder.fingerprint())
     if options.negative_prompt:

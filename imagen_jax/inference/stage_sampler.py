@@ -216,7 +216,13 @@ def jit_cache_config(config: Config) -> Config:
     """
     settings = config.sampling
     weight = 1.0 if settings.guidance_weight == 1.0 else 2.0
-    sampling = dataclasses.replace(settings, aug_level=0.0, guidance_weight=weight, lora_scale=1.0)
+    sampling = dataclasses.replace(
+        settings,
+        aug_level=0.0,
+        guidance_weight=weight,
+        lora_scale=1.0,
+        batch_size=None,
+    )
     if settings.guidance_oscillate_after < 0:
         spacing = timesteps.CONTINUOUS
         sampling = dataclasses.replace(sampling, steps=1, spacing=spacing, timesteps=())
@@ -252,8 +258,8 @@ def run_steps(
     step_inputs: StepInputs,
     state: DenoisingState,
     levels: tuple[Float[Array, " n"], Float[Array, " n"]],
-    first: Int[Array, ""],
-    last: Int[Array, ""],
+    first: Int[Array, ""] | int,
+    last: Int[Array, ""] | int,
     guide_params: Any = None,
     guide_config: Config | None = None,
 ) -> DenoisingState:

@@ -77,11 +77,12 @@ class Collective(NamedTuple):
     network: str = "ici"
 
 
-def collectives(text: str) -> list[Collective]:
+def collectives(text: str, unknown_trips: int = 1) -> list[Collective]:
     """The collective operations of a compiled program by kind; loop bodies once per iteration.
 
     Args:
       text: `jax.stages.Compiled.as_text()`.
+      unknown_trips: iterations of a loop whose bounds are arguments.
     """
     computations, entry = _computations(text)
     # (kind, location) -> instruction -> (count, bytes). On TPUs an operation that overlaps with
@@ -100,7 +101,7 @@ def collectives(text: str) -> list[Collective]:
                 before = same.get(line, (0, 0))[0]
                 same[line] = before + times, _bytes(match[1], kind, line)
                 continue
-            inner = times * _trips(line, computations)
+            inner = times * _trips(line, computations, unknown_trips)
             for called in _called(line):
                 visit(called, inner, " fusion(" in line)
 
@@ -184,8 +185,8 @@ def _called(line: str) -> list[str]:
     return _CALLED.findall(line) + named
 
 
-def _trips(line: str, computations: dict[str, list[str]]) -> int:
-    """Iterations of a `while`: its known trip count, or the bound of its condition; else 1."""
+def _trips(line: str, computations: dict[str, list[str]], unknown: int = 1) -> int:
+    """Iterations of a `while`: its known trip count, or the bound of its condition."""
     condition = _CONDITION.search(line)
     if not condition:
         return 1
@@ -193,7 +194,7 @@ def _trips(line: str, computations: dict[str, list[str]]) -> int:
     if known:
         return int(known[1])
     bounds = [_CONSTANT.search(other) for other in computations.get(condition[1], ())]
-    return max((int(bound[1]) for bound in bounds if bound), default=1)
+    return max((int(bound[1]) for bound in bounds if bound), default=unknown)
 
 
 def _bytes(result: str, kind: str, line: str) -> int:

@@ -14,8 +14,7 @@ import jax
 from jax.experimental import topologies
 
 from imagen_jax.config.fields import ConfigError
-
-GIB = 2**30
+from imagen_jax.parallel.memory import GIB, Devices, local_devices
 
 _2D = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 _CUBES = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8"}
@@ -84,6 +83,11 @@ class Slice(NamedTuple):
     chips: int
     hbm: int
     slices: int = 1
+
+    def as_devices(self) -> Devices:
+        """All of them as the devices of one process."""
+        count = len(self.devices)
+        return Devices(self.devices[0].platform, count, self.hbm * self.chips // count)
 
 
 def parse(name: str) -> tuple[Generation, int, int]:
@@ -161,7 +165,4 @@ def open_slice(name: str) -> Slice:
 def this_machine() -> Slice:
     """The devices of this machine, each counted as a chip; CPU devices share its memory."""
     devices = jax.devices()
-    stats = devices[0].memory_stats() or {}
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    hbm = stats.get("bytes_limit", host // len(devices))
-    return Slice("here", devices, len(devices), hbm)
+    return Slice("here", devices, len(devices), local_devices().bytes)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import re
 import time
@@ -21,13 +22,13 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding
 
 from imagen_jax.config.fields import ConfigError, unknown_name
-from imagen_jax.config.schema import Config, MeshConfig
-from imagen_jax.inference import stage_sampler
+from imagen_jax.config.schema import Config
+from imagen_jax.inference import placement, stage_sampler
+from imagen_jax.inference.stage_sampler import SamplerInputs
 from imagen_jax.models import t5
 from imagen_jax.parallel import flops, hlo, partitioning
 from imagen_jax.parallel.topology import Slice
 from imagen_jax.stages.conditioning import Text
-from imagen_jax.stages.network import init_params
 from imagen_jax.text import frozen_encoder
 from imagen_jax.training.initial_state import abstract_state
 from imagen_jax.training.optimizer import make_optimizer
@@ -55,6 +56,7 @@ class Program(NamedTuple):
       arguments: bytes of its arguments, per device.
       flops: FLOPs of one run over all devices, including recomputation in the backward pass.
       model_flops: FLOPs without recomputation, as counted by MFU.
+      steps: iterations of its loop where they are an argument.
     """
 
     kind: str
@@ -65,6 +67,7 @@ class Program(NamedTuple):
     arguments: int
     flops: float
     model_flops: float
+    steps: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,39 +180,83 @@ def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
 def sample_program(config: Config, where: Slice, batch: int) -> Program:
     """The sampler of one stage with all its denoising steps, as in `sample`.
 
-    Parameters are replicated; the images are sharded over the chips.
+    Args:
+      config: the stage; `sampling.dtype`, `fsdp` and `height` say how it is placed. Where fsdp is
+        None, it is as for a stage alone.
+      where: the slice; all its devices belong to one process.
+      batch: images at a time.
     """
     # A stage trained on crops samples whole images.
     config = dataclasses.replace(config, data=config.data.uncropped())
-    mesh = partitioning.make_mesh(MeshConfig(), where.devices)
-    rows, replicated = _rows(mesh, batch), partitioning.replicated(mesh)
+    devices = where.as_devices()
+    config = placement.with_dtype(config, devices.platform)
+    size = placement.param_bytes(config)
+    (config,) = placement.with_placement([config], [size], "one", devices)
+    settings = config.sampling
+    mesh = partitioning.sampling_mesh(
+        where.devices, fsdp=settings.fsdp or 1, height=settings.height
+    )
+    rows = _rows(mesh, batch)
     shapes = batch_shapes(
         dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=batch))
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
     shapes["keys"] = jax.ShapeDtypeStruct((batch,), key.dtype)
+    for name in ("guidance_weight", *(("aug_level",) if "lowres" in shapes else ())):
+        shapes[name] = jax.ShapeDtypeStruct((batch,), jnp.float32)
+    del shapes["image"]
     given = _with_sharding(shapes, rows)
-    text = Text(given["text_emb"], given["text_mask"])
-    params = jax.eval_shape(lambda: init_params(config, jax.random.key(config.seed)))
-    params = _with_sharding(partitioning.unbox(params), replicated)
-    low = given.get("lowres")
-    traced = stage_sampler.sample_stage.trace(params, config, text, given["keys"], low)
-    inputs = (params, text, given["keys"], low)
-    return program("sample", config, batch, traced, params, inputs)
+    text = Text(given.pop("text_emb"), given.pop("text_mask"))
+    params = placement.abstract_params(config, mesh)
+    traced, inputs, count = _trace_sampler(config, params, SamplerInputs(text, **given), mesh)
+    made = program("sample", config, batch, traced, params, (params, *inputs))
+    every = made.flops * count
+    return made._replace(steps=count, flops=every, model_flops=every)
 
 
-def embed_program(config: Config, where: Slice, batch: int) -> Program:
-    """The text encoder's forward pass over captions of the greatest length, sharded as in `embed`.
+def _trace_sampler(
+    config: Config, params: Any, arrays: SamplerInputs, mesh: Mesh
+) -> tuple[jax.stages.Traced, Any, int]:
+    """`run_steps` as `sample` runs it, its arguments but the parameters, and its steps."""
+    levels = stage_sampler.noise_levels(config)
+    key = stage_sampler.jit_cache_config(config)
+    run = jax.jit(stage_sampler.run_steps, static_argnames="config")
+    sharded = placement.make_mesh(config.sampling, list(mesh.devices.flat)) is not None
+    with jax.set_mesh(mesh) if sharded else contextlib.nullcontext():
+        init = jax.eval_shape(functools.partial(stage_sampler.init_denoising, key), arrays)
+        step_inputs, state = _with_sharding(init, partitioning.batch_sharding(mesh))
+        ends = _with_sharding(tuple(levels[:2]), partitioning.replicated(mesh))
+        traced = run.trace(params, key, step_inputs, state, ends, 0, levels.count)
+    return traced, (step_inputs, state), levels.count
 
-    Raises:
-      ConfigError: `text.preset` is not an encoder, or mesh or batch size do not match the slice.
-    """
+
+def encoder_shape(config: Config) -> T5Config:
+    """Shape of the text encoder `text.preset`. Raises ConfigError: there is no such encoder."""
     if config.text.preset not in t5.T5_PRESETS:
         raise ConfigError(
             unknown_name("config.text.preset", config.text.preset, list(t5.T5_PRESETS))
         )
-    shape = dataclasses.replace(t5.T5_PRESETS[config.text.preset], dtype=config.text.dtype)
-    mesh = partitioning.make_mesh(config.mesh, where.devices)
+    return dataclasses.replace(t5.T5_PRESETS[config.text.preset], dtype=config.text.dtype)
+
+
+def embed_program(config: Config, where: Slice, batch: int, fsdp: int = 0) -> Program:
+    """The text encoder's forward pass over captions of the greatest length.
+
+    Args:
+      config: `text` gives the encoder.
+      where: the slice.
+      batch: captions at a time.
+      fsdp: devices that share the parameters in sampling; 0: sharded as in `embed`, by
+        `config.mesh`.
+
+    Raises:
+      ConfigError: `text.preset` is not an encoder, or mesh or batch size do not match the slice.
+    """
+    shape = encoder_shape(config)
+    if fsdp:
+        mesh = partitioning.sampling_mesh(where.devices, fsdp=fsdp, height=1)
+    else:
+        mesh = partitioning.make_mesh(config.mesh, where.devices)
     rows = _rows(mesh, batch)
     boxed = t5.boxed_shapes(shape)
     params = jax.tree.map(
@@ -317,7 +364,7 @@ def compile_program(
         peak=(arguments + temporaries + outputs + code) * per_chip,
         collectives=[
             c._replace(count=c.count * per_chip, bytes=c.bytes * per_chip)
-            for c in hlo.collectives(text)
+            for c in hlo.collectives(text, program.steps)
         ],
         compile_seconds=seconds,
         compiled=compiled,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from imagen_jax.parallel.memory import GIB
 from imagen_jax.parallel.peaks import peak_flops
-from imagen_jax.parallel.topology import GIB
 from imagen_jax.planning.plan import Plan
 
 UNITS = {"train": "image", "sample": "image", "embed": "caption"}

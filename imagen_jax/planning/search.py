@@ -13,7 +13,8 @@ from typing import Any
 
 from imagen_jax.config.schema import Config
 from imagen_jax.parallel import partitioning
-from imagen_jax.parallel.topology import GIB, Slice
+from imagen_jax.parallel.memory import GIB
+from imagen_jax.parallel.topology import Slice
 from imagen_jax.planning.plan import Plan, Program, compile_program, train_program
 
 REMATS = ("none", "blocks", "full")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -116,16 +117,19 @@ def make_denoiser(
     gammas: list[Array | None] = []  # Of the last evaluation.
 
     def conditional(z: Array, logsnr: Array) -> Array:
-        ((x0, gamma),) = predict(stage, z, logsnr, conditioning, [text])
+        own, z = _in_step(stage, z)
+        ((x0, gamma),) = predict(own, z, logsnr, conditioning, [text])
         gammas[:] = [gamma]
         return x0
 
     def pair(z: Array, logsnr: Array) -> tuple[Array, Array]:
         if guide is not None:
-            other = predict_x0(guide, z, logsnr, conditioning, [negative or text])[0]
+            weaker, _ = _in_step(guide, z)
+            other = predict_x0(weaker, z, logsnr, conditioning, [negative or text])[0]
             return conditional(z, logsnr), other
         texts = [text, negative or null_text(text)]
-        (x0, gamma), (other, _) = predict(stage, z, logsnr, conditioning, texts)
+        own, z = _in_step(stage, z)
+        (x0, gamma), (other, _) = predict(own, z, logsnr, conditioning, texts)
         gammas[:] = [gamma]
         return x0, other
 
@@ -144,6 +148,18 @@ def make_denoiser(
         return guidance.Estimate(x0, gamma)
 
     return denoise_with_variance
+
+
+def _in_step(stage: Stage, z: Array) -> tuple[Stage, Array]:
+    """The same values; sharded parameters depend on z.
+
+    The compiler moves what no step changes out of the loop: it would gather all parameters before
+    the first step and keep them.
+    """
+    if jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1:
+        return stage, z
+    params, z = jax.lax.optimization_barrier((stage.params, z))
+    return stage._replace(params=params), z
 
 
 def check_guide(config: Config, guide: Config) -> None:

@@ -35,6 +35,9 @@ from imagen_jax.text.vocabulary import (
     WordPieceVocabulary,
 )
 
+# Tokens of the shortest bucket: shorter forward passes save little, and each is compiled.
+MIN_BUCKET = 32
+
 
 @runtime_checkable
 class TextEncoder(Protocol):
@@ -187,10 +190,13 @@ def embed_prompts(
 ) -> tuple[Float[np.ndarray, "n l d"], Bool[np.ndarray, "n l"]]:
     """Embeds prompts for sampling; warns about every prompt that does not fit.
 
+    A prompt is padded to its bucket of `bucket_length`, whatever other prompts there are.
+
     Args:
       encoder: the text encoder.
       prompts: N strings.
-      batch_size: prompts per forward pass; the last batch is padded, so one shape is compiled.
+      batch_size: prompts per forward pass; the last batch of a bucket is padded, so one shape is
+        compiled for each.
       max_len: L, the number of tokens the U-Nets were trained with; longer prompts are cut.
 
     Returns:
@@ -199,15 +205,28 @@ def embed_prompts(
     text_emb = np.zeros((len(prompts), max_len, encoder.dim), np.float32)
     text_mask = np.zeros((len(prompts), max_len), bool)
     length = min(max_len, encoder.max_len)
-    for start in range(0, len(prompts), batch_size):
-        chunk = list(prompts[start : start + batch_size])
-        batch = encoder.tokenize(chunk + [""] * (batch_size - len(chunk)))
-        _warn_cut(encoder, chunk, batch, length)
-        encoded = np.asarray(jax.device_get(encoder.encode(batch.ids, batch.mask)))
-        rows = slice(start, start + len(chunk))
-        text_emb[rows, :length] = encoded[: len(chunk), :length]
-        text_mask[rows, :length] = batch.mask[: len(chunk), :length]
+    tokens, filler = encoder.tokenize(list(prompts)), encoder.tokenize([""])
+    _warn_cut(encoder, prompts, tokens, length)
+    text_mask[:, :length] = tokens.mask[:, :length]
+    used = tokens.mask.sum(axis=1)
+    buckets = np.array([bucket_length(int(n), encoder.max_len) for n in used])
+    for bucket in np.unique(buckets).tolist():
+        rows = np.flatnonzero(buckets == bucket)
+        for start in range(0, len(rows), batch_size):
+            part = rows[start : start + batch_size]
+            ids, mask = (
+                np.concatenate([of[part], of_filler.repeat(batch_size - len(part), axis=0)])
+                for of, of_filler in ((tokens.ids, filler.ids), (tokens.mask, filler.mask))
+            )
+            encoded = jax.device_get(encoder.encode(ids[:, :bucket], mask[:, :bucket]))
+            kept = min(bucket, length)
+            text_emb[part, :kept] = np.asarray(encoded)[: len(part), :kept]
     return text_emb, text_mask
+
+
+def bucket_length(tokens: int, max_len: int) -> int:
+    """Tokens that a prompt is padded to: a power of two, at least MIN_BUCKET, at most max_len."""
+    return min(max(1 << max(tokens - 1, 0).bit_length(), MIN_BUCKET), max_len)
 
 
 def _warn_cut(encoder: TextEncoder, prompts: Sequence[str], batch: TokenBatch, length: int) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -159,6 +160,24 @@ class FrozenEncoder:
         if self._params is None:
             self._read(keep=True)
         return self._params
+
+    def bytes(self) -> int:
+        """Bytes of all parameters."""
+        size = jnp.dtype(self.shape.dtype).itemsize
+        return size * sum(math.prod(tensor.shape) for tensor in self._tensors.values())
+
+    @property
+    def shards(self) -> int:
+        """Devices that share one copy of the parameters."""
+        return self.mesh.shape["fsdp"] if self.mesh else 1
+
+    def shard_over(self, mesh: Mesh) -> None:
+        """Sets the devices of the parameters, which are read again."""
+        self.mesh, self._params = mesh, None
+
+    def release(self) -> None:
+        """Frees the devices' memory until the next use."""
+        self._params = None
 
     def _read(self, *, keep: bool) -> None:
         """Hashes the parameters one by one; with `keep`, also places them on the devices.

@@ -16,7 +16,7 @@ from imagen_jax.cli import plan as plan_verb
 from imagen_jax.config import overrides
 from imagen_jax.config.schema import MeshConfig
 from imagen_jax.parallel import partitioning, topology
-from imagen_jax.parallel.topology import GIB
+from imagen_jax.parallel.memory import GIB
 from imagen_jax.planning.plan import Plan, Program
 from imagen_jax.planning.report import estimate, report
 from imagen_jax.planning.search import largest_batch_per_device

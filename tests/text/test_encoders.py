@@ -88,6 +88,26 @@ def test_prompts_do_not_depend_on_the_batch_size(encoder):
     assert not small[0][~small[1]].any()
 
 
+def test_prompts_are_padded_to_buckets_whatever_others_there_are(folder, monkeypatch):
+    encoder = encoders.load_text_encoder(TextConfig(path=str(folder), max_len=72))
+    prompts = ["a red circle", "a white triangle " * 11, "a blue square", "two crosses " * 34]
+    counts = [encoder.token_count(prompt) for prompt in prompts]
+    assert counts[0] < 32 < counts[1] < 64 < counts[3] <= 72
+    lengths = []
+    encode = encoder.encode
+    monkeypatch.setattr(
+        encoder, "encode", lambda ids, mask: lengths.append(ids.shape) or encode(ids, mask)
+    )
+    emb, mask = encoders.embed_prompts(encoder, prompts, batch_size=4, max_len=70)
+    assert lengths == [(4, 32), (4, 64), (4, 72)]
+    whole = encoder.tokenize(prompts)
+    expected = np.asarray(encode(whole.ids, whole.mask))[:, :70]
+    np.testing.assert_allclose(emb, expected, atol=2e-6)
+    np.testing.assert_array_equal(mask, whole.mask[:, :70])
+    alone, _ = encoders.embed_prompts(encoder, prompts[:1], batch_size=4, max_len=70)
+    np.testing.assert_array_equal(alone[0], emb[0])
+
+
 def test_prompts_are_padded_beyond_the_encoders_length(encoder):
     emb, mask = encoders.embed_prompts(encoder, ["a red circle"], batch_size=1, max_len=12)
     assert emb.shape == (1, 12, 16) and mask.sum() == 4 and not emb[:, 8:].any()

@@ -1,0 +1,92 @@
+"""Images that a stage samples at a time: as many as the devices' memory has room for."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+
+from imagen_jax.inference.stage_sampler import SamplerInputs
+from imagen_jax.parallel import liveness
+from imagen_jax.parallel.memory import GIB, Devices
+from imagen_jax.stages.stage import Stage
+
+# Left for the compiler's own buffers, gathered layers and fragmentation.
+RESERVE = 0.1
+
+
+class OutOfMemoryError(MemoryError):
+    """A stage's program does not fit the devices; the message is one line with the remedy."""
+
+
+def bytes_per_device(params: Any) -> int:
+    """Bytes of placed parameters on each device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(params)
+    )
+
+
+def fitting(
+    programs: tuple[Any, Any],
+    stage: Stage,
+    guide: Stage | None,
+    arrays: SamplerInputs,
+    *,
+    levels: Any,
+    parts: int,
+    room: int,
+) -> int:
+    """Images at a time, at most those of `arrays`, whose activations have room.
+
+    Args:
+      programs: `batches.programs()`. Their traces are kept, so the next call does not trace again.
+      stage: configuration from `jit_cache_config`, and its parameters.
+      guide: the guiding checkpoint.
+      arrays: of one batch.
+      levels: noise levels of the steps.
+      parts: devices over which a batch is sharded; the result is a multiple of it.
+      room: bytes per device.
+    """
+    size = len(arrays.keys)
+    init, run = programs
+    guide_config, guide_params = guide or (None, None)
+    step_inputs, start = init.trace(stage.config, arrays).out_info
+    traced = run.trace(
+        stage.params, stage.config, step_inputs, start, levels, 0, 1, guide_params, guide_config
+    )
+    need = liveness.peak_bytes(traced.jaxpr.jaxpr) / (parts * stage.config.sampling.height)
+    if need <= room:
+        return size
+    return max(int(max(room, 0) / need * size) // parts * parts, parts)
+
+
+def out_of_memory(
+    stage: Stage, size: int, parts: int, devices: Devices, error: Exception
+) -> OutOfMemoryError:
+    """The error of a stage whose program did not fit: what it needs, and the next remedy.
+
+    Args:
+      stage: configuration of `placement.with_placement`, and placed parameters.
+      size: images at a time.
+      parts: devices over which they are sharded.
+      devices: of the process.
+      error: of the compiler or the device; has the bytes.
+    """
+    config, settings = stage.config, stage.config.sampling
+    if size > parts:
+        remedy = f"batch_size={max(size // 2 // parts, 1) * parts}"
+    elif config.model.dtype != "bfloat16":
+        remedy = 'dtype="bfloat16"'
+    elif settings.height == 1 and (settings.fsdp or 1) < devices.count:
+        remedy = f"fsdp={devices.count}"
+    else:
+        remedy = f"fsdp=1 and sampling.height={devices.count}"
+    reason = str(error).strip().splitlines()[0][:200]
+    return OutOfMemoryError(
+        f"stage {config.name!r}: out of memory with {size} images at a time on {devices.count} "
+        f"devices of {devices.bytes / GIB:.4g} GiB; its parameters take "
+        f"{bytes_per_device(stage.params) / GIB:.4g} GiB of each ({reason}); set "
+        f"sampling.{remedy} for the stage, see --stage_settings"
+    )

@@ -1,0 +1,166 @@
+"""Parameters on the devices: of one stage, as a request asks, and of all networks of a cascade."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from imagen_jax.config.schema import Config
+from imagen_jax.inference import placement
+from imagen_jax.inference.batch_size import RESERVE
+from imagen_jax.interop.weights import flatten, unflatten
+from imagen_jax.parallel import memory, partitioning
+from imagen_jax.stages import lora
+from imagen_jax.stages.lora import Adapter
+from imagen_jax.stages.stage import Stage
+from imagen_jax.text.encoders import TextEncoder
+from imagen_jax.text.frozen_encoder import FrozenEncoder
+
+
+class StageParams:
+    """Parameters that are placed at first use, one array after the other, and then kept.
+
+    Attributes:
+      config: of the stage.
+    """
+
+    def __init__(self, stage: Stage, loras: Sequence[tuple[Adapter, float]] = ()):
+        """Holds the parameters, usually mapped from their file.
+
+        Args:
+          stage: the stage.
+          loras: to add to its kernels, each with its weight.
+
+        Raises:
+          WeightsError: a LoRA is of another network.
+        """
+        for adapter, _ in loras:
+            lora.check_fits(stage.params, adapter)
+        self.config = stage.config
+        self._params, self._loras = stage.params, loras
+        self._key: Any = None
+        self._placed: Any = None
+
+    def bytes(self, config: Config) -> int:
+        """Bytes of all parameters in the dtype of `config`."""
+        return sum(
+            math.prod(np.shape(leaf))
+            * placement.param_dtype(np.shape(leaf), config.model.dtype).itemsize
+            for leaf in jax.tree.leaves(self._params)
+        )
+
+    def get(self, config: Config) -> Any:
+        """The parameters on the devices of this process; others than the last ones replace them.
+
+        Args:
+          config: of `placement.with_placement`: LoRA scale, dtype and mesh. For a guide, that of
+            the stage that it guides.
+        """
+        mesh = placement.make_mesh(config.sampling)
+        scale = config.sampling.lora_scale if self._loras else 0.0
+        key = (config.model.dtype, mesh, scale)
+        if key != self._key:
+            self.release()  # Not beside the next ones.
+            self._placed, self._key = self._place(*key), key
+        return self._placed
+
+    def release(self) -> None:
+        """Frees the devices' memory."""
+        self._placed = self._key = None
+
+    def _place(self, dtype: str, mesh: Any, scale: float) -> Any:
+        params = self._params
+        if scale:
+            weighted = [(adapter, weight * scale) for adapter, weight in self._loras]
+            params = lora.with_adapters(params, weighted)
+        flat = flatten(params)
+        if mesh is None:
+            replicated = partitioning.replicated(partitioning.local_mesh())
+            shardings = dict.fromkeys(flat, replicated)
+        else:
+            boxed = placement.boxed_shapes(self.config)
+            shardings = flatten(partitioning.param_shardings(boxed, mesh))
+        placed = {}
+        for path, array in flat.items():
+            wanted = placement.param_dtype(np.shape(array), dtype)
+            if array.dtype != wanted:
+                array = array.astype(wanted)
+            # Blocks, so that queued transfers do not hold all parameters in host memory.
+            placed[path] = jax.block_until_ready(jax.device_put(array, shardings[path]))
+        return unflatten(placed)
+
+
+class Networks:
+    """All networks of a cascade: which are on the devices together, and how they are sharded.
+
+    Attributes:
+      keep: "all" together, or "one" at a time.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[StageParams],
+        guides: Sequence[StageParams | None],
+        encoder: TextEncoder | None,
+        keep: Literal["auto", "all", "one"],
+    ):
+        """Decides from the default settings of the stages, and shards a large text encoder.
+
+        Args:
+          stages: base first.
+          guides: of each stage; None: no guide.
+          encoder: the text encoder; None: there is none.
+          keep: "auto": all where their parameters have room.
+        """
+        self._stages, self._guides = stages, guides
+        self._encoder = encoder if isinstance(encoder, FrozenEncoder) else None
+        self._devices = memory.local_devices()
+        platform = self._devices.platform
+        sizes = self._sizes([placement.with_dtype(stage.config, platform) for stage in stages])
+        self.keep = placement.choose_keep(sizes, self._devices) if keep == "auto" else keep
+        fsdp = placement.choose_fsdp(sizes[-1], sizes, self.keep, self._devices)
+        if self._encoder and fsdp > 1:
+            devices = jax.local_devices()
+            self._encoder.shard_over(partitioning.sampling_mesh(devices, fsdp=fsdp, height=1))
+
+    def _sizes(self, configs: Sequence[Config]) -> list[int]:
+        """Bytes of the parameters of each stage with its guide, and of the text encoder."""
+        sizes = [
+            stage.bytes(config) + (guide.bytes(config) if guide else 0)
+            for stage, guide, config in zip(self._stages, self._guides, configs, strict=True)
+        ]
+        return [*sizes, self._encoder.bytes() if self._encoder else 0]
+
+    def placed(self, configs: Sequence[Config]) -> list[Config]:
+        """Configurations of the stages in which dtype and mesh are decided."""
+        configs = [placement.with_dtype(config, self._devices.platform) for config in configs]
+        return placement.with_placement(configs, self._sizes(configs), self.keep, self._devices)
+
+    def room(self, configs: Sequence[Config], index: int) -> int:
+        """Bytes of a device that activations of a stage may take.
+
+        Args:
+          configs: from `placed`.
+          index: of the stage.
+        """
+        sizes = self._sizes(configs)
+        shares = [config.sampling.fsdp or 1 for config in configs]
+        shares.append(self._encoder.shards if self._encoder else 1)
+        held = [size / share for size, share in zip(sizes, shares, strict=True)]
+        resident = sum(held) if self.keep == "all" else held[index]
+        return int((1.0 - RESERVE) * self._devices.bytes - resident)
+
+    def release(self, index: int) -> None:
+        """Frees the parameters of a stage and its guide."""
+        for params in (self._stages[index], self._guides[index]):
+            if params:
+                params.release()
+
+    def release_encoder(self) -> None:
+        """Frees the parameters of the text encoder."""
+        if self._encoder:
+            self._encoder.release()

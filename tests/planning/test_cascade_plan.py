@@ -1,0 +1,88 @@
+"""`imagen plan --stage=sample --cascade`: all stages with their text encoder, on this machine."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+
+from imagen_jax.cli import main
+from imagen_jax.parallel.topology import Slice
+from imagen_jax.planning.cascade_plan import CascadePlan
+from imagen_jax.planning.plan import Plan, Program
+
+SHAPES = [
+    "--config=configs/shapes.py:base",
+    "--config.model.text_dim=512",
+    "--topology=here",
+    "--stage=sample",
+    "--cascade=configs/shapes.py:sr",
+]
+
+
+@pytest.mark.slow
+def test_a_cascade_on_this_machine(tmp_path, capsys):
+    path = tmp_path / "plan.json"
+    encoder = "--config.text.preset=t5_v1_1_small"
+    assert main.main(["plan", *SHAPES, encoder, "--batch=8", f"--json={path}"]) == 0
+    assert "it fits" in capsys.readouterr().out
+    found = json.loads(path.read_text())
+    names = [program["name"] for program in found["programs"]]
+    assert names == ["t5_v1_1_small", "base", "sr"] and found["keep"] == "all" and found["fits"]
+    sizes = [program["hbm_per_chip"] for program in found["programs"]]
+    held = [4 * program["params"] for program in found["programs"]]
+    peaks = [s["peak"] + sum(held) - own for s, own in zip(sizes, held, strict=True)]
+    assert found["hbm_per_chip"]["peak"] == pytest.approx(max(peaks), rel=0.01)
+
+
+@pytest.fixture
+def make_plan(base_config):
+    """(peak, params) of programs -> CascadePlan of them, on one chip with 100 bytes."""
+
+    traced = jax.jit(lambda: 0).trace()
+    compiled = traced.lower().compile()
+
+    def make(programs, keep) -> CascadePlan:
+        where = Slice("v5e-1", [], 1, 100)
+        plans = [
+            Plan(
+                Program("sample", base_config, 8, 1, traced, 0, 80.0, 80.0),
+                where,
+                arguments=held,
+                temporaries=peak - held,
+                outputs=0,
+                code=0,
+                peak=peak,
+                collectives=[],
+                compile_seconds=0.0,
+                compiled=compiled,
+            )
+            for peak, held in programs
+        ]
+        params = [held for _, held in programs]
+        return CascadePlan(plans, params, [(1, 1)] * len(plans), keep, 8)
+
+    return make
+
+
+@pytest.mark.parametrize(("keep", "peak", "fits"), [("all", 140, False), ("one", 90, True)])
+def test_other_parameters_count_where_they_stay(make_plan, keep, peak, fits):
+    """The second program, 90, beside the parameters of the others, 40 and 10."""
+    plan = make_plan([(50, 40), (90, 60), (20, 10)], keep)
+    assert plan.peak == peak and plan.fits == fits
+    failed = dataclasses.replace(plan.plans[0], compiled=None)
+    assert not dataclasses.replace(plan, plans=[failed, *plan.plans[1:]]).fits
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--search"], "--cascade goes with --stage=sample, without --search"),
+        (['--stage_settings={"x": {}}'], "stage_settings: stage='x' is not one of base, sr"),
+        ([], "config.text.preset='' is not one of"),
+    ],
+)
+def test_what_cannot_be_planned_is_said_in_one_line(capsys, arguments, message):
+    assert main.main(["plan", *SHAPES, *arguments]) == 1
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1, error
