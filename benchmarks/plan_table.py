@@ -38,11 +38,14 @@ TRAIN = [
     ("sr_256", "v6e-64", "--config.mesh.fsdp=4 --config.train.accumulation=8"),
     ("sr_1024", "v6e-64", "--config.mesh.fsdp=4 --config.train.accumulation=8"),
 ]
+# The paper's cascade with T5-XXL; the last row has one image of 1024 pixels on all chips.
+CASCADE = "--cascade=configs/imagen.py:sr_256,configs/imagen.py:sr_1024"
+XXL_BF16 = "--config.text.preset=t5_v1_1_xxl --config.text.dtype=bfloat16"
+SPATIAL = '--stage_settings={"sr_1024":{"height":8,"batch_size":1}}'
 SAMPLE = [
-    (model, slice_name, "--stage=sample")
-    for slice_name in ("v5e-256", "v4-128", "v5p-128", "v6e-64")
-    for model in ("base_64", "sr_256", "sr_1024")
-]
+    ("base_64", slice_name, f"--stage=sample {CASCADE} {XXL_BF16}")
+    for slice_name in ("v5e-8", "v6e-8", "v4-8", "v5p-8")
+] + [("base_64", "v5e-8", f"--stage=sample {CASCADE} {XXL_BF16} {SPATIAL}")]
 XXL = "--config.text.preset=t5_v1_1_xxl --config.text.dtype=bfloat16 --config.mesh.fsdp="
 EMBED = [
     ("base_64", slice_name, f"--stage=embed --batch={batch} {XXL}{fsdp}")
@@ -70,7 +73,7 @@ def command(model: str, slice_name: str, rest: str) -> list[str]:
 
 def row_name(table: str, row: tuple[str, str, str]) -> str:
     """Name of a row and of its file."""
-    return f"{table}_{row[0]}_{row[1]}"
+    return f"{table}_{row[0]}_{row[1]}" + ("_height" if "height" in row[2] else "")
 
 
 def run_row(out: pathlib.Path, table: str, row: tuple[str, str, str]) -> None:
@@ -108,8 +111,50 @@ def run_row(out: pathlib.Path, table: str, row: tuple[str, str, str]) -> None:
     print(done.stdout, flush=True)
 
 
+def sample_markdown(out: pathlib.Path) -> str:
+    """Markdown table of the cascades that have a file: a row per program."""
+    lines = [
+        "| slice | program | images at a time | fsdp | height | arguments | temporaries | peak "
+        "| capacity | TFLOP | sent | fits |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    commands = []
+    for row in SAMPLE:
+        path = out / f"{row_name('sample', row)}.json"
+        if not path.is_file():
+            continue
+        kept = json.loads(path.read_text())
+        whole = kept["numbers"]
+        commands.append(f"- `imagen {' '.join(kept['command'])}`: keep={whole['keep']}")
+        for program in whole["programs"]:
+            memory = [f"{v / GIB:.2f}" for v in program["hbm_per_chip"].values()]
+            sent = sum(c["bytes"] for c in program["collectives"]) / GIB
+            cells = [row[1], program["name"], program["batch"], program["fsdp"], program["height"]]
+            cells += [*memory, f"{program['flops_per_chip_step'] / 1e12:.4g}", f"{sent:.2f}"]
+            lines.append(f"| {' | '.join(map(str, [*cells, yes(program['fits'])]))} |")
+        cells = [
+            row[1],
+            "cascade",
+            "",
+            "",
+            "",
+            "",
+            "",
+            f"{whole['hbm_per_chip']['peak'] / GIB:.2f}",
+        ]
+        cells += [f"{whole['hbm_per_chip']['capacity'] / GIB:.2f}", "", "", yes(whole["fits"])]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *commands])
+
+
+def yes(fits: bool) -> str:
+    return "yes" if fits else "no"
+
+
 def markdown(out: pathlib.Path, table: str) -> str:
     """Markdown table of the rows that have a file."""
+    if table == "sample":
+        return sample_markdown(out)
     what = "days" if table == "train" else "chip-hours"
     lines = [
         "| model | slice | at a time | arguments | temporaries | peak | capacity | fits "

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from imagen_jax.stages import folder as stage
+
 SOURCE = pathlib.Path(__file__).parents[2]
 NETWORK = ("--config.model.channels=(16,16)", "--config.mesh.cpu_devices=1")
 BATCH = "--config.data.batch_size=2"
@@ -74,3 +76,13 @@ def test_programs_and_checkpoints():
     assert train["compiler_flops"] > 0.9 * train["flops"]
     found = run("checkpoints.py", "--repeats=1", *NETWORK)
     assert positive(found["save_until_written"]) and positive(found["restore"])
+
+
+@pytest.mark.slow
+def test_sampling_beside_another_checkout(base_config, random_params, tmp_path):
+    stage.write_stage(tmp_path / "base", random_params(base_config), base_config, {})
+    flags = [f"--before={SOURCE}", f"--stages={tmp_path / 'base'}", "--batches=1,3", "--repeats=3"]
+    found = run("sample_speed.py", *flags)
+    for batch in (1, 3):
+        row = found[f"batch_{batch}"]
+        assert row["rounds"] == 3 and 0 < row["low"] <= row["ratio"] <= row["high"]
