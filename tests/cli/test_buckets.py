@@ -166,8 +166,7 @@ def bucket(request, monkeypatch):
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
         request.addfinalizer(server.stop)
-        import boto3
-
+        boto3 = pytest.importorskip("boto3")
         boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="bucket")
     return f"{request.param}://bucket"
 
