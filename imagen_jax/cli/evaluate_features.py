@@ -11,6 +11,7 @@ from imagen_jax.evaluation import cards
 from imagen_jax.evaluation.features import clip_score, fid, fid30k, frechet
 from imagen_jax.evaluation.features.resizing import DEFAULT_FILTER, FILTERS, filter_name
 from imagen_jax.evaluation.samples import EvaluationError
+from imagen_jax.inference import adapters
 from imagen_jax.inference.request import with_settings
 from imagen_jax.interop import hf_clip
 from imagen_jax.interop.inception import PUBLIC_FILE
@@ -90,7 +91,9 @@ def run_fid30k(flags: argparse.Namespace) -> None:
     sampling_flags = argparse.Namespace(**{**vars(flags), "out": folder, "cpu_devices": 1})
     sample_verb.sample_rows(sampling_flags, rows)
     settings = sample_verb.read_settings(flags.stage_settings)
-    configs = with_settings(sample_verb.read_configs(flags.stages), settings, "--stage_settings")
+    configs = sample_verb.read_configs(flags.stages)
+    configs = adapters.with_loras(configs, wiring.read_loras(flags))
+    configs = with_settings(configs, settings, "--stage_settings")
     about = fid30k.about_run(rows, configs, flags.caption_seed, flags.seed)
     about |= {"negative_prompt": flags.negative_prompt, "guides": flags.guides}
     about["zero_shot"] = about["zero_shot"] and not flags.trained_on_coco

@@ -2,7 +2,8 @@
 
 Compiles the real train step, sampler or text encoder with libtpu (pip install 'imagen_jax[tpu]');
 the base model of the paper takes some minutes. Slices have Cloud TPU's names: v4-128 and v5p-128
-have 64 chips, v5e-256 has 256. --topology=here plans for the devices of this machine instead.
+have 64 chips, v5e-256 has 256. h200-8 is a machine with eight GPUs, for which JAX's CUDA plugin
+compiles (pip install 'imagen_jax[cuda]'). --topology=here plans for the devices of this machine.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from imagen_jax.data.embeddings.store import EmbeddingStore
 from imagen_jax.data.embeddings.unit_file import EmbeddingError
 from imagen_jax.inference.request import with_settings
 from imagen_jax.io import atomic
-from imagen_jax.parallel import compiled, partitioning, topology
+from imagen_jax.parallel import compiled, gpu_targets, partitioning, topology
 from imagen_jax.planning import cascade_plan, plan
 from imagen_jax.planning.plan import Plan
 from imagen_jax.planning.report import report
@@ -37,7 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
     wiring.add_config(parser)
     parser.add_argument(
-        "--topology", required=True, metavar="NAME", help="slice, such as v5e-256, or here"
+        "--topology",
+        required=True,
+        metavar="NAME",
+        help="slice or GPUs, such as v5e-256 or h200-8, or here",
     )
     parser.add_argument("--stage", choices=STAGES, default="train", help="the program")
     parser.add_argument(
@@ -87,12 +91,14 @@ def run(flags: argparse.Namespace) -> None:
     if flags.stage != "embed":
         config = with_text_dim(config)
     options = {} if flags.exact or flags.topology == "here" else plan.QUICK
+    how = "as the run will" if not options else "quickly (--exact: as the run will)"
+    if gpu_targets.is_gpu(flags.topology):
+        options, how = gpu_targets.COMPILER_OPTIONS, "without tuned kernels"
     if flags.cascade:
         _run_cascade(flags, config, where, options)
         return
     made = _make(flags, config, where, options)
     print(report(made, flags.mfu, flags.price))
-    how = "as the run will" if not options else "quickly (--exact: as the run will)"
     print(f"\ncompiled {how} in {made.compile_seconds:.0f} s")
     if flags.save:
         _save(made, flags.save)

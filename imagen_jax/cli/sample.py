@@ -10,7 +10,7 @@ from typing import Any
 from imagen_jax.cli import path_flags, wiring
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import Config
-from imagen_jax.inference import given_inputs, prompts, trace
+from imagen_jax.inference import adapters, given_inputs, prompts, trace
 from imagen_jax.inference.cascade import Cascade
 from imagen_jax.inference.given_inputs import GivenInputs
 from imagen_jax.inference.request import RequestError, check_guided, with_settings
@@ -142,7 +142,8 @@ def sample_rows(
     prompts.check(flags.negative_prompt, "--negative_prompt")
     wiring.set_up_devices(flags.cpu_devices)
     rows = rows[: flags.limit] if flags.limit > 0 else rows
-    settings, configs = read_settings(flags.stage_settings), read_configs(flags.stages)
+    settings = read_settings(flags.stage_settings)
+    configs = adapters.with_loras(read_configs(flags.stages), wiring.read_loras(flags))
     # Every check comes before the text encoder is loaded.
     given_lowres = image_fields or (given and "lowres" in given.arrays)
     check_chain(configs, configs[0].data.lowres_size if given_lowres else 0)

@@ -67,7 +67,10 @@ class SamplingConfig:
         0.0, "dynamic: largest divisor, at least 1; larger values are clipped. 0: no cap."
     )
     aug_level: float = doc(0.0, "SR stages: noise on the low-resolution image, 0..1.")
-    lora_scale: float = doc(1.0, "Factor on the weights of the LoRAs that are loaded; 0: off.")
+    loras: tuple[str, ...] = doc(
+        (), "Of a request: the loaded LoRAs in use, NAME@WEIGHT; unset, all with their weights."
+    )
+    lora_scale: float = doc(1.0, "Factor on the weights of the LoRAs in use; 0: off.")
     dtype: str | None = doc(
         None,
         "Of parameters and activations, in place of model.dtype: float32 or bfloat16; None: "

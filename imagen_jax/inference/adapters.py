@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import math
+import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -62,9 +65,66 @@ def of_stages(specs: Sequence[LoraSpec], configs: Sequence[Config]) -> list[list
     return found
 
 
-def read(specs: Sequence[LoraSpec], config: Config) -> list[tuple[lora.Adapter, float]]:
-    """The LoRAs of a stage with their weights. Raises WeightsError."""
-    return [(lora_file.read(spec.path, config), spec.weight) for spec in specs]
+def names(specs: Sequence[LoraSpec]) -> list[str]:
+    """The names of a stage's LoRAs in requests.
+
+    The last part of the path; the path if two share it, and with a number where it is given twice.
+    """
+    short = [pathlib.PurePath(spec.path).name.removesuffix(".safetensors") for spec in specs]
+    found: list[str] = []
+    for name, spec in zip(short, specs, strict=True):
+        name = name if short.count(name) == 1 else spec.path
+        found.append(name if name not in found else f"{name}#{len(found) + 1}")
+    return found
+
+
+def with_loras(configs: Sequence[Config], specs: Sequence[LoraSpec]) -> list[Config]:
+    """Configurations whose `sampling.loras` are all that are loaded, with their weights.
+
+    Raises:
+      ConfigError: as `of_stages`.
+    """
+    changed = []
+    for config, own in zip(configs, of_stages(specs, configs), strict=True):
+        loras = tuple(f"{n}@{spec.weight}" for n, spec in zip(names(own), own, strict=True))
+        sampling = dataclasses.replace(config.sampling, loras=loras)
+        changed.append(dataclasses.replace(config, sampling=sampling))
+    return changed
+
+
+def weights(texts: Sequence[str], loaded: Sequence[str], where: str) -> dict[str, float]:
+    """Name -> weight of the LoRAs of a request.
+
+    Args:
+      texts: NAME@WEIGHT, or NAME for the weight 1.
+      loaded: the same of all that are loaded.
+      where: names the field in messages.
+
+    Raises:
+      ConfigError: a LoRA is not loaded or given twice, or its weight is no number.
+    """
+    known = [text.rpartition("@")[0] for text in loaded]
+    found: dict[str, float] = {}
+    for text in texts:
+        name, _, number = (text, "", "1") if text in known else text.rpartition("@")
+        if name not in known:
+            raise ConfigError(unknown_name(f"{where}: LoRA", name or text, known or ["(none)"]))
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.inf
+        if not abs(weight) < math.inf or name in found:
+            raise ConfigError(f"{where}={text!r} must be NAME@WEIGHT, once, such as {name}@0.8")
+        found[name] = weight
+    return found
+
+
+def read(specs: Sequence[LoraSpec], config: Config) -> dict[str, lora.Adapter]:
+    """The LoRAs of a stage by their names. Raises WeightsError."""
+    return {
+        name: lora_file.read(spec.path, config)
+        for name, spec in zip(names(specs), specs, strict=True)
+    }
 
 
 def digest(specs: Sequence[LoraSpec], config: Config) -> str:

@@ -99,7 +99,7 @@ class Cascade:
           StageError: the stages do not follow from each other, or a guide has another image size
             than every stage.
         """
-        self.configs = [stage.config for stage in stages]
+        self.configs = adapters.with_loras([stage.config for stage in stages], ())
         self.encoder = encoder
         self.weight_hashes = [""] * len(self.configs)
         self.guide_hashes = [""] * len(guides)
@@ -156,6 +156,7 @@ class Cascade:
             StageParams(stage, adapters.read(own, stage.config))
             for stage, own in zip(stages, specs, strict=True)
         ]
+        cascade.configs = adapters.with_loras(configs, loras)
         cascade._set_networks(tuned, keep)
         if encoder is not None:
             _check_encoder(configs, encoder, text_encoder or configs[0].text.path)

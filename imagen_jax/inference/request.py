@@ -19,7 +19,7 @@ from imagen_jax.config.fields import ConfigError, unknown_name
 from imagen_jax.config.sampling import SamplingConfig
 from imagen_jax.config.schema import Config
 from imagen_jax.diffusion.editing import Edit
-from imagen_jax.inference import stage_sampler
+from imagen_jax.inference import adapters, stage_sampler
 from imagen_jax.inference.stage_sampler import Noise
 from imagen_jax.io import text
 from imagen_jax.stages.conditioning import aug_noise_side
@@ -247,6 +247,7 @@ def with_settings(
     for config in configs:
         values = dataclasses.asdict(config.sampling) | dict(settings.get(config.name, {}))
         sampling = overrides.from_dict(SamplingConfig, values, f"{where}: {config.name}")
+        adapters.weights(sampling.loras, config.sampling.loras, f"{where}: {config.name}.loras")
         highest = config.diffusion.aug_level_max
         if not 0.0 <= sampling.aug_level <= highest:
             raise ConfigError(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import numpy as np
 
+from imagen_jax.config.sampling import SamplingConfig
 from imagen_jax.config.schema import Config
-from imagen_jax.inference import placement
+from imagen_jax.inference import adapters, placement
 from imagen_jax.inference.batch_size import RESERVE
 from imagen_jax.interop.weights import flatten, unflatten
 from imagen_jax.parallel import memory, partitioning
@@ -28,17 +29,17 @@ class StageParams:
       config: of the stage.
     """
 
-    def __init__(self, stage: Stage, loras: Sequence[tuple[Adapter, float]] = ()):
+    def __init__(self, stage: Stage, loras: Mapping[str, Adapter] = {}):
         """Holds the parameters, usually mapped from their file.
 
         Args:
           stage: the stage.
-          loras: to add to its kernels, each with its weight.
+          loras: by name, to add to its kernels with the weights of a request.
 
         Raises:
           WeightsError: a LoRA is of another network.
         """
-        for adapter, _ in loras:
+        for adapter in loras.values():
             lora.check_fits(stage.params, adapter)
         self.config = stage.config
         self._params, self._loras = stage.params, loras
@@ -57,25 +58,32 @@ class StageParams:
         """The parameters on the devices of this process; others than the last ones replace them.
 
         Args:
-          config: of `placement.with_placement`: LoRA scale, dtype and mesh. For a guide, that of
-            the stage that it guides.
+          config: of `placement.with_placement`: LoRAs, their scale, dtype and mesh. For a guide,
+            that of the stage that it guides.
         """
         mesh = placement.make_mesh(config.sampling)
-        scale = config.sampling.lora_scale if self._loras else 0.0
-        key = (config.model.dtype, mesh, scale)
+        key = (config.model.dtype, mesh, self._weights(config.sampling))
         if key != self._key:
             self.release()  # Not beside the next ones.
             self._placed, self._key = self._place(*key), key
         return self._placed
 
+    def _weights(self, settings: SamplingConfig) -> tuple[tuple[str, float], ...]:
+        """The LoRAs of a request that have an effect, with their weights."""
+        if not self._loras:
+            return ()
+        chosen = adapters.weights(settings.loras, settings.loras, "sampling.loras")
+        scaled = ((name, weight * settings.lora_scale) for name, weight in chosen.items())
+        return tuple((name, weight) for name, weight in scaled if weight)
+
     def release(self) -> None:
         """Frees the devices' memory."""
         self._placed = self._key = None
 
-    def _place(self, dtype: str, mesh: Any, scale: float) -> Any:
+    def _place(self, dtype: str, mesh: Any, weights: Sequence[tuple[str, float]]) -> Any:
         params = self._params
-        if scale:
-            weighted = [(adapter, weight * scale) for adapter, weight in self._loras]
+        if weights:
+            weighted = [(self._loras[name], weight) for name, weight in weights]
             params = lora.with_adapters(params, weighted)
         flat = flatten(params)
         if mesh is None:

@@ -221,6 +221,7 @@ def jit_cache_config(config: Config) -> Config:
         aug_level=0.0,
         guidance_weight=weight,
         lora_scale=1.0,
+        loras=(),
         batch_size=None,
     )
     if settings.guidance_oscillate_after < 0:

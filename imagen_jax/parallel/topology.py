@@ -14,6 +14,7 @@ import jax
 from jax.experimental import topologies
 
 from imagen_jax.config.fields import ConfigError
+from imagen_jax.parallel import gpu_targets
 from imagen_jax.parallel.memory import GIB, Devices, local_devices
 
 _2D = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
@@ -136,11 +137,14 @@ def _nearest(family: str, number: int) -> int:
 
 
 def open_slice(name: str) -> Slice:
-    """The devices of the named slice or slices, for compilation only.
+    """The devices of the named slice or slices, or GPUs, for compilation only.
 
     Raises:
-      ConfigError: there is no such slice, or libtpu is not installed.
+      ConfigError: there is no such slice, or libtpu or JAX's CUDA plugin is not installed.
     """
+    if gpu_targets.is_gpu(name):
+        devices, memory = gpu_targets.open_gpus(name)
+        return Slice(name, devices, len(devices), memory)
     generation, chips, slices = parse(name)
     for variable, value in _NO_TPU.items():
         os.environ.setdefault(variable, value)

@@ -25,7 +25,7 @@ from imagen_jax.config.schema import Config
 from imagen_jax.serving import http_request
 from imagen_jax.serving.access import Access, Guard
 from imagen_jax.serving.gallery import Gallery
-from imagen_jax.serving.http_request import SETTINGS, ClientRequestError, Limits
+from imagen_jax.serving.http_request import LORAS, SETTINGS, ClientRequestError, Limits
 from imagen_jax.serving.worker import QueueFull, Worker, WorkerFailed
 
 SHOWN_IMAGES = 60
@@ -156,7 +156,7 @@ def _about(configs: Sequence[Config], limits: Limits) -> dict[str, Any]:
             {
                 "name": config.name,
                 "image_size": config.data.image_size,
-                **{name: getattr(config.sampling, name) for name in SETTINGS},
+                **{name: getattr(config.sampling, name) for name in (*SETTINGS, LORAS)},
             }
             for config in configs
         ],

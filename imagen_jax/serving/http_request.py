@@ -14,8 +14,9 @@ import unicodedata
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
-from imagen_jax.config.fields import unknown_name
+from imagen_jax.config.fields import ConfigError, unknown_name
 from imagen_jax.config.schema import Config
+from imagen_jax.inference import adapters
 from imagen_jax.inference.request import MAX_SEED
 
 MAX_HEADER_BYTES = 16 * 1024
@@ -23,6 +24,7 @@ BODY_SECONDS = 10.0  # time within which the whole body must arrive
 DRAIN_FACTOR = 256  # of a body that is too large, this many times the limit is read and discarded
 FIELDS = ("prompt", "negative_prompt", "seed", "samples", "stages")
 SETTINGS = ("steps", "guidance_weight")
+LORAS = "loras"  # A further one of stages with LoRAs.
 SHOWN = 60
 
 CLOSE = {"connection": "close"}
@@ -77,7 +79,7 @@ class ClientRequest:
       negative_prompt: text that guidance moves away from; "": none.
       seed: 0 to MAX_SEED.
       samples: number of images.
-      stages: values of all SETTINGS, for every stage by name.
+      stages: values of all SETTINGS, and of LORAS where there are some, for every stage by name.
     """
 
     prompt: str
@@ -183,8 +185,8 @@ def _settings(config: Config, values: Any, limits: Limits) -> dict[str, Any]:
         raise ClientRequestError(
             f"{where}={_shown(values)} must be an object with {', '.join(SETTINGS)}"
         )
-    _check_names(f"{where}.", values, SETTINGS)
     defaults = config.sampling
+    _check_names(f"{where}.", values, (*SETTINGS, LORAS) if defaults.loras else SETTINGS)
     steps = values.get("steps", min(defaults.steps, limits.steps))
     weight = values.get("guidance_weight", min(defaults.guidance_weight, limits.guidance_weight))
     number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
@@ -194,7 +196,25 @@ def _settings(config: Config, values: Any, limits: Limits) -> dict[str, Any]:
             f"{limits.guidance_weight:g}"
         )
     steps = _integer(f"{where}.steps", steps, 1, limits.steps)
-    return {"steps": steps, "guidance_weight": float(weight)}
+    settings = {"steps": steps, "guidance_weight": float(weight)}
+    if not defaults.loras:
+        return settings
+    return settings | {LORAS: _loras(f"{where}.{LORAS}", values, defaults.loras)}
+
+
+def _loras(where: str, values: Mapping[str, Any], loaded: Sequence[str]) -> list[str]:
+    """The LoRAs of one stage, NAME@WEIGHT; those that are left out are off."""
+    chosen = values.get(LORAS, list(loaded))
+    try:
+        if not isinstance(chosen, list) or not all(isinstance(text, str) for text in chosen):
+            raise ConfigError("no list of texts")
+        found = adapters.weights(chosen, loaded, where)
+    except ConfigError:
+        raise ClientRequestError(
+            f"{where}={_shown(chosen)} must be a list of NAME@WEIGHT with the names of "
+            f"{', '.join(loaded)}"
+        ) from None
+    return [f"{name}@{weight}" for name, weight in found.items()]
 
 
 def _check_names(where: str, values: Mapping[str, Any], names: Sequence[str]) -> None:

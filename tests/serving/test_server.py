@@ -272,6 +272,7 @@ def test_the_page_and_its_headers(quick):
         "image_size": 8,
         "steps": 4,
         "guidance_weight": 2.0,
+        "loras": [],
     }
     assert about["limits"]["samples"] == 8
 

@@ -38,6 +38,15 @@ function showProblem(problem) {
   find("problem").hidden = !problem;
 }
 
+// "NAME@WEIGHT" of a LoRA -> [NAME, WEIGHT].
+function splitLora(text) {
+  const at = text.lastIndexOf("@");
+  return [text.slice(0, at), Number(text.slice(at + 1))];
+}
+
+const loraInputs = (stage) =>
+  find("stages").querySelectorAll(`[data-stage="${CSS.escape(stage)}"] .lora`);
+
 function fill(settings) {
   find("prompt").value = settings.prompt ?? "";
   find("negative_prompt").value = settings.negative_prompt ?? "";
@@ -49,6 +58,8 @@ function fill(settings) {
       find("stages").querySelector(`[data-stage="${CSS.escape(stage.name)}"] .${name}`).value =
         Math.min(values[name], about.limits[name]);
     }
+    const weights = new Map((values.loras ?? []).map(splitLora));
+    for (const input of loraInputs(stage.name)) input.value = weights.get(input.name) ?? 0;
   }
 }
 
@@ -58,13 +69,20 @@ function showStages() {
   size = about.stages[about.stages.length - 1].image_size;
   find("prompt").maxLength = find("negative_prompt").maxLength = about.limits.prompt;
   find("samples").max = about.limits.samples;
+  find("loras").hidden = !about.stages.some((stage) => stage.loras.length);
   find("stages").replaceChildren(...about.stages.map((stage) => {
     const number = (name, label, values) => make("td", {}, make("input", {
       type: "number", className: name, required: true, ariaLabel: `${label} of ${stage.name}`,
       max: about.limits[name], ...values }));
     const row = make("tr", {}, make("td", { textContent: stage.name }),
       number("steps", "Steps", { min: 1, step: 1 }),
-      number("guidance_weight", "Guidance", { min: 0, step: "any" }));
+      number("guidance_weight", "Guidance", { min: 0, step: "any" }),
+      make("td", { hidden: find("loras").hidden }, ...stage.loras.map((lora) => {
+        const [name] = splitLora(lora);
+        return make("label", { textContent: name }, make("input", { type: "number", name,
+          className: "lora", required: true, step: "any",
+          ariaLabel: `Weight of ${name} in ${stage.name}` }));
+      })));
     row.dataset.stage = stage.name;
     return row;
   }));
@@ -77,6 +95,10 @@ function readForm() {
       steps: Number(row.querySelector(".steps").value),
       guidance_weight: Number(row.querySelector(".guidance_weight").value),
     };
+    const loras = [...loraInputs(row.dataset.stage)];
+    if (loras.length) {
+      stages[row.dataset.stage].loras = loras.map((input) => `${input.name}@${Number(input.value)}`);
+    }
   }
   const settings = { prompt: find("prompt").value, samples: Number(find("samples").value), stages };
   if (find("negative_prompt").value.trim()) settings.negative_prompt = find("negative_prompt").value;
@@ -128,7 +150,8 @@ const drop = (id) => fetch(`api/jobs/${id}`, { method: "DELETE", keepalive: true
 
 function settingsOf(image) {
   const stages = Object.entries(image.stages)
-    .map(([name, values]) => `${name}: ${values.steps} steps, guidance ${values.guidance_weight}`);
+    .map(([name, values]) => [`${name}: ${values.steps} steps`,
+      `guidance ${values.guidance_weight}`, ...(values.loras ?? [])].join(", "));
   const negative = image.negative_prompt ? [`negative prompt: ${image.negative_prompt}`] : [];
   const number = image.samples > 1 ? ` · ${image.sample_index + 1} of ${image.samples}` : "";
   return [...negative, `seed ${image.seed}${number}`, ...stages].join("\n");
