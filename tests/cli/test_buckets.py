@@ -2,6 +2,7 @@
 
 import argparse
 import http.server
+import itertools
 import json
 import os
 import pathlib
@@ -124,6 +125,34 @@ class Occupied(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, format, *args):
         """Says nothing."""
+
+
+class Busy(http.server.BaseHTTPRequestHandler):
+    """A server of one object, gs://bucket/a, that answers every second request, else with 503."""
+
+    asked = itertools.count()
+
+    def do_GET(self):
+        if next(self.asked) % 2 == 0:
+            self.send_error(503)
+            return
+        content = b"x" if "alt=media" in self.path else b'{"items": [{"name": "a"}]}'
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format, *args):
+        """Says nothing."""
+
+
+def test_a_busy_store_is_asked_again(tmp_path, monkeypatch):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Busy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://127.0.0.1:{server.server_port}")
+        assert buckets.download("gs://bucket/a", tmp_path).read_bytes() == b"x"
+        server.shutdown()
+    assert next(Busy.asked) == 4
 
 
 def test_of_two_writers_of_an_object_one_fails(tmp_path, monkeypatch):
