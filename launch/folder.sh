@@ -74,6 +74,12 @@ printf '.\nThe progress lines state the time that is left; grids of samples appe
 $train "$base" "$sr" "$run" "${where[@]}" ${changes[@]+"${changes[@]}"}
 
 stages=$run/stages/base,$run/stages/sr
+# Samples of other weights or captions stay, under another name.
+state=$({ cat "$run"/stages/*/*.{json,safetensors} "$run/prompts.jsonl" || true; } 2>/dev/null | cksum)
+if [ -d "$run/samples" ] && [ "$state" != "$(cat "$run/samples.cksum" 2>/dev/null)" ]; then
+  mv "$run/samples" "$run/samples_$(date +%Y%m%dT%H%M%S)"
+fi
+echo "$state" >"$run/samples.cksum"
 step "Generate images for the first captions." \
   sample --stages="$stages" --prompts="$run/prompts.jsonl" --limit=64 --out="$run/samples"
 printf '\nLook at %s. Generate more with\n' "$run/samples/grid.png"
