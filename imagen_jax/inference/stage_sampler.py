@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int, Key
 from imagen_jax.config.schema import Config
 from imagen_jax.diffusion import editing, process, samplers, timesteps
 from imagen_jax.diffusion.samplers import DenoisingState, Sampler, make_sampler
+from imagen_jax.parallel import partitioning
 from imagen_jax.stages.conditioning import Conditioning, Text, add_lowres, aug_noise_side
 from imagen_jax.stages.denoiser import make_denoiser
 from imagen_jax.stages.stage import Stage
@@ -250,7 +251,10 @@ def init_denoising(config: Config, inputs: SamplerInputs) -> tuple[StepInputs, D
         start = process.q_sample(inputs.init_images, inputs.init_logsnr, start)
         if inputs.mask is not None:
             step_inputs = step_inputs._replace(init_images=inputs.init_images, mask=inputs.mask)
-    return step_inputs, samplers.init_state(_edit_sampler(config, step_inputs), start)
+    state = samplers.init_state(_edit_sampler(config, step_inputs), start)
+    # Zeros depend on no input: without this every device would hold those of all images.
+    rows = lambda x: partitioning.constrain(x, ("batch", *(None,) * (x.ndim - 1)))  # noqa: E731
+    return step_inputs, jax.tree.map(rows, state)
 
 
 def run_steps(

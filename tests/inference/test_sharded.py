@@ -46,9 +46,8 @@ def test_programs_stay_within_the_plan_and_gather_a_layer_at_a_time(found):
     assert [s["name"] for s in stages] == ["base", "sr"] and len(runs) == 2
     for program, stage in zip(runs, stages, strict=True):
         of_plan = stage["hbm_per_chip"]["arguments"] + stage["hbm_per_chip"]["temporaries"]
-        # The plan is compiled without the run's CPU options: kilobytes of alignment.
         used = program["arguments"] + program["temporaries"]
-        assert used <= of_plan + 2**14 < 1.01 * of_plan, stage["name"]
+        assert used <= of_plan, (stage["name"], program, stage["hbm_per_chip"])
     for program in result["programs"]:
         if program["name"] == "embed":
             assert program["arguments"] + program["temporaries"] <= limit["embed"]

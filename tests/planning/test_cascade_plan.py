@@ -14,6 +14,7 @@ from imagen_jax.planning.plan import Plan, Program
 SHAPES = [
     "--config=configs/shapes.py:base",
     "--config.model.text_dim=512",
+    "--config.mesh.cpu_devices=1",
     "--topology=here",
     "--stage=sample",
     "--cascade=configs/shapes.py:sr",

@@ -150,7 +150,8 @@ def main(out: str, height: str = "1") -> None:
 
     frozen_encoder.encode_tokens = frozen_encoder.encode_tokens._function
     where = topology.Slice("here", jax.devices(), 8, devices.bytes)
-    plan = plan_cascade(placed, where, COUNT, {}, lambda line: None)
+    options = {"xla_cpu_multi_thread_eigen": False}  # As `batches.programs` sets it.
+    plan = plan_cascade(placed, where, COUNT, options, lambda line: None)
     largest = max(
         leaf.nbytes for stage in cascade._params for leaf in jax.tree.leaves(stage._params)
     )
