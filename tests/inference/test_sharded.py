@@ -55,7 +55,8 @@ def test_programs_stay_within_the_plan_and_gather_a_layer_at_a_time(found):
     # Each device holds an eighth of the parameters, but all of a stage whose images are sharded.
     sharded = [p["arguments"] for p in runs[: 2 if height == 1 else 1]]
     assert max(sharded) < result["total"] / 4
-    assert result["plan"]["fits"]
+    # With all parameters of a stage on each device there is no room for its images.
+    assert result["plan"]["fits"] == (height == 1)
 
 
 @pytest.mark.slow
