@@ -6,7 +6,7 @@ For `plan`: memory and time of sampling, or of a LoRA, before the weights are do
 are those of the public unet/config.json. `import if` reads them from a downloaded folder itself
 (docs/models.md).
 
-Hardware, time and result: not yet run.
+Hardware: not yet run. Time: docs/models.md estimates it. Result: not yet run.
 """
 
 import ml_collections
@@ -38,9 +38,12 @@ UNET = {
 }
 
 
+CONFIGS = ("xl",)
+
+
 def get_config(name: str = "xl") -> ml_collections.ConfigDict:
     """Values of `xl`."""
-    if name != "xl":
+    if name not in CONFIGS:
         raise KeyError(name)
     return overrides.to_config_dict(
         Config(

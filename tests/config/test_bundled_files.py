@@ -45,6 +45,8 @@ def shrunk(config: Config) -> Config:
         cross_attention=model.cross_attention[-1:],
         strided_stem=model.strided_stem[-1:],
         head_dim=8,
+        pooling_heads=min(model.pooling_heads, 2),
+        text_width=min(model.text_width, 32),
         num_groups=4,
         embed_dim=16,
         text_dim=8,
