@@ -109,7 +109,12 @@ setuptools.setup(
         # Charts (evaluate sweep, evaluate rate_score).
         "eval": ["matplotlib>=3.10,<4"],
         # Servers of object stores on loopback, for slow tests (importorskip).
-        "buckets": ["flask>=3", "flask-cors>=6", "gcp-storage-emulator==2026.7.19", "moto[s3]>=5.2"],
+        "buckets": [
+            "flask>=3",
+            "flask-cors>=6",
+            "gcp-storage-emulator==2026.7.19",
+            "moto[s3]>=5.2",
+        ],
         # Peers of tests (importorskip) and benchmarks; optional.
         "peers": ["torch", "transformers", "diffusers", "peft", "imagen-pytorch", "clean-fid"],
         "tpu": ["jax[tpu]>=0.10,<0.12"],

@@ -116,8 +116,8 @@ def even_logsnr(noisiest: float, cleanest: float, steps: int) -> np.ndarray:
 
 def karras(noisiest: float, cleanest: float, steps: int, rho: float = 7.0) -> np.ndarray:
     """Levels whose (sigma / alpha)^(1 / rho) is evenly spaced (arXiv:2206.00364, Eq. 5)."""
-    ends = np.exp(-0.5 * np.array([noisiest, cleanest]) / rho)
-    return -2.0 * rho * np.log(np.linspace(*ends, steps + 1))
+    first, last = np.exp(-0.5 * np.array([noisiest, cleanest]) / rho).tolist()
+    return -2.0 * rho * np.log(np.linspace(first, last, steps + 1))
 
 
 GRIDS: dict[str, Callable[[float, float, int], np.ndarray]] = {

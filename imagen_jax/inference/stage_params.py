@@ -129,7 +129,9 @@ class Networks:
         self._devices = memory.local_devices()
         platform = self._devices.platform
         sizes = self._sizes([placement.with_dtype(stage.config, platform) for stage in stages])
-        self.keep = placement.choose_keep(sizes, self._devices) if keep == "auto" else keep
+        self.keep: placement.Keep = (
+            placement.choose_keep(sizes, self._devices) if keep == "auto" else keep
+        )
         fsdp = placement.choose_fsdp(sizes[-1], sizes, self.keep, self._devices)
         if self._encoder and fsdp > 1:
             devices = jax.local_devices()

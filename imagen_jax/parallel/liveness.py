@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
 
 
@@ -50,6 +51,6 @@ def _inner(eqn: core.JaxprEqn) -> Iterator[core.Jaxpr]:
 
 def _bytes(aval: Any) -> int:
     dtype = aval.dtype
-    if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
         return 8 * math.prod(aval.shape)
     return dtype.itemsize * math.prod(aval.shape)

@@ -324,8 +324,9 @@ def spec(names: Sequence[str | None], shape: Sequence[int], mesh: AnyMesh) -> Pa
 
     def split(name: str | None, length: int) -> str | tuple[str, ...] | None:
         axes = RULES[name] if name else None
-        parts = [mesh.shape.get(a) for a in ((axes,) if isinstance(axes, str) else axes or ())]
-        return axes if None not in parts and length % math.prod(parts) == 0 else None
+        parts = (axes,) if isinstance(axes, str) else axes or ()
+        known = all(part in mesh.shape for part in parts)
+        return axes if known and length % math.prod(mesh.shape[a] for a in parts) == 0 else None
 
     return PartitionSpec(*(split(n, length) for n, length in zip(names, shape, strict=True)))
 

@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from imagen_jax.config.fields import ConfigError, unknown_name
 from imagen_jax.config.schema import Config
+from imagen_jax.config.text import T5Config
 from imagen_jax.inference import placement, stage_sampler
 from imagen_jax.inference.stage_sampler import SamplerInputs
 from imagen_jax.models import t5
