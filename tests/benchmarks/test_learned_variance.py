@@ -104,6 +104,7 @@ def test_the_trainings_differ_in_the_variance_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["learned_variance.py", *flags])
     monkeypatch.setattr(learned_variance, "score", lambda *_: None)
     monkeypatch.setattr(learned_variance, "table", lambda scores: "")
+    monkeypatch.setattr(learned_variance, "gammas", lambda args: "")
     learned_variance.main()
     fixed, _, learned, _ = map(set, commands)
     assert {flag.split("=")[0] for flag in fixed ^ learned} == {

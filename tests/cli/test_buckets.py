@@ -91,6 +91,8 @@ def test_a_store_that_does_not_answer(scheme, variable, flag, tmp_path, monkeypa
 )
 def test_an_address_in_the_configuration(verb, field, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    # Devices can be chosen once in a process.
+    monkeypatch.setattr("imagen_jax.cli.wiring.set_up_devices", lambda count: None)
     out = {"train": ["--workdir=w"], "doctor": ["--workdir=w"], "pretrain_text": ["--out=o"]}
     config = [f"--config={ROOT}/configs/folder.py:base", f"--config.{field}=gs://bucket/a"]
     assert main.main([verb, *config, *out.get(verb, [])]) == 1

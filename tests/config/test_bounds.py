@@ -17,7 +17,7 @@ OPTIONAL |= {"optimizer.eps", "train.spike_factor", "lora.alpha"}
 
 
 def numeric_fields() -> dict[str, object]:
-    """Path -> default of the fields that hold numbers, `sampling` apart."""
+    """Path -> default of the fields that hold numbers, sections of `sampling` apart."""
     config = Config(data=DataConfig(mixture={"own": ComponentConfig()}))
     found = overrides.flatten_fields(dataclasses.asdict(config))
 
@@ -29,7 +29,7 @@ def numeric_fields() -> dict[str, object]:
         path: value
         for path, value in found.items()
         if path in OPTIONAL or number(value)
-        if not path.startswith("sampling.") and not path.endswith(".rate")
+        if not path.startswith(("sampling.", "distill.sampling.")) and not path.endswith(".rate")
     }
 
 
