@@ -34,4 +34,7 @@ credit=$(sed -n 1,2p "$run/data/gallery/ATTRIBUTION.txt" | paste -sd " ")
 score train 300 key --grid="$run/grid_train.png" --credit="$credit"
 score combinations_test 0 key --marks=person,tone --grid="$run/grid.png" --credit="$credit"
 score names_test 0 untoned --by=kind --grid="$run/grid_names.png" --credit="$credit"
+step "Those without and with a word that is in no training caption (False, True)." \
+  evaluate retrieval --samples="$run/samples_names_test" --gallery="$run/data/gallery" --match=untoned \
+  --by=new_word --out="$run/retrieval_new_words.json"
 printf '\nDone in %d s. Look at %s and %s.\n' $((SECONDS - started)) "$run/grid.png" "$run/grid_names.png"
