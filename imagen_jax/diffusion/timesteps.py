@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -150,13 +151,17 @@ def _times_of(
     grid: Callable[[float, float, int], np.ndarray], steps: int, config: DiffusionConfig
 ) -> np.ndarray:
     """Times of the levels of a grid, by bisection of the schedule, which falls with time."""
-    low_end, high_end = (float(process.logsnr_at(jnp.float32(t), config)) for t in (1.0, 0.0))
-    levels = grid(max(NOISIEST, low_end), min(CLEANEST, high_end), steps)
-    low, high = np.zeros(len(levels)), np.ones(len(levels))
-    for _ in range(40):
-        middle = 0.5 * (low + high)
-        logsnr = np.asarray(process.logsnr_at(jnp.asarray(middle, jnp.float32), config))
-        low, high = np.where(logsnr > levels, middle, low), np.where(logsnr > levels, high, middle)
+    with jax.ensure_compile_time_eval():  # The levels are constants of the program that asks.
+        low_end, high_end = (float(process.logsnr_at(jnp.float32(t), config)) for t in (1.0, 0.0))
+        levels = grid(max(NOISIEST, low_end), min(CLEANEST, high_end), steps)
+        low, high = np.zeros(len(levels)), np.ones(len(levels))
+        for _ in range(40):
+            middle = 0.5 * (low + high)
+            logsnr = np.asarray(process.logsnr_at(jnp.asarray(middle, jnp.float32), config))
+            low, high = (
+                np.where(logsnr > levels, middle, low),
+                np.where(logsnr > levels, high, middle),
+            )
     return 0.5 * (low + high)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -45,6 +46,14 @@ def test_steps_and_denoiser_see_the_same_levels(spacing):
     assert found.count == 9
     np.testing.assert_allclose(found.logsnr_t[:9], expected[:-1], rtol=1e-6)
     np.testing.assert_allclose(found.logsnr_s[:9], expected[1:], rtol=1e-6)
+
+
+@pytest.mark.parametrize("spacing", list(timesteps.GRIDS))
+def test_a_compiled_program_sees_the_same_levels(spacing):
+    """Previews, exported programs, oscillating guidance and teachers ask for them in a program."""
+    settings, diffusion = SamplingConfig(spacing=spacing, steps=9), DiffusionConfig()
+    found = jax.jit(lambda: timesteps.step_levels(settings, diffusion))()
+    np.testing.assert_allclose(found, levels(spacing, 9), rtol=1e-6)
 
 
 @pytest.mark.parametrize("spacing", list(timesteps.GRIDS))
