@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from imagen_jax.cli import path_flags, wiring
 from imagen_jax.config import overrides
 from imagen_jax.config.data import ComponentConfig
+from imagen_jax.config.distill import DistillConfig
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.lora import LoraConfig
 from imagen_jax.config.schema import Config, EmaConfig, MeshConfig, OptimizerConfig
@@ -40,7 +41,8 @@ SUBJECT, CLASS = "subject", "class"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
-    wiring.add_stages(parser)
+    # The configuration of the run names them, and a run that resumes reads them again.
+    wiring.add_stages(parser, local=True)
     path_flags.required(parser, "--images", "folder of images of the subject")
     parser.add_argument(
         "--prompt", required=True, help="their caption: a rare word and the class, as 'a sks dog'"
@@ -108,6 +110,7 @@ def tuning_config(stage: str, folder: pathlib.Path, flags: argparse.Namespace) -
         data=data,
         diffusion=diffusion,
         lora=LoraConfig(rank=8),
+        distill=DistillConfig(),  # The stage may be a student; here it learns from images.
         optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=0),
         ema=EmaConfig(decay=0.99),
         train=TrainConfig(steps=400, init_from=stage, log_every=50),

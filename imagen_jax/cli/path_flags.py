@@ -20,7 +20,23 @@ class Output(str):
     """An address in a bucket to which `staging` uploads what a verb writes."""
 
 
+class Copy(str):
+    """A local copy of what is at `address` in a bucket."""
+
+    address: str
+
+    def __new__(cls, path: str, address: str):
+        copy = super().__new__(cls, path)
+        copy.address = str(address)
+        return copy
+
+
 Bucket = Literal["", "read", "write"]
+
+
+def recorded(paths: list[str]) -> str:
+    """Paths as results record them, separated by commas: addresses instead of local copies."""
+    return ",".join(path.address if isinstance(path, Copy) else path for path in paths)
 
 
 def required(

@@ -165,7 +165,7 @@ def sample_rows(
         samples_per_prompt=flags.samples_per_prompt,
         batch_size=flags.batch_size,
         stage_settings=settings,
-        checkpoint=",".join(flags.stages),
+        checkpoint=path_flags.recorded(flags.stages),
         negative_prompt=flags.negative_prompt,
         trace=flags.trace,
         given=given,

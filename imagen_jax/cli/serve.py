@@ -84,7 +84,7 @@ def run(flags: argparse.Namespace) -> None:
         port=flags.port,
         limits=limits,
         access=access,
-        checkpoint=",".join(flags.stages),
+        checkpoint=path_flags.recorded(flags.stages),
         log=lambda line: print(line, flush=True),
     )
 

@@ -33,12 +33,12 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     config_help.add_config(parser)
 
 
-def add_stages(parser: argparse.ArgumentParser) -> None:
-    """Adds --stages, a chain of stage folders."""
+def add_stages(parser: argparse.ArgumentParser, *, local: bool = False) -> None:
+    """Adds --stages, a chain of stage folders; `local`: no addresses in buckets."""
     parser.add_argument(
         "--stages",
         required=True,
-        type=path_flags.input_list,
+        type=path_flags.flag_list if local else path_flags.input_list,
         metavar="DIR[,DIR...]",
         help="stage folders, base first",
     )
@@ -92,18 +92,21 @@ def with_home(config: Config) -> Config:
     for name, value in {
         "pretrain_text.corpus": config.pretrain_text.corpus,
         "train.init_from": config.train.init_from,
+        "distill.teacher": config.distill.teacher,
         "evaluate.prompts": config.evaluate.prompts,
     }.items():
         paths.local(value, f"config.{name}")
     text = {name: paths.home(getattr(config.text, name)) for name in ("path", "vocabulary")}
     corpus = paths.home(config.pretrain_text.corpus)
     init_from = paths.home(config.train.init_from)
+    teacher = paths.home(config.distill.teacher)
     prompts = paths.home(config.evaluate.prompts)
     return dataclasses.replace(
         config,
         text=dataclasses.replace(config.text, **text),
         pretrain_text=dataclasses.replace(config.pretrain_text, corpus=corpus),
         train=dataclasses.replace(config.train, init_from=init_from),
+        distill=dataclasses.replace(config.distill, teacher=teacher),
         evaluate=dataclasses.replace(config.evaluate, prompts=prompts),
     )
 

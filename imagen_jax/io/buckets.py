@@ -76,9 +76,11 @@ def download(address: str, folder: pathlib.Path) -> pathlib.Path:
 
 
 def check_free(address: str) -> None:
-    """Raises BucketError if there is something at an address already, or it cannot be listed."""
+    """Raises BucketError if an address names a bucket alone, is in use, or cannot be listed."""
     store, path = _open(address)
-    if (path and _exists(store, path, address)) or next(_below(store, path, address), None):
+    if not path:
+        raise BucketError(f"{address} is a bucket; add a name, as gs://BUCKET/NAME")
+    if _exists(store, path, address) or next(_below(store, path, address), None):
         raise BucketError(f"{address} exists; name a new one")
 
 

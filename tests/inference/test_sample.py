@@ -22,7 +22,7 @@ from imagen_jax.inference.cascade import Cascade
 from imagen_jax.inference.sample import SampleOptions, sample
 from imagen_jax.inference.sample_folder import SampleError
 from imagen_jax.interop import hf_t5
-from imagen_jax.io import images
+from imagen_jax.io import buckets, images
 from imagen_jax.models import t5
 from imagen_jax.stages.folder import write_stage
 from imagen_jax.stages.stage import Stage
@@ -47,7 +47,7 @@ JOB = SampleOptions(seed=3, samples_per_prompt=2, batch_size=4)
 
 @pytest.fixture(scope="module")
 def drawn(cascade, tmp_path_factory):
-    """A finished folder of ten pictures."""
+    """A finished folder of ten images."""
     folder = tmp_path_factory.mktemp("samples")
     sample(cascade, ROWS, str(folder), JOB, lambda line: None)
     return folder
@@ -147,7 +147,7 @@ def test_traces(cascade, kind, tmp_path):
     last = pixels(tmp_path / "00004_00.png").repeat(8, 0).repeat(8, 1)
     with Image.open(tmp_path / "trace" / traces[4]) as trace:
         if kind == "png":
-            # Two rows, of four steps each; the last is the picture.
+            # Two rows, of four steps each; the last is the image.
             strip = np.asarray(trace).astype(int)
             np.testing.assert_array_equal(strip[-132:-4, 4 + 3 * 132 : 4 * 132], last)
         else:
@@ -182,20 +182,33 @@ def folders(stages, tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def picture(tmp_path_factory) -> pathlib.Path:
-    """A picture of 16 x 24 pixels."""
-    path = tmp_path_factory.mktemp("own") / "picture.png"
+def own_image(tmp_path_factory) -> pathlib.Path:
+    """An image of 16 x 24 pixels."""
+    path = tmp_path_factory.mktemp("own") / "image.png"
     images.save_png(path, np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8), {})
     return path
 
 
 @pytest.mark.slow
-def test_editing_from_the_command_line(folders, picture, tmp_path):
+def test_images_record_the_addresses_of_their_stages(folders, tmp_path, monkeypatch):
+    """Not the names of temporary copies."""
+    here = {f"gs://b/{path.rpartition('/')[2]}": path for path in folders.split(",")}
+    monkeypatch.setattr(
+        buckets, "download", lambda address, to: shutil.copytree(here[address], to / "stage")
+    )
+    given = [f"--stages={','.join(here)}", "--prompt=a", f"--out={tmp_path}/out"]
+    assert main.main(["sample", *given]) == 0
+    text = Image.open(tmp_path / "out" / "00000_00.png").text
+    assert text["checkpoint"] == "gs://b/base,gs://b/sr"
+
+
+@pytest.mark.slow
+def test_editing_from_the_command_line(folders, own_image, tmp_path):
     stages, masked = f"--stages={folders}", tmp_path / "mask.png"
     mask = np.zeros((16, 16, 3), np.uint8)
     mask[4:10, 2:9] = 255
     images.save_png(masked, mask, {})
-    given = [f"--image={picture}", "--prompt=a"]
+    given = [f"--image={own_image}", "--prompt=a"]
     edits = {
         "inpaint": [stages, f"--mask={masked}", "--resamplings=2"],
         "image": [stages, "--strength=0.3"],
@@ -205,7 +218,7 @@ def test_editing_from_the_command_line(folders, picture, tmp_path):
         assert main.main(["edit", what, *flags, *given, f"--out={tmp_path}/{what}"]) == 0
         rows = (tmp_path / what / "samples.jsonl").read_text().splitlines()
         assert json.loads(rows[0])["prompt"] == "a"
-    square = pixels(picture)[:, 4:20]
+    square = pixels(own_image)[:, 4:20]
     inpainted = pixels(tmp_path / "inpaint" / "00000_00.png")
     outside = mask[..., 0] == 0
     np.testing.assert_array_equal(inpainted[outside], square[outside])
@@ -214,17 +227,17 @@ def test_editing_from_the_command_line(folders, picture, tmp_path):
     assert json.loads(text["settings"])["sr"]["aug_level"] == 0.4
 
 
-def test_edits_that_are_refused(folders, picture, tmp_path, capsys):
+def test_edits_that_are_refused(folders, own_image, tmp_path, capsys):
     black = tmp_path / "black.png"
     images.save_png(black, np.zeros((16, 16, 3), np.uint8), {})
-    (tmp_path / "text.png").write_text("not a picture")
-    sr, own = folders.split(",")[1], f"--image={picture}"
+    (tmp_path / "text.png").write_text("not an image")
+    sr, own = folders.split(",")[1], f"--image={own_image}"
     for what, stages, flags, says in [
         ("image", folders, [own, "--strength=0"], "strength=0.0 must be above 0"),
         ("image", folders, [f"--image={tmp_path}/no.png"], "no.png: no such file"),
         ("image", folders, [f"--image={tmp_path}/text.png"], "wrong type (not an image)"),
         ("inpaint", folders, [own, f"--mask={black}"], "has no white pixels"),
-        ("inpaint", folders, [own, f"--mask={picture}", "--jump=0"], "jump=0 must be at least 1"),
+        ("inpaint", folders, [own, f"--mask={own_image}", "--jump=0"], "jump=0 must be at least 1"),
         ("upscale", folders, [own], "stage 'base' is a base stage; leave it out"),
         ("upscale", sr, [own, "--aug_level=1.5"], "aug_level=1.5 must be within 0..1"),
     ]:
@@ -276,14 +289,14 @@ def test_hosts_share_the_work(folders, tmp_path):
     names = sorted(p.name for p in alone.glob("0*.png"))
     assert len(names) == 10
 
-    # One folder that both see, with one picture in it already.
+    # One folder that both see, with one image in it already.
     shared.mkdir()
     shutil.copy(alone / names[0], shared)
     said = start(2, folders, prompts, [shared, shared])
     assert "1 of 10 images are there already" in said[0]
     assert "images on host 1 of 2" in said[0] and "images/s" not in said[1]
 
-    # A folder of each: the pictures are divided, lines and grid are the first one's.
+    # A folder of each: the images are divided, lines and grid are the first one's.
     start(2, folders, prompts, [first, second])
     halves = [{p.name for p in folder.glob("0*.png")} for folder in (first, second)]
     assert halves[0] | halves[1] == set(names) and not halves[0] & halves[1]
