@@ -102,7 +102,8 @@ def nearest(text: bytes, guesses: Sequence[Guess]) -> Guess:
     """The one of `guesses`, found for other texts of the same origin, that fits a text best.
 
     Returns:
-      Guess(""): none fits.
+      It is uncertain also if the text by itself is far more likely in another encoding, as in
+      `detect`. Guess(""): none fits.
     """
     costs = np.array(_costs(text))
     fitting = [guess for guess in guesses if guess.name and _fits(text, guess.name, costs)]
@@ -110,7 +111,10 @@ def nearest(text: bytes, guesses: Sequence[Guess]) -> Guess:
     def cost(guess: Guess) -> float:
         return _least(costs, guess.name) + (_MINORITY if guess.name != guesses[0].name else 0.0)
 
-    return min(fitting, key=cost, default=Guess(""))
+    if not fitting:
+        return Guess("")
+    name, other = min(fitting, key=cost)
+    return Guess(name, other or _other_alone(text, name, costs))
 
 
 def _costs(text: bytes) -> list[float]:

@@ -174,12 +174,14 @@ def read_csv(path: str | os.PathLike[str]) -> Iterator[Row]:
     while header and not header.strip():
         header = next(stream, "")
     delimiter = max(",;\t", key=header.count)
-    if stated := re.fullmatch(r"sep=(.)\s*", header, re.IGNORECASE):  # Spreadsheets write it.
+    if stated := re.fullmatch(r"sep=([,;|\t])\s*", header, re.IGNORECASE):  # Spreadsheets write it.
         delimiter, header = stated[1], next(stream, "")
     rows = csv.reader([header], delimiter=delimiter, skipinitialspace=True)
+    # Where a space follows the delimiters, it may stand before a quoted field, too.
+    spaced = f"{delimiter} " in header
     names = [name.strip().strip('"').lower() for name in next(rows, [])]
     first = len(lines)
-    reader = csv.reader(stream, delimiter=delimiter)
+    reader = csv.reader(stream, delimiter=delimiter, skipinitialspace=spaced)
     try:
         for row in reader:
             own, lines[first:] = lines[first:], []

@@ -42,6 +42,8 @@ def captions(source) -> dict[str, tuple[str, ...]]:
     [
         ("csv", "sep=;\nfile_name;text\ns/a.png;a red, round ball\n", "a red, round ball"),
         ("csv", ' "file_name" , "text" \ns/a.png,a ball\n', "a ball"),
+        ("csv", 'file_name, text\ns/a.png, "a red, round ball"\n', "a red, round ball"),
+        ("csv", 'file_name,text\ns/a.png, "a" ball\n', '"a" ball'),
         ("csv", "file_name,text,caption\ns/a.png,,a ball\n", "a ball"),
         ("jsonl", '{"file_name": "s/a.png", "text": null, "caption": "a ball"}', "a ball"),
         ("jsonl", '{"file_name": "s/a.png", "text": " ", "prompt": "a ball"}', "a ball"),

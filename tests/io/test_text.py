@@ -2,6 +2,7 @@
 
 import contextlib
 
+import charset_normalizer
 import numpy as np
 import pytest
 
@@ -135,6 +136,25 @@ def test_what_a_word_leaves_open_is_said(name):
     if name in TEXTS:
         texts = [written.encode(name) for written in TEXTS[name] if len(written) > 20]
         assert not any(guess.other for guess in encodings.detect(texts))
+
+
+def test_a_later_text_in_another_encoding_is_uncertain():
+    """The first texts of a folder are Russian; one after them is French."""
+    guesses = encodings.detect([written.encode("cp1251") for written in TEXTS["cp1251"]])
+    voilà = "voilà".encode("cp1252")  # In cp1251, its last letter is the Russian "а".
+    assert encodings.nearest(voilà, guesses) == encodings.Guess("cp1251", "cp1252")
+    assert encodings.nearest("кот".encode("cp1251"), guesses) == encodings.Guess("cp1251")
+
+
+def test_the_library_alone_misreads_texts_of_one_encoding():
+    """Why there are letters.py and encodings.py: once this fails, charset-normalizer may do."""
+    wrong = set()
+    for name, written in TEXTS.items():
+        data = "\n".join(written).encode(name)
+        best = charset_normalizer.from_bytes(data, cp_isolation=list(encodings.LANGUAGES)).best()
+        if best is None or data.decode(best.encoding, "replace") != "\n".join(written):
+            wrong.add(name)
+    assert {"cp1252", "cp1250", "cp1253", "cp1254", "euc_jp"} <= wrong
 
 
 def test_bytes_of_no_text():

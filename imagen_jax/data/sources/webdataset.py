@@ -156,7 +156,7 @@ class WebDatasetReader:
             else:
                 row = self._json(number, sample[part])
                 found = captions.Captions(captions.of_fields(row, self._caption_key))
-            blank = not found.fault and not any(not is_blank(caption) for caption in found.texts)
+            blank = not found.fault and all(map(is_blank, found.texts))
             first = first or (found if found.texts or found.fault else None)
             if not blank:
                 return found._replace(notes=(*found.notes, *note))
