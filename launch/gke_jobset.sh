@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on GKE: fills in launch/gke_jobset.yaml and applies it.
 #   launch/gke_jobset.sh --name=NAME --image=IMAGE --accelerator=TYPE --nodes=N --chips=N
-#       --config=FILE:NAME --workdir=gs://BUCKET/RUN [options] [--config.a.b=value ...]
+#       --config=FILE:NAME --workdir=/SHARED/RUN [options] [--config.a.b=value ...]
 # --accelerator is a node label: tpu-v6e-slice (then also --topology=4x4), nvidia-h100-80gb, ...
 # --nodes: machines of a slice, or GPU machines; --chips: TPU chips or GPUs of each.
 #   --slices=1              TPU slices, connected by the data-centre network

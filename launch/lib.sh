@@ -103,7 +103,7 @@ default_python() {
 # The command that every launcher runs. train_line PYTHON: sets `train`.
 train_line() {
   need config configs/shapes.py:base
-  need workdir gs://my-bucket/base
+  need workdir /shared/base
   # shellcheck disable=SC2034,SC2154 # the scripts that train set --config and --workdir, read it
   train=("$1" -m imagen_jax train "--config=$config" "--workdir=$workdir" "${overrides[@]}")
 }

@@ -5,7 +5,7 @@
 #   create   make the slice: --accelerator=TYPE --runtime=VERSION [--spot] [--queued]
 #   install  copy the checked-out commit to every worker and install it; needs a git checkout
 #   start    train on all workers, detached from the connection:
-#              --config=FILE:NAME --workdir=gs://BUCKET/RUN [--config.a.b=value ...]
+#              --config=FILE:NAME --workdir=/SHARED/RUN [--config.a.b=value ...]
 #   logs     follow the log of worker 0, or --worker=N
 #   resume   create the slice if it was preempted or is missing, wait for it, install, start; takes
 #            the options of create and start

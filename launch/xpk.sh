@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on a GKE cluster that was created with xpk: `xpk workload create`.
 #   launch/xpk.sh --name=NAME --cluster=CLUSTER --zone=ZONE --accelerator=TYPE --image=IMAGE
-#       --config=FILE:NAME --workdir=gs://BUCKET/RUN [options] [--config.a.b=value ...]
+#       --config=FILE:NAME --workdir=/SHARED/RUN [options] [--config.a.b=value ...]
 # --accelerator is xpk's device type: v6e-16, v5litepod-64, h100-mega-80gb-8, ...
 #   --slices=N, --nodes=N   more than one slice of TPUs, more than one GPU machine
 #   --project=PROJECT       default: gcloud's project

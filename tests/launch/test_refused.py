@@ -3,7 +3,6 @@
 import pytest
 
 from tests.reference.launch import (
-    BUCKET,
     CASCADE,
     GKE,
     GPU_NODES,
@@ -32,7 +31,7 @@ from tests.reference.launch import (
         (["tpu_vm.sh", "create", *SLICE, MAKE[1]], "tpu_vm.sh create: --accelerator is missing"),
         (["tpu_vm.sh", "resume", *SLICE, MAKE[0], *TRAIN], "resume: --runtime is missing"),
         (["tpu_vm.sh", "start", *SLICE, TRAIN[1]], "--config is missing; e.g. --config=configs/"),
-        (["tpu_vm.sh", "start", *SLICE, TRAIN[0]], "--workdir is missing; e.g. --workdir=gs://"),
+        (["tpu_vm.sh", "start", *SLICE, TRAIN[0]], "--workdir is missing; e.g. --workdir=/shared/base"),
         (["tpu_vm.sh", "stop", "--name=Base_64", "--zone=z"], "--name=Base_64 must be a letter"),
         (["tpu_vm.sh", "stop", "--zoen=z"], "--zoen=z is not an option; there are --name --zone "),
         (["tpu_vm.sh", "stop", "--zone", "z"], "--zone needs a value: --zone=VALUE"),
@@ -63,7 +62,7 @@ from tests.reference.launch import (
         ([*CASCADE, "--zone=z"], "--zone=z is not an option of --launcher=local"),
         ([*CASCADE, "--gpus=0"], "--gpus=0 must name 2 GPUs"),
         ([*CASCADE, "--launcher=slurm", "--gpus=0,1"], "--gpus is for --launcher=local"),
-        ([*CASCADE, BUCKET[0], "--launcher=xpk"], "--logs is missing"),
+        ([*CASCADE, "--workdir=gs://my-bucket/c", "--launcher=xpk"], "--logs is missing"),
         (["local_processes.sh"], "COUNT, a number above 0, comes first"),
         (["local_processes.sh", "0", "true"], "COUNT, a number above 0, comes first"),
         (["local_processes.sh", "2"], "COMMAND is missing"),

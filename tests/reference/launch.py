@@ -15,7 +15,7 @@ SNAPSHOTS = ROOT / "tests" / "launch" / "snapshots"
 ODD = 'it\'s "a" $HOME `run`; #1 \\ {x} & *'
 SLICE = ["--name=base", "--zone=us-central2-b"]
 MAKE = ["--accelerator=v6e-16", "--runtime=v2-alpha-tpuv6e"]
-TRAIN = ["--config=configs/shapes.py:base", "--workdir=gs://my-bucket/base"]
+TRAIN = ["--config=configs/shapes.py:base", "--workdir=/shared/base"]
 OVERRIDE = [f"--config.text.path={ODD}"]
 TPU_NODES = ["--accelerator=tpu-v6e-slice", "--topology=4x4", "--nodes=4", "--chips=4"]
 GPU_NODES = ["--accelerator=nvidia-h100-80gb", "--nodes=2", "--chips=8"]
@@ -23,7 +23,7 @@ GKE = ["gke_jobset.sh", "--name=base", "--image=repo/imagen:1", *TRAIN]
 XPK = ["xpk.sh", "--name=base", "--cluster=c", "--zone=us-central2-b", "--image=repo/imagen:1"]
 SLURM = ["slurm.sh", "--gpus_per_node=8", "--time=24:00:00", *TRAIN]
 CASCADE = ["cascade.sh", "--config=configs/shapes.py", "--stages=base,sr_2", "--workdir=runs/c"]
-BUCKET = ["--workdir=gs://my-bucket/c", "--logs=runs/logs"]
+SHARED = ["--workdir=/shared/c", "--logs=runs/logs"]
 
 CASES = {
     "local_processes": ["local_processes.sh", "--port=20000", "2", "echo", ODD],
@@ -57,10 +57,10 @@ CASES = {
     ],
     "cascade_local": [*CASCADE, *OVERRIDE],
     "cascade_gpus": [*CASCADE, "--gpus=0,3"],
-    "cascade_tpu_vm": [*CASCADE, *BUCKET, "--launcher=tpu_vm", "--zone=z", "--name=if", *OVERRIDE],
+    "cascade_tpu_vm": [*CASCADE, *SHARED, "--launcher=tpu_vm", "--zone=z", "--name=if", *OVERRIDE],
     "cascade_slurm": [*CASCADE, "--launcher=slurm", "--time=1:00:00", "--gpus_per_node=8"],
-    "cascade_xpk": [*CASCADE, *BUCKET, "--launcher=xpk", "--cluster=c"],
-    "cascade_gke": [*CASCADE, *BUCKET, "--launcher=gke", "--image=i", "--spot"],
+    "cascade_xpk": [*CASCADE, *SHARED, "--launcher=xpk", "--cluster=c"],
+    "cascade_gke": [*CASCADE, *SHARED, "--launcher=gke", "--image=i", "--spot"],
 }
 CAPTURE = {"capture_output": True, "text": True, "timeout": 30}
 
