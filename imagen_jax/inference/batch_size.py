@@ -41,7 +41,7 @@ def fitting(
     """Images at a time, at most those of `arrays`, whose activations have room.
 
     Args:
-      programs: `batches.programs()`. Their traces are kept, so the next call does not trace again.
+      programs: `batches.programs()`. JAX keeps their traces for later calls of equal shapes.
       stage: configuration from `jit_cache_config`, and its parameters.
       guide: the guiding checkpoint.
       arrays: of one batch.
@@ -75,18 +75,20 @@ def out_of_memory(
       error: of the compiler or the device; has the bytes.
     """
     config, settings = stage.config, stage.config.sampling
+    advice = "set sampling.{} for the stage, see --stage_settings"
     if size > parts:
-        remedy = f"batch_size={max(size // 2 // parts, 1) * parts}"
+        remedy = advice.format(f"batch_size={max(size // 2 // parts, 1) * parts}")
     elif config.model.dtype != "bfloat16":
-        remedy = 'dtype="bfloat16"'
+        remedy = advice.format('dtype="bfloat16"')
     elif settings.height == 1 and (settings.fsdp or 1) < devices.count:
-        remedy = f"fsdp={devices.count}"
+        remedy = advice.format(f"fsdp={devices.count}")
+    elif settings.height < devices.count:
+        remedy = advice.format(f"fsdp=1 and sampling.height={devices.count}")
     else:
-        remedy = f"fsdp=1 and sampling.height={devices.count}"
+        remedy = "use more devices, or devices with more memory"
     reason = str(error).strip().splitlines()[0][:200]
     return OutOfMemoryError(
         f"stage {config.name!r}: out of memory with {size} images at a time on {devices.count} "
         f"devices of {devices.bytes / GIB:.4g} GiB; its parameters take "
-        f"{bytes_per_device(stage.params) / GIB:.4g} GiB of each ({reason}); set "
-        f"sampling.{remedy} for the stage, see --stage_settings"
+        f"{bytes_per_device(stage.params) / GIB:.4g} GiB of each ({reason}); {remedy}"
     )

@@ -196,8 +196,6 @@ class Cascade:
             batch_size=TEXT_BATCH,
             max_len=self.configs[0].data.max_text_len,
         )
-        if self.keep == "one":
-            self._networks.release_encoder()
         order = [rows[prompt] for prompt in prompts]
         return text_emb[order], text_mask[order]
 
@@ -258,22 +256,22 @@ class Cascade:
             report = None
             if on_progress:
                 report = functools.partial(_report, on_progress, configs, index, order)
-            lowres = sample_batches(
-                Stage(config, self._params[index].get(config)),
-                inputs._replace(
-                    keys=stage_keys(keys, index),
-                    noise=noise[index],
-                    negative=inputs.negative if _uses_negative(request, config, guide) else None,
-                ),
-                batch_size=request.batch_size,
-                guide=guide and Stage(_placed_guide(guide, config), guide.get(config)),
-                on_steps=report,
-                report_every=report_every,
-                numbers=order,
-                room=self._networks.room(configs, index),
+            own = inputs._replace(
+                keys=stage_keys(keys, index),
+                noise=noise[index],
+                negative=inputs.negative if _uses_negative(request, config, guide) else None,
             )
-            if self.keep == "one":
-                self._networks.release(index)
+            with self._networks.using(index):
+                lowres = sample_batches(
+                    Stage(config, self._params[index].get(config)),
+                    own,
+                    batch_size=request.batch_size,
+                    guide=guide and Stage(_placed_guide(guide, config), guide.get(config)),
+                    on_steps=report,
+                    report_every=report_every,
+                    numbers=order,
+                    room=self._networks.room(configs, index),
+                )
             inputs = inputs._replace(lowres=lowres)
             sampled.append((images.to_uint8(lowres) if rounded else lowres)[np.argsort(order)])
         if request.edit and rounded:
@@ -307,6 +305,7 @@ class Cascade:
             negative=self._negative(request, text),
             edit=request.edit,
         )
+        self._networks.release_encoder()
         order = np.lexsort(identities[::-1])
         return inputs.rows(order), order
 

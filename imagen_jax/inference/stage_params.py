@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -15,7 +16,7 @@ from imagen_jax.inference import adapters, placement
 from imagen_jax.inference.batch_size import RESERVE
 from imagen_jax.interop.weights import flatten, unflatten
 from imagen_jax.parallel import memory, partitioning
-from imagen_jax.stages import lora
+from imagen_jax.stages import lora, network
 from imagen_jax.stages.lora import Adapter
 from imagen_jax.stages.stage import Stage
 from imagen_jax.text.encoders import TextEncoder
@@ -72,7 +73,8 @@ class StageParams:
         """The LoRAs of a request that have an effect, with their weights."""
         if not self._loras:
             return ()
-        chosen = adapters.weights(settings.loras, settings.loras, "sampling.loras")
+        loaded = [f"{name}@1" for name in self._loras]
+        chosen = adapters.weights(settings.loras, loaded, "sampling.loras")
         scaled = ((name, weight * settings.lora_scale) for name, weight in chosen.items())
         return tuple((name, weight) for name, weight in scaled if weight)
 
@@ -90,7 +92,7 @@ class StageParams:
             replicated = partitioning.replicated(partitioning.local_mesh())
             shardings = dict.fromkeys(flat, replicated)
         else:
-            boxed = placement.boxed_shapes(self.config)
+            boxed = network.boxed_shapes(self.config)
             shardings = flatten(partitioning.param_shardings(boxed, mesh))
         placed = {}
         for path, array in flat.items():
@@ -164,13 +166,20 @@ class Networks:
         resident = sum(held) if self.keep == "all" else held[index]
         return int((1.0 - RESERVE) * self._devices.bytes - resident)
 
-    def release(self, index: int) -> None:
-        """Frees the parameters of a stage and its guide."""
-        for params in (self._stages[index], self._guides[index]):
-            if params:
-                params.release()
+    @contextlib.contextmanager
+    def using(self, index: int) -> Iterator[None]:
+        """Frees the parameters of a stage and its guide at the end, unless all are kept.
+
+        Also where sampling is cancelled or fails: the next request starts with another network.
+        """
+        try:
+            yield
+        finally:
+            for params in (self._stages[index], self._guides[index]):
+                if params and self.keep == "one":
+                    params.release()
 
     def release_encoder(self) -> None:
-        """Frees the parameters of the text encoder."""
-        if self._encoder:
+        """Frees the parameters of the text encoder, unless all are kept."""
+        if self._encoder and self.keep == "one":
             self._encoder.release()

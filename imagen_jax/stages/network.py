@@ -7,12 +7,15 @@ Training and sampling evaluate the network through `apply`, which joins z with t
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from imagen_jax.config.fields import ConfigError
+from imagen_jax.config.sampling import SamplingConfig
 from imagen_jax.config.schema import Config
 from imagen_jax.models.efficient_unet import EfficientUNet
 from imagen_jax.models.unet import UNet
@@ -66,6 +69,27 @@ def init_params(config: Config, key: Key[Array, ""]) -> Params:
     if config.lora.rank:
         params = {**params, lora.GROUP: lora.init(config.lora, params, key)}
     return params
+
+
+@functools.lru_cache(maxsize=8)
+def _boxed_shapes(config: Config) -> Any:
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+
+def boxed_shapes(config: Config) -> Any:
+    """Shapes of the parameters, boxed with their logical axis names."""
+    # What sampling changes does not change the shapes.
+    return _boxed_shapes(dataclasses.replace(config, sampling=SamplingConfig()))
+
+
+def abstract_params(config: Config, mesh: partitioning.AnyMesh) -> Any:
+    """Shapes of the float32 parameters with their shardings on a mesh; allocates nothing."""
+    boxed = boxed_shapes(config)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        partitioning.unbox(boxed),
+        partitioning.param_shardings(boxed, mesh),
+    )
 
 
 def apply(

@@ -8,12 +8,19 @@ import numpy as np
 import pytest
 
 from imagen_jax.config.fields import ConfigError
-from imagen_jax.inference import batch_size, batches, placement, stage_params
+from imagen_jax.config.text import T5Config, TextConfig
+from imagen_jax.inference import adapters, batch_size, batches, cascade, placement, stage_params
 from imagen_jax.inference.batch_size import OutOfMemoryError
 from imagen_jax.inference.cascade import Cascade
+from imagen_jax.inference.request import with_settings
+from imagen_jax.interop import weights
+from imagen_jax.models import t5
 from imagen_jax.parallel import liveness, memory, partitioning
 from imagen_jax.parallel.memory import Devices
+from imagen_jax.stages.lora import Factors
 from imagen_jax.stages.stage import Stage
+from imagen_jax.text.frozen_encoder import FrozenEncoder
+from imagen_jax.text.vocabulary import ByteVocabulary
 
 TEXTS = {
     "text_emb": np.random.default_rng(0).normal(size=(6, 4, 8)).astype(np.float32),
@@ -205,6 +212,75 @@ def test_out_of_memory_names_stage_need_and_the_next_remedy(
     assert f"stage 'sr': out of memory with {size} images at a time on 8 devices" in message
     assert "Used 20.1G of 15.7G hbm" in message and "\n" not in message
     assert f"set sampling.{remedy} for the stage" in message
+
+
+@pytest.mark.parametrize(("count", "height"), [(1, 1), (8, 8)])
+def test_out_of_memory_where_no_field_helps(stages, count, height):
+    """One device, or an image on all of them, in bfloat16 and one by one."""
+    config = placement.with_dtype(stages[1].config, "gpu")
+    sampling = dataclasses.replace(config.sampling, height=height)
+    stage = Stage(dataclasses.replace(config, sampling=sampling), {})
+    devices = Devices("gpu", count, 2**34)
+    error = batch_size.out_of_memory(stage, 1, 1, devices, RuntimeError("RESOURCE_EXHAUSTED"))
+    assert str(error).endswith("; use more devices, or devices with more memory")
+
+
+@pytest.fixture
+def one_at_a_time(stages, monkeypatch):
+    """A device that has no room for the parameters of both stages."""
+    size = sum(leaf.nbytes for stage in stages for leaf in jax.tree.leaves(stage.params))
+    monkeypatch.setattr(memory, "local_devices", lambda: Devices("cpu", 1, size))
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_request_that_is_cancelled_leaves_no_parameters(stages, one_at_a_time, stage):
+    chain = Cascade(stages)
+    assert chain.keep == "one"
+
+    def cancel(progress):
+        if progress.stage_index == stage:
+            assert [params._placed is not None for params in chain._params] == [
+                index == stage for index in (0, 1)
+            ]
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        chain.sample(on_progress=cancel, **TEXTS)
+    assert all(params._placed is None for params in chain._params)
+
+
+def test_the_text_encoder_is_read_once_per_request(stages, one_at_a_time, monkeypatch):
+    shape = T5Config(vocab_size=384, emb_dim=8, num_layers=1, num_heads=1, head_dim=8, mlp_dim=8)
+    rng, reads = np.random.default_rng(0), []
+
+    def tensor(path, leaf):
+        array = rng.normal(size=leaf.shape).astype(np.float32)
+        return weights.Tensor(array.shape, lambda: reads.append(path) or array)
+
+    tensors = {p: tensor(p, x) for p, x in weights.flatten(t5.parameter_shapes(shape)).items()}
+    text = TextConfig(max_len=4)
+    encoder = FrozenEncoder("bytes", shape, tensors, vocabulary=ByteVocabulary(), config=text)
+
+    def sampled(stage, inputs, **options):
+        assert encoder._params is None
+        size = stage.config.data.image_size
+        return np.zeros((len(inputs.keys), size, size, 3), np.float32)
+
+    monkeypatch.setattr(cascade, "sample_batches", sampled)
+    Cascade(stages, encoder).sample(["a", "b"], negative_prompts=["c", "d"])
+    assert sorted(reads) == sorted(tensors)
+
+
+def test_a_lora_without_a_weight_has_the_weight_one(stages):
+    name = next(p for p, x in weights.flatten(stages[0].params).items() if x.ndim == 2)
+    rows, columns = weights.flatten(stages[0].params)[name].shape
+    pair = Factors(np.ones((rows, 1), np.float32), np.ones((1, columns), np.float32))
+    params = stage_params.StageParams(stages[0], {"cat": {name.removesuffix("/kernel"): pair}})
+    base = adapters.with_loras([stages[0].config], [adapters.LoraSpec("", "runs/cat", 0.5)])
+    for chosen, weight in (["cat"], 1), (["cat@0.25"], 0.25), ([], 0):
+        (config,) = with_settings(base, {"base": {"loras": chosen}})
+        added = weights.flatten(params.get(config))[name] - weights.flatten(stages[0].params)[name]
+        np.testing.assert_allclose(added, np.full((rows, columns), weight), atol=1e-6)
 
 
 def test_a_program_that_does_not_fit_is_that_error(stages, monkeypatch):
