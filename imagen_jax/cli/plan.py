@@ -85,6 +85,8 @@ def run(flags: argparse.Namespace) -> None:
     wiring.check_least(flags, 0, "batch")
     if flags.save and flags.stage != "train":
         raise ConfigError(f"--save={flags.save} needs --stage=train, got --stage={flags.stage}")
+    if flags.stage_settings != "{}" and flags.stage != "sample":
+        raise ConfigError(f"--stage_settings needs --stage=sample, got --stage={flags.stage}")
     if flags.cascade and (flags.stage != "sample" or flags.search):
         raise ConfigError("--cascade goes with --stage=sample, without --search")
     where, config = _open(flags)

@@ -12,6 +12,7 @@ from typing import Any
 
 from imagen_jax.config.schema import Config
 from imagen_jax.inference import placement
+from imagen_jax.inference.cascade import TEXT_BATCH
 from imagen_jax.inference.placement import Keep
 from imagen_jax.parallel.memory import GIB
 from imagen_jax.parallel.topology import Slice
@@ -22,9 +23,6 @@ from imagen_jax.planning.plan import (
     encoder_shape,
     sample_program,
 )
-
-# Prompts per forward pass of the text encoder, as in `inference.cascade`.
-TEXT_BATCH = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,13 +67,16 @@ class CascadePlan:
         ]
         whole = largest.as_json()
         whole["hbm_per_chip"]["peak"] = self.peak
-        kinds: dict[str, dict[str, Any]] = {}
+        kinds: dict[tuple[str, str], dict[str, Any]] = {}
+        flops = 0.0
         for plan in self.plans:
+            runs = self.images / plan.program.batch
+            flops += plan.flops_per_chip * runs
             for c in plan.collectives or ():
-                row = kinds.setdefault(c.kind, {**c._asdict(), "count": 0, "bytes": 0})
-                row["count"] += c.count
-                row["bytes"] += c.bytes
-        flops = sum(plan.flops_per_chip * self.images / plan.program.batch for plan in self.plans)
+                zeros = {**c._asdict(), "count": 0, "bytes": 0}
+                row = kinds.setdefault((c.kind, c.network), zeros)
+                row["count"] += round(c.count * runs)
+                row["bytes"] += round(c.bytes * runs)
         return whole | {
             "params": sum(plan.program.params for plan in self.plans),
             "flops_per_chip_step": flops,

@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from imagen_jax.cli import main
+from imagen_jax.parallel.hlo import Collective
 from imagen_jax.parallel.topology import Slice
 from imagen_jax.planning.cascade_plan import CascadePlan
 from imagen_jax.planning.plan import Plan, Program
@@ -75,9 +76,24 @@ def test_other_parameters_count_where_they_stay(make_plan, keep, peak, fits):
     assert not dataclasses.replace(plan, plans=[failed, *plan.plans[1:]]).fits
 
 
+def test_flops_and_communication_are_of_all_images(make_plan):
+    """Eight images; the second program runs once for two of them."""
+    plan = make_plan([(50, 40), (90, 60)], "all")
+    first, second = plan.plans
+    sent = [Collective("all-gather", 3, 100), Collective("all-gather", 1, 7, network="dcn")]
+    first = dataclasses.replace(first, collectives=sent[:1])
+    two = second.program._replace(batch=2)
+    second = dataclasses.replace(second, program=two, collectives=sent)
+    found = dataclasses.replace(plan, plans=[first, second]).as_json()
+    assert found["flops_per_chip_step"] == 80 + 4 * 80
+    rows = {row["network"]: (row["count"], row["bytes"]) for row in found["collectives"]}
+    assert rows == {"ici": (3 + 4 * 3, 100 + 4 * 100), "dcn": (4, 28)}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--stage=train", '--stage_settings={"base": {"steps": 2}}'], "needs --stage=sample, got"),
         (["--search"], "--cascade goes with --stage=sample, without --search"),
         (['--stage_settings={"x": {}}'], "stage_settings: stage='x' is not one of base, sr"),
         ([], "config.text.preset='' is not one of"),
