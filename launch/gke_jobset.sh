@@ -10,18 +10,19 @@
 #   --grace=SECONDS         time to save when a node is drained (600)
 #   --namespace=default --service_account=default
 #   --python=python         interpreter in the image
+#   --claim=CLAIM           a PersistentVolumeClaim, mounted at the first folder of --workdir
 #   --template=FILE         another file than launch/gke_jobset.yaml, with the same placeholders
 #   --dry_run               print the JobSet instead of applying it
 # Lost and drained nodes restart the run without limit, unless another process of the run ends first.
 # Any other exit status ends it. JobSet restarts without a delay.
 set -euo pipefail
 name='' image='' accelerator='' topology='' nodes='' chips='' config='' workdir='' spot='' slices=1
-max_restarts=100 grace=600 namespace=default service_account=default python=python
+max_restarts=100 grace=600 namespace=default service_account=default python=python claim=''
 template=$(dirname "$0")/gke_jobset.yaml
 # shellcheck source=lib.sh
 source "$(dirname "$0")/lib.sh"
 parse "name= image= accelerator= topology= nodes= chips= config= workdir= spot max_restarts= grace=
-  slices= namespace= service_account= python= template=" "$@"
+  slices= namespace= service_account= python= claim= template=" "$@"
 [ ${#words[@]} -eq 0 ] || refuse "${words[0]} is not an option; see --help"
 need_name base
 need image us-docker.pkg.dev/my-project/images/imagen_jax:1
@@ -71,6 +72,15 @@ if [ "$slices" -eq 1 ]; then
                         {name: JAX_PROCESS_ID, valueFrom: {fieldRef: {fieldPath: \"$index\"}}}]"
 fi
 
+# Without a claim, what a container writes is lost with it.
+volumes='[]' mounts='[]'
+if [ -n "$claim" ]; then
+  [[ $workdir == /* ]] || refuse "--claim=$claim: --workdir=$workdir must begin with /"
+  first=${workdir#/}
+  volumes="[{name: shared, persistentVolumeClaim: {claimName: $(json "$claim")}}]"
+  mounts="[{name: shared, mountPath: $(json "/${first%%/*}")}]"
+fi
+
 restarted=''
 for ((status = 1; status < 256; status++)); do
   if restartable "$status"; then restarted+=", $status"; fi
@@ -92,6 +102,8 @@ declare -A values=(
   [ENVIRONMENT]=$environment
   [PRIVILEGED]=$privileged
   [LIMITS]=$limits
+  [VOLUMES]=$volumes
+  [MOUNTS]=$mounts
 )
 
 # From left to right, so that a value that contains a placeholder stays as it is.

@@ -110,6 +110,19 @@ def test_jobset_of_gpu_nodes():
     assert container["command"][-1] == OVERRIDE[0].replace("$", "$$")
 
 
+def test_jobset_mounts_a_claim():
+    jobset = yaml.safe_load((SNAPSHOTS / "gke_jobset_tpu.txt").read_text())
+    _, pod = job_of(jobset)
+    assert pod["volumes"] == pod["containers"][0]["volumeMounts"] == []
+    result = launch(*GKE, *GPU_NODES, "--claim=disk", "--dry_run")
+    _, pod = job_of(yaml.safe_load(result.stdout))
+    (volume,), (mount,) = pod["volumes"], pod["containers"][0]["volumeMounts"]
+    assert volume["persistentVolumeClaim"] == {"claimName": "disk"}
+    assert mount == {"name": volume["name"], "mountPath": "/shared"}
+    refused = launch(*GKE, *GPU_NODES, "--claim=disk", "--workdir=runs/base", "--dry_run")
+    assert refused.returncode == 2 and "--workdir=runs/base must begin with /" in refused.stderr
+
+
 def test_jobset_is_applied(recorder, tmp_path):
     folder, calls = recorder
     assert launch(*CASES["gke_jobset_tpu"], path=folder).returncode == 0

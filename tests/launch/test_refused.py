@@ -31,7 +31,7 @@ from tests.reference.launch import (
         (["tpu_vm.sh", "create", *SLICE, MAKE[1]], "tpu_vm.sh create: --accelerator is missing"),
         (["tpu_vm.sh", "resume", *SLICE, MAKE[0], *TRAIN], "resume: --runtime is missing"),
         (["tpu_vm.sh", "start", *SLICE, TRAIN[1]], "--config is missing; e.g. --config=configs/"),
-        (["tpu_vm.sh", "start", *SLICE, TRAIN[0]], "--workdir is missing; e.g. --workdir=/shared/base"),
+        (["tpu_vm.sh", "start", *SLICE, TRAIN[0]], "--workdir is missing; e.g. --workdir=/shared/"),
         (["tpu_vm.sh", "stop", "--name=Base_64", "--zone=z"], "--name=Base_64 must be a letter"),
         (["tpu_vm.sh", "stop", "--zoen=z"], "--zoen=z is not an option; there are --name --zone "),
         (["tpu_vm.sh", "stop", "--zone", "z"], "--zone needs a value: --zone=VALUE"),
