@@ -6,12 +6,13 @@
 The subject of a seed is one colour and size of a shape, absent from training: "a sks cross" stands
 for a small purple cross. `imagen dreambooth` reads five images of it alone, with and without prior
 preservation. New combinations are relations to another object ("a sks cross above a large red
-circle"), which none of the five shows. The subject is right where the world's detector finds an
-object of its shape, colour and size. Beside it: the same prompts from the untuned cascade, and with
-another rare word from the tuned one. `exact` of the prompts of before says what tuning cost.
-A killed run continues; scores are in OUT/scores.json.
+circle") and numbers ("three sks crosses"), in equal parts; none of the five images shows one. The
+subject is right where the world's detector finds an object of its shape, colour and size. Beside
+it: the untuned cascade, with the rare word and with the subject described in words; and another
+rare word in the tuned one. `exact` of the prompts of before says what tuning cost; their noise is
+that of the untuned cascade. A killed run continues; scores of every image are in OUT/scores.json.
 
-Hardware: one CPU core. Time: 20 minutes for each seed.
+Hardware: one CPU core. Time: 10 minutes for each seed.
 """
 
 from __future__ import annotations
@@ -28,15 +29,20 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from imagen_jax.evaluation.intervals import wilson
+from imagen_jax.evaluation.intervals import NORMAL_QUANTILE, wilson
+from imagen_jax.inference import prompts
 from imagen_jax.io import atomic, images
 from imagen_jax.worlds.shapes import alignment, scenes
-from imagen_jax.worlds.shapes.captions import RELATIONS, Object
+from imagen_jax.worlds.shapes.captions import NUMBERS, RELATIONS, Object, Relation, sentence
 from imagen_jax.worlds.shapes.reading import detect_objects
 
 WORD, OTHER_WORD = "sks", "zwop"
-ARMS = {"untuned": None, "with prior": 100, "without prior": 0}  # Images of the class.
-# Settings of the tuning, chosen with seed 100.
+UNTUNED = "untuned"
+ARMS = {UNTUNED: None, "with prior": 100, "without prior": 0}  # Images of the class.
+BEFORE = "prompts of before"
+# Prompts of the combinations -> the word in place of colour and size; "" names these.
+WORDS = {"rare word": WORD, "another rare word": OTHER_WORD, "described": ""}
+# Settings of the tuning; no others have been compared with them.
 SETTINGS = {
     "lora.rank": 16,
     "lora.targets": "('*',)",
@@ -46,56 +52,61 @@ SETTINGS = {
     "checkpoint.every": 400,
 }
 
+# Of each image: kind of its prompt, whether the subject is in it, whether everything is right.
+Marks = list[tuple[str, bool, bool]]
+
 
 def subject_of(seed: int) -> Object:
     """The subject of a seed: a shape, colour and size that no training image shows."""
-    triples = itertools.product(scenes.SHAPES, scenes.COLORS, scenes.SIZES)
-    objects = [Object(*triple, 0.0, 0.0) for triple in triples]
     held_out = [
-        o for o in objects if scenes.is_held_out(scenes.Scene("single", (o,), None, "", True))
+        o for o in all_objects() if scenes.is_held_out(scenes.Scene("single", (o,), None, "", True))
     ]
     order = np.random.default_rng(0).permutation(len(held_out))
     return held_out[order[seed % len(held_out)]]
 
 
-def row_of(prompt: str, objects: Sequence[Mapping[str, str]], word: str | None = None) -> dict:
-    """A row of `prompts.jsonl`, of a single object or of a relation."""
-    relation = {"word": word, "first": 0, "second": 1} if word else None
-    return {
-        "prompt": prompt,
-        "kind": "relation" if word else "single",
-        "objects": list(objects),
-        "relation": relation,
-    }
-
-
-def named(thing: Object) -> dict[str, str]:
-    """The attributes of an object that a prompt specifies."""
-    return {"shape": thing.shape, "color": thing.color, "size": thing.size}
+def all_objects() -> list[Object]:
+    """All shapes in all colours and sizes."""
+    return [Object(*o) for o in itertools.product(scenes.SHAPES, scenes.COLORS, scenes.SIZES)]
 
 
 def write_images(folder: pathlib.Path, subject: Object, rng: np.random.Generator) -> None:
     """Writes five images of the subject alone, at random places."""
     folder.mkdir(parents=True, exist_ok=True)
+    row = scenes.prompt_row(scenes.Scene("single", (subject,), None, "", True))
     for index in range(5):
-        scene = scenes.scene_from_row(row_of("", [named(subject)]), rng)
+        scene = scenes.scene_from_row(moved(row), rng)
         images.save_png(folder / f"{index}.png", scenes.render(scene), {})
 
 
-def combinations(subject: Object, word: str, count: int, rng: np.random.Generator) -> list[dict]:
-    """Prompt rows in which the subject stands in a relation to another object, first or second."""
-    others = itertools.product(scenes.SHAPES, scenes.COLORS, scenes.SIZES)
-    objects = [Object(*triple, 0.0, 0.0) for triple in others]
-    objects = [o for o in objects if (o.shape, o.color) != (subject.shape, subject.color)]
-    cases = list(itertools.product(objects, RELATIONS, (True, False)))
-    rows, own = [], f"a {word} {subject.shape}"
-    for case in rng.choice(len(cases), count, replace=False):
-        other, relation, first = cases[case]
-        phrases = [own, f"a {other.size} {other.color} {other.shape}"]
-        things = [named(subject), named(other)]
-        if not first:
-            phrases, things = phrases[::-1], things[::-1]
-        rows.append(row_of(f"{phrases[0]} {relation} {phrases[1]}", things, relation))
+def moved(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row without positions."""
+    kept = ("shape", "color", "size")
+    return {**row, "objects": [{name: o[name] for name in kept} for o in row["objects"]]}
+
+
+def combinations(subject: Object, word: str, count: int, seed: int) -> list[dict[str, Any]]:
+    """Prompt rows of relations and numbers of the subject, by turns.
+
+    Args:
+      subject: the subject.
+      word: its rare word; "": its size and colour.
+      count: number of rows.
+      seed: the combinations are the same for all words.
+    """
+    rng, rows = np.random.default_rng((seed, 1)), []
+    name = f"{subject.size} {subject.color} {subject.shape}"
+    others = [o for o in all_objects() if (o.shape, o.color) != (subject.shape, subject.color)]
+    for index in range(count):
+        kind, relation = ("relation", "count")[index % 2], None
+        objects = (subject,) * int(rng.choice(list(NUMBERS)))
+        if kind == "relation":
+            pair = [subject, others[rng.integers(len(others))]]
+            objects = tuple(pair[:: rng.choice([1, -1])])
+            relation = Relation(RELATIONS[rng.integers(len(RELATIONS))], 0, 1)
+        prompt = sentence(kind, objects, relation, True, rng)
+        prompt = prompt.replace(name, f"{word} {subject.shape}" if word else name)
+        rows.append(moved(scenes.prompt_row(scenes.Scene(kind, objects, relation, prompt, True))))
     return rows
 
 
@@ -106,77 +117,107 @@ def imagen(verb: str, *flags: str) -> None:
     subprocess.run(command, check=True)
 
 
-def tune(seed: int, arm: str, folder: pathlib.Path, args: argparse.Namespace) -> str:
+def tune(seed: int, arm: str, args: argparse.Namespace) -> str:
     """The stage folders of an arm, by commas; tunes them if they are missing."""
     if ARMS[arm] is None:
         return args.stages
-    subject, workdir = subject_of(seed), folder / arm.replace(" ", "_")
-    flags = [f"--config.{name}={value}" for name, value in SETTINGS.items()]
-    imagen(
-        "dreambooth",
-        f"--stages={args.stages}",
-        f"--images={folder / 'images'}",
-        f"--prompt=a {WORD} {subject.shape}",
-        f"--class_prompt=a {subject.shape}",
-        f"--class_images={ARMS[arm]}",
-        f"--workdir={workdir}",
-        f"--seed={seed}",
-        *flags,
-    )
-    return ",".join(str(path) for path in (workdir / "stages" / "base", workdir / "stages" / "sr"))
-
-
-def sample(stages: str, prompts: pathlib.Path, out: pathlib.Path, seed: int, limit: int) -> None:
-    """Samples prompts into a folder, unless it is complete."""
-    if not (out / "grid.png").is_file():
-        flags = [f"--stages={stages}", f"--prompts={prompts}", f"--out={out}", f"--seed={seed}"]
-        imagen("sample", *flags, f"--limit={limit}")
-
-
-def subject_hits(out: pathlib.Path, subject: Object) -> int:
-    """Number of images in which the subject is found."""
-    lines = (out / "samples.jsonl").read_text().splitlines()
-    hits = 0
-    for row in map(json.loads, lines):
-        with Image.open(out / row["file"]) as image:
-            found = detect_objects(np.asarray(image.convert("RGB"))).objects
-        hits += any(named(subject) == named(thing) for thing in found)  # pyright: ignore[reportArgumentType]
-    return hits
-
-
-def score(seed: int, arm: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Counts of one seed and arm: [hits, images] of the subject, of the other word, and exact."""
-    folder, subject = args.out / f"seed_{seed}", subject_of(seed)
+    subject, folder = subject_of(seed), args.out / f"seed_{seed}"
+    workdir = folder / arm.replace(" ", "_")
     write_images(folder / "images", subject, np.random.default_rng((seed, 0)))
-    stages = tune(seed, arm, folder, args)
-    found: dict[str, Any] = {}
-    for name, word in (("subject", WORD), ("other word", OTHER_WORD)):
-        rows = combinations(subject, word, args.count, np.random.default_rng((seed, 1)))
-        prompts = folder / f"prompts_{word}.jsonl"
-        atomic.write_text(prompts, "".join(json.dumps(row) + "\n" for row in rows))
-        out = folder / f"{arm.replace(' ', '_')}_{word}"
-        sample(stages, prompts, out, seed, args.count)
-        found[name] = [subject_hits(out, subject), args.count]
-    out = folder / f"{arm.replace(' ', '_')}_before"
-    sample(stages, args.prompts, out, seed, args.limit)
-    exact = alignment.score_folder(out)["all"]["exact"]
-    found["before"] = [round(exact["mean"] * exact["n"]), exact["n"]]
-    return found
+    names = [pathlib.Path(stage).name for stage in args.stages.split(",")]
+    stages = [workdir / "stages" / name for name in names]
+    if not all((stage / "params.safetensors").is_file() for stage in stages):
+        imagen(
+            "dreambooth",
+            f"--stages={args.stages}",
+            f"--images={folder / 'images'}",
+            f"--prompt=a {WORD} {subject.shape}",
+            f"--class_prompt=a {subject.shape}",
+            f"--class_images={ARMS[arm]}",
+            f"--workdir={workdir}",
+            f"--seed={seed}",
+            *[f"--config.{name}={value}" for name, value in SETTINGS.items()],
+        )
+    return ",".join(map(str, stages))
 
 
-def table(scores: Mapping[str, Mapping[str, list[int]]], seeds: Sequence[str]) -> str:
-    """Markdown over all seeds, with 95% intervals over the prompts."""
-    lines = ["| cascade | subject right | other rare word | prompts of before, exact |"]
-    lines += ["|---|---|---|---|"]
+def sample(
+    stages: str, rows: Sequence[Mapping[str, Any]], out: pathlib.Path, subject: Object
+) -> dict[str, Marks]:
+    """Samples rows into a folder, unless it is complete, and scores the images by `set`."""
+    if not (out / "grid.png").is_file():
+        file = out.with_name(f"{out.name}.jsonl")
+        atomic.write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
+        imagen("sample", f"--stages={stages}", f"--prompts={file}", f"--out={out}")
+    marks: dict[str, Marks] = {}
+    for row in map(json.loads, (out / "samples.jsonl").read_text().splitlines()):
+        with Image.open(out / row["file"]) as image:
+            pixels = np.asarray(image.convert("RGB"))
+        attributes = {(o.shape, o.color, o.size) for o in detect_objects(pixels).objects}
+        found = (subject.shape, subject.color, subject.size) in attributes
+        exact = bool(alignment.score(pixels, row)["exact"])
+        marks.setdefault(row["set"], []).append((row["kind"], found, exact))
+    return marks
+
+
+def score(seed: int, arm: str, args: argparse.Namespace) -> dict[str, Marks]:
+    """Marks of one seed and arm by set of prompts."""
+    subject, folder = subject_of(seed), args.out / f"seed_{seed}"
+    before = [row | {"set": BEFORE} for row in prompts.read(str(args.prompts))[: args.limit]]
+    sets = ("rare word", "described") if arm == UNTUNED else ("rare word", "another rare word")
+    rows = [
+        row | {"set": name}
+        for name in sets
+        for row in combinations(subject, WORDS[name], args.count, seed)
+    ]
+    stages = tune(seed, arm, args)
+    folder.mkdir(parents=True, exist_ok=True)
+    if arm == UNTUNED:  # The prompts of before have the same images for all seeds.
+        marks = sample(stages, before, args.out / "before", subject)
+        return marks | sample(stages, rows, folder / "samples_untuned", subject)
+    # First, as the noise depends on the place.
+    return sample(stages, before + rows, folder / f"samples_{arm.replace(' ', '_')}", subject)
+
+
+def rate(marks: Sequence[bool], by_seed: Sequence[Sequence[bool]]) -> str:
+    """Share, 95% interval over the images, and the shares of the seeds."""
+    if not marks:
+        return ""
+    low, high = wilson(float(sum(marks)), float(len(marks)))
+    each = ", ".join(f"{np.mean(own):.2f}" for own in by_seed)
+    return f"{np.mean(marks):.2f} [{low:.2f}, {high:.2f}] ({each})"
+
+
+def table(scores: Mapping[str, Mapping[str, Marks]], seeds: Sequence[str]) -> str:
+    """Markdown over all seeds."""
+    lines = ["| cascade | prompts | subject right | in relations | in numbers | everything right |"]
+    lines += ["|---|---|---|---|---|---|"]
     for arm in ARMS:
-        cells = []
-        for name in ("subject", "other word", "before"):
-            counts = [scores[f"{seed}/{arm}"][name] for seed in seeds]
-            hits, n = (sum(column) for column in zip(*counts, strict=True))
-            low, high = wilson(float(hits), float(n))
-            each = ", ".join(f"{own / all_:.2f}" for own, all_ in counts)
-            cells.append(f"{hits / n:.3f} [{low:.3f}, {high:.3f}] ({each})")
-        lines.append(f"| {arm} | {' | '.join(cells)} |")
+        for name in (*WORDS, BEFORE):
+            marks = [scores[f"{seed}/{arm}"].get(name, []) for seed in seeds]
+            if not any(marks):
+                continue
+            cells = []
+            for kinds in (("relation", "count"), ("relation",), ("count",)):
+                own = [[found for kind, found, _ in part if kind in kinds] for part in marks]
+                found = list(itertools.chain(*own))
+                cells.append(rate(found, own) if name != BEFORE else "")
+            exact = [[bool(right) for *_, right in part] for part in marks]
+            # Untuned images of before are the same for all seeds.
+            every = exact[:1] if name == BEFORE and arm == UNTUNED else exact
+            cells.append(rate(list(itertools.chain(*every)), every))
+            lines.append(f"| {arm} | {name} | {' | '.join(cells)} |")
+    for arm in list(ARMS)[1:]:
+        pairs = [
+            (scores[f"{seed}/{arm}"][BEFORE], scores[f"{seed}/{UNTUNED}"][BEFORE]) for seed in seeds
+        ]
+        change = [
+            100.0 * (after[2] - own[2]) for pair in pairs for after, own in zip(*pair, strict=True)
+        ]
+        # The seeds share prompts and noise: the interval is that of their mean per prompt.
+        change = np.mean(np.reshape(change, (len(seeds), -1)), axis=0)
+        half = NORMAL_QUANTILE * change.std(ddof=1) / np.sqrt(len(change))
+        lines.append(f"\n{arm}: exact of before changes by {change.mean():.1f} ± {half:.1f} points")
     return "\n".join(lines)
 
 
@@ -185,9 +226,9 @@ def main() -> None:
     flags.add_argument("--stages", required=True, help="base and sr of the shapes cascade")
     flags.add_argument("--prompts", type=pathlib.Path, required=True, help="prompts of before")
     flags.add_argument("--out", type=pathlib.Path, required=True, help="folder to write")
-    flags.add_argument("--seeds", default="0,1,2", help="of subjects, tunings and samples")
+    flags.add_argument("--seeds", default="0,1,2", help="of subjects, images and tunings")
     flags.add_argument("--count", type=int, default=100, help="new combinations of each seed")
-    flags.add_argument("--limit", type=int, default=240, help="prompts of before")
+    flags.add_argument("--limit", type=int, default=180, help="prompts of before")
     args = flags.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "scores.json"
@@ -197,7 +238,6 @@ def main() -> None:
         if f"{seed}/{arm}" not in scores:
             scores[f"{seed}/{arm}"] = score(int(seed), arm, args)
             atomic.write_json(file, scores)
-            print(f"seed {seed}, {arm}: {scores[f'{seed}/{arm}']}", flush=True)
     print(table(scores, seeds))
 
 
