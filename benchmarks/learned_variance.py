@@ -1,6 +1,6 @@
 """Learned against fixed variance on the base stage of the shapes world (docs/models.md).
 
-    python benchmarks/learned_variance.py --demo=runs/demo --out=runs/variance
+    python benchmarks/learned_variance.py --demo=runs/demo --out=runs/variance_v --prediction=v
 
 Trains two base stages of configs/shapes.py with the same steps and seed: `fixed`, as in the demo,
 and `learned`, with the variational bound beside the loss (Nichol & Dhariwal 2021, Eq. 16). Each is
@@ -74,6 +74,7 @@ def train(name: str, args: argparse.Namespace) -> pathlib.Path:
             "checkpoint.every": 500,
             "seed": args.seed,
             "train.steps": args.steps,
+            "diffusion.prediction": args.prediction,
             **TRAININGS[name],
         }
         flags = [f"--config.{field}={value}" for field, value in fields.items()]
@@ -235,6 +236,7 @@ def main() -> None:
     flags.add_argument("--demo", type=pathlib.Path, required=True, help="run of launch/demo.sh")
     flags.add_argument("--out", type=pathlib.Path, required=True, help="folder to write")
     flags.add_argument("--config", default="configs/shapes.py", help="file with a base stage")
+    flags.add_argument("--prediction", default="x0", choices=process.PREDICTIONS, help="of both")
     flags.add_argument("--steps", type=int, default=6_500, help="training steps of each stage")
     flags.add_argument("--count", type=int, default=360, help="prompts to sample")
     flags.add_argument("--images", type=int, default=512, help="images of the bound")

@@ -100,13 +100,14 @@ def test_the_table_of_untrained_stages(
 def test_the_trainings_differ_in_the_variance_alone(tmp_path, monkeypatch):
     commands = []
     monkeypatch.setattr(learned_variance, "imagen", lambda verb, *flags: commands.append(flags))
-    flags = ["--demo=DEMO", f"--out={tmp_path}", "--sampler_steps=25"]
+    flags = ["--demo=DEMO", f"--out={tmp_path}", "--sampler_steps=25", "--prediction=v"]
     monkeypatch.setattr(sys, "argv", ["learned_variance.py", *flags])
     monkeypatch.setattr(learned_variance, "score", lambda *_: None)
     monkeypatch.setattr(learned_variance, "table", lambda scores: "")
     monkeypatch.setattr(learned_variance, "gammas", lambda args: "")
     learned_variance.main()
     fixed, _, learned, _ = map(set, commands)
+    assert "--config.diffusion.prediction=v" in fixed & learned
     assert {flag.split("=")[0] for flag in fixed ^ learned} == {
         "--workdir",
         "--config.model.out_channels",
