@@ -8,7 +8,9 @@ full size of the configuration, with initial parameters and random batches, on a
 for each: seconds per call (median, lowest, highest of `repeats`), images/s, TFLOP/s, MFU if the
 chip's peak is known; FLOPs counted from the trace (loops times their iterations, without
 recomputation) and by the compiler; peak bytes; seconds of compilation. `--trace` adds the ten most
-expensive operations and kinds of operation. Prints progress, tables and one JSON line.
+expensive operations and kinds of operation. Prints progress, tables and a JSON line; for a
+process with a time limit also one as soon as a program is compiled, and one as soon as it is timed,
+in which "complete" is false.
 """
 
 from __future__ import annotations
@@ -129,8 +131,15 @@ def sample(config: Config, where: topology.Slice) -> tuple[plan.Program, Callabl
 STAGES = {"forward": forward, "train": train, "sample": sample}
 
 
-def measure(name: str, config: Config, *, repeats: int, trace: bool) -> dict[str, Any]:
-    """Compiles and times one program; returns its row."""
+def measure(
+    name: str,
+    config: Config,
+    *,
+    repeats: int,
+    trace: bool,
+    report: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Compiles and times one program; returns its row, and reports what there is of it so far."""
     where = topology.this_machine()
     print(f"# {name}: tracing and making parameters", flush=True)
     program, start = STAGES[name](config, where)
@@ -142,8 +151,6 @@ def measure(name: str, config: Config, *, repeats: int, trace: bool) -> dict[str
         raise SystemExit(
             f"{name}: {planned.peak / 2**30:.1f} GiB do not fit; try a smaller --batch"
         )
-    call = start(planned.compiled)
-    seconds = reporting.interleaved({name: call}, repeats)[name]
     devices = len(where.devices)
     row: dict[str, Any] = {"program": name, "batch": program.batch, "dtype": config.model.dtype}
     row |= {"params": program.params, "flops": program.model_flops}
@@ -151,12 +158,16 @@ def measure(name: str, config: Config, *, repeats: int, trace: bool) -> dict[str
     row |= {"compile_s": round(planned.compile_seconds, 1)}
     if name == "sample":
         row["steps"] = config.sampling.steps
+    report(row)
+    call = start(planned.compiled)
+    seconds = reporting.interleaved({name: call}, repeats)[name]
     row |= reporting.speed(
         seconds, images=program.batch, flops=program.model_flops, devices=devices
     )
     stats = where.devices[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         row["peak_bytes_in_use"] = stats["peak_bytes_in_use"]
+    report(row)
     if trace:
         spent = operations.seconds_by_operation(call, times=3)
         row["top"] = dict(sorted(spent.items(), key=lambda item: -item[1])[:TOP])
@@ -181,10 +192,15 @@ def main() -> None:
     if config.model.text_dim < 1:
         config = overrides.load(flags.config, [*changes, f"model.text_dim={TEXT_DIM}"])
     set_up_devices(config.mesh.cpu_devices)
-    rows = [
-        measure(name, config, repeats=flags.repeats, trace=flags.trace)
-        for name in flags.stages.split(",")
-    ]
+    rows: list[dict[str, Any]] = []
+
+    def report(*unfinished: dict[str, Any], complete: bool = False) -> None:
+        found = {"benchmark": "programs", "config": flags.config, **reporting.machine()}
+        found |= {"complete": complete, "rows": [*rows, *unfinished]}
+        print(json.dumps(found), flush=True)
+
+    for name in flags.stages.split(","):
+        rows.append(measure(name, config, repeats=flags.repeats, trace=flags.trace, report=report))
     titles = ("program", "batch", "dtype", "params", "TFLOP", "compiler's", "s", "min", "max")
     titles += ("images/s", "TFLOP/s", "MFU", "peak GiB", "compile s")
     print(
@@ -202,11 +218,7 @@ def main() -> None:
         for part in ("top", "kinds"):
             for name, seconds in row.get(part, {}).items():
                 print(f"{row['program']}: {seconds * 1e3:9.3f} ms  {name}")
-    print(
-        json.dumps(
-            {"benchmark": "programs", "config": flags.config, **reporting.machine(), "rows": rows}
-        )
-    )
+    report(complete=True)
 
 
 if __name__ == "__main__":

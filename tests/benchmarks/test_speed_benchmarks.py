@@ -3,8 +3,10 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -34,15 +36,33 @@ def positive(seconds: dict[str, float]) -> bool:
 
 
 @pytest.mark.slow
-def test_the_gpu_script_runs_without_a_gpu(tmp_path):
+def test_the_gpu_script_survives_a_kill_without_a_gpu(tmp_path):
+    """Every part runs at a small size; what had ended before the kill is not run again."""
     out = tmp_path / "gpu.json"
-    found = run("gpu.py", "--tiny", f"--out={out}")
+    command = [sys.executable, "benchmarks/gpu.py", "--tiny", f"--out={out}"]
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
+    first = subprocess.Popen(command, cwd=SOURCE, env=environment, start_new_session=True)
+    try:
+        while not out.exists():
+            assert first.poll() is None
+            time.sleep(0.1)
+        time.sleep(1.0)  # The second part has begun.
+    finally:
+        os.killpg(first.pid, signal.SIGKILL)
+        first.wait()
+    kept = json.loads(out.read_text())
+    found = run("gpu.py", "--tiny", f"--out={out}", "--seconds=3000")
     assert json.loads(out.read_text()).items() <= found.items()
-    trained = found["train 2"]["rows"][0]
-    assert positive(trained["seconds"]) and trained["images_per_s"] > 0
-    assert trained["top"] and 0 < trained["top_share"] <= 1
-    for name in ("sample base", "sample sr"):
-        assert positive(found[name]["rows"][0]["seconds"]), name
+    assert kept.items() <= found.items() and len(kept) == 1
+    for name in ("base_64_500m", "base_64", "sr_256", "sr_1024"):
+        for kind in ("train", "tuned"):
+            (trained,) = (found[x] for x in found if x.startswith(f"{kind} {name} "))
+            (row,) = trained["rows"]
+            assert positive(row["seconds"]) and row["images_per_s"] > 0
+            assert row["dtype"] == "bfloat16" and row["compile_s"] > 0 and row["peak_bytes"] > 0
+            assert len(row["top"]) == 10 and 0 < row["top_share"] <= 1
+    for name in ("base_64", "sr_256", "sr_1024"):
+        assert positive(found[f"sample {name}"]["rows"][0]["seconds"]), name
     assert "rows" in found["peers"] or "torch" in found["peers"]["skipped"]
 
 
