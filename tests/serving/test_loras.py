@@ -79,8 +79,9 @@ def test_a_stage_without_loras_takes_none(read):
         read(sr={"loras": []})
 
 
-@pytest.mark.slow
-def test_one_server_switches_between_loras(start_server, stage_folders, tmp_path):
+@pytest.fixture
+def lora_flag(stage_folders, tmp_path) -> str:
+    """--loras of two random LoRAs of the base stage, `cat` and `dog`."""
     stage = load_stage(stage_folders.split(",")[0])
     for name, seed in (("cat", 0), ("dog", 1)):
         rng, adapter = np.random.default_rng(seed), {}
@@ -91,20 +92,78 @@ def test_one_server_switches_between_loras(start_server, stage_folders, tmp_path
                 adapter[path.removesuffix("/kernel")] = Factors(*pair)
         (tmp_path / name).mkdir()
         lora_file.write(tmp_path / name, adapter, stage.config)
-    flag = f"--loras=base={tmp_path / 'cat'},base={tmp_path / 'dog'}@0.5"
-    client = start_server(tmp_path / "out", flag).client
+    return f"--loras=base={tmp_path / 'cat'},base={tmp_path / 'dog'}@0.5"
+
+
+def pixels(client, image_id: str) -> bytes:
+    data = client.call("GET", f"/images/{image_id}.png")[2]
+    with Image.open(io.BytesIO(data)) as opened:
+        return opened.tobytes()
+
+
+@pytest.mark.slow
+def test_one_server_switches_between_loras(start_server, lora_flag, tmp_path):
+    client = start_server(tmp_path / "out", lora_flag).client
     assert client.get("/api/about")["stages"][0]["loras"] == ["cat@1.0", "dog@0.5"]
 
     def image(**settings) -> bytes:
         request = {"prompt": "a", "seed": 1, "stages": {"base": settings}}
-        job = generate(client, request)
-        data = client.call("GET", f"/images/{job['images'][0]}.png")[2]
-        with Image.open(io.BytesIO(data)) as opened:
-            return opened.tobytes()
+        return pixels(client, generate(client, request)["images"][0])
 
-    pixels = {}
+    seen = {}
     for chosen in ([], ["cat@1"], ["dog@1"], ["cat@1", "dog@0.5"], ["cat@1"], []):
         data = image(loras=chosen)
-        assert pixels.setdefault(tuple(chosen), data) == data
-    assert len(set(pixels.values())) == 4
-    assert image() == pixels["cat@1", "dog@0.5"]
+        assert seen.setdefault(tuple(chosen), data) == data
+    assert len(set(seen.values())) == 4
+    assert image() == seen["cat@1", "dog@0.5"]
+
+
+@pytest.mark.slow
+def test_the_page_has_a_weight_for_each_lora(browser, start_server, lora_flag, tmp_path):
+    """In headless Chromium: weights are sent, shown with the image, reset, and used again."""
+    client = start_server(tmp_path / "out", lora_flag).client
+    browser.open(f"http://127.0.0.1:{client.port}/")
+    browser.wait("document.querySelectorAll('#stages tr').length === 2")
+    inputs = "[...document.querySelectorAll('.lora')]"
+    labels = ["Weight of cat in base", "Weight of dog in base"]
+    assert browser.value(f"{inputs}.map((input) => input.ariaLabel)") == labels
+    assert browser.value("!document.getElementById('loras').hidden")
+
+    def weights() -> list[str]:
+        return browser.value(f"{inputs}.map((input) => input.value)")
+
+    def fill(selector: str, text: str) -> None:
+        browser.value(f"document.querySelector({json.dumps(selector)}).select()")
+        browser.type(text)
+
+    assert weights() == ["1", "0.5"]
+    fill("#prompt", "a")
+    fill("#seed", "1")
+    for count, pair in enumerate((("1", "0.5"), ("0", "-0.25"), ("0", "0")), start=1):
+        for name, weight in zip(("cat", "dog"), pair, strict=True):
+            fill(f".lora[name={name}]", weight)
+        assert tuple(weights()) == pair
+        browser.click("#generate")
+        browser.wait(f"document.querySelectorAll('figure').length === {count}", seconds=120)
+    newest = client.get("/api/images")["images"]
+    chosen = [about["stages"]["base"]["loras"] for about in newest]
+    assert chosen == [["cat@0.0", "dog@0.0"], ["cat@0.0", "dog@-0.25"], ["cat@1.0", "dog@0.5"]]
+    assert len({pixels(client, about["id"]) for about in newest}) == 3
+    settings = browser.value("document.querySelectorAll('.settings')[1].innerText").splitlines()
+    assert settings[1].startswith("base: ") and settings[1].endswith(", cat@0.0, dog@-0.25")
+
+    browser.click("#reset")
+    assert weights() == ["1", "0.5"]
+    browser.click("figure:nth-child(2) button")
+    assert weights() == ["0", "-0.25"]
+    browser.click("#generate")
+    browser.wait("document.querySelectorAll('figure').length === 4", seconds=120)
+    again = client.get("/api/images")["images"][0]["id"]
+    assert pixels(client, again) == pixels(client, newest[1]["id"])
+
+    # A weight that is no number is not sent.
+    browser.value("document.querySelector('.lora[name=dog]').value = ''")
+    browser.click("#generate")
+    assert not browser.value("document.querySelector('.lora[name=dog]').validity.valid")
+    assert len(client.get("/api/images")["images"]) == 4
+    assert browser.problems == []
