@@ -42,8 +42,9 @@ COUNTS = {"train": 48, "held_out": 16, "second": 64}
 HELD_OUT = COUNTS["held_out"] / (COUNTS["train"] + COUNTS["held_out"])
 CANDIDATES = 160  # Emoji, of which those of each part are taken.
 EXAMPLES = 512  # Of the second split, with other noise where they are fewer.
-# A tenth of the configuration's: over-fitting starts in the middle of the evaluations.
-LEARNING_RATE = 2e-4
+# Chosen with seed 100, where 2e-4 reaches its minimum at step 400: a fourth of it moves the minimum
+# to the middle of the evaluations.
+LEARNING_RATE = 5e-5
 SHARES = ("excess", "last_excess", "cost", "later_cost")  # Columns of the table, 0..1.
 TEXT = TextConfig(encoder="bert", path="minilm", max_len=24)
 
@@ -205,8 +206,8 @@ def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     flags.add_argument("--out", type=pathlib.Path, required=True, help="folder to write")
     flags.add_argument("--seeds", default="0,1,2", help="of the trainings")
-    flags.add_argument("--steps", type=int, default=4_000, help="training steps")
-    flags.add_argument("--every", type=int, default=200, help="steps between evaluations")
+    flags.add_argument("--steps", type=int, default=3_500, help="training steps")
+    flags.add_argument("--every", type=int, default=175, help="steps between evaluations")
     args = flags.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     write_data(args.out)
