@@ -205,6 +205,7 @@ SAMPLERS: dict[str, Callable[..., Sampler]] = {
     "dpmpp_2m_sde": dpmpp_2m_sde,
     "heun": heun,
 }
+STOCHASTIC = ("ddpm", "dpmpp_2m_sde")
 # Fields of `SamplingConfig` that a sampler takes as keyword arguments.
 OPTIONS: dict[str, tuple[str, ...]] = {"ddpm": ("gamma", "variance"), "heun": ("churn",)}
 
@@ -212,6 +213,11 @@ OPTIONS: dict[str, tuple[str, ...]] = {"ddpm": ("gamma", "variance"), "heun": ("
 def takes_estimate(settings: SamplingConfig) -> bool:
     """Whether the sampler of `settings` needs an `Estimate` of `denoise`."""
     return settings.variance == "learned" and "variance" in OPTIONS.get(settings.sampler, ())
+
+
+def takes_noise(settings: SamplingConfig) -> bool:
+    """Whether the steps of the sampler of `settings` add noise."""
+    return settings.sampler in STOCHASTIC or (settings.sampler == "heun" and settings.churn > 0)
 
 
 def make_sampler(settings: SamplingConfig) -> Sampler:

@@ -8,7 +8,6 @@ export samples with what it wrote (`check`) before the folder appears.
 from __future__ import annotations
 
 import dataclasses
-import math
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,7 +22,7 @@ from imagen_jax.inference import placement
 from imagen_jax.interop import hf_bert
 from imagen_jax.io import atomic
 from imagen_jax.parallel import memory, partitioning
-from imagen_jax.stages import model_card
+from imagen_jax.stages import model_card, network
 from imagen_jax.stages.folder import (
     CARD_FILE,
     StageError,
@@ -236,19 +235,8 @@ def _with_encoder(config: Config, text_encoder: str = "") -> Config:
 
 def _abstract_params(config: Config) -> Any:
     """Shapes of the parameters, on one device, or sharded over those of this process."""
-    boxed = placement.boxed_shapes(config)
-    plain = partitioning.unbox(boxed)
-    devices = memory.local_devices()
-    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(plain))
-    fsdp = placement.choose_fsdp(size, [size], "one", devices)
-    if fsdp > 1:
-        mesh = partitioning.sampling_mesh(jax.local_devices(), fsdp=fsdp, height=1)
-        shardings = partitioning.param_shardings(boxed, mesh)
-    else:
-        first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        shardings = jax.tree.map(lambda leaf: first, plain)
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        plain,
-        shardings,
-    )
+    size = 4 * sum(leaf.size for leaf in jax.tree.leaves(network.boxed_shapes(config)))  # float32
+    fsdp = placement.choose_fsdp(size, [size], "one", memory.local_devices())
+    devices = jax.local_devices() if fsdp > 1 else jax.local_devices()[:1]
+    mesh = partitioning.sampling_mesh(devices, fsdp=fsdp, height=1)
+    return network.abstract_params(config, mesh)

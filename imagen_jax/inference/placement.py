@@ -8,7 +8,6 @@ one stage at a time.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -23,7 +22,7 @@ from imagen_jax.config.text import T5Config
 from imagen_jax.models import t5
 from imagen_jax.parallel import partitioning
 from imagen_jax.parallel.memory import Devices
-from imagen_jax.stages.network import init_params
+from imagen_jax.stages import network
 
 # The rest is for activations.
 PARAMS_SHARE = 0.5
@@ -86,8 +85,8 @@ def with_placement(
         settings = config.sampling
         fsdp = settings.fsdp
         if fsdp is None:
-            one = settings.height > 1
-            fsdp = 1 if one else choose_fsdp(size, sizes, keep, devices)
+            whole = settings.height > 1  # Each device needs all parameters.
+            fsdp = 1 if whole else choose_fsdp(size, sizes, keep, devices)
         sampling = dataclasses.replace(settings, fsdp=fsdp)
         placed.append(dataclasses.replace(config, sampling=sampling))
     return placed
@@ -114,22 +113,11 @@ def make_mesh(
     )
 
 
-@functools.lru_cache(maxsize=8)
-def _boxed_shapes(config: Config) -> Any:
-    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-
-
-def boxed_shapes(config: Config) -> Any:
-    """Shapes of a stage's parameters, boxed with their logical axis names."""
-    # What sampling changes does not change the shapes.
-    return _boxed_shapes(dataclasses.replace(config, sampling=SamplingConfig()))
-
-
 def param_bytes(config: Config) -> int:
     """Bytes of a stage's parameters; `model.dtype` is of `with_dtype`."""
     return sum(
         math.prod(leaf.shape) * param_dtype(leaf.shape, config.model.dtype).itemsize
-        for leaf in jax.tree.leaves(partitioning.unbox(boxed_shapes(config)))
+        for leaf in jax.tree.leaves(network.boxed_shapes(config))
     )
 
 
@@ -141,11 +129,9 @@ def encoder_bytes(shape: T5Config) -> int:
 
 def abstract_params(config: Config, mesh: Mesh) -> Any:
     """Shapes, dtypes and shardings of a stage's parameters on a `sampling_mesh`."""
-    boxed = boxed_shapes(config)
     return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(
-            leaf.shape, param_dtype(leaf.shape, config.model.dtype), sharding=sharding
+        lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, param_dtype(leaf.shape, config.model.dtype), sharding=leaf.sharding
         ),
-        partitioning.unbox(boxed),
-        partitioning.param_shardings(boxed, mesh),
+        network.abstract_params(config, mesh),
     )

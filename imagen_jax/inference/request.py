@@ -18,6 +18,7 @@ from imagen_jax.config import overrides
 from imagen_jax.config.fields import ConfigError, unknown_name
 from imagen_jax.config.sampling import SamplingConfig
 from imagen_jax.config.schema import Config
+from imagen_jax.diffusion import samplers
 from imagen_jax.diffusion.editing import Edit
 from imagen_jax.inference import adapters, stage_sampler
 from imagen_jax.inference.stage_sampler import Noise
@@ -184,9 +185,11 @@ class SampleRequest:
             image = (config.data.image_size, config.data.image_size, 3)
             side = aug_noise_side(config)
             count = stage_sampler.noise_levels(config).count
+            # Heun's method adds noise before it evaluates the network, also in the last step.
+            counts = (count,) if config.sampling.sampler == "heun" else (count - 1, count)
             for field, array, shapes in (
                 ("start", noise.start, [(self.count, *image)]),
-                ("steps", noise.steps, [(self.count, n, *image) for n in (count - 1, count)]),
+                ("steps", noise.steps, [(self.count, n, *image) for n in counts]),
                 ("lowres", noise.lowres, [(self.count, side, side, 3)]),
             ):
                 if array is not None and np.shape(array) not in shapes:
@@ -194,7 +197,7 @@ class SampleRequest:
                         f"noise[{name!r}].{field} of shape {np.shape(array)} must be "
                         + " or ".join(map(str, shapes))
                     )
-            if noise.steps is not None and config.sampling.sampler != "ddpm":
+            if noise.steps is not None and not samplers.takes_noise(config.sampling):
                 raise RequestError(
                     f"noise[{name!r}].steps has no effect with sampler="
                     f"{config.sampling.sampler!r}; leave it out"

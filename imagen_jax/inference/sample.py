@@ -122,7 +122,7 @@ def _image_metadata(cascade: Cascade, options: SampleOptions) -> dict[str, str]:
     ):
         values = dataclasses.asdict(config.sampling)
         if config.model.dtype == trained.model.dtype:
-            del values["dtype"]  # As in folders from before there was a choice.
+            del values["dtype"]  # It is in `config`.
         values = {name: value for name, value in values.items() if name not in PLACEMENT}
         settings[config.name] = {"weights": weights, **values}
     if cascade.encoder is not None:

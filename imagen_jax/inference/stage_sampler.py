@@ -37,7 +37,7 @@ class Noise(NamedTuple):
     Attributes:
       start: [N, size, size, 3], what denoising starts from; None: sampled.
       steps: [N, T, size, size, 3] of the T steps, or of all but the last one, which then adds none;
-        None: sampled.
+        None: sampled. With heun, whose last step adds it too, of all.
       lowres: SR stages: [N, side, side, 3], added to the low-resolution image, see
         `conditioning.aug_noise_side`; None: sampled.
     """

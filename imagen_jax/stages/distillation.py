@@ -36,11 +36,11 @@ def add_targets(examples: Mapping[str, Any], config: Config) -> dict[str, Array]
     settings = config.distill
     found["drop"] = jnp.zeros_like(examples["drop"])
     if settings.steps is not None:
-        # Of the N equal parts of [0, 1], the end of the one that the time is in.
-        part = jnp.ceil(examples["time"] * settings.steps)
-        found["time"] = jnp.maximum(part, 1.0) / settings.steps
+        found["time"] = start_times(examples["time"], settings.steps)
     z, logsnr, conditioning = network_inputs(found, config)
-    teacher = dataclasses.replace(config, sampling=settings.sampling)
+    # A learned variance changes no x0.
+    sampling = dataclasses.replace(settings.sampling, variance="fixed")
+    teacher = dataclasses.replace(config, sampling=sampling)
     denoise = make_denoiser(Stage(teacher, examples["teacher"]), conditioning)
     if settings.steps is None:
         target = denoise(z, logsnr)
@@ -49,6 +49,11 @@ def add_targets(examples: Mapping[str, Any], config: Config) -> dict[str, Array]
         levels = [process.logsnr_at(jnp.maximum(t, 0.0), config.diffusion) for t in times]
         target = two_steps_as_one(denoise, z, logsnr, *levels)
     return {**found, "x0_target": target}
+
+
+def start_times(time: Float[Array, " b"], steps: int) -> Float[Array, " b"]:
+    """The end of the one of `steps` equal parts of [0, 1] that each time is in."""
+    return jnp.maximum(jnp.ceil(time * steps), 1.0) / steps
 
 
 def two_steps_as_one(

@@ -127,9 +127,10 @@ def loss_given_randomness(
     report = {"loss": loss, "x0_mse": x0_mse, "loss_by_noise_level": by_noise_level}
     if settings.vlb_weight:
         # The bound trains the variance alone: its mean has no gradient (Nichol & Dhariwal 2021).
+        # It is that of the images also where the mean learns x0_target.
         gamma = 0.5 * (channels[..., 3:6] + 1.0)
         mean = jax.lax.stop_gradient(x0_hat)
-        bound = likelihood.step_bound(x0, mean, gamma, batch["time"], settings)
+        bound = likelihood.step_bound(batch["image"], mean, gamma, batch["time"], settings)
         report["vlb"] = likelihood.STEPS * jnp.mean(bound)
         report["loss"] = loss = loss + settings.vlb_weight * report["vlb"]
     return loss, report

@@ -19,7 +19,7 @@ from imagen_jax.interop import weights
 from imagen_jax.interop.weights import flatten, unflatten
 from imagen_jax.parallel import partitioning
 from imagen_jax.stages import folder, lora
-from imagen_jax.stages.network import init_params
+from imagen_jax.stages.network import boxed_shapes, init_params
 from imagen_jax.training import ema, restore
 from imagen_jax.training.checkpoint import Checkpoints
 from imagen_jax.training.state import TrainState, create_state, state_shardings
@@ -32,7 +32,7 @@ def abstract_state(
 ) -> tuple[Callable[[], TrainState], TrainState]:
     """A function that creates the first state, and its shapes with shardings; allocates nothing."""
     key = jax.random.fold_in(jax.random.key(config.seed), INIT_STREAM)
-    boxed = jax.eval_shape(lambda: init_params(config, key))
+    boxed = boxed_shapes(config)
 
     def create() -> TrainState:
         params = partitioning.unbox(init_params(config, key))
@@ -49,15 +49,24 @@ def abstract_state(
     return jax.jit(create, out_shardings=shardings, compiler_options=options), abstract
 
 
-def abstract_params(config: Config, mesh: partitioning.AnyMesh) -> Any:
-    """Shapes of the parameters of a stage with their shardings; allocates nothing."""
-    boxed = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    shapes, shardings = partitioning.unbox(boxed), partitioning.param_shardings(boxed, mesh)
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes,
-        shardings,
-    )
+def first_state(
+    config: Config,
+    create: Callable[[], TrainState],
+    abstract: TrainState,
+    optimizer: optax.GradientTransformation,
+    log: Callable[[str], None] = lambda line: None,
+) -> TrainState:
+    """The state before the first step: random, or with the parameters of `train.init_from`.
+
+    Args:
+      config: of the run.
+      create: from `abstract_state`.
+      abstract: from `abstract_state`.
+      optimizer: of the run.
+      log: as in `start_from`, whose errors it raises.
+    """
+    start = config.train.init_from
+    return start_from(start, abstract, optimizer, config, log) if start else create()
 
 
 def start_from(

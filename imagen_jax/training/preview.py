@@ -20,6 +20,7 @@ from imagen_jax.stages.conditioning import Text
 from imagen_jax.training.state import TrainState, evaluated_params
 
 SHOWN = 8  # Images of a row.
+_READ = ("image", "text_emb", "text_mask", "lowres")  # A batch may hold more than examples.
 
 
 def preview(
@@ -43,7 +44,7 @@ def sampled_grid(
     rows, parts = len(batch["image"]), partitioning.batch_devices(mesh) if mesh else 1
     each = min(-(-SHOWN // parts), rows // parts)
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
-        part = _first_rows(dict(batch), parts, each)
+        part = _first_rows({name: batch[name] for name in _READ if name in batch}, parts, each)
         keys = image_keys(config.seed, range(parts * each), [0] * parts * each)
         text = Text(part["text_emb"], part["text_mask"])
         columns = [part["image"]]

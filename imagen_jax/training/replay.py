@@ -19,19 +19,19 @@ from imagen_jax.config.schema import Config
 from imagen_jax.diffusion import process
 from imagen_jax.parallel import partitioning
 from imagen_jax.parallel.partitioning import place_batch
-from imagen_jax.stages.loss import DROPOUT_STREAM, loss_given_randomness
+from imagen_jax.stages.loss import DROPOUT_STREAM, loss_given_randomness, sample_randomness
 from imagen_jax.training import faults
 from imagen_jax.training.batch_streams import Batches, Encode
 from imagen_jax.training.checkpoint import Checkpoints
-from imagen_jax.training.initial_state import abstract_state
+from imagen_jax.training.initial_state import abstract_state, first_state
 from imagen_jax.training.optimizer import make_optimizer
 from imagen_jax.training.restore import CheckpointError
 from imagen_jax.training.step import (
     block_norms,
-    examples_of,
     gradient_of_batch,
     jit_train_step,
     step_key,
+    with_targets,
 )
 
 
@@ -75,7 +75,7 @@ def replay(
             lambda steps: max((saved for saved in steps if saved <= last), default=None),
             lambda saved: (saved, checkpoints.restore(saved, abstract)),
         )
-        start, state = found or (0, create())
+        start, state = found or (0, first_state(config, create, abstract, optimizer, log))
         log(f"training from step {start} to step {step}")
         train_step = jit_train_step(config, optimizer, abstract, mesh, rollbacks=rollbacks)
         stream = iter(batches(start + values.get("position", step) - step))
@@ -114,7 +114,8 @@ def _examine(
     """Logs loss per example and gradient norm per block; True if any value is not finite."""
     step = int(values["step"])
     key = step_key(config, step, values.get("rollbacks", 0))
-    examples = examples_of(batch, key, config)
+    randomness = sample_randomness(key, len(batch["image"]), config)
+    examples = with_targets({**batch, **randomness}, config)
     dropout_key = jax.random.fold_in(key, DROPOUT_STREAM)
     single = jax.jit(lambda part: loss_given_randomness(params, part, dropout_key, config)[0])
     records = values.get("records", range(len(batch["image"])))

@@ -44,6 +44,8 @@ def step_key(config: Config, step: Array | int, rollbacks: int = 0) -> Key[Array
 def step_timesteps(config: Config, step: int, rollbacks: int = 0) -> list[float]:
     """The timesteps t in [0, 1] of all examples of a step."""
     times = sample_timesteps(step_key(config, step, rollbacks), config.data.batch_size)
+    if config.distill.steps is not None:
+        times = distillation.start_times(times, config.distill.steps)
     return [float(time) for time in times]
 
 
@@ -144,15 +146,12 @@ def block_norms(gradient: Mapping[str, Any]) -> dict[str, Array]:
     return {name: optax.tree.norm(block) for name, block in gradient.items()}
 
 
-def examples_of(
-    batch: Mapping[str, Array], key: Key[Array, ""], config: Config
-) -> dict[str, Array]:
-    """A batch with the randomness of its step, and with `config.distill` the teacher's targets.
+def with_targets(examples: Mapping[str, Any], config: Config) -> Mapping[str, Any]:
+    """Examples with the values of `sample_randomness`; by `config.distill` with targets.
 
     Raises:
-      ConfigError: the batch lacks the teacher's parameters.
+      ConfigError: the examples lack the teacher's parameters.
     """
-    examples = {**batch, **sample_randomness(key, len(batch["image"]), config)}
     if not config.distill.teacher:
         return examples
     if "teacher" not in examples:
@@ -173,15 +172,17 @@ def gradient_of_batch(
     """
     trained = select(params, patterns(config))
     parts = config.train.accumulation
-    examples = examples_of(batch, key, config)
+    examples = {**batch, **sample_randomness(key, len(batch["image"]), config)}
+    teacher = {"teacher": examples.pop("teacher")} if "teacher" in examples else {}
     dropout_key = jax.random.fold_in(key, DROPOUT_STREAM)
 
     def loss(trained: Any, examples: Mapping[str, Array], key: Key[Array, ""]) -> Any:
         return loss_given_randomness(merge(params, trained), examples, key, config)
 
-    def gradient_fn(*arguments: Any) -> Any:
+    def gradient_fn(trained: Any, examples: Mapping[str, Array], key: Key[Array, ""]) -> Any:
+        examples = with_targets({**examples, **teacher}, config)
         with gradients.reduce_dtype(config.train.reduce_dtype):
-            return jax.value_and_grad(loss, has_aux=True)(*arguments)
+            return jax.value_and_grad(loss, has_aux=True)(trained, examples, key)
 
     if parts == 1:
         (_, report), gradient = gradient_fn(trained, examples, dropout_key)

@@ -14,12 +14,14 @@ import jax
 from jaxtyping import Array
 
 from imagen_jax.config.fields import ConfigError
+from imagen_jax.config.sampling import SamplingConfig
 from imagen_jax.config.schema import Config
 from imagen_jax.interop import weights
 from imagen_jax.interop.weights import flatten, unflatten
 from imagen_jax.stages.folder import load_stage
+from imagen_jax.stages.network import abstract_params
 from imagen_jax.training.batch_streams import Encode
-from imagen_jax.training.initial_state import abstract_params, place
+from imagen_jax.training.initial_state import place
 
 # Fields in which the student may differ: they are of training alone.
 _OF_TRAINING = ("cond_drop_prob", "loss_weight", "text_noise", "vlb_weight", "aug_level_max")
@@ -39,9 +41,12 @@ def with_teacher(config: Config) -> Config:
         return config
     teacher = load_stage(path).config
     _check(config, teacher)
-    sampling = dataclasses.replace(
-        config.sampling, guidance_weight=1.0, guidance_schedule=(), guidance_interval=()
-    )
+    unguided = {
+        field.name: field.default
+        for field in dataclasses.fields(SamplingConfig)
+        if field.name.startswith("guidance_")
+    }
+    sampling = dataclasses.replace(config.sampling, **{**unguided, "guidance_weight": 1.0})
     if config.distill.steps is not None:
         steps = config.distill.steps
         sampling = dataclasses.replace(
@@ -64,6 +69,11 @@ def _check(config: Config, teacher: Config) -> None:
         raise ConfigError(
             "config.diffusion.prediction='eps' with config.distill.steps: the noise says nothing "
             "of x0 where a step starts from pure noise; distil a stage with 'x0' or 'v'"
+        )
+    if teacher.text.null != "zeros" and teacher.sampling.guided:
+        raise ConfigError(
+            f"config.text.null={teacher.text.null!r} of the teacher {config.distill.teacher} with "
+            "guidance: training has no embedding of the empty caption; distil a stage with 'zeros'"
         )
     for section in ("model", "diffusion", "lora"):
         ours, theirs = getattr(config, section), getattr(teacher, section)

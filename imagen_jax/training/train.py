@@ -35,7 +35,7 @@ from imagen_jax.training.batch_streams import Batches, Encode, closing_stream
 from imagen_jax.training.checkpoint import Checkpoints
 from imagen_jax.training.evaluations import Evaluations, Evaluator
 from imagen_jax.training.faults import Faults, StepInfoFn
-from imagen_jax.training.initial_state import abstract_state, start_from
+from imagen_jax.training.initial_state import abstract_state, first_state
 from imagen_jax.training.optimizer import learning_rate, make_optimizer
 from imagen_jax.training.ownership import owned
 from imagen_jax.training.preview import preview
@@ -203,10 +203,7 @@ class Run:
             self.faults.roll_back(step, failed)
             self.train_step = None  # The keys of its steps depend on the number of roll-backs.
         if found is None:
-            start = self.config.train.init_from
-            if not start:
-                return 0, create()
-            return 0, start_from(start, abstract, self.optimizer, self.config, self.log)
+            return 0, first_state(self.config, create, abstract, self.optimizer, self.log)
         self.log(f"going on from step {found[0]}")
         return found
 

@@ -1,5 +1,6 @@
 """`dreambooth`: a subject's images and sampled images of its class tune every stage."""
 
+import argparse
 import dataclasses
 import json
 
@@ -7,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax.cli import main
+from imagen_jax.cli import dreambooth, main
+from imagen_jax.config.distill import DistillConfig
 from imagen_jax.config.text import TextConfig
 from imagen_jax.interop.weights import flatten
 from imagen_jax.stages.folder import check_chain, load_stage, write_stage
@@ -66,6 +68,17 @@ def test_both_stages_are_tuned_on_subject_and_class(cascade, tmp_path):
     before = (out / "stages" / "sr" / "params.safetensors").read_bytes()
     assert main.main(command(cascade, tmp_path, "--class_images=4")) == 0
     assert (out / "stages" / "sr" / "params.safetensors").read_bytes() == before
+
+
+def test_a_distilled_stage_is_tuned_on_images(base_config, random_params, tmp_path):
+    """With its teacher it would learn the teacher again, or not start without the teacher."""
+    distill = DistillConfig("gone", steps=2)
+    student = dataclasses.replace(base_config, distill=distill)
+    write_stage(tmp_path / "student", random_params(student), student, {})
+    flags = argparse.Namespace(class_images=0, seed=0, overrides=[])
+    config = dreambooth.tuning_config(str(tmp_path / "student"), tmp_path, flags)
+    assert config.distill == DistillConfig()
+    assert config.sampling == student.sampling
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from imagen_jax.config.sampling import SamplingConfig
 from imagen_jax.config.schema import DiffusionConfig
 from imagen_jax.diffusion import process, samplers
 from tests.reference import diffusion as reference
@@ -101,6 +102,26 @@ def test_ancestral_sampling_draws_anew_at_every_step_and_picture():
     assert np.abs(x0[0] - x0[1]).max() > 0.1
     assert np.abs(x0 - draw("ddpm", logsnrs, z, gamma=1.0)).max() > 0.01
     np.testing.assert_array_equal(x0, draw("ddpm", logsnrs, z))
+
+
+@pytest.mark.parametrize("churn", [0.0, 0.2])
+@pytest.mark.parametrize("name", list(samplers.SAMPLERS))
+def test_samplers_that_add_noise(name, churn):
+    settings = SamplingConfig(sampler=name, churn=churn)
+    sampler, z = samplers.make_sampler(settings), jnp.ones((2, *SHAPE))
+    first, second = (
+        sampler.step(
+            lambda z, logsnr: 0.5 * z,
+            z,
+            jnp.full(2, -1.0),
+            jnp.full(2, 1.0),
+            jnp.full_like(z, noise),
+            sampler.init(z),
+        )[0]
+        for noise in (-1.0, 1.0)
+    )
+    assert bool((first != second).all()) == samplers.takes_noise(settings)
+    assert bool((first != second).any()) == samplers.takes_noise(settings)
 
 
 def test_noise_of_a_picture_does_not_depend_on_its_batch():

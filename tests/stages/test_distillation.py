@@ -109,6 +109,44 @@ def test_the_network_learns_the_target_in_its_own_prediction(
     assert float(value) < 1e-8 and float(report["x0_mse"]) < 1e-8
 
 
+@pytest.mark.parametrize("steps", [None, 2])
+def test_a_teacher_that_samples_with_learned_variance(
+    base_config, make_batch, random_params, steps
+):
+    """The target is that of the same teacher with the fixed variance: x0 does not depend on it."""
+    config = dataclasses.replace(
+        base_config, model=dataclasses.replace(base_config.model, out_channels=6)
+    )
+    given = {name: jnp.asarray(value) for name, value in make_batch(config).items()}
+    given |= loss.sample_randomness(jax.random.key(3), 4, config)
+    given["teacher"] = jax.tree.map(jnp.asarray, random_params(config, 1))
+    fixed, learned = (
+        distillation.add_targets(
+            given, student(config, steps, sampler="ddpm", variance=variance, guidance_weight=3.0)
+        )["x0_target"]
+        for variance in ("fixed", "learned")
+    )
+    np.testing.assert_array_equal(fixed, learned)
+
+
+def test_the_bound_of_a_student_is_that_of_the_images(base_config, make_batch, monkeypatch):
+    """A variance learned from the teacher's estimate would be that of no image."""
+    config = dataclasses.replace(
+        base_config,
+        model=dataclasses.replace(base_config.model, out_channels=6),
+        diffusion=dataclasses.replace(base_config.diffusion, vlb_weight=0.5),
+    )
+    batch = {name: jnp.asarray(value) for name, value in make_batch(config).items()}
+    batch |= loss.sample_randomness(jax.random.key(3), 4, config)
+    output = jax.random.normal(jax.random.key(4), (4, 8, 8, 6))
+    monkeypatch.setattr(loss, "apply", lambda *args, **options: output)
+    _, plain = loss.loss_given_randomness({}, batch, None, config)
+    target = {**batch, "x0_target": 0.5 * batch["image"]}
+    _, distilled = loss.loss_given_randomness({}, target, None, config)
+    assert float(distilled["vlb"]) == float(plain["vlb"])
+    assert float(distilled["x0_mse"]) != float(plain["x0_mse"])
+
+
 @pytest.mark.parametrize("steps", [0, -2])
 def test_steps_below_one_are_refused(steps):
     with pytest.raises(ConfigError, match=r"config\.distill\.steps=-?\d must be at least 1"):

@@ -10,11 +10,13 @@ import pytest
 from imagen_jax.config import overrides
 from imagen_jax.config.distill import DistillConfig
 from imagen_jax.config.fields import ConfigError
+from imagen_jax.config.sampling import SamplingConfig
 from imagen_jax.config.schema import Config
 from imagen_jax.parallel import topology
 from imagen_jax.planning.plan import train_program
-from imagen_jax.stages import folder
-from imagen_jax.training.step import gradient_of_batch, step_key
+from imagen_jax.stages import distillation, folder
+from imagen_jax.training import preview
+from imagen_jax.training.step import gradient_of_batch, step_key, step_timesteps
 from imagen_jax.training.teacher import Teacher, add_teacher, with_teacher
 from imagen_jax.training.train import train
 
@@ -71,6 +73,33 @@ def test_parts_of_a_batch_give_the_same_gradient(base_config, teacher, make_batc
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(whole)) > 1e-2
 
 
+def test_the_teacher_is_evaluated_on_one_part_at_a_time(
+    base_config, teacher, make_batch, monkeypatch
+):
+    """Accumulation is for memory: the teacher has no more images at a time than the student."""
+    config = student(base_config, teacher, 2)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulation=2))
+    start = jax.tree.map(jnp.asarray, folder.load_stage(str(teacher)).params)
+    batch = {name: jnp.asarray(value) for name, value in make_batch(config).items()}
+    rows, add_targets = set(), distillation.add_targets
+
+    def recording(examples, config):
+        rows.add(len(examples["image"]))
+        return add_targets(examples, config)
+
+    monkeypatch.setattr(distillation, "add_targets", recording)
+    jax.eval_shape(
+        lambda: gradient_of_batch(start, {**batch, "teacher": start}, step_key(config, 3), config)
+    )
+    assert rows == {2}
+
+
+def test_reported_timesteps_are_those_that_the_student_learns(base_config, teacher):
+    """Fault files name them."""
+    assert set(step_timesteps(student(base_config, teacher, 2), 3)) == {0.5, 1.0}
+    assert len(set(step_timesteps(student(base_config, teacher, None), 3))) == 4
+
+
 def test_the_students_settings_follow_from_the_teacher(base_config, teacher):
     config = student(base_config, teacher, 2)
     assert config.train.init_from == str(teacher)
@@ -109,6 +138,56 @@ def test_a_plan_has_room_for_the_teacher(base_config, teacher):
     assert found.arguments == without.arguments + bytes_of_params
     # Two evaluations of the teacher, each guided: a batch of twice the size.
     assert found.flops > without.flops + 3.5 * (without.flops / 3)
+
+
+def test_a_preview_has_no_rows_of_the_teacher(base_config, teacher, stream, tmp_path, monkeypatch):
+    """Its parameters have no examples: on several devices their axes cannot be split."""
+    config = student(base_config, teacher, 2)
+    config = dataclasses.replace(
+        config, train=dataclasses.replace(config.train, steps=2, sample_every=1, overfit_batch=True)
+    )
+    shown = []
+
+    def first_rows(batch, parts, each):
+        shown.append(set(batch))
+        return {name: value[:each] for name, value in batch.items()}
+
+    monkeypatch.setattr(preview, "_first_rows", first_rows)
+    train(config, str(tmp_path), stream(config), encode=Teacher(config, identity))
+    assert shown == [{"image", "text_emb", "text_mask"}] * 3
+    assert (tmp_path / "overfit.png").is_file()
+
+
+def test_a_guided_teacher_with_an_encoded_empty_caption_is_refused(base_config, teacher, tmp_path):
+    text = dataclasses.replace(base_config.text, null="empty")
+    config = dataclasses.replace(base_config, text=text)
+    stage = folder.load_stage(str(teacher))
+    folder.write_stage(tmp_path / "stage", stage.params, config, {})
+    with pytest.raises(ConfigError, match=r"config\.text\.null='empty'.* guidance"):
+        student(config, tmp_path / "stage", None)
+    unguided = dataclasses.replace(config.sampling, guidance_weight=1.0)
+    config = dataclasses.replace(config, sampling=unguided)
+    folder.write_stage(tmp_path / "stage", stage.params, config, {})
+    assert student(config, tmp_path / "stage", 2).diffusion.cond_drop_prob == 0.0
+
+
+def test_guidance_of_a_student_is_off_in_every_field(base_config, random_params, tmp_path):
+    sampling = dataclasses.replace(
+        base_config.sampling,
+        guidance_rescale=0.7,
+        guidance_parallel=0.0,
+        guidance_norm=5.0,
+        guidance_oscillate_after=2,
+        guidance_interval=(-2.0, 2.0),
+    )
+    config = dataclasses.replace(base_config, sampling=sampling)
+    folder.write_stage(tmp_path / "stage", random_params(config, 1), config, {})
+    found = student(config, tmp_path / "stage", None)
+    assert found.distill.sampling == sampling
+    off = SamplingConfig(guidance_weight=1.0)
+    for field in dataclasses.fields(off):
+        if field.name.startswith("guidance_"):
+            assert getattr(found.sampling, field.name) == getattr(off, field.name), field.name
 
 
 def test_without_a_teacher_nothing_is_added(base_config):

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -13,9 +14,11 @@ from imagen_jax.export.export import read_average
 from imagen_jax.interop.weights import WeightsError, flatten
 from imagen_jax.parallel import partitioning
 from imagen_jax.stages.folder import write_stage_files
-from imagen_jax.stages.loss import check_trainable
+from imagen_jax.stages.loss import check_trainable, loss_given_randomness, sample_randomness
 from imagen_jax.training.initial_state import abstract_state, start_from
 from imagen_jax.training.optimizer import make_optimizer
+from imagen_jax.training.replay import replay
+from imagen_jax.training.step import step_key
 from imagen_jax.training.train import train
 
 PATTERNS = ("*attention*", "cond")
@@ -210,3 +213,30 @@ def test_a_stage_with_another_null_text_is_tuned_without_dropping_captions(base_
 
 def is_schedule(node) -> bool:
     return isinstance(node, optax.ScaleByScheduleState)
+
+
+def test_a_fault_before_the_first_checkpoint_is_replayed_from_the_stage(
+    base_config, random_params, stream, tmp_path
+):
+    def change(step, batch):
+        images = batch["image"].copy()
+        images[0] *= np.nan
+        return {**batch, "image": images}
+
+    params, workdir = random_params(base_config, 1), str(tmp_path / "run")
+    write_stage_files(tmp_path, params, base_config, {})
+    config = with_train(base_config, steps=1, init_from=str(tmp_path))
+    train(config, workdir, stream(config, change), lambda line: None)
+    report: list[str] = []
+    assert replay(config, workdir, 0, stream(config, change), report.append)
+    shown = [float(line.split()[5]) for line in report if line.startswith("record ")]
+    batch = next(iter(stream(config)(0)))
+    examples = {name: jnp.asarray(value) for name, value in batch.items()}
+    examples |= sample_randomness(step_key(config, 0), 4, config)
+    for row in range(1, 4):
+        example = {name: value[row : row + 1] for name, value in examples.items()}
+        expected, _ = loss_given_randomness(
+            jax.tree.map(jnp.asarray, params), example, None, config
+        )
+        assert shown[row] == pytest.approx(float(expected), rel=2e-3)
+    assert np.isnan(shown[0])
