@@ -27,7 +27,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 
-from imagen_jax.io import atomic, colour, icc, isobmff, png_chunks, rendering
+from imagen_jax.io import atomic, colour, fonts, icc, isobmff, png_chunks, rendering
 from imagen_jax.io.pixel_budget import BUDGET
 from imagen_jax.io.rendering import WHITE, Colour
 
@@ -355,7 +355,7 @@ def grid(
     """
     images = images.repeat(scale, axis=1).repeat(scale, axis=2)
     count, height, width, _ = images.shape
-    gap, font = 4, ImageFont.load_default(size=12)
+    gap, font = 4, fonts.label_font(12)
     wrapped = [_wrap(caption, width, font) for caption in captions or [""] * count]
     lines = max((text.count("\n") + 1 for text in wrapped if text), default=0)
     cell_height, cell_width = height + 15 * lines + gap, width + gap

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from imagen_jax.evaluation import samples
-from imagen_jax.io import images
+from imagen_jax.io import fonts, images
 
 SIDE = 128  # Of each image, pixels.
 GAP = 4  # Between the two images of a pair, pixels.
@@ -69,7 +69,7 @@ def _square(image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "side side 3
 
 def _text(text: str, width: int) -> UInt8[np.ndarray, "lines width 3"]:
     """Text on white, wrapped to the width."""
-    font = ImageFont.load_default(size=FONT)
+    font = fonts.label_font(FONT)
     lines = textwrap.wrap(text, max(int((width - 2 * GAP) / font.getlength("n")), 1))
     canvas = Image.new("RGB", (width, LINE * len(lines)), "white")
     for number, line in enumerate(lines):
