@@ -58,7 +58,7 @@ fi
 step "Compute the embedding of every caption, once." embed --config="$base" "${where[@]}"
 
 # Steps: the given ones, or by the number of captions at the first start.
-[ -e "$run/steps" ] || echo $((3000 + 28 * $(wc -l <"$run/prompts.jsonl"))) >"$run/steps"
+[ -e "$run/steps" ] || echo $((3000 + 24 * $(wc -l <"$run/prompts.jsonl"))) >"$run/steps"
 steps=$(cat "$run/steps")
 steps=${given:-$((steps < most ? steps : most))}
 sr_steps=${given:-$((steps / 2))}
@@ -66,8 +66,8 @@ base_flags=(--config.train.steps="$steps" --config.train.sample_every=$((steps /
 sr_flags=(--config.train.steps="$sr_steps" --config.train.sample_every=$((sr_steps / 8)))
 printf '\nThe base stage trains for %s steps, super-resolution for %s' "$steps" "$sr_steps"
 if [ "$device" = cpu ]; then
-  # On one core a step of the base stage takes 73 ms (docs/emoji.md), and compiling two minutes.
-  printf ': about %s minutes on two cores' $((steps * 73 / 60000 + 2))
+  # On one core a step of the base stage takes 80 ms beside the other stage (docs/own_images.md), and compiling two minutes.
+  printf ': about %s minutes on two cores' $((steps * 80 / 60000 + 2))
 fi
 printf '.\nThe progress lines state the time that is left; grids of samples appear in\n%s and %s.\n' \
   "$run/base/samples" "$run/sr/samples"
