@@ -45,7 +45,7 @@ def get_config(name="base"):
     c.pretrain_text.emb_dim, c.pretrain_text.num_layers = 16, 1
     c.pretrain_text.num_heads, c.pretrain_text.mlp_dim = 2, 16
     # The learning rate does not depend on the number of steps, so runs can be extended.
-    c.optimizer.schedule = "constant"
+    c.optimizer.schedule, c.optimizer.decay_fraction = "constant", None
     c.train.steps, c.train.log_every, c.checkpoint.every = 6, 1, 3
     c.mesh.cpu_devices = 1
     c.sampling.steps = 2
