@@ -160,10 +160,13 @@ def costs_of(workdir: pathlib.Path) -> tuple[float, float]:
     found = re.search(r"evaluate ([\d:]+)", line)
     total = re.search(r"goodput \d+% of ([\d:]+\d)", line)
     assert total is not None
-    # An evaluation's row follows that of its step.
+    # Where a step has a row, that of its evaluation follows.
     trained = {row["step"]: row["seconds"] for row in rows_of(workdir) if "loss" in row}
-    evaluated = [row for row in rows_of(workdir) if "ema/validation_loss" in row]
-    later = sum(row["seconds"] - trained[row["step"]] for row in evaluated if row["step"])
+    evaluated = {
+        row["step"]: row["seconds"] for row in rows_of(workdir) if "ema/validation_loss" in row
+    }
+    timed = [at - trained[step] for step, at in evaluated.items() if step in trained]
+    later = (len(evaluated) - 1) * float(np.mean(timed))
     seconds = seconds_of(total[1])
     return (seconds_of(found[1]) if found else 0) / seconds, later / seconds
 
