@@ -30,7 +30,7 @@ ROW = {package: index for index, row in enumerate(ROWS) for package in row}
 # Libraries that may be imported in some places only: a package or a file of one.
 HOMES = {
     "flax": {"models", "parallel/partitioning"},
-    "orbax": {"training/checkpoint", "training/restore"},
+    "orbax": {"training/checkpoint", "training/restore", "training/saved_trees"},
     "optax": {"training"},
     "tensorflow": {"data", "worlds"},
     "seqio": {"data"},

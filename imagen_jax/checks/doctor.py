@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 import jax
 import numpy as np
 
+from imagen_jax.checks.bucket import check_bucket
 from imagen_jax.config import overrides
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import Config
@@ -29,7 +30,7 @@ from imagen_jax.data.embeddings.unit_file import EmbeddingError
 from imagen_jax.data.sources.records import AnySource
 from imagen_jax.data.sources.registry import open_source
 from imagen_jax.interop.weights import WeightsError
-from imagen_jax.io import images
+from imagen_jax.io import images, mirrors
 from imagen_jax.parallel import partitioning
 from imagen_jax.text.encoders import TextEncoder, load_text_encoder
 from imagen_jax.training.checkpoint import Checkpoints, newest
@@ -287,8 +288,8 @@ def check_workdir(context: CheckContext) -> Lines:
     if context.workdir is None:
         yield "warning", "not checked; give --workdir"
         return
-    if "://" in context.workdir:
-        yield "warning", "a bucket: permissions and space are not checked"
+    if address := mirrors.origin(context.workdir):
+        yield check_bucket(address)
         return
     folder = pathlib.Path(context.workdir)
     probe = folder / f".doctor_{uuid.uuid4().hex}"

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
     wiring.add_config(parser)
     parser.add_argument(
-        "--workdir", type=path_flags.required_flag, help="folder of the run to start or resume"
+        "--workdir", type=path_flags.workdir_flag, help="folder of the run to start or resume"
     )
 
 

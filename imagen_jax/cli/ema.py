@@ -13,7 +13,7 @@ from imagen_jax.export import export
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
-    path_flags.required(parser, "--workdir", "folder of the training run")
+    path_flags.required(parser, "--workdir", "folder of the training run", bucket="run")
     parser.add_argument(
         "--sigma_rel",
         required=True,

@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser,
         "--workdir",
         "folder of the training run; for stablehlo and diffusers, or a stage folder",
+        bucket="run",
     )
     path_flags.required(parser, "--out", "folder to write", bucket="write")
     parser.add_argument(

@@ -20,6 +20,10 @@ class Output(str):
     """An address in a bucket to which `staging` uploads what a verb writes."""
 
 
+class Workdir(str):
+    """The address of a run in a bucket; `staging` replaces it by a local folder for the time."""
+
+
 class Copy(str):
     """A local copy of what is at `address` in a bucket."""
 
@@ -31,7 +35,7 @@ class Copy(str):
         return copy
 
 
-Bucket = Literal["", "read", "write"]
+Bucket = Literal["", "read", "write", "run"]
 
 
 def recorded(paths: list[str]) -> str:
@@ -48,7 +52,8 @@ def required(
     bucket: Bucket = "",
 ) -> None:
     """Adds a flag that must name a path; `bucket`: what an address in a bucket is for."""
-    kind = {"": required_flag, "read": required_input, "write": required_output}[bucket]
+    kinds = {"": required_flag, "read": required_input, "write": required_output}
+    kind = {**kinds, "run": workdir_flag}[bucket]
     parser.add_argument(name, required=True, type=kind, metavar=metavar, help=help)
 
 
@@ -61,7 +66,7 @@ def optional(
     bucket: Bucket = "",
 ) -> None:
     """Adds a flag whose default is no path, ""; `bucket` as in `required`."""
-    kind = {"": flag, "read": input_flag, "write": output_flag}[bucket]
+    kind = {"": flag, "read": input_flag, "write": output_flag, "run": workdir_flag}[bucket]
     parser.add_argument(name, default="", type=kind, metavar=metavar, help=help)
 
 
@@ -105,6 +110,11 @@ def output_flag(text: str) -> str:
 def required_output(text: str) -> str:
     """`output_flag` that must not be empty."""
     return Output(text) if buckets.is_address(text) else required_flag(text)
+
+
+def workdir_flag(text: str) -> str:
+    """`required_flag`, or an address in a bucket, as a `Workdir`."""
+    return Workdir(text.rstrip("/")) if buckets.is_address(text) else required_flag(text)
 
 
 def address(text: str) -> str:

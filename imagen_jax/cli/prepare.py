@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(flags: argparse.Namespace) -> None:
     """Carries the verb out."""
     config = wiring.load_config(flags)
-    source = open_source(config.data)
+    source = open_source(config.data, fresh=True)
     print(f"{len(source)} usable images, fingerprint {source.fingerprint}")
     print(f"captions per image: {source.report.caption_counts()}")
     parts = source.sources if isinstance(source, Mixture) else {"": source}

@@ -15,7 +15,7 @@ from imagen_jax.training.teacher import add_teacher
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
-    path_flags.required(parser, "--workdir", "folder of the run")
+    path_flags.required(parser, "--workdir", "folder of the run", bucket="run")
     parser.add_argument("--step", required=True, type=int, help="step saved in WORKDIR/faults")
 
 

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from imagen_jax.cli.path_flags import Copy, Input, Output
+from imagen_jax.cli.path_flags import Copy, Input, Output, Workdir
 from imagen_jax.io import buckets
 from imagen_jax.io.buckets import BucketError
 
@@ -29,6 +29,10 @@ def staged(flags: argparse.Namespace) -> Iterator[None]:
     Raises:
       BucketError: an input is missing, an output exists, or the store does not answer.
     """
+    if isinstance(getattr(flags, "workdir", ""), Workdir):
+        with _run_in_bucket(flags), staged(flags):
+            yield
+        return
     if not any(_holds_address(value) for value in vars(flags).values()):
         yield
         return
@@ -47,6 +51,24 @@ def staged(flags: argparse.Namespace) -> Iterator[None]:
     finally:
         if not keep:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _run_in_bucket(flags: argparse.Namespace) -> Iterator[None]:
+    """A context in which --workdir is a local folder; errors name the address."""
+    from imagen_jax.training import workdirs
+
+    address = str(flags.workdir)
+    with workdirs.opened(address, write=flags.verb == "train") as folder:
+        flags.workdir = folder
+        try:
+            yield
+        except Exception as error:
+            error.args = tuple(
+                part.replace(folder, address) if isinstance(part, str) else part
+                for part in error.args
+            )
+            raise
 
 
 def _holds_address(value: Any) -> bool:

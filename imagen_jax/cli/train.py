@@ -18,6 +18,7 @@ from imagen_jax.cli import changed_data, path_flags, wiring
 from imagen_jax.cli.evaluators import make_evaluators
 from imagen_jax.data.batches import loaders
 from imagen_jax.data.sources.registry import open_source
+from imagen_jax.io import mirrors
 from imagen_jax.parallel import distributed
 from imagen_jax.parallel.preemption import Preemption
 from imagen_jax.training.teacher import add_teacher, with_teacher
@@ -28,7 +29,7 @@ from imagen_jax.training.watchdog import restartable
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
     wiring.add_config(parser)
-    path_flags.required(parser, "--workdir", "folder of the run")
+    path_flags.required(parser, "--workdir", "folder of the run", bucket="run")
     parser.add_argument(
         "--allow_changes",
         metavar="FIELD[,FIELD...]",
@@ -74,7 +75,11 @@ def run(flags: argparse.Namespace) -> None:
 
 
 def keep_compiled(workdir: str) -> None:
-    """Sets JAX's compilation cache to WORKDIR/compiled unless the user has set one."""
+    """Sets JAX's compilation cache to WORKDIR/compiled unless the user has set one.
+
+    That of a workdir in a bucket is in the user's cache.
+    """
+    folder = mirrors.home().parent if mirrors.origin(workdir) else workdir
     # JAX defines the attributes of its configuration at run time.
     if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
-        jax.config.update("jax_compilation_cache_dir", os.path.join(workdir, "compiled"))
+        jax.config.update("jax_compilation_cache_dir", os.path.join(folder, "compiled"))

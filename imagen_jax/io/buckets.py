@@ -1,34 +1,60 @@
 """Files and folders in object stores, gs:// and s3://, by tensorstore.
 
-A verb that reads a file or a folder of a bucket works on a local copy of it, and what it writes is
-uploaded when it ends (`cli/staging.py`). Credentials are those that the clouds' own libraries find;
-`TENSORSTORE_GCS_HTTP_URL` and `AWS_ENDPOINT_URL` name other servers. Requests that fail with 429,
-500, 503 or a broken connection are repeated by tensorstore with back-off and jitter.
+The only module that talks to a store. Small results of verbs are copied (`cli/staging.py`); data,
+embeddings and checkpoints are read by ranges. Credentials are those that the clouds' own libraries
+find; `TENSORSTORE_GCS_HTTP_URL` and `AWS_ENDPOINT_URL` name other servers. Requests that fail with
+429, 500, 503 or a broken connection are repeated by tensorstore with back-off and jitter.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import tensorstore as ts
 
 _ADDRESS = re.compile(r"(gs|s3)://([^/]+)(?:/(.*))?", re.DOTALL)
-RETRIES = 5  # Of a request; tensorstore waits 1 s after the first, up to 32 s.
+RETRIES = 8  # Of a request; the waits double from 0.2 s to 32 s, about a minute together.
 THREADS = 16
+# A connection without a byte for so many seconds is broken.
+_SILENCE = {
+    "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "20",
+    "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "1",
+}
 
 
-class BucketError(ValueError):
+class BucketError(OSError, ValueError):
     """An object store cannot be read or written; the message holds the address."""
 
 
+class MissingError(BucketError, FileNotFoundError):
+    """There is no such object."""
+
+
+class ExistsError(BucketError, FileExistsError):
+    """An object exists that must be new: another process has written it."""
+
+
+class Content(NamedTuple):
+    """What a read returns.
+
+    Attributes:
+      data: the bytes.
+      tag: of the version of the object (its generation or ETag); another one after every write.
+    """
+
+    data: bytes
+    tag: str
+
+
 def is_address(text: str) -> bool:
-    """Whether `text` is an address that `download` and `upload` know."""
+    """Whether `text` is an address in a store that this module knows."""
     return _ADDRESS.fullmatch(text) is not None
 
 
@@ -36,8 +62,91 @@ def patience() -> ts.Context:
     """How often tensorstore repeats a request; its own 32 times take a quarter of an hour."""
     import tensorstore as ts
 
-    retries = {"max_retries": RETRIES}
+    retries = {"max_retries": RETRIES, "initial_delay": "200ms", "max_delay": "32s"}
     return ts.Context({"gcs_request_retries": retries, "s3_request_retries": retries})
+
+
+def join(address: str, *names: str) -> str:
+    """An address below another one."""
+    return "/".join([address.rstrip("/"), *names])
+
+
+def read(address: str, offset: int = 0, size: int | None = None) -> Content:
+    """Reads an object, or `size` bytes of it from `offset` on.
+
+    Raises:
+      MissingError: there is no such object.
+      BucketError: it has fewer bytes, or the store does not answer.
+    """
+    store, key = _open(address)
+    span = None if size is None and not offset else slice(offset, size and offset + size)
+    found = _answer(address, lambda: store.read(key, byte_range=span).result())
+    if found.state != "value":
+        raise MissingError(f"{address} does not exist")
+    if size is not None and len(found.value) != size:
+        raise BucketError(f"{address} has become shorter")
+    return Content(found.value, found.stamp.generation.hex())
+
+
+def tag(address: str) -> str:
+    """`Content.tag` of an object; "": there is none."""
+    store, key = _open(address)
+    found = _answer(address, lambda: store.read(key, byte_range=slice(0, 0)).result())
+    return found.stamp.generation.hex() if found.state == "value" else ""
+
+
+def write(address: str, data: bytes, *, new: bool = False, replaces: str = "") -> None:
+    """Writes an object; readers see the whole of it or what was there before.
+
+    Args:
+      address: of the object.
+      data: its content.
+      new: of several processes that write the object, one succeeds.
+      replaces: tag of the version to replace; "": any.
+
+    Raises:
+      ExistsError: the object exists, and `new` is set, or it is no longer what it `replaces`.
+      BucketError: the store does not answer.
+    """
+    store, key = _open(address)
+    expected = _nothing() if new else bytes.fromhex(replaces) or None
+    written = _answer(address, lambda: store.write(key, data, if_equal=expected).result())
+    # A write whose answer was lost is repeated, and then finds its own object.
+    if not written.generation and not _holds(address, data):
+        raise ExistsError(f"{address} exists; another process has written it meanwhile")
+
+
+def _holds(address: str, data: bytes) -> bool:
+    try:
+        return read(address).data == data
+    except MissingError:
+        return False
+
+
+def names(address: str) -> list[str]:
+    """Names of the objects below a folder, relative to it, sorted; [] if there are none."""
+    store, path = _open(address)
+    return sorted(_below(store, path, address))
+
+
+def delete(addresses: Iterable[str]) -> None:
+    """Deletes objects; those that do not exist are skipped."""
+
+    def remove(address: str) -> None:
+        store, key = _open(address)
+        _answer(address, lambda: store.write(key, None).result())
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(remove, addresses))
+
+
+@functools.cache
+def _nothing() -> bytes:
+    """The generation of an object that does not exist, in every store."""
+    import tensorstore as ts
+
+    store = ts.KvStore.open({"driver": "memory"}).result()
+    return store.read("missing").result().stamp.generation
 
 
 def download(address: str, folder: pathlib.Path) -> pathlib.Path:
@@ -98,21 +207,13 @@ def upload(source: pathlib.Path, address: str, *, last: Sequence[str] = ()) -> i
     Raises:
       BucketError: an object exists, or the store does not answer.
     """
-    store, path = _open(address)
-    here = _answer(address, lambda: store.read(path).result())
-    if here.state == "value":
+    if tag(address):
         raise BucketError(f"{address} exists; name a new one")
-    nothing = here.stamp.generation  # A write on this condition does not replace an object.
     files = [source] if source.is_file() else [p for p in source.rglob("*") if p.is_file()]
 
     def put(file: pathlib.Path) -> None:
         name = "" if file == source else f"/{file.relative_to(source).as_posix()}"
-        data = file.read_bytes()
-        written = _answer(
-            address, lambda: store.write(f"{path}{name}", data, if_equal=nothing).result()
-        )
-        if not written.generation:
-            raise BucketError(f"{address}{name} exists; another process has written it meanwhile")
+        write(f"{address.rstrip('/')}{name}", file.read_bytes(), new=True)
 
     marks = [file for file in files if file.name in last]
     with ThreadPoolExecutor(THREADS) as pool:
@@ -123,18 +224,28 @@ def upload(source: pathlib.Path, address: str, *, last: Sequence[str] = ()) -> i
 
 def _open(address: str) -> tuple[ts.KvStore, str]:
     """The bucket of an address, and the name within it."""
-    import tensorstore as ts
-
     found = _ADDRESS.fullmatch(address)
     if not found:
         raise BucketError(f"{address} is no address of gs:// or s3://; give gs://BUCKET/NAME")
     scheme, bucket, path = found.groups()
+    server = [os.environ.get(name, "") for name in ("AWS_ENDPOINT_URL", "TENSORSTORE_GCS_HTTP_URL")]
+    store = _answer(address, lambda: _bucket(scheme, bucket, *server, retries=RETRIES))
+    return store, (path or "").strip("/")
+
+
+@functools.lru_cache(64)
+def _bucket(scheme: str, bucket: str, endpoint: str, gcs: str, *, retries: int) -> ts.KvStore:
+    """The connection to a bucket; the arguments are those that it depends on."""
+    import tensorstore as ts
+
+    del gcs, retries  # tensorstore and `patience` read them.
+    for name, value in _SILENCE.items():
+        os.environ.setdefault(name, value)
     spec: dict[str, Any] = {"driver": "gcs" if scheme == "gs" else "s3", "bucket": bucket}
-    if scheme == "s3" and (endpoint := os.environ.get("AWS_ENDPOINT_URL")):
+    if scheme == "s3" and endpoint:
         region = os.environ.get("AWS_REGION", os.environ.get("AWS_DEFAULT_REGION", "us-east-1"))
         spec |= {"endpoint": endpoint, "aws_region": region}
-    store = _answer(address, lambda: ts.KvStore.open(spec, context=patience()).result())
-    return store, (path or "").strip("/")
+    return ts.KvStore.open(spec, context=patience()).result()
 
 
 def _exists(store: ts.KvStore, key: str, address: str) -> bool:

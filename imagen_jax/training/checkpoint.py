@@ -1,10 +1,11 @@
 """Checkpoints of a training run: save, list, restore the newest that can be read.
 
-This module and `restore` are the only ones that import Orbax.
+This module, `restore` and `saved_trees` are the only ones that import Orbax.
 
 `WORKDIR/checkpoints/STEP/state` holds the TrainState (step, params, ema, opt_state, skipped),
 sharded and written in the background; `STEP/config` holds the configuration as JSON. Orbax writes
-to a temporary name and renames, so a listed checkpoint is complete. The position in the data is the
+to a temporary name and renames, so a listed checkpoint is complete; in a bucket,
+`bucket_checkpoints` takes its place. The position in the data is the
 step; no data state is saved.
 
 Commands beside the run open checkpoints with access="read", which has no means to write. The run
@@ -32,9 +33,12 @@ from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import Config
 from imagen_jax.config.train import CheckpointConfig
 from imagen_jax.interop.weights import flatten, unflatten
+from imagen_jax.io import mirrors
+from imagen_jax.io.buckets import BucketError
 from imagen_jax.parallel import distributed
 from imagen_jax.stages.parameters import merge
 from imagen_jax.training import restore
+from imagen_jax.training.bucket_checkpoints import BucketCheckpoints
 from imagen_jax.training.restore import (
     CheckpointError,
     DamagedError,
@@ -74,8 +78,14 @@ class Checkpoints:
             "write" is for the run that owns the workdir.
         """
         self.path = absolute(workdir) / "checkpoints"
-        self._writer = None
-        if access == "write":
+        self._writer: ocp.CheckpointManager | BucketCheckpoints | None = None
+        address = mirrors.origin(self.path)
+        self._bucket = BucketCheckpoints(address, config, workdir) if address else None
+        if self._bucket:
+            if access == "write":
+                self._bucket.clean_up()
+                self._writer = self._bucket
+        elif access == "write":
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=_preservation(config),
                 create=True,
@@ -89,6 +99,8 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of all complete checkpoints."""
+        if self._bucket:
+            return self._bucket.steps()
         names = ocp.path.step.standard_name_format()
         return sorted(found.step for found in names.find_all(self.path))
 
@@ -149,12 +161,15 @@ class Checkpoints:
         Raises:
           CheckpointError: this save or the previous one failed, or the disk has too little space.
         """
-        self._check_disk_space(state)
-        # On CPU Orbax serialises from the live buffers, and a later step may donate them.
-        if jax.default_backend() == "cpu":
-            state = _copy(state)
         manager = self._manager()
+        if not isinstance(manager, BucketCheckpoints):
+            self._check_disk_space(state)
+            # On CPU Orbax serialises from the live buffers, and a later step may donate them.
+            state = _copy(state) if jax.default_backend() == "cpu" else state
         try:
+            if isinstance(manager, BucketCheckpoints):
+                manager.save(step, state, config, scores)
+                return
             manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -166,7 +181,7 @@ class Checkpoints:
         except Exception as error:
             raise self._not_saved(error) from error
 
-    def _manager(self) -> ocp.CheckpointManager:
+    def _manager(self) -> ocp.CheckpointManager | BucketCheckpoints:
         if self._writer is None:
             raise CheckpointError(f'{self.path} is open with access="read"; nothing can be saved')
         return self._writer
@@ -185,8 +200,6 @@ class Checkpoints:
 
     def _check_disk_space(self, state: TrainState) -> None:
         """Raises CheckpointError if the disk has too little space for `state`."""
-        if "://" in str(self.path):
-            return
         array_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         needed = array_bytes + array_bytes // 20 + METADATA_BYTES
         free = shutil.disk_usage(self.path).free
@@ -198,7 +211,10 @@ class Checkpoints:
             )
 
     def _kept(self) -> str:
-        newest = self.latest_step()
+        try:
+            newest = self.latest_step()
+        except BucketError:
+            return "complete checkpoints are kept"
         kept = "there is none" if newest is None else f"the newest is of step {newest}"
         return f"complete checkpoints are kept ({kept})"
 
@@ -233,7 +249,7 @@ class Checkpoints:
             reason, or the parameters do not match the model.
         """
         broken: DamagedError | None = None
-        # File systems may show the processes different lists: the first one's counts.
+        # The processes may see different lists: the first one's counts.
         what = f"list of {self.path}"
         steps = json.loads(
             restore.from_first(
@@ -283,11 +299,14 @@ class Checkpoints:
         """Renames damaged checkpoints to STEP.broken, so their steps can be saved again."""
         if not steps or not self._writer:
             return
-        if distributed.is_first():
-            for step in steps:
+        for step in steps if distributed.is_first() else ():
+            if self._bucket:
+                self._bucket.set_aside(step)
+            else:
                 (self.path / str(step)).rename(self.path / f"{step}.broken")
         distributed.share("damaged checkpoints are renamed")
-        self._writer.reload()
+        if not isinstance(self._writer, BucketCheckpoints):
+            self._writer.reload()
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         """Reads the state of `step` with the shardings of `abstract`; every process must call it.
@@ -316,7 +335,7 @@ class Checkpoints:
         what = f"configuration of checkpoint {path.parent.parent}"
 
         def read() -> Config:
-            text = path.read_text()
+            text = self._bucket.config(step) if self._bucket else path.read_text()
             try:
                 return overrides.from_json(text)
             except ConfigError as error:  # Whole, but not of this version.
@@ -351,23 +370,9 @@ class Checkpoints:
             self._writer.close()
 
 
-def save_tree(folder: epath.Path, name: str, tree: Mapping[str, Any], config: Config) -> None:
-    """Writes FOLDER/{NAME, config} and waits; every process must call it and writes its shards.
-
-    Replaces the folder. The name appears when all is written.
-    """
-    handler = ocp.CompositeCheckpointHandler(
-        **{name: ocp.PyTreeCheckpointHandler(), "config": ocp.JsonCheckpointHandler()}
-    )
-    items: dict[str, Any] = {name: ocp.args.PyTreeSave(tree)}
-    items["config"] = ocp.args.JsonSave(dataclasses.asdict(config))
-    with ocp.Checkpointer(handler) as writer:
-        writer.save(folder, args=ocp.args.Composite(**items), force=True)
-
-
 def absolute(workdir: str) -> epath.Path:
-    """The workdir as an absolute path, which Orbax requires; a bucket's name (gs://...) is one."""
-    return epath.Path(workdir if "://" in workdir else os.path.abspath(workdir))
+    """The workdir as an absolute path, which Orbax requires."""
+    return epath.Path(os.path.abspath(workdir))
 
 
 def newest(steps: list[int]) -> int | None:

@@ -10,6 +10,7 @@ written under a temporary name and renamed, so a listed one is complete. Earlier
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,8 +19,9 @@ from etils import epath
 from imagen_jax.config import overrides
 from imagen_jax.config.schema import Config
 from imagen_jax.interop import weights
+from imagen_jax.io import buckets, mirrors
 from imagen_jax.stages.network import with_defaults
-from imagen_jax.training import checkpoint, ema, restore
+from imagen_jax.training import bucket_arrays, checkpoint, ema, restore, saved_trees
 
 
 class SnapshotError(ValueError):
@@ -40,7 +42,7 @@ def save(workdir: str, step: int, averages: Mapping[str, Any], config: Config) -
       config: configuration of the run.
     """
     chosen = {name: averages[name] for name in map(ema.power_name, config.ema.profiles)}
-    checkpoint.save_tree(_folder(workdir) / str(step), "averages", chosen, config)
+    saved_trees.save_tree(_folder(workdir) / str(step), "averages", chosen, config)
 
 
 def find(workdir: str) -> tuple[list[ema.Snapshot], Config]:
@@ -77,12 +79,18 @@ def _folder(workdir: str) -> epath.Path:
 
 def _listed(workdir: str) -> list[epath.Path]:
     folder = _folder(workdir)
+    if address := mirrors.origin(folder):
+        names = buckets.names(address)
+        return [folder / name.split("/")[0] for name in names if name.endswith("/saved.json")]
     return list(folder.iterdir()) if folder.is_dir() else []
 
 
 def _read_config(folder: epath.Path) -> Config:
     old = folder / "config.json"
     try:
+        if address := mirrors.origin(folder / "averages"):
+            found = bucket_arrays.read_commit(address)["config"]
+            return overrides.from_json(json.dumps(found))
         text = (old if old.exists() else folder / "config" / "metadata").read_text()
         return overrides.from_json(text)
     except (OSError, ValueError) as error:
@@ -91,7 +99,7 @@ def _read_config(folder: epath.Path) -> Config:
 
 def _load(folder: epath.Path, name: str) -> Any:
     try:
-        if (folder / "averages").exists():
+        if mirrors.origin(folder) or (folder / "averages").exists():
             return restore.read_on_host(folder / "averages", name)
         return weights.unflatten(weights.read_safetensors(str(folder / f"{name}.safetensors")))
     except (OSError, weights.WeightsError, restore.CheckpointError) as error:

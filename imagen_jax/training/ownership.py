@@ -1,11 +1,11 @@
 """One run per workdir, also where several machines share it and the file system has no locks.
 
-The run that owns a workdir keeps a record in WORKDIR/owner.N.json and rewrites it every
-HEARTBEAT seconds. N grows with every owner; a file of the next number, which one process alone can
-create, makes the next owner. An owner is dead if its process is gone, where that can be seen from
-here, or if its record did not change for DEAD_AFTER seconds by the clock of the waiting run. Clocks
-of different machines are never compared. An owner that was suspended for longer finds the next
-record before it saves, and stops.
+The run that owns a workdir keeps a record in WORKDIR/owner.N.json, in a bucket in
+WORKDIR/owner/owner.N.json, and rewrites it every HEARTBEAT seconds. N grows with every owner; a
+file of the next number, which one process alone can create, makes the next owner. An owner is dead
+if its process is gone, where that can be seen from here, or if its record did not change for
+DEAD_AFTER seconds by the clock of the waiting run. Clocks of different machines are never compared.
+An owner that was suspended for longer finds the next record before it saves, and stops.
 """
 
 from __future__ import annotations
@@ -25,12 +25,11 @@ from collections.abc import Callable, Iterator
 
 from etils import epath
 
+from imagen_jax.io import buckets, mirrors
 from imagen_jax.parallel import distributed
 
 HEARTBEAT = 10.0
 DEAD_AFTER = 60.0
-# On object stores, whose files cannot be created exclusively: seconds until the last writer shows.
-SETTLE = 2.0
 
 _NAME = re.compile(r"owner\.(\d+)\.json")
 
@@ -68,6 +67,8 @@ class Ownership:
     def __init__(self, workdir: str, log: Callable[[str], None] = print):
         """Args: workdir: folder of the run. log: called with one line when `acquire` must wait."""
         self._folder, self._log = epath.Path(workdir), log
+        # A folder of its own in a bucket: its list is short.
+        self._address = mirrors.origin(self._folder / "owner")
         self._record = Record(
             host=socket.gethostname(),
             process=os.getpid(),
@@ -98,7 +99,7 @@ class Ownership:
         self._number = number + 1
         for older in self._numbers():
             if older < self._number:
-                self._path(older).unlink(missing_ok=True)
+                self._remove(older)
         self._thread.start()
 
     def check(self) -> None:
@@ -160,6 +161,9 @@ class Ownership:
 
     def _write(self, *, released: bool = False) -> None:
         path = self._path(self._number)
+        if self._address:
+            buckets.write(self._in_bucket(self._number), self._text(released=released).encode())
+            return
         temporary = path.with_name(f".{path.name}.{self._record.token}.tmp")
         temporary.write_text(self._text(released=released))
         temporary.replace(path)
@@ -167,18 +171,24 @@ class Ownership:
     def _create(self, number: int) -> bool:
         """Creates the record of that number; False if another process did."""
         path, text = self._path(number), self._text()
-        if _is_local(path):
-            try:
+        try:
+            if self._address:
+                buckets.write(self._in_bucket(number), text.encode(), new=True)
+            else:
                 with pathlib.Path(path).open("x") as file:
                     file.write(text)
-            except FileExistsError:
-                return False
-            return True
-        if path.exists():
+        except FileExistsError:
             return False
-        path.write_text(text)
-        time.sleep(SETTLE)
-        return self._read(number).token == self._record.token
+        return True
+
+    def _remove(self, number: int) -> None:
+        if self._address:
+            buckets.delete([self._in_bucket(number)])
+        else:
+            self._path(number).unlink(missing_ok=True)
+
+    def _in_bucket(self, number: int) -> str:
+        return buckets.join(str(self._address), f"owner.{number}.json")
 
     def _text(self, *, released: bool = False) -> str:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
@@ -191,13 +201,19 @@ class Ownership:
         return number, self._read(number)
 
     def _numbers(self) -> list[int]:
-        names = (_NAME.fullmatch(path.name) for path in self._folder.glob("owner.*.json"))
-        return [int(name[1]) for name in names if name]
+        if self._address:
+            names = buckets.names(self._address)
+        else:
+            names = [path.name for path in self._folder.glob("owner.*.json")]
+        return [int(name[1]) for name in map(_NAME.fullmatch, names) if name]
 
     def _read(self, number: int) -> Record:
         """A record; an empty one if it is being written or is gone."""
         try:
-            values = json.loads(self._path(number).read_text())
+            if self._address:
+                values = json.loads(buckets.read(self._in_bucket(number)).data)
+            else:
+                values = json.loads(self._path(number).read_text())
             return Record(
                 **{field.name: values[field.name] for field in dataclasses.fields(Record)}
             )
@@ -233,10 +249,6 @@ def owned(workdir: str, log: Callable[[str], None]) -> Iterator[Callable[[], Non
     finally:
         if ownership:
             ownership.release()
-
-
-def _is_local(path: epath.Path) -> bool:
-    return "://" not in str(path)
 
 
 def _describe(owner: Record) -> str:

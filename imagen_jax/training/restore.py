@@ -22,7 +22,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import NamedSharding
 
+from imagen_jax.io import mirrors
+from imagen_jax.io.buckets import BucketError, MissingError
 from imagen_jax.parallel import distributed, replicas
+from imagen_jax.training import bucket_arrays
 from imagen_jax.training.state import TrainState
 
 T = TypeVar("T")
@@ -83,6 +86,8 @@ def kind_of(error: BaseException) -> type[CheckpointError]:
         return type(error)
     error = _origin(error)
     text = str(error)
+    if isinstance(error, BucketError) and not isinstance(error, MissingError):
+        return UnreachableError
     if isinstance(error, MemoryError) or _MEMORY.search(text):
         return MemoryExhaustedError
     numbers = {int(number) for number in _OS_ERROR.findall(text)}
@@ -95,7 +100,7 @@ def kind_of(error: BaseException) -> type[CheckpointError]:
 
 def _origin(error: BaseException) -> BaseException:
     """The first error of a chain; Orbax raises its own, without the reason, from tensorstore's."""
-    while error.__cause__ is not None:
+    while error.__cause__ is not None and not isinstance(error, BucketError):
         error = error.__cause__
     return error
 
@@ -228,6 +233,9 @@ def read_on_host(folder: epath.Path, name: str = "") -> Any:
     def read() -> Any:
         saved = tree_of(folder)
         item = {name: saved[name]} if name else saved
+        if address := _address(folder):
+            tree = bucket_arrays.read(address, item)
+            return tree[name] if name else tree
         args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
         restore = ocp.args.PyTreeRestore(item, restore_args=args, partial_restore=bool(name))
         tree = ocp.PyTreeCheckpointHandler().restore(folder, args=restore)
@@ -238,10 +246,20 @@ def read_on_host(folder: epath.Path, name: str = "") -> Any:
 
 def tree_of(folder: epath.Path) -> Any:
     """Shapes of the arrays of a saved tree. May raise anything."""
+    if address := _address(folder):
+        return bucket_arrays.shapes(bucket_arrays.read_commit(address)["tree"])
     return ocp.PyTreeCheckpointHandler().metadata(folder).tree
 
 
+def _address(folder: epath.Path) -> str | None:
+    """Where the arrays are in a bucket: of a checkpoint's state, `checkpoints/STEP`."""
+    address = mirrors.origin(folder)
+    return address.removesuffix("/state") if address else None
+
+
 def _read(folder: epath.Path, abstract: Any, partial: bool) -> Any:
+    if address := _address(folder):
+        return jax.block_until_ready(bucket_arrays.read(address, abstract))
     # The handler alone: a Checkpointer would wait for the other processes, which may have failed.
     args = ocp.args.PyTreeRestore(
         abstract,

@@ -21,11 +21,12 @@ ROOT = pathlib.Path(__file__).parents[2]
 REFUSING = (path_flags.flag, path_flags.required_flag, path_flags.flag_list)
 READING = (path_flags.input_flag, path_flags.required_input, path_flags.input_list)
 WRITING = (path_flags.output_flag, path_flags.required_output)
+RUNS = (path_flags.workdir_flag,)
 FLAGS = [
     (verb, action)
     for verb in main.VERBS
     for action in actions(verb)
-    if action.type in (*REFUSING, *READING, *WRITING)
+    if action.type in (*REFUSING, *READING, *WRITING, *RUNS)
 ]
 
 
@@ -37,7 +38,7 @@ def kind_of(action: argparse.Action, text: str) -> type:
 
 def test_there_are_flags():
     assert len(FLAGS) > 60
-    assert {action.type for _, action in FLAGS} == {*REFUSING, *READING, *WRITING}
+    assert {action.type for _, action in FLAGS} == {*REFUSING, *READING, *WRITING, *RUNS}
 
 
 @pytest.mark.parametrize("scheme", ["gs", "s3"])
@@ -52,7 +53,8 @@ def test_an_address_in_a_flag(verb, action, scheme):
         assert str(refused.value).startswith(f"{address}: {scheme}:// paths (object stores)")
         assert "\n" not in str(refused.value)
     else:
-        expected = path_flags.Input if action.type in READING else path_flags.Output
+        kinds = {READING: path_flags.Input, WRITING: path_flags.Output, RUNS: path_flags.Workdir}
+        (expected,) = (kind for types, kind in kinds.items() if action.type in types)
         assert kind_of(action, address) is expected
     for other in ("hdfs://host/a", "https://host/a", f"{scheme}x://bucket/a"):
         with pytest.raises(argparse.ArgumentTypeError, match="paths .object stores. are not"):
@@ -87,7 +89,8 @@ def test_a_store_that_does_not_answer(scheme, variable, flag, tmp_path, monkeypa
 
 @pytest.mark.parametrize("verb", ["prepare", "embed", "train", "doctor", "pretrain_text"])
 @pytest.mark.parametrize(
-    "field", ["data.path", "pretrain_text.corpus", "train.init_from", "evaluate.prompts"]
+    "field",
+    ["pretrain_text.corpus", "train.init_from", "distill.teacher", "evaluate.prompts"],
 )
 def test_an_address_in_the_configuration(verb, field, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -101,9 +104,9 @@ def test_an_address_in_the_configuration(verb, field, tmp_path, monkeypatch, cap
     assert os.listdir(tmp_path) == []
 
 
-def test_embeddings_at_an_address(tmp_path):
-    with pytest.raises(paths.PathError, match="^config.data.embeddings=s3://b/a: s3:// paths"):
-        EmbeddingStore.open("s3://b/a")
+def test_embeddings_at_an_address_of_another_kind():
+    with pytest.raises(paths.PathError, match="^config.data.embeddings=hdfs://b/a: hdfs:// paths"):
+        EmbeddingStore.open("hdfs://b/a")
 
 
 def test_a_t5x_checkpoint_that_does_not_answer(monkeypatch, capfd):

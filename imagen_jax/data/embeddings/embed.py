@@ -19,10 +19,10 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from imagen_jax.data.embeddings import packs, shared_plan, store, unit_file
-from imagen_jax.data.embeddings.claims import Claims
+from imagen_jax.data.embeddings import packs, remote, shared_plan, store, unit_file
+from imagen_jax.data.embeddings.claims import BucketClaims, Claims
 from imagen_jax.data.embeddings.shared_plan import Plan, UnitOfWork
-from imagen_jax.io import paths
+from imagen_jax.io import buckets, mirrors, paths
 from imagen_jax.text.encoders import TextEncoder
 
 BUCKET = 8  # Tokens; compiled lengths are its multiples.
@@ -92,7 +92,7 @@ def embed(
     Args:
       captions: repeated ones are encoded once.
       encoder: a frozen text encoder.
-      out: folder of the store.
+      out: folder of the store, or address of one in a bucket.
       unit_size: captions per unit, the batch size of the encoder.
       log: called with progress lines.
       dtype: of the stored values, bfloat16 or int8.
@@ -103,12 +103,15 @@ def embed(
 
     Raises:
       EmbeddingError: no captions, or the encoder returns NaN or infinite values.
-      PathError: a path with a scheme such as gs://.
+      PathError: a path with a scheme other than gs:// and s3://.
+      BucketError: a bucket cannot be read or written.
     """
     if not captions:
         raise store.EmbeddingError("there are no captions to embed; check config.data")
-    folder = paths.local(out, "config.data.embeddings")
+    in_bucket = buckets.is_address(out)
+    folder = mirrors.folder(out) if in_bucket else paths.local(out, "config.data.embeddings")
     folder.mkdir(parents=True, exist_ok=True)
+    own_claims = BucketClaims if in_bucket else Claims
     fingerprint = encoder.fingerprint()
     settings = {"unit_size": unit_size, "encoder": fingerprint}
     plan = shared_plan.get(
@@ -131,17 +134,24 @@ def embed(
         texts = list(unit.captions)
         rows = _encode_unit(encoder, texts, unit.length, unit_size)
         store.write_unit(folder / name, texts, rows, dtype)
+        if in_bucket:
+            remote.publish_unit(folder / name)
         progress.add(unit)
 
     plan_hash = hashlib.sha256("".join(names).encode()).hexdigest()[:16]
-    if len(names) <= packs.MAX_LOOSE:
-        with Claims(folder, patience) as claims:
-            _share(names, folder, claims, encode, progress.wait)
+    if in_bucket or len(names) <= packs.MAX_LOOSE:
+        finished = remote.RemoteFinished(folder) if in_bucket else packs.Finished(folder)
+        with own_claims(folder, patience) as claims:
+            _share(names, finished, claims, encode, progress.wait)
+        if in_bucket:
+            remote.fetch_heads(folder, names)
         rows = [store.describe_unit(folder / name) for name in names]
         store.write_manifest(folder, rows, fingerprint)
+        if in_bucket:
+            store.publish_tables(folder)
     elif store.plan_of(folder) != plan_hash:
         with Claims(folder, patience) as claims:
-            _share(names, folder, claims, encode, progress.wait)
+            _share(names, packs.Finished(folder), claims, encode, progress.wait)
             while store.plan_of(folder) != plan_hash:
                 if claims.take(store.MANIFEST):
                     store.write_packed(folder, names, fingerprint=fingerprint, plan=plan_hash)
@@ -159,23 +169,21 @@ def embed(
 
 def _share(
     names: Sequence[str],
-    folder: pathlib.Path,
+    finished: packs.Finished,
     claims: Claims,
     encode: Callable[[str], None],
     wait: Callable[[Sequence[str]], None],
 ) -> None:
-    """Encodes the units that no other worker claims, until all `names` are in the folder."""
+    """Encodes the units that no other worker claims, until all `names` are finished."""
     # Workers start at random units, so they rarely compete for one.
     first = int.from_bytes(os.urandom(4), "little") % len(names)
     pending = [*names[first:], *names[:first]]
-    finished = packs.Finished(folder)
     while pending:
         for name in pending:
             if name in finished or not claims.take(name):
                 continue
             # Checked again: another worker may have finished or packed it just before the claim.
-            finished.refresh()
-            if name not in finished:
+            if not finished.check(name):
                 encode(name)
             claims.release(name)
         finished.refresh()

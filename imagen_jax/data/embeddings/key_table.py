@@ -66,7 +66,7 @@ def write(folder: pathlib.Path, units: Iterable[UnitKeys], *, tag: str, captions
     with contextlib.ExitStack() as stack:
         columns = {
             name: stack.enter_context(atomic.file(path))
-            for name, path in zip(_COLUMNS, _paths(folder, tag), strict=True)
+            for name, path in zip(_COLUMNS, paths(folder, tag), strict=True)
         }
         out = {
             name: np.lib.format.open_memmap(path, "w+", _ROW[name], (captions,))
@@ -84,14 +84,14 @@ def write(folder: pathlib.Path, units: Iterable[UnitKeys], *, tag: str, captions
 
 def read(folder: pathlib.Path, tag: str) -> KeyTable | None:
     """Maps the table of a store; None: it has none of these units."""
-    paths = _paths(folder, tag)
-    if not all(path.exists() for path in paths):
+    found = paths(folder, tag)
+    if not all(path.exists() for path in found):
         return None
     # Plain arrays on the same memory: a np.memmap is several times slower.
-    return KeyTable(*(np.asarray(np.load(path, mmap_mode="r")) for path in paths))
+    return KeyTable(*(np.asarray(np.load(path, mmap_mode="r")) for path in found))
 
 
-def _paths(folder: pathlib.Path, tag: str) -> list[pathlib.Path]:
+def paths(folder: pathlib.Path, tag: str) -> list[pathlib.Path]:
     return [folder / f"keys_{tag}_{name}.npy" for name in _COLUMNS]
 
 

@@ -63,6 +63,11 @@ class Finished:
                 self.packed |= {unit.name for unit in read_list(path)[1]}
                 self._lists.add(path.name)
 
+    def check(self, name: str) -> bool:
+        """Whether a unit is finished by now."""
+        self.refresh()
+        return name in self
+
     def __contains__(self, name: str) -> bool:
         return name in self.packed or (self._folder / name).exists()
 

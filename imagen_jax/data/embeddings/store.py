@@ -5,7 +5,8 @@ tokens are stored: 20 tokens of 4096 channels are 164 kB in bfloat16 and 82 kB i
 128 tokens they are 1 MB. The paper also encodes captions before training (Imagen, Sec. 2.5).
 
 A folder holds unit files (`unit_file.py`), or packs of many (`packs.py`), and, once complete, the
-sorted table of all captions (`key_table.py`) and `manifest.json`.
+sorted table of all captions (`key_table.py`) and `manifest.json`. It may be in a bucket
+(`remote.py`).
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ import json
 import pathlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
 from jaxtyping import BFloat16, Bool
 
-from imagen_jax.data.embeddings import key_table, packs
+from imagen_jax.data.embeddings import key_table, packs, remote
 from imagen_jax.data.embeddings.key_table import UnitKeys
 from imagen_jax.data.embeddings.unit_file import (
     HASH_BYTES,
@@ -39,7 +41,7 @@ from imagen_jax.data.embeddings.unit_file import (
     unit_name,
     write_unit,
 )
-from imagen_jax.io import atomic, paths
+from imagen_jax.io import atomic, buckets, mirrors, paths
 
 __all__ = [
     "EmbeddingError",
@@ -116,6 +118,13 @@ def _summary(
     }
 
 
+def publish_tables(folder: pathlib.Path) -> None:
+    """Copies the tables and then the manifest of a store to the bucket that the folder mirrors."""
+    tag = _tag(json.loads((folder / MANIFEST).read_text("utf-8")))
+    for path in [*key_table.paths(folder, tag), folder / MANIFEST]:
+        buckets.write(str(mirrors.origin(path)), path.read_bytes())
+
+
 def plan_of(folder: pathlib.Path) -> str:
     """The hash of the plan of a complete, packed store; "": it is another, or incomplete."""
     path = folder / MANIFEST
@@ -162,7 +171,15 @@ class EmbeddingStore:
         self.captions: int = manifest["captions"]
         self._tag = _tag(manifest)
         self._places = None
-        if "packs" in manifest:
+        self._address = mirrors.origin(folder)
+        self._reads = None
+        if self._address:
+            remote.pull_tables(folder, self._tag, packed="packs" in manifest)
+            self._reads = ThreadPoolExecutor(buckets.THREADS, thread_name_prefix="embeddings")
+            if "packs" in manifest:
+                self._places = _read_places(folder / f"units_{self._tag}.npy", manifest["packs"])
+            headers = []
+        elif "packs" in manifest:
             _check_packs(folder, manifest["packs"])
             self._places = _read_places(folder / f"units_{self._tag}.npy", manifest["packs"])
             pack, start = self._places[0].tolist()
@@ -189,9 +206,13 @@ class EmbeddingStore:
 
         Raises:
           EmbeddingError: no store, an incomplete or damaged one, or one of another encoder.
-          PathError: a path with a scheme such as gs://.
+          PathError: a path with a scheme other than gs:// and s3://.
+          BucketError: a bucket cannot be read.
         """
-        folder = paths.local(path, "config.data.embeddings")
+        if buckets.is_address(path):
+            folder = remote.pull_manifest(path, MANIFEST)
+        else:
+            folder = paths.local(path, "config.data.embeddings")
         if not path or not folder.is_dir():
             raise EmbeddingError(f"config.data.embeddings={path!r} is no store; run `imagen embed`")
         if not (folder / MANIFEST).exists():
@@ -206,7 +227,7 @@ class EmbeddingStore:
         return cls(folder, manifest)
 
     def verify(self) -> None:
-        """Reads every unit and compares its hash. Raises EmbeddingError: a damaged unit."""
+        """Reads every unit on a disk and compares its hash. EmbeddingError: a damaged one."""
         for row in self._manifest.get("packs", ()):
             with (self._folder / row["file"]).open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != row["sha256"]:
@@ -259,9 +280,15 @@ class EmbeddingStore:
             )
         counts = np.minimum(self._counts[rows], max_text_len)
         text_emb = np.zeros((len(captions), max_text_len, self.dim), ml_dtypes.bfloat16)
-        for out, row, count in zip(text_emb, rows, counts, strict=True):
-            start = self._offsets[row]
+
+        def copy(out: np.ndarray, row: int, count: int) -> None:
+            start = int(self._offsets[row])
             out[:count] = self._rows(int(self._units[row]))[start : start + count]
+
+        for _ in (self._reads.map if self._reads else map)(
+            copy, text_emb, rows.tolist(), counts.tolist()
+        ):
+            pass
         return text_emb, np.arange(max_text_len) < counts[:, None]
 
     def covers(self, source: CaptionSource) -> bool:
@@ -276,11 +303,15 @@ class EmbeddingStore:
             known.touch()
         return True
 
-    def _open_rows(self, number: int) -> Rows:
+    def _open_rows(self, number: int) -> Rows | remote.RemoteRows:
         if self._places is None:
-            return Rows(self._folder / self._manifest["units"][number]["file"])
-        pack, start = self._places[number].tolist()
-        return Rows(self._folder / self._manifest["packs"][pack]["file"], start)
+            file, start = self._manifest["units"][number]["file"], None
+        else:
+            pack, start = self._places[number].tolist()
+            file = self._manifest["packs"][pack]["file"]
+        if self._address:
+            return remote.RemoteRows(buckets.join(self._address, file), start)
+        return Rows(self._folder / file, start)
 
     def _find(self, captions: Sequence[str]) -> np.ndarray:
         """Table row of each caption; any row for a missing one."""

@@ -30,7 +30,8 @@ TAG, OLD_TAG = b"IMGNEMB2", b"IMGNEMB1"
 HASH_BYTES = 16
 DTYPES = ("bfloat16", "int8")
 _HEADER, _OLD_HEADER = struct.Struct("<8sQQQ8sdd8x"), struct.Struct("<8sQQQ")
-_SHA_BYTES = 32
+HEADER_BYTES = _HEADER.size
+SHA_BYTES = 32
 
 
 class EmbeddingError(ValueError):
@@ -166,27 +167,35 @@ def read_header(path: pathlib.Path, at: int | None = None) -> Header:
     Raises:
       EmbeddingError: missing or damaged.
     """
-    header, size = None, 0
     try:
         with path.open("rb") as file:
             file.seek(at or 0)
-            content = file.read(_HEADER.size)
-        if content.startswith(TAG):
-            _, count, tokens, dim, tag, error, norm = _HEADER.unpack(content)
-            dtype = tag.rstrip(b"\0").decode()
-            header = Header(count, tokens, dim, dtype, error, norm, _HEADER.size)
-            size = header.end + _SHA_BYTES
-        elif content.startswith(OLD_TAG):
-            _, count, tokens, dim = _OLD_HEADER.unpack(content[: _OLD_HEADER.size])
-            header = Header(count, tokens, dim, "bfloat16", np.nan, np.nan, _OLD_HEADER.size)
-            size = header.end
-    except (OSError, struct.error, UnicodeDecodeError):
+            header = parse_header(file.read(_HEADER.size))
+    except OSError:
         header = None
-    if header is not None and header.dtype in DTYPES:
+    if header is not None:
+        size = header.end + (SHA_BYTES if header.start == _HEADER.size else 0)
         whole = path.stat().st_size
         if whole == size if at is None else whole >= at + size:
             return header
     raise EmbeddingError(f"{path} is missing or damaged; delete it and run `imagen embed`")
+
+
+def parse_header(content: bytes) -> Header | None:
+    """The header in the first HEADER_BYTES of a unit; None: it is none."""
+    try:
+        if content.startswith(TAG):
+            _, count, tokens, dim, tag, error, norm = _HEADER.unpack(content)
+            dtype = tag.rstrip(b"\0").decode()
+            header = Header(count, tokens, dim, dtype, error, norm, _HEADER.size)
+        elif content.startswith(OLD_TAG):
+            _, count, tokens, dim = _OLD_HEADER.unpack(content[: _OLD_HEADER.size])
+            header = Header(count, tokens, dim, "bfloat16", np.nan, np.nan, _OLD_HEADER.size)
+        else:
+            return None
+    except (struct.error, UnicodeDecodeError):
+        return None
+    return header if header.dtype in DTYPES else None
 
 
 def describe_unit(path: pathlib.Path, *, reread: bool = False) -> Unit:
@@ -211,7 +220,7 @@ def describe_unit(path: pathlib.Path, *, reread: bool = False) -> Unit:
             sha256 = digest.hexdigest()
         else:
             file.seek(header.end)
-            sha256 = file.read(_SHA_BYTES).hex()
+            sha256 = file.read(SHA_BYTES).hex()
     return Unit(path.name, sha256, header.captions, header.tokens)
 
 

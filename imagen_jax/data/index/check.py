@@ -32,6 +32,7 @@ from imagen_jax.data.sources.records import (
     size_fault,
 )
 from imagen_jax.io import images
+from imagen_jax.io.buckets import BucketError
 
 CHUNK = 32  # Records per task of a thread.
 HEADER_BYTES = 1 << 14  # Of a JPEG that are read first; its header ends there in most files.
@@ -109,6 +110,8 @@ def _check_image(reader: Reader, item: Item, source: SourceConfig) -> RecordChec
             size, info = len(data), images.inspect_image(data, source.check)
     except images.ImageError as error:
         return RecordCheck(item, 0, str(error), ())
+    except BucketError:  # It says nothing about the image.
+        raise
     except OSError as error:
         return RecordCheck(item, 0, f"unreadable ({error.strerror})", ())
     fault = size_fault(min(info.size), source.min_size)

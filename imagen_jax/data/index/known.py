@@ -4,7 +4,7 @@ A shard's rows are kept in a file named after the rules of the check and the sha
 content tag: a hash of blocks spread over it. So a shard of a copied folder is known, and a pass
 that was killed goes on after its last finished shard. The tag is read only where no earlier index
 lists the shard with the same modification time. A file that was rewritten in place is new, whatever
-its tag.
+its tag. An object of a bucket is known by its name and tag (`io/mirrors.py`).
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from typing import Any, NamedTuple
 
 from imagen_jax.data.index import shard as shard_file
 from imagen_jax.data.sources.records import ShardedReader
+from imagen_jax.io import mirrors
 
 FILES = "files.json"  # In an index: path, size, modification time and file of each shard.
 _BLOCKS, _BLOCK_BYTES = 16, 4096
+UNKNOWN_SIZE = 1 << 26  # Bytes that an object counts as; tensorstore's lists have no sizes.
 
 
 class ShardFile(NamedTuple):
@@ -28,7 +30,7 @@ class ShardFile(NamedTuple):
 
     Attributes:
       path: of the shard.
-      size, mtime_ns, inode: of the shard.
+      size, mtime_ns, inode: of the shard; of an object in a bucket UNKNOWN_SIZE, 0 and 0.
       rows: path of the file of its rows, which exists if the shard is known.
     """
 
@@ -56,7 +58,11 @@ def identify(reader: ShardedReader, rules: Sequence[Any], cache: pathlib.Path) -
     folder = cache / "shards"
     listed = _listed(cache, prefix)
     found = []
-    for path in reader.shards:
+    tags = mirrors.tags(reader.shards)
+    for path, tag in zip(reader.shards, tags or (), strict=False):
+        name = f"{prefix}_{_digest([path.name, tag])}.safetensors"
+        found.append(ShardFile(path, UNKNOWN_SIZE, 0, 0, folder / name))
+    for path in reader.shards if tags is None else ():
         status = path.stat()
         stat = (status.st_size, status.st_mtime_ns, status.st_ino)
         name = listed.get((_relative(path, cache), stat[0], stat[1]))

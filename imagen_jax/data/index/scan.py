@@ -25,7 +25,7 @@ from typing import Any
 
 from imagen_jax.config.data import SourceConfig
 from imagen_jax.config.fields import ConfigError
-from imagen_jax.data.index import duplicates, known
+from imagen_jax.data.index import duplicates, known, shared
 from imagen_jax.data.index import shard as shard_file
 from imagen_jax.data.index.check import check_shard
 from imagen_jax.data.index.folders import cache_folders, writable
@@ -69,9 +69,12 @@ def cached_index(
         names.pop()  # The earlier layout has no fields.
     folders = cache_folders(reader.cache)
     found = [(folder, name) for name in names for folder in folders if (folder / name).exists()]
+    if not found and shared.pull(reader.cache, names[0]):
+        found = [(reader.cache, names[0])]
     if not found:
         folder = writable(folders)
         _build_index(reader, source, folder, make_reader, log)
+        shared.push(folder, names[0])
         found = [(folder, names[0])]
     cache, name = found[0]
     report = Quarantine()

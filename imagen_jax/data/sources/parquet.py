@@ -5,7 +5,7 @@ strings or lists of strings. In an uncompressed column the index pass finds the 
 image, and a read is one `pread` (compression saves nothing on encoded images). A compressed column
 has no random access: a read decompresses the whole row group. The last row groups are cached, which
 helps sequential reads only; a shuffled read decompresses one row group per image, and the report
-notes its size.
+notes its size. In a bucket it copies the whole file first: store images uncompressed there.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ class ParquetReader:
 
     def scan_shard(self, number: int) -> Iterator[Item]:
         """Lists the rows of a file. Raises ConfigError: a missing column."""
-        name = self._names[number]
+        name, path = self._names[number], self._files.local(number)
         try:
-            table = self._pq.ParquetFile(self.shards[number])
+            table = self._pq.ParquetFile(path)
         except _DAMAGED as error:
             yield Item(name, fault=f"unreadable ({' '.join(str(error).split())})")
             return
@@ -172,7 +172,7 @@ class ParquetReader:
             if (number, group) in self._groups:
                 self._groups.move_to_end((number, group))
                 return self._groups[number, group]
-            table = self._pq.ParquetFile(self._files.paths[number])
+            table = self._pq.ParquetFile(self._files.local(number))
             images = table.read_row_group(group, columns=[self._source.image_key])[0]
             fields = getattr(images.type, "names", None)
             if fields:

@@ -26,6 +26,7 @@ from imagen_jax.data.sources.tfrecord import (
     check_names,
     parse_values,
 )
+from imagen_jax.io import mirrors
 
 TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"  # TFDS's default file names.
 
@@ -91,8 +92,15 @@ def find(source: SourceConfig) -> pathlib.Path:
       ConfigError: no data set of that name in the folder, and it cannot be built.
     """
     name = parse_name(source.name)
-    parent = pathlib.Path(source.path) / name.folder / name.config
+    address = mirrors.origin(source.path)
+    # The mirror of a bucket is that of the builder alone: the data_dir may hold many.
+    parent = pathlib.Path(source.path, "" if address else name.folder, name.config)
     folder = _newest(parent, name.version)
+    if folder is None and address:
+        raise ConfigError(
+            f"config.data.path={source.path!r} holds no {source.name!r}; prepare it on a disk and "
+            "copy it there"
+        )
     if folder is None:
         try:
             from imagen_jax.data.sources import tfds_build
@@ -140,7 +148,7 @@ def shards(folder: pathlib.Path, split: str) -> tuple[str, dict[pathlib.Path, in
     Raises:
       ConfigError: no such split, a missing file, or an unsupported format.
     """
-    info = json.loads((folder / "dataset_info.json").read_text())
+    info = json.loads(mirrors.read_bytes(folder / "dataset_info.json"))
     file_format = info.get("fileFormat", "tfrecord")
     if file_format not in FORMATS:
         raise ConfigError(
@@ -174,7 +182,12 @@ class ArrayRecords:
     cache: pathlib.Path  # Set by `open_tfds`.
 
     def __init__(self, source: SourceConfig, shards: Mapping[pathlib.Path, int]) -> None:
-        """Opens the files. Raises ConfigError: array_record is not installed."""
+        """Opens the files. Raises ConfigError: no array_record, or the files are in a bucket."""
+        if address := mirrors.origin(next(iter(shards))):
+            raise ConfigError(
+                f"{address} is an array_record, which is read from a disk alone; prepare the data "
+                "set with file_format='tfrecord'"
+            )
         try:
             module = importlib.import_module("array_record.python.array_record_module")
         except ImportError as error:

@@ -62,7 +62,8 @@ class TFRecords:
         """Lists the records of a file. Raises ConfigError: see `scan`."""
         if number == 0:
             check_names(FeatureNames(self._source), self._first())
-        names, path, name = FeatureNames(self._source), self.shards[number], self._names[number]
+        names, name = FeatureNames(self._source), self._names[number]
+        path = self._files.local(number)
         count = 0
         try:
             for frame in read_frames(path):
@@ -72,15 +73,16 @@ class TFRecords:
             if self._shards is not None:
                 raise
             yield Item(name, fault=f"truncated (only {count} records are used: {error})")
-        expected = self._shards[path] if self._shards else count
+        expected = self._shards[self.shards[number]] if self._shards else count
         if count != expected:
             raise ConfigError(f"{path} holds {count} records, expected {expected}; copy it again")
 
     def _first(self) -> Iterator[memoryview]:
         """The records of all files, up to the first damage of each."""
-        for path in self.shards:
+        for number in range(len(self.shards)):
             with contextlib.suppress(TruncatedError):
-                yield from (frame.payload for frame in read_frames(path) if frame.intact)
+                frames = read_frames(self._files.local(number))
+                yield from (frame.payload for frame in frames if frame.intact)
 
     def read_start(self, key: str, location: Location, count: int) -> tuple[bytes, int]:
         """The first bytes of the image at `location`, and its size."""

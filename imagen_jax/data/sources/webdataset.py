@@ -58,7 +58,7 @@ class WebDatasetReader:
 
     def scan_shard(self, number: int) -> Iterator[Item]:
         """Lists the images of a file."""
-        members, fault = tar.members(self.shards[number])
+        members, fault = tar.members(self._files.local(number))
         if fault:
             yield Item(self._names[number], fault=fault)
         yield from self._shard(number, self._names[number], members)

@@ -1,0 +1,141 @@
+"""A workdir in a bucket: small files are written to a local folder and copied.
+
+The folder is a mirror of the address (`io/mirrors.py`), made anew by every process and removed at
+its end. metrics.jsonl, TensorBoard files, sample grids, faults and roll-backs are ordinary files in
+it; those that changed are copied every `EVERY` seconds, before a checkpoint is committed, and at
+the end. Checkpoints, snapshots of averages and the owner's record are written to the bucket itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import secrets
+import shutil
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+from imagen_jax.io import buckets, mirrors
+
+EVERY = 60.0
+# What is written to the bucket itself, or to this machine alone.
+_APART = ("checkpoints", "ema", "owner", "compiled")
+_NEEDED = (".json", ".jsonl")  # Files that a run or a command reads again.
+
+_open: dict[str, _Copier] = {}
+
+
+@contextlib.contextmanager
+def opened(address: str, *, write: bool) -> Iterator[str]:
+    """A local folder that stands for a workdir in a bucket.
+
+    Args:
+      address: of the workdir.
+      write: copy what changes to the bucket.
+
+    Raises:
+      BucketError: the store does not answer.
+    """
+    name = f"{os.getpid()}-{secrets.token_hex(4)}"
+    folder = mirrors.folder(address, name)
+    copier = _Copier(folder, address)
+    try:
+        copier.pull()
+        (folder / "checkpoints").mkdir(exist_ok=True)
+        if write:
+            _open[str(folder)] = copier
+            copier.start()
+        yield str(folder)
+        if write:
+            copier.publish()
+    except BaseException:
+        if write:  # What is known of a run that fails.
+            with contextlib.suppress(buckets.BucketError):
+                copier.publish()
+        raise
+    finally:
+        copier.stop()
+        _open.pop(str(folder), None)
+        shutil.rmtree(folder, ignore_errors=True)
+        mirrors.forget(folder)
+
+
+def publish(workdir: str) -> None:
+    """Copies the changed files of a workdir now, if it stands for one in a bucket.
+
+    Raises:
+      BucketError: the store does not answer.
+    """
+    if copier := _open.get(os.path.abspath(workdir)):
+        copier.publish()
+
+
+class _Copier:
+    """Copies the files of a mirror that changed."""
+
+    def __init__(self, folder: pathlib.Path, address: str) -> None:
+        self._folder, self._address = folder, address
+        self._known: dict[str, tuple[int, int]] = {}
+        self._lock, self._stop = threading.Lock(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="workdir", daemon=True)
+
+    def pull(self) -> None:
+        """Copies what a run or a command reads of an earlier run."""
+        names = [name for name in buckets.names(self._address) if self._is_copied(name)]
+        needed = [name for name in names if name.endswith(_NEEDED)]
+
+        def copy(name: str) -> None:
+            path = self._folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(buckets.read(buckets.join(self._address, name)).data)
+            self._known[name] = _version(path)
+
+        with ThreadPoolExecutor(buckets.THREADS) as pool:
+            list(pool.map(copy, needed))
+
+    def publish(self) -> None:
+        """Copies the changed files. Raises BucketError."""
+        with self._lock:
+            changed = {}
+            for path in self._folder.rglob("*"):
+                name = path.relative_to(self._folder).as_posix()
+                with contextlib.suppress(FileNotFoundError):  # Replaced meanwhile.
+                    if self._is_copied(name) and path.is_file():
+                        changed[name] = _version(path)
+            changed = {name: v for name, v in changed.items() if self._known.get(name) != v}
+
+            def copy(name: str) -> None:
+                with contextlib.suppress(FileNotFoundError):
+                    data = (self._folder / name).read_bytes()
+                    buckets.write(buckets.join(self._address, name), data)
+                    self._known[name] = changed[name]
+
+            with ThreadPoolExecutor(buckets.THREADS) as pool:
+                list(pool.map(copy, changed))
+
+    def start(self) -> None:
+        """Copies from now on, every EVERY seconds."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Copies no more."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.wait(EVERY):
+            # A store that fails for a while costs copies, not the run.
+            with contextlib.suppress(buckets.BucketError):
+                self.publish()
+
+    def _is_copied(self, name: str) -> bool:
+        parts = name.split("/")
+        return parts[0] not in _APART and not any(part.startswith(".") for part in parts)
+
+
+def _version(path: pathlib.Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
