@@ -3,14 +3,15 @@
     python benchmarks/dreambooth.py --stages=runs/demo/stages/base,runs/demo/stages/sr \
       --prompts=runs/demo/data/prompts_held_out.jsonl --out=runs/dreambooth
 
-The subject of a seed is one colour and size of a shape, absent from training: "a sks cross" stands
-for a small purple cross. `imagen dreambooth` reads five images of it alone, with and without prior
-preservation. New combinations are relations to another object ("a sks cross above a large red
-circle") and numbers ("three sks crosses"), in equal parts; none of the five images shows one. The
-subject is right where the world's detector finds an object of its shape, colour and size. Beside
-it: the untuned cascade, with the rare word and with the subject described in words; and another
-rare word in the tuned one. `exact` of the prompts of before says what tuning cost; their noise is
-that of the untuned cascade. A killed run continues; scores of every image are in OUT/scores.json.
+The subject of a seed is one colour and size of a shape, absent from training: "a zwop cross" stands
+for a small purple cross. `imagen dreambooth` tunes the base stage on five images of it alone, with
+and without prior preservation; the super-resolution stage knows all shapes and colours. New
+combinations are three numbers ("three zwop crosses") to one relation to another object ("a zwop
+cross above a large red circle"); none of the five images shows one. The subject is right where
+the world's detector finds an object of its shape, colour and size. Beside it: the untuned cascade,
+with the rare word and with the subject described in words; and another rare word in the tuned one.
+`exact` of the prompts of before says what tuning cost; their noise is that of the untuned cascade.
+A killed run continues; scores of every image are in OUT/scores.json.
 
 Hardware: one CPU core. Time: 10 minutes for each seed.
 """
@@ -36,12 +37,15 @@ from imagen_jax.worlds.shapes import alignment, scenes
 from imagen_jax.worlds.shapes.captions import NUMBERS, RELATIONS, Object, Relation, sentence
 from imagen_jax.worlds.shapes.reading import detect_objects
 
-WORD, OTHER_WORD = "sks", "zwop"
+# Chosen with seed 100: the pieces of "sks" for this text encoder are also those of "small" and of
+# plurals, and it gives the subject in 0.25 to 0.45 of the numbers, "zwop" in all.
+WORD, OTHER_WORD = "zwop", "sks"
 UNTUNED = "untuned"
 ARMS = {UNTUNED: None, "with prior": 100, "without prior": 0}  # Images of the class.
 BEFORE = "prompts of before"
 # Prompts of the combinations -> the word in place of colour and size; "" names these.
 WORDS = {"rare word": WORD, "another rare word": OTHER_WORD, "described": ""}
+KINDS = ("count", "count", "count", "relation")  # Of the combinations, by turns.
 # Settings of the tuning; no others have been compared with them.
 SETTINGS = {
     "lora.rank": 16,
@@ -86,7 +90,7 @@ def moved(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def combinations(subject: Object, word: str, count: int, seed: int) -> list[dict[str, Any]]:
-    """Prompt rows of relations and numbers of the subject, by turns.
+    """Prompt rows of numbers and relations of the subject, three to one by turns.
 
     Args:
       subject: the subject.
@@ -98,7 +102,7 @@ def combinations(subject: Object, word: str, count: int, seed: int) -> list[dict
     name = f"{subject.size} {subject.color} {subject.shape}"
     others = [o for o in all_objects() if (o.shape, o.color) != (subject.shape, subject.color)]
     for index in range(count):
-        kind, relation = ("relation", "count")[index % 2], None
+        kind, relation = KINDS[index % len(KINDS)], None
         objects = (subject,) * int(rng.choice(list(NUMBERS)))
         if kind == "relation":
             pair = [subject, others[rng.integers(len(others))]]
@@ -118,18 +122,18 @@ def imagen(verb: str, *flags: str) -> None:
 
 
 def tune(seed: int, arm: str, args: argparse.Namespace) -> str:
-    """The stage folders of an arm, by commas; tunes them if they are missing."""
+    """The stage folders of an arm, by commas; tunes the first if it is missing."""
     if ARMS[arm] is None:
         return args.stages
     subject, folder = subject_of(seed), args.out / f"seed_{seed}"
     workdir = folder / arm.replace(" ", "_")
     write_images(folder / "images", subject, np.random.default_rng((seed, 0)))
-    names = [pathlib.Path(stage).name for stage in args.stages.split(",")]
-    stages = [workdir / "stages" / name for name in names]
-    if not all((stage / "params.safetensors").is_file() for stage in stages):
+    base, *others = args.stages.split(",")
+    stage = workdir / "stages" / pathlib.Path(base).name
+    if not (stage / "params.safetensors").is_file():
         imagen(
             "dreambooth",
-            f"--stages={args.stages}",
+            f"--stages={base}",
             f"--images={folder / 'images'}",
             f"--prompt=a {WORD} {subject.shape}",
             f"--class_prompt=a {subject.shape}",
@@ -138,7 +142,7 @@ def tune(seed: int, arm: str, args: argparse.Namespace) -> str:
             f"--seed={seed}",
             *[f"--config.{name}={value}" for name, value in SETTINGS.items()],
         )
-    return ",".join(map(str, stages))
+    return ",".join([str(stage), *others])
 
 
 def sample(
@@ -168,7 +172,9 @@ def score(seed: int, arm: str, args: argparse.Namespace) -> dict[str, Marks]:
     rows = [
         row | {"set": name}
         for name in sets
-        for row in combinations(subject, WORDS[name], args.count, seed)
+        for row in combinations(
+            subject, WORDS[name], args.count if name == "rare word" else args.others, seed
+        )
     ]
     stages = tune(seed, arm, args)
     folder.mkdir(parents=True, exist_ok=True)
@@ -190,7 +196,7 @@ def rate(marks: Sequence[bool], by_seed: Sequence[Sequence[bool]]) -> str:
 
 def table(scores: Mapping[str, Mapping[str, Marks]], seeds: Sequence[str]) -> str:
     """Markdown over all seeds."""
-    lines = ["| cascade | prompts | subject right | in relations | in numbers | everything right |"]
+    lines = ["| cascade | prompts | subject right | in numbers | in relations | everything right |"]
     lines += ["|---|---|---|---|---|---|"]
     for arm in ARMS:
         for name in (*WORDS, BEFORE):
@@ -198,7 +204,7 @@ def table(scores: Mapping[str, Mapping[str, Marks]], seeds: Sequence[str]) -> st
             if not any(marks):
                 continue
             cells = []
-            for kinds in (("relation", "count"), ("relation",), ("count",)):
+            for kinds in (("relation", "count"), ("count",), ("relation",)):
                 own = [[found for kind, found, _ in part if kind in kinds] for part in marks]
                 found = list(itertools.chain(*own))
                 cells.append(rate(found, own) if name != BEFORE else "")
@@ -227,8 +233,9 @@ def main() -> None:
     flags.add_argument("--prompts", type=pathlib.Path, required=True, help="prompts of before")
     flags.add_argument("--out", type=pathlib.Path, required=True, help="folder to write")
     flags.add_argument("--seeds", default="0,1,2", help="of subjects, images and tunings")
-    flags.add_argument("--count", type=int, default=100, help="new combinations of each seed")
-    flags.add_argument("--limit", type=int, default=180, help="prompts of before")
+    flags.add_argument("--count", type=int, default=136, help="new combinations of each seed")
+    flags.add_argument("--others", type=int, default=40, help="of them, with other words")
+    flags.add_argument("--limit", type=int, default=90, help="prompts of before")
     args = flags.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "scores.json"
