@@ -4,8 +4,11 @@
 # Verbs and their options:
 #   create   make the slice: --accelerator=TYPE --runtime=VERSION [--spot] [--queued]
 #   install  copy the checked-out commit to every worker and install it; needs a git checkout
+#   prepare  index the data on worker 0: --config=FILE:NAME [--config.data.path=gs://... ...]
+#   embed    encode the captions on all workers, each for itself; they share the work. Options of
+#            prepare, and --config.data.embeddings=gs://... [--config.text.path=... ...]
 #   start    train on all workers, detached from the connection:
-#              --config=FILE:NAME --workdir=/SHARED/RUN [--config.a.b=value ...]
+#              --config=FILE:NAME --workdir=gs://BUCKET/RUN [--config.a.b=value ...]
 #   logs     follow the log of worker 0, or --worker=N
 #   resume   create the slice if it was preempted or is missing, wait for it, install, start; takes
 #            the options of create and start
@@ -22,9 +25,11 @@ source "$(dirname "$0")/lib.sh"
 parse "name= zone= project= accelerator= runtime= config= workdir= spot queued worker=" "$@"
 verb=${words[0]-}
 case $verb in
-  create | install | start | logs | resume | stop | delete) program+=" $verb" ;;
-  '') refuse "VERB is missing: create, install, start, logs, resume, stop or delete" ;;
-  *) refuse "$verb is not a verb; there are create, install, start, logs, resume, stop, delete" ;;
+  create | install | prepare | embed | start | logs | resume | stop | delete) program+=" $verb" ;;
+  '') refuse "VERB is missing: create, install, prepare, embed, start, logs, resume, stop or delete" ;;
+  *)
+    refuse "$verb is not a verb; there are create, install, prepare, embed, start, logs, resume, stop, delete"
+    ;;
 esac
 [ ${#words[@]} -eq 1 ] || refuse "one verb at a time, not also ${words[1]}"
 need_name base
@@ -114,6 +119,13 @@ case $verb in
     create
     ;;
   install) install ;;
+  prepare | embed)
+    need config configs/shapes.py:base
+    line=(.venv/bin/python -m imagen_jax "$verb" "--config=$config" "${overrides[@]}")
+    workers=all
+    [ "$verb" = embed ] || workers=0
+    on_workers "$workers" "$verb $(quote "${line[@]}")"
+    ;;
   start)
     train_line .venv/bin/python
     on_workers all "start $(quote "${train[@]}")"

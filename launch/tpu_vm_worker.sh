@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs on each worker of a slice, in the folder of the code there; launch/tpu_vm.sh calls it.
-#   launch/tpu_vm_worker.sh install | start COMMAND... | logs | stop
+#   launch/tpu_vm_worker.sh install | prepare COMMAND... | embed COMMAND... | start COMMAND... | logs | stop
 # The command writes to train.log; train.pid holds the process that restarts it.
 set -euo pipefail
 # shellcheck source=lib.sh
@@ -28,6 +28,19 @@ export_who_takes_part() {
   export JAX_PROCESS_ID JAX_COORDINATOR_ADDRESS=$first:8476 JAX_NUM_PROCESSES=${#endpoints[@]}
 }
 
+# This worker's chips alone, without the other workers of the slice.
+export_own_chips() {
+  local chips=(/dev/accel* /dev/vfio/[0-9]*) count=0 chip
+  for chip in "${chips[@]}"; do [ ! -e "$chip" ] || count=$((count + 1)); done
+  case $count in
+    4) export TPU_CHIPS_PER_PROCESS_BOUNDS=2,2,1 TPU_PROCESS_BOUNDS=1,1,1 TPU_VISIBLE_DEVICES=0,1,2,3 ;;
+    8)
+      export TPU_CHIPS_PER_PROCESS_BOUNDS=2,4,1 TPU_PROCESS_BOUNDS=1,1,1
+      export TPU_VISIBLE_DEVICES=0,1,2,3,4,5,6,7
+      ;;
+  esac
+}
+
 case ${words[0]-} in
   install)
     # TPU machine images have an older Python than the package needs; uv installs one.
@@ -35,6 +48,11 @@ case ${words[0]-} in
     run python3 -m uv venv --quiet --allow-existing --python=3.11 .venv
     run python3 -m uv pip install --quiet --python=.venv/bin/python -c constraints.txt \
       -e '.[tpu,data]'
+    ;;
+  prepare) JAX_PLATFORMS=cpu exec "${words[@]:1}" ;;
+  embed)
+    export_own_chips
+    exec "${words[@]:1}"
     ;;
   start)
     if running; then
@@ -53,5 +71,5 @@ case ${words[0]-} in
     kill "$(<train.pid)"
     while running; do sleep 0.2; done # it is saving
     ;;
-  *) refuse "install, start COMMAND..., logs or stop; not ${words[0]-nothing}" ;;
+  *) refuse "install, prepare, embed or start COMMAND..., logs or stop; not ${words[0]-nothing}" ;;
 esac

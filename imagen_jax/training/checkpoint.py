@@ -81,10 +81,9 @@ class Checkpoints:
         self._writer: ocp.CheckpointManager | BucketCheckpoints | None = None
         address = mirrors.origin(self.path)
         self._bucket = BucketCheckpoints(address, config, workdir) if address else None
-        if self._bucket:
-            if access == "write":
-                self._bucket.clean_up()
-                self._writer = self._bucket
+        if access == "write" and self._bucket:
+            self._bucket.clean_up()
+            self._writer = self._bucket
         elif access == "write":
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=_preservation(config),
@@ -168,8 +167,7 @@ class Checkpoints:
             state = _copy(state) if jax.default_backend() == "cpu" else state
         try:
             if isinstance(manager, BucketCheckpoints):
-                manager.save(step, state, config, scores)
-                return
+                return manager.save(step, state, config, scores)
             manager.save(
                 step,
                 args=ocp.args.Composite(

@@ -72,7 +72,6 @@ class JsonLines:
 
     `metrics.jsonl` has one object per report: step, seconds since the start of this process, and
     the metrics. A restart removes the rows after the restored step, so each step occurs once.
-    Images are not written where the workdir is a bucket.
     """
 
     def __init__(self, workdir: str, start_step: int):
@@ -99,8 +98,7 @@ class JsonLines:
 
     def write_image(self, step: int, name: str, image: np.ndarray) -> None:
         """Writes one PNG file."""
-        if "://" not in os.fspath(self._path):
-            images.save_png(self._path.parent / name / f"step_{step:08d}.png", image, {})
+        images.save_png(self._path.parent / name / f"step_{step:08d}.png", image, {})
 
     def close(self) -> None:
         """Closes the file."""
@@ -108,12 +106,12 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Scalars and images in WORKDIR/tensorboard; nothing without tensorboardX or in a bucket."""
+    """Scalars and images in WORKDIR/tensorboard; nothing without tensorboardX."""
 
     def __init__(self, workdir: str, start_step: int):
         folder = os.path.join(workdir, "tensorboard")
         self._board = None
-        if SummaryWriter and "://" not in workdir:
+        if SummaryWriter:
             self._board = SummaryWriter(folder, purge_step=start_step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

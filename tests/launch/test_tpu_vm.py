@@ -77,3 +77,14 @@ def test_a_single_worker_gets_no_coordinator(worker):
     run, folder = worker
     run("start", "bash", "-c", "echo begins; env | grep ^JAX_; echo ends", workers=1)
     assert until(lambda: (folder / "train.log").read_text() == "begins\nends\n")
+
+
+def test_prepare_and_embed_run_in_the_foreground_of_one_worker_each(worker):
+    run, folder = worker
+    found = {
+        verb: run(verb, "bash", "-c", "env | grep ^JAX_; exit 3") for verb in ("prepare", "embed")
+    }
+    assert found["prepare"].stdout == "JAX_PLATFORMS=cpu\n"
+    assert found["embed"].stdout == ""  # It joins no other worker.
+    assert {result.returncode for result in found.values()} == {3}
+    assert not (folder / "train.pid").exists()

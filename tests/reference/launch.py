@@ -32,6 +32,8 @@ CASES = {
     "tpu_vm_create": ["tpu_vm.sh", "create", *SLICE, *MAKE],
     "tpu_vm_create_queued": ["tpu_vm.sh", "create", *SLICE, *MAKE, "--queued", "--spot"],
     "tpu_vm_install": ["tpu_vm.sh", "install", *SLICE, "--project=p"],
+    "tpu_vm_prepare": ["tpu_vm.sh", "prepare", *SLICE, TRAIN[0], *OVERRIDE],
+    "tpu_vm_embed": ["tpu_vm.sh", "embed", *SLICE, TRAIN[0], *OVERRIDE],
     "tpu_vm_start": ["tpu_vm.sh", "start", *SLICE, *TRAIN, *OVERRIDE],
     "tpu_vm_logs": ["tpu_vm.sh", "logs", *SLICE, "--worker=3"],
     "tpu_vm_resume": ["tpu_vm.sh", "resume", *SLICE, *MAKE, *TRAIN, "--spot"],

@@ -143,12 +143,7 @@ def embed(
         finished = remote.RemoteFinished(folder) if in_bucket else packs.Finished(folder)
         with own_claims(folder, patience) as claims:
             _share(names, finished, claims, encode, progress.wait)
-        if in_bucket:
-            remote.fetch_heads(folder, names)
-        rows = [store.describe_unit(folder / name) for name in names]
-        store.write_manifest(folder, rows, fingerprint)
-        if in_bucket:
-            store.publish_tables(folder)
+        _complete(folder, names, fingerprint, in_bucket=in_bucket)
     elif store.plan_of(folder) != plan_hash:
         with Claims(folder, patience) as claims:
             _share(names, packs.Finished(folder), claims, encode, progress.wait)
@@ -165,6 +160,18 @@ def embed(
         f"{report['bytes'] / 1e6:,.1f} MB of {dtype} in {len(names)} units; {progress.summary()}"
     )
     return {**report, "computed": progress.units}
+
+
+def _complete(
+    folder: pathlib.Path, names: Sequence[str], fingerprint: dict, *, in_bucket: bool
+) -> None:
+    """Writes the tables and the manifest of a store whose units are files of their own."""
+    if in_bucket:
+        remote.fetch_heads(folder, names)
+    rows = [store.describe_unit(folder / name) for name in names]
+    store.write_manifest(folder, rows, fingerprint)
+    if in_bucket:
+        store.publish_tables(folder)
 
 
 def _share(
