@@ -51,6 +51,7 @@ _FURTHER, _LANGUAGE = 8.0, 4.0
 # Of each text that is in another encoding than the first, in another language of its encoding.
 _MINORITY, _SWITCH = 3.0, 1.0
 _IMPOSSIBLE = 1e4
+_ASCII = bytes(range(128))
 # Least difference to another encoding, of all texts of an encoding (of prices, 30% count: they are
 # no evidence), and of a text by itself.
 _CLEAR, _CLEAR_ALONE, _WEIGHT_OF_PRICES = 3.0, 4.0, 0.3
@@ -196,7 +197,13 @@ def _total(costs: np.ndarray, chosen: Sequence[int]) -> float:
 
 def _other(name: str, texts: Sequence[bytes], costs: np.ndarray, names: Sequence[str]) -> str:
     """Another encoding that describes all texts of this one nearly as well; "": none."""
-    own = [number for number, found in enumerate(names) if found == name]
+    # Texts with the same letters are no further evidence: the final ų of Lithuanian names is an ø.
+    distinct = {
+        frozenset(texts[i].translate(None, _ASCII)): i
+        for i in reversed(range(len(names)))
+        if names[i] == name
+    }
+    own = list(distinct.values())
     best, least = "", math.inf
 
     def cost_in(encoding: str) -> float:

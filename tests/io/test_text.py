@@ -138,6 +138,35 @@ def test_what_a_word_leaves_open_is_said(name):
         assert not any(guess.other for guess in encodings.detect(texts))
 
 
+REPEATED = {
+    "cp1257": "kroatų persų tulų gotų zulų urdų romų estų kinų ainų",  # As Danish, "kroatø".
+    "cp1252": " ".join(f"são{number}" for number in range(40)),  # As Romanian, "săo".
+}
+
+
+@pytest.mark.parametrize("name", REPEATED)
+@pytest.mark.parametrize("count", [2, 3, 5, 10, 40])
+def test_one_letter_again_and_again_is_no_further_evidence(name, count):
+    texts = REPEATED[name].split()[:count]
+    for guess, word in zip(encodings.detect([t.encode(name) for t in texts]), texts, strict=True):
+        assert guess.other or word.encode(name).decode(guess.name) == word
+    certain = encodings.detect([word.encode("cp1252") for word in ["café", "cafés"] * count])
+    assert set(certain) == {encodings.Guess("cp1252")}
+
+
+ESTONIAN = "tšuvaši šani vašo šona šoti baškiiri tšuugi tšuangi fidži tšokto tšerokii"
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 11])
+def test_estonian_names_are_right_or_uncertain(count):
+    """Their š is the ð of Icelandic in Windows-1252."""
+    texts = ESTONIAN.split()[-count:]
+    for guess, word in zip(
+        encodings.detect([t.encode("cp1257") for t in texts]), texts, strict=True
+    ):
+        assert guess.other or word.encode("cp1257").decode(guess.name) == word
+
+
 def test_a_later_text_in_another_encoding_is_uncertain():
     """The first texts of a folder are Russian; one after them is French."""
     guesses = encodings.detect([written.encode("cp1251") for written in TEXTS["cp1251"]])
