@@ -189,7 +189,7 @@ def score(row: str, steps: int, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def gammas(args: argparse.Namespace) -> str:
-    """Markdown: gamma of the learned variance by noise level, beside the ends of its range."""
+    """Markdown: gamma of the learned variance by noise level, beside its range and the best one."""
     stage = load_stage(str(train("learned", args)))
     sampling = dataclasses.replace(stage.config.sampling, variance="learned")
     config = dataclasses.replace(stage.config, sampling=sampling)
@@ -198,8 +198,9 @@ def gammas(args: argparse.Namespace) -> str:
     keys = image_keys(args.seed, range(len(x0)), [0] * len(x0))
     steps = int(args.sampler_steps.split(",")[0])
     levels = process.logsnr_at(jnp.linspace(1.0, 0.0, steps + 1), config.diffusion)
-    lines = ["| logsnr | squared error of x0 | gamma: 5 %, median, 95 % | log variance, 0 to 1 |"]
-    lines += ["|---|---|---|---|"]
+    lines = ["| logsnr | squared error of x0 | best gamma | gamma: 5 %, median, 95 % | "]
+    lines[0] += "log variance, 0 to 1 |"
+    lines += ["|---|---|---|---|---|"]
     for index in range(steps // 5, steps, steps // 5):
         logsnr_t, logsnr_s = (jnp.full(len(x0), levels[index + i]) for i in (0, 1))
         eps = samplers.normal(samplers.fold_in_keys(keys, index), x0.shape[1:])
@@ -214,7 +215,11 @@ def gammas(args: argparse.Namespace) -> str:
             for end in (0.0, 1.0)
         ]
         error = float(jnp.square(mean - x0).mean())
-        row = f"{levels[index]:.1f} | {error:.4f} | {low:.1f}, {middle:.1f}, {high:.1f}"
+        # Of small steps: the variance that the bound asks for adds the error to the posterior's.
+        best = error * (1.0 + np.exp(float(levels[index])))
+        row = (
+            f"{levels[index]:.1f} | {error:.4f} | {best:.2f} | {low:.1f}, {middle:.1f}, {high:.1f}"
+        )
         lines += [f"| {row} | {ends[0]:.1f} to {ends[1]:.1f} |"]
     return "\n".join(lines)
 
