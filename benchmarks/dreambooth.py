@@ -13,7 +13,7 @@ with the rare word and with the subject described in words; and another rare wor
 `exact` of the prompts of before says what tuning cost; their noise is that of the untuned cascade.
 A killed run continues; scores of every image are in OUT/scores.json.
 
-Hardware: one CPU core. Time: 10 minutes for each seed.
+Hardware: one CPU core. Time: 15 minutes for each seed.
 """
 
 from __future__ import annotations
@@ -46,14 +46,15 @@ BEFORE = "prompts of before"
 # Prompts of the combinations -> the word in place of colour and size; "" names these.
 WORDS = {"rare word": WORD, "another rare word": OTHER_WORD, "described": ""}
 KINDS = ("count", "count", "count", "relation")  # Of the combinations, by turns.
-# Settings of the tuning; no others have been compared with them.
+# Settings of the tuning, chosen with seed 100 among nine: those that tune all kernels, or longer, lose
+# more of the prompts of before; a third of the learning rate gives the subject less often.
 SETTINGS = {
     "lora.rank": 16,
-    "lora.targets": "('*',)",
+    "lora.targets": "('*text_key_value','cond/pooling*')",  # Kernels that read the text.
     "optimizer.learning_rate": 1e-3,
-    "train.steps": 400,
+    "train.steps": 120,
     "data.batch_size": 8,
-    "checkpoint.every": 400,
+    "checkpoint.every": 120,
 }
 
 # Of each image: kind of its prompt, whether the subject is in it, whether everything is right.
