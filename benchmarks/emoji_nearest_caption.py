@@ -32,12 +32,14 @@ def main() -> None:
     parser.add_argument("--split", default="names_dev", help="prompts_SPLIT.jsonl")
     parser.add_argument("--encoder", default="bert", help="config.text.encoder")
     parser.add_argument("--text", default="minilm", help="config.text.path")
+    parser.add_argument("--layer", type=int, default=-1, help="config.text.layer")
     flags = parser.parse_args()
     captions, names = (
         [json.loads(line) for line in (flags.data / f"prompts_{name}.jsonl").open()]
         for name in ("train", flags.split)
     )
-    encoder = load_text_encoder(TextConfig(encoder=flags.encoder, path=flags.text, max_len=MAX_LEN))
+    text = TextConfig(encoder=flags.encoder, path=flags.text, layer=flags.layer, max_len=MAX_LEN)
+    encoder = load_text_encoder(text)
     ranks = rank(
         directions(encoder, [row["prompt"] for row in names]),
         directions(encoder, [row["prompt"] for row in captions]),
@@ -45,8 +47,8 @@ def main() -> None:
         [row["untoned"] for row in captions],
     )
     kinds = np.array([row["kind"] for row in names])
-    for kind in sorted(set(kinds)):
-        own = ranks[kinds == kind]
+    for kind in [*sorted(set(kinds)), "all"]:
+        own = ranks[(kinds == kind) | (kind == "all")]
         for top in (1, 5):
             right = int((own <= top).sum())
             low, high = intervals.wilson(right, len(own))

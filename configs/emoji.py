@@ -35,7 +35,7 @@ def get_config(name: str = "base") -> ml_collections.ConfigDict:
     c.checkpoint.every = 2_500
     c.sampling.thresholding = "static"  # Dynamic thresholding greys the white: docs/emoji.md.
     if name == "base":
-        c.train.steps = 24_000
+        c.train.steps = 27_000
         c.optimizer.decay_fraction = 0.5
         # Near words mean the same: docs/emoji.md.
         c.model.text_pooling = "mean"
