@@ -63,10 +63,10 @@ def _to_rgb(
     image: Image.Image, profile: bytes | None, background: Colour
 ) -> tuple[Image.Image, str]:
     """The image in sRGB over a background, and a note on its colour profile."""
+    if image.mode == "I":  # 32 bits, of which nothing says where white is.
+        raise UnsupportedError("more than 16 bits per channel")
     if image.mode.startswith("I"):
         levels = np.asarray(image)
-        if levels.min(initial=0) < 0 or levels.max(initial=0) > 65535:
-            raise UnsupportedError("more than 16 bits per channel")
         image = Image.fromarray(((levels.astype(np.uint32) + 128) // 257).astype(np.uint8))
     if image.mode == "F":
         raise UnsupportedError("floating-point pixels")

@@ -55,11 +55,25 @@ JUNK = [
         ".Trashes/b.jpg",
     ),
     *("@eaDir/a.jpg/SYNOPHOTO_THUMB_M.jpg", "a.jpg.part", "a.crdownload", ".a.jpg.icloud"),
-    *("a.sync-conflict-20240102-030405-ABCDEF.jpg", "~syncthing~a.jpg.tmp", "a.jpg.!sync"),
+    *(
+        "a.sync-conflict-20240102-030405-ABCDEF.jpg",
+        "a (Case Conflict 1).jpg",
+        "~syncthing~a.jpg.tmp",
+        "a.jpg.!sync",
+    ),
     *("a (Anna's conflicted copy 2024-01-02).jpg", "$RECYCLE.BIN/$R1.jpg", "IMG_1.aae", "b.jpg~"),
     *("System Volume Information/IndexerVolumeGuid", "sub/thumbs.db", "a.jpg_original"),
 ]
-NO_JUNK = ["a.jpg", "~a.jpg", "icon.png", "thumbs.jpg", "syncthing.jpg", "a.b.c", "desktop.jpg"]
+NO_JUNK = [
+    "a case conflict.jpg",
+    "a.jpg",
+    "~a.jpg",
+    "icon.png",
+    "thumbs.jpg",
+    "syncthing.jpg",
+    "a.b.c",
+    "desktop.jpg",
+]
 
 
 @pytest.mark.parametrize("name", [*JUNK, *(name.replace("/", "\\") for name in JUNK)])

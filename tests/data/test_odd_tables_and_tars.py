@@ -59,6 +59,37 @@ def test_tables(tmp_path, name, content, caption):
     assert captions(source) == {"s/a.png": (caption,)} and not source.report.rejected
 
 
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ('{"file_name": "a.png", "text": "two"},', "bad row (not JSON: Extra data"),
+        (
+            '{"file_name": "a.png", "text": "two", "n": ' + "1" * 5000 + "}",
+            "bad row (not JSON: Exceeds",
+        ),
+        ('["a.png", "two"]', "bad row (no JSON object)"),
+    ],
+)
+def test_a_line_that_is_no_json_says_why(tmp_path, row, says):
+    for name in "ab":
+        (tmp_path / f"{name}.png").write_bytes(image(ord(name)))
+    good = json.dumps({"file_name": "b.png", "text": "a ball"})
+    (tmp_path / "metadata.jsonl").write_text(f"{good}\n{row}\n")
+    source = opened(tmp_path)
+    assert captions(source) == {"b.png": ("a ball",)}
+    assert dict(source.report.rejected)["metadata.jsonl:2"].startswith(says)
+
+
+@pytest.mark.parametrize(
+    "value", [["one", ["two"]], ["one", {"en": "two"}], ["one", 2], ["one", None]]
+)
+def test_what_is_no_text_in_a_list_is_no_caption(tmp_path, value):
+    (tmp_path / "a.png").write_bytes(PNG)
+    row = json.dumps({"file_name": "a.png", "text": value})
+    (tmp_path / "metadata.jsonl").write_text(row)
+    assert captions(opened(tmp_path)) == {"a.png": ("one",)}
+
+
 def test_the_column_that_is_named_is_never_replaced(tmp_path):
     (tmp_path / "a.png").write_bytes(PNG)
     (tmp_path / "b.png").write_bytes(image(1))

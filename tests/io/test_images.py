@@ -57,6 +57,13 @@ def test_decode_scales_sixteen_bits_instead_of_clipping_them():
     np.testing.assert_array_equal(decoded[0, :, 1], [0, 0, 1, 128, 255])
 
 
+@pytest.mark.parametrize("white", [255, 65535, 2**31 - 1])
+def test_decode_refuses_32_bits_whose_white_is_unknown(white):
+    levels = np.array([[0, white]], np.int32)
+    with pytest.raises(images.ImageError, match="more than 16 bits per channel"):
+        images.decode(encode(Image.fromarray(levels), "tiff"))
+
+
 def test_decode_lays_transparency_over_white():
     rgba = np.zeros((1, 3, 4), np.uint8)
     rgba[0, :, 3] = 0, 255, 51

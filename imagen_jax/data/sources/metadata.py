@@ -51,16 +51,17 @@ def _read_jsonl(path: pathlib.Path) -> Iterator[MetadataRow]:
     for number, line in enumerate(text.read_lines(path), start=1):
         if not line.text.strip():
             continue
+        value, why = None, "no JSON object"
         try:
             value = json.loads(line.text, strict=False)  # Tabs within texts.
-        except (ValueError, RecursionError):
-            value = None
+        except (ValueError, RecursionError) as error:
+            why = f"not JSON: {str(error).partition(';')[0]}"
         fault = f"caption in {line.fault}" if line.fault else ""
         notes = (f"caption in {line.encoding}",) if line.encoding else ()
         if isinstance(value, dict):
             yield MetadataRow(number, value, fault, notes)
         else:
-            yield MetadataRow(number, {}, fault or "missing file (no JSON object)")
+            yield MetadataRow(number, {}, fault or f"bad row ({why})")
 
 
 def _read_csv(path: pathlib.Path) -> Iterator[MetadataRow]:

@@ -34,6 +34,7 @@ _JUNK_NAME = re.compile(
     r"|pspbrwse\.jbf|icon\r|.*[:_]zone\.identifier|~\$.*|~syncthing~.*|.*~"
     r"|.*\.(tmp|temp|part|partial|crdownload|download|lnk|url|webloc|bak|swp|aae|ini|thm|icloud)"
     r"|.*\.sync-conflict-\d{8}-\d{6}.*|.*conflicted copy \d{4}-\d{2}-\d{2}.*"
+    r"|.* \((case|unicode encoding|selective sync) conflict( \d+)?\)(\..*)?"
     r"|.*\.conflict\d+(\..*)?|.*\.!sync|.*_original|autorun\.inf|albumart(small|_\{).*",
     re.IGNORECASE,
 )

@@ -307,13 +307,13 @@ def texts_of(value: Any) -> tuple[Caption, ...]:
     Bytes are decoded where they are Unicode.
     """
     if isinstance(value, (list, tuple)):
-        return tuple(found for item in value if item is not None for found in _text_of(item))
-    return _text_of(value) if isinstance(value, (str, bytes)) else ()
+        return tuple(found for item in value for found in _text_of(item))
+    return _text_of(value)
 
 
 def _text_of(value: Any) -> tuple[Caption, ...]:
     if not isinstance(value, bytes):
-        return (str(value),)
+        return (str(value),) if isinstance(value, str) else ()
     try:
         return (text.decode(value),)
     except text.TextError:
