@@ -14,6 +14,19 @@ from imagen_jax.data.embeddings.store import EmbeddingStore
 
 ROOT = pathlib.Path(__file__).parents[2]
 STAGES = ["export", "export", "train", "train"]
+TINY = [
+    "--config.model.channels=(8, 8)",
+    "--config.model.num_res_blocks=(1, 1)",
+    "--config.model.self_attention=(False, False)",
+    "--config.model.cross_attention=(False, True)",
+    "--config.model.head_dim=8",
+    "--config.model.num_groups=2",
+    "--config.model.embed_dim=16",
+    "--config.pretrain_text.emb_dim=16",
+    "--config.pretrain_text.num_heads=2",
+    "--config.pretrain_text.num_layers=1",
+    "--config.pretrain_text.mlp_dim=32",
+]
 
 
 @pytest.mark.parametrize("flag", ["--allow_changes", "--allow-changes"])
@@ -117,7 +130,8 @@ def write_image(folder: pathlib.Path, number: int, caption: str) -> None:
 def test_a_folder_that_changes_twice_goes_on_with_its_captions_embedded(tmp_path):
     """Images are added and captions corrected, then images are removed; four steps in all.
 
-    The script runs as a user starts it, on one core, with an encoder of its own.
+    The script runs as a user starts it, on one core, with an encoder of its own and networks of two
+    small levels, because compiling those of configs/folder.py five times takes an hour.
     """
     photos, run = tmp_path / "photos", tmp_path / "run"
     photos.mkdir()
@@ -130,7 +144,7 @@ def test_a_folder_that_changes_twice_goes_on_with_its_captions_embedded(tmp_path
 
     def start(*flags: str) -> tuple[int, str]:
         small = ["--config.pretrain_text.steps=2", f"--config.text.path={run}/text"]
-        small += ["--config.data.batch_size=2", "--config.sampling.steps=2", *flags]
+        small += ["--config.data.batch_size=2", "--config.sampling.steps=2", *TINY, *flags]
         done = subprocess.run(
             ["taskset", "-c", core, "bash", "launch/folder.sh", photos, run, *small],
             cwd=ROOT,
