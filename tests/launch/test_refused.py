@@ -43,7 +43,7 @@ from tests.reference.launch import (
         ),
         (["tpu_vm.sh", "stop", "--config.a", "1\n2"], "--config.a=1... has more than one line"),
         (["tpu_vm.sh", "stop", "--config.a=1\n2"], "--config.a=1... has more than one line"),
-        (["tpu_vm_worker.sh"], "install, prepare, embed or start COMMAND..., logs or stop; not nothing"),
+        (["tpu_vm_worker.sh"], "install, prepare, embed or start COMMAND..., logs or stop; not"),
         ([*GKE[:2], *GKE[3:], *TPU_NODES], "gke_jobset.sh: --image is missing"),
         ([*GKE, *TPU_NODES[1:]], "--accelerator is missing"),
         ([*GKE, TPU_NODES[0], *TPU_NODES[2:]], "--topology is missing"),
