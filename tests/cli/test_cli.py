@@ -169,7 +169,7 @@ def test_invalid_stage_settings(refused, tmp_path, base_config, settings, says):
 
 def test_an_unexpected_error_keeps_its_traceback(monkeypatch, config):
     """An error that is not this package's own is a fault of the program and is not hidden."""
-    monkeypatch.setattr(prepare, "open_source", lambda data: 1 / 0)
+    monkeypatch.setattr(prepare, "open_source", lambda data, **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main.main(["prepare", f"--config={config}"])
 

@@ -89,7 +89,7 @@ echo "$@" >>{tmp_path}/calls
         trained = {call[3].rpartition(":")[2]: call for call in calls if call[2] == "train"}
         assert set(trained) == set(names)
         base, sr = (trained[name] for name in names)
-        assert "--config.train.steps=5800" in base and "--config.train.steps=2900" in sr
+        assert "--config.train.steps=5400" in base and "--config.train.steps=2700" in sr
         path_of_text = "minilm" if encoder == "minilm" else f"{run}/text"
         assert f"--config.text.path={path_of_text}" in base
         assert ("minutes on two cores" in done.stdout) == (device == "cpu")
