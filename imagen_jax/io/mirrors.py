@@ -33,11 +33,12 @@ _PATTERN = re.compile(r"[*?\[]")
 def home() -> pathlib.Path:
     """The folder of all mirrors: in the user's cache, else among the temporary files."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    root = pathlib.Path(cache) / "imagen_jax" / "buckets"
-    with contextlib.suppress(OSError):
-        root.mkdir(parents=True, exist_ok=True)
-    if os.path.isabs(cache) and os.access(root, os.W_OK):
-        return root
+    if os.path.isabs(cache):  # Without a home folder it is not.
+        root = pathlib.Path(cache) / "imagen_jax" / "buckets"
+        with contextlib.suppress(OSError):
+            root.mkdir(parents=True, exist_ok=True)
+        if os.access(root, os.W_OK):
+            return root
     return pathlib.Path(tempfile.gettempdir()) / f"imagen_jax_{os.getuid()}" / "buckets"
 
 
