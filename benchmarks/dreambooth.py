@@ -46,7 +46,7 @@ BEFORE = "prompts of before"
 # Prompts of the combinations -> the word in place of colour and size; "" names these.
 WORDS = {"rare word": WORD, "another rare word": OTHER_WORD, "described": ""}
 KINDS = ("count", "count", "count", "relation")  # Of the combinations, by turns.
-# Settings of the tuning, chosen with seed 100 among nine: those that tune all kernels, or longer,
+# Settings of the tuning, chosen with seed 100, few prompts; those that tune all kernels, or longer,
 # lose more of the prompts of before; a third of the learning rate gives the subject less often.
 SETTINGS = {
     "lora.rank": 16,
