@@ -123,6 +123,11 @@ def _holds(address: str, data: bytes) -> bool:
         return False
 
 
+def is_inside(name: str) -> bool:
+    """Whether the name of an object below a folder is a path that stays inside of it."""
+    return all(part not in ("", ".", "..") for part in name.split("/")) and "\0" not in name
+
+
 def names(address: str) -> list[str]:
     """Names of the objects below a folder, relative to it, sorted; [] if there are none."""
     store, path = _open(address)

@@ -35,9 +35,7 @@ def home() -> pathlib.Path:
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if os.path.isabs(cache):  # Without a home folder it is not.
         root = pathlib.Path(cache) / "imagen_jax" / "buckets"
-        with contextlib.suppress(OSError):
-            root.mkdir(parents=True, exist_ok=True)
-        if os.access(root, os.W_OK):
+        if os.access(next(folder for folder in (root, *root.parents) if folder.exists()), os.W_OK):
             return root
     return pathlib.Path(tempfile.gettempdir()) / f"imagen_jax_{os.getuid()}" / "buckets"
 
@@ -48,10 +46,17 @@ def folder(address: str, name: str = "") -> pathlib.Path:
     Args:
       address: of a folder in a bucket.
       name: of one of several mirrors of the address; "": that of all processes.
+
+    Raises:
+      BucketError: the folder of all mirrors belongs to another user.
     """
     key = hashlib.sha256(address.rstrip("/").encode()).hexdigest()[:24]
     root = home() / (f"{key}-{name}" if name else key)
     root.mkdir(parents=True, exist_ok=True)
+    if home().parent.stat().st_uid != os.getuid():
+        raise BucketError(
+            f"{home().parent} belongs to another user; set XDG_CACHE_HOME to a folder"
+        )
     if not _address_file(root).exists():
         atomic.write_text(_address_file(root), address.rstrip("/"))
     return root
@@ -104,6 +109,8 @@ def files(address: str, *, fresh: bool = False) -> pathlib.Path:
         if not listed["names"]:
             raise BucketError(f"{address} holds nothing; check the address and the rights to it")
         _publish(base, listed, single)
+    # The list in the bucket is of whoever may write there.
+    listed["names"] = list(filter(buckets.is_inside, listed["names"]))
     _touch(root, listed["names"])
     _write_list(root, {**listed, "single": single})
     return root / name if name else root
@@ -212,8 +219,6 @@ def _touch(root: pathlib.Path, names: Sequence[str]) -> None:
     for name in names:
         path = root / name
         if name in known and path.exists():
-            continue
-        if ".." in name.split("/") or name.startswith("/") or "\0" in name:
             continue
         with contextlib.suppress(FileExistsError, NotADirectoryError, IsADirectoryError):
             path.parent.mkdir(parents=True, exist_ok=True)

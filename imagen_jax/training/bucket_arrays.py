@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -106,7 +106,7 @@ def write_shards(address: str, process: int, shards: list[Shard], token: str) ->
     def write(number: int) -> list[Saved]:
         name, content, rows = f"{process:05d}.{number:05d}.bin", bytearray(), []
         for path, starts, data in parts[number]:
-            raw, crc = np.ascontiguousarray(data).tobytes(), 0
+            raw = np.ascontiguousarray(data).tobytes()
             crc = google_crc32c.value(raw)
             rows.append(
                 Saved(path, starts, list(data.shape), str(data.dtype), name, len(content), crc)
@@ -287,7 +287,11 @@ def _array(
     if sharding is None:
         return part(tuple(slice(None) for _ in leaf.shape))
     made: dict[Box, np.ndarray] = {}  # Replicas on several devices are assembled once.
-    callback: Callable[[Any], np.ndarray] = lambda index: made.setdefault(  # noqa: E731
-        _box(index, leaf.shape), part(index)
-    )
-    return jax.make_array_from_callback(tuple(leaf.shape), sharding, callback)
+
+    def once(index: tuple[slice, ...]) -> np.ndarray:
+        box = _box(index, leaf.shape)
+        if box not in made:
+            made[box] = part(index)
+        return made[box]
+
+    return jax.make_array_from_callback(tuple(leaf.shape), sharding, once)

@@ -83,8 +83,8 @@ class _Copier:
 
     def pull(self) -> None:
         """Copies what a run or a command reads of an earlier run."""
-        names = [name for name in buckets.names(self._address) if self._is_copied(name)]
-        needed = [name for name in names if name.endswith(_NEEDED)]
+        names = filter(buckets.is_inside, buckets.names(self._address))
+        needed = [name for name in names if self._is_copied(name) and name.endswith(_NEEDED)]
 
         def copy(name: str) -> None:
             path = self._folder / name

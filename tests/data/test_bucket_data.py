@@ -1,6 +1,7 @@
 """Data and embeddings in a bucket: the batches of a disk, few requests, faults in one line."""
 
 import dataclasses
+import json
 import os
 import pathlib
 import time
@@ -244,3 +245,27 @@ def test_the_claim_of_a_dead_worker_in_a_bucket_is_taken_over(requests, tmp_path
         assert not third.take("unit")
         second.release("unit")
     assert buckets.names("s3://bucket/text") == []
+
+
+def test_names_that_lead_out_of_the_mirror_are_left_out(requests, cache, tmp_path):
+    """Of a hostile bucket, or of its list: nothing outside is made, written or removed."""
+    outside = tmp_path / "outside.txt"
+    outside.write_text("kept")
+    climbs = "../" * 9 + str(outside).lstrip("/")
+    names = ["a.png", climbs, f"/{outside}", "b/../../c.png", "./d.png"]
+    listed = {"names": names, "tags": {}}
+    buckets.write("gs://bucket/data/a.png", b"x")
+    buckets.write("gs://bucket/data/.imagen_index/objects.json", json.dumps(listed).encode())
+    root = mirrors.files("gs://bucket/data")
+    assert [path.name for path in root.rglob("*")] == ["a.png"]  # "." is no folder of a store.
+    buckets.write(
+        "gs://bucket/data/.imagen_index/objects.json",
+        json.dumps({"names": ["a.png"], "tags": {}}).encode(),
+    )
+    mirrors.files("gs://bucket/data")
+    assert outside.read_text() == "kept"
+
+
+def test_paths_of_a_disk_make_no_folder(cache):
+    assert mirrors.origin("data/a.png") is None
+    assert not cache.exists()

@@ -239,3 +239,26 @@ def test_doctor_writes_reads_lists_and_deletes(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(buckets, "names", lambda address: [])
         assert bucket.check_bucket(RUN)[0] == "failed"
+
+
+def test_objects_whose_names_lead_out_of_the_workdir_are_not_copied(tmp_path):
+    outside = tmp_path / "outside.json"
+    buckets.write(f"{RUN}/{outside}", b"{}")
+    with workdirs.opened(RUN, write=False):
+        assert not outside.exists()
+
+
+def test_replicas_are_assembled_once(monkeypatch):
+    """Each device asks for its part; those of a replicated array are the same."""
+    values = jnp.arange(4.0)
+    bucket_arrays.write_shards(RUN, 0, bucket_arrays.own_shards({"a": values}), "token")
+    bucket_arrays.commit(RUN, 1, {}, "token")
+
+    def two_devices(shape, sharding, part):
+        whole = (slice(None),)
+        assert part(whole) is part(whole)
+        return jax.device_put(part(whole), sharding)
+
+    monkeypatch.setattr(bucket_arrays.jax, "make_array_from_callback", two_devices)
+    abstract = jax.ShapeDtypeStruct((4,), jnp.float32, sharding=values.sharding)
+    same(bucket_arrays.read(RUN, {"a": abstract})["a"], values)
