@@ -284,11 +284,13 @@ def _array(
         return result
 
     sharding = getattr(leaf, "sharding", None)
+    whole = tuple(slice(None) for _ in leaf.shape)
     if sharding is None:
-        return part(tuple(slice(None) for _ in leaf.shape))
+        return part(whole)
     made: dict[Box, np.ndarray] = {}  # Replicas on several devices are assembled once.
 
-    def once(index: tuple[slice, ...]) -> np.ndarray:
+    def once(index: tuple[slice, ...] | None) -> np.ndarray:
+        index = index or whole
         box = _box(index, leaf.shape)
         if box not in made:
             made[box] = part(index)
