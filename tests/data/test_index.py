@@ -87,7 +87,7 @@ def test_good_files_are_kept_and_bad_ones_listed(zoo):
         "self.png": "symlink loop",
         "gone.png": "unreadable",
         "deep/metadata.jsonl:1": "missing file (deep/lost.png)",
-        "deep/metadata.jsonl:2": "missing file",
+        "deep/metadata.jsonl:2": "bad row (not JSON",
     }
     reasons = dict(source.report.rejected)
     assert reasons.keys() == expected.keys()
