@@ -59,6 +59,7 @@ def test_resumed_in_the_middle_it_ends_the_same(base_config, teacher, stream, tm
     assert max(jax.tree.leaves(moved)) > 1e-3
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_give_the_same_gradient(base_config, teacher, make_batch):
     config = student(base_config, teacher, 2)
     in_parts = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulation=2))

@@ -93,6 +93,7 @@ def test_a_run_averages_its_parameters(finished):
         np.testing.assert_allclose(kernels[width, 7], average, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_killed_and_resumed_run_writes_the_same_snapshots(finished, run, tmp_path):
     with pytest.raises(Killed):
         run(tmp_path, killed_at=5)  # two snapshots after the last checkpoint

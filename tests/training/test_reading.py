@@ -118,6 +118,7 @@ def test_reading_changes_nothing(alone, config, tmp_path):
     under_way.rmdir()
 
 
+@pytest.mark.slow
 def test_a_run_ends_as_if_alone_beside_readers(alone, config, stream, tmp_path):
     """A run that saves at every step, and keeps one; its newest checkpoint is read all the time."""
     results, read, failed = [], [], []
@@ -153,6 +154,7 @@ def test_a_step_that_is_deleted_is_not_read(alone):
         export.read_average(str(alone[1]), 7)
 
 
+@pytest.mark.slow
 def test_a_fault_replays_without_its_checkpoint(alone, config, stream):
     """The run kept one checkpoint, a later one: the replay begins at step 0."""
     lines = []

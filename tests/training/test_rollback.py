@@ -34,6 +34,7 @@ def assert_same(a, b) -> None:
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
 
 
+@pytest.mark.slow
 def test_a_nan_in_one_batch_is_rescued_once(base_config, stream, tmp_path):
     config, seen, lines = with_train(base_config, steps=7, nan_patience=1), [], []
     batches = stream(config, nan_in(5), seen.append)

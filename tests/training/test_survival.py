@@ -128,6 +128,7 @@ def test_a_hardware_fault_is_not_reproduced(base_config, stream, tmp_path):
         replay(config, str(tmp_path), 4, stream(config))
 
 
+@pytest.mark.slow
 def test_ten_consecutive_faults_roll_back_once_then_stop(base_config, stream, tmp_path):
     config = with_train(base_config, steps=30)
     steps, lines = [], []

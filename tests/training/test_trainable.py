@@ -215,6 +215,7 @@ def is_schedule(node) -> bool:
     return isinstance(node, optax.ScaleByScheduleState)
 
 
+@pytest.mark.slow
 def test_a_fault_before_the_first_checkpoint_is_replayed_from_the_stage(
     base_config, random_params, stream, tmp_path
 ):
