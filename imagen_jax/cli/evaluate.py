@@ -14,8 +14,8 @@ from imagen_jax.cli import (
 )
 from imagen_jax.cli import sample as sample_verb
 from imagen_jax.evaluation import drawbench, edges, report, samples, scorers
-from imagen_jax.evaluation.raters import build, score
-from imagen_jax.evaluation.raters.studies import STUDIES
+from imagen_jax.evaluation.raters import build, score, tables
+from imagen_jax.evaluation.raters.studies import STUDIES, letters
 from imagen_jax.io import atomic
 from imagen_jax.parallel import distributed
 
@@ -116,11 +116,15 @@ def _drawbench(flags: argparse.Namespace) -> None:
 def _add_rate_build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--study", required=True, choices=list(STUDIES), help="the questions")
     path_flags.required(parser, "--samples_a", "folder of samples", metavar="DIR", bucket="read")
-    path_flags.required(
-        parser, "--samples_b", "the other folder, or real images", metavar="DIR", bucket="read"
+    parser.add_argument(
+        "--samples_b",
+        required=True,
+        type=path_flags.input_list,
+        metavar="DIR[,DIR...]",
+        help="the other folder, or real images; several models with --study=drawbench",
     )
     parser.add_argument(
-        "--names", default="A,B", help="names of the two folders, hidden from raters"
+        "--names", default="", help="names of all folders, hidden from raters; default: A,B,..."
     )
     path_flags.required(parser, "--out", "folder to write: page/ and key.json", bucket="write")
     parser.add_argument("--seed", type=int, default=0, help="seed of orders, sides and controls")
@@ -130,9 +134,13 @@ def _add_rate_build(parser: argparse.ArgumentParser) -> None:
 
 
 def _rate_build(flags: argparse.Namespace) -> None:
-    names = flags.names.split(",")
-    if len(names) != 2 or names[0] == names[1]:
-        raise samples.EvaluationError(f"--names={flags.names} must be two names, as in mine,theirs")
+    count = 1 + len(flags.samples_b)
+    names = flags.names.split(",") if flags.names else letters(count)
+    if len(names) != count or len({name.casefold() for name in names}) != count:
+        raise samples.EvaluationError(
+            f"--names={flags.names} must be {count} names, all different, as in mine,theirs: "
+            "that of --samples_a, then those of --samples_b"
+        )
     key = build.build(
         flags.samples_a,
         flags.samples_b,
@@ -164,8 +172,8 @@ def _add_rate_score(parser: argparse.ArgumentParser) -> None:
 
 def _rate_score(flags: argparse.Namespace) -> None:
     card = score.score(flags.key, flags.results)
-    score.write(card, flags.out)
-    print(score.format_card(card), end="")
+    tables.write(card, flags.out)
+    print(tables.format_card(card), end="")
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:

@@ -54,7 +54,7 @@ def bar_chart(bars: Mapping[str, Mapping[str, Mapping[str, float]]], *, title: s
     """Groups of bars with error bars, in percent.
 
     Args:
-      bars: group -> series -> `mean`, `low`, `high` in 0..1.
+      bars: group -> series -> `mean`, `low`, `high` in 0..1; without `low` and `high` no error bar.
       title: title of the chart.
     """
     series = list(dict.fromkeys(name for group in bars.values() for name in group))
@@ -66,7 +66,8 @@ def bar_chart(bars: Mapping[str, Mapping[str, Mapping[str, float]]], *, title: s
         groups = [i for i, rates in enumerate(bars.values()) if name in rates]
         rates = [rates[name] for rates in bars.values() if name in rates]
         means, lows, highs = (
-            100 * np.array([rate[part] for rate in rates]) for part in ("mean", "low", "high")
+            100 * np.array([rate.get(part, np.nan) for rate in rates])
+            for part in ("mean", "low", "high")
         )
         axes.bar(
             [i + offset for i in groups],

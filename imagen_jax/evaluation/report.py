@@ -1,4 +1,5 @@
-"""Tables of a run's cards beside the paper's: OUT/report.md and OUT/report.html with samples.
+"""Tables of a run's cards beside the paper's: OUT/report.md and OUT/report.html with samples
+and charts.
 
 Cards are the JSON files of the evaluations: `fid30k.json`, those of `fid` and `clip_score`,
 `ratings.json` of `rate_score`, the report of `alignment`, and any
@@ -7,6 +8,7 @@ Cards are the JSON files of the evaluations: `fid30k.json`, those of `fid` and `
 
 from __future__ import annotations
 
+import base64
 import html
 import json
 import pathlib
@@ -17,13 +19,14 @@ import numpy as np
 
 from imagen_jax.config.fields import unknown_name
 from imagen_jax.evaluation import cards as cards_lib
-from imagen_jax.evaluation import drawbench, leaderboard, samples
+from imagen_jax.evaluation import charts, drawbench, leaderboard, samples
 from imagen_jax.evaluation.features import fid30k
-from imagen_jax.evaluation.raters import score
+from imagen_jax.evaluation.raters import score, tables
 from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.io import atomic, images
 
 MAX_IMAGES = 24
+NOT_MEASURED = "not measured"
 Table = tuple[str, list[str], list[list[str]]]
 
 
@@ -43,18 +46,31 @@ def write(cards: Sequence[str], out: str, *, name: str, samples_dir: str = "") -
       EvaluationError: a file is not a card.
     """
     read = [_read_card(path) for path in cards]
-    tables = [_fid_table(read, name), _human_table(read, name)]
+    all_tables = [_fid_table(read, name), _human_table(read, name)]
     for card in read:
-        tables += _RENDER[card["card"]](card)
+        all_tables += _RENDER[card["card"]](card)
     folder = pathlib.Path(out)
+    drawn = _write_charts(read, folder)
     image = ""
     if samples_dir:
         image = "pictures.png"
         images.save_png(folder / image, _grid(samples_dir), {"samples": samples_dir})
-    markdown = _markdown(tables, name, image)
+    markdown = _markdown(all_tables, name, [image, *drawn] if image else list(drawn))
     atomic.write_text(folder / "report.md", markdown)
-    atomic.write_text(folder / "report.html", _html(tables, name, image))
+    atomic.write_text(folder / "report.html", _html(all_tables, name, image, drawn))
     return markdown
+
+
+def _write_charts(cards: Sequence[Mapping[str, Any]], folder: pathlib.Path) -> dict[str, str]:
+    """Writes the raters' charts; SVG documents by file name."""
+    drawn = {}
+    for card in cards:
+        if card["card"] == "ratings":
+            for name, chart in tables.draw_charts(card).items():
+                drawn[f"{card['study']}_{name}.svg"] = charts.to_svg(chart)
+    for name, text in drawn.items():
+        atomic.write_text(folder / name, text)
+    return drawn
 
 
 def score_tables(cards: Sequence[str]) -> str:
@@ -101,12 +117,14 @@ def _fid_table(cards: Sequence[Mapping[str, Any]], name: str) -> Table:
         [model, "zero-shot" if zero_shot else "COCO", value]
         for _, model, zero_shot, value in sorted(rows, key=lambda row: row[0])
     ]
+    if len(rows) == len(leaderboard.FID):
+        lines.append([f"**{name}**", "-", NOT_MEASURED])
     return "FID-30K on COCO, lower is better", ["model", "trained on", "FID-30K"], lines
 
 
 def _human_table(cards: Sequence[Mapping[str, Any]], name: str) -> Table:
-    def plus_minus(value: tuple[float, float] | None) -> str:
-        return "-" if value is None else f"{value[0]:.1f} ± {value[1]:.2f}"
+    def plus_minus(value: tuple[float, float]) -> str:
+        return f"{value[0]:.1f}" + (f" ± {value[1]:.2f}" if value[1] else "")
 
     lines = [
         [row.model, row.subset, plus_minus(row.photorealism), plus_minus(row.alignment)]
@@ -117,35 +135,39 @@ def _human_table(cards: Sequence[Mapping[str, Any]], name: str) -> Table:
             question: _rate_of(cards, question, subset)
             for question in ("photorealism", "description")
         }
-        if any(cells.values()):
-            lines.append([f"**{name}**", subset, *(cell or "-" for cell in cells.values())])
+        if any(cells.values()) or subset == score.ALL_PROMPTS:
+            row = [cell or NOT_MEASURED for cell in cells.values()]
+            lines.append([f"**{name}**", subset, *row])
     title = "Raters on COCO: percent with 95% interval; photorealism 50 is indistinguishable"
-    return title, ["model", "captions", "photorealism", "alignment"], lines
+    return title, ["model", "captions", "photorealism", "alignment by raters"], lines
 
 
 def _rate_of(cards: Sequence[Mapping[str, Any]], question: str, subset: str) -> str:
     """The rate of A, the run, in a group of a question's ratings; "" if no card has it."""
     for card in cards:
-        if card["card"] == "ratings" and question in card["questions"]:
-            entry = card["questions"][question]["groups"].get(subset)
-            return score.format_rate(entry["rates"].get("A")) if entry else ""
+        if card["card"] == "ratings" and question in card["comparisons"][0]["questions"]:
+            entry = card["comparisons"][0]["questions"][question]["groups"].get(subset)
+            rate = entry["rates"].get("A") if entry else None
+            return tables.format_rate(rate, too_few=entry["too_few"]) if rate else ""
     return ""
 
 
 def _ratings_tables(card: Mapping[str, Any]) -> list[Table]:
     """Preference rates by category."""
-    tables = []
-    for question, scores in card["questions"].items():
-        columns = list(scores["groups"][score.ALL_PROMPTS]["rates"])
-        names = dict(zip("AB", card["names"], strict=True))
-        lines = [
-            [group, *(score.format_rate(entry["rates"].get(c)) for c in columns)]
-            + [str(entry["raters"]), str(entry["prompts"])]
-            for group, entry in scores["groups"].items()
-        ]
-        head = ["", *(names.get(column, column) for column in columns), "raters", "prompts"]
-        tables.append((f"Raters, {card['study']}: {question}, percent", head, lines))
-    return tables
+    found = []
+    for comparison in card["comparisons"]:
+        names = dict(zip("AB", comparison["names"], strict=True))
+        for question, scores in comparison["questions"].items():
+            columns = list(scores["groups"][score.ALL_PROMPTS]["rates"])
+            lines = [
+                [group, *tables.format_entry(entry, columns)]
+                for group, entry in scores["groups"].items()
+            ]
+            head = ["", *(names.get(column, column) for column in columns), "raters", "prompts"]
+            found.append(
+                (f"{question.capitalize()} by raters, {card['study']}, percent", head, lines)
+            )
+    return found
 
 
 def _alignment_tables(card: Mapping[str, Any]) -> list[Table]:
@@ -157,7 +179,7 @@ def _alignment_tables(card: Mapping[str, Any]) -> list[Table]:
         means = [f"{part['mean']:.2f}" if part else "-" for part in parts]
         lines.append([kind, means[0], interval, means[1], means[2], str(own["n"])])
     head = ["prompts", "exact", "95%", "ceiling", "chance", "n"]
-    return [(card.get("title", "Alignment"), head, lines)]
+    return [(f"{card.get('title', 'Alignment')}, by the scorer", head, lines)]
 
 
 def _measured_table(card: Mapping[str, Any]) -> list[Table]:
@@ -177,7 +199,7 @@ _FIELDS = {
     "fid30k": ("fid", "zero_shot"),
     "fid": ("fid",),
     "clip_score": ("clip_score",),
-    "ratings": ("study", "names", "questions"),
+    "ratings": ("study", "comparisons"),
     "alignment": ("kinds",),
 }
 
@@ -192,11 +214,11 @@ def _grid(folder: str) -> np.ndarray:
     return images.grid(np.stack(shown), columns, [prompt for (prompt, _), _ in groups])
 
 
-def _markdown(tables: Sequence[Table], name: str, image: str) -> str:
+def _markdown(all_tables: Sequence[Table], name: str, files: Sequence[str]) -> str:
     lines = [f"# {name}", ""]
-    if image:
-        lines += [f"![Samples of {name}]({image})", ""]
-    for table in tables:
+    for file in files:
+        lines += [f"![{pathlib.Path(file).stem} of {name}]({file})", ""]
+    for table in all_tables:
         lines += _markdown_table(*table)
     return "\n".join([*lines, f"Other models: {leaderboard.SOURCE}."]) + "\n"
 
@@ -213,14 +235,17 @@ STYLE = (
 )
 
 
-def _html(tables: Sequence[Table], name: str, image: str) -> str:
+def _html(all_tables: Sequence[Table], name: str, image: str, drawn: Mapping[str, str]) -> str:
     parts = [
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(name)}</title>',
         f"<style>{STYLE}</style><h1>{html.escape(name)}</h1>",
     ]
     if image:
         parts.append(f'<img src="{image}" alt="Samples">')
-    for title, head, rows in tables:
+    for file, svg in drawn.items():
+        data = base64.b64encode(svg.encode()).decode()
+        parts.append(f'<img src="data:image/svg+xml;base64,{data}" alt="{html.escape(file)}">')
+    for title, head, rows in all_tables:
         parts.append(f"<h2>{html.escape(title)}</h2><table>")
         parts.append("<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in head) + "</tr>")
         for row in rows:

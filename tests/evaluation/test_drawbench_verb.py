@@ -40,7 +40,7 @@ def test_from_a_csv_to_a_page(stage_folder, tmp_path, capsys):
     assert "12 items, 10 of them controls" in capsys.readouterr().out
     assert len(list((out / "page" / "pictures").iterdir())) == 12 * 16
     assert main.main(["evaluate", "rate_build", *flags[:-1], "--names=a"]) == 1
-    assert "must be two names" in capsys.readouterr().err
+    assert "must be 2 names" in capsys.readouterr().err
 
 
 def test_rows_with_objects_are_scored(stage_folder, tmp_path, capsys):

@@ -30,7 +30,7 @@ def study(write_samples, tmp_path):
     """A study of four prompts, eight images each: A dark, B light."""
     a = write_samples("a", PROMPTS, level=DARK, count=8)
     b = write_samples("b", PROMPTS, level=LIGHT, count=8)
-    key = build.build(a, b, str(tmp_path / "study"), study="drawbench", names=("mine", "b"))
+    key = build.build(a, [b], str(tmp_path / "study"), study="drawbench", names=("mine", "b"))
     return tmp_path / "study", key
 
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from imagen_jax.cli import main
-from imagen_jax.evaluation.raters import build, score
+from imagen_jax.evaluation.raters import build, score, tables
 from imagen_jax.evaluation.raters.studies import names_people
 from imagen_jax.evaluation.samples import EvaluationError
 
@@ -26,7 +26,7 @@ def study(write_samples, tmp_path):
     a = write_samples("a", ROWS, level=DARK, count=2)
     b = write_samples("b", ROWS, level=LIGHT, count=2)
     out = tmp_path / "study"
-    key = build.build(a, b, str(out), study="drawbench", names=("mine", "theirs"), seed=1)
+    key = build.build(a, [b], str(out), study="drawbench", names=("mine", "theirs"), seed=1)
     return key, out
 
 
@@ -87,7 +87,7 @@ def test_the_key_matches_the_images(study):
 def test_the_seed_is_all_that_order_depends_on(write_samples, tmp_path):
     a, b = write_samples("a", ROWS), write_samples("b", ROWS)
     keys = [
-        build.build(a, b, str(tmp_path / f"s{i}"), study="drawbench", seed=seed)
+        build.build(a, [b], str(tmp_path / f"s{i}"), study="drawbench", names="AB", seed=seed)
         for i, seed in enumerate((5, 5, 6))
     ]
     assert keys[0] == keys[1] and keys[0]["items"] != keys[2]["items"]
@@ -112,7 +112,7 @@ def test_rates_exclusions_and_files(study, tmp_path):
     card = json.loads((tmp_path / "scores" / "ratings.json").read_text())
     assert card["raters"] == 4
     assert card["excluded"] == {"careless": "0 of 10 control items as expected"}
-    groups = card["questions"]["fidelity"]["groups"]
+    groups = card["comparisons"][0]["questions"]["fidelity"]["groups"]
     assert list(groups) == ["all", "no people", "Colors", "Text"]
     rates = {g: {k: v["mean"] for k, v in e["rates"].items()} for g, e in groups.items()}
     assert rates["Text"] == rates["no people"] == {"A": 1.0, "indifferent": 0.0, "B": 0.0}
@@ -135,7 +135,10 @@ def test_the_file_saved_last_counts(study, tmp_path):
     earlier = answer(key, "r", lambda item: "B", tmp_path, saved="2026-01-31T10:00:00Z")
     for order in ([later, earlier], [earlier, later]):
         card = score.score(str(out / "key.json"), order)
-        assert card["questions"]["fidelity"]["groups"]["all"]["rates"]["A"]["mean"] == 1
+        assert (
+            card["comparisons"][0]["questions"]["fidelity"]["groups"]["all"]["rates"]["A"]["mean"]
+            == 1
+        )
         assert card["raters"] == 1
 
 
@@ -175,12 +178,12 @@ def test_invalid_result_files_are_rejected(study, tmp_path, capsys, change, says
 def test_yes_somewhat_no(write_samples, tmp_path):
     a, b = write_samples("a", ROWS), write_samples("b", ROWS)
     out = tmp_path / "s"
-    key = build.build(a, b, str(out), study="alignment", names=("mine", "original"))
+    key = build.build(a, [b], str(out), study="alignment", names=("mine", "original"))
     words = {"A": "somewhat", "B": "yes"}
     for rater in ("r1", "r2"):
         answer(key, rater, lambda item: words[item["of"][0]], tmp_path)
     card = score.score(str(out / "key.json"), sorted(tmp_path.glob("r*.json")))
-    rates = card["questions"]["description"]["groups"]["all"]["rates"]
+    rates = card["comparisons"][0]["questions"]["description"]["groups"]["all"]["rates"]
     assert (rates["A"]["mean"], rates["B"]["mean"]) == (0.5, 1.0)
     controls = [item for item in key["items"] if item["control"]]
     for item in controls:
@@ -215,12 +218,12 @@ def test_folders_that_do_not_match_are_rejected(write_samples, tmp_path):
     a = write_samples("a", ROWS)
     b = write_samples("b", [{"prompt": "another"}])
     with pytest.raises(EvaluationError, match="no prompt .* in common"):
-        build.build(a, b, str(tmp_path / "s"), study="drawbench")
+        build.build(a, [b], str(tmp_path / "s"), study="drawbench", names="AB")
     with pytest.raises(EvaluationError, match="no file"):
-        build.build(a, str(tmp_path), str(tmp_path / "s"), study="drawbench")
-    build.build(a, a, str(tmp_path / "s"), study="drawbench")
+        build.build(a, [str(tmp_path)], str(tmp_path / "s"), study="drawbench", names="AB")
+    build.build(a, [a], str(tmp_path / "s"), study="drawbench", names="AB")
     with pytest.raises(EvaluationError, match="holds a study already"):
-        build.build(a, a, str(tmp_path / "s"), study="drawbench")
+        build.build(a, [a], str(tmp_path / "s"), study="drawbench", names="AB")
 
 
 GUESSES = {
@@ -235,7 +238,7 @@ GUESSES = {
 def test_a_rater_who_guesses_is_excluded(write_samples, tmp_path, kind, manner):
     """Of 400 raters who do not look, about 3% or fewer count; an attentive one always does."""
     a, b = write_samples("a", ROWS[:4]), write_samples("b", ROWS[:4])
-    key = build.build(a, b, str(tmp_path / "s"), study=kind, seed=2)
+    key = build.build(a, [b], str(tmp_path / "s"), study=kind, names="AB", seed=2)
     rng, choices = np.random.default_rng(0), GUESSES[kind]
     if manner == "one of two answers":
         choices = (choices[0], choices[-1])
@@ -257,8 +260,92 @@ def test_a_rater_who_guesses_is_excluded(write_samples, tmp_path, kind, manner):
 
 def test_one_control_item_proves_nothing(write_samples, tmp_path):
     a, b = write_samples("a", ROWS[:4]), write_samples("b", ROWS[:4])
-    key = build.build(a, b, str(tmp_path / "s"), study="photorealism", seed=2)
+    key = build.build(a, [b], str(tmp_path / "s"), study="photorealism", names="AB", seed=2)
     number = next(i for i, item in enumerate(key["items"]) if item["control"])
     answer = key["items"][number]["control"]["photorealism"]
     excluded = score._excluded(key, {("r", number, "photorealism"): answer})
     assert excluded == {"r": "1 of 1 control items as expected, as guesses give in 50% of cases"}
+
+
+FIVE = [{"prompt": f"prompt {i}", "category": "Text"} for i in range(5)]
+ONE = [{"prompt": "alone", "category": "Colors"}]
+
+
+@pytest.fixture
+def several(write_samples, tmp_path):
+    """A study of `mine` against two models; the second lacks a category."""
+    mine, first = (write_samples(n, FIVE + ONE, level=DARK) for n in ("mine", "first"))
+    second = write_samples("second", FIVE, level=LIGHT)
+    flags = [f"--samples_a={mine}", f"--samples_b={first},{second}", "--names=mine,GLIDE,DALL-E 2"]
+    flags += ["--study=drawbench", f"--out={tmp_path / 'study'}"]
+    assert main.main(["evaluate", "rate_build", *flags]) == 0
+    return json.loads((tmp_path / "study" / "key.json").read_text())
+
+
+def test_one_model_against_several(several, tmp_path):
+    pairs = [frozenset(item["of"]) for item in several["items"] if item["of"]]
+    assert pairs.count(frozenset("AB")) == 6 and pairs.count(frozenset("AC")) == 5
+    results = tmp_path / "results"
+    results.mkdir()
+    for number in range(3):
+        # Against the first model one of three raters prefers mine, against the second everyone.
+        def likes(item, number=number):
+            return "A" if "C" in item["of"] or number == 0 else "B"
+
+        answer(several, f"r{number}", likes, results)
+    out = tmp_path / "scores"
+    flags = [f"--key={tmp_path / 'study' / 'key.json'}", f"--results={results}", f"--out={out}"]
+    assert main.main(["evaluate", "rate_score", *flags]) == 0
+    card = json.loads((out / "ratings.json").read_text())
+    assert [c["names"] for c in card["comparisons"]] == [["mine", "GLIDE"], ["mine", "DALL-E 2"]]
+    of_first, of_second = (c["questions"]["fidelity"]["groups"] for c in card["comparisons"])
+    assert of_first["all"]["rates"]["A"]["mean"] == pytest.approx(1 / 3)
+    assert of_first["all"]["rates"]["B"]["mean"] == pytest.approx(2 / 3)
+    assert of_second["all"]["rates"]["A"]["mean"] == 1 and of_second["all"]["prompts"] == 5
+    assert list(of_first) == ["all", "Colors", "Text"] and "Colors" not in of_second
+    names = {path.name for path in out.iterdir()} - {"ratings.json", "ratings.md"}
+    questions = ("alignment", "fidelity")
+    assert names == {"comparisons.svg"} | {f"{q}_{i}.svg" for q in questions for i in (1, 2)}
+    text = svg_texts(out / "comparisons.svg")
+    assert {"GLIDE: fidelity", "DALL-E 2: alignment", "mine", "the other"} <= text
+    assert "mine and other models, 95% intervals" in text
+
+
+def svg_texts(path) -> set[str]:
+    root = ET.parse(path).getroot()
+    return {text.text for text in root.iter("{http://www.w3.org/2000/svg}text")}
+
+
+def test_categories_with_too_few_answers_are_said_to_be_so(several, tmp_path):
+    results = [answer(several, f"r{n}", lambda item: "A", tmp_path) for n in range(3)]
+    card = score.score(str(tmp_path / "study" / "key.json"), results)
+    groups = card["comparisons"][0]["questions"]["fidelity"]["groups"]
+    assert {name: entry["too_few"] for name, entry in groups.items()} == {
+        "all": False,
+        "Colors": True,  # one prompt
+        "Text": False,
+    }
+    tables.write(card, str(tmp_path / "scores"))
+    assert (
+        "| Colors | 100.0 (too few answers) |" in (tmp_path / "scores" / "ratings.md").read_text()
+    )
+    assert "Colors (too few answers)" in svg_texts(tmp_path / "scores" / "fidelity_1.svg")
+    alone = score.score(str(tmp_path / "study" / "key.json"), results[:1])
+    groups = alone["comparisons"][0]["questions"]["fidelity"]["groups"]
+    assert all(entry["too_few"] for entry in groups.values()), "one rater"
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--study=photorealism", "--names=a,b,c"], "must be one folder with --study=photorealism"),
+        (["--study=drawbench", "--names=a,b"], "--names=a,b must be 3 names, all different"),
+        (["--study=drawbench", "--names=a,b,B"], "must be 3 names, all different"),
+    ],
+)
+def test_several_models_that_cannot_be_compared(write_samples, tmp_path, capsys, flags, says):
+    folder = write_samples("a", ROWS)
+    flags = [*flags, f"--samples_a={folder}", f"--samples_b={folder},{folder}"]
+    assert main.main(["evaluate", "rate_build", *flags, f"--out={tmp_path / 's'}"]) == 1
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1

@@ -1,5 +1,6 @@
 """The report beside the paper's tables, and DrawBench's prompts and sheets."""
 
+import base64
 import json
 import pathlib
 
@@ -11,17 +12,28 @@ from imagen_jax.cli import main
 from imagen_jax.evaluation import drawbench, report
 from imagen_jax.evaluation.samples import EvaluationError
 
-PROMPTS = pathlib.Path(__file__).parents[1] / "golden" / "drawbench.csv"
+PROMPTS = pathlib.Path(__file__).parents[2] / "configs" / "drawbench.csv"
 RATE = {"mean": 0.4, "low": 0.35, "high": 0.45}
 RATINGS = {
     "card": "ratings",
     "study": "photorealism",
-    "names": ["mine", "original"],
-    "questions": {
-        "photorealism": {
-            "groups": {"all": {"raters": 9, "prompts": 7, "rates": {"A": RATE, "B": RATE}}}
+    "comparisons": [
+        {
+            "names": ["mine", "original"],
+            "questions": {
+                "photorealism": {
+                    "groups": {
+                        "all": {
+                            "raters": 9,
+                            "prompts": 7,
+                            "too_few": False,
+                            "rates": {"A": RATE, "B": RATE},
+                        }
+                    }
+                }
+            },
         }
-    },
+    ],
 }
 
 
@@ -35,9 +47,14 @@ def test_a_run_stands_at_its_place(write_samples, tmp_path, capsys):
     markdown = capsys.readouterr().out
     models = [line.split("|")[1].strip() for line in markdown.splitlines() if "zero-shot |" in line]
     assert models[:3] == ["Imagen", "**<mine>**", "DALL-E 2"]
-    assert "| **<mine>** | all | 40.0 (35.0-45.0) | - |" in markdown
+    assert "| **<mine>** | all | 40.0 (35.0-45.0) | not measured |" in markdown
+    assert "| Original | all | 50.0 | 91.9 ± 0.42 |" in markdown
+    assert "## Photorealism by raters, photorealism, percent" in markdown
+    assert "![photorealism_photorealism of <mine>](photorealism_photorealism.svg)" in markdown
     html = (tmp_path / "out" / "report.html").read_text()
     assert "<mine>" not in html and '<tr class="own"><td>&lt;mine&gt;</td>' in html
+    chart = (tmp_path / "out" / "photorealism_photorealism.svg").read_bytes()
+    assert base64.b64encode(chart).decode() in html, "the page holds its charts"
     assert (tmp_path / "out" / "pictures.png").exists() and 'src="pictures.png"' in html
 
 
@@ -52,6 +69,23 @@ def test_cards_list_their_settings(tmp_path):
     assert "| **x** | zero-shot | **12.50** (12.00-13.00), of 7 images |" in markdown
     assert "| filter | clean |" in markdown and "| stage base | guidance_weight=2.0 |" in markdown
     assert "| clip_score | 0.25 |" in markdown
+
+
+def test_what_was_not_measured_is_said(tmp_path):
+    path = tmp_path / "card.json"
+    path.write_text(json.dumps({"card": "clip_score", "clip_score": 0.25}))
+    markdown = report.write([str(path)], str(tmp_path / "out"), name="x")
+    assert "| **x** | - | not measured |" in markdown
+    assert "| **x** | all | not measured | not measured |" in markdown
+
+
+def test_alignment_of_a_scorer_is_not_that_of_raters(tmp_path):
+    path = tmp_path / "card.json"
+    tally = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 9}
+    group = {part: {"exact": tally} for part in ("scores", "ceiling", "chance")}
+    path.write_text(json.dumps({"kinds": {"all": group}}))
+    markdown = report.write([str(path)], str(tmp_path / "out"), name="x")
+    assert "## Alignment, by the scorer" in markdown and "alignment by raters |" in markdown
 
 
 @pytest.mark.parametrize(

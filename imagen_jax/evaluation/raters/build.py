@@ -1,4 +1,4 @@
-"""Makes a page for blind comparison of two folders of images by raters (Sec. 4.2 and 4.3).
+"""Makes a page for blind comparison of folders of images by raters (Sec. 4.2 and 4.3).
 
 OUT/page goes to raters: index.html, which needs only a browser, and pictures/ with shuffled names
 and without metadata. OUT/key.json maps images to folders and holds the expected answers of the
@@ -12,14 +12,14 @@ import html
 import importlib.resources
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 
 from imagen_jax.evaluation import samples
-from imagen_jax.evaluation.raters.studies import STUDIES, Study
+from imagen_jax.evaluation.raters.studies import STUDIES, Study, letters
 from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.io import atomic, images
 
@@ -32,23 +32,24 @@ Item = dict[str, Any]
 
 
 def build(
-    folder_a: str,
-    folder_b: str,
+    folder: str,
+    others: Sequence[str],
     out: str,
     *,
     study: str,
-    names: Sequence[str] = ("A", "B"),
+    names: Sequence[str],
     seed: int = 0,
     controls: float = 0.1,
 ) -> dict[str, Any]:
     """Writes OUT/page and OUT/key.json.
 
     Args:
-      folder_a, folder_b: folders of samples; prompts of both are compared. For `photorealism` and
-        `alignment`, B is the folder of real images.
+      folder: folder of samples.
+      others: folders that it is compared with, at the prompts of both; one for `photorealism` and
+        `alignment`, that of the real images.
       out: folder to write.
       study: a row of STUDIES.
-      names: names of the two folders in tables and charts; hidden from raters.
+      names: names of all folders in tables and charts; hidden from raters.
       seed: seed of item order, sides, file names and control questions.
       controls: control items per item, at least LEAST_CONTROLS in each category unless 0.
 
@@ -56,12 +57,21 @@ def build(
       The key.
 
     Raises:
-      EvaluationError: the folders have no prompt in common, or an image cannot be read.
+      EvaluationError: two folders have no prompt in common, an image cannot be read, or the study
+        takes one other folder.
     """
+    chosen, rng = STUDIES[study], np.random.default_rng(seed)
+    if len(others) > 1 and not chosen.several:
+        several = ", ".join(name for name, row in STUDIES.items() if row.several)
+        raise EvaluationError(
+            f"--samples_b={','.join(others)} must be one folder with --study={study}; several "
+            f"folders: --study={several}"
+        )
     if not 0 <= controls <= 1:
         raise EvaluationError(f"--controls={controls} must be within 0..1 (control items per item)")
-    chosen, rng = STUDIES[study], np.random.default_rng(seed)
-    items = _items(chosen, folder_a, folder_b, rng)
+    items = []
+    for letter, other in zip(letters(len(names))[1:], others, strict=True):
+        items += _items(chosen, {"A": folder, letter: other}, rng)
     items += _control_items(chosen, items, controls, rng)
     items = [items[i] for i in rng.permutation(len(items))]
     page = pathlib.Path(out) / "page"
@@ -82,27 +92,28 @@ def build(
     return key
 
 
-def _items(study: Study, folder_a: str, folder_b: str, rng: np.random.Generator) -> list[Item]:
+def _items(study: Study, folders: Mapping[str, str], rng: np.random.Generator) -> list[Item]:
     """One item per prompt of both folders, or one per folder in studies of single images."""
-    a, b = samples.by_prompt(folder_a), samples.by_prompt(folder_b)
-    common = [key for key in a if key in b]
+    rows = {letter: samples.by_prompt(folder) for letter, folder in folders.items()}
+    first, other = folders
+    common = [key for key in rows[first] if key in rows[other]]
     if not common:
         raise EvaluationError(
-            f"--samples_a={folder_a} and --samples_b={folder_b} have no prompt (and category) in "
-            "common; sample both from the same prompts"
+            f"--samples_a={folders[first]} and --samples_b={folders[other]} have no prompt (and "
+            "category) in common; sample both from the same prompts"
         )
     # Half of the items have A on the left, so a rater's side bias cancels.
     a_left = rng.permutation(len(common)) % 2 == 0
     items = []
     for (prompt, category), left in zip(common, a_left, strict=True):
-        count = min(study.images_per_side, len(a[prompt, category]), len(b[prompt, category]))
+        count = min(study.images_per_side, *(len(of[prompt, category]) for of in rows.values()))
         sides = {
-            name: [_loader(folder, row["file"]) for row in rows[prompt, category][:count]]
-            for name, folder, rows in (("A", folder_a, a), ("B", folder_b, b))
+            name: [_loader(folder, row["file"]) for row in rows[name][prompt, category][:count]]
+            for name, folder in folders.items()
         }
         about = {"prompt": prompt, "category": category, "control": {}}
         if study.side_by_side:
-            order = ("A", "B") if left else ("B", "A")
+            order = (first, other) if left else (other, first)
             items.append({**about, "of": list(order), "sides": [sides[name] for name in order]})
         else:
             items += [{**about, "of": [name], "sides": [sides[name]]} for name in sides]

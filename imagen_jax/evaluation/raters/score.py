@@ -20,14 +20,14 @@ from jaxtyping import Float
 from scipy import stats
 
 from imagen_jax.config.fields import unknown_name
-from imagen_jax.evaluation import charts
 from imagen_jax.evaluation.intervals import crossed_mean
-from imagen_jax.evaluation.raters.studies import STUDIES, VALUE, Study, names_people
+from imagen_jax.evaluation.raters.studies import STUDIES, VALUE, Study, letters, names_people
 from imagen_jax.evaluation.samples import EvaluationError
-from imagen_jax.io import atomic
 
 MIN_CONTROLS = 0.8
 MAX_BY_CHANCE = 0.05
+# Fewer raters or prompts say next to nothing of new ones: the interval spans most of 0..1.
+MIN_RATERS, MIN_PROMPTS = 2, 5
 ALL_PROMPTS, NO_PEOPLE = "all", "no people"
 
 
@@ -49,10 +49,12 @@ def score(key_file: str, result_files: Sequence[str | os.PathLike[str]]) -> dict
       result_files: result files of raters, or folders of them.
 
     Returns:
-      `questions` maps each question to `agreement` and to `groups` (all, the no-people subset if it
-      differs, every category), each with numbers of raters, prompts and ratings and with `rates`:
-      for side-by-side studies the shares of A, indifferent and B, otherwise the mean of yes /
-      somewhat / no as 1 / 0.5 / 0 for A and for B. A rate is `mean`, `low`, `high` in 0..1.
+      `comparisons`: for each folder compared with the first, `names` (of the two) and `questions`,
+      which maps each question to `agreement` and to `groups` (all, the no-people subset if it
+      differs, every category), each with numbers of raters, prompts and ratings, with `too_few`
+      (an interval would say nothing) and with `rates`: for side-by-side studies the shares of A
+      (the first folder), indifferent and B (the other), otherwise the mean of yes / somewhat / no
+      as 1 / 0.5 / 0 for A and for B. A rate is `mean`, `low`, `high` in 0..1.
 
     Raises:
       EvaluationError: a file belongs to another study, or every rater is excluded.
@@ -70,15 +72,36 @@ def score(key_file: str, result_files: Sequence[str | os.PathLike[str]]) -> dict
         "card": "ratings",
         "study": key["study"],
         "id": key["id"],
-        "names": key["names"],
         "rule": f"at least {MIN_CONTROLS:.0%} of the control items as expected, and more than "
         f"guesses give in {MAX_BY_CHANCE:.0%} of cases",
         "raters": len(raters),
         "excluded": excluded,
+        "comparisons": [
+            _score_comparison(key, ratings, number) for number in range(1, len(key["names"]))
+        ],
+    }
+
+
+def _score_comparison(
+    key: Mapping[str, Any], ratings: Sequence[Rating], number: int
+) -> dict[str, Any]:
+    """Rates of the first folder and another, by question and group, as A and B."""
+    names = key["names"]
+    renamed = {"A": "A", letters(len(names))[number]: "B"}
+    # An item of a study of single images shows one folder, another one two.
+    of_both = [
+        rating._replace(
+            answer=renamed.get(rating.answer, rating.answer), of=renamed.get(rating.of, "")
+        )
+        for rating in ratings
+        if set(key["items"][rating.item]["of"]) <= set(renamed)
+    ]
+    return {
+        "names": [names[0], names[number]],
         "questions": {
-            name: _score_question(key, [r for r in ratings if r.question == name])
+            name: _score_question(key, [r for r in of_both if r.question == name])
             for name in key["questions"]
-            if any(r.question == name for r in ratings)
+            if any(r.question == name for r in of_both)
         },
     }
 
@@ -96,15 +119,17 @@ def _read_key(path: str) -> dict[str, Any]:
 def _is_key(key: Mapping[str, Any]) -> bool:
     """Whether the fields of a key have the types that `rate_build` writes."""
     names, texts = key["names"], (key["id"], key["study"], *key["names"], *key["questions"])
+    pairs = [["A", other] for other in letters(len(names))[1:]]
+    allowed = [*pairs, *(pair[::-1] for pair in pairs), ["A"], ["B"]]
     return (
         key["study"] in STUDIES
-        and len(names) == 2
+        and len(names) >= 2
         and all(isinstance(text, str) for text in texts)
         and all(
             isinstance(item["prompt"], str)
             and isinstance(item["category"], str)
             and isinstance(item["control"], dict)
-            and (item["control"] or item["of"] in (["A", "B"], ["B", "A"], ["A"], ["B"]))
+            and (item["control"] or item["of"] in allowed)
             for item in key["items"]
         )
     )
@@ -230,10 +255,13 @@ def _score_group(ratings: Sequence[Rating], study: Study) -> dict[str, Any]:
         if cells:
             interval = crossed_mean(_table(cells))
             rates[name] = {k: float(v) for k, v in interval._asdict().items()}
+    raters = len({r.rater for r in ratings})
+    prompts = max(len({item for _, item, _ in cells}) for cells in series.values())
     return {
-        "raters": len({r.rater for r in ratings}),
-        "prompts": max(len({item for _, item, _ in cells}) for cells in series.values()),
+        "raters": raters,
+        "prompts": prompts,
         "ratings": len(ratings),
+        "too_few": raters < MIN_RATERS or prompts < MIN_PROMPTS,
         "rates": rates,
     }
 
@@ -277,52 +305,3 @@ def agreement(codes: Float[np.ndarray, "raters items"]) -> dict[str, float | Non
     shares = counts.sum(0)
     by_chance = float((shares * (shares - 1)).sum() / (total * (total - 1)))
     return {"pairs": same, "alpha": 1 - (1 - same) / (1 - by_chance) if by_chance < 1 else None}
-
-
-def write(card: Mapping[str, Any], out: str) -> None:
-    """Writes OUT/ratings.json, OUT/ratings.md and a bar chart OUT/QUESTION.svg per question."""
-    folder = pathlib.Path(out)
-    text = json.dumps(card, indent=1, ensure_ascii=False) + "\n"
-    atomic.write_text(folder / "ratings.json", text)
-    atomic.write_text(folder / "ratings.md", format_card(card))
-    for question, scores in card["questions"].items():
-        bars = {
-            group: {
-                name: entry["rates"][which]
-                for which, name in zip("AB", card["names"], strict=True)
-                if which in entry["rates"]
-            }
-            for group, entry in scores["groups"].items()
-        }
-        title = f"{question}: {card['names'][0]} and {card['names'][1]}, 95% intervals"
-        chart = charts.bar_chart(bars, title=title)
-        atomic.write_text(folder / f"{question}.svg", charts.to_svg(chart))
-
-
-def format_card(card: Mapping[str, Any]) -> str:
-    """The card as Markdown, one table per question, in percent."""
-    lines = [f"# {card['study']}: {card['names'][0]} (A) and {card['names'][1]} (B)", ""]
-    lines.append(f"{card['raters']} raters count; rule: {card['rule']}.")
-    lines += [f"Excluded: {rater}, {why}." for rater, why in card["excluded"].items()]
-    for question, scores in card["questions"].items():
-        columns = list(scores["groups"][ALL_PROMPTS]["rates"])
-        lines += ["", f"## {question}", ""]
-        lines.append("| | " + " | ".join(f"{name} %" for name in columns) + " | raters | prompts |")
-        lines.append("|---" * (len(columns) + 3) + "|")
-        for group, entry in scores["groups"].items():
-            cells = [format_rate(entry["rates"].get(name)) for name in columns]
-            cells += [str(entry["raters"]), str(entry["prompts"])]
-            lines.append(f"| {group} | " + " | ".join(cells) + " |")
-        words = {k: "-" if v is None else f"{v:.2f}" for k, v in scores["agreement"].items()}
-        lines.append("")
-        lines.append(
-            f"Agreement: {words['pairs']} of pairs equal, Krippendorff's alpha {words['alpha']}."
-        )
-    return "\n".join(lines) + "\n"
-
-
-def format_rate(rate: Mapping[str, float] | None) -> str:
-    """A rate and its interval in percent."""
-    if rate is None:
-        return "-"
-    return f"{100 * rate['mean']:.1f} ({100 * rate['low']:.1f}-{100 * rate['high']:.1f})"

@@ -33,6 +33,7 @@ class Study:
     images_per_side: int  # at most
     shows_caption: bool
     questions: tuple[Question, ...]
+    several: bool = False  # Whether one model can be compared with several.
 
 
 STUDIES = {
@@ -46,6 +47,7 @@ STUDIES = {
                 "alignment", "Which set of images better represents the text caption?", CHOICE
             ),
         ),
+        several=True,
     ),
     "photorealism": Study(
         side_by_side=True,
@@ -68,6 +70,12 @@ STUDIES = {
         ),
     ),
 }
+
+
+def letters(count: int) -> list[str]:
+    """The letters that stand for the folders of a study in its key: A, B, C, ..."""
+    return [chr(ord("A") + index) for index in range(count)]
+
 
 # The paper's list; it has "(sport) player" for "player".
 _PEOPLE_WORDS = """
