@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from imagen_jax.io import images, jsonl
+from imagen_jax.io import image_files, images, jsonl
 
 
 class EvaluationError(ValueError):
@@ -96,7 +96,7 @@ def _read(folder: str | os.PathLike[str], file: str, decode: Callable[[bytes], A
             raise EvaluationError(f"{path} leads out of the folder; copy the image into it")
         if path.exists() and not path.is_file():
             raise EvaluationError(f"{path} is no regular file; give an image")
-        return decode(path.read_bytes())
+        return decode(image_files.read(path))
     except (OSError, images.ImageError, UnicodeError, RuntimeError) as error:
         why = " ".join(str(error).split())
         raise EvaluationError(f"cannot read image {path}: {why}; sample again") from error

@@ -11,8 +11,10 @@ from PIL import Image
 
 from imagen_jax.config.data import SourceConfig
 from imagen_jax.data.index import folders, scan
+from imagen_jax.data.sources import files
 from imagen_jax.data.sources.folder import Folder, list_files
 from imagen_jax.data.sources.registry import SOURCES
+from imagen_jax.io.images import ImageError
 from tests.reference.tfrecords import example, record
 
 
@@ -234,6 +236,52 @@ def test_links_in_a_tar_are_not_followed(tmp_path):
             shard.addfile(info)
     keys, rejected = index(tmp_path / "x.tar", "webdataset")
     assert keys == [] and set(rejected.values()) == {"no regular file (a link)"}
+
+
+def grow(path, start: bytes, size: int) -> None:
+    """A sparse file of `size` bytes, most of which take no space on the disk."""
+    with path.open("wb") as file:
+        file.write(start)
+        file.truncate(size)
+
+
+@pytest.mark.parametrize("check", ["decode", "header"])
+@pytest.mark.parametrize("start", [png(), b"\xff\xd8\xff", b"\0"], ids=["png", "jpeg", "zeros"])
+def test_an_image_file_of_terabytes_is_not_read(folder, check, start):
+    grow(folder / "huge.jpg", start, 1 << 40)
+    (folder / "huge.txt").write_text("a hole")
+    source = SourceConfig(kind="folder", path=str(folder), check=check)
+    reader = Folder(source)
+    table, report = scan.build(reader, source)
+    assert len(table) == 4
+    assert dict(report.rejected)["huge.jpg"].startswith("too large (1,099,511,627,776 bytes")
+    with pytest.raises(ImageError, match="too large"):  # An image that grew after the index pass.
+        reader.read("huge.jpg", (0, 0, 0))
+
+
+@pytest.mark.parametrize(
+    ("part", "fault"), [("1.json", "caption too long"), ("1.png", "too large")]
+)
+def test_a_member_of_gigabytes_rejects_that_sample_alone(tmp_path, part, fault):
+    other = {"1.json": member("1.png", png(1)), "1.png": member("1.txt", b"huge")}[part]
+    start = member("0.png", png()) + member("0.txt", b"first") + other
+    start += tar_header(part.encode(), b"%011o\0" % (7 << 30))
+    grow(tmp_path / "x.tar", start, len(start) + (7 << 30) + 1024)
+    keys, rejected = index(tmp_path / "x.tar", "webdataset")
+    assert keys == ["x.tar/0.png"]
+    assert rejected["x.tar/1.png"].startswith(fault)
+
+
+def test_a_read_that_the_system_divides(tmp_path, monkeypatch):
+    """Linux reads at most 2 GiB at once: a row group of Parquet may have more."""
+    content = np.random.default_rng(0).bytes(5000)
+    (tmp_path / "a").write_bytes(content)
+    whole = os.pread
+    monkeypatch.setattr(os, "pread", lambda fd, size, at: whole(fd, min(size, 700), at))
+    found = files.Files([tmp_path / "a"])
+    assert found.read(0, 100, 4000) == content[100:4100]
+    with pytest.raises(ImageError, match="shorter"):
+        found.read(0, 4000, 2000)
 
 
 def test_an_index_without_a_home_is_found_again(tmp_path, monkeypatch):

@@ -36,6 +36,13 @@ def test_a_pipe_is_not_read(tmp_path):
         samples.load(tmp_path, "a.png")
 
 
+def test_a_file_of_terabytes_is_not_read(tmp_path):
+    with (tmp_path / "a.png").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(EvaluationError, match="too large"):
+        samples.load(tmp_path, "a.png")
+
+
 def test_a_file_that_is_not_utf8(tmp_path):
     (tmp_path / "samples.jsonl").write_bytes(b'{"file": "a.png", "prompt": "caf\xe9"}\n')
     with pytest.raises(EvaluationError, match="not UTF-8"):

@@ -31,7 +31,7 @@ from imagen_jax.data.sources.records import (
     clean,
     size_fault,
 )
-from imagen_jax.io import images
+from imagen_jax.io import image_files, images
 from imagen_jax.io.buckets import BucketError
 
 CHUNK = 32  # Records per task of a thread.
@@ -128,6 +128,8 @@ def _inspect_header(reader: Reader, item: Item) -> tuple[int, images.ImageInfo]:
     read_start = getattr(reader, "read_start", None)
     if read_start is not None:
         start, size = cast(HeaderReader, reader).read_start(item.key, item.location, HEADER_BYTES)
+        if fault := image_files.size_fault(size):
+            raise images.ImageError(fault)
         plain = plain_size(start)
         if plain is not None and plain[0] * plain[1] <= images.MAX_PIXELS:
             return size, images.ImageInfo(plain, "JPEG", ())

@@ -66,9 +66,9 @@ def _of_text(content: str, by_line: bool) -> Captions:
     return Captions(("\n".join(kept),), tuple(notes))
 
 
-def size_fault(size: int) -> str:
-    """Why a text file of `size` bytes is not read; "" if it is."""
-    return f"caption too long (more than {MAX_BYTES:,} bytes)" if size > MAX_BYTES else ""
+def size_fault(size: int, limit: int = MAX_BYTES) -> str:
+    """Why a file of captions of `size` bytes is not read; "" if it is."""
+    return f"caption too long (more than {limit:,} bytes)" if size > limit else ""
 
 
 def explicit_key(key: str) -> str:

@@ -138,6 +138,11 @@ class Files:
         descriptor = self._descriptor(number)
         try:
             data = os.pread(descriptor.number, size, offset)
+            while len(data) < size:  # A call reads at most 2 GiB.
+                more = os.pread(descriptor.number, size - len(data), offset + len(data))
+                if not more:
+                    break
+                data += more
         except OSError:
             with self._lock:  # Opened again by the next read.
                 self._open.pop(number, None)

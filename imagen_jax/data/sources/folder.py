@@ -22,6 +22,7 @@ from imagen_jax.data.sources import captions, metadata, names
 from imagen_jax.data.sources.files import CACHE
 from imagen_jax.data.sources.records import Item
 from imagen_jax.data.sources.sample_fields import SampleFields
+from imagen_jax.io import image_files
 from imagen_jax.io.images import ImageError
 
 METADATA = metadata.JSON_LINES
@@ -143,7 +144,7 @@ class Folder:
         """The bytes of an image file."""
         del location  # The key is the path.
         try:
-            return (self.root / key).read_bytes()
+            return image_files.read(self.root / key)
         except FileNotFoundError:
             # An unmounted folder is an error of the store, a deleted image is not.
             if self._is_mounted():

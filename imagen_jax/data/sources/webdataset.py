@@ -23,8 +23,9 @@ from imagen_jax.data.sources import captions, files, names, tar
 from imagen_jax.data.sources.records import Item, is_blank, texts_of
 from imagen_jax.data.sources.sample_fields import SampleFields
 from imagen_jax.data.sources.tar import Member
-from imagen_jax.io import text
+from imagen_jax.io import image_files, text
 
+MAX_JSON_BYTES = 16 << 20  # Of a .json; img2dataset's have some kilobytes.
 _DEFAULT_IMAGE_KEY = SourceConfig.image_key  # Any part with the suffix of an image.
 _JSON = ".json"
 # Parts that webdataset's tools write beside images.
@@ -83,6 +84,9 @@ class WebDatasetReader:
             record = f"{name}/{member.name}"
             if not member.is_file:
                 yield Item(record, fault="no regular file (a link)")
+                continue
+            if fault := image_files.size_fault(member.size):
+                yield Item(record, fault=fault)
                 continue
             chosen = self._chosen(file.part, sample)
             if chosen and file.part not in chosen:
@@ -154,8 +158,9 @@ class WebDatasetReader:
             if not part.endswith("json"):
                 found = self._text(number, sample[part])
             else:
+                fault = captions.size_fault(sample[part].size, MAX_JSON_BYTES)
                 row = self._json(number, sample[part])
-                found = captions.Captions(captions.of_fields(row, self._caption_key))
+                found = captions.Captions(captions.of_fields(row, self._caption_key), fault=fault)
             blank = not found.fault and all(map(is_blank, found.texts))
             first = first or (found if found.texts or found.fault else None)
             if not blank:
@@ -171,7 +176,7 @@ class WebDatasetReader:
 
     def _json(self, number: int, member: Member) -> dict[str, Any]:
         """The object in a .json; {}: none. Text that is not Unicode becomes bytes."""
-        if not member.is_file:
+        if not member.is_file or member.size > MAX_JSON_BYTES:
             return {}
         data = self._files.read(number, member.offset, member.size)
         try:
