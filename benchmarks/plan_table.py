@@ -68,6 +68,7 @@ def command(model: str, slice_name: str, rest: str) -> list[str]:
         f"--config=configs/imagen.py:{model}",
         f"--topology={slice_name}",
         *rest.split(),
+        "--mfu=0.4",
     ]
 
 

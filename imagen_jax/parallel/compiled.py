@@ -7,17 +7,19 @@ is rejected, because unpickling executes code.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 from jax.experimental import serialize_executable
+from jax.experimental.compilation_cache import compilation_cache
 
 import imagen_jax
 from imagen_jax.config import overrides
@@ -137,3 +139,19 @@ def load(
 def _order(field: str) -> tuple[bool, str]:
     """Sort key: fields of the configuration first, then devices and versions."""
     return not field.startswith("config."), field
+
+
+@contextlib.contextmanager
+def without_cache() -> Iterator[None]:
+    """Compilation without JAX's cache: on CPU, programs from the cache cannot be serialised."""
+    used = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
+    _use_cache(False)
+    try:
+        yield
+    finally:
+        _use_cache(used)
+
+
+def _use_cache(setting: bool) -> None:
+    jax.config.update("jax_enable_compilation_cache", setting)
+    compilation_cache.reset_cache()  # JAX reads the setting once.

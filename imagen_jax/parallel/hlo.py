@@ -34,7 +34,7 @@ _SEND = re.compile(
 _OP_NAME = re.compile(r'op_name="([^"]+)"')
 _OPERAND = re.compile(r"%[\w.\-]+")
 # On TPUs a reduce-scatter is a fusion of this name around an all-reduce and a slice.
-_SCATTER = "all-reduce-scatter"
+SCATTER = "all-reduce-scatter"
 
 
 class Send(NamedTuple):
@@ -93,7 +93,7 @@ def collectives(text: str, unknown_trips: int = 1) -> list[Collective]:
         for line in computations.get(name, ()):
             match = _COLLECTIVE.search(line)
             if match:
-                scatter = name.startswith(_SCATTER)
+                scatter = name.startswith(SCATTER)
                 kind = "reduce-scatter" if scatter else match[2]
                 channel = _CHANNEL.search(line)
                 location = channel[0] if channel and fused and not scatter else f"{name}: {line}"
@@ -101,7 +101,7 @@ def collectives(text: str, unknown_trips: int = 1) -> list[Collective]:
                 before = same.get(line, (0, 0))[0]
                 same[line] = before + times, _bytes(match[1], kind, line)
                 continue
-            inner = times * _trips(line, computations, unknown_trips)
+            inner = times * trips(line, computations, unknown_trips)
             for called in _called(line):
                 visit(called, inner, " fusion(" in line)
 
@@ -143,7 +143,7 @@ def sends(text: str) -> list[Send]:
                 found.append(Send(send[2], _op_name(line, lines), result, size, times))
                 continue
             for called in _called(line):
-                visit(called, times * _trips(line, computations))
+                visit(called, times * trips(line, computations))
 
     visit(entry, 1)
     return found
@@ -185,7 +185,7 @@ def _called(line: str) -> list[str]:
     return _CALLED.findall(line) + named
 
 
-def _trips(line: str, computations: dict[str, list[str]], unknown: int = 1) -> int:
+def trips(line: str, computations: dict[str, list[str]], unknown: int = 1) -> int:
     """Iterations of a `while`: its known trip count, or the bound of its condition."""
     condition = _CONDITION.search(line)
     if not condition:
@@ -197,14 +197,27 @@ def _trips(line: str, computations: dict[str, list[str]], unknown: int = 1) -> i
     return max((int(bound[1]) for bound in bounds if bound), default=unknown)
 
 
+def group_size(line: str) -> int:
+    """Devices in each group of a collective; 0 if the group is all devices."""
+    group = _GROUP.search(line)
+    if not group:
+        return 0
+    return len(group[1].split(",")) if group[1] else int(group[2])
+
+
+def result_bytes(line: str, kind: str) -> int:
+    """Bytes of a collective's result; of a reduce-scatter's input."""
+    match = _COLLECTIVE.search(line)
+    return _bytes(match[1], kind, line) if match else 0
+
+
 def _bytes(result: str, kind: str, line: str) -> int:
     """Bytes of a result type; the result of an asynchronous start also contains its input."""
     sizes = [_size(*array) for array in _ARRAY.findall(result)]
     if f"{kind}-start(" in line and len(sizes) > 1:
         return max(sizes)
-    group = _GROUP.search(line)
-    if f" {kind}(" in line and kind == "reduce-scatter" and group:
-        return sum(sizes) * (len(group[1].split(",")) if group[1] else int(group[2]))
+    if f" {kind}(" in line and kind == "reduce-scatter":
+        return sum(sizes) * max(group_size(line), 1)
     return sum(sizes)
 
 

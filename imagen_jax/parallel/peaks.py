@@ -1,4 +1,6 @@
-"""Peak FLOP/s of accelerators by JAX's name of the device, for MFU (training, planning)."""
+"""Peaks of accelerators by JAX's name of the device, for MFU (training) and planning."""
+
+from typing import NamedTuple
 
 # Dense bfloat16 peak of one device by `device_kind`, FLOP/s, from the makers' datasheets.
 PEAK_FLOPS = {
@@ -22,3 +24,37 @@ def peak_flops(device_kind: str) -> float | None:
     """
     known = [name for name in PEAK_FLOPS if device_kind.startswith(name)]
     return PEAK_FLOPS[max(known, key=len)] if known else None
+
+
+class Peaks(NamedTuple):
+    """What one device can do at most.
+
+    Attributes:
+      flops: dense bfloat16 FLOP/s.
+      hbm: bytes/s of its memory.
+      ici: bytes/s of one link to another chip, in one direction.
+      dcn: bytes/s of its share of the data-centre network.
+    """
+
+    flops: float
+    hbm: float
+    ici: float
+    dcn: float
+
+
+# From Cloud TPU's pages of each generation: HBM; ICI per chip in one direction, over its ports (4
+# of a 2D torus, 6 of a 3D one); the data-centre network, per chip or pod (v4: as v5p).
+_BANDWIDTHS = {
+    "TPU v4": (1228e9, 300e9 / 6, 6.25e9),
+    "TPU v5 lite": (819e9, 200e9 / 4, 3.125e9),
+    "TPU v5": (2765e9, 600e9 / 6, 6.25e9),
+    "TPU v5p": (2765e9, 600e9 / 6, 6.25e9),
+    "TPU v6 lite": (1600e9, 400e9 / 4, 12.5e9),
+}
+
+
+def of(device_kind: str) -> Peaks | None:
+    """The peaks of a device; None for one whose bandwidths are unknown."""
+    if device_kind not in _BANDWIDTHS:
+        return None
+    return Peaks(PEAK_FLOPS[device_kind], *_BANDWIDTHS[device_kind])

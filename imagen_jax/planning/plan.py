@@ -13,12 +13,11 @@ import functools
 import math
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding
 
 from imagen_jax.config.fields import ConfigError, unknown_name
@@ -27,8 +26,11 @@ from imagen_jax.config.text import T5Config
 from imagen_jax.inference import placement, stage_sampler
 from imagen_jax.inference.stage_sampler import SamplerInputs
 from imagen_jax.models import t5
+from imagen_jax.parallel import compiled as compiled_lib
 from imagen_jax.parallel import flops, hlo, partitioning
 from imagen_jax.parallel.topology import Slice
+from imagen_jax.planning import step_time
+from imagen_jax.planning.step_time import StepTime
 from imagen_jax.stages.conditioning import Text
 from imagen_jax.text import frozen_encoder
 from imagen_jax.training.initial_state import abstract_state
@@ -86,6 +88,8 @@ class Plan:
       collectives: by kind; None if the program does not fit.
       compile_seconds: duration of the compilation.
       compiled: the executable; None if the program does not fit.
+      sends: what crosses between slices.
+      time: predicted; None if the program does not fit, or the chip's bandwidths are unknown.
     """
 
     program: Program
@@ -99,6 +103,7 @@ class Plan:
     compile_seconds: float
     compiled: jax.stages.Compiled | None
     sends: Sequence[hlo.Send] = ()
+    time: StepTime | None = None
 
     @property
     def fits(self) -> bool:
@@ -123,6 +128,7 @@ class Plan:
             "flops_per_chip_step": self.flops_per_chip,
             "collectives": [c._asdict() for c in self.collectives or ()],
             "dcn": self._between_slices(),
+            "predicted": self.time and {**self.time._asdict(), "seconds": self.time.seconds},
             "fits": self.fits,
         }
 
@@ -313,22 +319,6 @@ def _with_sharding(shapes: Any, sharding: NamedSharding) -> Any:
     )
 
 
-@contextlib.contextmanager
-def _no_cache() -> Iterator[None]:
-    """Compilation without JAX's cache: on CPU, programs from the cache cannot be serialised."""
-    used = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
-    _use_cache(False)
-    try:
-        yield
-    finally:
-        _use_cache(used)
-
-
-def _use_cache(setting: bool) -> None:
-    jax.config.update("jax_enable_compilation_cache", setting)
-    compilation_cache.reset_cache()  # JAX reads the setting once.
-
-
 def compile_program(
     program: Program, where: Slice, options: Mapping[str, Any] | None = None
 ) -> Plan:
@@ -342,7 +332,7 @@ def compile_program(
     per_chip = len(where.devices) // where.chips
     begin = time.monotonic()
     try:
-        with _no_cache():
+        with compiled_lib.without_cache():
             compiled = program.traced.lower().compile(dict(options or {}))
     except jax.errors.JaxRuntimeError as error:
         seconds = time.monotonic() - begin
@@ -370,6 +360,7 @@ def compile_program(
         compile_seconds=seconds,
         compiled=compiled,
         sends=hlo.sends(text) if where.slices > 1 else (),
+        time=step_time.of_slice(text, where, program.steps),
     )
 
 

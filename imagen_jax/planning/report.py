@@ -7,13 +7,17 @@ from typing import NamedTuple
 from imagen_jax.parallel.memory import GIB
 from imagen_jax.parallel.peaks import peak_flops
 from imagen_jax.planning.plan import Plan
+from imagen_jax.planning.step_time import StepTime
 
 UNITS = {"train": "image", "sample": "image", "embed": "caption"}
 WHAT = {"train": "train step", "sample": "sampler", "embed": "text encoder"}
 
 
+ASSUMED_MFU = 0.4  # Of chips whose bandwidths are unknown.
+
+
 class Estimate(NamedTuple):
-    """Time and cost at a given MFU.
+    """Time and cost.
 
     Attributes:
       seconds: duration of one run of the program.
@@ -30,19 +34,24 @@ class Estimate(NamedTuple):
     cost: float | None
 
 
-def estimate(plan: Plan, mfu: float, price: float | None) -> Estimate | None:
+def estimate(plan: Plan, mfu: float | None, price: float | None) -> Estimate | None:
     """Time and cost; None if the chip's peak FLOP/s is unknown.
 
     Args:
       plan: of one program.
-      mfu: model FLOPs as a share of the chips' peak, 0..1; recomputation does not count.
+      mfu: model FLOPs as a share of the chips' peak, 0..1, recomputation not counted; None for the
+        predicted time, or ASSUMED_MFU where there is none.
       price: cost of a chip-hour.
     """
     peak = peak_flops(plan.slice.devices[0].device_kind)
     if peak is None:
         return None
     program = plan.program
-    seconds = program.model_flops / (mfu * peak * len(plan.slice.devices))
+    if mfu is None and plan.time is not None:
+        seconds = plan.time.seconds
+    else:
+        share = ASSUMED_MFU if mfu is None else mfu
+        seconds = program.model_flops / (share * peak * len(plan.slice.devices))
     if program.kind == "train":
         days = program.config.train.steps * seconds / 86_400
         chip_hours = days * 24 * plan.slice.chips
@@ -54,8 +63,8 @@ def estimate(plan: Plan, mfu: float, price: float | None) -> Estimate | None:
     return Estimate(seconds, program.batch / seconds, days, chip_hours, cost)
 
 
-def report(plan: Plan, mfu: float, price: float | None) -> str:
-    """The plan as a page of text."""
+def report(plan: Plan, mfu: float | None, price: float | None) -> str:
+    """The plan as a page of text; arguments as those of `estimate`."""
     return "\n".join([*_head(plan), "", *_memory(plan), "", *_work(plan, mfu, price)])
 
 
@@ -104,7 +113,7 @@ def _memory(plan: Plan) -> list[str]:
     ]
 
 
-def _work(plan: Plan, mfu: float, price: float | None) -> list[str]:
+def _work(plan: Plan, mfu: float | None, price: float | None) -> list[str]:
     program, chips = plan.program, plan.slice.chips
     unit = UNITS[program.kind]
     again = program.flops / program.model_flops - 1
@@ -125,12 +134,17 @@ def _work(plan: Plan, mfu: float, price: float | None) -> list[str]:
     guess = estimate(plan, mfu, price)
     if guess is None:
         return [*lines, "", "no time: the peak FLOP/s of this device is unknown"]
+    predicted = plan.time if mfu is None else None
     lines += [
         "",
-        f"at {mfu:.0%} MFU",
+        f"at {mfu or ASSUMED_MFU:.0%} MFU" if predicted is None else "predicted, at least",
+    ]
+    lines += [
         f"  {'seconds':<20}{guess.seconds:>10.3g}   "
         f"{guess.rate:,.4g} {unit}s/s, {guess.rate / chips:,.4g} per chip",
     ]
+    if predicted is not None:
+        lines += _shares(plan, predicted)
     if guess.days is not None:
         whole = f"{program.config.train.steps:,} steps"
         lines.append(f"  {'days':<20}{guess.days:>10.1f}   {whole}")
@@ -141,4 +155,21 @@ def _work(plan: Plan, mfu: float, price: float | None) -> list[str]:
     if guess.cost is not None:
         cost = f"{guess.cost:,.0f}" if guess.cost >= 100 else f"{guess.cost:.3g}"
         lines.append(f"  {'cost':<20}{cost:>10}   at {price:g} per chip-hour")
+    return lines
+
+
+def _shares(plan: Plan, time: StepTime) -> list[str]:
+    """What the predicted time consists of."""
+    peak = peak_flops(plan.slice.devices[0].device_kind)
+    assert peak is not None
+    mfu = plan.program.model_flops / (time.seconds * peak * len(plan.slice.devices))
+    parts = [
+        ("MFU", mfu, ""),
+        ("products", time.products / time.seconds, "convolutions and matrix products"),
+        ("other operations", time.others / time.seconds, ""),
+        ("communication", time.exposed / time.seconds, f"exposed; {time.hidden:.3g} s are hidden"),
+    ]
+    lines = [f"  {name:<20}{share:>10.0%}   {note}".rstrip() for name, share, note in parts]
+    if time.between_slices:
+        lines.append(f"  {'between slices, s':<20}{time.between_slices:>10.3g}   taken as hidden")
     return lines

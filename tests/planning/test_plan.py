@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -20,12 +21,13 @@ from imagen_jax.parallel.memory import GIB
 from imagen_jax.planning.plan import Plan, Program
 from imagen_jax.planning.report import estimate, report
 from imagen_jax.planning.search import largest_batch_per_device
+from imagen_jax.planning.step_time import StepTime
 from tests.data.conftest import DIM, write_store
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = ["--topology=here", "--config.mesh.cpu_devices=1"]
 KEYS = {"topology", "chips", "params", "hbm_per_chip", "flops_per_chip_step", "collectives"}
-KEYS |= {"dcn", "fits"}
+KEYS |= {"dcn", "fits", "predicted"}
 
 
 class Chip:
@@ -73,6 +75,22 @@ def test_time_and_cost_of_the_paper_s_base_model(make_plan):
     assert guess.cost == pytest.approx(2 * guess.chip_hours)
     assert estimate(make_plan(), mfu=0.2, price=None).cost is None
     assert estimate(make_plan(kind="cpu"), mfu=0.4, price=1.0) is None
+
+
+def test_the_predicted_time_replaces_an_assumed_mfu(make_plan):
+    time = StepTime(products=0.06, others=0.03, exposed=0.01, hidden=0.05, between_slices=0.0)
+    plan = make_plan(time=time)
+    assert estimate(plan, mfu=None, price=None).seconds == pytest.approx(0.1)
+    assert estimate(plan, mfu=0.4, price=None).seconds > 0.1
+    text = report(plan, None, None)
+    # 8 images of 4.7 TFLOP in 0.1 s at 275 TFLOP/s.
+    for line in ("MFU 137%", "products 60% convolutions", "communication 10% exposed; 0.05 s"):
+        assert re.search(line.replace(" ", " +"), text), text
+    assert "at 40% MFU" in report(make_plan(), None, None)
+    assert plan.as_json()["predicted"]["seconds"] == pytest.approx(0.1)
+    slow = make_plan(time=time._replace(between_slices=0.2))
+    assert estimate(slow, mfu=None, price=None).seconds == pytest.approx(0.2)
+    assert "between slices" in report(slow, None, None)
 
 
 def test_chip_hours_of_a_thousand_images(make_plan):

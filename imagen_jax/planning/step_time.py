@@ -1,0 +1,255 @@
+"""Predicted time of a compiled program: what its schedule takes at the chip's peaks.
+
+Every operation takes the larger of FLOPs / peak and bytes / bandwidth of HBM; operations run one
+after the other in the order of the compiled text. A collective takes the time that its bytes take
+on a ring along one axis of the torus, both directions at once (Austin et al., How to Scale Your
+Model, 2025), and a microsecond per hop. Between its start and its end other operations run; what
+remains at its end is exposed. The prediction is a lower bound: no operation reaches a peak, and
+start-up of operations and padding of arrays are left out.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from imagen_jax.parallel import hlo, instructions, peaks
+from imagen_jax.parallel.instructions import Instruction, Program
+from imagen_jax.parallel.topology import Slice
+
+_HOP_SECONDS = 1e-6
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+_COLLECTIVE = re.compile(rf"^({'|'.join(hlo.KINDS)})(-start|-done)?$")
+_START = re.compile(r"^(copy|slice|async)-start$")
+
+
+class StepTime(NamedTuple):
+    """Seconds of one run of a program on one device.
+
+    Attributes:
+      products: operations with matrix products or convolutions.
+      others: all other operations on the device.
+      exposed: waiting for collectives.
+      hidden: collectives while other operations run.
+      between_slices: sending over the data-centre network, taken as hidden.
+    """
+
+    products: float
+    others: float
+    exposed: float
+    hidden: float
+    between_slices: float
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole run."""
+        return max(self.products + self.others + self.exposed, self.between_slices)
+
+
+def predict(text: str, peak: peaks.Peaks, *, devices: int = 1, unknown_trips: int = 1) -> StepTime:
+    """The predicted time of a compiled program.
+
+    Args:
+      text: `jax.stages.Compiled.as_text()`.
+      peak: of one device.
+      devices: of the whole mesh, for collectives over all.
+      unknown_trips: iterations of a loop whose bounds are arguments.
+    """
+    program = instructions.parse(text)
+    sent = sum(send.count * send.bytes for send in hlo.sends(text))
+    clock = _Clock(program, peak, devices, unknown_trips)
+    clock.run(program.entry)
+    return StepTime(
+        clock.products,
+        clock.others,
+        clock.exposed,
+        clock.busy - clock.exposed,
+        sent / peak.dcn if sent else 0.0,
+    )
+
+
+def of_slice(text: str, where: Slice, unknown_trips: int) -> StepTime | None:
+    """`predict` for the devices of a slice; None if their bandwidths are unknown."""
+    peak = peaks.of(where.devices[0].device_kind)
+    devices = len(where.devices)
+    return peak and predict(text, peak, devices=devices, unknown_trips=unknown_trips)
+
+
+class _Clock:
+    """Runs computations in order; `now` is the time of the device."""
+
+    def __init__(self, program: Program, peak: peaks.Peaks, devices: int, unknown_trips: int):
+        self._program, self._peak, self._devices = program, peak, devices
+        self._unknown_trips = unknown_trips
+        self.now = self.products = self.others = self.exposed = self.busy = 0.0
+        self._free = {"ici": 0.0, "hbm": 0.0}  # When the links and the copies become free.
+
+    def run(self, name: str) -> None:
+        """Adds the time of a computation."""
+        body = self._program.computations.get(name, [])
+        results = {one.name: one.result for one in body}
+        last = {}  # Channel -> the last instruction on it.
+        for index, one in enumerate(body):
+            for channel in self._channels(one):
+                last[channel] = index
+        ends: dict[str, float] = {}  # Started instruction or channel -> when it ends.
+        for index, one in enumerate(body):
+            self._step(one, results, ends, {c: last[c] == index for c in self._channels(one)})
+
+    def _step(
+        self,
+        one: Instruction,
+        results: dict[str, str],
+        ends: dict[str, float],
+        channels: dict[str, bool],
+    ) -> None:
+        kind = _COLLECTIVE.match(one.opcode)
+        if one.opcode == "while":
+            self._loop(one)
+        elif one.opcode == "conditional":
+            self._branches(one)
+        elif one.opcode == "call":
+            for name in one.called:
+                self.run(name)
+        elif one.opcode.endswith("-done") and one.operands:
+            self._wait(ends.get(one.operands[0], self.now))
+        elif kind:
+            end = self._communicate(kind[1], one.line)
+            ends[one.name] = end
+            if not kind[2]:
+                self._wait(end)
+        elif _START.match(one.opcode):
+            collective = self._inside(one)
+            if collective:
+                ends[one.name] = self._communicate(*collective)
+            else:
+                ends[one.name] = self._copy(one)
+        elif channels:
+            self._fused(one, results, ends, channels)
+        else:
+            self._compute(one, results)
+
+    def _compute(self, one: Instruction, results: dict[str, str]) -> None:
+        work = instructions.flops(one, self._program, results) / self._peak.flops
+        moved = instructions.traffic(one, self._program, results) / self._peak.hbm
+        seconds = max(work, moved)
+        self.now += seconds
+        if work:
+            self.products += seconds
+        else:
+            self.others += seconds
+
+    def _fused(
+        self,
+        one: Instruction,
+        results: dict[str, str],
+        ends: dict[str, float],
+        channels: dict[str, bool],
+    ) -> None:
+        """A fusion with a collective: alone, or the start, a step or the end of one."""
+        for channel in channels:
+            if channel not in ends:
+                collective = self._inside(one)
+                ends[channel] = self._communicate(*collective) if collective else self.now
+        self._compute(one, results)
+        for channel, is_last in channels.items():
+            if is_last:
+                self._wait(ends[channel])
+
+    def _communicate(self, kind: str, line: str) -> float:
+        """Starts a collective; when it ends."""
+        seconds = collective_seconds(kind, line, self._peak, self._devices)
+        self.busy += seconds
+        self._free["ici"] = max(self.now, self._free["ici"]) + seconds
+        return self._free["ici"]
+
+    def _copy(self, one: Instruction) -> float:
+        """Starts a copy between memories; when it ends."""
+        seconds = instructions.hbm_bytes(one.result) / self._peak.hbm
+        self._free["hbm"] = max(self.now, self._free["hbm"]) + seconds
+        return self._free["hbm"]
+
+    def _wait(self, end: float) -> None:
+        if end > self.now:
+            self.exposed += end - self.now
+            self.now = end
+
+    def _loop(self, one: Instruction) -> None:
+        before = self._totals()
+        computations = {
+            name: [other.line for other in body]
+            for name, body in self._program.computations.items()
+            if name in one.called
+        }
+        times = hlo.trips(one.line, computations, self._unknown_trips)
+        for name in one.called:
+            self.run(name)
+        self.now = before["now"] + times * (self.now - before["now"])
+        for field in ("products", "others", "exposed", "busy"):
+            total = before[field] + times * (getattr(self, field) - before[field])
+            setattr(self, field, total)
+
+    def _branches(self, one: Instruction) -> None:
+        """The branch that takes longest."""
+        before, longest = self._totals(), None
+        for name in one.called:
+            for field, value in before.items():
+                setattr(self, field, value)
+            self.run(name)
+            if longest is None or self.now > longest["now"]:
+                longest = self._totals()
+        for field, value in (longest or before).items():
+            setattr(self, field, value)
+
+    def _totals(self) -> dict[str, float]:
+        fields = ("now", "products", "others", "exposed", "busy")
+        return {field: getattr(self, field) for field in fields}
+
+    def _channels(self, one: Instruction) -> list[str]:
+        """Channels of the collectives in a fusion."""
+        return [] if one.opcode != "fusion" else list(self._collectives(one))
+
+    def _inside(self, one: Instruction) -> tuple[str, str] | None:
+        """Kind and line of the collective that an instruction calls."""
+        return next(iter(self._collectives(one).values()), None)
+
+    def _collectives(self, one: Instruction) -> dict[str, tuple[str, str]]:
+        found: dict[str, tuple[str, str]] = {}
+        for name in one.called:
+            for inner in self._program.computations.get(name, []):
+                kind = _COLLECTIVE.match(inner.opcode)
+                if kind:
+                    channel = _CHANNEL.search(inner.line)
+                    scatter = name.startswith(hlo.SCATTER)
+                    found[channel[1] if channel else inner.name] = (
+                        "reduce-scatter" if scatter else kind[1],
+                        inner.line,
+                    )
+                found.update(self._collectives(inner))
+        return found
+
+
+def collective_seconds(kind: str, line: str, peak: peaks.Peaks, devices: int) -> float:
+    """Time of a collective on a ring of its group's devices.
+
+    Args:
+      kind: a row of hlo.KINDS.
+      line: its instruction.
+      peak: of one device; `ici` is that of one direction of a link.
+      devices: of the whole mesh.
+    """
+    group = hlo.group_size(line) or devices
+    if group == 1 and kind != "collective-permute":
+        return 0.0
+    size = hlo.result_bytes(line, kind)
+    ring = 2.0 * peak.ici  # A ring sends in both directions.
+    share = (group - 1) / group
+    seconds = {
+        "all-gather": size * share / ring,
+        "reduce-scatter": size * share / ring,
+        "all-reduce": 2.0 * size * share / ring,
+        "all-to-all": size * group / 4.0 / ring,
+        "collective-permute": size / peak.ici,
+    }[kind]
+    hops = 1 if kind == "collective-permute" else group / 2
+    return seconds + hops * _HOP_SECONDS

@@ -1,0 +1,99 @@
+"""Predicted times against counts by hand, and FLOPs of compiled programs against those traced."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from imagen_jax.parallel import flops, instructions, peaks
+from imagen_jax.parallel.peaks import Peaks
+from imagen_jax.planning import step_time
+
+PROGRAMS = pathlib.Path(__file__).parent / "programs"
+# 1e12 FLOP/s, 1e9 bytes/s of memory, 1e8 bytes/s of a link in one direction.
+PEAK = Peaks(flops=1e12, hbm=1e9, ici=1e8, dcn=1e7)
+
+# A product [1000, 500] x [500, 2000]: 2e9 FLOP, 2 ms; it moves (.5 + 1 + 2) * 2 = 7 MB, 7 ms. A sum
+# of two arrays of 4 MB: 12 MB, 12 ms. One array lies on the chip, so only 8 MB of it: 8 ms.
+SERIAL = (PROGRAMS / "serial.txt").read_text()
+
+# An all-gather over 4 devices to 4 MB: 3/4 of it over 2 links, 15 ms, and 2 hops, 2 us. A product
+# of 10 ms runs meanwhile, so 5.002 ms are exposed. An all-reduce of 2 MB over all 8: 2 * 7/8 * 2 MB
+# over 2 links, 17.5 ms, and 4 hops, all of it exposed.
+OVERLAPPED = (PROGRAMS / "overlapped.txt").read_text()
+
+# Ten times: a convolution 3x3 with padding 1 of an image 4x4, 8 channels to 16, batch 1000. Of the
+# 4 * 3 pairs of position and tap on an axis 2 are padding, so 10 * 10 * 8 * 16 * 1000 * 2 = 25.6
+# MFLOP, 25.6 us on the chip's memory. A reduce-scatter of 1 MB over 2 devices: 1/2 of it over 2
+# links, 2.5 ms, and 1 hop, exposed. Then 1 of 100 rows of an array of 4 MB is read and written: 80
+# kB, 80 us.
+LOOP = (PROGRAMS / "loop.txt").read_text()
+
+
+def test_operations_in_turn():
+    found = step_time.predict(SERIAL, PEAK)
+    assert found.products == pytest.approx(7e-3)
+    # 4 + 4 MB read and 0 written to HBM; 0 + 4 read and 4 written.
+    assert found.others == pytest.approx(8e-3 + 8e-3)
+    assert found.exposed == found.hidden == 0
+    assert found.seconds == pytest.approx(23e-3)
+
+
+def test_a_collective_while_others_run():
+    found = step_time.predict(OVERLAPPED, PEAK, devices=8)
+    assert found.products == pytest.approx(10e-3)
+    assert found.hidden == pytest.approx(10e-3)
+    assert found.exposed == pytest.approx(5.002e-3 + 17.504e-3)
+    assert found.seconds == pytest.approx(32.506e-3)
+
+
+def test_a_loop():
+    found = step_time.predict(LOOP, PEAK, devices=8)
+    assert found.products == pytest.approx(10 * 25.6e-6)
+    assert found.exposed == pytest.approx(10 * 2.501e-3)
+    assert found.others == pytest.approx(80e-6, rel=1e-3)
+
+
+def test_a_loop_of_unknown_length():
+    unknown = LOOP.replace(
+        "%n = s32[] constant(10)", "%n = s32[] get-tuple-element(%state), index=0"
+    )
+    found = step_time.predict(unknown, PEAK, devices=8, unknown_trips=3)
+    assert found.products == pytest.approx(3 * 25.6e-6)
+
+
+def test_a_collective_in_steps():
+    """On TPUs an all-gather can be several fusions on one channel, with others between them."""
+    text = (PROGRAMS / "steps.txt").read_text()
+    found = step_time.predict(text, PEAK, devices=4)
+    assert found.exposed == pytest.approx(5.002e-3)
+    assert found.hidden == pytest.approx(10e-3)
+
+
+def downsampled_and_back(x, down, up, dense):
+    """A strided convolution, a transposed one (dilated input), and a product over channels."""
+    dims = ("NHWC", "HWIO", "NHWC")
+    h = jax.lax.conv_general_dilated(x, down, (2, 2), "SAME", dimension_numbers=dims)
+    h = jax.lax.conv_transpose(h, up, (2, 2), "SAME", dimension_numbers=dims)
+    return jnp.sum(jnp.tanh(h @ dense))
+
+
+def test_flops_of_a_compiled_gradient_equal_those_traced():
+    shapes = ((2, 16, 16, 8), (3, 3, 8, 12), (4, 4, 12, 8), (8, 24))
+    arguments = [jnp.ones(shape) for shape in shapes]
+    step = jax.jit(jax.grad(downsampled_and_back, argnums=(0, 1, 2, 3)))
+    traced = step.trace(*arguments)
+    program = instructions.parse(traced.lower().compile().as_text())
+    entry = program.computations[program.entry]
+    results = {one.name: one.result for one in entry}
+    compiled = sum(instructions.flops(one, program, results) for one in entry)
+    # XLA merges or transposes products, which changes what is padding by a few taps.
+    assert compiled == pytest.approx(flops.count(traced.jaxpr), rel=0.02)
+
+
+def test_peaks():
+    assert peaks.of("TPU v5 lite") == Peaks(197e12, 819e9, 50e9, 3.125e9)
+    assert peaks.of("cpu") is None
+    for kind in peaks._BANDWIDTHS:
+        assert peaks.of(kind).flops == peaks.peak_flops(kind)
