@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
 # Trains on GKE: fills in launch/gke_jobset.yaml and applies it.
-#   launch/gke_jobset.sh --name=NAME --image=IMAGE --accelerator=TYPE --nodes=N --chips=N
-#       --config=FILE:NAME --workdir=/SHARED/RUN [options] [--config.a.b=value ...]
+#   launch/gke_jobset.sh [STEP] --name=NAME --image=IMAGE --accelerator=TYPE --nodes=N --chips=N
+#       --config=FILE:NAME --workdir=gs://BUCKET/RUN [options] [--config.a.b=value ...]
+# Steps, before a training; their JobSet is NAME-STEP, and they need no --workdir without --claim:
+#   prepare   index the data in one pod without an accelerator: [--config.data.path=gs://... ...]
+#   embed     encode the captions in all pods, each for itself; they share the work
 # --accelerator is a node label: tpu-v6e-slice (then also --topology=4x4), nvidia-h100-80gb, ...
 # --nodes: machines of a slice, or GPU machines; --chips: TPU chips or GPUs of each.
 #   --slices=1              TPU slices, connected by the data-centre network
@@ -23,7 +26,7 @@ template=$(dirname "$0")/gke_jobset.yaml
 source "$(dirname "$0")/lib.sh"
 parse "name= image= accelerator= topology= nodes= chips= config= workdir= spot max_restarts= grace=
   slices= namespace= service_account= python= claim= template=" "$@"
-[ ${#words[@]} -eq 0 ] || refuse "${words[0]} is not an option; see --help"
+take_step
 need_name base
 need image us-docker.pkg.dev/my-project/images/imagen_jax:1
 need accelerator tpu-v6e-slice
@@ -32,7 +35,7 @@ need_number chips 4
 need_number slices 2
 need_number grace 600
 need_number max_restarts 100 0
-train_line "$python"
+step_line "$python" "$step"
 
 # A JSON string, which is YAML too.
 json() {
@@ -43,7 +46,7 @@ json() {
 
 command='' selector=() annotations='{}'
 # Kubernetes expands $(NAME); $$ is a plain $.
-for word in "${train[@]}"; do command+=", $(json "${word//\$/\$\$}")"; done
+for word in "${line[@]}"; do command+=", $(json "${word//\$/\$\$}")"; done
 case $accelerator in
   tpu*)
     need topology 4x4
@@ -65,7 +68,21 @@ printf -v selector_list ', %s' "${selector[@]}"
 
 # With several slices, GKE describes the processes: MEGASCALE_COORDINATOR_ADDRESS and others.
 environment='[]'
-if [ "$slices" -eq 1 ]; then
+if [ "$step" = prepare ]; then
+  nodes=1 slices=1 annotations='{}' selector_list='' limits='{}' privileged=false
+  environment='[{name: JAX_PLATFORMS, value: cpu}]'
+elif [ "$step" = embed ]; then
+  # A pod's own chips, without the others of the slice.
+  case $accelerator:$nodes:$chips in
+    tpu*:1:*) ;;
+    tpu*:*:4)
+      environment='[{name: TPU_CHIPS_PER_PROCESS_BOUNDS, value: "2,2,1"},
+                        {name: TPU_PROCESS_BOUNDS, value: "1,1,1"},
+                        {name: TPU_VISIBLE_DEVICES, value: "0,1,2,3"}]'
+      ;;
+    tpu*) refuse "--chips=$chips: embed on several machines of a slice is for 4 chips each" ;;
+  esac
+elif [ "$slices" -eq 1 ]; then
   index="metadata.annotations['batch.kubernetes.io/job-completion-index']"
   environment="[{name: JAX_COORDINATOR_ADDRESS, value: \"$name-worker-0-0.$name:8476\"},
                         {name: JAX_NUM_PROCESSES, value: \"$nodes\"},
@@ -75,12 +92,14 @@ fi
 # Without a claim, what a container writes is lost with it.
 volumes='[]' mounts='[]'
 if [ -n "$claim" ]; then
+  need workdir /shared/base
   [[ $workdir == /* ]] || refuse "--claim=$claim: --workdir=$workdir must begin with /"
   first=${workdir#/}
   volumes="[{name: shared, persistentVolumeClaim: {claimName: $(json "$claim")}}]"
   mounts="[{name: shared, mountPath: $(json "/${first%%/*}")}]"
 fi
 
+[ "$step" = train ] || name+=-$step
 restarted=''
 for ((status = 1; status < 256; status++)); do
   if restartable "$status"; then restarted+=", $status"; fi
@@ -95,7 +114,7 @@ declare -A values=(
   [NODES]=$nodes
   [GRACE]=$grace
   [SERVICE_ACCOUNT]=$(json "$service_account")
-  [NODE_SELECTOR]="{${selector_list:2}}"
+  [NODE_SELECTOR]="{${selector_list#, }}"
   [IMAGE]=$(json "$image")
   [COMMAND]="[${command:2}]"
   [SLICES]=$slices

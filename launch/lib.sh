@@ -100,12 +100,33 @@ default_python() {
   fi
 }
 
-# The command that every launcher runs. train_line PYTHON: sets `train`.
-train_line() {
+# take_step: sets `step` to the word before the options: prepare, embed or train, the default.
+take_step() {
+  step=${words[0]-train}
+  case $step in
+    prepare | embed | train) ;;
+    *) refuse "$step is not a step; there are prepare, embed and train, the default" ;;
+  esac
+  [ ${#words[@]} -le 1 ] || refuse "one step at a time, not also ${words[1]}"
+}
+
+# step_line PYTHON STEP: sets `line` to the command of a step, which the scripts run.
+# shellcheck disable=SC2154 # the scripts set --config and --workdir
+step_line() {
   need config configs/shapes.py:base
-  need workdir /shared/base
-  # shellcheck disable=SC2034,SC2154 # the scripts that train set --config and --workdir, read it
-  train=("$1" -m imagen_jax train "--config=$config" "--workdir=$workdir" "${overrides[@]}")
+  line=("$1" -m imagen_jax "$2" "--config=$config")
+  if [ "$2" = train ]; then
+    need workdir gs://my-bucket/base
+    line+=("--workdir=$workdir")
+  fi
+  line+=("${overrides[@]}")
+}
+
+# The command of every launcher's training. train_line PYTHON: sets `train`.
+train_line() {
+  step_line "$1" train
+  # shellcheck disable=SC2034 # the scripts that train read it
+  train=("${line[@]}")
 }
 
 # The arguments as one line, quoted for a shell.

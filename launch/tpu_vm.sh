@@ -120,8 +120,7 @@ case $verb in
     ;;
   install) install ;;
   prepare | embed)
-    need config configs/shapes.py:base
-    line=(.venv/bin/python -m imagen_jax "$verb" "--config=$config" "${overrides[@]}")
+    step_line .venv/bin/python "$verb"
     workers=all
     [ "$verb" = embed ] || workers=0
     on_workers "$workers" "$verb $(quote "${line[@]}")"

@@ -5,7 +5,17 @@ import re
 import pytest
 import yaml
 
-from tests.reference.launch import CASES, GKE, GPU_NODES, OVERRIDE, ROOT, SNAPSHOTS, TRAIN, launch
+from tests.reference.launch import (
+    CASES,
+    DATA,
+    GKE,
+    GPU_NODES,
+    OVERRIDE,
+    ROOT,
+    SNAPSHOTS,
+    TRAIN,
+    launch,
+)
 
 
 def job_of(jobset):
@@ -13,7 +23,16 @@ def job_of(jobset):
     return replicated["template"]["spec"], replicated["template"]["spec"]["template"]["spec"]
 
 
-@pytest.mark.parametrize("name", ["gke_jobset_tpu", "gke_jobset_slices", "gke_jobset_gpu"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gke_jobset_tpu",
+        "gke_jobset_slices",
+        "gke_jobset_gpu",
+        "gke_jobset_prepare",
+        "gke_jobset_embed",
+    ],
+)
 def test_jobset_is_one_that_kubernetes_accepts(name):
     jobset = yaml.safe_load((SNAPSHOTS / f"{name}.txt").read_text())
     assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
@@ -94,6 +113,31 @@ def test_jobset_of_several_slices():
     assert pod["containers"][0]["env"] == []
     refused = launch(*GKE, *GPU_NODES, "--slices=2", "--dry_run")
     assert refused.returncode == 2 and "--slices is for TPUs" in refused.stderr
+
+
+def test_jobsets_that_precede_a_training():
+    """`prepare` in one pod without an accelerator, `embed` in all, none of which joins another."""
+    found = {}
+    for step in ("prepare", "embed"):
+        jobset = yaml.safe_load((SNAPSHOTS / f"gke_jobset_{step}.txt").read_text())
+        (replicated,) = jobset["spec"]["replicatedJobs"]
+        job, pod = job_of(jobset)
+        (container,) = pod["containers"]
+        assert jobset["metadata"]["name"] == f"base-{step}"
+        assert container["command"] == ["python", "-m", "imagen_jax", step, *DATA]
+        environment = {e["name"]: e["value"] for e in container["env"]}
+        assert not any(name.startswith("JAX_COORDINATOR") for name in environment)
+        pods = replicated["replicas"] * job["completions"]
+        found[step] = pods, container["resources"]["limits"], environment
+    assert found["prepare"] == (1, {}, {"JAX_PLATFORMS": "cpu"})
+    pods, limits, environment = found["embed"]
+    assert pods == 12 and limits == {"google.com/tpu": 4}
+    # JAX's own description of a host's chips apart from the slice.
+    assert environment == {
+        "TPU_CHIPS_PER_PROCESS_BOUNDS": "2,2,1",
+        "TPU_PROCESS_BOUNDS": "1,1,1",
+        "TPU_VISIBLE_DEVICES": "0,1,2,3",
+    }
 
 
 def test_jobset_of_gpu_nodes():

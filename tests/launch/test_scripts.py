@@ -13,7 +13,17 @@ import sys
 
 import pytest
 
-from tests.reference.launch import CAPTURE, CASES, ODD, OVERRIDE, ROOT, SNAPSHOTS, launch, variables
+from tests.reference.launch import (
+    CAPTURE,
+    CASES,
+    DATA,
+    ODD,
+    OVERRIDE,
+    ROOT,
+    SNAPSHOTS,
+    launch,
+    variables,
+)
 
 SCRIPTS = sorted(p.name for p in (ROOT / "launch").glob("*.sh"))
 WITH_OPTIONS = sorted(
@@ -48,7 +58,8 @@ def test_no_snapshot_is_left_over():
 
 @pytest.mark.parametrize(
     "name",
-    ["tpu_vm_create_queued", "tpu_vm_install", "tpu_vm_start", "tpu_vm_delete", "xpk_tpu", "slurm"],
+    ["tpu_vm_create_queued", "tpu_vm_install", "tpu_vm_start", "tpu_vm_delete", "xpk_tpu", "slurm"]
+    + ["xpk_prepare", "slurm_embed"],
 )
 def test_a_pasted_dry_run_does_what_the_script_does(name, recorder):
     folder, calls = recorder
@@ -97,6 +108,35 @@ def test_a_public_encoder_is_not_pretrained(override, tools, tmp_path):
     assert (first[:3], sorted(first[3:7])) == (["prepare", "pretrain_text", "embed"], both)
     assert (second[:2], sorted(second[2:6])) == (["prepare", "embed"], both)
     assert first[7:] == second[6:] == ["sample"]
+
+
+@pytest.mark.parametrize(
+    ("step", "machine", "runs"),
+    [
+        ("prepare", {}, True),
+        ("prepare", {"TPU_WORKER_ID": "0"}, True),
+        ("prepare", {"TPU_WORKER_ID": "2"}, False),
+        ("prepare", {"NNODES": "2", "NODE_RANK": "1"}, False),
+        ("embed", {"TPU_WORKER_HOSTNAMES": "a"}, True),
+        ("embed", {"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+    ],
+)
+def test_the_command_of_a_step_in_the_container_of_xpk(step, machine, runs, recorder, tools):
+    """On which machine it runs, and with which devices."""
+    folder, calls = recorder
+    launch(*CASES[f"xpk_{step}"], path=folder)
+    (option,) = [word for word in calls()[0] if word.startswith("--command=")]
+    code = option.removeprefix("--command=").replace("$$", "$")
+    path = tools(python='echo "$@"; env | grep -E "^(TPU_PROCESS|JAX)_" || true')
+    environment = {"PATH": f"{path}:{os.environ['PATH']}", **machine}
+    done = subprocess.run(["sh", "-c", code], env=environment, **CAPTURE)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[:1] == ([" ".join(["-m imagen_jax", step, *DATA])] if runs else [])
+    if runs:
+        several = machine.get("TPU_WORKER_HOSTNAMES") == "a,b"
+        expected = ["JAX_PLATFORMS=cpu"] if step == "prepare" else ["TPU_PROCESS_BOUNDS=1,1,1"]
+        assert lines[1:] == (expected if step == "prepare" or several else [])
 
 
 @pytest.mark.parametrize("script", WITH_OPTIONS)

@@ -17,9 +17,17 @@ SLICE = ["--name=base", "--zone=us-central2-b"]
 MAKE = ["--accelerator=v6e-16", "--runtime=v2-alpha-tpuv6e"]
 TRAIN = ["--config=configs/shapes.py:base", "--workdir=/shared/base"]
 OVERRIDE = [f"--config.text.path={ODD}"]
+# Of prepare and embed: no workdir.
+DATA = [
+    TRAIN[0],
+    "--config.data.path=gs://my-bucket/images",
+    "--config.data.embeddings=gs://my-bucket/text",
+    "--config.text.path=gs://my-bucket/t5",
+]
 TPU_NODES = ["--accelerator=tpu-v6e-slice", "--topology=4x4", "--nodes=4", "--chips=4"]
 GPU_NODES = ["--accelerator=nvidia-h100-80gb", "--nodes=2", "--chips=8"]
-GKE = ["gke_jobset.sh", "--name=base", "--image=repo/imagen:1", *TRAIN]
+IMAGE = ["--name=base", "--image=repo/imagen:1"]
+GKE = ["gke_jobset.sh", *IMAGE, *TRAIN]
 XPK = ["xpk.sh", "--name=base", "--cluster=c", "--zone=us-central2-b", "--image=repo/imagen:1"]
 SLURM = ["slurm.sh", "--gpus_per_node=8", "--time=24:00:00", *TRAIN]
 CASCADE = ["cascade.sh", "--config=configs/shapes.py", "--stages=base,sr_2", "--workdir=runs/c"]
@@ -49,9 +57,15 @@ CASES = {
         *OVERRIDE,
         *("--max_restarts=0", "--grace=60", "--namespace=n", "--service_account=s", "--python=py"),
     ],
+    "gke_jobset_prepare": ["gke_jobset.sh", "prepare", *IMAGE, *TPU_NODES, "--slices=3", *DATA],
+    "gke_jobset_embed": ["gke_jobset.sh", "embed", *IMAGE, *TPU_NODES, "--slices=3", *DATA],
+    "xpk_prepare": [XPK[0], "prepare", *XPK[1:], "--accelerator=v6e-16", "--slices=2", *DATA],
+    "xpk_embed": [XPK[0], "embed", *XPK[1:], "--accelerator=v6e-16", "--slices=2", *DATA],
     "xpk_tpu": [*XPK, *TRAIN, "--accelerator=v6e-16", "--slices=2", "--config.text.path=a b"],
     "xpk_gpu": [*XPK, *TRAIN, "--accelerator=h100-80gb-8", "--nodes=2", "--project=p"],
     "slurm": [*SLURM, *OVERRIDE],
+    "slurm_prepare": [SLURM[0], "prepare", *SLURM[1:3], "--nodes=4", *DATA],
+    "slurm_embed": [SLURM[0], "embed", *SLURM[1:3], "--nodes=4", *DATA],
     "slurm_all": [
         *SLURM,
         *("--partition=gpu", "--nodes=4", "--cpus_per_gpu=12", "--name=run"),
