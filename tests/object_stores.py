@@ -195,6 +195,9 @@ class _Counted:
     def __init__(self, store, counts):
         self._store, self._counts = store, counts
 
+    def __truediv__(self, path):
+        return _Counted(self._store / path, self._counts)
+
     def __getattr__(self, name):
         self._counts[name] += 1
         return getattr(self._store, name)

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from imagen_jax.checks.bucket import check_bucket
+from imagen_jax.checks.regions import check_regions
 from imagen_jax.config import overrides
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import Config
@@ -31,7 +32,7 @@ from imagen_jax.data.sources.records import AnySource
 from imagen_jax.data.sources.registry import open_source
 from imagen_jax.interop.weights import WeightsError
 from imagen_jax.io import images, mirrors
-from imagen_jax.parallel import partitioning
+from imagen_jax.parallel import partitioning, xla_flags
 from imagen_jax.text.encoders import TextEncoder, load_text_encoder
 from imagen_jax.training.checkpoint import Checkpoints, newest
 from imagen_jax.training.initial_state import abstract_state
@@ -112,6 +113,7 @@ def check_devices(context: CheckContext) -> Lines:
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
     per_device = config.data.batch_size // partitioning.batch_devices(mesh)
     yield "ok", f"mesh {axes}; {per_device} images of a batch per device"
+    yield "ok", xla_flags.in_force(devices[0].platform)
 
 
 def check_images(context: CheckContext) -> Lines:
@@ -387,6 +389,7 @@ def _opened(part, name: str):
 
 CHECKS: dict[str, Callable[[CheckContext], Lines]] = {
     "devices": check_devices,
+    "buckets": lambda context: check_regions(context.config, context.workdir),
     "images": check_images,
     "captions": check_captions,
     "text": check_text,

@@ -15,7 +15,7 @@ from imagen_jax.data.batches.pipeline import Pipeline
 from imagen_jax.evaluation.features import distances, extract, fid, frechet, networks
 from imagen_jax.evaluation.features.extract import LazyImages, Network
 from imagen_jax.inference.stage_sampler import image_keys, sample_stage
-from imagen_jax.io import images
+from imagen_jax.io import copies, images
 from imagen_jax.parallel import partitioning
 from imagen_jax.stages.conditioning import Text
 from imagen_jax.training.batch_streams import closing_stream
@@ -71,7 +71,7 @@ class FeatureDistances:
         self._networks: dict[str, Network] = {}
         for text in chosen:
             name, _, file = text.partition("=")
-            self._networks[name], _ = networks.load(name, file)
+            self._networks[name], _ = networks.load(name, copies.local(file))
         names = (_metric(name) for name in self._networks)
         self.metrics: Mapping[str, Literal["lower", "higher"]] = dict.fromkeys(names, "lower")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 from typing import Literal
 
 from imagen_jax.io import buckets, paths
@@ -143,10 +144,28 @@ def input_list(text: str) -> list[str]:
     return found
 
 
-def flag_list(text: str) -> list[str]:
+def adapter_list(text: str) -> list[str]:
+    """`flag_list` of [STAGE=]PATH[@WEIGHT], whose paths may be addresses in buckets."""
+    return flag_list(text, _adapter)
+
+
+def _adapter(text: str) -> str:
+    _, equals, path = text.partition("=")
+    path = path if equals else text
+    if buckets.is_address(path):
+        return text
+    flag(path)
+    return required_flag(text)
+
+
+def flag_list(text: str, one: Callable[[str], str] = required_flag) -> list[str]:
     """Paths separated by commas; "" is no path.
 
     A name may contain commas: the longest part of the text that exists is one path.
+
+    Args:
+      text: of the flag.
+      one: checks and expands a path.
 
     Raises:
       ArgumentTypeError: an empty path between commas; also as `flag`.
@@ -155,8 +174,8 @@ def flag_list(text: str) -> list[str]:
     found = []
     while parts:
         length = len(parts)
-        while length > 1 and not os.path.exists(flag(",".join(parts[:length]))):
+        while length > 1 and not os.path.exists(one(",".join(parts[:length]))):
             length -= 1
-        found.append(required_flag(",".join(parts[:length])))
+        found.append(one(",".join(parts[:length])))
         parts = parts[length:]
     return found

@@ -16,7 +16,7 @@ from imagen_jax.config.schema import Config
 from imagen_jax.evaluation import scorers
 from imagen_jax.inference import prompts
 from imagen_jax.inference.stage_sampler import image_keys, sample_stage
-from imagen_jax.io import atomic, images
+from imagen_jax.io import atomic, copies, images
 from imagen_jax.parallel import distributed, partitioning
 from imagen_jax.stages.conditioning import Text
 from imagen_jax.text.encoders import embed_prompts, load_text_encoder
@@ -66,7 +66,7 @@ class ScoredSamples:
         self._config = dataclasses.replace(config, data=config.data.uncropped())
         self._folder = pathlib.Path(workdir) / FOLDER
         self._scorer = scorers.find(settings.scorer)
-        self._rows = prompts.read(settings.prompts)[: settings.examples]
+        self._rows = prompts.read(copies.local(settings.prompts))[: settings.examples]
         for number, row in enumerate(self._rows, 1):
             if not self._scorer.can_score(row):
                 raise ConfigError(

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from imagen_jax.cli.path_flags import Copy, Input, Output, Workdir
-from imagen_jax.io import buckets
+from imagen_jax.io import buckets, copies
 from imagen_jax.io.buckets import BucketError
 
 # Files that mark a folder as complete, for readers that list a bucket meanwhile.
@@ -61,14 +61,8 @@ def _run_in_bucket(flags: argparse.Namespace) -> Iterator[None]:
     address = str(flags.workdir)
     with workdirs.opened(address, write=flags.verb == "train") as folder:
         flags.workdir = folder
-        try:
+        with copies.renamed(folder, address):
             yield
-        except Exception as error:
-            error.args = tuple(
-                part.replace(folder, address) if isinstance(part, str) else part
-                for part in error.args
-            )
-            raise
 
 
 def _holds_address(value: Any) -> bool:

@@ -20,7 +20,7 @@ from imagen_jax.data.sources.records import AnySource
 from imagen_jax.data.sources.registry import open_source
 from imagen_jax.inference import adapters
 from imagen_jax.inference.adapters import LoraSpec
-from imagen_jax.io import paths
+from imagen_jax.io import buckets, paths
 from imagen_jax.parallel import partitioning
 from imagen_jax.stages.names import check_names
 from imagen_jax.text import fingerprints
@@ -49,7 +49,7 @@ def add_loras(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--loras",
         default="",
-        type=path_flags.flag_list,
+        type=path_flags.adapter_list,
         metavar="[STAGE=]PATH[@WEIGHT][,...]",
         help="LoRAs by stage name, each a folder of `export --format=lora`, or of diffusers or "
         "peft; those of a stage are added",
@@ -87,15 +87,18 @@ def with_home(config: Config) -> Config:
     """The configuration with ~ expanded in its paths; `paths.local` expands those of the data.
 
     Raises:
-      PathError: an address of a bucket in a field that must be a local path.
+      PathError: an address of another kind than gs:// and s3://.
     """
-    for name, value in {
-        "pretrain_text.corpus": config.pretrain_text.corpus,
-        "train.init_from": config.train.init_from,
-        "distill.teacher": config.distill.teacher,
-        "evaluate.prompts": config.evaluate.prompts,
-    }.items():
-        paths.local(value, f"config.{name}")
+    networks = [text.partition("=")[2] for text in config.evaluate.features]
+    for name, value in (
+        ("pretrain_text.corpus", config.pretrain_text.corpus),
+        ("train.init_from", config.train.init_from),
+        ("distill.teacher", config.distill.teacher),
+        ("evaluate.prompts", config.evaluate.prompts),
+        *(("evaluate.features", path) for path in networks),
+    ):
+        if not buckets.is_address(value):
+            paths.local(value, f"config.{name}")
     text = {name: paths.home(getattr(config.text, name)) for name in ("path", "vocabulary")}
     corpus = paths.home(config.pretrain_text.corpus)
     init_from = paths.home(config.train.init_from)
@@ -148,5 +151,6 @@ def _open_text(config: Config) -> EmbeddingStore | TokenSource:
     if config.text.on_the_fly:
         mesh = partitioning.make_mesh(config.mesh)
         return TokenSource(load_text_encoder(config.text, mesh))
-    expected = fingerprints.fingerprint(config.text) if config.text.path else None
-    return EmbeddingStore.open(config.data.embeddings, expected)
+    store = config.data.embeddings
+    expected = fingerprints.fingerprint(config.text, store) if config.text.path else None
+    return EmbeddingStore.open(store, expected)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from imagen_jax.config.fields import ConfigError, unknown_name
 from imagen_jax.config.schema import Config
-from imagen_jax.io import paths
+from imagen_jax.io import copies, paths
 from imagen_jax.stages import lora, lora_file
 
 
@@ -121,10 +121,7 @@ def weights(texts: Sequence[str], loaded: Sequence[str], where: str) -> dict[str
 
 def read(specs: Sequence[LoraSpec], config: Config) -> dict[str, lora.Adapter]:
     """The LoRAs of a stage by their names. Raises WeightsError."""
-    return {
-        name: lora_file.read(spec.path, config)
-        for name, spec in zip(names(specs), specs, strict=True)
-    }
+    return {name: _read(spec, config) for name, spec in zip(names(specs), specs, strict=True)}
 
 
 def digest(specs: Sequence[LoraSpec], config: Config) -> str:
@@ -133,9 +130,14 @@ def digest(specs: Sequence[LoraSpec], config: Config) -> str:
         return ""
     hashed = hashlib.sha256()
     for spec in specs:
-        for path, pair in sorted(lora_file.read(spec.path, config).items()):
+        for path, pair in sorted(_read(spec, config).items()):
             hashed.update(path.encode())
             for array in pair:
                 hashed.update(array.tobytes())
         hashed.update(str(spec.weight).encode())
     return f"+{hashed.hexdigest()[:16]}"
+
+
+def _read(spec: LoraSpec, config: Config) -> dict[str, lora.Factors]:
+    with copies.reading(spec.path) as path:
+        return lora_file.read(path, config)

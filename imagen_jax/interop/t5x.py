@@ -65,6 +65,13 @@ def read_file(address: str) -> bytes | None:
     if "://" not in address:
         path = pathlib.Path(address)
         return path.read_bytes() if path.is_file() else None
+    if buckets.is_address(address):
+        try:
+            return buckets.read(address).data
+        except buckets.MissingError:
+            return None
+        except buckets.BucketError as error:
+            raise weights.WeightsError(str(error)) from error
     folder, _, name = address.rpartition("/")
     return _read_key(open_store(folder), folder, name)
 
@@ -75,6 +82,8 @@ def open_store(folder: str) -> ts.KvStore:
         path = f"{pathlib.Path(folder).absolute()}/"
         return ts.KvStore.open({"driver": "file", "path": path}).result()
     try:
+        if buckets.is_address(folder):
+            return buckets.kvstore(folder)
         address = folder.rstrip("/") + "/"
         return ts.KvStore.open(address, context=buckets.patience()).result()
     except ValueError as error:
@@ -156,7 +165,7 @@ def _leaf_array(store: ts.KvStore, folder: Any, path: str, leaf: Any) -> Any:
     # A missing chunk is an error, not zeros.
     spec = {"driver": "zarr", "kvstore": (store / name).spec(), "fill_missing_data_reads": False}
     try:
-        return ts.open(spec, open=True, read=True).result()
+        return ts.open(spec, context=buckets.patience(), open=True, read=True).result()
     except ValueError as error:
         raise weights.WeightsError(f"{folder}/{name} is damaged: {_first_line(error)}") from error
 

@@ -71,6 +71,12 @@ def join(address: str, *names: str) -> str:
     return "/".join([address.rstrip("/"), *names])
 
 
+def kvstore(address: str) -> ts.KvStore:
+    """The objects below a folder by name, for libraries that read through tensorstore."""
+    bucket, path = _open(address)
+    return bucket / f"{path}/" if path else bucket
+
+
 def read(address: str, offset: int = 0, size: int | None = None) -> Content:
     """Reads an object, or `size` bytes of it from `offset` on.
 

@@ -23,7 +23,7 @@ from imagen_jax.config import overrides
 from imagen_jax.config.schema import Config
 from imagen_jax.config.text import TextConfig
 from imagen_jax.interop import shards, weights
-from imagen_jax.io import atomic
+from imagen_jax.io import atomic, copies
 from imagen_jax.stages.stage import Stage
 
 CONFIG_FILE = "config.json"
@@ -142,7 +142,7 @@ def encoder_files(text: TextConfig) -> dict[str, pathlib.Path]:
     files = {name: source / name for name in ENCODER_FILES if (source / name).is_file()}
     if text.vocabulary:
         name = "tokenizer.json" if text.vocabulary.endswith(".json") else "spiece.model"
-        files[name] = pathlib.Path(text.vocabulary)
+        files[name] = pathlib.Path(copies.local(text.vocabulary))
         settings = files[name].with_name("tokenizer_config.json")
         if settings.is_file():
             files[settings.name] = settings

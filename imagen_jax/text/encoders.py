@@ -24,6 +24,7 @@ from imagen_jax.config import overrides, plugins
 from imagen_jax.config.fields import ConfigError, unknown_name
 from imagen_jax.config.text import T5Config, TextConfig
 from imagen_jax.interop import hf_bert, hf_clip, hf_t5, t5x, t5x_network, weights
+from imagen_jax.io import buckets, copies
 from imagen_jax.models import t5
 from imagen_jax.text.frozen_encoder import FrozenEncoder
 from imagen_jax.text.vocabulary import (
@@ -182,7 +183,14 @@ def load_text_encoder(config: TextConfig, mesh: Mesh | None = None) -> TextEncod
             f"config.text.layer={config.layer} must be -1 with config.text.encoder="
             f"{config.encoder!r}; only 'bert' has a choice of layer"
         )
-    return load(config, mesh)
+    return load(_with_local_files(config), mesh)
+
+
+def _with_local_files(config: TextConfig) -> TextConfig:
+    """`config` with a copy of a folder in a bucket; a t5x checkpoint is read where it is."""
+    if not buckets.is_address(config.path) or buckets.tag(buckets.join(config.path, "checkpoint")):
+        return config
+    return dataclasses.replace(config, path=copies.local(config.path))
 
 
 def embed_prompts(
@@ -209,9 +217,9 @@ def embed_prompts(
     _warn_cut(encoder, prompts, tokens, length)
     text_mask[:, :length] = tokens.mask[:, :length]
     used = tokens.mask.sum(axis=1)
-    buckets = np.array([bucket_length(int(n), encoder.max_len) for n in used])
-    for bucket in np.unique(buckets).tolist():
-        rows = np.flatnonzero(buckets == bucket)
+    padded = np.array([bucket_length(int(n), encoder.max_len) for n in used])
+    for bucket in np.unique(padded).tolist():
+        rows = np.flatnonzero(padded == bucket)
         for start in range(0, len(rows), batch_size):
             part = rows[start : start + batch_size]
             ids, mask = (

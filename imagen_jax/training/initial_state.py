@@ -20,7 +20,7 @@ from imagen_jax.interop.weights import flatten, unflatten
 from imagen_jax.parallel import partitioning
 from imagen_jax.stages import folder, lora
 from imagen_jax.stages.network import boxed_shapes, init_params
-from imagen_jax.training import ema, restore
+from imagen_jax.training import ema, restore, workdirs
 from imagen_jax.training.checkpoint import Checkpoints
 from imagen_jax.training.state import TrainState, create_state, state_shardings
 from imagen_jax.training.step import INIT_STREAM
@@ -66,7 +66,14 @@ def first_state(
       log: as in `start_from`, whose errors it raises.
     """
     start = config.train.init_from
-    return start_from(start, abstract, optimizer, config, log) if start else create()
+    if not start:
+        return create()
+    with workdirs.local(start) as path:
+
+        def say(line: str) -> None:
+            log(line.replace(path, start))
+
+        return start_from(path, abstract, optimizer, config, say)
 
 
 def start_from(

@@ -18,6 +18,7 @@ from imagen_jax.config.sampling import SamplingConfig
 from imagen_jax.config.schema import Config
 from imagen_jax.interop import weights
 from imagen_jax.interop.weights import flatten, unflatten
+from imagen_jax.io import copies
 from imagen_jax.stages.folder import load_stage
 from imagen_jax.stages.network import abstract_params
 from imagen_jax.training.batch_streams import Encode
@@ -39,7 +40,8 @@ def with_teacher(config: Config) -> Config:
     path = config.distill.teacher
     if not path:
         return config
-    teacher = load_stage(path).config
+    with copies.reading(path) as folder:
+        teacher = load_stage(folder).config
     _check(config, teacher)
     unguided = {
         field.name: field.default
@@ -112,7 +114,8 @@ class Teacher:
     def _read(self) -> Any:
         path = self._config.distill.teacher
         expected = flatten(abstract_params(self._config, jax.sharding.get_mesh()))
-        stored = flatten(load_stage(path).params)
+        with copies.reading(path) as folder:
+            stored = flatten(load_stage(folder).params)
         found, shapes = (
             {name: tuple(leaf.shape) for name, leaf in tree.items()} for tree in (stored, expected)
         )

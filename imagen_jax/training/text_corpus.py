@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int
 
 from imagen_jax.config.fields import ConfigError
-from imagen_jax.io import text
+from imagen_jax.io import copies, text
 from imagen_jax.text import vocabulary as vocabularies
 from imagen_jax.text.vocabulary import SentencePieceVocabulary
 
@@ -24,7 +24,7 @@ def read(path: str, limit: int) -> list[list[str]]:
     Raises:
       ConfigError: no such file, or a line that is not a list of strings.
     """
-    file = pathlib.Path(path)
+    file = pathlib.Path(copies.local(path))
     if not file.is_file():
         raise ConfigError(
             f"config.pretrain_text.corpus={path!r} is not a file; leave it empty to train on the "

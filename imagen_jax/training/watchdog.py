@@ -22,10 +22,12 @@ from types import TracebackType
 
 from etils import epath
 
+from imagen_jax.io import buckets, mirrors
 from imagen_jax.parallel import distributed
 from imagen_jax.parallel.preemption import RESTART
 
 FOLDER = "hangs"
+UPLOAD_TIMEOUT = 60.0  # Seconds for the stacks of a run in a bucket.
 
 # Status codes with which XLA and its collectives report a lost process. Those of wrong programs
 # (INVALID_ARGUMENT) and full memories (RESOURCE_EXHAUSTED) are not among them.
@@ -41,7 +43,7 @@ class Watchdog:
     """A context that ends the process if the loop hangs or a peer is lost.
 
     Args:
-      workdir: folder of the run; the stacks are written to WORKDIR/hangs.
+      workdir: folder of the run; the stacks are written to WORKDIR/hangs, also in a bucket.
       timeout: seconds without `completed` after which the run hangs; 0: none.
       end: ends the process with a status, without closing anything.
     """
@@ -84,14 +86,28 @@ class Watchdog:
         _say(f"stacks are in {self._write(stacks)}")
         self._end(RESTART)
 
-    def _write(self, stacks: str) -> epath.Path:
+    def _write(self, stacks: str) -> str:
+        """Writes the stacks; returns where they are."""
         path = self._folder / f"{time.strftime('%Y%m%dT%H%M%S')}.{distributed.index()}.txt"
+        text = f"{socket.gethostname()}, process {os.getpid()}\n{stacks}"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(f"{socket.gethostname()}, process {os.getpid()}\n{stacks}")
+            path.write_text(text)
         except OSError as error:  # The file system may be what hangs or fails.
             _say(f"{path} cannot be written: {error}")
-        return path
+        address = mirrors.origin(path)
+        if address:  # The store may be what hangs.
+            upload = threading.Thread(target=_upload, args=(address, text), daemon=True)
+            upload.start()
+            upload.join(UPLOAD_TIMEOUT)
+        return address or str(path)
+
+
+def _upload(address: str, text: str) -> None:
+    try:
+        buckets.write(address, text.encode())
+    except buckets.BucketError as error:
+        _say(str(error))
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-from imagen_jax.io import buckets, mirrors
+from imagen_jax.io import buckets, copies, mirrors
 
 EVERY = 60.0
 # What is written to the bucket itself, or to this machine alone.
@@ -60,6 +60,23 @@ def opened(address: str, *, write: bool) -> Iterator[str]:
         _open.pop(str(folder), None)
         shutil.rmtree(folder, ignore_errors=True)
         mirrors.forget(folder)
+
+
+@contextlib.contextmanager
+def local(path: str) -> Iterator[str]:
+    """A context with a local folder for a stage folder or a workdir, which may be in a bucket.
+
+    Errors name the address.
+
+    Raises:
+      BucketError: the store does not answer.
+    """
+    if not buckets.is_address(path) or buckets.tag(buckets.join(path, "config.json")):
+        with copies.reading(path) as folder:
+            yield folder
+        return
+    with opened(path, write=False) as folder, copies.renamed(folder, path):
+        yield folder
 
 
 def publish(workdir: str) -> None:

@@ -1,6 +1,7 @@
 """Addresses of buckets in every flag that holds a path: they work, or are refused in one line."""
 
 import argparse
+import concurrent.futures
 import http.server
 import itertools
 import json
@@ -15,6 +16,7 @@ from imagen_jax.data.embeddings.store import EmbeddingStore
 from imagen_jax.interop import t5x
 from imagen_jax.interop.weights import WeightsError
 from imagen_jax.io import buckets, paths
+from tests import object_stores
 from tests.cli.test_paths import actions
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -22,11 +24,13 @@ REFUSING = (path_flags.flag, path_flags.required_flag, path_flags.flag_list)
 READING = (path_flags.input_flag, path_flags.required_input, path_flags.input_list)
 WRITING = (path_flags.output_flag, path_flags.required_output)
 RUNS = (path_flags.workdir_flag,)
+# What they name is copied where it is read.
+LATER = (path_flags.address, path_flags.adapter_list)
 FLAGS = [
     (verb, action)
     for verb in main.VERBS
     for action in actions(verb)
-    if action.type in (*REFUSING, *READING, *WRITING, *RUNS)
+    if action.type in (*REFUSING, *READING, *WRITING, *RUNS, *LATER)
 ]
 
 
@@ -38,7 +42,7 @@ def kind_of(action: argparse.Action, text: str) -> type:
 
 def test_there_are_flags():
     assert len(FLAGS) > 60
-    assert {action.type for _, action in FLAGS} == {*REFUSING, *READING, *WRITING, *RUNS}
+    assert {action.type for _, action in FLAGS} == {*REFUSING, *READING, *WRITING, *RUNS, *LATER}
 
 
 @pytest.mark.parametrize("scheme", ["gs", "s3"])
@@ -54,8 +58,11 @@ def test_an_address_in_a_flag(verb, action, scheme):
         assert "\n" not in str(refused.value)
     else:
         kinds = {READING: path_flags.Input, WRITING: path_flags.Output, RUNS: path_flags.Workdir}
+        kinds[LATER] = str
         (expected,) = (kind for types, kind in kinds.items() if action.type in types)
         assert kind_of(action, address) is expected
+    if action.type is path_flags.address:  # tensorstore knows further ones.
+        return
     for other in ("hdfs://host/a", "https://host/a", f"{scheme}x://bucket/a"):
         with pytest.raises(argparse.ArgumentTypeError, match="paths .object stores. are not"):
             kind_of(action, other)
@@ -87,23 +94,6 @@ def test_a_store_that_does_not_answer(scheme, variable, flag, tmp_path, monkeypa
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("verb", ["prepare", "embed", "train", "doctor", "pretrain_text"])
-@pytest.mark.parametrize(
-    "field",
-    ["pretrain_text.corpus", "train.init_from", "distill.teacher", "evaluate.prompts"],
-)
-def test_an_address_in_the_configuration(verb, field, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    # Devices can be chosen once in a process.
-    monkeypatch.setattr("imagen_jax.cli.wiring.set_up_devices", lambda count: None)
-    out = {"train": ["--workdir=w"], "doctor": ["--workdir=w"], "pretrain_text": ["--out=o"]}
-    config = [f"--config={ROOT}/configs/folder.py:base", f"--config.{field}=gs://bucket/a"]
-    assert main.main([verb, *config, *out.get(verb, [])]) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"imagen {verb}: config.{field}=gs://bucket/a: gs:// paths")
-    assert os.listdir(tmp_path) == []
-
-
 def test_embeddings_at_an_address_of_another_kind():
     with pytest.raises(paths.PathError, match="^config.data.embeddings=hdfs://b/a: hdfs:// paths"):
         EmbeddingStore.open("hdfs://b/a")
@@ -115,6 +105,13 @@ def test_a_t5x_checkpoint_that_does_not_answer(monkeypatch, capfd):
     with pytest.raises(WeightsError, match="gs://bucket/t5") as error:
         t5x.read_file("gs://bucket/t5/spiece.model")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["base=hdfs://h/a@0.5", "hdfs://h/a", "a,base=https://h/a"])
+def test_a_lora_at_an_address_of_another_kind(text):
+    assert path_flags.adapter_list("sr=gs://b/x@0.5,a@2") == ["sr=gs://b/x@0.5", "a@2"]
+    with pytest.raises(argparse.ArgumentTypeError, match="paths .object stores. are not"):
+        path_flags.adapter_list(text)
 
 
 class Occupied(http.server.BaseHTTPRequestHandler):
@@ -130,6 +127,17 @@ class Occupied(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, format, *args):
         """Says nothing."""
+
+
+class OccupiedS3(Occupied):
+    """The same of Amazon's."""
+
+    def do_PUT(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        assert self.headers["If-None-Match"] == "*"
+        self.send_error(412)
+
+    do_HEAD = Occupied.do_GET  # noqa: N815
 
 
 class Busy(http.server.BaseHTTPRequestHandler):
@@ -160,13 +168,21 @@ def test_a_busy_store_is_asked_again(tmp_path, monkeypatch):
     assert next(Busy.asked) == 4
 
 
-def test_of_two_writers_of_an_object_one_fails(tmp_path, monkeypatch):
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Occupied) as server:
+@pytest.mark.parametrize(
+    ("scheme", "variable", "store"),
+    [("gs", "TENSORSTORE_GCS_HTTP_URL", Occupied), ("s3", "AWS_ENDPOINT_URL", OccupiedS3)],
+)
+def test_of_two_writers_of_an_object_one_fails(scheme, variable, store, tmp_path, monkeypatch):
+    """The condition is the server's: the object appears after the client has looked for it."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), store) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv(variable, f"http://127.0.0.1:{server.server_port}")
         (tmp_path / "a").write_text("x")
-        with pytest.raises(buckets.BucketError, match="gs://bucket/a exists; another process"):
-            buckets.upload(tmp_path / "a", "gs://bucket/a")
+        expected = f"{scheme}://bucket/a exists; another process"
+        with pytest.raises(buckets.BucketError, match=expected):
+            buckets.upload(tmp_path / "a", f"{scheme}://bucket/a")
         server.shutdown()
 
 
@@ -247,3 +263,25 @@ def test_a_verb_whose_paths_are_all_on_a_bucket(bucket, tmp_path, monkeypatch, c
     assert {"report.md", "report.html"} <= {path.name for path in pathlib.Path(back).iterdir()}
     assert main.main([*command, f"--out={bucket}/report"]) == 1
     assert "/report exists" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_of_many_writers_at_once_one_succeeds(scheme):
+    def write(number: int) -> bool:
+        barrier.wait()
+        try:
+            buckets.write(address, f"{number}".encode(), new=True)
+        except buckets.ExistsError:
+            return False
+        return True
+
+    with (
+        object_stores.running(scheme, latency=0.02, faults=0.1),
+        concurrent.futures.ThreadPoolExecutor(12) as pool,
+    ):
+        for attempt in range(10):
+            barrier = threading.Barrier(12)
+            address = f"{scheme}://{object_stores.BUCKET}/{attempt}"
+            (winner,) = [n for n, won in enumerate(pool.map(write, range(12))) if won]
+            assert buckets.read(address).data == f"{winner}".encode()

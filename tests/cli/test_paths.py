@@ -33,7 +33,7 @@ def actions(verb: str) -> list[argparse.Action]:
 def test_every_flag_that_holds_a_path_has_the_type_of_one():
     types = {path_flags.flag, path_flags.required_flag, path_flags.flag_list, path_flags.address}
     types |= {path_flags.input_flag, path_flags.required_input, path_flags.input_list}
-    types |= {path_flags.output_flag, path_flags.required_output}
+    types |= {path_flags.output_flag, path_flags.required_output, path_flags.adapter_list}
     seen = 0
     for verb in main.VERBS:
         for action in actions(verb):

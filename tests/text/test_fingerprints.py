@@ -10,9 +10,11 @@ import pytest
 
 from imagen_jax.config.text import T5Config, TextConfig
 from imagen_jax.interop import hf_t5
+from imagen_jax.io import buckets, copies
 from imagen_jax.models import t5
 from imagen_jax.text import fingerprints
 from imagen_jax.text.encoders import load_text_encoder
+from tests import object_stores
 
 SHAPE = T5Config(vocab_size=384, emb_dim=8, num_layers=1, num_heads=2, head_dim=4, mlp_dim=16)
 
@@ -59,3 +61,34 @@ def test_a_damaged_cache_or_none_is_no_error(config, tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     assert fingerprints.fingerprint(config) == expected
+
+
+def upload(folder, address: str) -> None:
+    for file in folder.iterdir():
+        buckets.write(f"{address}/{file.name}", file.read_bytes())
+
+
+def test_of_an_encoder_in_a_bucket_one_machine_reads_the_weights(config, tmp_path, monkeypatch):
+    expected, store = fingerprints.fingerprint(config), "gs://bucket/text"
+    with object_stores.in_memory() as requests:
+        upload(tmp_path / "text", "s3://bucket/t5")
+        remote = dataclasses.replace(config, path="s3://bucket/t5")
+        assert fingerprints.fingerprint(remote, store) == expected
+        with monkeypatch.context() as patch:
+            patch.setattr(fingerprints, "load_text_encoder", None)
+            requests.clear()
+            assert fingerprints.fingerprint(remote, store) == expected
+            patch.setenv("XDG_CACHE_HOME", str(tmp_path / "another_machine"))
+            assert fingerprints.fingerprint(remote, store) == expected
+            assert requests["list"] == 0 and requests["read"] <= 2 * 15 + 1
+        save(tmp_path / "text", 2.0)
+        upload(tmp_path / "text", "s3://bucket/t5")
+        copies._copy.cache_clear()  # As in a new process.
+        assert fingerprints.fingerprint(remote, store) != expected
+        # Of weights under other names nothing is kept.
+        upload(tmp_path / "text", "s3://bucket/sharded")
+        content = buckets.read("s3://bucket/sharded/model.safetensors").data
+        buckets.write("s3://bucket/sharded/another.safetensors", content)
+        buckets.delete(["s3://bucket/sharded/model.safetensors"])
+        sharded = dataclasses.replace(remote, path="s3://bucket/sharded")
+        assert fingerprints._cache_file(sharded) is None

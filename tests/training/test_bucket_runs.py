@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +13,25 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from imagen_jax.checks import bucket
+from imagen_jax.config.distill import DistillConfig
 from imagen_jax.config.schema import CheckpointConfig, EmaConfig, TrainConfig
 from imagen_jax.export.export import read_average
+from imagen_jax.interop.weights import WeightsError
 from imagen_jax.io import buckets, mirrors
-from imagen_jax.parallel.preemption import Preempted
-from imagen_jax.training import bucket_arrays, ema_snapshots, workdirs
+from imagen_jax.parallel import partitioning
+from imagen_jax.parallel.preemption import RESTART, Preempted
+from imagen_jax.stages import folder
+from imagen_jax.training import bucket_arrays, ema_snapshots, watchdog, workdirs
 from imagen_jax.training.bucket_arrays import ShardError
 from imagen_jax.training.bucket_checkpoints import BucketCheckpoints
 from imagen_jax.training.checkpoint import Checkpoints
+from imagen_jax.training.initial_state import abstract_state, first_state
+from imagen_jax.training.optimizer import make_optimizer
 from imagen_jax.training.restore import CheckpointError
+from imagen_jax.training.teacher import add_teacher, with_teacher
 from imagen_jax.training.train import train
 from tests import object_stores
+from tests.reference.launch import until
 
 RUN = "gs://bucket/runs/one"
 
@@ -262,3 +271,54 @@ def test_replicas_are_assembled_once(monkeypatch):
     monkeypatch.setattr(bucket_arrays.jax, "make_array_from_callback", two_devices)
     abstract = jax.ShapeDtypeStruct((4,), jnp.float32, sharding=values.sharding)
     same(bucket_arrays.read(RUN, {"a": abstract})["a"], values)
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_the_stacks_of_a_hanging_run_are_in_the_bucket(hangs, monkeypatch):
+    """Unless the store hangs, too; the process ends in any case."""
+    monkeypatch.setattr(watchdog, "UPLOAD_TIMEOUT", 0.2 if hangs else 20)
+    statuses: list[int] = []
+    event = threading.Event()
+    with workdirs.opened(RUN, write=True) as workdir:
+        with monkeypatch.context() as patch:
+            if hangs:
+                patch.setattr(buckets, "write", lambda *_, **__: event.wait())
+            with watchdog.Watchdog(workdir, 0.2, statuses.append):
+                assert until(lambda: statuses)
+            found = [name for name in buckets.names(RUN) if name.startswith("hangs/")]
+            event.set()
+        assert statuses == [RESTART] and len(found) == (not hangs)
+        for name in found:
+            text = buckets.read(f"{RUN}/{name}").data.decode()
+            assert "in test_the_stacks_of_a_hanging_run" in text
+
+
+def test_a_run_starts_from_another_run_or_a_stage_in_a_bucket(base_config, stream, tmp_path):
+    first = dataclasses.replace(base_config, train=TrainConfig(steps=2))
+    trained = train_in_bucket(first, stream(first))
+    stage = tmp_path / "stage"
+    folder.write_stage(stage, jax.device_get(trained.ema["ema"]), first, {})
+    buckets.upload(stage, "s3://bucket/stage")
+    optimizer = make_optimizer(first.optimizer, 2)
+    create, abstract = abstract_state(first, optimizer, partitioning.make_mesh(first.mesh))
+    for address in (RUN, f"{RUN}/", "s3://bucket/stage"):
+        start = dataclasses.replace(first.train, init_from=address)
+        config = dataclasses.replace(first, train=start)
+        state = first_state(config, create, abstract, optimizer)
+        same(state.params, trained.ema["ema"])
+    wider = dataclasses.replace(first.model, channels=(16,))
+    config = dataclasses.replace(config, model=wider)
+    create, abstract = abstract_state(config, optimizer, partitioning.make_mesh(first.mesh))
+    with pytest.raises(WeightsError, match="config.train.init_from=s3://bucket/stage"):
+        first_state(config, create, abstract, optimizer)
+
+
+def test_a_teacher_in_a_bucket(base_config, random_params, tmp_path):
+    params = random_params(base_config, 1)
+    folder.write_stage(tmp_path / "stage", params, base_config, {})
+    buckets.upload(tmp_path / "stage", "gs://bucket/teacher")
+    distill = DistillConfig("gs://bucket/teacher", 2)
+    config = with_teacher(dataclasses.replace(base_config, distill=distill))
+    assert config.train.init_from == "gs://bucket/teacher"
+    with jax.set_mesh(partitioning.make_mesh(config.mesh)):
+        same(add_teacher(config, lambda batch: batch)({})["teacher"], params)
