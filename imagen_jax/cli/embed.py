@@ -14,6 +14,7 @@ from imagen_jax.data.embeddings import embed as embed_lib
 from imagen_jax.data.embeddings.store import EmbeddingStore
 from imagen_jax.data.sources.registry import open_source
 from imagen_jax.parallel import partitioning
+from imagen_jax.text import fingerprints
 from imagen_jax.text.encoders import load_text_encoder
 
 
@@ -64,6 +65,7 @@ def run(flags: argparse.Namespace) -> None:
         dtype=settings.dtype,
         patience=settings.patience,
     )
+    fingerprints.keep(config.text, config.data.embeddings, encoder.fingerprint())
     # Remembered in the store, so that training need not compare all captions when it starts.
     EmbeddingStore.open(config.data.embeddings).covers(source)
 

@@ -103,6 +103,33 @@ def test_a_start_makes_few_requests_whatever_the_number_of_objects(
     assert requests["list"] == 0 and requests["read"] <= 3  # The index is in the cache.
 
 
+@pytest.mark.slow
+def test_a_start_with_100_000_objects(requests, cache, monkeypatch):
+    """50,000 images with a text each; an empty cache, as on a new machine."""
+    png = test_kinds.encoded(test_kinds.noise(8, 8), "png")
+    for i in range(50_000):
+        buckets.write(f"gs://bucket/many/{i:05}.png", png)
+        buckets.write(f"gs://bucket/many/{i:05}.txt", f"image {i}".encode())
+    data = DataConfig(kind="folder", path="gs://bucket/many")
+    first = registry.open_source(data, log=quiet, fresh=True)
+    assert len(first) == 50_000 and requests["list"] == 1  # In a store: one per 1,000 objects.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache.with_name("another_host")))
+    requests.clear()
+    other = registry.open_source(data, log=quiet)
+    assert other.fingerprint == first.fingerprint
+    assert dict(requests) == {"read": requests["read"]} and requests["read"] <= 4
+
+
+@pytest.mark.parametrize("unit_size", [1, 30])
+def test_embeddings_open_with_few_requests(unit_size, requests, cache, monkeypatch):
+    texts = [f"caption {i}" for i in range(30)]
+    embed.embed(texts, LetterEncoder(), "gs://bucket/text", unit_size, quiet)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache.with_name("another_host")))
+    requests.clear()
+    assert EmbeddingStore.open("gs://bucket/text").captions == 30
+    assert requests["list"] == 0 and requests["read"] <= 5
+
+
 def test_objects_that_are_added_or_replaced_are_found_by_prepare(packed, image_files, requests):
     data = upload(packed["tar"], "gs://bucket/data")
     before = registry.open_source(data, log=quiet)
