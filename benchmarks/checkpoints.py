@@ -47,7 +47,7 @@ def main() -> None:
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     rows = []
     with tempfile.TemporaryDirectory(dir=flags.folder) as workdir:
-        checkpoints = Checkpoints(workdir, config.checkpoint)
+        checkpoints = Checkpoints(workdir, config.checkpoint, access="write")
         for step in range(flags.repeats + 1):
             begin = time.perf_counter()
             checkpoints.save(step, state, config)

@@ -16,7 +16,7 @@ in which "complete" is false.
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import functools
 import itertools
 import json
 from collections.abc import Callable
@@ -30,9 +30,12 @@ import reporting
 
 from imagen_jax.cli.wiring import set_up_devices
 from imagen_jax.config import overrides
-from imagen_jax.config.schema import Config, MeshConfig
+from imagen_jax.config.schema import Config
+from imagen_jax.inference import placement, stage_sampler
+from imagen_jax.inference.stage_sampler import SamplerInputs
 from imagen_jax.parallel import partitioning, topology
 from imagen_jax.planning import plan
+from imagen_jax.stages.conditioning import Text
 from imagen_jax.stages.network import MODELS, init_params
 from imagen_jax.training.initial_state import abstract_state
 from imagen_jax.training.optimizer import make_optimizer
@@ -118,14 +121,34 @@ def sample(config: Config, where: topology.Slice) -> tuple[plan.Program, Callabl
     """All steps of the stage's sampler for one batch."""
     batch = config.data.batch_size
     program = plan.sample_program(config, where, batch)
-    uncropped = dataclasses.replace(config, data=config.data.uncropped())
-    mesh = partitioning.make_mesh(MeshConfig(), where.devices)
-    params = fresh_params(uncropped, partitioning.replicated(mesh))
-    rows = partitioning.batch_sharding(mesh)
-    inputs = random_like(with_sharding(plan.batch_shapes(uncropped), rows))
+    config = program.config
+    settings = config.sampling
+    mesh = partitioning.sampling_mesh(
+        where.devices, fsdp=settings.fsdp or 1, height=settings.height
+    )
+    rows, replicated = partitioning.batch_sharding(mesh), partitioning.replicated(mesh)
+    params = jax.tree.map(
+        lambda value, shape: jax.device_put(value.astype(shape.dtype), shape.sharding),
+        fresh_params(config, replicated),
+        placement.abstract_params(config, mesh),
+    )
+    shapes = plan.batch_shapes(config)
+    level = jax.ShapeDtypeStruct((batch,), jnp.float32)
+    shapes["guidance_weight"] = level
+    if "lowres" in shapes:
+        shapes["aug_level"] = level
+    del shapes["image"]
+    given = random_like(with_sharding(shapes, rows))
+    text = Text(given.pop("text_emb"), given.pop("text_mask"))
     keys = jax.device_put(jax.random.split(jax.random.key(0), batch), rows)
-    words = inputs["text_emb"], inputs["text_mask"], keys, inputs.get("lowres")
-    return program, lambda run: lambda: jax.block_until_ready(run(params, *words))
+    key = stage_sampler.jit_cache_config(config)
+    step_inputs, state = jax.jit(
+        functools.partial(stage_sampler.init_denoising, key), out_shardings=rows
+    )(SamplerInputs(text, keys, **given))
+    levels = stage_sampler.noise_levels(config)
+    ends = jax.device_put(tuple(levels[:2]), replicated)
+    inputs = params, step_inputs, state, ends, 0, levels.count
+    return program, lambda run: lambda: jax.block_until_ready(run(*inputs))
 
 
 STAGES = {"forward": forward, "train": train, "sample": sample}
