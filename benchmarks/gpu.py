@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 import reporting
 
 from imagen_jax.io import atomic
+from imagen_jax.parallel import xla_flags
 
 HERE = pathlib.Path(__file__).parent
 SECONDS = 90
@@ -156,6 +157,7 @@ def run(part: Part, left: float) -> dict[str, Any]:
     script, *rest = part.command
     limit = min(SECONDS, left)
     env = {"XLA_PYTHON_CLIENT_MEM_FRACTION": str(part.memory)} | os.environ
+    xla_flags.apply(env)
     env["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {part.flags}".strip()
     begin = time.perf_counter()
     try:

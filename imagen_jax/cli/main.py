@@ -23,6 +23,7 @@ from types import ModuleType
 
 from imagen_jax.cli import staging
 from imagen_jax.config.fields import ConfigError, unknown_name
+from imagen_jax.parallel import xla_flags
 
 GROUPS = {
     "configuration": {
@@ -149,8 +150,11 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit status."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # Lines reach a log file as they are written.
-            stream.reconfigure(line_buffering=True)
+        if isinstance(stream, io.TextIOWrapper):
+            # Lines reach a log file as they are written. Names of files may be no text, and a
+            # terminal may lack the letters of a caption.
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
+    xla_flags.apply()
     module, flags = parse(list(sys.argv[1:] if argv is None else argv))
     # JAX, a second of imports, is not needed for --help and wrong usage.
     from imagen_jax.parallel.preemption import RESTART, Preempted

@@ -24,7 +24,7 @@ from imagen_jax.data.embeddings.unit_file import EmbeddingError
 from imagen_jax.inference.request import with_settings
 from imagen_jax.io import atomic
 from imagen_jax.parallel import compiled, gpu_targets, partitioning, topology
-from imagen_jax.planning import cascade_plan, plan
+from imagen_jax.planning import cascade_plan, nearest, plan
 from imagen_jax.planning.plan import Plan
 from imagen_jax.planning.report import report
 from imagen_jax.planning.search import search_batch, search_train
@@ -70,7 +70,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--exact", action="store_true", help="compile as the run will, 5-20 times slower"
     )
-    parser.add_argument("--mfu", type=float, default=0.4, help="assumed share of the peak, 0..1")
+    parser.add_argument(
+        "--mfu",
+        type=float,
+        default=None,
+        help="share of the peak, 0..1, to assume in place of the predicted time",
+    )
     parser.add_argument("--price", type=float, default=None, help="cost of a chip-hour")
     path_flags.optional(
         parser, "--save", "write the compiled step for `train --compiled`", metavar="FILE"
@@ -80,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(flags: argparse.Namespace) -> None:
     """Runs the verb."""
-    if not 0.0 < flags.mfu <= 1.0:
+    if flags.mfu is not None and not 0.0 < flags.mfu <= 1.0:
         raise ConfigError(f"--mfu={flags.mfu} must be above 0 and at most 1; try 0.4")
     wiring.check_least(flags, 0, "batch")
     if flags.save and flags.stage != "train":
@@ -102,10 +107,24 @@ def run(flags: argparse.Namespace) -> None:
     made = _make(flags, config, where, options)
     print(report(made, flags.mfu, flags.price))
     print(f"\ncompiled {how} in {made.compile_seconds:.0f} s")
+    numbers = made.as_json()
+    if not made.fits and flags.stage == "train" and not flags.search:
+        numbers["nearest"] = _nearest(made, options)
     if flags.save:
         _save(made, flags.save)
     if flags.json:
-        atomic.write_json(flags.json, made.as_json())
+        atomic.write_json(flags.json, numbers)
+
+
+def _nearest(made: Plan, options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Prints the nearest settings with which the step fits; returns them for --json."""
+
+    def compile_plan(config: Config) -> Plan:
+        return plan.compile_program(plan.train_program(config, made.slice), made.slice, options)
+
+    found = nearest.nearest(made, compile_plan, print)
+    print("\n".join(nearest.report(found)))
+    return [change.as_json() for change in found]
 
 
 def _run_cascade(
