@@ -99,19 +99,20 @@ def test_verbs_and_flags_in_the_text_exist(page, code):
         assert known, f"{page}: {code}: {flag}"
 
 
+VARIABLE = re.compile(r'^(\w+)="([^"]*)"$', re.MULTILINE)
 LAUNCHED = [
-    pytest.param(words, id=f"{block}-{words[0]}")
+    pytest.param(words, pages.settings(block.code), id=f"{block}-{words[0]}")
     for block in BASH
-    if block.kind == "needs"
+    if block.kind == "needs" or block.about == "tests/launch/test_pod_sequence.py"
     for words in pages.commands(block.code)
     if words[0].startswith("launch/")
 ]
 
 
-@pytest.mark.parametrize("words", LAUNCHED)
-def test_launchers_take_the_options(words):
-    slice_ = ["--name=base", "--zone=us-central2-b"]
-    words = [w for word in words for w in (slice_ if word == "$slice" else [word])]
+@pytest.mark.parametrize(("words", "settings"), LAUNCHED)
+def test_launchers_take_the_options(words, settings):
+    variables = {f"${name}": shlex.split(value) for name, value in VARIABLE.findall(settings)}
+    words = [w for word in words for w in variables.get(word, [word])]
     # A script without the flag would do its work here.
     assert "dry_run" in (ROOT / words[0]).read_text()
     done = subprocess.run(
