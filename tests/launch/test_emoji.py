@@ -59,7 +59,7 @@ def test_the_page_generates_emoji(run: pathlib.Path, browser, tmp_path: pathlib.
         browser.wait("document.getElementById('health').textContent === 'ready'", seconds=300)
         browser.value("document.querySelector('#prompt').select()")
         browser.type("red heart")
-        browser.click("#draw")
+        browser.click("#generate")
         browser.wait("document.querySelectorAll('figure').length >= 1", seconds=300)
         browser.wait("[...document.images].every((img) => img.naturalWidth === 64)")
         captions = "[...document.querySelectorAll('figcaption p')].map((p) => p.textContent)"
