@@ -41,6 +41,18 @@ test: install  ## Run the default tests.
 test-slow: install  ## Run the slow tests (minutes to half an hour).
 	$(VENV)/bin/python -m pytest -q -m slow
 
+BEAM := .venv_beam
+.PHONY: beam test_beam
+beam: $(BEAM)/.installed  ## Set up .venv_beam with Apache Beam, for --beam_options.
+
+$(BEAM)/.installed: setup.py constraints_beam.txt
+	$(PYTHON) -m venv $(BEAM)
+	$(BEAM)/bin/python -m pip install -q -c constraints_beam.txt -e '.[beam,dev]'
+	@touch $@
+
+test_beam: beam  ## Run the tests of --beam_options (minutes).
+	$(BEAM)/bin/python -m pytest -q tests/data/test_beam.py
+
 lint: install  ## Check style.
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 

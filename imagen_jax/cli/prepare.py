@@ -8,7 +8,7 @@ import pathlib
 
 import numpy as np
 
-from imagen_jax.cli import path_flags, wiring
+from imagen_jax.cli import beam_flag, path_flags, wiring
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.data.index import duplicates
 from imagen_jax.data.index.indexed_source import IndexedSource
@@ -38,11 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "also list training images that are among those of this folder, such as an evaluation set",
         metavar="DIR",
     )
+    beam_flag.add(parser, "index the data and find duplicates")
 
 
 def run(flags: argparse.Namespace) -> None:
     """Carries the verb out."""
     config = wiring.load_config(flags)
+    if flags.beam_options:
+        beam_flag.build_index(config.data, flags.beam_options, repeats=flags.duplicates)
     source = open_source(config.data, fresh=True)
     print(f"{len(source)} usable images, fingerprint {source.fingerprint}")
     print(f"captions per image: {source.report.caption_counts()}")

@@ -184,7 +184,7 @@ def test_a_store_that_fails_for_long_ends_the_run_in_one_line(packed, requests, 
 
     monkeypatch.setattr(buckets, "read", fail)
     monkeypatch.setattr(patience, "GIVE_UP_AFTER", 0.05)
-    source._reader._files._copies.clear()  # pyright: ignore
+    source.reader._files._copies.clear()  # pyright: ignore
     with pytest.raises(patience.StoreError, match=r"gs://bucket/data/shard-\d.tar.*UNAVAILABLE"):
         source.read(0)
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from imagen_jax.cli import main
 from imagen_jax.config.data import DataConfig
-from imagen_jax.data.index import duplicates
+from imagen_jax.data.index import duplicates, repeats
 from imagen_jax.data.sources import registry
 
 
@@ -84,7 +84,7 @@ def test_other_images_have_other_keys():
     assert first.tolist() == list(range(100))
 
 
-@pytest.mark.parametrize("flipped", [0, 1, duplicates.MAX_DISTANCE, 100])
+@pytest.mark.parametrize("flipped", [0, 1, repeats.MAX_DISTANCE, 100])
 def test_keys_with_few_different_signs_are_duplicates(flipped):
     rng = np.random.default_rng(flipped)
     keys = rng.integers(0, 256, (50, 32), np.uint8)
@@ -94,7 +94,7 @@ def test_keys_with_few_different_signs_are_duplicates(flipped):
         row[rng.choice(128, flipped, replace=False)] ^= 1
     found = np.concatenate([keys, np.packbits(bits, axis=1)]).view("S32")[:, 0]
     first = duplicates.first_of_each(found, "pixels")
-    same = flipped <= duplicates.MAX_DISTANCE
+    same = flipped <= repeats.MAX_DISTANCE
     assert first.tolist() == [*range(50), *(range(20) if same else range(50, 70))]
     exact = duplicates.first_of_each(found, "bytes")
     assert (exact == first).all() == (flipped in (0, 100))

@@ -69,7 +69,7 @@ def silent(line: str) -> None:
 
 
 def files(folder: pathlib.Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_each_distinct_caption_is_encoded_once_and_found_again(tmp_path):

@@ -223,7 +223,7 @@ def test_every_kind_applies_the_same_rules(packed, name):
 
 def test_uncompressed_parquet_is_read_in_place(packed, monkeypatch):
     source = registry.open_source(packed["plain"], log=lambda line: None)
-    monkeypatch.setattr(type(source._reader), "_group", None)
+    monkeypatch.setattr(type(source.reader), "_group", None)
     assert len([source.record(i) for i in range(len(source))]) == 15
     assert all(source.table.location(i)[1] >= 0 for i in range(len(source)))
     packed_source = registry.open_source(packed["struct"], log=lambda line: None)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from imagen_jax.data.batches.pipeline import Pipeline
-from imagen_jax.data.embeddings import embed, key_table, packs, shared_plan
+from imagen_jax.data.embeddings import embed, key_table, packs, plan_file, shared_plan
 from imagen_jax.data.embeddings import store as embeddings
 from imagen_jax.data.embeddings.key_table import UnitKeys
 from imagen_jax.data.embeddings.store import EmbeddingError, EmbeddingStore
@@ -180,15 +180,21 @@ def test_one_worker_makes_the_plan_of_all(tmp_path):
 def test_a_plan_that_a_worker_did_not_finish_is_made_by_another(tmp_path):
     encoder = LetterEncoder()
 
-    def die():
+    def die(path):
         raise KeyboardInterrupt
 
-    settings = {"unit_size": 4, "encoder": encoder.fingerprint()}
+    settings = embed.settings_of(encoder, 4)
     with pytest.raises(KeyboardInterrupt):
         shared_plan.get(tmp_path, CAPTIONS, settings, make=die, patience=0.3)
-    make = lambda: embed.plan_units(CAPTIONS, encoder, 4)  # noqa: E731
+    make = lambda path: embed.write_plan(path, CAPTIONS, encoder, 4)  # noqa: E731
     found = shared_plan.get(tmp_path, CAPTIONS[::-1], settings, make=make, patience=0.3)
-    expected = make()
+    (tmp_path / "expected").mkdir()
+    make(tmp_path / "expected")
+    expected = plan_file.read(tmp_path / "expected")
     assert found[1:] == expected[1:]
     for one, other in zip(found.units, expected.units, strict=True):
-        assert (one.length, list(one.captions), one.tokens) == other
+        assert (one.length, list(one.captions), one.tokens) == (
+            other.length,
+            list(other.captions),
+            other.tokens,
+        )

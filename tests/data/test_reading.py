@@ -43,7 +43,7 @@ def stream(world):
 @pytest.fixture
 def reader(world, monkeypatch):
     """Replaces the function that reads an image: (key, location, original) -> bytes."""
-    reader = world[1]._reader
+    reader = world[1].reader
     original = type(reader).read
 
     def replace(read):

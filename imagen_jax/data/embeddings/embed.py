@@ -9,19 +9,21 @@ each claims a unit before encoding it (claims.py), and takes over the units of d
 
 from __future__ import annotations
 
-import collections
 import hashlib
 import os
 import pathlib
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
-from imagen_jax.data.embeddings import packs, remote, shared_plan, store, unit_file
+from imagen_jax.data.embeddings import packs, plan_file, remote, shared_plan, store, unit_file
 from imagen_jax.data.embeddings.claims import BucketClaims, Claims
-from imagen_jax.data.embeddings.shared_plan import Plan, UnitOfWork
+from imagen_jax.data.embeddings.plan_file import Part, Plan, UnitOfWork
+from imagen_jax.data.embeddings.shared_plan import AnyCaptions
 from imagen_jax.io import buckets, mirrors, paths
 from imagen_jax.text.encoders import TextEncoder
 
@@ -31,27 +33,43 @@ REPORT_EVERY = 20.0  # Seconds between progress lines.
 POLL_EVERY = 0.5  # Seconds between checks for units of other workers.
 
 
-def plan_units(captions: Sequence[str], encoder: TextEncoder, unit_size: int) -> Plan:
-    """Splits the distinct captions into units; independent of the order of `captions`."""
+def write_plan(
+    folder: pathlib.Path, captions: AnyCaptions, encoder: TextEncoder, unit_size: int
+) -> None:
+    """Writes the plan of the distinct captions; independent of the order of `captions`.
+
+    Args:
+      folder: an empty folder; see `plan_file.py`.
+      captions: repeated ones are planned once.
+      encoder: tokenizes.
+      unit_size: captions per unit.
+    """
     unique = sorted(set(captions), key=store.caption_hash)
-    groups: dict[int, list[tuple[str, int]]] = collections.defaultdict(list)
-    truncated = 0
-    for start in range(0, len(unique), CHUNK):
-        chunk = unique[start : start + CHUNK]
-        batch = encoder.tokenize(chunk)
+    parts = [
+        tokenized(unique[start : start + CHUNK], encoder) for start in range(0, len(unique), CHUNK)
+    ]
+    plan_file.write(folder, lambda: parts, unit_size)
+
+
+def tokenized(captions: Sequence[str], encoder: TextEncoder) -> Part:
+    """A part of a plan; `captions` are distinct and in ascending order of their hashes."""
+    counts, truncated = [np.zeros(0, np.int32)], 0
+    for start in range(0, len(captions), CHUNK):
+        batch = encoder.tokenize(captions[start : start + CHUNK])
         truncated += len(batch.truncated)
-        for caption, count in zip(chunk, np.asarray(batch.mask).sum(axis=1).tolist(), strict=True):
-            groups[min(-(-count // BUCKET) * BUCKET, encoder.max_len)].append((caption, count))
-    units = []
-    for length in sorted(groups):
-        for start in range(0, len(groups[length]), unit_size):
-            texts, counts = zip(*groups[length][start : start + unit_size], strict=True)
-            units.append(UnitOfWork(length, list(texts), sum(counts)))
-    return Plan(units, len(unique), sum(unit.tokens for unit in units), truncated)
+        counts.append(np.asarray(batch.mask).sum(axis=1))
+    tokens = np.concatenate(counts)
+    lengths = np.minimum(-(-tokens // BUCKET) * BUCKET, encoder.max_len)
+    return plan_file.make_part(captions, tokens, lengths, truncated)
+
+
+def settings_of(encoder: TextEncoder, unit_size: int) -> dict[str, Any]:
+    """What a plan and the names of the units depend on, beside the captions."""
+    return {"unit_size": unit_size, "encoder": encoder.fingerprint()}
 
 
 def _describe(
-    captions: Sequence[str], plan: Plan, encoder: TextEncoder, unit_size: int, dtype: str
+    captions: AnyCaptions, plan: Plan, encoder: TextEncoder, unit_size: int, dtype: str
 ) -> dict[str, int | float]:
     return {
         "captions": len(captions),
@@ -66,7 +84,7 @@ def _describe(
 
 
 def estimate(
-    captions: Sequence[str], encoder: TextEncoder, unit_size: int, dtype: str = "bfloat16"
+    captions: AnyCaptions, encoder: TextEncoder, unit_size: int, dtype: str = "bfloat16"
 ) -> dict[str, int | float]:
     """Estimates the work of `embed` without encoding.
 
@@ -74,11 +92,14 @@ def estimate(
       captions, unique (distinct captions), truncated (captions), tokens, padded_tokens (inputs of
       the encoder), units, bytes (of embeddings) and flops (of the encoder).
     """
-    return _describe(captions, plan_units(captions, encoder, unit_size), encoder, unit_size, dtype)
+    with tempfile.TemporaryDirectory() as name:
+        write_plan(pathlib.Path(name), captions, encoder, unit_size)
+        plan = plan_file.read(pathlib.Path(name))
+        return _describe(captions, plan, encoder, unit_size, dtype)
 
 
 def embed(
-    captions: Sequence[str],
+    captions: AnyCaptions,
     encoder: TextEncoder,
     out: str,
     unit_size: int,
@@ -106,26 +127,29 @@ def embed(
       PathError: a path with a scheme other than gs:// and s3://.
       BucketError: a bucket cannot be read or written.
     """
-    if not captions:
+    if not len(captions):
         raise store.EmbeddingError("there are no captions to embed; check config.data")
     in_bucket = buckets.is_address(out)
     folder = mirrors.folder(out) if in_bucket else paths.local(out, "config.data.embeddings")
     folder.mkdir(parents=True, exist_ok=True)
     own_claims = BucketClaims if in_bucket else Claims
     fingerprint = encoder.fingerprint()
-    settings = {"unit_size": unit_size, "encoder": fingerprint}
+    settings = settings_of(encoder, unit_size)
     plan = shared_plan.get(
         folder,
         captions,
         settings,
-        make=lambda: plan_units(captions, encoder, unit_size),
+        make=lambda path: write_plan(path, captions, encoder, unit_size),
         patience=patience,
     )
     if plan.truncated:
         log(f"{plan.truncated} captions are longer than {encoder.max_len} tokens and are cut")
     if dtype != "bfloat16":
         settings["dtype"] = dtype
-    names = [store.unit_name(unit.captions, length=unit.length, **settings) for unit in plan.units]
+    names = [
+        unit_file.unit_name_of(unit.hashes.tobytes(), length=unit.length, **settings)
+        for unit in plan.units
+    ]
     work = dict(zip(names, plan.units, strict=True))
     progress = _Progress(folder, work, log)
 

@@ -91,9 +91,13 @@ def caption_hash(text: str) -> bytes:
 
 def unit_name(captions: Iterable[str], **settings: Any) -> str:
     """File name of a unit: a hash of its captions and of all settings that change its bytes."""
+    return unit_name_of(b"".join(map(caption_hash, captions)), **settings)
+
+
+def unit_name_of(hashes: bytes, **settings: Any) -> str:
+    """`unit_name` of the captions with these hashes, one after the other."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for caption in captions:
-        digest.update(caption_hash(caption))
+    digest.update(hashes)
     return f"unit_{digest.hexdigest()[:24]}.bin"
 
 

@@ -1,8 +1,9 @@
 """Records that repeat another: by captions, by the bytes of the image, or by what it shows.
 
 Every record gets a key of 32 bytes. Records with equal keys are duplicates, and the first of them
-in the order of the source stays. Keys of images are computed shard by shard, by threads, and kept
-beside the shards' rows, so that a pass that is killed goes on.
+in the order of the source stays (`repeats.py`). Keys of images are computed shard by shard, by
+threads, and kept beside the shards' rows, so that a pass that is killed goes on. The numbers of the
+records that stay are kept beside the index and mapped by later runs.
 
 `pixels` is a difference hash: the signs of the horizontal differences of the image in grey at
 17 x 16 pixels. An image that is enlarged, reduced or compressed anew keeps almost all of them, so
@@ -13,25 +14,26 @@ eight bands of 32 signs in common.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from imagen_jax.data.index import repeats
+from imagen_jax.data.index.repeats import KEY, Keyed
 from imagen_jax.data.index.shard import Shard
 from imagen_jax.data.index.table import Entry, Table
 from imagen_jax.data.sources.records import Reader
 from imagen_jax.io import atomic, images
 
 KINDS = ("captions", "bytes", "pixels")
-MAX_DISTANCE = 16  # Signs of 256; unrelated images differ in about half.
-_KEY_BYTES, _BANDS = 32, 8
-_KEY = f"S{_KEY_BYTES}"
 _FLAT = 4  # Differences between grey levels that a hash of an image needs; fewer: it is one colour.
+_VERSION = 1  # Increased when the keys or the rules change.
 
 
 class Duplicates(NamedTuple):
@@ -55,21 +57,62 @@ def find(table: Table, reader: Reader, *, kind: str, cache: pathlib.Path) -> Dup
       table: the records.
       reader: reads their images.
       kind: one of KINDS.
-      cache: folder of the indexes.
+      cache: folder of the indexes, in which the result is kept.
     """
-    counts = np.bincount(first_of_each(keys(table, reader, kind=kind, cache=cache), kind))
-    return Duplicates(kind, int((counts > 1).sum()), int((counts[counts > 0] - 1).sum()))
+    found = known(table, kind, cache)
+    if found is None:
+        every = Keyed(np.arange(len(table)), keys(table, reader, kind=kind, cache=cache))
+        found = publish(table, repeats.pairs(every, kind), kind=kind, cache=cache)
+    return found
 
 
 def without(table: Table, reader: Reader, *, kind: str, cache: pathlib.Path) -> Table:
     """The table without duplicates of a kind; arguments as of `find`."""
-    kept = np.unique(first_of_each(keys(table, reader, kind=kind, cache=cache), kind))
-    return table if len(kept) == len(table) else table.select(table.numbers()[kept])
+    if not find(table, reader, kind=kind, cache=cache).surplus:
+        return table
+    return table.select(np.asarray(np.load(files(table, kind, cache)[0], mmap_mode="r")))
+
+
+def known(table: Table, kind: str, cache: pathlib.Path) -> Duplicates | None:
+    """The result of an earlier `publish`; None: there is none."""
+    rows, report = files(table, kind, cache)
+    if not (rows.exists() and report.exists()):
+        return None
+    return Duplicates(**json.loads(report.read_text("utf-8")))
+
+
+def publish(table: Table, pairs: np.ndarray, *, kind: str, cache: pathlib.Path) -> Duplicates:
+    """Writes which records stay, and the report.
+
+    Args:
+      table: the records.
+      pairs: numbers of two records with one key, int64[k, 2]; they connect every group.
+      kind: of the keys.
+      cache: folder of the indexes.
+    """
+    found = repeats.resolve(pairs)
+    stays = np.ones(len(table), bool)
+    stays[found.numbers[found.numbers != found.firsts]] = False
+    surplus = len(stays) - int(stays.sum())
+    result = Duplicates(kind, len(found.numbers) - surplus, surplus)
+    rows, report = files(table, kind, cache)
+    with atomic.file(rows) as temporary, temporary.open("wb") as out:
+        np.save(out, table.numbers()[stays].astype("<i8"))
+    atomic.write_json(report, result._asdict())
+    return result
+
+
+def files(table: Table, kind: str, cache: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
+    """The files of the row numbers that stay, and of the report."""
+    shards = [[entry.file, entry.digest] for entry in table.entries]
+    parts = json.dumps([_VERSION, table.fingerprint, shards]).encode()
+    name = f"unique_{kind}_{hashlib.sha256(parts).hexdigest()[:16]}"
+    return cache / f"{name}.npy", cache / f"{name}.json"
 
 
 def overlap(own: np.ndarray, other: np.ndarray, kind: str) -> np.ndarray:
     """Which of the keys `own` are duplicates of one of `other`; their numbers."""
-    first = first_of_each(np.concatenate([other.astype(_KEY), own.astype(_KEY)]), kind)
+    first = first_of_each(np.concatenate([other.astype(KEY), own.astype(KEY)]), kind)
     return np.flatnonzero(first[len(other) :] < len(other))
 
 
@@ -80,66 +123,30 @@ def first_of_each(found: np.ndarray, kind: str) -> np.ndarray:
       found: S32[n].
       kind: of the keys.
     """
-    _, first, inverse = np.unique(found, return_index=True, return_inverse=True)
-    result = first[inverse]
-    if kind != "pixels" or len(first) < 2:
-        return result
-    distinct = found[first].view("u1").reshape(-1, _KEY_BYTES)
-    parents = dict[int, int]()
-
-    def root(i: int) -> int:
-        while i in parents:
-            i = parents[i]
-        return i
-
-    for one, other in _near(distinct).tolist():
-        low, high = sorted((root(int(first[one])), root(int(first[other]))))
-        if low != high:
-            parents[high] = low
-    changed = {number: root(number) for number in parents}
-    for at in np.flatnonzero(np.isin(result, list(changed))):
-        result[at] = changed[int(result[at])]
+    result = np.arange(len(found))
+    every = repeats.resolve(repeats.pairs(Keyed(result, found), kind))
+    result[every.numbers] = every.firsts
     return result
-
-
-def _near(distinct: np.ndarray) -> np.ndarray:
-    """Pairs of rows of u1[n, 32] with at most MAX_DISTANCE different bits, int[pairs, 2].
-
-    Rows with a band in common are compared with the first of them.
-    """
-    pairs = [np.zeros((0, 2), np.int64)]
-    for band in range(_BANDS):
-        width = _KEY_BYTES // _BANDS
-        column = np.ascontiguousarray(distinct[:, band * width : (band + 1) * width]).view("<u4")
-        order = np.argsort(column[:, 0], kind="stable")
-        values = column[order, 0]
-        starts = np.flatnonzero(np.diff(values, prepend=values[:1] ^ 1))
-        lengths = np.diff(starts, append=len(values))
-        others, firsts = order, order[np.repeat(starts, lengths)]
-        others, firsts = others[others != firsts], firsts[others != firsts]
-        differing = np.bitwise_count(distinct[others] ^ distinct[firsts]).sum(axis=1)
-        near = differing <= MAX_DISTANCE
-        pairs.append(np.stack([firsts[near], others[near]], axis=1))
-    return np.concatenate(pairs)
 
 
 def keys(table: Table, reader: Reader, *, kind: str, cache: pathlib.Path) -> np.ndarray:
     """The keys of all records, S32; arguments as of `find`."""
-    parts = [np.zeros(0, _KEY)]
-    for number, (entry, shard) in enumerate(zip(table.entries, _shards(table), strict=True)):
-        if not entry.records or shard is None:
-            continue
-        if kind == "captions":
-            parts.append(_of_captions(shard))
-        else:
-            parts.append(_cached(shard, entry, number, reader=reader, kind=kind, cache=cache))
-    return np.concatenate(parts)[table.numbers()]
+    shards = range(len(table.entries))
+    parts = [shard_keys(table, reader, n, kind=kind, cache=cache) for n in shards]
+    return np.concatenate([np.zeros(0, KEY), *parts])
 
 
-def _shards(table: Table) -> Iterator[Shard | None]:
-    found = table.shards()
-    for entry in table.entries:
-        yield next(found)[1] if entry.records else None
+def shard_keys(
+    table: Table, reader: Reader, number: int, *, kind: str, cache: pathlib.Path
+) -> np.ndarray:
+    """The keys of the records of one shard, S32; `number` of the shard, the others as of `find`."""
+    entry, rows = table.entries[number], table.rows_of(number)
+    if not len(rows):
+        return np.zeros(0, KEY)
+    shard = table.shard(number)
+    if kind == "captions":
+        return _of_captions(shard)[rows]
+    return _cached(shard, entry, number, reader=reader, kind=kind, cache=cache)[rows]
 
 
 def _of_captions(shard: Shard) -> np.ndarray:
@@ -150,7 +157,7 @@ def _of_captions(shard: Shard) -> np.ndarray:
         _digest(hashes[a].item()) if b - a == 1 else _digest(b"".join(sorted(hashes[a:b].tolist())))
         for a, b in zip(starts.tolist(), ends.tolist(), strict=True)
     ]
-    return np.array(found, _KEY)
+    return np.array(found, KEY)
 
 
 def _cached(
@@ -175,7 +182,7 @@ def _cached(
         return _of_image(reader, entry.name + shard.key(i), location, kind)
 
     with ThreadPoolExecutor(threads) as pool:
-        found = np.array(list(pool.map(key, range(entry.records), chunksize=64)), _KEY)
+        found = np.array(list(pool.map(key, range(entry.records), chunksize=64)), KEY)
     with atomic.file(file) as temporary, temporary.open("wb") as out:
         np.save(out, found)
     return found

@@ -36,6 +36,7 @@ class IndexedSource:
       fingerprint: hash of all keys, sizes and captions, 16 hex digits.
       report: rejected records; grows when an image fails to decode later.
       table: the usable records.
+      reader: reads an encoded image, once.
       cache: folder of the indexes of these data.
     """
 
@@ -62,7 +63,7 @@ class IndexedSource:
           window: shuffle shards, and records within a window, instead of all records.
         """
         self.table = table
-        self._reader = reader
+        self.reader = reader
         self._window, self._weights = window, dict(weights or {})
         self._by_kind = [self._weights[name] for name in sorted(self._weights) if name]
         # Captions beside those of the records.
@@ -151,12 +152,12 @@ class IndexedSource:
     def duplicates(self, kind: str) -> Duplicates:
         """How many records repeat another; `kind`: one of `duplicates.KINDS`."""
         cache = folders.writable(folders.cache_folders(self.cache))
-        return duplicates.find(self.table, self._reader, kind=kind, cache=cache)
+        return duplicates.find(self.table, self.reader, kind=kind, cache=cache)
 
     def image_keys(self, kind: str) -> np.ndarray:
         """Keys by which records of two sources are compared; see `duplicates.keys`."""
         cache = folders.writable(folders.cache_folders(self.cache))
-        return duplicates.keys(self.table, self._reader, kind=kind, cache=cache)
+        return duplicates.keys(self.table, self.reader, kind=kind, cache=cache)
 
     def read(self, i: int) -> bytes:
         """The encoded image of record i; waits while the store fails.

@@ -46,12 +46,16 @@ REPORT_EVERY = 20.0  # Seconds between progress lines.
 MakeReader = Callable[[SourceConfig], Reader]
 Log = Callable[[str], None]
 
+# Writes the rows of the shards with these numbers, by `publish`, wherever it runs.
+Share = Callable[[SourceConfig, Sequence[ShardFile], Sequence[int], MakeReader, Log], None]
+
 
 def cached_index(
     reader: Reader,
     source: SourceConfig,
     make_reader: MakeReader | None = None,
     log: Log = print,
+    share: Share | None = None,
 ) -> tuple[Table, Quarantine, pathlib.Path]:
     """Loads the cached index of the data, or builds and caches it.
 
@@ -60,6 +64,7 @@ def cached_index(
       source: the rules.
       make_reader: makes the same reader in other processes; None: this process does all.
       log: called with lines on the progress of a long pass.
+      share: checks shards elsewhere; None: processes of this machine do, where that is worth it.
 
     Returns:
       The usable records, the report, and the file that holds the report.
@@ -73,7 +78,7 @@ def cached_index(
         found = [(reader.cache, names[0])]
     if not found:
         folder = writable(folders)
-        _build_index(reader, source, folder, make_reader, log)
+        _build_index(reader, source, folder, make_reader=make_reader, log=log, share=share)
         shared.push(folder, names[0])
         found = [(folder, names[0])]
     cache, name = found[0]
@@ -116,8 +121,10 @@ def _build_index(
     reader: Reader,
     source: SourceConfig,
     cache: pathlib.Path,
+    *,
     make_reader: MakeReader | None,
     log: Log,
+    share: Share | None,
 ) -> None:
     """Checks the shards that are not known, and writes the index of all."""
     rules = [LAYOUT, source.kind, source.min_size, source.check, *_requested(source)]
@@ -129,12 +136,14 @@ def _build_index(
         name = _index_name(reader, source, LAYOUT).replace("index", "whole")
         rows = [cache / "shards" / f"{name}.safetensors"]
     missing = [number for number, path in enumerate(rows) if not path.exists()]
-    if len(missing) > 1 and make_reader is not None and _is_worth_sharing(shards, missing):
-        _share(source, shards, missing, make_reader, log)
+    if share is None and _is_worth_sharing(shards, missing):
+        share = _share
+    if share is not None and make_reader is not None and shards and missing:
+        share(source, shards, missing, make_reader, log)
     else:
         progress = _Progress(len(missing), log)
         for number in missing:
-            _publish(reader, source, number, rows[number], shards[number].stat if shards else [])
+            publish(reader, source, number, rows[number], shards[number].stat if shards else [])
             progress.add()
     entries, report = [], Quarantine()
     for name, path in zip(_shard_names(reader), rows, strict=True):
@@ -182,7 +191,7 @@ def _check(reader: Reader, source: SourceConfig, number: int, threads: int):
     return check_shard(reader, reader.scan_shard(number), source, name=name, threads=threads)
 
 
-def _publish(
+def publish(
     reader: Reader,
     source: SourceConfig,
     number: int,
@@ -190,7 +199,16 @@ def _publish(
     stat: Sequence[int],
     threads: int | None = None,
 ) -> None:
-    """Checks a shard and writes the file of its rows."""
+    """Checks a shard and writes the file of its rows.
+
+    Args:
+      reader: of the source.
+      source: the rules.
+      number: of the shard.
+      rows: the file.
+      stat: of the shard, `ShardFile.stat`.
+      threads: that read images; None: one per processor.
+    """
     columns, report = _check(reader, source, number, threads or _processors())
     shard_file.write(rows, columns, {**report, "stat": list(stat)})
 
@@ -200,7 +218,7 @@ def _processors() -> int:
 
 
 def _is_worth_sharing(shards: Sequence[ShardFile], missing: Sequence[int]) -> bool:
-    return _processors() > 1 and sum(shards[n].size for n in missing) >= SHARED_FROM
+    return len(missing) > 1 < _processors() and sum(shards[n].size for n in missing) >= SHARED_FROM
 
 
 def _share(
@@ -248,7 +266,7 @@ def _start_worker(make_reader: MakeReader, source: SourceConfig) -> None:
 
 def _work(number: int, rows: pathlib.Path, stat: Sequence[int]) -> None:
     assert _worker is not None
-    _publish(*_worker, number, rows, stat, threads=1)
+    publish(*_worker, number, rows, stat, threads=1)
 
 
 class _Progress:

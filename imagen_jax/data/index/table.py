@@ -124,16 +124,29 @@ class Table:
 
     def hash_blocks(self) -> Iterator[np.ndarray]:
         """`hashes` of one shard after the other."""
-        start = 0
-        for entry, shard in self.shards():
+        for number, entry in enumerate(self.entries):
+            rows = self.rows_of(number)
+            if len(rows) == 0:
+                continue
+            shard = self.shard(number)
             found = shard.hashes()
-            if self._selected is not None:
-                first, last = np.searchsorted(self._selected, [start, start + entry.records])
+            if len(rows) < entry.records:
                 chosen = np.zeros(entry.records, bool)
-                chosen[self._selected[first:last] - start] = True
+                chosen[rows] = True
                 found = found[np.repeat(chosen, shard.caption_counts())]
-            start += entry.records
             yield found
+
+    def rows_of(self, number: int) -> np.ndarray:
+        """Which rows of a shard are records of the table, ascending; `number` of the shard."""
+        end, records = self._ends[number], self.entries[number].records
+        if self._selected is None:
+            return np.arange(records)
+        first, last = np.searchsorted(self._selected, [end - records, end])
+        return np.asarray(self._selected[first:last]) - (end - records)
+
+    def shard(self, number: int) -> Shard:
+        """The rows of a shard with records, before the selection."""
+        return self._open(self.entries[number].file)
 
     def shards(self) -> Iterator[tuple[Entry, Shard]]:
         """All shards with records, before the selection."""

@@ -38,7 +38,7 @@ SOURCES: dict[str, Callable[[SourceConfig], Reader]] = {
 
 
 def open_source(
-    data: DataConfig, log: Log = print, *, fresh: bool = False
+    data: DataConfig, log: Log = print, *, fresh: bool = False, share: scan.Share | None = None
 ) -> IndexedSource | Mixture:
     """Opens the images and captions that a configuration names; builds a missing index.
 
@@ -46,6 +46,7 @@ def open_source(
       data: a source, or a mixture of several.
       log: called with one line when records are rejected or have notes.
       fresh: list the objects of a bucket again.
+      share: see `scan.cached_index`.
 
     Raises:
       ConfigError: no data, damaged files, or a share of rejected records above `max_quarantined`.
@@ -53,15 +54,23 @@ def open_source(
       BucketError: a bucket cannot be read.
     """
     if not data.mixture:
-        return _open(data, "config.data", log, fresh)
+        return open_one(data, "config.data", log, fresh=fresh, share=share)
     parts = {
-        name: _open(source, f"config.data.mixture.{name}", log, fresh)
+        name: open_one(source, f"config.data.mixture.{name}", log, fresh=fresh, share=share)
         for name, source in data.sources().items()
     }
     return Mixture(parts, {name: source.rate for name, source in data.mixture.items()})
 
 
-def _open(source: SourceConfig, field: str, log: Log, fresh: bool) -> IndexedSource:
+def open_one(
+    source: SourceConfig,
+    field: str = "config.data",
+    log: Log = print,
+    *,
+    fresh: bool = False,
+    share: scan.Share | None = None,
+) -> IndexedSource:
+    """Opens one source; `field`: its name in error messages, the others as of `open_source`."""
     make_reader = plugins.find(f"{field}.kind", source.kind, plugins.SOURCES, SOURCES)
     if not source.path and make_reader is not Synthetic:
         raise ConfigError(f"{field}.path is empty; give the {source.kind} data's folder")
@@ -76,7 +85,7 @@ def _open(source: SourceConfig, field: str, log: Log, fresh: bool) -> IndexedSou
     try:
         reader = make_reader(dataclasses.replace(source, path=path))
         located = dataclasses.replace(source, path=path)
-        table, report, report_file = scan.cached_index(reader, located, make_reader, log)
+        table, report, report_file = scan.cached_index(reader, located, make_reader, log, share)
     except ConfigError as error:
         # Readers do not know the name of their source in a mixture; they write config.data.
         text = str(error).replace("config.data.", f"{field}.")
