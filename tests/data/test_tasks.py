@@ -2,6 +2,9 @@
 
 import dataclasses
 import itertools
+import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ import pytest
 from imagen_jax.data.batches import loaders
 from imagen_jax.data.batches.pipeline import Pipeline
 
+ROOT = pathlib.Path(__file__).parents[2]
 seqio = pytest.importorskip("seqio")
 tf = pytest.importorskip("tensorflow")
 tasks = pytest.importorskip("imagen_jax.data.batches.tasks")
@@ -65,3 +69,37 @@ def test_the_registered_task_is_usable_by_name_with_any_sharding(stream):
         np.testing.assert_array_equal(example["image"], stored["image"][i])
         count = int(stored["text_mask"][i].sum())
         np.testing.assert_array_equal(example["text_emb"], stored["text_emb"][i, :count])
+
+
+UNFINISHED = """
+import sys, time
+from imagen_jax.config.data import DataConfig
+from imagen_jax.data.batches import loaders
+from imagen_jax.data.batches.pipeline import Pipeline
+from imagen_jax.data.embeddings.store import EmbeddingStore
+from imagen_jax.data.index.indexed_source import IndexedSource
+from imagen_jax.data.sources.registry import open_source
+
+read = IndexedSource.read
+
+def slow(self, i):
+    time.sleep(0.02)
+    return read(self, i)
+
+IndexedSource.read = slow
+data = DataConfig(kind="folder", path=sys.argv[1], embeddings=sys.argv[2], image_size=64,
+                  batch_size=64, max_text_len=4, loader="seqio")
+stream = Pipeline(open_source(data), EmbeddingStore.open(data.embeddings), data, 0, cache_bytes=0)
+batches = loaders.batches(stream)
+print(len(next(batches)["image"]))
+"""
+
+
+def test_a_process_with_an_unfinished_stream_ends(world):
+    """TensorFlow's threads read ahead while the interpreter ends."""
+    data = world[0]
+    command = [sys.executable, "-c", UNFINISHED, data.path, data.embeddings]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=180, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "64\n", "")

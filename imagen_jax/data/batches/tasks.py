@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -204,14 +205,23 @@ def imagen_batches(pipeline: Pipeline, start_step: int = 0) -> Iterator[Batch]:
     options.threading.private_threadpool_size = max(data.prefetch, 1)
     options.threading.max_intra_op_parallelism = 1
     ahead = dataset.prefetch(max(data.prefetch, 1)).with_options(options)
-    return _with_own_errors(ahead.as_numpy_iterator(), source)
+    held = [ahead.as_numpy_iterator()]
+    batches = _with_own_errors(held, source)
+    # TensorFlow's threads read ahead. If they do so while the interpreter ends, they wait for it
+    # and it for them; finalizers run before that.
+    weakref.finalize(batches, held.clear)
+    return batches
 
 
-def _with_own_errors(batches: Iterator[Batch], source: StreamSource) -> Iterator[Batch]:
-    """The same batches; an error of reading is raised as itself."""
+def _with_own_errors(held: list[Iterator[Batch]], source: StreamSource) -> Iterator[Batch]:
+    """The batches of the iterator `held[0]`; an error of reading is raised as itself."""
+    failed = tf.errors.OpError  # Modules may be gone when an unfinished generator ends.
     try:
-        yield from batches
-    except tf.errors.OpError:
+        while held:
+            yield next(held[0])
+    except failed:
         if source.error is None:
             raise
         raise source.error from None
+    finally:
+        held.clear()
