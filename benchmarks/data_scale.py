@@ -6,13 +6,16 @@
     taskset -c 0 python benchmarks/data_scale.py latency [--milliseconds=30]
 
 Every measurement is a process of its own, and the two checkouts take turns. `index`: header pass
-over webdataset shards, records per second of one process, by the clock and by CPU time; then the
-pass after one more shard. `store`: seconds and megabytes to open a store of small vectors, and
-lookups per second. `latency`: images/s of 64 px, by loader, of a source whose reads take so many
-milliseconds, and of the same source without them. Prints tables and one JSON line.
+over webdataset shards, records per second of one process and of two, by the clock and by CPU time;
+then a pass that is killed ten times, and the pass after one more shard. `store`: seconds and
+megabytes to open a store of small vectors, lookups per second, and seconds to the first batch of a
+source of 100,000 images. `latency`: images/s of 64 px, by
+loader, of a source whose reads take so many milliseconds, and of the same source without them.
+Prints tables and one JSON line.
 """
 
 import argparse
+import hashlib
 import io
 import json
 import os
@@ -22,6 +25,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 
 import numpy as np
 from PIL import Image
@@ -31,7 +35,7 @@ SHARD = 5000  # Samples.
 DIM, TOKENS = 4, 2
 
 INDEX = """
-import sys, time
+import os, resource, sys, time
 try:
     from imagen_jax.config.data import DataConfig
     from imagen_jax.data.index import scan
@@ -40,11 +44,14 @@ except ImportError:  # The first layout of the package.
     from imagen_jax.config_data import DataConfig
     from imagen_jax.data import scan, webdataset
     Reader = next(v for v in vars(webdataset).values() if hasattr(v, "scan"))
-data = DataConfig(kind="webdataset", path=sys.argv[1], check="header")
-wall, cpu = time.perf_counter(), time.process_time()
-table = scan.cached_index(Reader(data), data)[0]
-wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-print(len(table), wall, cpu)
+if __name__ == "__main__":
+    data = DataConfig(kind="webdataset", path=sys.argv[1], check="header")
+    processes = len(sys.argv) > 2
+    scan._processors = lambda: 2 if processes else 1
+    used = lambda: sum(sum(resource.getrusage(who)[:2]) for who in (0, -1))
+    wall, cpu = time.perf_counter(), used()
+    table = scan.cached_index(Reader(data), data, *([Reader] if processes else []))[0]
+    print(len(table), time.perf_counter() - wall, used() - cpu)
 """
 
 STORE = """
@@ -60,7 +67,7 @@ store = EmbeddingStore.open(sys.argv[1])
 opened, held = time.perf_counter() - start, memory() - before
 rng = np.random.default_rng(0)
 count = int(sys.argv[2])
-batches = [[f"caption {i}" for i in rng.integers(0, count, 256)] for _ in range(80)]
+batches = [[f"synthetic image {i}" for i in rng.integers(0, count, 256)] for _ in range(80)]
 for batch in batches[:40]:
     store.lookup(batch, 4)
 start = time.perf_counter()
@@ -70,16 +77,40 @@ print(opened, held, 40 * 256 / (time.perf_counter() - start))
 """
 
 
-def child(code, checkout, *arguments):
-    """The numbers that a process prints which runs `code` with the package of a checkout."""
+def start(code, checkout, *arguments):
+    """A process that runs `code` with the package of a checkout."""
     environment = {**os.environ, "PYTHONPATH": str(checkout), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(
-        command, env=environment, cwd="/", capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        sys.exit(done.stderr)
-    return [float(word) for word in done.stdout.split()[-3:]]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment, cwd="/", **pipes)
+
+
+FIRST_BATCH = """
+import sys, time
+began = time.perf_counter()
+from imagen_jax.config.data import DataConfig
+from imagen_jax.data.batches import loaders
+from imagen_jax.data.batches.pipeline import Pipeline
+from imagen_jax.data.embeddings.store import EmbeddingStore
+from imagen_jax.data.sources.registry import open_source
+imported = time.perf_counter()
+data = DataConfig(kind="synthetic", name="100000x64", path=sys.argv[1], embeddings=sys.argv[1],
+    max_text_len=4, loader="numpy", batch_size=64)
+stream = Pipeline(open_source(data), EmbeddingStore.open(data.embeddings), data, seed=0)
+batches = loaders.batches(stream)
+next(batches)
+print(imported - began, time.perf_counter() - imported, 0)
+batches.close()
+"""
+
+
+def child(code, checkout, *arguments):
+    """The numbers that a process prints; arguments as of `start`."""
+    process = start(code, checkout, *arguments)
+    said, errors = process.communicate()
+    if process.returncode:
+        sys.exit(errors)
+    return [float(word) for word in said.split()[-3:]]
 
 
 def write_shard(path, number):
@@ -104,9 +135,41 @@ def clear(folder):
     subprocess.run(["rm", "-rf", str(folder / ".imagen_index")], check=True)
 
 
+def files_of(folder):
+    """The files of the index with their content."""
+    paths = sorted((folder / ".imagen_index").rglob("*"))
+    return {path: hashlib.sha256(path.read_bytes()).digest() for path in paths if path.is_file()}
+
+
+def killed(folder, shards, kills=10):
+    """Whether the index of a pass that is killed again and again is that of a whole one.
+
+    Returns:
+      That, and the number of shards that were read although they had been finished.
+    """
+    expected = files_of(folder)
+    clear(folder)
+    times = {}
+    for kill in range(kills):
+        process = start(INDEX, ROOT, folder)
+        target = (kill + 1) * shards // (kills + 1)
+        while process.poll() is None:
+            found = list((folder / ".imagen_index" / "shards").glob("*.safetensors"))
+            if len(found) >= target:
+                break
+            time.sleep(0.02)
+        process.kill()
+        process.communicate()
+        for path in (folder / ".imagen_index" / "shards").glob("*.safetensors"):
+            times.setdefault(path, path.stat().st_mtime_ns)
+    child(INDEX, ROOT, folder)
+    again = sum(path.stat().st_mtime_ns != then for path, then in times.items())
+    return files_of(folder) == expected, again
+
+
 def index(flags, checkouts):
     """Header passes, in turns."""
-    rows = {name: [] for name in checkouts}
+    rows = {name: [] for name in [*checkouts, "this, two processes"]}
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         shards = -(-flags.samples // SHARD)
@@ -116,8 +179,11 @@ def index(flags, checkouts):
             for checkout, path in checkouts.items():
                 clear(folder)
                 rows[checkout].append(child(INDEX, path, folder))
+            clear(folder)
+            rows["this, two processes"].append(child(INDEX, ROOT, folder, "processes"))
         clear(folder)
         whole = child(INDEX, ROOT, folder)
+        same, again = killed(folder, shards)
         write_shard(folder / "99999.tar", 99_999)
         more = child(INDEX, ROOT, folder)
     print("| checkout | records/s | per CPU second |\n|---|---|---|")
@@ -129,7 +195,10 @@ def index(flags, checkouts):
         result[checkout] = {"per_s": round(wall), "per_cpu_s": round(cpu)}
         print(f"| {checkout} | {wall:,.0f} | {cpu:,.0f} |")
     share = more[2] / whole[2]
+    word = "identical" if same else "DIFFERS"
+    print(f"killed 10 times: index {word}, {again} finished shards read again")
     print(f"one more shard of {shards + 1}: {share:.1%} of the CPU time of a full pass")
+    result |= {"identical_after_kills": same, "read_again": again}
     return {**result, "one_more_shard": round(share, 4), "samples": shards * SHARD}
 
 
@@ -141,7 +210,7 @@ def write_store(folder, count):
     rows = np.ones((TOKENS, DIM), np.float32)
     units = []
     for start in range(0, count, 1 << 16):
-        captions = [f"caption {i}" for i in range(start, min(start + (1 << 16), count))]
+        captions = [f"synthetic image {i}" for i in range(start, min(start + (1 << 16), count))]
         path = folder / f"unit_{start:012d}.bin"
         store.write_unit(path, captions, [rows] * len(captions))
         units.append(store.describe_unit(path))
@@ -156,13 +225,17 @@ def store(flags, checkouts):
         for _ in range(flags.repeats):
             for checkout, path in checkouts.items():
                 rows[checkout].append(child(STORE, path, name, flags.captions))
+        child(FIRST_BATCH, ROOT, name)  # Builds the index, and compares all captions once.
+        first = [child(FIRST_BATCH, ROOT, name)[:2] for _ in range(flags.repeats)]
     print("| checkout | opens, s | MB | lookups/s |\n|---|---|---|---|")
     result = {"captions": flags.captions}
     for checkout, found in rows.items():
         seconds, held, rate = (statistics.median(column) for column in zip(*found, strict=True))
         print(f"| {checkout} | {seconds:.2f} | {held / 1e6:.0f} | {rate:,.0f} |")
         result[checkout] = {"s": round(seconds, 3), "mb": round(held / 1e6), "per_s": round(rate)}
-    return result
+    imports, batch = (statistics.median(column) for column in zip(*first, strict=True))
+    print(f"source, store and first batch: {batch:.2f} s, after {imports:.1f} s of imports")
+    return {**result, "first_batch_s": round(batch, 2)}
 
 
 LATENCY = """
