@@ -49,7 +49,7 @@ def read(path: str, log: Callable[[str], None] = print) -> list[dict[str, Any]]:
         for row in readers[file.suffix.lower()](file):
             prompt = row.fields.get("prompt", "")
             why = row.fault or text.fault(prompt)
-            if not why and not prompt:
+            if not why and text.is_blank(prompt):
                 name = "text field" if file.suffix.lower() == ".jsonl" else "column"
                 raise PromptError(f"--prompts={path}: line {row.line} has no {name} `prompt`")
             if why:
@@ -97,14 +97,14 @@ def _read_txt(file: pathlib.Path) -> Iterator[_Row]:
     for line in text.read_lines(file):
         for part in jsonl.split_lines(line.text):  # A line may end in \r alone.
             number += 1
-            if part.strip():
+            if not text.is_blank(part):
                 yield _Row(number, {"prompt": part.strip()}, line.fault, line.encoding)
 
 
 def _read_csv(file: pathlib.Path) -> Iterator[_Row]:
     for row in text.read_csv(file):
         fields = dict(row.fields)
-        if "prompts" in fields:
+        if "prompts" in fields and "prompt" not in fields:
             fields["prompt"] = fields.pop("prompts")
         yield _Row(row.number, fields, row.fault, row.encoding)
 

@@ -17,7 +17,7 @@ import pathlib
 import re
 import sys
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from imagen_jax.io import encodings
@@ -96,6 +96,13 @@ def fault(text: str) -> str:
     if found := re.search("[\ud800-\udfff]", text):
         return f"an unpaired surrogate (U+{ord(found[0]):04X} at character {found.start()})"
     return ""
+
+
+def is_blank(text: str) -> bool:
+    """Whether nothing of a text is visible: white space, and characters without a width."""
+    if text.isascii():
+        return not text.strip()
+    return all(char.isspace() or unicodedata.category(char) == "Cf" for char in text)
 
 
 def read_lines(path: str | os.PathLike[str]) -> Iterator[Line]:
@@ -189,12 +196,23 @@ def read_csv(path: str | os.PathLike[str]) -> Iterator[Row]:
                 continue
             encoding = next((line.encoding for line in own if line.encoding), "")
             wrong = next((line.fault for line in own if line.fault), "")
+            if len(own) > 1 and _is_open({id(line): line.text for line in own}.values(), delimiter):
+                wrong = "a quote that is never closed"
             if len(row) > len(names):
                 wrong = f"{len(row)} fields under a header of {len(names)}; quote the text"
             fields = dict(zip(names, row, strict=False))
             yield Row(first + reader.line_num, fields, encoding, wrong)
     except csv.Error as error:
         raise TextError(f"no table after line {first + reader.line_num} ({error})") from error
+
+
+def _is_open(lines: Iterable[str], delimiter: str) -> bool:
+    """Whether the lines of a row end within a quoted field: it holds what was the rest."""
+    try:
+        list(csv.reader(lines, delimiter=delimiter, strict=True))
+    except csv.Error as error:
+        return "end of data" in str(error)
+    return False
 
 
 def _decode_unicode(data: bytes, encoding: str, error: UnicodeError | None = None) -> str:

@@ -1,5 +1,7 @@
 """The command line: exit codes, one line on stderr, never a traceback."""
 
+import os
+import pathlib
 import subprocess
 import sys
 
@@ -182,3 +184,20 @@ def test_help_and_wrong_verbs_need_no_jax(arguments):
         "sys.exit(10 + ('jax' in sys.modules or 'numpy' in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == 10
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_names_that_no_terminal_can_show_are_escaped(tmp_path, encoding):
+    """A name that is no UTF-8, and a terminal without the letters of a caption."""
+    for name in (b"caf\xe9.png", "\u00e9t\u00e9.png".encode()):
+        (tmp_path / os.fsdecode(name)).write_bytes(b"no image")
+    command = [sys.executable, "-m", "imagen_jax", "prepare", "--config=configs/folder.py:base"]
+    result = subprocess.run(
+        [*command, f"--config.data.path={tmp_path}"],
+        cwd=pathlib.Path(__file__).parents[2],
+        env={**os.environ, "PYTHONIOENCODING": encoding, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert r"caf\udce9.png: wrong type" in result.stderr

@@ -6,13 +6,16 @@ import io
 import json
 import pathlib
 import tarfile
+import time
+import tracemalloc
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax.config.data import DataConfig
+from imagen_jax.config.data import DataConfig, SourceConfig
 from imagen_jax.config.fields import ConfigError
+from imagen_jax.data.sources.parquet import ParquetReader
 from imagen_jax.data.sources.registry import open_source
 
 
@@ -78,6 +81,80 @@ def test_a_line_that_is_no_json_says_why(tmp_path, row, says):
     source = opened(tmp_path)
     assert captions(source) == {"b.png": ("a ball",)}
     assert dict(source.report.rejected)["metadata.jsonl:2"].startswith(says)
+
+
+def test_a_quote_that_is_never_closed_is_no_caption(tmp_path):
+    """The rest of the table would be the caption of one image."""
+    for name in "abc":
+        (tmp_path / f"{name}.png").write_bytes(image(ord(name)))
+    rows = ["file_name,text", 'a.png,"one, and\n two"', 'b.png,"three', "c.png,four"]
+    (tmp_path / "metadata.csv").write_text("\n".join(rows) + "\n")
+    source = opened(tmp_path)
+    assert captions(source) == {"a.png": ("one, and\n two",)}
+    reasons = dict(source.report.rejected)
+    assert reasons["b.png"] == "bad row (a quote that is never closed)"
+    assert reasons["c.png"] == "no caption"
+
+
+def test_more_captions_than_an_image_can_have(tmp_path, monkeypatch):
+    """A table may name one image a million times; each row takes as long as the first."""
+    for name in "ab":
+        (tmp_path / f"{name}.png").write_bytes(image(ord(name)))
+    row = json.dumps({"file_name": "a.png", "text": "a ball"})
+    table = "\n".join([row] * 30_000 + [row.replace("a.png", "b.png")] * 9)
+    (tmp_path / "metadata.jsonl").write_text(table)
+    begin = time.process_time()
+    source = opened(tmp_path)
+    assert time.process_time() - begin < 10
+    assert captions(source) == {"b.png": ("a ball",) * 9}
+    assert source.report.rejected == [("a.png", "too many captions (more than 10,000)")]
+
+
+def test_captions_of_gigabytes_in_a_table_of_a_kilobyte(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "a.png").write_bytes(PNG)
+    repeated = pyarrow.DictionaryArray.from_arrays(np.zeros(1000, np.int32), ["word " * 200_000])
+    table = pyarrow.table({"file_name": ["a.png"] * 1000, "text": repeated})
+    parquet.write_table(table, tmp_path / "metadata.parquet", compression="zstd")
+    assert (tmp_path / "metadata.parquet").stat().st_size < 3000
+    tracemalloc.start()
+    with pytest.raises(ConfigError, match="caption too long"):
+        opened(tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 400 << 20  # Of a gigabyte.
+
+
+@pytest.mark.parametrize("as_struct", [False, True])
+def test_images_of_gigabytes_in_a_file_of_kilobytes(tmp_path, as_struct):
+    """Pages that repeat one image: it is decompressed once."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    padded = PNG + b"\0" * (1 << 20)
+    images = pyarrow.DictionaryArray.from_arrays(np.zeros(200, np.int32), [padded])
+    if as_struct:
+        images = pyarrow.StructArray.from_arrays([images.cast(pyarrow.binary())], ["bytes"])
+    table = pyarrow.table({"image": images, "text": ["a ball"] * 199 + [None]})
+    del images
+    parquet.write_table(table, tmp_path / "x.parquet", compression="zstd")
+    del table
+    assert (tmp_path / "x.parquet").stat().st_size < 100_000
+    begin = pyarrow.total_allocated_bytes()
+    source = SourceConfig(kind="parquet", path=str(tmp_path), caption_key="text", check="header")
+    reader = ParquetReader(source)
+    items = list(reader.scan())
+    assert len(items) == 200 and not items[-1].captions
+    assert reader.read(items[5].key, items[5].location) == padded
+    assert pyarrow.total_allocated_bytes() - begin < 64 << 20
+
+
+@pytest.mark.parametrize("content", [b"[1]", b'{"caption": ' + b"[" * 50_000, b'{"caption": "a'])
+def test_a_json_that_cannot_be_read_says_so(tmp_path, content):
+    (tmp_path / "x.tar").write_bytes(
+        tar(("0.png", PNG), ("0.json", content), ("1.png", image(1)), ("1.json", b'{"text": "a"}'))
+    )
+    source = opened(tmp_path, kind="webdataset")
+    assert captions(source) == {"x.tar/1.png": ("a",)}
+    assert source.report.rejected == [("x.tar/0.png", "caption unreadable (no JSON object)")]
 
 
 @pytest.mark.parametrize(

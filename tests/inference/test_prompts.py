@@ -23,6 +23,11 @@ def test_csv_keeps_its_other_columns(tmp_path):
     assert prompts.read(path) == [{"category": "Colors", "prompt": "a red, round ball"}]
 
 
+def test_the_column_prompt_wins(tmp_path):
+    path = write(tmp_path, "p.csv", "prompts,prompt\nmany,one\n")
+    assert prompts.read(path) == [{"prompts": "many", "prompt": "one"}]
+
+
 def test_json_lines_keep_their_other_fields(tmp_path):
     path = write(tmp_path, "p.jsonl", '{"prompt": "x", "kind": {"a": [1]}}\n\n{"prompt": "y"}\n')
     assert prompts.read(path) == [{"prompt": "x", "kind": {"a": [1]}}, {"prompt": "y"}]
@@ -40,6 +45,10 @@ def test_json_lines_keep_their_other_fields(tmp_path):
         ("p.jsonl", '["x"]\n', "line 1 has no text field `prompt`"),
         ("p.jsonl", '{"prompt": 3}\n', "line 1 has no text field `prompt`"),
         ("p.jsonl", '{"prompt": ""}\n', "line 1"),
+        ("p.jsonl", '{"prompt": "  "}\n', "line 1"),
+        ("p.csv", "prompt\n\u200b\n", "line 2"),
+        ("zero_width.txt", "\u200b\n\u2060 \n", "holds no prompts"),
+        ("p.csv", 'prompt\n"a\nb\n', "a quote that is never closed"),
         ("p.xlsx", "x", "must end in .txt, .csv, .jsonl"),
     ],
 )

@@ -18,6 +18,8 @@ from imagen_jax.io import jsonl, text
 VERSION = 3
 SUFFIXES = (".txt", ".caption", ".text")
 MAX_BYTES = 1 << 20  # Of a text file; no caption is longer.
+# Of one image: more are an attack or a mistake.
+MAX_CAPTIONS, MAX_CHARACTERS = 10_000, 16 << 20
 _TRANSLATION = re.compile(r"[a-z]{2,3}(_[A-Z]{2})?(@[a-z]+)?\.utf-?8=", re.IGNORECASE)
 _FIELDS = ("text", "caption", "prompt")
 
@@ -69,6 +71,13 @@ def _of_text(content: str, by_line: bool) -> Captions:
 def size_fault(size: int, limit: int = MAX_BYTES) -> str:
     """Why a file of captions of `size` bytes is not read; "" if it is."""
     return f"caption too long (more than {limit:,} bytes)" if size > limit else ""
+
+
+def count_fault(count: int, characters: int) -> str:
+    """Why the captions of one image are too many or, together, too long; "" if they are not."""
+    if count > MAX_CAPTIONS:
+        return f"too many captions (more than {MAX_CAPTIONS:,})"
+    return size_fault(characters, MAX_CHARACTERS)
 
 
 def explicit_key(key: str) -> str:

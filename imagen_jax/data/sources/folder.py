@@ -8,6 +8,7 @@ with suffixes in any case.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import os
 import pathlib
@@ -217,7 +218,10 @@ class Folder:
                     found.fields.setdefault(match, {}).update(row.fields)
             else:
                 has = f"; the row has {', '.join(row.fields)}" if row.fields else ""
-                why = row.fault or f"missing file ({image or f'no file_name{has}'})"
+                if not image and row.fields.get("file_name"):
+                    why = row.fault or "bad row (file_name is no text)"
+                else:
+                    why = row.fault or f"missing file ({image or f'no file_name{has}'})"
                 yield Item(f"{path}:{number}", fault=why)
 
 
@@ -254,13 +258,15 @@ class _Found:
         self._names = {file.name for file in images}
         self._by_key = names.Lookup((names.key(file.name), file.name) for file in images)
         self._by_stem = names.Lookup((names.stem(file.name), file.name) for file in images)
-        self._found: dict[str, captions.Captions] = {}
-        self._level: dict[str, int] = {}
+        self._found: dict[str, _Collected] = {}
         self.fields: dict[str, dict[str, Any]] = {}  # Rows of tables, where they are needed.
 
     def of(self, image: str) -> captions.Captions:
         """The captions of an image."""
-        return self._found.get(image, captions.Captions(()))
+        found = self._found.get(image)
+        if found is None:
+            return captions.Captions(())
+        return captions.Captions(tuple(found.texts), tuple(found.notes), found.fault)
 
     def named(self, image: str) -> str:
         """The image that a table names; "": none, or several that differ only in spelling."""
@@ -277,21 +283,35 @@ class _Found:
 
     def level(self, image: str) -> int:
         """The level of the captions of an image so far."""
-        return self._level.get(image, 0)
+        return self._found[image].level if image in self._found else 0
 
     def add(self, image: str, found: captions.Captions, level: int) -> None:
         """Adds captions; those of a higher level replace those of a lower one."""
-        before = self._level.get(image, level)
-        if level > before or image not in self._found:
-            self._found[image] = found
-        elif level == before:
-            earlier = self._found[image]
-            self._found[image] = captions.Captions(
-                earlier.texts + found.texts,
-                (*earlier.notes, *found.notes),
-                earlier.fault or found.fault,
-            )
-        self._level[image] = max(level, before)
+        whole = self._found.get(image)
+        if whole is None or level > whole.level:
+            whole = self._found[image] = _Collected(level)
+        if level == whole.level and not whole.fault:
+            whole.add(found)
+
+
+@dataclasses.dataclass
+class _Collected:
+    """The captions of an image so far; none where they are too many or too long."""
+
+    level: int
+    texts: list[captions.Caption] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
+    fault: str = ""
+    size: int = 0
+
+    def add(self, found: captions.Captions) -> None:
+        """Adds captions, until there is a fault."""
+        self.texts += found.texts
+        self.notes += found.notes
+        self.size += sum(map(len, found.texts))
+        self.fault = found.fault or captions.count_fault(len(self.texts), self.size)
+        if self.fault:
+            self.texts.clear()
 
 
 def _other(name: str) -> str:

@@ -15,6 +15,7 @@ from imagen_jax.config.fields import ConfigError
 from imagen_jax.io import text
 
 JSON_LINES = "metadata.jsonl"
+ROWS = 256  # Of a .parquet, decoded at once: a repeated text takes a few bytes in the file.
 NAMES = (JSON_LINES, "metadata.csv", "metadata.parquet")
 
 
@@ -80,7 +81,7 @@ def _read_parquet(path: pathlib.Path) -> Iterator[MetadataRow]:
         ) from None
     try:
         number = 0
-        for batch in parquet.ParquetFile(path).iter_batches():
+        for batch in parquet.ParquetFile(path).iter_batches(ROWS):
             for fields in batch.to_pylist():
                 number += 1
                 yield MetadataRow(number, fields)

@@ -48,7 +48,8 @@ _JUNK_FOLDER = re.compile(
 def is_junk(name: str) -> bool:
     """Whether a file below a source's root, or a folder above it, is junk of another system."""
     *folders, last = parts(name)
-    if any(_JUNK_FOLDER.fullmatch(part) or part.startswith(".") for part in folders):
+    hidden = (part.startswith(".") and part != ".." for part in folders)
+    if any(hidden) or any(map(_JUNK_FOLDER.fullmatch, folders)):
         return True
     return bool(last.startswith(".") or _JUNK_NAME.fullmatch(last) or _JUNK_FOLDER.fullmatch(last))
 

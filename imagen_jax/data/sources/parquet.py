@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import collections
 import importlib
+import pathlib
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -62,7 +63,7 @@ class ParquetReader:
         """Lists the rows of a file. Raises ConfigError: a missing column."""
         name, path = self._names[number], self._files.local(number)
         try:
-            table = self._pq.ParquetFile(path)
+            table = self._open(path)
         except _DAMAGED as error:
             yield Item(name, fault=f"unreadable ({' '.join(str(error).split())})")
             return
@@ -110,13 +111,13 @@ class ParquetReader:
     def _group_items(self, table: Any, number: int, group: int) -> Iterator[Item]:
         """The rows of a row group with empty keys."""
         names = table.schema_arrow.names
-        captions = [None] * table.metadata.row_group(group).num_rows
+        images = self._group(number, group)
+        captions = [None] * len(images)
         if self._source.caption_key in names:
             column = table.read_row_group(group, columns=[self._source.caption_key])[0]
             captions = self._texts(column)
         present = [name for name in self._metadata.names if name in names]
         columns = [self._texts(table.read_row_group(group, columns=[name])[0]) for name in present]
-        images = self._group(number, group)
         chunk = self._raw_chunk(table, number, group)
         notes = ()
         if chunk is None and images.nbytes > LARGE_ROW_GROUP_BYTES:
@@ -141,8 +142,29 @@ class ParquetReader:
             item = Item("", texts_of(texts), location, notes=notes)
             yield self._metadata.add(item, metadata)
 
+    def _open(self, path: pathlib.Path) -> Any:
+        """Opens a file so that a value that its dictionary repeats is decoded once.
+
+        A file of some kilobytes can repeat an image a million times.
+        """
+        schema = self._pq.read_metadata(path).schema
+        columns = [schema.column(i) for i in range(len(schema))]
+        values = [c for c in columns if c.physical_type == "BYTE_ARRAY"]
+        names = [c.path for c in values if not c.max_repetition_level]  # No lists.
+        return self._pq.ParquetFile(path, read_dictionary=names)
+
     def _texts(self, column: Any) -> list[Any]:
         """The values of the caption column; texts that are not UTF-8 as bytes."""
+        found: list[Any] = []
+        for chunk in column.chunks:
+            if hasattr(chunk, "dictionary"):
+                values = self._values(chunk.dictionary)
+                found += [None if at is None else values[at] for at in chunk.indices.to_pylist()]
+            else:
+                found += self._values(chunk)
+        return found
+
+    def _values(self, column: Any) -> list[Any]:
         try:
             return column.to_pylist()
         except UnicodeDecodeError:
@@ -172,7 +194,7 @@ class ParquetReader:
             if (number, group) in self._groups:
                 self._groups.move_to_end((number, group))
                 return self._groups[number, group]
-            table = self._pq.ParquetFile(self._files.local(number))
+            table = self._open(self._files.local(number))
             images = table.read_row_group(group, columns=[self._source.image_key])[0]
             fields = getattr(images.type, "names", None)
             if fields:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import pathlib
-import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -278,10 +277,8 @@ def caption_fault(captions: tuple[str, ...]) -> str:
 
 
 def is_blank(caption: Caption) -> bool:
-    """Whether nothing of a caption is visible: white space, and characters without a width."""
-    if isinstance(caption, bytes) or caption.isascii():
-        return not caption.strip()
-    return all(char.isspace() or unicodedata.category(char) == "Cf" for char in caption)
+    """Whether nothing of a caption is visible, see `text.is_blank`; of bytes: white space."""
+    return not caption.strip() if isinstance(caption, bytes) else text.is_blank(caption)
 
 
 def size_fault(side: int, min_size: int) -> str:

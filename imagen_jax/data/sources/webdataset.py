@@ -108,7 +108,7 @@ class WebDatasetReader:
 
     def _row(self, number: int, sample: Sample, used: set[str]) -> dict[str, Any]:
         """The metadata of a sample: its .json, and texts by the names of their parts."""
-        row = self._json(number, sample["json"]) if "json" in sample else {}
+        row = (self._json(number, sample["json"]) or {}) if "json" in sample else {}
         for name in self._metadata.captions:
             for part, member in sample.items():
                 if _matches(part, name.lower()) and not part.endswith("json"):
@@ -150,7 +150,7 @@ class WebDatasetReader:
                     return self._text(number, member)
             for part in parts:
                 row = self._json(number, sample[part]) if part.endswith("json") else {}
-                if explicit in row:
+                if row and explicit in row:
                     return captions.Captions(texts_of(row[explicit]))
         note = (f"caption without {explicit!r}",) if explicit else ()
         first: captions.Captions | None = None
@@ -158,9 +158,11 @@ class WebDatasetReader:
             if not part.endswith("json"):
                 found = self._text(number, sample[part])
             else:
-                fault = captions.size_fault(sample[part].size, MAX_JSON_BYTES)
                 row = self._json(number, sample[part])
-                found = captions.Captions(captions.of_fields(row, self._caption_key), fault=fault)
+                fault = "" if row is not None else "caption unreadable (no JSON object)"
+                fault = captions.size_fault(sample[part].size, MAX_JSON_BYTES) or fault
+                texts = captions.of_fields(row or {}, self._caption_key)
+                found = captions.Captions(texts, fault=fault)
             blank = not found.fault and all(map(is_blank, found.texts))
             first = first or (found if found.texts or found.fault else None)
             if not blank:
@@ -174,10 +176,10 @@ class WebDatasetReader:
         data = self._files.read(number, member.offset, member.size)
         return captions.of_file(data, by_line=self._by_line)
 
-    def _json(self, number: int, member: Member) -> dict[str, Any]:
-        """The object in a .json; {}: none. Text that is not Unicode becomes bytes."""
+    def _json(self, number: int, member: Member) -> dict[str, Any] | None:
+        """The object in a .json; None: there is none. Text that is not Unicode becomes bytes."""
         if not member.is_file or member.size > MAX_JSON_BYTES:
-            return {}
+            return None
         data = self._files.read(number, member.offset, member.size)
         try:
             content = text.decode(data)
@@ -187,8 +189,8 @@ class WebDatasetReader:
                 row = json.loads(data.decode("utf-8", "surrogateescape"))
                 row = {name: _as_bytes(value) for name, value in dict(row).items()}
         except (text.TextError, ValueError, TypeError, RecursionError):
-            return {}
-        return row if isinstance(row, dict) else {}
+            return None
+        return row if isinstance(row, dict) else None
 
 
 class _File(NamedTuple):
