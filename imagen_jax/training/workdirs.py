@@ -122,6 +122,8 @@ class _Copier:
                     if self._is_copied(name) and path.is_file():
                         changed[name] = _version(path)
             changed = {name: v for name, v in changed.items() if self._known.get(name) != v}
+            # A new file is empty for a moment; one that was copied may have been emptied.
+            changed = {name: v for name, v in changed.items() if v[0] or name in self._known}
 
             def copy(name: str) -> None:
                 with contextlib.suppress(FileNotFoundError):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pathlib
 import signal
 import threading
 
@@ -322,3 +323,15 @@ def test_a_teacher_in_a_bucket(base_config, random_params, tmp_path):
     assert config.train.init_from == "gs://bucket/teacher"
     with jax.set_mesh(partitioning.make_mesh(config.mesh)):
         same(add_teacher(config, lambda batch: batch)({})["teacher"], params)
+
+
+def test_an_empty_file_is_copied_once_it_has_content():
+    """Not before: a TensorBoard file is empty for a moment, and no start needs it so."""
+    with workdirs.opened(RUN, write=True) as workdir:
+        file = pathlib.Path(workdir) / "metrics.jsonl"
+        for content, copied in ((b"", None), (b"x", b"x"), (b"", b"")):
+            file.write_bytes(content)
+            workdirs.publish(workdir)
+            found = buckets.names(RUN)
+            assert found == ([] if copied is None else ["metrics.jsonl"])
+            assert not found or buckets.read(f"{RUN}/metrics.jsonl").data == copied
