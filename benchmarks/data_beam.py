@@ -81,10 +81,11 @@ def workers(mark):
     found = []
     for path in pathlib.Path("/proc").glob("[0-9]*"):
         try:
-            is_worker = b"sdk_worker_main" in (path / "cmdline").read_bytes().split(b"\0")[2]
+            words = (path / "cmdline").read_bytes().split(b"\0")
             own = mark in (path / "environ").read_bytes()
-        except (OSError, IndexError):
+        except OSError:
             continue
+        is_worker = b"apache_beam.runners.worker.sdk_worker_main" in words  # Not its shell.
         if is_worker and own:
             found.append(int(path.name))
     return found
