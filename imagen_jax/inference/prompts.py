@@ -49,7 +49,7 @@ def read(path: str, log: Callable[[str], None] = print) -> list[dict[str, Any]]:
         for row in readers[file.suffix.lower()](file):
             prompt = row.fields.get("prompt", "")
             why = row.fault or text.fault(prompt)
-            if not why and text.is_blank(prompt):
+            if not why and not prompt:
                 name = "text field" if file.suffix.lower() == ".jsonl" else "column"
                 raise PromptError(f"--prompts={path}: line {row.line} has no {name} `prompt`")
             if why:

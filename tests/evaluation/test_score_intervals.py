@@ -19,27 +19,46 @@ QUICK = [
     ("fid", Case("mixture", 16, 100, 0.3), 80),
     ("fid", Case("Gaussian", 32, 100, 0.5, 1.3), 80),
     ("kid", Case("mixture", 16, 100, 0.3), 250),
-    ("kid", Case("rectified", 8, 100, 0.5, 1.3), 250),
+    ("kid", Case("rectified", 32, 100, 0.5, 1.3), 250),
 ]
 
 
 @pytest.mark.parametrize(("score", "case", "repeats"), QUICK)
 def test_the_intervals_cover_the_truth(score, case, repeats):
-    covered = score_intervals.SCORES[score](case, repeats)
-    # 92 to 98%, and twice the standard deviation of the share.
+    assert_within(score_intervals.SCORES[score](case, repeats), repeats)
+
+
+def assert_within(covered: float, repeats: int) -> None:
+    """92 to 98%, and twice the standard deviation of a share of that many repeats."""
     assert 0.92 - 0.44 / repeats**0.5 <= covered <= 0.98 + 0.28 / repeats**0.5
 
 
+# Of KID, the sizes with fewer features than the page claims it for are left out.
+BENCHMARK = [
+    ("fid", score_intervals.SIZES[:5], 400),
+    ("kid", ((32, 100), (64, 200), (128, 100)), 2000),
+    ("kid", ((512, 500),), 200),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("score", score_intervals.SCORES)
-def test_every_case_of_the_benchmark(score, capsys, repeats=400):
-    """All cases within simulation error of 92 to 98%, and 95% on the whole; half an hour."""
-    found = {case: score_intervals.SCORES[score](case, repeats) for case in score_intervals.cases()}
+@pytest.mark.parametrize(("score", "sizes", "repeats"), BENCHMARK)
+def test_every_case_of_the_benchmark(score, sizes, repeats, capsys):
+    """All cases within simulation error of 92 to 98%, and 95% on the whole; an hour."""
+    cases = list(score_intervals.cases(sizes))
+    found = {case: score_intervals.SCORES[score](case, repeats) for case in cases}
     with capsys.disabled():
-        print("\n".join(f"{score} {share:.3f} {case}" for case, share in found.items()))
+        print("\n".join(f"{score} {share:.4f} {case}" for case, share in found.items()))
     assert 0.935 <= np.mean(list(found.values())) <= 0.965
-    for case, share in found.items():
-        assert 0.92 - 0.022 <= share <= 0.98 + 0.014, case
+    for share in found.values():
+        assert_within(share, repeats)
+
+
+@pytest.mark.slow
+def test_kid_of_eight_features_is_outside_the_claim():
+    """The page names the lowest case: the claim begins where this failure ends."""
+    covered = score_intervals.kid_coverage(Case("mixture", 8, 100, 0.5, 1.3), 2000)
+    assert covered < 0.92 - 0.44 / 2000**0.5
 
 
 def test_the_jackknife_alone_is_too_wide_for_equal_distributions():

@@ -50,8 +50,9 @@ def kid(a: Features, b: Features) -> Estimate:
     projections on single images, and that of the remainders of pairs, which is all that is left
     where the distributions are equal. Both are estimated without bias.
 
-    The interval holds from 32 features and 100 images on (docs/evaluation.md): with fewer features,
-    the cubes of their means are so skewed that it ends too low.
+    The interval holds from 32 features and 100 images on (docs/evaluation.md). With fewer, a sum of
+    few squares carries the distance and its estimated variance: the interval ends too low where the
+    features changed, and is too wide where they are equal.
 
     Args:
       a, b: features of two sets, at least four images each.
