@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains a cascade on emoji from nothing, and scores it; echoes every command.
-#   launch/emoji.sh [RUN_FOLDER [FLAG ...]]    (40 minutes on two CPU cores)
+#   launch/emoji.sh [RUN_FOLDER [FLAG ...]]    (35 minutes on two CPU cores)
 # The flags go to every step, for example --config.seed=1.
 set -euo pipefail
 source "${BASH_SOURCE[0]%/*}/steps.sh"
