@@ -76,7 +76,9 @@ def test_cards_without_a_title_are_reported(tmp_path):
     tally = {"n": 2, "scores": {"exact": rate}, "ceiling": {}, "chance": {}}
     card = tmp_path / "card.json"
     card.write_text(json.dumps({"pictures": 2, "kinds": {"single": tally}}))
-    assert "## Alignment\n" in report.write([str(card)], str(tmp_path / "out"), name="mine")
+    assert "## Alignment, by the scorer\n" in report.write(
+        [str(card)], str(tmp_path / "out"), name="mine"
+    )
 
 
 def test_edges_against_a_scorers_real_images(folder, write_samples, tmp_path):
