@@ -88,7 +88,7 @@ def test_what_doctor_prints(monkeypatch):
 
 
 def test_every_launcher_runs_imagen_which_sets_them():
-    """The command of a training is made in one place; `imagen` sets the flags in its own process."""
+    """A training is started in one place; `imagen` sets the flags in its own process."""
     launch = pathlib.Path(__file__).parents[2] / "launch"
     assert '"$1" -m imagen_jax' in (launch / "lib.sh").read_text()
     assert not any("xla_" in path.read_text() for path in launch.iterdir() if path.is_file())
