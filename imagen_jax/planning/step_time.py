@@ -111,6 +111,10 @@ class _Clock:
         elif one.opcode == "call":
             for name in one.called:
                 self.run(name)
+        elif one.opcode == "copy-done" or one.opcode == "slice-done":
+            end = max(ends.get(one.operands[0], self.now), self.now)
+            self.others += end - self.now
+            self.now = end
         elif one.opcode.endswith("-done") and one.operands:
             self._wait(ends.get(one.operands[0], self.now))
         elif kind:

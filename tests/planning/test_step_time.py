@@ -63,6 +63,24 @@ def test_a_loop_of_unknown_length():
     assert found.products == pytest.approx(3 * 25.6e-6)
 
 
+def test_waiting_for_a_copy_is_no_communication():
+    """2 MB to the chip's memory take 2 ms; a product of 1 ms runs meanwhile."""
+    text = """HloModule copy, is_scheduled=true
+
+ENTRY %main (w: f32[500000], x: f32[1000,500], y: f32[500,1000]) -> f32[500000] {
+  %w = f32[500000]{0} parameter(0)
+  %x = f32[1000,500]{1,0:S(1)} parameter(1)
+  %y = f32[500,1000]{1,0:S(1)} parameter(2)
+  %start = (f32[500000]{0:S(1)}, f32[500000]{0}, u32[]{:S(2)}) copy-start(%w)
+  %product = f32[1000,1000]{1,0:S(1)} dot(%x, %y), lhs_contracting_dims={1}
+  ROOT %done = f32[500000]{0:S(1)} copy-done(%start)
+}
+"""
+    found = step_time.predict(text, PEAK)
+    assert found.exposed == found.hidden == 0
+    assert (found.products, found.others) == (pytest.approx(1e-3), pytest.approx(1e-3))
+
+
 def test_a_collective_in_steps():
     """On TPUs an all-gather can be several fusions on one channel, with others between them."""
     text = (PROGRAMS / "steps.txt").read_text()
