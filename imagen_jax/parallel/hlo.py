@@ -10,20 +10,16 @@ import collections
 import re
 from typing import NamedTuple
 
+from imagen_jax.parallel import instructions
+from imagen_jax.parallel.instructions import Instruction
+
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _COLLECTIVE = re.compile(
     rf"= (.*?) ({'|'.join(KINDS)}|ragged-all-to-all|collective-broadcast)(?:-start)?\(%"
 )
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _GROUP = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\])")
-_CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_CONDITION = re.compile(r" while\(.*condition=%?([\w.\-]+)")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-_ARRAY = re.compile(r"(pred|bf16|[suf]\d+)(?:e\d\w*)?\[([\d,]*)\]")
-_CONSTANT = re.compile(r"= [su]\d+\[\][^ ]* constant\((\d+)\)")
 # What crosses the data-centre network is a send to the host's Megascale runtime, whose rendezvous
 # names the operation. libtpu splits an all-reduce over several slices into a reduce-scatter and an
 # all-gather within each slice, which are counted as such, and sends between slices.
@@ -32,7 +28,6 @@ _SEND = re.compile(
     r".*_transfer_rendezvous=\"([a-z\-]+)"
 )
 _OP_NAME = re.compile(r'op_name="([^"]+)"')
-_OPERAND = re.compile(r"%[\w.\-]+")
 # On TPUs a reduce-scatter is a fusion of this name around an all-reduce and a slice.
 SCATTER = "all-reduce-scatter"
 
@@ -84,13 +79,14 @@ def collectives(text: str, unknown_trips: int = 1) -> list[Collective]:
       text: `jax.stages.Compiled.as_text()`.
       unknown_trips: iterations of a loop whose bounds are arguments.
     """
-    computations, entry = _computations(text)
+    program = instructions.parse(text)
     # (kind, location) -> instruction -> (count, bytes). On TPUs an operation that overlaps with
     # others consists of several fusions on one channel: start, steps and end.
     found: dict[tuple[str, str], dict[str, tuple[int, int]]] = collections.defaultdict(dict)
 
     def visit(name: str, times: int, fused: bool) -> None:
-        for line in computations.get(name, ()):
+        for one in program.computations.get(name, ()):
+            line = one.line
             match = _COLLECTIVE.search(line)
             if match:
                 scatter = name.startswith(SCATTER)
@@ -101,15 +97,15 @@ def collectives(text: str, unknown_trips: int = 1) -> list[Collective]:
                 before = same.get(line, (0, 0))[0]
                 same[line] = before + times, _bytes(match[1], kind, line)
                 continue
-            inner = times * trips(line, computations, unknown_trips)
-            for called in _called(line):
-                visit(called, inner, " fusion(" in line)
+            inner = times * instructions.trips(one, program, unknown_trips)
+            for called in one.called:
+                visit(called, inner, one.opcode == "fusion")
 
-    visit(entry, 1, False)
+    visit(program.entry, 1, False)
     count: dict[str, int] = collections.Counter()
     size: dict[str, int] = collections.Counter()
-    for (kind, _), instructions in found.items():
-        times, each = max(instructions.values())
+    for (kind, _), same in found.items():
+        times, each = max(same.values())
         count[kind] += times
         size[kind] += times * each
     between = sends(text)
@@ -130,71 +126,39 @@ def sends(text: str) -> list[Send]:
     Args:
       text: `jax.stages.Compiled.as_text()`.
     """
-    computations, entry = _computations(text)
+    program = instructions.parse(text)
     found = []
 
     def visit(name: str, times: int) -> None:
-        lines = computations.get(name, [])
-        for line in lines:
-            send = _SEND.search(line)
+        body = program.computations.get(name, [])
+        for one in body:
+            send = _SEND.search(one.line)
             if send:
-                size = sum(_size(*array) for array in _ARRAY.findall(send[1]))
+                size = sum(instructions.sizes(send[1]))
                 result = send[1].partition("{")[0]
-                found.append(Send(send[2], _op_name(line, lines), result, size, times))
+                found.append(Send(send[2], _op_name(one, body), result, size, times))
                 continue
-            for called in _called(line):
-                visit(called, times * trips(line, computations))
+            for called in one.called:
+                visit(called, times * instructions.trips(one, program))
 
-    visit(entry, 1)
+    visit(program.entry, 1)
     return found
 
 
-def _op_name(line: str, lines: list[str]) -> str:
+def _op_name(one: Instruction, body: list[Instruction]) -> str:
     """JAX's name of an instruction, or of the nearest one whose result it uses."""
-    defined = {other.split(" = ")[0].split()[-1]: other for other in lines}
-    pending, seen = [line], set()
+    defined = {other.name: other for other in body}
+    pending, seen = [one], set()
     while pending:
         current = pending.pop(0)
-        name = _OP_NAME.search(current)
+        name = _OP_NAME.search(current.line)
         if name:
             return name[1]
-        for operand in _OPERAND.findall(current.split(" = ")[1].split("), ")[0]):
+        for operand in current.operands:
             if operand in defined and operand not in seen:
                 seen.add(operand)
                 pending.append(defined[operand])
     return ""
-
-
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """Instructions by computation, and the name of the entry computation."""
-    computations: dict[str, list[str]] = {}
-    entry, lines = "", []
-    for line in text.splitlines():
-        head = _COMPUTATION.match(line)
-        if head:
-            lines = computations[head[1]] = []
-            entry = head[1] if line.startswith("ENTRY") else entry
-        elif " = " in line:
-            lines.append(line)
-    return computations, entry
-
-
-def _called(line: str) -> list[str]:
-    branches = _BRANCHES.search(line)
-    named = [n.strip().lstrip("%") for n in branches[1].split(",")] if branches else []
-    return _CALLED.findall(line) + named
-
-
-def trips(line: str, computations: dict[str, list[str]], unknown: int = 1) -> int:
-    """Iterations of a `while`: its known trip count, or the bound of its condition."""
-    condition = _CONDITION.search(line)
-    if not condition:
-        return 1
-    known = _TRIPS.search(line)
-    if known:
-        return int(known[1])
-    bounds = [_CONSTANT.search(other) for other in computations.get(condition[1], ())]
-    return max((int(bound[1]) for bound in bounds if bound), default=unknown)
 
 
 def group_size(line: str) -> int:
@@ -213,17 +177,9 @@ def result_bytes(line: str, kind: str) -> int:
 
 def _bytes(result: str, kind: str, line: str) -> int:
     """Bytes of a result type; the result of an asynchronous start also contains its input."""
-    sizes = [_size(*array) for array in _ARRAY.findall(result)]
+    sizes = instructions.sizes(result)
     if f"{kind}-start(" in line and len(sizes) > 1:
         return max(sizes)
     if f" {kind}(" in line and kind == "reduce-scatter":
         return sum(sizes) * max(group_size(line), 1)
     return sum(sizes)
-
-
-def _size(dtype: str, dims: str) -> int:
-    bits = 8 if dtype == "pred" else int(re.sub(r"\D", "", dtype))
-    elements = 1
-    for dim in filter(None, dims.split(",")):
-        elements *= int(dim)
-    return elements * bits // 8

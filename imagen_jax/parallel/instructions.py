@@ -22,6 +22,9 @@ _CALLED = re.compile(
     r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
 )
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_CONSTANT = re.compile(r"= [su]\d+\[\][^ ]* constant\((\d+)\)")
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 _WINDOW = re.compile(r"window=\{([^}]*)\}")
@@ -116,14 +119,36 @@ def shapes(result: str) -> list[tuple[int, ...]]:
     return [tuple(int(d) for d in dims.split(",") if d) for _, dims, _ in _ARRAY.findall(result)]
 
 
+def sizes(result: str, *, on_chip: bool = True) -> list[int]:
+    """Bytes of the arrays of a result type; without on_chip, 0 for those in a chip's own memory."""
+    found = []
+    for dtype, dims, layout in _ARRAY.findall(result):
+        bits = 8 if dtype == "pred" else int(re.sub(r"\D", "", dtype))
+        elements = math.prod(int(d) for d in dims.split(",") if d)
+        found.append(elements * bits // 8 if on_chip or not _ON_CHIP.search(layout) else 0)
+    return found
+
+
 def hbm_bytes(result: str) -> int:
     """Bytes of a result type in HBM; those in a chip's own memory do not count."""
-    total = 0
-    for dtype, dims, layout in _ARRAY.findall(result):
-        if not _ON_CHIP.search(layout):
-            bits = 8 if dtype == "pred" else int(re.sub(r"\D", "", dtype))
-            total += math.prod(int(d) for d in dims.split(",") if d) * bits // 8
-    return total
+    return sum(sizes(result, on_chip=False))
+
+
+def trips(instruction: Instruction, program: Program, unknown: int = 1) -> int:
+    """How often an instruction runs what it calls.
+
+    Iterations of a `while`: its known trip count, or the bound of its condition, or `unknown`; 1
+    for every other instruction.
+    """
+    condition = _CONDITION.search(instruction.line)
+    if instruction.opcode != "while" or not condition:
+        return 1
+    known = _TRIPS.search(instruction.line)
+    if known:
+        return int(known[1])
+    body = program.computations.get(condition[1], [])
+    bounds = [_CONSTANT.search(one.line) for one in body]
+    return max((int(bound[1]) for bound in bounds if bound), default=unknown)
 
 
 def flops(instruction: Instruction, program: Program, results: Mapping[str, str]) -> float:

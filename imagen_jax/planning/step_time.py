@@ -180,12 +180,7 @@ class _Clock:
 
     def _loop(self, one: Instruction) -> None:
         before = self._totals()
-        computations = {
-            name: [other.line for other in body]
-            for name, body in self._program.computations.items()
-            if name in one.called
-        }
-        times = hlo.trips(one.line, computations, self._unknown_trips)
+        times = instructions.trips(one, self._program, self._unknown_trips)
         for name in one.called:
             self.run(name)
         self.now = before["now"] + times * (self.now - before["now"])
