@@ -50,27 +50,27 @@ def write(cards: Sequence[str], out: str, *, name: str, samples_dir: str = "") -
     for card in read:
         all_tables += _RENDER[card["card"]](card)
     folder = pathlib.Path(out)
-    drawn = _write_charts(read, folder)
+    documents = _write_charts(read, folder)
     image = ""
     if samples_dir:
         image = "pictures.png"
         images.save_png(folder / image, _grid(samples_dir), {"samples": samples_dir})
-    markdown = _markdown(all_tables, name, [image, *drawn] if image else list(drawn))
+    markdown = _markdown(all_tables, name, [image, *documents] if image else list(documents))
     atomic.write_text(folder / "report.md", markdown)
-    atomic.write_text(folder / "report.html", _html(all_tables, name, image, drawn))
+    atomic.write_text(folder / "report.html", _html(all_tables, name, image, documents))
     return markdown
 
 
 def _write_charts(cards: Sequence[Mapping[str, Any]], folder: pathlib.Path) -> dict[str, str]:
     """Writes the raters' charts; SVG documents by file name."""
-    drawn = {}
+    documents = {}
     for card in cards:
         if card["card"] == "ratings":
-            for name, chart in tables.draw_charts(card).items():
-                drawn[f"{card['study']}_{name}.svg"] = charts.to_svg(chart)
-    for name, text in drawn.items():
+            for name, chart in tables.make_charts(card).items():
+                documents[f"{card['study']}_{name}.svg"] = charts.to_svg(chart)
+    for name, text in documents.items():
         atomic.write_text(folder / name, text)
-    return drawn
+    return documents
 
 
 def score_tables(cards: Sequence[str]) -> str:
@@ -235,14 +235,14 @@ STYLE = (
 )
 
 
-def _html(all_tables: Sequence[Table], name: str, image: str, drawn: Mapping[str, str]) -> str:
+def _html(all_tables: Sequence[Table], name: str, image: str, documents: Mapping[str, str]) -> str:
     parts = [
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(name)}</title>',
         f"<style>{STYLE}</style><h1>{html.escape(name)}</h1>",
     ]
     if image:
         parts.append(f'<img src="{image}" alt="Samples">')
-    for file, svg in drawn.items():
+    for file, svg in documents.items():
         data = base64.b64encode(svg.encode()).decode()
         parts.append(f'<img src="data:image/svg+xml;base64,{data}" alt="{html.escape(file)}">')
     for title, head, rows in all_tables:

@@ -23,11 +23,11 @@ def write(card: Mapping[str, Any], out: str) -> None:
     text = json.dumps(card, indent=1, ensure_ascii=False) + "\n"
     atomic.write_text(folder / "ratings.json", text)
     atomic.write_text(folder / "ratings.md", format_card(card))
-    for name, chart in draw_charts(card).items():
+    for name, chart in make_charts(card).items():
         atomic.write_text(folder / f"{name}.svg", charts.to_svg(chart))
 
 
-def draw_charts(card: Mapping[str, Any]) -> dict[str, Figure]:
+def make_charts(card: Mapping[str, Any]) -> dict[str, Figure]:
     """Bar charts of a card by file name without its suffix.
 
     Returns:
@@ -35,7 +35,7 @@ def draw_charts(card: Mapping[str, Any]) -> dict[str, Figure]:
       Nth of several comparisons, which also have `comparisons`: a group per model and question.
     """
     several = len(card["comparisons"]) > 1
-    drawn, overview = {}, {}
+    found, overview = {}, {}
     for number, comparison in enumerate(card["comparisons"], start=1):
         first, second = comparison["names"]
         for question, scores in comparison["questions"].items():
@@ -47,11 +47,11 @@ def draw_charts(card: Mapping[str, Any]) -> dict[str, Figure]:
             }
             title = f"{question}: {first} and {second}, 95% intervals"
             name = f"{question}_{number}" if several else question
-            drawn[name] = charts.bar_chart(bars, title=title)
+            found[name] = charts.bar_chart(bars, title=title)
     if several:
         title = f"{card['comparisons'][0]['names'][0]} and other models, 95% intervals"
-        drawn = {"comparisons": charts.bar_chart(overview, title=title), **drawn}
-    return drawn
+        found = {"comparisons": charts.bar_chart(overview, title=title), **found}
+    return found
 
 
 def _label(name: str, entry: Mapping[str, Any]) -> str:
