@@ -75,6 +75,20 @@ def of_slice(text: str, where: Slice, unknown_trips: int) -> StepTime | None:
     return peak and predict(text, peak, devices=devices, unknown_trips=unknown_trips)
 
 
+class _Scope(NamedTuple):
+    """What the instructions of a computation share.
+
+    Attributes:
+      results: result types by name.
+      last: channel -> name of the last fusion on it.
+      ends: started instruction, or channel -> when it ends.
+    """
+
+    results: dict[str, str]
+    last: dict[str, str]
+    ends: dict[str, float]
+
+
 class _Clock:
     """Runs computations in order; `now` is the time of the device."""
 
@@ -87,22 +101,13 @@ class _Clock:
     def run(self, name: str) -> None:
         """Adds the time of a computation."""
         body = self._program.computations.get(name, [])
-        results = {one.name: one.result for one in body}
-        last = {}  # Channel -> the last instruction on it.
-        for index, one in enumerate(body):
-            for channel in self._channels(one):
-                last[channel] = index
-        ends: dict[str, float] = {}  # Started instruction or channel -> when it ends.
-        for index, one in enumerate(body):
-            self._step(one, results, ends, {c: last[c] == index for c in self._channels(one)})
+        last = {channel: one.name for one in body for channel in self._channels(one)}
+        scope = _Scope({one.name: one.result for one in body}, last, {})
+        for one in body:
+            self._step(one, scope)
 
-    def _step(
-        self,
-        one: Instruction,
-        results: dict[str, str],
-        ends: dict[str, float],
-        channels: dict[str, bool],
-    ) -> None:
+    def _step(self, one: Instruction, scope: _Scope) -> None:
+        ends = scope.ends
         kind = _COLLECTIVE.match(one.opcode)
         if one.opcode == "while":
             self._loop(one)
@@ -111,7 +116,7 @@ class _Clock:
         elif one.opcode == "call":
             for name in one.called:
                 self.run(name)
-        elif one.opcode == "copy-done" or one.opcode == "slice-done":
+        elif one.opcode in ("copy-done", "slice-done"):
             end = max(ends.get(one.operands[0], self.now), self.now)
             self.others += end - self.now
             self.now = end
@@ -128,10 +133,10 @@ class _Clock:
                 ends[one.name] = self._communicate(*collective)
             else:
                 ends[one.name] = self._copy(one)
-        elif channels:
-            self._fused(one, results, ends, channels)
+        elif self._channels(one):
+            self._fused(one, scope)
         else:
-            self._compute(one, results)
+            self._compute(one, scope.results)
 
     def _compute(self, one: Instruction, results: dict[str, str]) -> None:
         work = instructions.flops(one, self._program, results) / self._peak.flops
@@ -143,22 +148,16 @@ class _Clock:
         else:
             self.others += seconds
 
-    def _fused(
-        self,
-        one: Instruction,
-        results: dict[str, str],
-        ends: dict[str, float],
-        channels: dict[str, bool],
-    ) -> None:
-        """A fusion with a collective: alone, or the start, a step or the end of one."""
-        for channel in channels:
-            if channel not in ends:
-                collective = self._inside(one)
-                ends[channel] = self._communicate(*collective) if collective else self.now
-        self._compute(one, results)
-        for channel, is_last in channels.items():
-            if is_last:
-                self._wait(ends[channel])
+    def _fused(self, one: Instruction, scope: _Scope) -> None:
+        """A fusion with collectives: alone, or the start, a step or the end of some."""
+        found = self._collectives(one)
+        for channel, collective in found.items():
+            if channel not in scope.ends:
+                scope.ends[channel] = self._communicate(*collective)
+        self._compute(one, scope.results)
+        for channel in found:
+            if scope.last[channel] == one.name:
+                self._wait(scope.ends[channel])
 
     def _communicate(self, kind: str, line: str) -> float:
         """Starts a collective; when it ends."""

@@ -1,7 +1,9 @@
 """A folder of captioned images and its embedding store, shared by the tests of data/."""
 
+import io
 import json
 import pathlib
+import tarfile
 
 import ml_dtypes
 import numpy as np
@@ -25,6 +27,14 @@ def write_images(folder: pathlib.Path, count: int, size: int = 64) -> None:
         texts = [f"picture {i}", f"the picture of number {i}"][: 1 + (i % 3 == 0)]
         rows.append(json.dumps({"file_name": f"{i:03d}.png", "text": texts}))
     (folder / "metadata.jsonl").write_text("\n".join(rows))
+
+
+def add_sample(shard: tarfile.TarFile, key: str, parts: dict[str, bytes]) -> None:
+    """Adds a webdataset sample, a member KEY.PART for each part."""
+    for part, data in parts.items():
+        member = tarfile.TarInfo(f"{key}.{part}")
+        member.size = len(data)
+        shard.addfile(member, io.BytesIO(data))
 
 
 def write_store(folder: pathlib.Path, captions: list[str]) -> store.EmbeddingStore:

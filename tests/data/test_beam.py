@@ -34,6 +34,7 @@ from imagen_jax.data.index import duplicates, repeats
 from imagen_jax.data.index.repeats import Keyed
 from imagen_jax.data.sources import registry
 from imagen_jax.text.encoders import load_text_encoder
+from tests.data.conftest import add_sample
 from tests.data.test_embed import CAPTIONS, LetterEncoder
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -63,10 +64,7 @@ def write_shard(path: pathlib.Path, number: int, samples: int = SAMPLES) -> None
             parts = {"jpg": image, "txt": text.encode(), "json": json.dumps(row).encode()}
             if i == 7:
                 parts["jpg"] = b"no image"
-            for part, data in parts.items():
-                member = tarfile.TarInfo(f"{number:03d}{i:05d}.{part}")
-                member.size = len(data)
-                shard.addfile(member, io.BytesIO(data))
+            add_sample(shard, f"{number:03d}{i:05d}", parts)
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from imagen_jax.config.fields import ConfigError
 from imagen_jax.data.index import check, jpeg_header, known, scan, table
 from imagen_jax.data.sources import records, registry, tar, webdataset
 from imagen_jax.io import images
+from tests.data.conftest import add_sample
 
 ROOT = pathlib.Path(__file__).parents[2]
 SHARDS, SAMPLES = 4, 6
@@ -43,10 +44,7 @@ def write_shard(path: pathlib.Path, number: int, samples: int = SAMPLES) -> None
             parts = {"jpg": jpeg(100 * number + i), "txt": f"caption {number} {i}".encode()}
             if i == samples - 1:
                 del parts["txt"]
-            for part, data in parts.items():
-                member = tarfile.TarInfo(f"{number:03d}{i:03d}.{part}")
-                member.size = len(data)
-                shard.addfile(member, io.BytesIO(data))
+            add_sample(shard, f"{number:03d}{i:03d}", parts)
 
 
 @pytest.fixture

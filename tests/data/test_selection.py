@@ -21,7 +21,7 @@ from imagen_jax.data.batches import view
 from imagen_jax.data.batches.order import random_bits
 from imagen_jax.data.batches.pipeline import Pipeline
 from imagen_jax.data.sources import registry, tfrecord
-from tests.data.conftest import write_store
+from tests.data.conftest import add_sample, write_store
 from tests.data.test_pipeline import equal
 from tests.reference import tfrecords
 
@@ -72,10 +72,8 @@ def write(folder: pathlib.Path, kind: str) -> None:
         for shard in range(2):
             with tarfile.open(folder / f"{shard}.tar", "w") as out:
                 for i in range(shard * COUNT // 2, (shard + 1) * COUNT // 2):
-                    for part, data in (("png", png(i)), ("json", json.dumps(row(i)).encode())):
-                        member = tarfile.TarInfo(f"{i:03d}.{part}")
-                        member.size = len(data)
-                        out.addfile(member, io.BytesIO(data))
+                    parts = {"png": png(i), "json": json.dumps(row(i)).encode()}
+                    add_sample(out, f"{i:03d}", parts)
     elif kind == "tfrecord":
         for shard in range(2):
             records = b""
