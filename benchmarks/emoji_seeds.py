@@ -1,8 +1,10 @@
-"""Scores of several runs of `launch/emoji.sh`: mean over seeds with Student's interval.
+"""Scores and times of several runs of `launch/emoji.sh`: means over seeds, Student's intervals.
 
     python benchmarks/emoji_seeds.py --runs=runs/emoji,runs/emoji_1,runs/emoji_2
 
-Reads RUN/retrieval_SPLIT.json of each run and prints the table of docs/emoji.md.
+Reads RUN/retrieval_SPLIT.json of each run and prints the table of docs/emoji.md; then, from
+RUN/STAGE/metrics.jsonl, the images/s of a stage's log lines (median) and the minutes of its last
+process, which are those of the training unless it was interrupted. --times alone needs no scores.
 """
 
 from __future__ import annotations
@@ -40,7 +42,28 @@ def mean_of(values: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", required=True, help="run folders, separated by commas")
-    runs = [pathlib.Path(run) for run in parser.parse_args().runs.split(",")]
+    parser.add_argument("--times", action="store_true", help="print times alone")
+    flags = parser.parse_args()
+    runs = [pathlib.Path(run) for run in flags.runs.split(",")]
+    if not flags.times:
+        print(scores(runs), "\n")
+    print(times(runs))
+
+
+def times(runs: list[pathlib.Path]) -> str:
+    """Steps, images/s and minutes of every stage."""
+    lines = []
+    for run in runs:
+        for stage in ("base", "sr"):
+            rows = (run / stage / "metrics.jsonl").read_text().splitlines()
+            logged = [row for row in map(json.loads, rows) if "images_per_second" in row]
+            rate = float(np.median([row["images_per_second"] for row in logged]))
+            lines.append((run.name, stage, logged[-1]["step"], rate, logged[-1]["seconds"] / 60))
+    return reporting.table(("run", "stage", "steps", "images/s", "minutes"), lines)
+
+
+def scores(runs: list[pathlib.Path]) -> str:
+    """The table of docs/emoji.md."""
     lines = []
     for split, group, name in ROWS:
         kinds = [json.loads((run / f"retrieval_{split}.json").read_text())["kinds"] for run in runs]
@@ -55,7 +78,7 @@ def main() -> None:
         lines.append((name, found[0]["n"], *cells, f"{chance:.3f}"))
     titles = ("prompts", "n", "top-1", "ceiling", "top-1 of each run")
     titles += ("top-5", "ceiling", "top-5 of each run", "chance top-5")
-    print(reporting.table(titles, lines))
+    return reporting.table(titles, lines)
 
 
 if __name__ == "__main__":
