@@ -7,6 +7,7 @@ the compiler's cost analysis.
 from __future__ import annotations
 
 import collections
+import math
 import re
 from typing import NamedTuple
 
@@ -20,6 +21,8 @@ _COLLECTIVE = re.compile(
 )
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _GROUP = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\])")
+# Groups by axes of the mesh: their sizes, then those that a group spans.
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}")
 # What crosses the data-centre network is a send to the host's Megascale runtime, whose rendezvous
 # names the operation. libtpu splits an all-reduce over several slices into a reduce-scatter and an
 # all-gather within each slice, which are counted as such, and sends between slices.
@@ -163,6 +166,10 @@ def _op_name(one: Instruction, body: list[Instruction]) -> str:
 
 def group_size(line: str) -> int:
     """Devices in each group of a collective; 0 if the group is all devices."""
+    mesh = _MESH.search(line)
+    if mesh:
+        sizes = dict(axis.split("=") for axis in mesh[1].split(","))
+        return math.prod(int(sizes[axis]) for axis in mesh[2].split(","))
     group = _GROUP.search(line)
     if not group:
         return 0

@@ -72,7 +72,12 @@ def test_an_overlapped_operation_is_one():
     assert hlo.collectives(text)[0] == Collective("all-gather", 7, 5 * 64 + 64 + 64)
 
 
-@pytest.mark.parametrize("groups", ["{{0,1,2,3},{4,5,6,7}}", "[2,4]<=[8]"])
+@pytest.mark.parametrize(
+    "groups",
+    ["{{0,1,2,3},{4,5,6,7}}", "[2,4]<=[8]", "mesh['axis_0'=2,'axis_1'=4] {'axis_1'}"]
+    + ["mesh['axis_0'=2,'axis_1'=4,'axis_2'=2], device_ids=([2,4,2]T(1,0,2)) {'axis_1'}"]
+    + ["mesh['axis_0'=2,'axis_1'=4,'axis_2'=2] {'axis_0','axis_2'}"],
+)
 def test_a_reduce_scatter_counts_what_goes_in(groups):
     line = f"  ROOT %r = f32[2]{{0}} reduce-scatter(%p), channel_id=1, replica_groups={groups}"
     text = f"ENTRY %main (p: f32[8]) -> f32[2] {{\n{line}\n}}"
