@@ -137,7 +137,7 @@ def _work(plan: Plan, mfu: float | None, price: float | None) -> list[str]:
     predicted = plan.time if mfu is None else None
     lines += [
         "",
-        f"at {mfu or ASSUMED_MFU:.0%} MFU" if predicted is None else "predicted, at least",
+        f"at {mfu or ASSUMED_MFU:.0%} MFU" if predicted is None else "predicted",
     ]
     lines += [
         f"  {'seconds':<20}{guess.seconds:>10.3g}   "
