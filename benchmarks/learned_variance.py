@@ -201,7 +201,8 @@ def gammas(args: argparse.Namespace) -> str:
     lines = ["| logsnr | squared error of x0 | best gamma | gamma: 5 %, median, 95 % | "]
     lines[0] += "log variance, 0 to 1 |"
     lines += ["|---|---|---|---|---|"]
-    for index in range(steps // 5, steps, steps // 5):
+    every = max(steps // 5, 1)
+    for index in range(every, steps, every):
         logsnr_t, logsnr_s = (jnp.full(len(x0), levels[index + i]) for i in (0, 1))
         eps = samplers.normal(samplers.fold_in_keys(keys, index), x0.shape[1:])
         z = process.q_sample(x0, logsnr_t, eps)
