@@ -28,7 +28,6 @@ from imagen_jax.planning import cascade_plan, nearest, plan
 from imagen_jax.planning.plan import Plan
 from imagen_jax.planning.report import report
 from imagen_jax.planning.search import search_batch, search_train
-from imagen_jax.stages.folder import check_chain
 from imagen_jax.training.teacher import with_teacher
 
 STAGES = ("train", "sample", "embed")
@@ -134,7 +133,6 @@ def _run_cascade(
     specs = [argparse.Namespace(**{**vars(flags), "config": spec}) for spec in flags.cascade]
     configs = [config, *(with_text_dim(wiring.read_config(spec)) for spec in specs)]
     configs = with_settings(configs, read_settings(flags.stage_settings), "--stage_settings")
-    check_chain(configs)
     batch = flags.batch or len(where.devices)
     made = cascade_plan.plan_cascade(configs, where, batch, options, print)
     print("\n" + cascade_plan.report(made))

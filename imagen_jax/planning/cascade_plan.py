@@ -23,6 +23,7 @@ from imagen_jax.planning.plan import (
     encoder_shape,
     sample_program,
 )
+from imagen_jax.stages.folder import check_chain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,12 +111,15 @@ def plan_cascade(
 
     Raises:
       ConfigError: `text.preset` is no encoder, or mesh or batch do not fit the slice.
+      StageError: the stages do not follow from each other.
     """
     devices = where.as_devices()
     configs = [dataclasses.replace(c, data=c.data.uncropped()) for c in configs]
+    check_chain(configs)
+    encoder = encoder_shape(configs[0])
     configs = [placement.with_dtype(config, devices.platform) for config in configs]
     sizes = [placement.param_bytes(config) for config in configs]
-    sizes.append(placement.encoder_bytes(encoder_shape(configs[0])))
+    sizes.append(placement.encoder_bytes(encoder))
     keep = placement.choose_keep(sizes, devices)
     configs = placement.with_placement(configs, sizes, keep, devices)
     fsdp = placement.choose_fsdp(sizes[-1], sizes, keep, devices)

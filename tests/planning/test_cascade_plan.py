@@ -103,3 +103,18 @@ def test_what_cannot_be_planned_is_said_in_one_line(capsys, arguments, message):
     assert main.main(["plan", *SHAPES, *arguments]) == 1
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1, error
+
+
+def test_a_stage_that_trains_on_crops_samples_whole_images(capsys):
+    """The paper's last stage: 64 -> 256 px in training, 256 -> 1024 px in a cascade."""
+    stages = [f"configs/imagen.py:{name}" for name in ("base_64", "sr_256", "sr_1024")]
+    flags = [f"--config={stages[0]}", "--config.mesh.cpu_devices=1", "--topology=here"]
+    chain = f"--cascade={','.join(stages[1:])}"
+    # The cascade is accepted; what is missing is the encoder.
+    assert main.main(["plan", *flags, "--stage=sample", chain]) == 1
+    assert "config.text.preset='' is not one of" in capsys.readouterr().err
+    without_first = f"--cascade={stages[2]}"
+    assert main.main(["plan", *flags, "--stage=sample", without_first]) == 1
+    assert "stage 'sr_1024' gets an image of 64 px, expected an image of 256 px" in (
+        capsys.readouterr().err
+    )
