@@ -9,8 +9,8 @@ Every measurement is a process of its own, and the two checkouts take turns. `in
 over webdataset shards, records per second of one process and of two, by the clock and by CPU time;
 then a pass that is killed ten times, and the pass after one more shard. `store`: seconds and
 megabytes to open a store of small vectors, lookups per second, and seconds to the first batch of a
-source of 100,000 images. `latency`: images/s of 64 px, by
-loader, of a source whose reads take so many milliseconds, and of the same source without them.
+source with an image for every caption. `latency`: images/s of 64 px, by loader, of a source whose
+reads take so many milliseconds, and of the same source without them.
 Prints tables and one JSON line.
 """
 
@@ -94,8 +94,8 @@ from imagen_jax.data.batches.pipeline import Pipeline
 from imagen_jax.data.embeddings.store import EmbeddingStore
 from imagen_jax.data.sources.registry import open_source
 imported = time.perf_counter()
-data = DataConfig(kind="synthetic", name="100000x64", path=sys.argv[1], embeddings=sys.argv[1],
-    max_text_len=4, loader="numpy", batch_size=64)
+data = DataConfig(kind="synthetic", name=f"{sys.argv[2]}x64", path=sys.argv[1], check="header",
+    embeddings=sys.argv[1], max_text_len=4, loader="numpy", batch_size=64)
 stream = Pipeline(open_source(data), EmbeddingStore.open(data.embeddings), data, seed=0)
 batches = loaders.batches(stream)
 next(batches)
@@ -225,8 +225,8 @@ def store(flags, checkouts):
         for _ in range(flags.repeats):
             for checkout, path in checkouts.items():
                 rows[checkout].append(child(STORE, path, name, flags.captions))
-        child(FIRST_BATCH, ROOT, name)  # Builds the index, and compares all captions once.
-        first = [child(FIRST_BATCH, ROOT, name)[:2] for _ in range(flags.repeats)]
+        child(FIRST_BATCH, ROOT, name, flags.captions)  # Builds the index, and compares all captions once.
+        first = [child(FIRST_BATCH, ROOT, name, flags.captions)[:2] for _ in range(flags.repeats)]
     print("| checkout | opens, s | MB | lookups/s |\n|---|---|---|---|")
     result = {"captions": flags.captions}
     for checkout, found in rows.items():
