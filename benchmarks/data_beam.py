@@ -92,7 +92,7 @@ def workers(mark):
 
 
 def timed(command, folder=None, kill_at=0):
-    """Output, seconds and CPU seconds of a command; `kill_at`: shards after which a worker dies."""
+    """Report, seconds and CPU seconds of a command; `kill_at`: shards after which a worker dies."""
     mark = f"IMAGEN_BENCHMARK={os.getpid()}"
     environment = {**os.environ, "IMAGEN_BENCHMARK": str(os.getpid())}
     start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -104,7 +104,8 @@ def timed(command, folder=None, kill_at=0):
             os.kill(workers(mark.encode())[0], signal.SIGKILL)
             break
         time.sleep(0.1)
-    said = process.communicate()[0]
+    lines = process.communicate()[0].splitlines(keepends=True)
+    said = "".join(line for line in lines if not line.startswith("index: "))  # Progress.
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     if process.returncode != bool(kill_at):

@@ -7,11 +7,11 @@
 
 Every measurement is a process of its own, and the two checkouts take turns. `index`: header pass
 over webdataset shards, records per second of one process and of two, by the clock and by CPU time;
-then a pass that is killed ten times, and the pass after one more shard. `store`: seconds and
-megabytes to open a store of small vectors, lookups per second, and seconds to the first batch of a
-source with an image for every caption. `latency`: images/s of 64 px, by loader, of a source whose
-reads take so many milliseconds, and of the same source without them.
-Prints tables and one JSON line.
+then memory of a pass, files of the index, a pass that is killed ten times, and the pass after one
+more shard. `store`: seconds and megabytes to open a store of small vectors, lookups per second, and
+seconds to the first batch of a source with an image for every caption. `latency`: images/s of 64
+px, by loader, of a source whose reads take so many milliseconds, and of the same source without
+them. Prints tables and one JSON line.
 """
 
 import argparse
@@ -49,9 +49,10 @@ if __name__ == "__main__":
     processes = len(sys.argv) > 2
     scan._processors = lambda: 2 if processes else 1
     used = lambda: sum(sum(resource.getrusage(who)[:2]) for who in (0, -1))
-    wall, cpu = time.perf_counter(), used()
+    peak = lambda: resource.getrusage(0).ru_maxrss * 1024
+    wall, cpu, before = time.perf_counter(), used(), peak()
     table = scan.cached_index(Reader(data), data, *([Reader] if processes else []))[0]
-    print(len(table), time.perf_counter() - wall, used() - cpu)
+    print(len(table), time.perf_counter() - wall, used() - cpu, peak() - before)
 """
 
 STORE = """
@@ -99,7 +100,7 @@ data = DataConfig(kind="synthetic", name=f"{sys.argv[2]}x64", path=sys.argv[1], 
 stream = Pipeline(open_source(data), EmbeddingStore.open(data.embeddings), data, seed=0)
 batches = loaders.batches(stream)
 next(batches)
-print(imported - began, time.perf_counter() - imported, 0)
+print(imported - began, time.perf_counter() - imported)
 batches.close()
 """
 
@@ -110,7 +111,7 @@ def child(code, checkout, *arguments):
     said, errors = process.communicate()
     if process.returncode:
         sys.exit(errors)
-    return [float(word) for word in said.split()[-3:]]
+    return [float(word) for word in said.splitlines()[-1].split()]
 
 
 def write_shard(path, number):
@@ -183,6 +184,9 @@ def index(flags, checkouts):
             rows["this, two processes"].append(child(INDEX, ROOT, folder, "processes"))
         clear(folder)
         whole = child(INDEX, ROOT, folder)
+        files = [
+            path.stat().st_size for path in folder.rglob(".imagen_index/**/*") if path.is_file()
+        ]
         same, again = killed(folder, shards)
         write_shard(folder / "99999.tar", 99_999)
         more = child(INDEX, ROOT, folder)
@@ -196,8 +200,16 @@ def index(flags, checkouts):
         print(f"| {checkout} | {wall:,.0f} | {cpu:,.0f} |")
     share = more[2] / whole[2]
     word = "identical" if same else "DIFFERS"
+    print(
+        f"memory of the pass {whole[3] / 1e6:.0f} MB; {len(files)} files, {sum(files) / 1e6:.0f} MB"
+    )
     print(f"killed 10 times: index {word}, {again} finished shards read again")
     print(f"one more shard of {shards + 1}: {share:.1%} of the CPU time of a full pass")
+    result |= {
+        "memory_mb": round(whole[3] / 1e6),
+        "files": len(files),
+        "mb": round(sum(files) / 1e6),
+    }
     result |= {"identical_after_kills": same, "read_again": again}
     return {**result, "one_more_shard": round(share, 4), "samples": shards * SHARD}
 
@@ -225,8 +237,10 @@ def store(flags, checkouts):
         for _ in range(flags.repeats):
             for checkout, path in checkouts.items():
                 rows[checkout].append(child(STORE, path, name, flags.captions))
-        child(FIRST_BATCH, ROOT, name, flags.captions)  # Builds the index, and compares all captions once.
-        first = [child(FIRST_BATCH, ROOT, name, flags.captions)[:2] for _ in range(flags.repeats)]
+        child(
+            FIRST_BATCH, ROOT, name, flags.captions
+        )  # Builds the index, and compares all captions once.
+        first = [child(FIRST_BATCH, ROOT, name, flags.captions) for _ in range(flags.repeats)]
     print("| checkout | opens, s | MB | lookups/s |\n|---|---|---|---|")
     result = {"captions": flags.captions}
     for checkout, found in rows.items():
