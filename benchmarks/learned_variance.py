@@ -207,7 +207,7 @@ def gammas(args: argparse.Namespace) -> str:
         eps = samplers.normal(samplers.fold_in_keys(keys, index), x0.shape[1:])
         z = process.q_sample(x0, logsnr_t, eps)
         ((mean, gamma),) = predict(
-            Stage(config, stage.params), z, logsnr_t, Conditioning(text), [text]
+            Stage(config, jax.device_put(stage.params)), z, logsnr_t, Conditioning(text), [text]
         )
         assert gamma is not None
         low, middle, high = np.percentile(np.asarray(gamma), (5, 50, 95))

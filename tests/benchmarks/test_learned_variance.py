@@ -88,8 +88,8 @@ def test_the_table_of_untrained_stages(
     flags = [f"--demo={demo}", f"--out={out}", "--count=3", "--images=3", "--sampler_steps=2,3"]
     monkeypatch.setattr(sys, "argv", ["learned_variance.py", *flags])
     learned_variance.main()
-    table = capsys.readouterr().out.split("| variance |")[1].splitlines()
-    assert len(table) == 2 + 6
+    table, gammas = capsys.readouterr().out.split("| variance |")[1].split("| logsnr |")
+    assert len(table.splitlines()) == 2 + 6 and len(gammas.splitlines()) == 2 + 1
     scores = json.loads((out / "scores.json").read_text())
     bits = {name: cell["bound"]["mean"] for name, cell in scores.items()}
     assert all(np.isfinite(list(bits.values()))) and len(set(bits.values())) == 6
