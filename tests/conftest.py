@@ -83,9 +83,14 @@ def quick_compilation(tmp_path_factory):
     base = tmp_path_factory.getbasetemp()
     # The workers of pytest-xdist compile the same programs, so they share a cache.
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    jax.config.update("jax_disable_most_optimizations", True)
-    jax.config.update("jax_compilation_cache_dir", str(shared / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    settings = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(shared / "xla"),
+        "jax_persistent_cache_min_compile_time_secs": 0.5,
+    }
+    for name, value in settings.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)  # For the programs that tests start.
 
 
 @pytest.fixture(scope="session")
