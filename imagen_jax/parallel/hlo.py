@@ -11,6 +11,8 @@ import math
 import re
 from typing import NamedTuple
 
+import numpy as np
+
 from imagen_jax.parallel import instructions
 from imagen_jax.parallel.instructions import Instruction
 
@@ -20,9 +22,14 @@ _COLLECTIVE = re.compile(
     rf"= (.*?) ({'|'.join(KINDS)}|ragged-all-to-all|collective-broadcast)(?:-start)?\(%"
 )
 _CHANNEL = re.compile(r"channel_id=(\d+)")
-_GROUP = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\])")
-# Groups by axes of the mesh: their sizes, then those that a group spans.
-_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}")
+_GROUP = re.compile(r"replica_groups=\{\{([\d,]+)\}")
+# Groups of this shape, filled by counting through an array of another shape, transposed.
+_IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+_COUNTED = re.compile(rf"replica_groups=\[(\d+),(\d+)\]<={_IOTA}")
+# Groups by axes of the mesh: their sizes, the order of its devices, the axes that a group spans.
+_MESH = re.compile(
+    rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({_IOTA}\))?[^{{]*\{{([^}}]*)\}}"
+)
 # What crosses the data-centre network is a send to the host's Megascale runtime, whose rendezvous
 # names the operation. libtpu splits an all-reduce over several slices into a reduce-scatter and an
 # all-gather within each slice, which are counted as such, and sends between slices.
@@ -166,14 +173,34 @@ def _op_name(one: Instruction, body: list[Instruction]) -> str:
 
 def group_size(line: str) -> int:
     """Devices in each group of a collective; 0 if the group is all devices."""
-    mesh = _MESH.search(line)
+    return len(first_group(line))
+
+
+def first_group(line: str) -> tuple[int, ...]:
+    """Numbers of the devices of a collective's first group; () if the group is all devices."""
+    listed, counted, mesh = (form.search(line) for form in (_GROUP, _COUNTED, _MESH))
+    if listed:
+        return tuple(map(int, listed[1].split(",")))
+    if counted:
+        groups = _order(counted[3], counted[4]).reshape(int(counted[1]), int(counted[2]))
+        return tuple(groups[0].tolist())
     if mesh:
         sizes = dict(axis.split("=") for axis in mesh[1].split(","))
-        return math.prod(int(sizes[axis]) for axis in mesh[2].split(","))
-    group = _GROUP.search(line)
-    if not group:
-        return 0
-    return len(group[1].split(",")) if group[1] else int(group[2])
+        spanned = mesh[4].split(",")
+        shape = [int(size) for size in sizes.values()]
+        order = _order(mesh[2] or str(math.prod(shape)), mesh[3]).reshape(shape)
+        at = tuple(slice(None) if axis in spanned else 0 for axis in sizes)
+        return tuple(order[at].ravel().tolist())
+    return ()
+
+
+def _order(shape: str, permutation: str | None) -> np.ndarray:
+    """0, 1, ... counted through an array of this shape, then transposed."""
+    sizes = [int(size) for size in shape.split(",")]
+    counted = np.arange(math.prod(sizes)).reshape(sizes)
+    return counted.transpose(
+        [int(axis) for axis in permutation.split(",")] if permutation else None
+    )
 
 
 def result_bytes(line: str, kind: str) -> int:

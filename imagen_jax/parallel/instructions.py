@@ -36,6 +36,15 @@ FREE = frozenset(
     ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all")
     + ("partition-id", "replica-id", "optimization-barrier")
 )
+_PLAIN = frozenset(
+    ("add", "subtract", "multiply", "divide", "maximum", "minimum", "compare", "select", "negate")
+    + ("abs", "convert", "and", "or", "xor", "not", "clamp", "floor", "ceil", "sign", "is-finite")
+    + ("round-nearest-even", "shift-left", "shift-right-logical", "shift-right-arithmetic")
+)
+_FUNCTIONS = frozenset(
+    ("exponential", "exponential-minus-one", "log", "log-plus-one", "logistic", "tanh", "erf")
+    + ("rsqrt", "sqrt", "cbrt", "power", "sine", "cosine", "tan", "atan2", "remainder")
+)
 _READS_A_PART = frozenset(("dynamic-slice", "slice", "gather"))
 
 
@@ -69,6 +78,18 @@ class Program(NamedTuple):
 
     computations: dict[str, list[Instruction]]
     entry: str
+
+
+class Windows(NamedTuple):
+    """Windows of convolutions, zeros of padding and dilation included.
+
+    Attributes:
+      elements: of all windows.
+      flops: of the products with them.
+    """
+
+    elements: float
+    flops: float
 
 
 def parse(text: str) -> Program:
@@ -201,6 +222,51 @@ def _convolution(instruction: Instruction, results: Mapping[str, str]) -> float:
         inside = (positions >= 0) & (positions <= (size - 1) * into[axis])
         products *= float(np.sum(inside & (positions % into[axis] == 0)))
     return 2.0 * products
+
+
+def windows(instruction: Instruction, program: Program, results: Mapping[str, str]) -> Windows:
+    """Windows of the convolutions, in called computations too; arguments as those of `flops`."""
+    if instruction.opcode == "convolution":
+        labels = _LABELS.search(instruction.line)
+        if not labels:
+            return Windows(0.0, 0.0)
+        _, of_rhs, of_out = labels.groups()
+        out, rhs = shapes(instruction.result)[0], shapes(results[instruction.operands[1]])[0]
+        features = out[of_out.index("f")]
+        elements = math.prod(out) / features * math.prod(rhs) / rhs[of_rhs.index("o")]
+        return Windows(elements, 2.0 * elements * features)
+    found = [Windows(0.0, 0.0)]
+    for name in instruction.called:
+        body = program.computations.get(name, [])
+        inner = {one.name: one.result for one in body}
+        found += [windows(one, program, inner) for one in body]
+    return Windows(*map(sum, zip(*found, strict=True)))
+
+
+def elementwise(
+    instruction: Instruction, program: Program, results: Mapping[str, str]
+) -> tuple[float, float]:
+    """Elements of plain arithmetic, and of functions such as exp, in called computations too.
+
+    Args:
+      instruction: not a loop.
+      program: its program.
+      results: result types of its computation by name.
+    """
+    opcode = instruction.opcode
+    if opcode in _PLAIN or opcode in _FUNCTIONS:
+        size = float(sum(map(math.prod, shapes(instruction.result))))
+        return (size, 0.0) if opcode in _PLAIN else (0.0, size)
+    if opcode in ("reduce", "reduce-window"):
+        return float(sum(map(math.prod, shapes(results.get(instruction.operands[0], ""))))), 0.0
+    plain = functions = 0.0
+    for name in instruction.called:
+        body = program.computations.get(name, [])
+        inner = {one.name: one.result for one in body}
+        for one in body:
+            counts = elementwise(one, program, inner)
+            plain, functions = plain + counts[0], functions + counts[1]
+    return plain, functions
 
 
 def traffic(instruction: Instruction, program: Program, results: Mapping[str, str]) -> float:

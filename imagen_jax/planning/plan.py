@@ -13,7 +13,7 @@ import functools
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -360,8 +360,15 @@ def compile_program(
         compile_seconds=seconds,
         compiled=compiled,
         sends=hlo.sends(text) if where.slices > 1 else (),
-        time=step_time.of_slice(text, where, program.steps),
+        time=step_time.of_slice(text, where, _mesh_devices(compiled), program.steps),
     )
+
+
+def _mesh_devices(compiled: jax.stages.Compiled) -> Iterable[Any]:
+    """Devices of a program in the order of its mesh; () if it has none."""
+    shardings = jax.tree.leaves(compiled.input_shardings)
+    meshes = [one.mesh for one in shardings if isinstance(one, NamedSharding)]
+    return list(meshes[0].devices.flat) if meshes else ()
 
 
 def _too_large(program: Program, where: Slice, message: str, seconds: float) -> Plan:

@@ -1,23 +1,24 @@
 """Predicted time of a compiled program: what its schedule takes at the chip's peaks.
 
 Every operation takes the larger of FLOPs / peak and bytes / bandwidth of HBM; operations run one
-after the other in the order of the compiled text. A collective takes the time that its bytes take
-on a ring along one axis of the torus, both directions at once (Austin et al., How to Scale Your
-Model, 2025), and a microsecond per hop. Between its start and its end other operations run; what
-remains at its end is exposed. The prediction is a lower bound: no operation reaches a peak, and
-start-up of operations and padding of arrays are left out.
+after the other in the order of the compiled text. A collective takes the time of its bytes on the
+links of the torus (parallel/links.py), and a microsecond per hop. Between its start and its end
+other operations run; what remains at its end is exposed. On TPUs the prediction is a lower bound:
+no operation reaches a peak, and elementwise work, start-up of operations and padding of arrays are
+left out. On a CPU, with measured peaks, all but the padding of arrays counts.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
-from imagen_jax.parallel import hlo, instructions, peaks
+from imagen_jax.parallel import hlo, instructions, links, peaks
 from imagen_jax.parallel.instructions import Instruction, Program
 from imagen_jax.parallel.topology import Slice
 
-_HOP_SECONDS = 1e-6
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _COLLECTIVE = re.compile(rf"^({'|'.join(hlo.KINDS)})(-start|-done)?$")
 _START = re.compile(r"^(copy|slice|async)-start$")
@@ -46,33 +47,62 @@ class StepTime(NamedTuple):
         return max(self.products + self.others + self.exposed, self.between_slices)
 
 
-def predict(text: str, peak: peaks.Peaks, *, devices: int = 1, unknown_trips: int = 1) -> StepTime:
+def predict(
+    text: str,
+    peak: peaks.Peaks,
+    *,
+    devices: int = 1,
+    torus: links.Torus | None = None,
+    unknown_trips: int = 1,
+) -> StepTime:
     """The predicted time of a compiled program.
 
     Args:
       text: `jax.stages.Compiled.as_text()`.
       peak: of one device.
       devices: of the whole mesh, for collectives over all.
+      torus: their positions; None: every group of devices is a ring.
       unknown_trips: iterations of a loop whose bounds are arguments.
     """
     program = instructions.parse(text)
     sent = sum(send.count * send.bytes for send in hlo.sends(text))
-    clock = _Clock(program, peak, devices, unknown_trips)
+    clock = _Clock(program, peak, _Network(devices, torus), unknown_trips)
     clock.run(program.entry)
+    entry = program.computations[program.entry]
+    returned = next(one.result for one in entry if one.line.lstrip().startswith("ROOT "))
+    calling = peak.argument * sum(one.opcode == "parameter" for one in entry)
+    calling += peak.result * len(instructions.shapes(returned))
     return StepTime(
         clock.products,
-        clock.others,
+        clock.others + calling,
         clock.exposed,
         clock.busy - clock.exposed,
         sent / peak.dcn if sent else 0.0,
     )
 
 
-def of_slice(text: str, where: Slice, unknown_trips: int) -> StepTime | None:
-    """`predict` for the devices of a slice; None if their bandwidths are unknown."""
+def of_slice(text: str, where: Slice, mesh: Iterable[Any], unknown_trips: int) -> StepTime | None:
+    """`predict` for the devices of a slice; None if their bandwidths are unknown.
+
+    Args:
+      text: `jax.stages.Compiled.as_text()`.
+      where: the slice.
+      mesh: its devices in the order of the program's mesh.
+      unknown_trips: as for `predict`.
+    """
     peak = peaks.of(where.devices[0].device_kind)
-    devices = len(where.devices)
-    return peak and predict(text, peak, devices=devices, unknown_trips=unknown_trips)
+    return peak and predict(
+        text,
+        peak,
+        devices=len(where.devices),
+        torus=links.torus(mesh),
+        unknown_trips=unknown_trips,
+    )
+
+
+class _Network(NamedTuple):
+    devices: int
+    torus: links.Torus | None
 
 
 class _Scope(NamedTuple):
@@ -92,8 +122,8 @@ class _Scope(NamedTuple):
 class _Clock:
     """Runs computations in order; `now` is the time of the device."""
 
-    def __init__(self, program: Program, peak: peaks.Peaks, devices: int, unknown_trips: int):
-        self._program, self._peak, self._devices = program, peak, devices
+    def __init__(self, program: Program, peak: peaks.Peaks, network: _Network, unknown_trips: int):
+        self._program, self._peak, self._network = program, peak, network
         self._unknown_trips = unknown_trips
         self.now = self.products = self.others = self.exposed = self.busy = 0.0
         self._free = {"ici": 0.0, "hbm": 0.0}  # When the links and the copies become free.
@@ -139,14 +169,29 @@ class _Clock:
             self._compute(one, scope.results)
 
     def _compute(self, one: Instruction, results: dict[str, str]) -> None:
-        work = instructions.flops(one, self._program, results) / self._peak.flops
-        moved = instructions.traffic(one, self._program, results) / self._peak.hbm
-        seconds = max(work, moved)
+        if one.opcode in instructions.FREE:
+            return
+        peak = self._peak
+        work = self._products(one, results)
+        plain, functions = instructions.elementwise(one, self._program, results)
+        moved = instructions.traffic(one, self._program, results) / peak.hbm
+        vector = plain / peak.plain + functions / peak.functions
+        seconds = peak.start + max(work + vector, moved)
         self.now += seconds
         if work:
             self.products += seconds
         else:
             self.others += seconds
+
+    def _products(self, one: Instruction, results: dict[str, str]) -> float:
+        """Seconds of the products of an instruction."""
+        peak = self._peak
+        work = instructions.flops(one, self._program, results)
+        if work and peak.windows < math.inf:
+            copied = instructions.windows(one, self._program, results)
+            if copied.elements:
+                return copied.flops / peak.flops + copied.elements / peak.windows
+        return work / peak.flops
 
     def _fused(self, one: Instruction, scope: _Scope) -> None:
         """A fusion with collectives: alone, or the start, a step or the end of some."""
@@ -161,7 +206,8 @@ class _Clock:
 
     def _communicate(self, kind: str, line: str) -> float:
         """Starts a collective; when it ends."""
-        seconds = collective_seconds(kind, line, self._peak, self._devices)
+        devices, torus = self._network
+        seconds = links.seconds(kind, line, self._peak, devices=devices, where=torus)
         self.busy += seconds
         self._free["ici"] = max(self.now, self._free["ici"]) + seconds
         return self._free["ici"]
@@ -217,37 +263,12 @@ class _Clock:
             for inner in self._program.computations.get(name, []):
                 kind = _COLLECTIVE.match(inner.opcode)
                 if kind:
-                    channel = _CHANNEL.search(inner.line)
                     scatter = name.startswith(hlo.SCATTER)
+                    # Merged ones, which have no steps, may all have the same channel.
+                    channel = None if scatter else _CHANNEL.search(inner.line)
                     found[channel[1] if channel else inner.name] = (
                         "reduce-scatter" if scatter else kind[1],
                         inner.line,
                     )
                 found.update(self._collectives(inner))
         return found
-
-
-def collective_seconds(kind: str, line: str, peak: peaks.Peaks, devices: int) -> float:
-    """Time of a collective on a ring of its group's devices.
-
-    Args:
-      kind: a row of hlo.KINDS.
-      line: its instruction.
-      peak: of one device; `ici` is that of one direction of a link.
-      devices: of the whole mesh.
-    """
-    group = hlo.group_size(line) or devices
-    if group == 1 and kind != "collective-permute":
-        return 0.0
-    size = hlo.result_bytes(line, kind)
-    ring = 2.0 * peak.ici  # A ring sends in both directions.
-    share = (group - 1) / group
-    seconds = {
-        "all-gather": size * share / ring,
-        "reduce-scatter": size * share / ring,
-        "all-reduce": 2.0 * size * share / ring,
-        "all-to-all": size * group / 4.0 / ring,
-        "collective-permute": size / peak.ici,
-    }[kind]
-    hops = 1 if kind == "collective-permute" else group / 2
-    return seconds + hops * _HOP_SECONDS

@@ -86,3 +86,23 @@ def test_a_reduce_scatter_counts_what_goes_in(groups):
 
 def test_a_program_without_any():
     assert hlo.collectives("ENTRY %main (p: f32[]) -> f32[] {\n  %p = f32[] parameter(0)\n}") == []
+
+
+@pytest.mark.parametrize(
+    ("groups", "first"),
+    [
+        ("{{0,2},{1,3}}", (0, 2)),
+        ("{}", ()),
+        ("[2,4]<=[8]", (0, 1, 2, 3)),
+        # 0 to 7 in two rows of four, transposed to four rows of two: 0 4, 1 5, 2 6, 3 7.
+        ("[4,2]<=[2,4]T(1,0)", (0, 4)),
+        ("[2,4]<=[2,4]T(1,0)", (0, 4, 1, 5)),
+        ("mesh['a'=2,'b'=4] {'b'}", (0, 1, 2, 3)),
+        ("mesh['a'=2,'b'=4] {'a'}", (0, 4)),
+        ("mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}", (0, 1, 2, 3)),
+        ("mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}", (0, 4)),
+        ("mesh['a'=2,'b'=2,'c'=2] {'a','c'}", (0, 1, 4, 5)),
+    ],
+)
+def test_devices_of_the_first_group(groups, first):
+    assert hlo.first_group(f"all-gather(%p), replica_groups={groups}, dimensions={{0}}") == first

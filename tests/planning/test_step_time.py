@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from imagen_jax.parallel import flops, instructions, peaks
+from imagen_jax.parallel import flops, hlo, instructions, peaks
 from imagen_jax.parallel.peaks import Peaks
 from imagen_jax.planning import step_time
 
@@ -89,6 +89,77 @@ def test_a_collective_in_steps():
     assert found.hidden == pytest.approx(10e-3)
 
 
+def test_merged_scatters_on_one_channel_are_several():
+    """1 MB each over 4 devices: 3/4 of it over 2 links, 3.75 ms, and 2 hops."""
+    text = """HloModule scatters, is_scheduled=true
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %s = f32[] add(%a, %b)
+}
+"""
+    entry, groups = "", "channel_id=1, replica_groups={{0,1,2,3}}"
+    for number in (1, 2):
+        text += f"""
+%all-reduce-scatter.{number} (g: f32[250000]) -> f32[62500] {{
+  %g = f32[250000]{{0:S(1)}} parameter(0)
+  %r{number} = f32[250000]{{0:S(1)}} all-reduce(%g), {groups}, to_apply=%sum
+  ROOT %part = f32[62500]{{0:S(1)}} dynamic-slice(%r{number}), dynamic_slice_sizes={{62500}}
+}}
+"""
+        called = f"kind=kCustom, calls=%all-reduce-scatter.{number}"
+        entry += (
+            f"  {'ROOT ' * (number == 2)}%f{number} = f32[62500]{{0:S(1)}} fusion(%g0), {called}\n"
+        )
+    text += "\nENTRY %main (g0: f32[250000]) -> f32[62500] {\n"
+    text += f"  %g0 = f32[250000]{{0:S(1)}} parameter(0)\n{entry}}}\n"
+    found = step_time.predict(text, PEAK, devices=4)
+    assert found.exposed == pytest.approx(2 * 3.752e-3)
+    assert found.exposed == pytest.approx(step_time.predict(text, PEAK, devices=4).seconds)
+    (sent,) = hlo.collectives(text)
+    assert (sent.kind, sent.count, sent.bytes) == ("reduce-scatter", 2, 2_000_000)
+
+
+# A convolution 3x3 with padding 1 of an image 4x4, 8 channels to 16: 16 windows of 72 elements,
+# and 16 * 72 * 16 * 2 = 36864 FLOP with the zeros of padding. Then 256 elements: an addition,
+# an exp and a division, and their sum over 256.
+CPU = """HloModule cpu
+
+%plus (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %s = f32[] add(%a, %b)
+}
+
+%silu (p: f32[1,4,4,16]) -> f32[] {
+  %p = f32[1,4,4,16]{3,2,1,0} parameter(0)
+  %e = f32[1,4,4,16]{3,2,1,0} exponential(%p)
+  %t = f32[1,4,4,16]{3,2,1,0} add(%e, %e)
+  %d = f32[1,4,4,16]{3,2,1,0} divide(%p, %t)
+  %z = f32[] constant(0)
+  ROOT %r = f32[] reduce(%d, %z), dimensions={0,1,2,3}, to_apply=%plus
+}
+
+ENTRY %main (x: f32[1,4,4,8], k: f32[3,3,8,16]) -> f32[] {
+  %x = f32[1,4,4,8]{3,2,1,0} parameter(0)
+  %k = f32[3,3,8,16]{3,2,1,0} parameter(1)
+  %c = f32[1,4,4,16]{3,2,1,0} convolution(%x, %k), WINDOW
+  ROOT %f = f32[] fusion(%c), kind=kLoop, calls=%silu
+}
+""".replace("WINDOW", "window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_01io->b01f")
+
+
+def test_what_a_cpu_pays():
+    peak = Peaks(
+        flops=1e6, hbm=1e12, ici=1, dcn=1, plain=1e4, functions=1e3, windows=1e5, start=0.5
+    )._replace(argument=0.02, result=0.3)
+    found = step_time.predict(CPU, peak)
+    assert found.products == pytest.approx(0.5 + 36864 / 1e6 + 16 * 72 / 1e5)
+    calling = 2 * 0.02 + 0.3
+    assert found.others == pytest.approx(0.5 + 3 * 256 / 1e4 + 256 / 1e3 + calling, rel=1e-4)
+
+
 def downsampled_and_back(x, down, up, dense):
     """A strided convolution, a transposed one (dilated input), and a product over channels."""
     dims = ("NHWC", "HWIO", "NHWC")
@@ -111,7 +182,7 @@ def test_flops_of_a_compiled_gradient_equal_those_traced():
 
 
 def test_peaks():
-    assert peaks.of("TPU v5 lite") == Peaks(197e12, 819e9, 50e9, 3.125e9)
+    assert peaks.of("TPU v5 lite") == Peaks(197e12, 819e9, 50e9, 3.125e9, 16)
     assert peaks.of("cpu") is None
     for kind in peaks._BANDWIDTHS:
         assert peaks.of(kind).flops == peaks.peak_flops(kind)
