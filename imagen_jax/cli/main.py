@@ -154,7 +154,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             # Lines reach a log file as they are written. Names of files may be no text, and a
             # terminal may lack the letters of a caption.
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
-    xla_flags.apply()
     module, flags = parse(list(sys.argv[1:] if argv is None else argv))
     # JAX, a second of imports, is not needed for --help and wrong usage.
     from imagen_jax.parallel.preemption import RESTART, Preempted
@@ -164,6 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     _silence_other_threads()
     try:
+        xla_flags.apply()
         with staging.staged(flags):
             module.run(flags)
     except Preempted as stop:

@@ -2,7 +2,8 @@
 
 `imagen` sets them for every verb, so every launcher has them, and `imagen doctor` prints them. A
 flag that the user's environment sets keeps the user's value. None has been timed on an accelerator;
-the tests check that the installed compilers know each one. An unknown flag ends the process.
+the tests check that the installed compilers know each one. An unknown flag ends the process: with
+another libtpu or jaxlib, IMAGEN_NO_XLA_FLAGS names those not to set, by commas, or `all`.
 
 TPUs: libtpu alone reads LIBTPU_INIT_ARGS. Autotuning needs no flag there: libtpu has its tables.
 GPUs: XLA reads XLA_FLAGS in every process; they are set where JAX's CUDA plugin is installed.
@@ -16,6 +17,8 @@ import os
 import re
 from collections.abc import MutableMapping, Sequence
 from typing import NamedTuple
+
+from imagen_jax.config.fields import ConfigError, unknown_name
 
 
 class Flag(NamedTuple):
@@ -106,13 +109,25 @@ GPU = (
 VARIABLES = {"tpu": "LIBTPU_INIT_ARGS", "gpu": "XLA_FLAGS"}
 # The plugins of JAX's extras cuda13 and cuda12.
 _CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
+OMITTED = "IMAGEN_NO_XLA_FLAGS"
 
 
 def apply(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Adds the flags to the environment, but those that it sets; before JAX uses a device."""
-    _add(environment, VARIABLES["tpu"], TPU)
+    """Adds the flags to the environment, but those that it sets or omits; before JAX uses a device.
+
+    Raises:
+      ConfigError: OMITTED names no flag of this module.
+    """
+    omitted = [name for name in environment.get(OMITTED, "").split(",") if name]
+    if omitted == ["all"]:
+        return
+    known = [flag.name for flag in (*TPU, *GPU)]
+    for name in omitted:
+        if name not in known:
+            raise ConfigError(unknown_name(OMITTED, name, ["all", *known]))
+    _add(environment, VARIABLES["tpu"], [flag for flag in TPU if flag.name not in omitted])
     if any(map(importlib.util.find_spec, _CUDA_PLUGINS)):
-        _add(environment, VARIABLES["gpu"], GPU)
+        _add(environment, VARIABLES["gpu"], [flag for flag in GPU if flag.name not in omitted])
 
 
 def _add(environment: MutableMapping[str, str], variable: str, flags: Sequence[Flag]) -> None:

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from imagen_jax.cli import main
 from imagen_jax.parallel import xla_flags
 from imagen_jax.parallel.xla_flags import GPU, TPU
 
@@ -71,6 +72,29 @@ def test_flags_of_the_user_stay_and_repeats_add_nothing(monkeypatch):
     assert once["XLA_FLAGS"].split() == [*map(str, GPU)] and once["OTHER"] == "x"
     xla_flags.apply(given)
     assert given == once
+
+
+@pytest.mark.parametrize("names", [(TPU[1].name,), (TPU[0].name, GPU[0].name)])
+def test_flags_that_another_compiler_does_not_know_can_be_omitted(monkeypatch, names):
+    monkeypatch.setattr(xla_flags, "_CUDA_PLUGINS", ("json",))
+    given = {"IMAGEN_NO_XLA_FLAGS": ",".join(names)}
+    xla_flags.apply(given)
+    for variable, flags in (("LIBTPU_INIT_ARGS", TPU), ("XLA_FLAGS", GPU)):
+        assert given[variable].split() == [str(flag) for flag in flags if flag.name not in names]
+
+
+def test_all_flags_can_be_omitted():
+    given = {"IMAGEN_NO_XLA_FLAGS": "all", "LIBTPU_INIT_ARGS": "--xla_mine=1"}
+    before = dict(given)
+    xla_flags.apply(given)
+    assert given == before
+
+
+def test_an_unknown_name_of_a_flag_to_omit(monkeypatch, capsys):
+    monkeypatch.setenv("IMAGEN_NO_XLA_FLAGS", TPU[0].name[:-1])
+    assert main.main(["configs"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"did you mean '{TPU[0].name}'?" in error
 
 
 def test_without_cuda_nothing_is_set_for_gpus(monkeypatch):
