@@ -1,12 +1,13 @@
 """Score against network evaluations, by sampler, grid and guidance interval (docs/sampling.md).
 
     python benchmarks/sampler_grids.py --stages=runs/demo/stages/base,runs/demo/stages/sr \
-        --prompts=runs/demo/data/prompts_held_out.jsonl --out=runs/grids/shapes
+        --first_scene=1000 --out=runs/grids/shapes
     python benchmarks/sampler_grids.py --stages=runs/emoji/stages/base \
         --prompts=runs/emoji/data/prompts_combinations_dev.jsonl --gallery=runs/emoji/data/gallery \
         --match=key --out=runs/grids/emoji
 
-The settings are of the first stage; later stages sample as they are. An image is right if the
+Without --prompts they are of the shapes world's held-out scenes, from --first_scene on; the tests of
+other pages end before 1,000. The settings are of the first stage; later stages sample as they are. An image is right if the
 alignment checker finds everything right or, with a gallery, if the nearest real image has the
 prompt's value of the field `match`. The same prompts and noise are sampled with every setting, so
 differences to the stage's own settings are paired. A killed run continues from OUT/scores.json.
@@ -30,7 +31,7 @@ from imagen_jax.evaluation import charts, intervals
 from imagen_jax.evaluation.retrieval import gallery as gallery_lib
 from imagen_jax.inference import prompts
 from imagen_jax.io import atomic, images
-from imagen_jax.worlds.shapes import alignment
+from imagen_jax.worlds.shapes import alignment, scenes
 
 # Lines of the chart: name -> fields of `sampling`.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -66,6 +67,12 @@ def right_by_gallery(rows: Sequence[Mapping[str, Any]], folder: str, match: str)
         return np.array([n in r for n, r in zip(distances.argmin(1), right, strict=True)])
 
     return score
+
+
+def held_out(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Prompts of scenes of the shapes world."""
+    numbers = range(args.first_scene, args.first_scene + args.count)
+    return [scenes.prompt_row(scenes.scene("held_out", number)) for number in numbers]
 
 
 def table(scores: Mapping[str, Any], own: Sequence[bool]) -> str:
@@ -111,7 +118,8 @@ def chart(scores: Mapping[str, Any]) -> str:
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     flags.add_argument("--stages", required=True, help="stage folders, separated by commas")
-    flags.add_argument("--prompts", required=True, help="prompts of a development split")
+    flags.add_argument("--prompts", default="", help="prompts of a development split")
+    flags.add_argument("--first_scene", type=int, default=1000, help="without --prompts")
     flags.add_argument("--gallery", default="", help="folder of real images; '': alignment")
     flags.add_argument("--match", default="key", help="field that names the right image")
     flags.add_argument("--out", type=pathlib.Path, required=True, help="folder to write")
@@ -120,7 +128,7 @@ def main() -> None:
     args = flags.parse_args()
     charts.check_installed()
     args.out.mkdir(parents=True, exist_ok=True)
-    rows = prompts.read(args.prompts)[: args.count]
+    rows = prompts.read(args.prompts)[: args.count] if args.prompts else held_out(args)
     right = (
         right_by_gallery(rows, args.gallery, args.match)
         if args.gallery
