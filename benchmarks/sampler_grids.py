@@ -6,11 +6,12 @@
         --prompts=runs/emoji/data/prompts_combinations_dev.jsonl --gallery=runs/emoji/data/gallery \
         --match=key --out=runs/grids/emoji
 
-Without --prompts they are of the shapes world's held-out scenes, from --first_scene on; the tests of
-other pages end before 1,000. The settings are of the first stage; later stages sample as they are. An image is right if the
-alignment checker finds everything right or, with a gallery, if the nearest real image has the
-prompt's value of the field `match`. The same prompts and noise are sampled with every setting, so
-differences to the stage's own settings are paired. A killed run continues from OUT/scores.json.
+Without --prompts they are of the shapes world's held-out scenes, from --first_scene on; tests of
+other pages end before 1,000. The settings are of the first stage; later stages sample as they are.
+An image is right if the alignment checker finds everything right or, with a gallery, if the nearest
+real image has the prompt's value of the field `match`. The same prompts and noise are sampled with
+every setting, so differences to the stage's own settings are paired. A killed run continues from
+OUT/scores.json.
 
 Hardware: one CPU core. Time: about 20 minutes for each world.
 """
