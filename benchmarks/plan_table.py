@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/plan_table.py --out=runs/plans --docs=docs/plan.md
 
 Needs the extra `tpu` and, for the largest models, 8 GB of memory; a row takes some minutes. A row
-with a file in --out is not run again.
+with a file in --out is not run again; a table of --docs has the rows with a file.
 """
 
 from __future__ import annotations
@@ -194,16 +194,19 @@ def _number(text: str, name: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="runs/plans")
-    parser.add_argument("--docs", default="", help="page whose marked tables are updated")
+    parser.add_argument("--docs", default="", help="page whose tables of these rows are updated")
     parser.add_argument("--only", default="", help="rows to run, such as train_sr_256; '': all")
     flags = parser.parse_args()
     out = pathlib.Path(flags.out)
     out.mkdir(parents=True, exist_ok=True)
-    for table, rows in TABLES.items():
+    chosen = {
+        table: [row for row in rows if flags.only in row_name(table, row)]
+        for table, rows in TABLES.items()
+    }
+    for table, rows in chosen.items():
         for row in rows:
-            if flags.only in row_name(table, row):
-                run_row(out, table, row)
-    for table in TABLES:
+            run_row(out, table, row)
+    for table in (table for table, rows in chosen.items() if rows):
         text = markdown(out, table)
         print(f"\n{text}")
         if flags.docs:
