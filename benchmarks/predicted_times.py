@@ -6,7 +6,7 @@ The prediction is that of `imagen plan` on TPUs (planning/step_time.py), with th
 machine's core, each measured by a program that is none of the ten and the best of several runs:
 
 - FLOP/s: a product of two matrices of 512;
-- bytes/s: a sum of two arrays that together fill half of a core's share of the caches;
+- bytes/s: a sum of arrays of 16 MiB, more than a core's share of the caches;
 - windows: a convolution to 4 channels, whose products take little, copies windows of 3x3 pixels;
 - plain arithmetic: 8 multiplications and 8 additions of every element of an array;
 - functions: two exp of every element, as many as a softmax or silu fused with another has at most;
@@ -84,7 +84,7 @@ def measure_peaks(repeats: int) -> Peaks:
     def growth(call: Callable[[int], float]) -> float:
         return (call(1 + MANY) - call(1)) / MANY
 
-    matrix, array = jnp.ones((512, 512)), jnp.ones(1 << 20)
+    matrix, array = jnp.ones((512, 512)), jnp.ones(1 << 22)
     flops = 2.0 * 512**3 / seconds(jnp.dot, matrix, matrix)
     values = array[: 1 << 16]
     plain = seconds(functools.partial(repeated, 8, lambda x: x * 1.0001 + 0.1), values)
