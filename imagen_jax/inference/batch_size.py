@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
 
 from imagen_jax.inference.stage_sampler import SamplerInputs
 from imagen_jax.parallel import liveness
@@ -14,6 +15,10 @@ from imagen_jax.stages.stage import Stage
 
 # Left for the compiler's own buffers, gathered layers and fragmentation.
 RESERVE = 0.1
+
+# Bytes of the activations of a program by its configurations and shapes: counting them takes longer
+# than a small batch.
+NEEDS: dict[Any, int] = {}
 
 
 class OutOfMemoryError(MemoryError):
@@ -50,16 +55,28 @@ def fitting(
       room: bytes per device.
     """
     size = len(arrays.keys)
+    leaves, structure = jax.tree.flatten((arrays, levels))
+    shapes = tuple((np.shape(leaf), leaf.dtype) for leaf in leaves)
+    key = (stage.config, guide and guide.config, structure, shapes)
+    if key not in NEEDS:
+        NEEDS[key] = _activation_bytes(programs, stage, guide, arrays, levels)
+    need = NEEDS[key] / (parts * stage.config.sampling.height)
+    if need <= room:
+        return size
+    return max(int(max(room, 0) / need * size) // parts * parts, parts)
+
+
+def _activation_bytes(
+    programs: tuple[Any, Any], stage: Stage, guide: Stage | None, arrays: SamplerInputs, levels: Any
+) -> int:
+    """Bytes on all devices together; arguments as those of `fitting`."""
     init, run = programs
     guide_config, guide_params = guide or (None, None)
     step_inputs, start = init.trace(stage.config, arrays).out_info
     traced = run.trace(
         stage.params, stage.config, step_inputs, start, levels, 0, 1, guide_params, guide_config
     )
-    need = liveness.peak_bytes(traced.jaxpr.jaxpr) / (parts * stage.config.sampling.height)
-    if need <= room:
-        return size
-    return max(int(max(room, 0) / need * size) // parts * parts, parts)
+    return liveness.peak_bytes(traced.jaxpr.jaxpr)
 
 
 def out_of_memory(

@@ -130,11 +130,15 @@ def sample_batches(
     rows = lambda first: np.minimum(np.arange(first, first + size), count - 1)  # noqa: E731
     active = jax.set_mesh(mesh) if mesh else contextlib.nullcontext()
     with active:
+        first_part = inputs.rows(rows(0))
         if room is not None and stage.config.sampling.batch_size is None:
-            size = _fitting_size(stage, inputs.rows(rows(0)), guide, devices, room)
+            fits = _fitting_size(stage, first_part, guide, devices, room)
+            if fits != size:
+                size = fits
+                first_part = inputs.rows(rows(0))
         for first in range(0, count, size):
             end = min(first + size, count)
-            part = inputs.rows(rows(first))
+            part = inputs.rows(rows(first)) if first else first_part
             try:
                 sampled = _sample_batch(stage, part, guide, (first, end), on_steps, report_every)
             except _NotFinite as found:

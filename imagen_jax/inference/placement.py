@@ -33,6 +33,8 @@ Keep = Literal["all", "one"]
 def with_dtype(config: Config, platform: str) -> Config:
     """The configuration whose `model.dtype` is the dtype of sampling on `platform`."""
     dtype = config.sampling.dtype or ("float32" if platform == "cpu" else "bfloat16")
+    if config.model.dtype == config.sampling.dtype == dtype:
+        return config  # A new one would be checked again.
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, dtype=dtype),

@@ -207,6 +207,7 @@ def sample_stage(
     return jnp.clip(x0, -1.0, 1.0)
 
 
+@functools.lru_cache(maxsize=256)
 def jit_cache_config(config: Config) -> Config:
     """The config with every traced field replaced by a placeholder: the key of compiled programs.
 

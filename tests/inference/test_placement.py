@@ -155,10 +155,14 @@ def test_a_batch_is_what_has_room_and_the_images_are_those_of_small_requests(sta
         needs.append(peak_bytes(jaxpr))
         return needs[-1]
 
+    monkeypatch.setattr(batch_size, "NEEDS", {})
     monkeypatch.setattr(batches, "fitting", recording)
     monkeypatch.setattr(batch_size.liveness, "peak_bytes", needed)
     whole = Cascade(stages).sample_stages(seed=1, **TEXTS)
     assert sizes == [6, 6]
+    counted = len(needs)
+    Cascade(stages).sample_stages(seed=2, **TEXTS)
+    assert sizes == [6] * 4 and len(needs) == counted  # Once for each program.
     # Room for 2.4 images of the second stage beside its parameters.
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(stages[1].params))
     size = int((0.4 * max(needs) + held) / (1 - batch_size.RESERVE)) + 1
