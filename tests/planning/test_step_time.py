@@ -1,14 +1,17 @@
 """Predicted times against counts by hand, and FLOPs of compiled programs against those traced."""
 
+import importlib.util
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
-from imagen_jax.parallel import flops, hlo, instructions, peaks
+from imagen_jax.config.schema import MeshConfig
+from imagen_jax.parallel import flops, hlo, instructions, partitioning, peaks, topology
 from imagen_jax.parallel.peaks import Peaks
-from imagen_jax.planning import step_time
+from imagen_jax.planning import plan, step_time
 
 PROGRAMS = pathlib.Path(__file__).parent / "programs"
 # 1e12 FLOP/s, 1e9 bytes/s of memory, 1e8 bytes/s of a link in one direction.
@@ -186,3 +189,20 @@ def test_peaks():
     assert peaks.of("cpu") is None
     for kind in peaks._BANDWIDTHS:
         assert peaks.of(kind).flops == peaks.peak_flops(kind)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_positions_of_a_compiled_program():
+    """Groups of 4 chips are squares of a slice of 2x4: two axes with one link each, two hops."""
+    where = topology.open_slice("v5e-8")
+    mesh = partitioning.make_mesh(MeshConfig(fsdp=4), where.devices)
+    rows, parts = (NamedSharding(mesh, PartitionSpec(axes)) for axes in (("data", "fsdp"), "fsdp"))
+    x = jax.ShapeDtypeStruct((512, 1024), jnp.bfloat16, sharding=rows)
+    y = jax.ShapeDtypeStruct((1024, 2048), jnp.bfloat16, sharding=parts)
+    run = jax.jit(jnp.dot, out_shardings=rows).lower(x, y).compile(plan.QUICK)
+    devices = plan._mesh_devices(run)
+    assert list(devices) == list(mesh.devices.flat)
+    found = step_time.of_slice(run.as_text(), where, devices, 1)
+    gathered = 3 / 4 * 1024 * 2048 * 2
+    assert found.exposed == pytest.approx(gathered / (2 * 50e9) + 2e-6)
