@@ -102,7 +102,7 @@ def measure_level(
     made = jax.eval_shape(block.init, jax.random.key(0), x, embedding)
     params = jax.tree.map(lambda p: on_chip(p.shape, p.dtype), partitioning.unbox(made))
 
-    def loss(each: list[Any], x: jax.Array, embedding: jax.Array) -> jax.Array:
+    def loss(each: list[Any], x: Any, embedding: jax.Array) -> jax.Array:
         if scanned:
             stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
             x, _ = jax.lax.scan(lambda x, p: (block.apply(p, x, embedding), None), x, stacked)
@@ -112,8 +112,9 @@ def measure_level(
         return jnp.sum(jnp.square(x.astype(jnp.float32)))
 
     lowered = jax.jit(jax.value_and_grad(loss)).lower([params] * blocks, x, embedding)
+    options: dict[str, Any] = {} if exact else dict(plan.QUICK)
     begin = time.process_time()
-    compiled = lowered.compile({} if exact else plan.QUICK)
+    compiled = lowered.compile(options)
     seconds = time.process_time() - begin
     memory: Any = compiled.memory_analysis()
     return {

@@ -193,7 +193,7 @@ def report(folder: pathlib.Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", default="", help="numbers, such as 0,3; none: peaks again")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder to write")
