@@ -19,7 +19,7 @@ from imagen_jax.cli.evaluators import make_evaluators
 from imagen_jax.data.batches import loaders
 from imagen_jax.data.sources.registry import open_source
 from imagen_jax.io import mirrors
-from imagen_jax.parallel import distributed
+from imagen_jax.parallel import distributed, host_memory
 from imagen_jax.parallel.preemption import Preemption
 from imagen_jax.training.teacher import add_teacher, with_teacher
 from imagen_jax.training.train import train, with_data
@@ -51,6 +51,8 @@ def run(flags: argparse.Namespace) -> None:
         config = wiring.load_config(flags)
         distributed.initialize(heartbeat_timeout=config.train.heartbeat_timeout)
         keep_compiled(flags.workdir)
+        if jax.default_backend() == "cpu":
+            host_memory.keep_freed()
         allowed = [name for name in flags.allow_changes.split(",") if name]
         source = open_source(config.data)
         changed_data.check(config, source, flags.workdir, allowed)
