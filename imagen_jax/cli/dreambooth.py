@@ -32,6 +32,7 @@ from imagen_jax.inference import prompts
 from imagen_jax.inference.cascade import Cascade
 from imagen_jax.inference.sample import SampleOptions, sample
 from imagen_jax.io import atomic
+from imagen_jax.parallel import host_memory
 from imagen_jax.stages.folder import load_stage
 from imagen_jax.text.encoders import load_text_encoder
 from imagen_jax.training.train import train, with_data
@@ -74,6 +75,7 @@ def run(flags: argparse.Namespace) -> None:
     # Every setting is checked before anything is sampled.
     configs = [tuning_config(path, folder, flags) for path in flags.stages]
     wiring.set_up_devices(flags.cpu_devices)
+    host_memory.keep_freed()
     _write_images(
         folder / "data" / SUBJECT,
         [path for path in sorted(pathlib.Path(flags.images).iterdir()) if path.is_file()],

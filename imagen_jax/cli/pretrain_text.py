@@ -6,6 +6,7 @@ import argparse
 
 from imagen_jax.cli import path_flags, wiring
 from imagen_jax.data.sources.registry import open_source
+from imagen_jax.parallel import host_memory
 from imagen_jax.training import pretrain_text as pretrain_text_lib
 from imagen_jax.training import text_corpus
 
@@ -19,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(flags: argparse.Namespace) -> None:
     """Runs the verb."""
     config = wiring.load_config(flags)
+    host_memory.keep_freed()
     settings = config.pretrain_text
     if settings.corpus:
         groups = text_corpus.read(settings.corpus, settings.max_groups)

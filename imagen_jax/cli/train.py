@@ -51,8 +51,7 @@ def run(flags: argparse.Namespace) -> None:
         config = wiring.load_config(flags)
         distributed.initialize(heartbeat_timeout=config.train.heartbeat_timeout)
         keep_compiled(flags.workdir)
-        if jax.default_backend() == "cpu":
-            host_memory.keep_freed()
+        host_memory.keep_freed()
         allowed = [name for name in flags.allow_changes.split(",") if name]
         source = open_source(config.data)
         changed_data.check(config, source, flags.workdir, allowed)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import ctypes
 import sys
 
+import jax
+
 # malloc.h: blocks of this size or more are taken from the system one by one; memory at the end of
 # the heap beyond this size is returned.
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
@@ -16,8 +18,12 @@ _BLOCK, _HEAP = 1 << 30, (1 << 31) - 1  # Bytes.
 
 
 def keep_freed() -> bool:
-    """Lets this process keep freed blocks of up to 1 GiB; whether its C library can (glibc)."""
-    if not sys.platform.startswith("linux"):
+    """Lets this process keep freed blocks of up to 1 GiB, where JAX's devices are CPUs.
+
+    Returns:
+      Whether it does; not on accelerators, nor with another C library than glibc.
+    """
+    if jax.default_backend() != "cpu" or not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
