@@ -266,8 +266,14 @@ def _read(folder: epath.Path, abstract: Any, partial: bool) -> Any:
         restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
         partial_restore=partial,
     )
-    tree = ocp.PyTreeCheckpointHandler().restore(folder, args=args)
-    return jax.block_until_ready(tree)
+    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=_gb_in_flight(abstract))
+    return jax.block_until_ready(handler.restore(folder, args=args))
+
+
+def _gb_in_flight(abstract: Any) -> int:
+    """GB that Orbax reads at a time, which it holds beside the arrays: 1, or the largest array."""
+    sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract)]
+    return 1 + max(sizes, default=0) // 10**9
 
 
 def _replicas(leaves: list[Any]) -> jax.sharding.Mesh | None:
