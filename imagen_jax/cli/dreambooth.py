@@ -14,7 +14,7 @@ import functools
 import json
 import pathlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from imagen_jax.cli import path_flags, wiring
 from imagen_jax.config import overrides
@@ -48,13 +48,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt", required=True, help="their caption: a rare word and the class, as 'a sks dog'"
     )
-    parser.add_argument("--class_prompt", required=True, help="caption of the class, as 'a dog'")
+    parser.add_argument(
+        "--class_prompt",
+        required=True,
+        action="append",
+        metavar="PROMPT",
+        help="caption of the class, as 'a dog'; several times: what shall stay, as 'two dogs'",
+    )
     path_flags.required(parser, "--workdir", "folder to write")
     parser.add_argument(
         "--class_images",
         type=int,
         default=100,
-        help="images of the class to sample; 0: train without prior preservation",
+        help="images of the class to sample, the same number for each class prompt; "
+        "0: train without prior preservation",
     )
     parser.add_argument("--batch_size", type=int, default=32, help="images sampled at a time")
     parser.add_argument("--seed", type=int, default=0, help="seed of the class images and training")
@@ -66,25 +73,28 @@ def run(flags: argparse.Namespace) -> None:
     """Runs the verb."""
     wiring.check_least(flags, 0, "class_images")
     wiring.check_least(flags, 1, "batch_size", "cpu_devices")
-    captions = {SUBJECT: flags.prompt, CLASS: flags.class_prompt}
-    for name, flag in ((SUBJECT, "--prompt"), (CLASS, "--class_prompt")):
-        prompts.check(captions[name], flag)
-    if flags.prompt == flags.class_prompt:
+    classes = list(dict.fromkeys(flags.class_prompt))
+    prompts.check(flags.prompt, "--prompt")
+    for prompt in classes:
+        prompts.check(prompt, "--class_prompt")
+    if flags.prompt in classes:
         raise ConfigError("--prompt must differ from --class_prompt by the word of the subject")
+    if 0 < flags.class_images < len(classes):
+        raise ConfigError(
+            f"--class_images={flags.class_images} are too few for {len(classes)} class prompts; "
+            f"give at least {len(classes)}"
+        )
     folder = pathlib.Path(flags.workdir)
     # Every setting is checked before anything is sampled.
     configs = [tuning_config(path, folder, flags) for path in flags.stages]
     wiring.set_up_devices(flags.cpu_devices)
     host_memory.keep_freed()
-    _write_images(
-        folder / "data" / SUBJECT,
-        [path for path in sorted(pathlib.Path(flags.images).iterdir()) if path.is_file()],
-        flags.prompt,
-    )
+    files = [path for path in sorted(pathlib.Path(flags.images).iterdir()) if path.is_file()]
+    _write_images(folder / "data" / SUBJECT, [(file, flags.prompt) for file in files])
     if flags.class_images:
-        _sample_class(flags, folder)
+        _sample_class(classes, flags, folder)
     for config in configs:
-        _tune(config, folder, captions)
+        _tune(config, folder, [flags.prompt, *classes])
 
 
 def tuning_config(stage: str, folder: pathlib.Path, flags: argparse.Namespace) -> Config:
@@ -125,38 +135,38 @@ def tuning_config(stage: str, folder: pathlib.Path, flags: argparse.Namespace) -
     return overrides.from_config_dict(values)
 
 
-def _sample_class(flags: argparse.Namespace, folder: pathlib.Path) -> None:
+def _sample_class(classes: Sequence[str], flags: argparse.Namespace, folder: pathlib.Path) -> None:
     """Samples the images of the class with the stages as they are."""
     samples = folder / "class_samples"
     options = SampleOptions(
         seed=flags.seed,
-        samples_per_prompt=flags.class_images,
+        samples_per_prompt=flags.class_images // len(classes),
         batch_size=flags.batch_size,
         checkpoint=",".join(flags.stages),
     )
     cascade = Cascade.load(flags.stages)
-    sample(cascade, [{"prompt": flags.class_prompt}], str(samples), options)
+    sample(cascade, [{"prompt": prompt} for prompt in classes], str(samples), options)
     rows = [json.loads(line) for line in (samples / "samples.jsonl").read_text().splitlines()]
-    files = [samples / row["file"] for row in rows]
-    _write_images(folder / "data" / CLASS, files, flags.class_prompt)
+    images = [(samples / row["file"], row["prompt"]) for row in rows]
+    _write_images(folder / "data" / CLASS, images)
 
 
-def _write_images(folder: pathlib.Path, files: Sequence[pathlib.Path], caption: str) -> None:
-    """Copies images into a folder with one caption for all."""
-    if not files:
+def _write_images(folder: pathlib.Path, images: Sequence[tuple[pathlib.Path, str]]) -> None:
+    """Copies files with their captions into a folder."""
+    if not images:
         raise ConfigError(f"--images: no files for {folder}; give a folder of images")
     folder.mkdir(parents=True, exist_ok=True)
-    for file in files:
+    for file, _ in images:
         if not (folder / file.name).exists():
             shutil.copyfile(file, folder / file.name)
-    rows = [json.dumps({"file_name": file.name, "text": caption}) + "\n" for file in files]
+    rows = [json.dumps({"file_name": file.name, "text": text}) + "\n" for file, text in images]
     atomic.write_text(folder / "metadata.jsonl", "".join(rows))
 
 
-def _tune(config: Config, folder: pathlib.Path, captions: Mapping[str, str]) -> None:
+def _tune(config: Config, folder: pathlib.Path, captions: Sequence[str]) -> None:
     """Embeds the captions, trains the stage and exports it."""
     encoder = load_text_encoder(config.text)
-    embed(list(captions.values()), encoder, config.data.embeddings, config.embed.unit_size)
+    embed(list(captions), encoder, config.data.embeddings, config.embed.unit_size)
     pipeline = wiring.open_pipeline(config)
     store = pipeline.store
     config = with_data(config, store.dim, store.fingerprint, pipeline.fingerprint())

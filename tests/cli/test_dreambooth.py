@@ -49,13 +49,15 @@ def command(cascade, tmp_path, *flags) -> list[str]:
 
 @pytest.mark.slow
 def test_both_stages_are_tuned_on_subject_and_class(cascade, tmp_path):
-    assert main.main(command(cascade, tmp_path, "--class_images=4")) == 0
+    flags = ["--class_images=4", "--class_prompt=two dogs"]
+    assert main.main(command(cascade, tmp_path, *flags)) == 0
     out = tmp_path / "out"
-    for name, count in (("subject", 3), ("class", 4)):
+    for name, expected in (
+        ("subject", ["a sks dog"] * 3),
+        ("class", ["a dog"] * 2 + ["two dogs"] * 2),
+    ):
         lines = (out / "data" / name / "metadata.jsonl").read_text().splitlines()
-        rows = [json.loads(line) for line in lines]
-        assert len(rows) == count
-        assert {row["text"] for row in rows} == {"a sks dog" if name == "subject" else "a dog"}
+        assert [json.loads(line)["text"] for line in lines] == expected
     stages = [load_stage(str(out / "stages" / name)) for name in ("base", "sr")]
     check_chain([stage.config for stage in stages])
     for stage, before in zip(stages, cascade, strict=True):
@@ -66,7 +68,7 @@ def test_both_stages_are_tuned_on_subject_and_class(cascade, tmp_path):
         assert stage.config.data.mixture.keys() == {"subject", "class"}
     # The same command again computes nothing and gives the same.
     before = (out / "stages" / "sr" / "params.safetensors").read_bytes()
-    assert main.main(command(cascade, tmp_path, "--class_images=4")) == 0
+    assert main.main(command(cascade, tmp_path, *flags)) == 0
     assert (out / "stages" / "sr" / "params.safetensors").read_bytes() == before
 
 
@@ -92,7 +94,15 @@ def test_without_prior_preservation_and_without_lora(cascade, tmp_path):
 
 
 def test_prompts_must_differ(cascade, tmp_path, capsys):
-    words = command(cascade, tmp_path)
-    words[3] = "--prompt=a dog"
-    assert main.main(words) == 1
-    assert "--prompt must differ from --class_prompt" in capsys.readouterr().err
+    words = command(cascade, tmp_path, "--class_prompt=two dogs")
+    for prompt in ("a dog", "two dogs"):
+        words[3] = f"--prompt={prompt}"
+        assert main.main(words) == 1
+        assert "--prompt must differ from --class_prompt" in capsys.readouterr().err
+
+
+def test_each_class_prompt_has_an_image(cascade, tmp_path, capsys):
+    flags = ["--class_prompt=two dogs", "--class_images=1"]
+    assert main.main(command(cascade, tmp_path, *flags)) == 1
+    error = capsys.readouterr().err
+    assert "--class_images=1 are too few for 2 class prompts; give at least 2" in error
