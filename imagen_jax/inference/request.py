@@ -248,8 +248,10 @@ def with_settings(
             raise ConfigError(unknown_name(f"{where}: stage", name, names))
     changed = []
     for config in configs:
-        values = dataclasses.asdict(config.sampling) | dict(settings.get(config.name, {}))
-        sampling = overrides.from_dict(SamplingConfig, values, f"{where}: {config.name}")
+        sampling = config.sampling
+        if own := settings.get(config.name):
+            values = dataclasses.asdict(sampling) | dict(own)
+            sampling = overrides.from_dict(SamplingConfig, values, f"{where}: {config.name}")
         adapters.weights(sampling.loras, config.sampling.loras, f"{where}: {config.name}.loras")
         highest = config.diffusion.aug_level_max
         if not 0.0 <= sampling.aug_level <= highest:
@@ -257,7 +259,8 @@ def with_settings(
                 f"{where}: {config.name}.aug_level={sampling.aug_level} must be from 0 to "
                 f"{highest}, the stage's config.diffusion.aug_level_max in training"
             )
-        changed.append(dataclasses.replace(config, sampling=sampling))
+        # A new configuration would be checked again.
+        changed.append(dataclasses.replace(config, sampling=sampling) if own else config)
         check_names(changed[-1], where)
     return changed
 

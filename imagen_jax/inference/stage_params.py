@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -44,16 +45,19 @@ class StageParams:
             lora.check_fits(stage.params, adapter)
         self.config = stage.config
         self._params, self._loras = stage.params, loras
+        self._bytes: dict[str, int] = {}
         self._key: Any = None
         self._placed: Any = None
 
     def bytes(self, config: Config) -> int:
         """Bytes of all parameters in the dtype of `config`."""
-        return sum(
-            math.prod(np.shape(leaf))
-            * placement.param_dtype(np.shape(leaf), config.model.dtype).itemsize
-            for leaf in jax.tree.leaves(self._params)
-        )
+        dtype = config.model.dtype
+        if dtype not in self._bytes:
+            self._bytes[dtype] = sum(
+                math.prod(np.shape(leaf)) * placement.param_dtype(np.shape(leaf), dtype).itemsize
+                for leaf in jax.tree.leaves(self._params)
+            )
+        return self._bytes[dtype]
 
     def get(self, config: Config) -> Any:
         """The parameters on the devices of this process; others than the last ones replace them.
@@ -129,6 +133,8 @@ class Networks:
         self._stages, self._guides = stages, guides
         self._encoder = encoder if isinstance(encoder, FrozenEncoder) else None
         self._devices = memory.local_devices()
+        # As a small batch on a CPU would notice the checks of new configurations.
+        self._placed = functools.lru_cache(maxsize=64)(self._place)
         platform = self._devices.platform
         sizes = self._sizes([placement.with_dtype(stage.config, platform) for stage in stages])
         self.keep: placement.Keep = (
@@ -149,7 +155,10 @@ class Networks:
 
     def placed(self, configs: Sequence[Config]) -> list[Config]:
         """Configurations of the stages in which dtype and mesh are decided."""
-        configs = [placement.with_dtype(config, self._devices.platform) for config in configs]
+        return list(self._placed(*configs))
+
+    def _place(self, *given: Config) -> list[Config]:
+        configs = [placement.with_dtype(config, self._devices.platform) for config in given]
         return placement.with_placement(configs, self._sizes(configs), self.keep, self._devices)
 
     def room(self, configs: Sequence[Config], index: int) -> int:
