@@ -57,6 +57,13 @@ SETTINGS = {
     "checkpoint.every": 120,
 }
 
+CLASS_RELATIONS = (
+    ("above", "red circle"),
+    ("below", "blue square"),
+    ("left of", "green triangle"),
+    ("right of", "yellow circle"),
+)
+
 # Of each image: kind of its prompt, whether the subject is in it, whether everything is right.
 Marks = list[tuple[str, bool, bool]]
 
@@ -115,6 +122,14 @@ def combinations(subject: Object, word: str, count: int, seed: int) -> list[dict
     return rows
 
 
+def class_prompts(subject: Object) -> list[str]:
+    """What shall stay as it was: one of the class, several, and one beside another object."""
+    shape, plural = subject.shape, f"{subject.shape}{'es' if subject.shape.endswith('s') else 's'}"
+    numbers = [f"{number} {plural}" for number in NUMBERS.values()]
+    relations = [f"a {shape} {relation} a {other}" for relation, other in CLASS_RELATIONS]
+    return [f"a {shape}", *numbers, *relations]
+
+
 def imagen(verb: str, *flags: str) -> None:
     """Runs a verb of `imagen`; raises CalledProcessError if it fails."""
     command = [sys.executable, "-m", "imagen_jax", verb, *flags]
@@ -137,7 +152,7 @@ def tune(seed: int, arm: str, args: argparse.Namespace) -> str:
             f"--stages={base}",
             f"--images={folder / 'images'}",
             f"--prompt=a {WORD} {subject.shape}",
-            f"--class_prompt=a {subject.shape}",
+            *[f"--class_prompt={prompt}" for prompt in class_prompts(subject)],
             f"--class_images={ARMS[arm]}",
             f"--workdir={workdir}",
             f"--seed={seed}",
