@@ -6,10 +6,16 @@ links of the torus (parallel/links.py), and a microsecond per hop. Between its s
 other operations run; what remains at its end is exposed. On TPUs the prediction is a lower bound:
 no operation reaches a peak, and elementwise work, start-up of operations and padding of arrays are
 left out. On a CPU, with measured peaks, all but the padding of arrays counts.
+
+A program that was compiled quickly waits for each collective where it starts. What a scheduler can
+hide is estimated by a second pass (`exposed_beside`): operations stay in their order, a collective
+starts when its operands are computed, the links are free and its result has room, and the first
+operation that needs the result waits for it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterable
@@ -24,6 +30,10 @@ _COLLECTIVE = re.compile(rf"^({'|'.join(hlo.KINDS)})(-start|-done)?$")
 _START = re.compile(r"^(copy|slice|async)-start$")
 
 
+# Bytes of results that collectives may hold before they are used, when they run beside others.
+AHEAD = float(2**30)
+
+
 class StepTime(NamedTuple):
     """Seconds of one run of a program on one device.
 
@@ -32,6 +42,7 @@ class StepTime(NamedTuple):
       others: all other operations on the device.
       exposed: waiting for collectives.
       hidden: collectives while other operations run.
+      exposed_beside: waiting for collectives if each ran beside the operations that do not need it.
       between_slices: sending over the data-centre network, taken as hidden.
     """
 
@@ -39,6 +50,7 @@ class StepTime(NamedTuple):
     others: float
     exposed: float
     hidden: float
+    exposed_beside: float
     between_slices: float
 
     @property
@@ -54,6 +66,7 @@ def predict(
     devices: int = 1,
     torus: links.Torus | None = None,
     unknown_trips: int = 1,
+    ahead: float = AHEAD,
 ) -> StepTime:
     """The predicted time of a compiled program.
 
@@ -63,11 +76,15 @@ def predict(
       devices: of the whole mesh, for collectives over all.
       torus: their positions; None: every group of devices is a ring.
       unknown_trips: iterations of a loop whose bounds are arguments.
+      ahead: bytes of results that are not yet used, for `exposed_beside`.
     """
     program = instructions.parse(text)
     sent = sum(send.count * send.bytes for send in hlo.sends(text))
-    clock = _Clock(program, peak, _Network(devices, torus), unknown_trips)
+    network = _Network(devices, torus)
+    clock = _Clock(program, peak, network, unknown_trips)
     clock.run(program.entry)
+    beside = _Beside(program, peak, network, unknown_trips, ahead)
+    beside.run(program.entry)
     entry = program.computations[program.entry]
     returned = next(one.result for one in entry if one.line.lstrip().startswith("ROOT "))
     calling = peak.argument * sum(one.opcode == "parameter" for one in entry)
@@ -77,6 +94,7 @@ def predict(
         clock.others + calling,
         clock.exposed,
         clock.busy - clock.exposed,
+        beside.exposed,
         sent / peak.dcn if sent else 0.0,
     )
 
@@ -272,3 +290,95 @@ class _Clock:
                     )
                 found.update(self._collectives(inner))
         return found
+
+
+@dataclasses.dataclass
+class _Result:
+    """Of a collective that runs beside others: its size, when it exists and has been used."""
+
+    bytes: int
+    end: float
+    used: float = math.inf
+
+
+class _Beside(_Clock):
+    """As `_Clock`, but a collective runs beside the operations that do not need its result."""
+
+    def __init__(
+        self,
+        program: Program,
+        peak: peaks.Peaks,
+        network: _Network,
+        unknown_trips: int,
+        ahead: float,
+    ):
+        super().__init__(program, peak, network, unknown_trips)
+        self._ahead = ahead
+        self._results: list[_Result] = []
+        # Of the computation: its begin, since when results exist, which collectives they await.
+        self._begin = 0.0
+        self._computed: dict[str, float] = {}
+        self._pending: dict[str, set[int]] = {}
+
+    def run(self, name: str) -> None:
+        """Adds the time of a computation, which ends when its collectives do."""
+        outer = self._begin, self._computed, self._pending
+        self._begin, self._computed, self._pending = self.now, {}, {}
+        first = len(self._results)
+        super().run(name)
+        self._use(range(first, len(self._results)))
+        self._begin, self._computed, self._pending = outer
+
+    def _step(self, one: Instruction, scope: _Scope) -> None:
+        needed = {index for name in one.operands for index in self._pending.get(name, ())}
+        existing = [self._computed.get(name, self._begin) for name in one.operands]
+        ready = max(existing, default=self._begin)
+        collective = _COLLECTIVE.match(one.opcode)
+        inside = self._inside(one) if _START.match(one.opcode) else None
+        ends = one.opcode.endswith("-done") and one.opcode not in ("copy-done", "slice-done")
+        if one.opcode in instructions.FREE or ends:
+            self._computed[one.name], self._pending[one.name] = ready, needed
+        elif collective or inside:
+            kind, line = inside or (str(collective and collective[1]), one.line)
+            self._start(one, kind, line, ready)
+        else:
+            self._use(needed)
+            self._pending[one.name] = set()
+            super()._step(one, scope)
+            self._computed[one.name] = self.now
+            for index in needed:
+                self._results[index].used = min(self._results[index].used, self.now)
+
+    def _fused(self, one: Instruction, scope: _Scope) -> None:
+        """A fusion with collectives: alone, or the start, a step or the end of some."""
+        self._compute(one, scope.results)
+        for channel, collective in self._collectives(one).items():
+            if scope.last[channel] == one.name:
+                self._start(one, *collective, self.now)
+
+    def _start(self, one: Instruction, kind: str, line: str, ready: float) -> None:
+        """Starts a collective when its operands are computed, at most `ahead` of its place."""
+        devices, torus = self._network
+        seconds = links.seconds(kind, line, self._peak, devices=devices, where=torus)
+        size = instructions.hbm_bytes(one.result)
+        begin = max(ready, self._free["ici"], min(self.now, self._room(size)))
+        self._free["ici"] = begin + seconds
+        self.busy += seconds
+        self._results.append(_Result(size, begin + seconds))
+        self._pending.setdefault(one.name, set()).add(len(self._results) - 1)
+        self._computed[one.name] = begin + seconds
+
+    def _room(self, size: int) -> float:
+        """When all but `ahead` bytes of the results before one of `size` bytes have been used."""
+        held = size
+        for result in reversed(self._results):
+            if held > self._ahead:
+                return math.inf
+            held += result.bytes
+            if held > self._ahead:
+                return result.used
+        return 0.0 if held <= self._ahead else math.inf
+
+    def _use(self, indices: Iterable[int]) -> None:
+        for index in sorted(indices):
+            self._wait(self._results[index].end)

@@ -206,3 +206,63 @@ def test_positions_of_a_compiled_program():
     found = step_time.of_slice(run.as_text(), where, devices, 1)
     gathered = 3 / 4 * 1024 * 2048 * 2
     assert found.exposed == pytest.approx(gathered / (2 * 50e9) + 2e-6)
+
+
+def beside(collectives: str, ahead: float = 1e9) -> float:
+    """Exposed seconds, if collectives run beside other operations, of a program with a product.
+
+    The product takes 10 ms. An all-gather to 4 MB takes 15.002 ms.
+    """
+    text = f"""HloModule beside, is_scheduled=true
+
+ENTRY %main (w: f32[250000], v: f32[250000], x: f32[1000,5000], y: f32[5000,1000]) -> f32[] {{
+  %w = f32[250000]{{0:S(1)}} parameter(0)
+  %v = f32[250000]{{0:S(1)}} parameter(1)
+  %x = f32[1000,5000]{{1,0:S(1)}} parameter(2)
+  %y = f32[5000,1000]{{1,0:S(1)}} parameter(3)
+  %product = f32[1000,1000]{{1,0:S(1)}} dot(%x, %y), lhs_contracting_dims={{1}}
+{collectives}
+  ROOT %end = f32[]{{:S(1)}} constant(0)
+}}
+"""
+    return step_time.predict(text, PEAK, devices=4, ahead=ahead).exposed_beside
+
+
+def gather(name: str, operand: str) -> str:
+    groups = "replica_groups={{0,1,2,3}}, dimensions={0}"
+    return f"  %{name} = f32[1000000]{{0}} all-gather(%{operand}), channel_id=1, {groups}\n"
+
+
+def use(name: str, operand: str) -> str:
+    return f"  %{name} = f32[]{{:S(1)}} copy(%{operand})\n"
+
+
+def test_a_collective_beside_what_does_not_need_it():
+    assert beside(gather("g", "w") + use("u", "g")) == pytest.approx(5.002e-3)
+
+
+def test_a_collective_of_what_is_computed_waits_for_it():
+    name = "  %flat = f32[250000]{0:S(1)} bitcast(%product)\n"
+    program = name + gather("g", "flat") + use("u", "g")
+    assert beside(program) == pytest.approx(15.002e-3)
+
+
+def test_a_collective_whose_result_nothing_uses_ends_with_the_program():
+    assert beside(gather("g", "w")) == pytest.approx(5.002e-3)
+
+
+def test_collectives_ahead_have_limited_room():
+    """Two that the product does not need; their uses read 4 MB each, 4 ms."""
+    two = gather("g", "w") + use("u", "g") + gather("h", "v") + use("t", "h")
+    # With room for both the links work for 30.004 ms at once, the device 10 + 4 ms meanwhile.
+    assert beside(two) == pytest.approx(30.004e-3 - 14e-3)
+    # With room for one the second starts after the use of the first, at 19.002 ms.
+    assert beside(two, ahead=4e6) == pytest.approx(5.002e-3 + 15.002e-3)
+    # One that is larger than the room starts where it is compiled.
+    assert beside(two, ahead=3e6) == pytest.approx(15.002e-3 + 15.002e-3)
+
+
+def test_beside_is_what_is_compiled_where_all_is_scheduled():
+    found = step_time.predict(OVERLAPPED, PEAK, devices=8)
+    # The all-reduce follows the all-gather on the links: 15.002 + 17.504 - 10 ms of the product.
+    assert found.exposed_beside == pytest.approx(22.506e-3)
