@@ -8,6 +8,8 @@ configs/shapes.py. An encoder that has read other text than this world's caption
 words apart, which a rare word of `imagen dreambooth` needs; it orders two objects worse.
 
 Hardware: one CPU core. Time and result: docs/tuning.md.
+
+data.loader is numpy for the reason given in configs/shapes.py.
 """
 
 import pathlib
