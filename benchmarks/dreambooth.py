@@ -12,7 +12,8 @@ cross above a large red circle"); none of the five images shows one. The subject
 the world's detector finds an object of its shape, colour and size. Beside it: the untuned cascade,
 with the rare word and with the subject described in words; and another rare word in the tuned one.
 `exact` of the prompts of before says what tuning cost; their noise is that of the untuned cascade.
-A killed run continues; scores of every image are in OUT/scores.json.
+A killed run continues; scores of every image are in OUT/scores.json. --settings and --class_prompts
+try others than the chosen ones, in a folder of their own.
 
 Hardware: one CPU core. Time: 8 minutes for each seed.
 """
@@ -45,7 +46,7 @@ BEFORE = "prompts of before"
 # Prompts of the combinations -> the word in place of colour and size; "" names these.
 WORDS = {"rare word": WORD, "another rare word": OTHER_WORD, "described": ""}
 KINDS = ("count", "count", "count", "relation")  # Of the combinations, by turns.
-# Settings of the tuning, chosen with seed 100 and few prompts.
+# Settings of the tuning, chosen with seeds 100 and 101 and few prompts (docs/tuning.md).
 SETTINGS = {
     "lora.rank": 16,
     "lora.targets": "('*text_key_value','cond/pooling*')",  # Kernels that read the text.
@@ -125,11 +126,11 @@ def combinations(subject: Object, word: str, count: int, seed: int) -> list[dict
     return rows
 
 
-def class_prompts(subject: Object) -> list[str]:
+def class_prompts(subject: Object, patterns: Sequence[str]) -> list[str]:
     """What shall stay as it was: one of the class, several, and one beside another object."""
     shape = subject.shape
     shapes = f"{shape}{'es' if shape.endswith('s') else 's'}"
-    return [prompt.format(x=shape, xs=shapes) for prompt in CLASS_PROMPTS]
+    return [pattern.format(x=shape, xs=shapes) for pattern in patterns]
 
 
 def imagen(verb: str, *flags: str) -> None:
@@ -154,11 +155,12 @@ def tune(seed: int, arm: str, args: argparse.Namespace) -> str:
             f"--stages={base}",
             f"--images={folder / 'images'}",
             f"--prompt=a {WORD} {subject.shape}",
-            *[f"--class_prompt={prompt}" for prompt in class_prompts(subject)],
+            *[f"--class_prompt={prompt}" for prompt in class_prompts(subject, args.class_prompts)],
             f"--class_images={ARMS[arm]}",
             f"--workdir={workdir}",
             f"--seed={seed}",
             *[f"--config.{name}={value}" for name, value in SETTINGS.items()],
+            *[f"--config.{setting}" for setting in args.settings],
         )
     return ",".join([str(stage), *others])
 
@@ -254,6 +256,8 @@ def main() -> None:
     flags.add_argument("--count", type=int, default=136, help="new combinations of each seed")
     flags.add_argument("--others", type=int, default=40, help="of them, with other words")
     flags.add_argument("--limit", type=int, default=90, help="prompts of before")
+    flags.add_argument("--settings", nargs="*", default=[], help="NAME=VALUE of the tuning")
+    flags.add_argument("--class_prompts", nargs="*", default=CLASS_PROMPTS, help="with {x}, {xs}")
     args = flags.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "scores.json"

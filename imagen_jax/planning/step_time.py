@@ -58,6 +58,11 @@ class StepTime(NamedTuple):
         """Of the whole run."""
         return max(self.products + self.others + self.exposed, self.between_slices)
 
+    @property
+    def seconds_beside(self) -> float:
+        """Of the whole run, if each collective ran beside the operations that do not need it."""
+        return max(self.products + self.others + self.exposed_beside, self.between_slices)
+
 
 def predict(
     text: str,
@@ -93,7 +98,7 @@ def predict(
         clock.products,
         clock.others + calling,
         clock.exposed,
-        clock.busy - clock.exposed,
+        max(0.0, round(clock.busy - clock.exposed, 12)),  # Sums of the same times may differ.
         beside.exposed,
         sent / peak.dcn if sent else 0.0,
     )
@@ -369,15 +374,15 @@ class _Beside(_Clock):
         self._computed[one.name] = begin + seconds
 
     def _room(self, size: int) -> float:
-        """When all but `ahead` bytes of the results before one of `size` bytes have been used."""
+        """When results before one of `size` bytes have been used, so that it has room."""
+        if size > self._ahead:
+            return math.inf
         held = size
         for result in reversed(self._results):
-            if held > self._ahead:
-                return math.inf
             held += result.bytes
             if held > self._ahead:
                 return result.used
-        return 0.0 if held <= self._ahead else math.inf
+        return 0.0
 
     def _use(self, indices: Iterable[int]) -> None:
         for index in sorted(indices):

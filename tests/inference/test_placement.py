@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from imagen_jax.config import bounds
 from imagen_jax.config.fields import ConfigError
+from imagen_jax.config.schema import Config
 from imagen_jax.config.text import T5Config, TextConfig
 from imagen_jax.inference import adapters, batch_size, batches, cascade, placement, stage_params
 from imagen_jax.inference.batch_size import OutOfMemoryError
@@ -299,3 +301,19 @@ def test_a_program_that_does_not_fit_is_that_error(stages, monkeypatch):
     monkeypatch.setattr(batches, "programs", lambda: (init, Run()))
     with pytest.raises(OutOfMemoryError, match=r"stage 'base': .* set sampling.batch_size=3"):
         Cascade(stages).sample(**TEXTS)
+
+
+def test_equal_calls_check_no_configuration_again(stages, monkeypatch):
+    """A check takes about half a millisecond, which a batch of one image notices."""
+    chain, request = Cascade(stages), {name: value[:1] for name, value in TEXTS.items()}
+    settings = {"base": {"guidance_weight": 3.0}}
+    chain.sample(**request)
+    chain.sample(stage_settings=settings, **request)
+    checked = []
+    check = bounds.check
+    monkeypatch.setattr(bounds, "check", lambda *args: (checked.append(args), check(*args)))
+    chain.sample(**request)
+    assert not checked
+    # A setting is a new configuration of its stage alone.
+    chain.sample(stage_settings=settings, **request)
+    assert {section.name for section, *_ in checked if isinstance(section, Config)} == {"base"}

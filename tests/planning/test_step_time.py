@@ -66,6 +66,19 @@ def test_a_loop_of_unknown_length():
     assert found.products == pytest.approx(3 * 25.6e-6)
 
 
+def test_what_waits_at_once_hides_nothing():
+    """All-reduces whose times are no sums of powers of two; their sum was 3e-17 s too small."""
+    given = "".join(f"  %g{i} = f32[{1000 + 7 * i}]{{0}} parameter({i})\n" for i in range(40))
+    steps = "".join(
+        f"  %r{i} = f32[{1000 + 7 * i}]{{0}} all-reduce(%g{i}), channel_id=1, to_apply=%add\n"
+        f"  %c{i} = f32[{1000 + 7 * i}]{{0}} copy(%r{i})\n"
+        for i in range(40)
+    )
+    root = "  ROOT %end = f32[] constant(0)\n"
+    text = f"HloModule many\n\nENTRY %main (g: f32[]) -> f32[] {{\n{given}{steps}{root}}}\n"
+    assert step_time.predict(text, PEAK, devices=8).hidden == 0
+
+
 def test_waiting_for_a_copy_is_no_communication():
     """2 MB to the chip's memory take 2 ms; a product of 1 ms runs meanwhile."""
     text = """HloModule copy, is_scheduled=true
