@@ -75,6 +75,8 @@ def test_tuned_cascades_sample_prompts_of_before_at_the_same_places(tmp_path, mo
         limit=2,
         count=3,
         others=2,
+        settings=["train.steps=7"],
+        class_prompts=["a {x}", "two {xs}"],
     )
     sampled, commands = [], []
 
@@ -96,7 +98,12 @@ def test_tuned_cascades_sample_prompts_of_before_at_the_same_places(tmp_path, mo
     assert {row["set"] for row in rows[2:]} == {"rare word", "another rare word"}
     assert len(list((work / "images").iterdir())) == 5
     first, second = (set(flags) for flags in commands)
-    assert {flag.split("=")[0] for flag in first ^ second} == {"--class_images", "--workdir"}
+    shape = dreambooth.subject_of(1).shape
+    plural = shape + ("es" if shape.endswith("s") else "s")
+    for flags in commands:
+        asked = [flag for flag in flags if flag.startswith("--class_prompt=")]
+        assert asked == [f"--class_prompt=a {shape}", f"--class_prompt=two {plural}"]
+        assert [flag for flag in flags if "train.steps" in flag][-1] == "--config.train.steps=7"
 
 
 def test_the_table_has_all_seeds():

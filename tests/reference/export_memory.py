@@ -7,7 +7,6 @@ stage folder and samples an image. Both print the bytes by which the process's o
 most after its imports. Pages mapped from files are not counted, as the system takes them back.
 """
 
-import dataclasses
 import math
 import os
 import pathlib
@@ -65,8 +64,7 @@ def write(workdir: pathlib.Path) -> None:
     zero, none = jnp.zeros((), jnp.int32), {"none": jnp.zeros(1)}
     state = TrainState(step=zero, params=none, ema={"ema": average}, opt_state=none, skipped=zero)
     checkpoints = Checkpoints(str(workdir), CheckpointConfig(), access="write")
-    config = dataclasses.replace(CONFIG, text=dataclasses.replace(CONFIG.text, path=""))
-    checkpoints.save(1, state, config)
+    checkpoints.save(1, state, CONFIG)
     checkpoints.wait()
     checkpoints.close()
 
