@@ -8,14 +8,17 @@ no operation reaches a peak, and elementwise work, start-up of operations and pa
 left out. On a CPU, with measured peaks, all but the padding of arrays counts.
 
 A program that was compiled quickly waits for each collective where it starts. What a scheduler can
-hide is estimated by a second pass (`exposed_beside`): operations stay in their order, a collective
-starts when its operands are computed, the links are free and its result has room, and the first
-operation that needs the result waits for it.
+hide is estimated by a second pass (`exposed_beside`), list scheduling in the order of the text: a
+collective starts when its operands are computed, the links are free and its result has room; an
+operation that needs a result that does not exist yet is deferred, and the device runs those that
+follow until it does. The room, `ahead`, is the bytes of collectives' results not yet used; results
+of the operations that run meanwhile are not counted.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import heapq
 import math
 import re
 from collections.abc import Iterable
@@ -81,7 +84,7 @@ def predict(
       devices: of the whole mesh, for collectives over all.
       torus: their positions; None: every group of devices is a ring.
       unknown_trips: iterations of a loop whose bounds are arguments.
-      ahead: bytes of results that are not yet used, for `exposed_beside`.
+      ahead: bytes of collectives' results that are not yet used, for `exposed_beside`.
     """
     program = instructions.parse(text)
     sent = sum(send.count * send.bytes for send in hlo.sends(text))
@@ -155,7 +158,9 @@ class _Clock:
         """Adds the time of a computation."""
         body = self._program.computations.get(name, [])
         last = {channel: one.name for one in body for channel in self._channels(one)}
-        scope = _Scope({one.name: one.result for one in body}, last, {})
+        self._steps(body, _Scope({one.name: one.result for one in body}, last, {}))
+
+    def _steps(self, body: list[Instruction], scope: _Scope) -> None:
         for one in body:
             self._step(one, scope)
 
@@ -306,8 +311,39 @@ class _Result:
     used: float = math.inf
 
 
+@dataclasses.dataclass
+class _Schedule:
+    """List scheduling of one computation.
+
+    Attributes:
+      begin: when it starts.
+      computed: when results exist, by name.
+      pending: collectives that a result awaits, by name.
+      deferred: operations that wait, by name.
+      blocked: name of a deferred operation -> places of those that need its result.
+      later: when operations can run whose operands have a time, and their places.
+      able: places of operations that can run now.
+    """
+
+    begin: float
+    computed: dict[str, float] = dataclasses.field(default_factory=dict)
+    pending: dict[str, set[int]] = dataclasses.field(default_factory=dict)
+    deferred: dict[str, Instruction] = dataclasses.field(default_factory=dict)
+    blocked: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    later: list[tuple[float, int]] = dataclasses.field(default_factory=list)
+    able: list[int] = dataclasses.field(default_factory=list)
+
+    def exist(self, one: Instruction) -> float:
+        """When the operands of an operation exist."""
+        return max((self.computed.get(name, self.begin) for name in one.operands), default=0.0)
+
+    def awaited(self, one: Instruction) -> set[int]:
+        """The collectives that an operation needs."""
+        return {index for name in one.operands for index in self.pending.get(name, ())}
+
+
 class _Beside(_Clock):
-    """As `_Clock`, but a collective runs beside the operations that do not need its result."""
+    """As `_Clock`, but operations that wait for a collective are deferred."""
 
     def __init__(
         self,
@@ -320,37 +356,87 @@ class _Beside(_Clock):
         super().__init__(program, peak, network, unknown_trips)
         self._ahead = ahead
         self._results: list[_Result] = []
-        # Of the computation: its begin, since when results exist, which collectives they await.
-        self._begin = 0.0
-        self._computed: dict[str, float] = {}
-        self._pending: dict[str, set[int]] = {}
+        self._schedule = _Schedule(0.0)
 
     def run(self, name: str) -> None:
         """Adds the time of a computation, which ends when its collectives do."""
-        outer = self._begin, self._computed, self._pending
-        self._begin, self._computed, self._pending = self.now, {}, {}
+        outer, self._schedule = self._schedule, _Schedule(self.now)
         first = len(self._results)
         super().run(name)
-        self._use(range(first, len(self._results)))
-        self._begin, self._computed, self._pending = outer
+        for result in self._results[first:]:
+            self._wait(result.end)
+        self._schedule = outer
+
+    def _steps(self, body: list[Instruction], scope: _Scope) -> None:
+        schedule = self._schedule
+        for place, one in enumerate(body):
+            size = self._collective_bytes(one)
+            while size and schedule.later and self._held() + size > self._ahead:
+                self._resume(body, scope)
+            schedule.deferred[one.name] = one
+            self._add(place, one)
+            self._proceed(body, scope)
+        while schedule.later:
+            self._resume(body, scope)
+
+    def _add(self, place: int, one: Instruction) -> None:
+        """Takes an operation up, behind a deferred one or with the time at which it can run."""
+        schedule = self._schedule
+        behind = next((name for name in one.operands if name in schedule.deferred), None)
+        if behind is not None:
+            schedule.blocked.setdefault(behind, []).append(place)
+        elif self._is_at_once(one):
+            heapq.heappush(schedule.able, place)
+        else:
+            heapq.heappush(schedule.later, (schedule.exist(one), place))
+
+    def _resume(self, body: list[Instruction], scope: _Scope) -> None:
+        """Waits until the first of the deferred operations can run, and runs what can."""
+        self._wait(self._schedule.later[0][0])
+        self._proceed(body, scope)
+
+    def _proceed(self, body: list[Instruction], scope: _Scope) -> None:
+        """Runs deferred operations, in order, until none can run now."""
+        schedule = self._schedule
+        while True:
+            while schedule.later and schedule.later[0][0] <= self.now:
+                heapq.heappush(schedule.able, heapq.heappop(schedule.later)[1])
+            if not schedule.able:
+                return
+            one = body[heapq.heappop(schedule.able)]
+            self._step(one, scope)
+            del schedule.deferred[one.name]
+            for place in schedule.blocked.pop(one.name, ()):
+                self._add(place, body[place])
+
+    def _is_at_once(self, one: Instruction) -> bool:
+        """Whether an instruction takes no time of the device."""
+        return one.opcode in instructions.FREE or self._ends(one) or self._collective_bytes(one) > 0
+
+    def _ends(self, one: Instruction) -> bool:
+        """Whether an instruction is the end of a collective."""
+        return one.opcode.endswith("-done") and one.opcode not in ("copy-done", "slice-done")
+
+    def _collective_bytes(self, one: Instruction) -> int:
+        """Size of the result of a collective that an instruction starts; 0: it starts none."""
+        match = _COLLECTIVE.match(one.opcode)
+        starts = match and match[2] != "-done"
+        inside = _START.match(one.opcode) and self._inside(one)
+        return max(instructions.hbm_bytes(one.result), 1) if starts or inside else 0
 
     def _step(self, one: Instruction, scope: _Scope) -> None:
-        needed = {index for name in one.operands for index in self._pending.get(name, ())}
-        existing = [self._computed.get(name, self._begin) for name in one.operands]
-        ready = max(existing, default=self._begin)
-        collective = _COLLECTIVE.match(one.opcode)
-        inside = self._inside(one) if _START.match(one.opcode) else None
-        ends = one.opcode.endswith("-done") and one.opcode not in ("copy-done", "slice-done")
-        if one.opcode in instructions.FREE or ends:
-            self._computed[one.name], self._pending[one.name] = ready, needed
-        elif collective or inside:
-            kind, line = inside or (str(collective and collective[1]), one.line)
-            self._start(one, kind, line, ready)
+        schedule = self._schedule
+        needed = schedule.awaited(one)
+        if one.opcode in instructions.FREE or self._ends(one):
+            schedule.computed[one.name] = schedule.exist(one)
+            schedule.pending[one.name] = needed
+        elif self._collective_bytes(one):
+            match = _COLLECTIVE.match(one.opcode)
+            kind, line = self._inside(one) or (str(match and match[1]), one.line)
+            self._start(one, kind, line, schedule.exist(one))
         else:
-            self._use(needed)
-            self._pending[one.name] = set()
             super()._step(one, scope)
-            self._computed[one.name] = self.now
+            schedule.computed[one.name] = self.now
             for index in needed:
                 self._results[index].used = min(self._results[index].used, self.now)
 
@@ -370,8 +456,13 @@ class _Beside(_Clock):
         self._free["ici"] = begin + seconds
         self.busy += seconds
         self._results.append(_Result(size, begin + seconds))
-        self._pending.setdefault(one.name, set()).add(len(self._results) - 1)
-        self._computed[one.name] = begin + seconds
+        self._schedule.pending.setdefault(one.name, set()).add(len(self._results) - 1)
+        self._schedule.computed[one.name] = begin + seconds
+
+    def _held(self) -> int:
+        """Bytes of the results of collectives that deferred operations await."""
+        awaited = map(self._schedule.awaited, self._schedule.deferred.values())
+        return sum(self._results[index].bytes for index in set().union(*awaited))
 
     def _room(self, size: int) -> float:
         """When results before one of `size` bytes have been used, so that it has room."""
@@ -383,7 +474,3 @@ class _Beside(_Clock):
             if held > self._ahead:
                 return result.used
         return 0.0
-
-    def _use(self, indices: Iterable[int]) -> None:
-        for index in sorted(indices):
-            self._wait(self._results[index].end)

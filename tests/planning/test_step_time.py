@@ -275,6 +275,35 @@ def test_collectives_ahead_have_limited_room():
     assert beside(two, ahead=3e6) == pytest.approx(15.002e-3 + 15.002e-3)
 
 
+def more(name: str) -> str:
+    """A product of 10 ms that needs no collective."""
+    return f"  %{name} = f32[1000,1000]{{1,0:S(1)}} dot(%x, %y), lhs_contracting_dims={{1}}\n"
+
+
+def test_what_follows_a_deferred_operation_runs_before_it():
+    program = gather("g", "w") + use("u", "g") + more("next")
+    # The product before and the one after take 20 ms, the all-gather 15.002.
+    assert beside(program) == 0.0
+    # The use of the use is deferred with it.
+    again = gather("g", "w") + use("u", "g") + "  %v2 = f32[] add(%u, %u)\n" + more("next")
+    assert beside(again) == 0.0
+    # What runs is used up: three all-gathers and two products.
+    three = gather("g", "w") + use("u", "g") + gather("h", "v") + use("t", "h") + more("next")
+    assert beside(three) == pytest.approx(30.004e-3 - 24e-3)
+
+
+def test_a_gradient_is_reduced_beside_the_next_one():
+    """The slice of the reduced gradient follows it at once."""
+    flat = "  %flat = f32[250000]{0:S(1)} bitcast(%product)\n"
+    program = flat + gather("g", "flat") + use("u", "g") + more("next") + use("t", "next")
+    # It starts after 10 ms; the next product and its use, which reads the chip, take 10 of 15.002.
+    assert beside(program) == pytest.approx(5.002e-3)
+    # Without room the device waits for it before the next collective alone.
+    program += gather("h", "w") + use("s", "h")
+    assert beside(program) == pytest.approx(30.004e-3 + 10e-3 - 24e-3)
+    assert beside(program, ahead=4e6) == pytest.approx(5.002e-3 + 15.002e-3)
+
+
 def test_beside_is_what_is_compiled_where_all_is_scheduled():
     found = step_time.predict(OVERLAPPED, PEAK, devices=8)
     # The all-reduce follows the all-gather on the links: 15.002 + 17.504 - 10 ms of the product.
