@@ -345,6 +345,7 @@ def compile_program(
     code = memory.generated_code_size_in_bytes
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     text = compiled.as_text() or ""
+    peak = (arguments + temporaries + outputs + code) * per_chip
     return Plan(
         program,
         where,
@@ -352,7 +353,7 @@ def compile_program(
         temporaries=temporaries * per_chip,
         outputs=outputs * per_chip,
         code=code * per_chip,
-        peak=(arguments + temporaries + outputs + code) * per_chip,
+        peak=peak,
         collectives=[
             c._replace(count=c.count * per_chip, bytes=c.bytes * per_chip)
             for c in hlo.collectives(text, program.steps)
@@ -360,7 +361,7 @@ def compile_program(
         compile_seconds=seconds,
         compiled=compiled,
         sends=hlo.sends(text) if where.slices > 1 else (),
-        time=step_time.of_slice(text, where, _mesh_devices(compiled), program.steps),
+        time=step_time.of_slice(text, where, _mesh_devices(compiled), program.steps, peak),
     )
 
 

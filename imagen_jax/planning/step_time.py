@@ -33,10 +33,6 @@ _COLLECTIVE = re.compile(rf"^({'|'.join(hlo.KINDS)})(-start|-done)?$")
 _START = re.compile(r"^(copy|slice|async)-start$")
 
 
-# Bytes of results that collectives may hold before they are used, when they run beside others.
-AHEAD = float(2**30)
-
-
 class StepTime(NamedTuple):
     """Seconds of one run of a program on one device.
 
@@ -74,7 +70,7 @@ def predict(
     devices: int = 1,
     torus: links.Torus | None = None,
     unknown_trips: int = 1,
-    ahead: float = AHEAD,
+    ahead: float = math.inf,
 ) -> StepTime:
     """The predicted time of a compiled program.
 
@@ -107,7 +103,9 @@ def predict(
     )
 
 
-def of_slice(text: str, where: Slice, mesh: Iterable[Any], unknown_trips: int) -> StepTime | None:
+def of_slice(
+    text: str, where: Slice, mesh: Iterable[Any], unknown_trips: int, peak_bytes: int
+) -> StepTime | None:
     """`predict` for the devices of a slice; None if their bandwidths are unknown.
 
     Args:
@@ -115,14 +113,18 @@ def of_slice(text: str, where: Slice, mesh: Iterable[Any], unknown_trips: int) -
       where: the slice.
       mesh: its devices in the order of the program's mesh.
       unknown_trips: as for `predict`.
+      peak_bytes: memory of the program per chip. `ahead` is half of what it leaves free; the other
+        half is for results of operations that run before their turn.
     """
     peak = peaks.of(where.devices[0].device_kind)
+    per_chip = len(where.devices) // where.chips
     return peak and predict(
         text,
         peak,
         devices=len(where.devices),
         torus=links.torus(mesh),
         unknown_trips=unknown_trips,
+        ahead=max(0.0, where.hbm - peak_bytes) / 2.0 / per_chip,
     )
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import pathlib
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -216,9 +217,19 @@ def test_positions_of_a_compiled_program():
     run = jax.jit(jnp.dot, out_shardings=rows).lower(x, y).compile(plan.QUICK)
     devices = plan._mesh_devices(run)
     assert list(devices) == list(mesh.devices.flat)
-    found = step_time.of_slice(run.as_text(), where, devices, 1)
+    found = step_time.of_slice(run.as_text(), where, devices, 1, where.hbm // 2)
     gathered = 3 / 4 * 1024 * 2048 * 2
     assert found.exposed == pytest.approx(gathered / (2 * 50e9) + 2e-6)
+
+
+def test_results_ahead_have_half_of_the_free_memory(monkeypatch):
+    seen = []
+    monkeypatch.setattr(step_time, "predict", lambda *_, ahead, **__: seen.append(ahead))
+    chip = SimpleNamespace(device_kind="TPU v4")
+    where = topology.Slice("v4-16", [chip] * 8, 8, 32 * 2**30)
+    for used in (20 * 2**30, 40 * 2**30):
+        step_time.of_slice("", where, (), 1, used)
+    assert seen == [6 * 2**30, 0.0]
 
 
 def beside(collectives: str, ahead: float = 1e9) -> float:
