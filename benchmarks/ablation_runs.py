@@ -19,18 +19,24 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from imagen_jax.config import overrides
+from imagen_jax.parallel import topology
+from imagen_jax.planning import plan
 from imagen_jax.stages.folder import load_stage
+from imagen_jax.text.encoders import load_text_encoder
 
 STEPS = {"text": 1_200, "base": 3_000, "sr": 600}
 # Sizes of the T5, trained on the demo's paraphrases. Without layers it is a table of words: the
 # caption becomes a bag of words, because the diffusion model does not see their order.
 ENCODERS: dict[str, dict[str, int]] = {
     "none": {"num_layers": 0},
-    "tiny": {"num_layers": 1, "emb_dim": 32, "num_heads": 4, "mlp_dim": 64},
     "small": {},  # The demo's: 3 layers of width 128.
     "larger": {"num_layers": 6},
-    "oracle": {},
     "contrastive": {},  # The small one, trained on image-caption pairs: contrastive_text.py.
+}
+# Encoders that are not trained here: fields of the configuration.
+GIVEN_ENCODERS: dict[str, dict[str, Any]] = {
+    "minilm": {"text.encoder": "bert", "text.path": "minilm", "text.max_len": 24},
+    "oracle": {"text.encoder": "shapes_oracle", "text.path": ""},
 }
 # Fields of a stage's network or training that differ from the demo's.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -50,7 +56,7 @@ class Training(NamedTuple):
 
     Attributes:
       stage: "base" or "sr".
-      encoder: row of ENCODERS.
+      encoder: row of ENCODERS or GIVEN_ENCODERS.
       variant: row of VARIANTS.
       seed: seed of initialisation, data order and noise.
     """
@@ -99,19 +105,27 @@ class Runs:
     def cost(self, training: Training) -> dict[str, float]:
         """Cost of a training: parameters, median steps/s, and MiB of the compiled step."""
         name, config = self.name(training), load_stage(self.stage(training)).config
-        file = self.folder / "plans" / f"{name}.json"
+        # All seeds of an arm have one program.
+        file = self.folder / "plans" / f"{self.name(training._replace(seed=0))}.json"
         if not file.is_file():
             file.parent.mkdir(parents=True, exist_ok=True)
             width = f"--config.model.text_dim={config.model.text_dim}"
             self._imagen("plan", training, "--topology=here", f"--json={file}", width)
-        plan = json.loads(file.read_text())
+        planned = json.loads(file.read_text())
         lines = (self.folder / "trainings" / name / "metrics.jsonl").read_text().splitlines()
         speeds = [json.loads(line)["images_per_second"] for line in lines]
         return {
-            "parameters": plan["params"],
+            "parameters": planned["params"],
             "steps_per_second": statistics.median(speeds) / config.data.batch_size,
-            "mebibytes": plan["hbm_per_chip"]["peak"] / 2**20,
+            "mebibytes": planned["hbm_per_chip"]["peak"] / 2**20,
         }
+
+    def gigaflops(self, training: Training) -> dict[str, float]:
+        """GFLOP of a training image: of the network, and of its caption's encoder."""
+        config = load_stage(self.stage(training)).config
+        step = plan.train_program(config, topology.this_machine())
+        caption = load_text_encoder(config.text).flops(config.data.max_text_len)
+        return {"network": step.flops / config.data.batch_size / 1e9, "caption": caption / 1e9}
 
     def text(self, encoder: str) -> pathlib.Path:
         """The folder of a text encoder."""
@@ -124,7 +138,8 @@ class Runs:
     def _embed(self, encoder: str) -> None:
         """Trains the text encoder of this name and computes its embeddings, if missing."""
         training = Training("base", encoder)
-        if encoder != "oracle" and not (self.text(encoder) / "config.json").is_file():
+        given = encoder in GIVEN_ENCODERS
+        if not given and not (self.text(encoder) / "config.json").is_file():
             sizes = {"steps": self.steps["text"], **ENCODERS[encoder]}
             flags = [f"--config.pretrain_text.{k}={v}" for k, v in sizes.items()]
             verb = "contrastive_text" if encoder == "contrastive" else "pretrain_text"
@@ -144,7 +159,6 @@ class Runs:
         subprocess.run([*command, *flags], check=True, env=environment)
 
     def _flags(self, training: Training) -> list[str]:
-        oracle = training.encoder == "oracle"
         fields = {
             "mesh.cpu_devices": 1,
             "seed": training.seed,
@@ -152,8 +166,9 @@ class Runs:
             "data.path": self.data,
             "data.embeddings": self.embeddings(training.encoder),
             "pretrain_text.corpus": self.data / "paraphrases.jsonl",
-            "text.path": "" if oracle else self.text(training.encoder),
-            "text.encoder": "shapes_oracle" if oracle else "t5",
+            "text.path": self.text(training.encoder),
+            "text.encoder": "t5",
+            **GIVEN_ENCODERS.get(training.encoder, {}),
             **VARIANTS[training.variant],
         }
         flags = [f"--config.{field}={value}" for field, value in fields.items()]

@@ -57,7 +57,8 @@ class Ablation(NamedTuple):
       against: settings of the reference arm; a row is compared with the row that has them.
       kinds: kinds of prompts.
       count: number of prompts.
-      measures: title -> KIND.ATTRIBUTE of the alignment, distance, or cost.FIELD of the last stage.
+      measures: title -> KIND.ATTRIBUTE of the alignment, distance, or cost.FIELD or
+        gigaflops.FIELD of the last stage.
     """
 
     arms: dict[str, Arm]
@@ -83,18 +84,27 @@ COSTS = {
     "steps/s": "cost.steps_per_second",
     "MiB": "cost.mebibytes",
 }
-FORMS = {"distance": ".3f", "parameters": ",.0f", "steps/s": ".1f", "MiB": ".0f"}
+# Of a training image: the U-Net forward and backward, and the encoder of its caption.
+GIGAFLOPS = {"U-Net, GFLOP": "gigaflops.network", "encoder, GFLOP": "gigaflops.caption"}
+FORMS = {
+    "distance": ".3f",
+    "parameters": ",.0f",
+    "steps/s": ".1f",
+    "MiB": ".0f",
+    "U-Net, GFLOP": ".3f",
+    "encoder, GFLOP": ".3f",
+}
 CHOICES = {"guidance_weight": [1.5, 8.0], "thresholding": ["none", "static", "dynamic"]}
 ABLATIONS = {
     "encoder_size": Ablation(
         {
             name: Arm((BASE._replace(encoder=name),))
-            for name in ("none", "tiny", "small", "larger", "oracle")
+            for name in ("none", "small", "larger", "minilm", "oracle")
         },
         {"arm": "none"},
         ALL_KINDS,
         224,
-        TEXT_MEASURES,
+        GIGAFLOPS | TEXT_MEASURES,
     ),
     "thresholding": Ablation(
         {"small": Arm((BASE,), {"base": CHOICES})},
@@ -125,7 +135,7 @@ ABLATIONS = {
         {"arm": "demo"},
         ALL_KINDS,
         224,
-        COSTS | TEXT_MEASURES,
+        COSTS | GIGAFLOPS | TEXT_MEASURES,
     ),
     "conditioning": Ablation(
         {
@@ -161,7 +171,7 @@ ABLATIONS = {
 def measure(
     ablation: Ablation, runs: Runs, seeds: Sequence[int], enlarge: str
 ) -> list[dict[str, Any]]:
-    """All cells of an ablation, each with `arm`, `seed` and, if a measure needs it, `cost`.
+    """All cells of an ablation, each with `arm`, `seed` and, if a measure needs them, costs.
 
     Args:
       ablation: the ablation.
@@ -174,7 +184,7 @@ def measure(
     rows = [row for row in rows if row["kind"] in ablation.kinds]
     # Ablations with the same prompts share their samples.
     out = f"{runs.folder}/sweeps/{'_'.join(ablation.kinds)}_{ablation.count}"
-    costly = any(path.startswith("cost.") for path in ablation.measures.values())
+    needed = {path.split(".")[0] for path in ablation.measures.values()} & {"cost", "gigaflops"}
     for seed in seeds:
         for name, arm in ablation.arms.items():
             trainings = [training._replace(seed=seed) for training in arm.stages]
@@ -190,8 +200,8 @@ def measure(
                 ),
                 out,
             )
-            cost = runs.cost(trainings[-1]) if costly else {}
-            cells += [{**cell, "arm": name, "seed": seed, "cost": cost} for cell in found]
+            costs = {kind: getattr(runs, kind)(trainings[-1]) for kind in needed}
+            cells += [{**cell, "arm": name, "seed": seed, **costs} for cell in found]
     return cells
 
 
@@ -200,8 +210,8 @@ def value_of(cell: Mapping[str, Any], path: str) -> float | None:
     if path == "distance":
         return cell["numbers"]["distance"]
     kind, attribute = path.split(".")
-    if kind == "cost":
-        return cell["cost"][attribute]
+    if kind in ("cost", "gigaflops"):
+        return cell[kind][attribute]
     rate = cell["numbers"]["alignment"][kind].get(attribute)
     return None if rate is None else rate["mean"]
 
@@ -260,8 +270,9 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
         cells = [sweep.format_value(row["choice"][field]) for field in fields]
         for title in titles:
             form = FORMS.get(title, ".2f")
-            text = _format(row["measures"][title], form)
-            if title in row["differences"] and title not in COSTS:
+            found = row["measures"][title]
+            text = _format(found if title not in GIGAFLOPS else {**found, "half": None}, form)
+            if title in row["differences"] and title not in {*COSTS, *GIGAFLOPS}:
                 text += f" ({_format(row['differences'][title], '+' + form)})"
             cells.append(text)
         lines.append("| " + " | ".join(cells) + " |")

@@ -66,7 +66,7 @@ BOUNDS: dict[str, Bound] = {
     "text.max_len": Bound(2),
     "pretrain_text.vocab_size": _COUNT,
     "pretrain_text.emb_dim": _COUNT,
-    "pretrain_text.num_layers": _COUNT,
+    "pretrain_text.num_layers": _NATURAL,
     "pretrain_text.num_heads": _COUNT,
     "pretrain_text.mlp_dim": _COUNT,
     "pretrain_text.steps": _COUNT,

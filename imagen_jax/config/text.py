@@ -110,7 +110,7 @@ class PretrainTextConfig:
 
     vocab_size: int = doc(1000, "SentencePiece pieces, at most; fewer when the text has fewer.")
     emb_dim: int = doc(128, "Width of the encoder.")
-    num_layers: int = doc(4, "Encoder layers.")
+    num_layers: int = doc(4, "Encoder layers; 0: a table of words, whose order is lost.")
     num_heads: int = doc(4, "Attention heads.")
     mlp_dim: int = doc(256, "Hidden width of the gated feed-forward layer.")
     steps: int = doc(400, "Training steps.")

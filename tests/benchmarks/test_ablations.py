@@ -10,6 +10,7 @@ import pytest
 from scipy import stats
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "benchmarks"))
+import ablation_curves
 import ablation_runs
 import ablations
 import contrastive_text
@@ -160,13 +161,25 @@ def test_trainings_are_shared_and_named_by_their_settings(runs):
     verbs = [verb for verb, _, _ in runs.commands]
     encoders = {training.encoder for training in every}
     assert verbs.count("train") == verbs.count("export") == len(every)
-    assert verbs.count("embed") == len(encoders) == len(ablation_runs.ENCODERS)
-    # The oracle is not trained, and one encoder is trained on images.
-    assert verbs.count("pretrain_text") == len(encoders) - 2
+    assert verbs.count("embed") == len(encoders)
+    assert encoders == {*ablation_runs.ENCODERS, *ablation_runs.GIVEN_ENCODERS}
+    # One encoder is trained on images.
+    assert verbs.count("pretrain_text") == len(ablation_runs.ENCODERS) - 1
     assert verbs.count("contrastive_text") == 1
     before = len(runs.commands)
     assert {runs.stage(training) for training in every} == folders
     assert len(runs.commands) == before
+
+
+@pytest.mark.parametrize("encoder", [*ablation_runs.ENCODERS, *ablation_runs.GIVEN_ENCODERS])
+def test_configurations_of_all_arms_are_accepted(runs, encoder):
+    for training in TRAININGS:
+        if training.encoder == encoder:
+            config, *flags = runs._flags(training)
+            sizes = ablation_runs.ENCODERS.get(encoder, {})
+            changes = [flag.removeprefix("--config.") for flag in flags]
+            changes += [f"pretrain_text.{field}={value}" for field, value in sizes.items()]
+            load(config.removeprefix("--config="), changes)
 
 
 def test_every_variant_is_used():
@@ -198,3 +211,34 @@ def test_the_contrastive_loss_is_minimal_for_matching_pairs():
     assert 0 <= matched < 1e-6 < contrastive_text.contrast(eye, eye[::-1], scale)
     alike = contrastive_text.contrast(np.ones((4, 2), np.float32), np.ones((4, 2)), scale)
     np.testing.assert_allclose(alike, np.log(4), rtol=1e-5)
+
+
+def curve_record(scores, flops):
+    """A record with one measure of two seeds per arm."""
+    rows = [
+        {
+            "choice": {"arm": arm},
+            "measures": {
+                "one object": {"seeds": seeds},
+                "U-Net, GFLOP": {"mean": flops[arm][0]},
+                "encoder, GFLOP": {"mean": flops[arm][1]},
+            },
+        }
+        for arm, seeds in scores.items()
+    ]
+    return {"rows": rows}
+
+
+def test_points_of_a_curve_are_paired_differences_over_added_flops():
+    record = curve_record(
+        {"larger": [0.75, 0.5], "small": [0.5, 0.25], "none": [0.25, 0.25]},
+        {"larger": (1.0, 0.5), "small": (1.0, 0.125), "none": (0.5, 0.0)},
+    )
+    none, small, larger = ablation_curves.points(record, "small", "one object")
+    assert (larger.arm, larger.added, larger.mean, larger.half) == ("larger", 0.375, 0.25, 0.0)
+    assert (small.added, small.mean) == (0.0, 0.0)
+    assert (none.added, none.mean) == (-0.625, -0.125) and none.half > 1.5  # t(1) = 12.7
+    lines = {"encoder_size": [none, small, larger], "unet_size": [small]}
+    text = ablation_curves.table({"one object": lines}).splitlines()
+    assert text[-2] == "| text encoder | larger | +0.375 | +0.25 ± 0.00 |"
+    assert len(text) == 2 + 4
