@@ -163,7 +163,7 @@ ABLATIONS = {
         {"arm": "paraphrases"},
         ALL_KINDS,
         224,
-        TEXT_MEASURES,
+        {"its colour": "single.colour", "its shape": "single.shape"} | TEXT_MEASURES,
     ),
 }
 

@@ -6,7 +6,8 @@ The step is compiled as in `train`, for the devices of the configuration. Each o
 (forward, gradient of the input, gradient of the kernel) is compiled alone, at its shape per device,
 and runs on all devices at once; their sum is a lower bound of the step. The profile gives seconds
 by kind of operation over all devices, including the profiler's overhead. `--against` is the folder
-of another version of this package, whose steps are timed in turn with these, in separate processes.
+of a checkout of another version, whose steps are timed in turn with these, in separate processes;
+the speed ratio has a 95% interval over the repeats (at least two).
 Prints tables and one JSON line.
 """
 
@@ -30,6 +31,7 @@ import jax
 import numpy as np
 import operations
 import reporting
+import sample_speed
 import train_loop
 from jax.extend import core
 
@@ -159,13 +161,20 @@ def steps_elsewhere(folder: str, arguments: list[str], cache: str) -> tuple[floa
     """Seconds and processor seconds of a step of the code in `folder`, in another process.
 
     Args:
-      folder: folder that contains the package.
+      folder: checkout of another version; its own script and configurations run, as modules move.
       arguments: further flags of this script.
       cache: compilation cache, so that only the first process compiles.
     """
-    command = [sys.executable, __file__, *arguments, "--repeats=1", "--only_steps"]
-    environment = {**os.environ, "PYTHONPATH": folder, "JAX_COMPILATION_CACHE_DIR": cache}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    script = str(pathlib.Path(folder).resolve() / "benchmarks" / pathlib.Path(__file__).name)
+    command = [sys.executable, script, *arguments, "--repeats=1", "--only_steps"]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(pathlib.Path(folder).resolve()),
+        "JAX_COMPILATION_CACHE_DIR": cache,
+    }
+    done = subprocess.run(
+        command, env=environment, cwd=folder, stdout=subprocess.PIPE, text=True, check=True
+    )
     found = json.loads(done.stdout.splitlines()[-1])
     return found["step"]["seconds"]["median"], found["processor_s"]
 
@@ -224,6 +233,8 @@ def main() -> None:
     if before:
         (before, theirs), (seconds, mine) = zip(*before, strict=True), zip(*seconds, strict=True)
         result["processor_s"] = {"before": min(theirs), "now": min(mine)}
+        faster = sample_speed.interval([b / s for b, s in zip(theirs, mine, strict=True)])
+        result["processor_speed"] = [round(number, 3) for number in faster]
     else:
         result["processor_s"] = processor_seconds(step)
     result["step"] = reporting.speed(seconds, images=batch, flops=step.flops, devices=devices)
@@ -236,6 +247,9 @@ def main() -> None:
         result["times_faster"] = round(ratio, 3)
     print(reporting.table(("", "s", "min", "max", "images/s"), rows))
     print(f"minimum processor seconds of a step, all threads: {result['processor_s']}")
+    if before:
+        mean, low, high = result["processor_speed"]
+        print(f"speed by processor time, now / before: {mean:.3f} [{low:.3f}, {high:.3f}]")
     if not flags.only_steps:
         result |= anatomy(step, config, result["step"]["seconds"])
     print(json.dumps(result))

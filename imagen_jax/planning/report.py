@@ -170,10 +170,10 @@ def _shares(plan: Plan, time: StepTime) -> list[str]:
         ("communication", time.exposed / time.seconds, f"exposed; {time.hidden:.3g} s are hidden"),
     ]
     if time.exposed_beside < time.exposed:
-        note = (
-            f"exposed, {time.seconds_beside:.3g} s in all, where each collective runs beside others"
-        )
-        parts.append(("", time.exposed_beside / time.seconds_beside, note))
+        whole = time.seconds_beside
+        note = f"exposed where each collective runs beside others: {whole:.3g} s in all"
+        note += f", products {time.products / whole:.0%}"
+        parts.append(("", time.exposed_beside / whole, note))
     lines = [f"  {name:<20}{share:>10.0%}   {note}".rstrip() for name, share, note in parts]
     if time.between_slices:
         lines.append(f"  {'between slices, s':<20}{time.between_slices:>10.3g}   taken as hidden")

@@ -79,6 +79,16 @@ def test_shapes_step(tmp_path):
 
 
 @pytest.mark.slow
+def test_shapes_step_beside_another_checkout():
+    """The same code on both sides: the ratio of two rounds is about one."""
+    here = pathlib.Path(__file__).parents[2]
+    flags = ("--repeats=2", "--only_steps", f"--against={here}", BATCH, *NETWORK)
+    mean, low, high = run("shapes_step.py", *flags)["processor_speed"]
+    assert low <= mean <= high
+    assert mean == pytest.approx(1.0, abs=0.5)
+
+
+@pytest.mark.slow
 def test_programs_and_checkpoints():
     found = run(
         "programs.py",
