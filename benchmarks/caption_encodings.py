@@ -1,6 +1,6 @@
 """Encodings of short texts: imagen_jax.io.encodings against charset-normalizer (docs/decisions.md).
 
-    .venv/bin/python benchmarks/encodings.py [--repeats=4]
+    .venv/bin/python benchmarks/caption_encodings.py [--repeats=4]
 
 Groups of names of countries and languages, from the CLDR (the package babel), in an encoding of
 their language that is not Unicode. charset-normalizer gets the joined names of a group and the same
