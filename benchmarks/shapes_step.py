@@ -6,8 +6,8 @@ The step is compiled as in `train`, for the devices of the configuration. Each o
 (forward, gradient of the input, gradient of the kernel) is compiled alone, at its shape per device,
 and runs on all devices at once; their sum is a lower bound of the step. The profile gives seconds
 by kind of operation over all devices, including the profiler's overhead. `--against` is the folder
-of a checkout of another version, whose steps are timed in turn with these, in separate processes;
-the speed ratio has a 95% interval over the repeats (at least two).
+of a checkout of another version, whose steps are timed in turn with these, in separate processes,
+--repeats rounds of ten; the speed ratio has a 95% interval over the rounds (at least two).
 Prints tables and one JSON line.
 """
 
@@ -17,12 +17,10 @@ import argparse
 import collections
 import dataclasses
 import json
-import os
 import pathlib
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -47,6 +45,7 @@ from imagen_jax.training.optimizer import make_optimizer
 from imagen_jax.training.step import jit_train_step
 
 SECONDS_PER_REPEAT = 3.0  # Minimum duration of the consecutive steps of one repeat.
+STEPS = 10  # Of a round beside another version.
 
 
 def convolutions(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
@@ -157,26 +156,42 @@ def processor_seconds(step: Step, repeats: int = 5, count: int = 10) -> float:
     return min(found)
 
 
-def steps_elsewhere(folder: str, arguments: list[str], cache: str) -> tuple[float, float]:
-    """Seconds and processor seconds of a step of the code in `folder`, in another process.
+class Worker:
+    """Another process that runs the step of a checkout (`step_worker.py`)."""
 
-    Args:
-      folder: checkout of another version; its own script and configurations run, as modules move.
-      arguments: further flags of this script.
-      cache: compilation cache, so that only the first process compiles.
-    """
-    script = str(pathlib.Path(folder).resolve() / "benchmarks" / pathlib.Path(__file__).name)
-    command = [sys.executable, script, *arguments, "--repeats=1", "--only_steps"]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(pathlib.Path(folder).resolve()),
-        "JAX_COMPILATION_CACHE_DIR": cache,
-    }
-    done = subprocess.run(
-        command, env=environment, cwd=folder, stdout=subprocess.PIPE, text=True, check=True
-    )
-    found = json.loads(done.stdout.splitlines()[-1])
-    return found["step"]["seconds"]["median"], found["processor_s"]
+    def __init__(self, folder: str, arguments: list[str]):
+        script = pathlib.Path(__file__).with_name("step_worker.py")
+        command = [sys.executable, str(script), str(pathlib.Path(folder).resolve()), *arguments]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def run(self, count: int) -> tuple[float, float]:
+        """Wall and processor seconds of a step, over `count` steps."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(f"{count}\n")
+        self._process.stdin.flush()
+        wall, processor = map(float, self._process.stdout.readline().split())
+        return wall, processor
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+def beside(
+    folders: list[str], arguments: list[str], rounds: int
+) -> list[list[tuple[float, float]]]:
+    """Wall and processor seconds of a step of several checkouts, in turn; for each all rounds."""
+    workers = [Worker(folder, arguments) for folder in folders]
+    found: list[list[tuple[float, float]]] = [[] for _ in workers]
+    for index in range(-1, rounds):  # The first round is not counted.
+        for worker, times in zip(workers, found, strict=True):
+            seconds = worker.run(STEPS)
+            if index >= 0:
+                times.append(seconds)
+    for worker in workers:
+        worker.close()
+    return found
 
 
 def anatomy(step: Step, config: Config, seconds: dict[str, float]) -> dict[str, Any]:
@@ -222,14 +237,10 @@ def main() -> None:
     def timed(repeats: int) -> list[float]:
         return reporting.interleaved({"step": step.run}, repeats, SECONDS_PER_REPEAT)["step"]
 
-    seconds, before = timed(1) if flags.against else timed(flags.repeats), []
+    seconds, before = [] if flags.against else timed(flags.repeats), []
     if flags.against:
-        seconds = []
         same, here = [f"--config={flags.config}", *rest], str(pathlib.Path(__file__).parents[1])
-        with tempfile.TemporaryDirectory() as cache:
-            for _ in range(flags.repeats):
-                before.append(steps_elsewhere(flags.against, same, cache))
-                seconds.append(steps_elsewhere(here, same, cache))
+        before, seconds = beside([flags.against, here], same, flags.repeats)
     if before:
         (before, theirs), (seconds, mine) = zip(*before, strict=True), zip(*seconds, strict=True)
         result["processor_s"] = {"before": min(theirs), "now": min(mine)}
