@@ -64,6 +64,7 @@ def plot(curves: Mapping[str, Mapping[str, list[Point]]], file: pathlib.Path) ->
                     panel.annotate(point.arm, where, (4, 4), textcoords="offset points", size=8)
         panel.axhline(0.0, color="grey", linewidth=0.5)
         panel.set_xscale("symlog", linthresh=0.01)
+        panel.margins(x=0.2)  # Room for names.
         panel.set_title(measure)
         panel.set_xlabel("added GFLOP per training image")
     panels[0].set_ylabel("difference from the default, 95%")
