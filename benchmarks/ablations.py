@@ -94,7 +94,11 @@ FORMS = {
     "U-Net, GFLOP": ".3f",
     "encoder, GFLOP": ".3f",
 }
-CHOICES = {"guidance_weight": [1.5, 8.0], "thresholding": ["none", "static", "dynamic"]}
+CHOICES = {
+    "guidance_weight": [1.5, 4.0, 8.0],
+    "guidance_interval": [(), (-100.0, 1.0)],
+    "thresholding": ["none", "static", "dynamic"],
+}
 ABLATIONS = {
     "encoder_size": Ablation(
         {
@@ -106,26 +110,39 @@ ABLATIONS = {
         224,
         GIGAFLOPS | TEXT_MEASURES,
     ),
-    "thresholding": Ablation(
-        {"small": Arm((BASE,), {"base": CHOICES})},
-        {"base.thresholding": "none"},
-        UNIFORM_KINDS,
-        64,
-        {"all right": "all.exact", "colours right": "all.colour", "distance": "distance"},
-    ),
-    "noise_conditioning": Ablation(
-        {
-            "off": Arm((BASE, SR._replace(variant="not_augmented")), {"sr": {"aug_level": [0.0]}}),
-            "on": Arm(
-                (BASE, SR._replace(variant="augmented")),
-                {"sr": {"aug_level": [0.0, 0.05, 0.1, 0.2]}},
-            ),
-        },
-        {"arm": "off", "sr.aug_level": 0.0},
-        UNIFORM_KINDS,
-        96,
-        {"all right": "all.exact", "shapes right": "all.shape", "distance": "distance"},
-    ),
+    # Whether the network's output matters: x0, whose error does not vanish with the noise, or v.
+    **{
+        name: Ablation(
+            {"small": Arm((BASE._replace(variant=variant),), {"base": CHOICES})},
+            {"base.thresholding": "none"},
+            UNIFORM_KINDS,
+            64,
+            {"all right": "all.exact", "colours right": "all.colour", "distance": "distance"},
+        )
+        for name, variant in (("thresholding", ""), ("thresholding_v", "v"))
+    },
+    # The claim is about errors of the base stage, so two of them.
+    **{
+        name: Ablation(
+            {
+                "off": Arm(
+                    (base, SR._replace(variant="not_augmented")), {"sr": {"aug_level": [0.0]}}
+                ),
+                "on": Arm(
+                    (base, SR._replace(variant="augmented")),
+                    {"sr": {"aug_level": [0.0, 0.05, 0.1, 0.2]}},
+                ),
+            },
+            {"arm": "off", "sr.aug_level": 0.0},
+            UNIFORM_KINDS,
+            96,
+            {"all right": "all.exact", "shapes right": "all.shape", "distance": "distance"},
+        )
+        for name, base in (
+            ("noise_conditioning", BASE),
+            ("noise_conditioning_worse_base", BASE._replace(variant="third")),
+        )
+    },
     "unet_size": Ablation(
         {
             "half": Arm((BASE._replace(variant="half"),)),
@@ -142,6 +159,8 @@ ABLATIONS = {
             "cross": Arm((BASE,)),
             "concat": Arm((BASE._replace(variant="concat"),)),
             "pooled": Arm((BASE._replace(variant="pooled"),)),
+            "mean": Arm((BASE._replace(variant="mean"),)),
+            "no LayerNorm": Arm((BASE._replace(variant="unnormed"),)),
         },
         {"arm": "cross"},
         ALL_KINDS,
@@ -149,7 +168,12 @@ ABLATIONS = {
         TEXT_MEASURES,
     ),
     "efficient_unet": Ablation(
-        {"efficient": Arm((BASE, SR)), "plain": Arm((BASE, SR._replace(variant="plain")))},
+        {
+            "efficient": Arm((BASE, SR)),
+            "plain": Arm((BASE, SR._replace(variant="plain"))),
+            "plain, equal parameters": Arm((BASE, SR._replace(variant="plain_parameters"))),
+            "plain, equal FLOPs": Arm((BASE, SR._replace(variant="plain_flops"))),
+        },
         {"arm": "efficient"},
         UNIFORM_KINDS,
         96,
@@ -262,12 +286,16 @@ def _key(choice: Mapping[str, Any], seed: int) -> str:
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Markdown table: mean ± half of the interval; in brackets the paired difference."""
-    fields = [field for field in rows[0]["choice"] if len({r["choice"][field] for r in rows}) > 1]
+    fields = [
+        field
+        for field in rows[0]["choice"]
+        if len({sweep.format_value(row["choice"][field]) for row in rows}) > 1
+    ]
     titles = list(rows[0]["measures"])
     lines = ["| " + " | ".join([*fields, *titles]) + " |"]
     lines.append("|---" * (len(fields) + len(titles)) + "|")
     for row in rows:
-        cells = [sweep.format_value(row["choice"][field]) for field in fields]
+        cells = [_choice(row["choice"][field]) for field in fields]
         for title in titles:
             form = FORMS.get(title, ".2f")
             found = row["measures"][title]
@@ -277,6 +305,10 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
             cells.append(text)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _choice(value: Any) -> str:
+    return "all" if value in ((), []) else sweep.format_value(value)
 
 
 def _format(found: Mapping[str, Any], form: str) -> str:

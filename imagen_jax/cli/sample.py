@@ -16,6 +16,7 @@ from imagen_jax.inference.given_inputs import GivenInputs
 from imagen_jax.inference.request import RequestError, check_guided, with_settings
 from imagen_jax.inference.sample import SampleOptions, sample
 from imagen_jax.parallel import distributed
+from imagen_jax.stages.classifier import load_classifier
 from imagen_jax.stages.folder import check_chain, load_stage
 
 
@@ -84,6 +85,23 @@ def add_sampling(parser: argparse.ArgumentParser, *, samples_per_prompt: int) ->
         metavar="DIR[,DIR...]",
         help="stage folders of weaker checkpoints that guide the stages (autoguidance)",
     )
+    path_flags.optional(
+        parser,
+        "--classifier",
+        "classifier that guides the stage of its image size (classifier guidance)",
+        metavar="DIR",
+        bucket="read",
+    )
+    parser.add_argument(
+        "--classifier_scale", type=float, default=1.0, help="factor on the classifier's gradient"
+    )
+    parser.add_argument(
+        "--classes",
+        metavar="JSON",
+        default="{}",
+        help='with --classifier: class names by attribute, e.g. \'{"colour": "red"}\'; those of '
+        "a row of --prompts, in its field `classes`, replace them",
+    )
     parser.add_argument(
         "--limit", type=int, default=0, help="sample the first N prompts only; 0: all"
     )
@@ -143,6 +161,7 @@ def sample_rows(
     wiring.set_up_devices(flags.cpu_devices)
     rows = rows[: flags.limit] if flags.limit > 0 else rows
     settings = read_settings(flags.stage_settings)
+    rows = with_classes(rows, flags)
     configs = adapters.with_loras(read_configs(flags.stages), wiring.read_loras(flags))
     # Every check comes before the text encoder is loaded.
     given_lowres = image_fields or (given and "lowres" in given.arrays)
@@ -167,6 +186,7 @@ def sample_rows(
         stage_settings=settings,
         checkpoint=path_flags.recorded(flags.stages),
         negative_prompt=flags.negative_prompt,
+        classifier_scale=flags.classifier_scale,
         trace=flags.trace,
         given=given,
         floats=floats,
@@ -176,6 +196,7 @@ def sample_rows(
         flags.stages,
         text_encoder=flags.text_encoder or (None if with_embeddings else ""),
         guides=flags.guides,
+        classifier=flags.classifier,
         keep=flags.keep_stages,
         loras=wiring.read_loras(flags),
     )
@@ -184,12 +205,41 @@ def sample_rows(
     )
 
 
+def with_classes(
+    rows: Sequence[Mapping[str, Any]], flags: argparse.Namespace
+) -> list[Mapping[str, Any]]:
+    """The rows with their `classes`; unchanged without --classifier. Raises ConfigError."""
+    common = _parse(flags.classes, "--classes")
+    if not flags.classifier:
+        if common or flags.classifier_scale != 1.0:
+            raise ConfigError("--classes and --classifier_scale need --classifier=DIR")
+        return list(rows)
+    config = load_classifier(flags.classifier).config
+    labelled = [{**row, "classes": row.get("classes", common)} for row in rows]
+    for number, row in enumerate(labelled):
+        if not isinstance(row["classes"], dict) or not row["classes"]:
+            raise ConfigError(
+                f"classes of prompt {number} are {row['classes']!r}, must name a class of at least "
+                f"one attribute of {[name for name, _ in config.classes]}; give --classes"
+            )
+    config.labels([row["classes"] for row in labelled])
+    return labelled
+
+
+def _parse(text: str, flag: str) -> dict[str, Any]:
+    """A JSON object in a flag. Raises ConfigError."""
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{flag} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{flag}={text} must be a JSON object")
+    return found
+
+
 def read_settings(text: str) -> dict[str, dict[str, Any]]:
     """The value of --stage_settings: sampling fields by stage name."""
-    try:
-        settings = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"--stage_settings is not JSON: {error}") from error
-    if not isinstance(settings, dict) or not all(isinstance(v, dict) for v in settings.values()):
+    settings = _parse(text, "--stage_settings")
+    if not all(isinstance(value, dict) for value in settings.values()):
         raise ConfigError(f"--stage_settings={text} must map stage names to mappings of fields")
     return settings

@@ -53,7 +53,7 @@ class ModelConfig:
     )
     pooling_heads: int = doc(64, "token pooling: attention heads.")
     text_norm: str = doc(
-        "layer", "Norm of the tokens: layer (once), or group (in every attention block; IF)."
+        "layer", "Norm of the tokens: layer (once), group (in every attention block; IF) or none."
     )
     text_width: int = doc(
         0, "Width to which the tokens are projected before attention; 0: not projected."
@@ -103,7 +103,7 @@ class ModelConfig:
         check_choice("model.remat", self.remat, ("none", "blocks", "full"))
         check_choice("model.text_conditioning", self.text_conditioning, ("concat", "cross", "none"))
         check_choice("model.text_pooling", self.text_pooling, ("attention", "mean", "token"))
-        check_choice("model.text_norm", self.text_norm, ("layer", "group"))
+        check_choice("model.text_norm", self.text_norm, ("layer", "group", "none"))
         check_choice("model.noise_embedding", self.noise_embedding, ("time", "steps"))
         check_choice("model.activation", self.activation, ("swish", "gelu"))
         if self.text_norm == "group" and self.text_width % 32:

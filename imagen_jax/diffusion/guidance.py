@@ -150,7 +150,9 @@ def rescale(
 
 
 def classifier(
-    denoise: Denoise, log_prob: Callable[[Array, Array], Float[Array, " b"]], scale: float
+    denoise: Denoise,
+    log_prob: Callable[[Array, Array], Float[Array, " b"]],
+    scale: Float[Array, " b"] | float,
 ) -> Denoise:
     """Classifier guidance (arXiv:2105.05233, Alg. 2): x0 + s sigma^2 / alpha grad_z log p(c | z).
 
@@ -161,14 +163,15 @@ def classifier(
       denoise: any denoiser, conditional or not, guided or not, not yet thresholded.
       log_prob: (z, logsnr) -> log p(c | z) in nats of each image's class, from a classifier
         trained on noisy images.
-      scale: s; 0 is off.
+      scale: s, of each image or of all; 0 is off.
     """
 
     def guided(z: Float[Array, "b h w c"], logsnr: Float[Array, " b"]) -> Array:
         # log p of an image is independent of the others, so the sum has every image's gradient.
         gradient = jax.grad(lambda z: log_prob(z, logsnr).sum())(z)
         alpha, sigma = (expand(s, z) for s in alpha_sigma(logsnr))
-        return denoise(z, logsnr) + scale * sigma**2 / alpha * gradient
+        by_image = expand(jnp.broadcast_to(jnp.asarray(scale), logsnr.shape), z)
+        return denoise(z, logsnr) + by_image * sigma**2 / alpha * gradient
 
     return guided
 

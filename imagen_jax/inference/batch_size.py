@@ -11,6 +11,7 @@ import numpy as np
 from imagen_jax.inference.stage_sampler import SamplerInputs
 from imagen_jax.parallel import liveness
 from imagen_jax.parallel.memory import GIB, Devices
+from imagen_jax.stages.classifier import TrainedClassifier
 from imagen_jax.stages.stage import Stage
 
 # Left for the compiler's own buffers, gathered layers and fragmentation.
@@ -36,7 +37,7 @@ def bytes_per_device(params: Any) -> int:
 def fitting(
     programs: tuple[Any, Any],
     stage: Stage,
-    guide: Stage | None,
+    others: tuple[Stage | None, TrainedClassifier | None],
     arrays: SamplerInputs,
     *,
     levels: Any,
@@ -48,7 +49,7 @@ def fitting(
     Args:
       programs: `batches.programs()`. JAX keeps their traces for later calls of equal shapes.
       stage: configuration from `jit_cache_config`, and its parameters.
-      guide: the guiding checkpoint.
+      others: the guiding checkpoint and the guiding classifier.
       arrays: of one batch.
       levels: noise levels of the steps.
       parts: devices over which a batch is sharded; the result is a multiple of it.
@@ -57,25 +58,38 @@ def fitting(
     size = len(arrays.keys)
     leaves, structure = jax.tree.flatten((arrays, levels))
     shapes = tuple((np.shape(leaf), leaf.dtype) for leaf in leaves)
-    key = (stage.config, guide and guide.config, structure, shapes)
+    key = (stage.config, *(other and other.config for other in others), structure, shapes)
     if key not in NEEDS:
-        NEEDS[key] = _activation_bytes(programs, stage, guide, arrays, levels)
+        NEEDS[key] = _activation_bytes(programs, stage, others, arrays, levels)
     need = NEEDS[key] / (parts * stage.config.sampling.height)
     if need <= room:
         return size
     return max(int(max(room, 0) / need * size) // parts * parts, parts)
 
 
+def guide_arguments(guide: Stage | None, classifier: TrainedClassifier | None) -> dict[str, Any]:
+    """The arguments of `run_steps` of a guiding checkpoint and a guiding classifier."""
+    arguments: dict[str, Any] = {}
+    if guide is not None:
+        arguments |= {"guide_params": guide.params, "guide_config": guide.config}
+    if classifier is not None:
+        config = classifier.config
+        arguments |= {"classifier_params": classifier.params, "classifier_config": config}
+    return arguments
+
+
 def _activation_bytes(
-    programs: tuple[Any, Any], stage: Stage, guide: Stage | None, arrays: SamplerInputs, levels: Any
+    programs: tuple[Any, Any],
+    stage: Stage,
+    others: tuple[Stage | None, TrainedClassifier | None],
+    arrays: SamplerInputs,
+    levels: Any,
 ) -> int:
     """Bytes on all devices together; arguments as those of `fitting`."""
     init, run = programs
-    guide_config, guide_params = guide or (None, None)
     step_inputs, start = init.trace(stage.config, arrays).out_info
-    traced = run.trace(
-        stage.params, stage.config, step_inputs, start, levels, 0, 1, guide_params, guide_config
-    )
+    place = (stage.params, stage.config, step_inputs, start, levels, 0, 1)
+    traced = run.trace(*place, **guide_arguments(*others))
     return liveness.peak_bytes(traced.jaxpr.jaxpr)
 
 

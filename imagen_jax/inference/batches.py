@@ -16,9 +16,10 @@ from imagen_jax.diffusion import editing
 from imagen_jax.diffusion.editing import Edit
 from imagen_jax.diffusion.samplers import DenoisingState
 from imagen_jax.inference import placement, stage_sampler
-from imagen_jax.inference.batch_size import fitting, out_of_memory
+from imagen_jax.inference.batch_size import fitting, guide_arguments, out_of_memory
 from imagen_jax.inference.stage_sampler import Noise, SamplerInputs
 from imagen_jax.parallel import memory, partitioning
+from imagen_jax.stages.classifier import TrainedClassifier
 from imagen_jax.stages.conditioning import Text
 from imagen_jax.stages.stage import Stage
 
@@ -33,6 +34,8 @@ class StageInputs(NamedTuple):
       negative: embeddings and mask of the negative prompts, shaped as the text; None: null text.
       edit: images to start from; None: from noise.
       noise: given noise, in place of that of the keys.
+      labels: [N, K], classes for the classifier; None: no classifier.
+      classifier_scale: [N], with labels.
     """
 
     text: Text
@@ -41,6 +44,8 @@ class StageInputs(NamedTuple):
     negative: Text | None = None
     edit: Edit | None = None
     noise: Noise = Noise()
+    labels: np.ndarray | None = None
+    classifier_scale: np.ndarray | None = None
 
     def rows(self, rows: np.ndarray) -> StageInputs:
         """The inputs of some of the images."""
@@ -83,7 +88,7 @@ def programs() -> tuple[Callable[..., Any], Callable[..., DenoisingState]]:
     init = jax.jit(stage_sampler.init_denoising, static_argnames="config", compiler_options=options)
     run = jax.jit(
         stage_sampler.run_steps,
-        static_argnames=("config", "guide_config"),
+        static_argnames=("config", "guide_config", "classifier_config"),
         compiler_options=options,
     )
     return init, run
@@ -95,6 +100,7 @@ def sample_batches(
     *,
     batch_size: int,
     guide: Stage | None = None,
+    classifier: TrainedClassifier | None = None,
     on_steps: StepCallback | None = None,
     report_every: int = 1,
     numbers: Int[np.ndarray, " n"] | None = None,
@@ -108,6 +114,7 @@ def sample_batches(
       batch_size: images sampled at a time, rounded up to a multiple of the devices; the last batch
         is padded to it.
       guide: the checkpoint that guides (autoguidance); None: classifier-free guidance.
+      classifier: guides to the labels of `inputs`; None: none does.
       on_steps: called with the progress of the batch while the next steps run.
       report_every: steps between two calls of it.
       numbers: of the images, for messages; None: 0 to N-1.
@@ -132,7 +139,7 @@ def sample_batches(
     with active:
         first_part = inputs.rows(rows(0))
         if room is not None and stage.config.sampling.batch_size is None:
-            fits = _fitting_size(stage, first_part, guide, devices, room)
+            fits = _fitting_size(stage, first_part, guide, classifier, devices, room)
             if fits != size:
                 size = fits
                 first_part = inputs.rows(rows(0))
@@ -140,7 +147,9 @@ def sample_batches(
             end = min(first + size, count)
             part = inputs.rows(rows(first)) if first else first_part
             try:
-                sampled = _sample_batch(stage, part, guide, (first, end), on_steps, report_every)
+                sampled = _sample_batch(
+                    stage, part, (guide, classifier), (first, end), on_steps, report_every
+                )
             except _NotFinite as found:
                 image = int(numbers[min(first + found.row, end - 1)])
                 raise NotFiniteError(_not_finite_line(stage, guide, image, found)) from None
@@ -154,12 +163,18 @@ def sample_batches(
 
 
 def _fitting_size(
-    stage: Stage, inputs: StageInputs, guide: Stage | None, devices: int, room: int
+    stage: Stage,
+    inputs: StageInputs,
+    guide: Stage | None,
+    classifier: TrainedClassifier | None,
+    devices: int,
+    room: int,
 ) -> int:
     """Images at a time, at most those of `inputs`."""
     arrays, _, levels = _sampler_inputs(stage.config, inputs)
     stage = Stage(stage_sampler.jit_cache_config(stage.config), stage.params)
-    return fitting(programs(), stage, guide, arrays, levels=levels, parts=devices, room=room)
+    others = (guide, classifier)
+    return fitting(programs(), stage, others, arrays, levels=levels, parts=devices, room=room)
 
 
 def _sampler_inputs(config: Config, inputs: StageInputs) -> tuple[SamplerInputs, int, Any]:
@@ -172,6 +187,8 @@ def _sampler_inputs(config: Config, inputs: StageInputs) -> tuple[SamplerInputs,
         guidance_weight=np.full(count, settings.guidance_weight, np.float32),
         negative=inputs.negative,
         noise=inputs.noise,
+        labels=inputs.labels,
+        classifier_scale=inputs.classifier_scale,
     )
     if inputs.lowres is not None:
         arrays = arrays._replace(aug_level=np.full(count, settings.aug_level, np.float32))
@@ -188,19 +205,18 @@ def _sampler_inputs(config: Config, inputs: StageInputs) -> tuple[SamplerInputs,
 def _sample_batch(
     stage: Stage,
     inputs: StageInputs,
-    guide: Stage | None,
+    others: tuple[Stage | None, TrainedClassifier | None],
     rows: tuple[int, int],
     on_steps: StepCallback | None,
     report_every: int,
 ) -> Float[np.ndarray, "b size size 3"]:
     arrays, count, levels = _sampler_inputs(stage.config, inputs)
     config = stage_sampler.jit_cache_config(stage.config)
-    guide_config, guide_params = guide or (None, None)
+    guides = guide_arguments(*others)
     init, run = programs()
 
     def advance(state: Any, first: int, last: int) -> Any:
-        place = (stage.params, config, step_inputs, state, levels, first, last)
-        return run(*place, guide_params, guide_config)
+        return run(stage.params, config, step_inputs, state, levels, first, last, **guides)
 
     step_inputs, start = init(config, _place(arrays))
     state, stride, finished = start, report_every if on_steps else count, None

@@ -23,12 +23,13 @@ from imagen_jax.config import overrides
 from imagen_jax.config.fields import ConfigError, unknown_name
 from imagen_jax.config.schema import Config
 from imagen_jax.diffusion import editing
-from imagen_jax.inference import adapters
+from imagen_jax.inference import adapters, placement
 from imagen_jax.inference.adapters import LoraSpec
 from imagen_jax.inference.batches import StageInputs, StepReport, sample_batches
 from imagen_jax.inference.request import (
     RequestError,
     SampleRequest,
+    check_classifier,
     check_guided,
     check_sizes,
     guided_stage,
@@ -37,6 +38,8 @@ from imagen_jax.inference.request import (
 from imagen_jax.inference.stage_params import Networks, StageParams
 from imagen_jax.inference.stage_sampler import Noise, image_keys, stage_keys
 from imagen_jax.io import images
+from imagen_jax.parallel import partitioning
+from imagen_jax.stages.classifier import TrainedClassifier, load_classifier
 from imagen_jax.stages.conditioning import Text
 from imagen_jax.stages.folder import StageError, check_chain, load_stage, weights_hash
 from imagen_jax.stages.names import check_names
@@ -79,6 +82,8 @@ class Cascade:
       encoder: the text encoder; None: requests give embeddings.
       weight_hashes: a short hash of each stage's parameter file and LoRAs; "" where there is none.
       guide_hashes: the same of the guiding checkpoints.
+      classifier: what `classes` of a request refer to; None: there is none.
+      classifier_hash: as weight_hashes; "" without one.
       keep: "all" networks stay on the devices, or "one" at a time.
     """
 
@@ -87,6 +92,7 @@ class Cascade:
         stages: Sequence[Stage],
         encoder: TextEncoder | None = None,
         guides: Sequence[Stage] = (),
+        classifier: TrainedClassifier | None = None,
     ):
         """Chains stages whose parameters are in memory.
 
@@ -94,6 +100,7 @@ class Cascade:
           stages: base first.
           encoder: the text encoder; None: requests give embeddings.
           guides: weaker checkpoints of some of the stages, to guide them (autoguidance).
+          classifier: guides the stage of its image size to `classes` of a request.
 
         Raises:
           StageError: the stages do not follow from each other, or a guide has another image size
@@ -103,9 +110,12 @@ class Cascade:
         self.encoder = encoder
         self.weight_hashes = [""] * len(self.configs)
         self.guide_hashes = [""] * len(guides)
+        self.classifier, self.classifier_hash = classifier, ""
         for config in self.configs:
             check_names(config, f"stage {config.name!r}: config")
         check_chain(self.configs, stages[0].config.data.lowres_size if stages else 0)
+        if classifier is not None:
+            check_classifier(classifier.config, self.configs)
         self._guides: list[StageParams | None] = [None] * len(stages)
         for guide in guides:
             self._guides[guided_stage(guide.config, self.configs)] = StageParams(guide)
@@ -118,6 +128,7 @@ class Cascade:
         *,
         text_encoder: str | None = "",
         guides: Sequence[str] = (),
+        classifier: str = "",
         keep: Literal["auto", "all", "one"] = "auto",
         loras: Sequence[LoraSpec] = (),
     ) -> Cascade:
@@ -129,6 +140,8 @@ class Cascade:
             no encoder is loaded, and requests give embeddings.
           guides: stage folders of weaker checkpoints, each to guide the stage of the same image
             size (autoguidance, arXiv:2406.02507).
+          classifier: folder of a noise-aware classifier of the image size of one of the stages
+            (classifier guidance, arXiv:2105.05233); "": none.
           keep: "all" networks stay on the devices, or "one" at a time, read again for each call;
             "auto": all where their parameters have room.
           loras: added to the parameters of the stages with their weights.
@@ -151,7 +164,8 @@ class Cascade:
             text = configs[0].text
             text = dataclasses.replace(text, path=text_encoder or text.path)
             encoder = load_text_encoder(text)
-        cascade = cls(stages, encoder, weaker)
+        trained = load_classifier(classifier) if classifier else None
+        cascade = cls(stages, encoder, weaker, trained)
         tuned = [
             StageParams(stage, adapters.read(own, stage.config))
             for stage, own in zip(stages, specs, strict=True)
@@ -165,6 +179,7 @@ class Cascade:
             for path, own, config in zip(dirs, specs, configs, strict=True)
         ]
         cascade.guide_hashes = [weights_hash(path) for path in guides]
+        cascade.classifier_hash = weights_hash(classifier) if classifier else ""
         return cascade
 
     def _set_networks(self, params: Sequence[StageParams], keep: Literal["auto", "all", "one"]):
@@ -247,12 +262,13 @@ class Cascade:
         check_sizes(report_every=report_every)
         request.check(configs)
         check_guided(configs, guides=[guide.config for guide in self._guides if guide])
+        labels = self._labels(request)
         inputs, order = self._first_inputs(request, configs[0])
         keys, sampled = inputs.keys, []
         given = [request.noise.get(config.name, Noise()) for config in configs]
         noise = jax.tree.map(lambda array: np.asarray(array, np.float32)[order], given)
         for index, config in enumerate(configs):
-            guide = self._guides[index]
+            guide, classifier = self._guides[index], self._placed_classifier(config, labels)
             report = None
             if on_progress:
                 report = functools.partial(_report, on_progress, configs, index, order)
@@ -261,12 +277,16 @@ class Cascade:
                 noise=noise[index],
                 negative=inputs.negative if _uses_negative(request, config, guide) else None,
             )
+            if classifier is not None and labels is not None:
+                scale = np.full(len(labels), request.classifier_scale, np.float32)
+                own = own._replace(labels=labels[order], classifier_scale=scale)
             with self._networks.using(index):
                 lowres = sample_batches(
                     Stage(config, self._params[index].get(config)),
                     own,
                     batch_size=request.batch_size,
                     guide=guide and Stage(_placed_guide(guide, config), guide.get(config)),
+                    classifier=classifier,
                     on_steps=report,
                     report_every=report_every,
                     numbers=order,
@@ -308,6 +328,27 @@ class Cascade:
         self._networks.release_encoder()
         order = np.lexsort(identities[::-1])
         return inputs.rows(order), order
+
+    def _labels(self, request: SampleRequest) -> Int[np.ndarray, "n k"] | None:
+        """The labels of the classes of a request; None: it has none."""
+        if (self.classifier is None) != (request.classes is None):
+            raise RequestError(
+                "classes and a classifier go together; load one by Cascade.load(classifier=DIR) or "
+                "--classifier=DIR, and give the classes of each image"
+            )
+        if self.classifier is None or request.classes is None:
+            return None
+        return self.classifier.config.labels(request.classes)
+
+    def _placed_classifier(self, config: Config, labels: Any) -> TrainedClassifier | None:
+        """The classifier on the devices of a stage, if it guides this stage."""
+        trained = self.classifier
+        if trained is None or labels is None or trained.config.image_size != config.data.image_size:
+            return None
+        mesh = placement.make_mesh(config.sampling) or partitioning.local_mesh()
+        return trained._replace(
+            params=jax.device_put(trained.params, partitioning.replicated(mesh))
+        )
 
     def _negative(self, request: SampleRequest, text: Text) -> Text | None:
         """What guidance moves away from; None: the null text of zeros."""

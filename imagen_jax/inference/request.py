@@ -23,6 +23,7 @@ from imagen_jax.diffusion.editing import Edit
 from imagen_jax.inference import adapters, stage_sampler
 from imagen_jax.inference.stage_sampler import Noise
 from imagen_jax.io import text
+from imagen_jax.stages.classifier import ClassifierConfig
 from imagen_jax.stages.conditioning import aug_noise_side
 from imagen_jax.stages.denoiser import check_guide
 from imagen_jax.stages.folder import StageError
@@ -47,6 +48,8 @@ class SampleRequest:
       sample_indices: distinguish images of one prompt and seed; None: zeros.
       stage_settings: fields of `SamplingConfig` by stage name.
       negative_prompts: N texts that guidance moves away from; None: the null text.
+      classes: N class names by attribute, for the cascade's classifier; None: no classifier guides.
+      classifier_scale: of the classifier's gradient (arXiv:2105.05233), at least 0.
       text_emb: [N, L, D] embeddings in place of the prompts', zero at padding.
       text_mask: [N, L], True at their real tokens.
       negative_emb: [N, L, D] embeddings in place of the negative prompts'.
@@ -65,6 +68,8 @@ class SampleRequest:
     sample_indices: Sequence[int] | None = None
     stage_settings: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     negative_prompts: Sequence[str] | None = None
+    classes: Sequence[Mapping[str, str]] | None = None
+    classifier_scale: float = 1.0
     text_emb: Float[np.ndarray, "n l d"] | None = None
     text_mask: Bool[np.ndarray, "n l"] | None = None
     negative_emb: Float[np.ndarray, "n l d"] | None = None
@@ -90,6 +95,7 @@ class SampleRequest:
         self._check_negative(configs[0])
         negative = self.negative_emb is not None or any(self.negative_prompts or ())
         check_guided(configs, negative=negative)
+        self._check_classes()
         self._check_images(configs)
         self._check_noise(configs)
         self.identities()
@@ -147,6 +153,16 @@ class SampleRequest:
             raise RequestError(
                 f"text_emb of {self.text_emb.shape[1]} tokens must have {length}, as negative "
                 "prompts have"
+            )
+
+    def _check_classes(self) -> None:
+        """Raises RequestError unless classes are N mappings and their scale is one."""
+        if not 0.0 <= self.classifier_scale < float("inf"):
+            raise RequestError(f"classifier_scale={self.classifier_scale} must be at least 0")
+        if self.classes is not None and len(self.classes) != self.count:
+            raise RequestError(
+                f"classes of {len(self.classes)} images must be one mapping for each of "
+                f"{self.count} texts, such as {{'colour': 'red'}}"
             )
 
     def _check_images(self, configs: Sequence[Config]) -> None:
@@ -310,3 +326,13 @@ def guided_stage(guide: Config, configs: Sequence[Config]) -> int:
         f"guide {guide.name!r} has image_size {guide.data.image_size}, which no stage has; give "
         "an earlier or smaller checkpoint of one of the stages"
     )
+
+
+def check_classifier(classifier: ClassifierConfig, configs: Sequence[Config]) -> None:
+    """Raises StageError unless a stage has the image size of the classifier."""
+    sizes = [config.data.image_size for config in configs]
+    if classifier.image_size not in sizes:
+        raise StageError(
+            f"classifier: image_size {classifier.image_size} is that of no stage ({sizes}); train "
+            "one on images of a stage's size"
+        )

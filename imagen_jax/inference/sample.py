@@ -45,6 +45,8 @@ class SampleOptions:
       batch_size: images sampled at a time.
       stage_settings: fields of `SamplingConfig` by stage name.
       negative_prompt: the negative prompt of all images; "": the null text.
+      classifier_scale: of the gradient, where the cascade has a classifier; the classes of an
+        image are those of its row.
       edit: one image that all start from, with a mask or without; None: from noise.
       lowres: one image [1, h, w, 3] for the first super-resolution stage to upsample.
       checkpoint: paths of the stages, recorded with each image.
@@ -58,6 +60,7 @@ class SampleOptions:
     batch_size: int = 32
     stage_settings: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     negative_prompt: str = ""
+    classifier_scale: float = 1.0
     edit: Edit | None = None
     lowres: UInt8[np.ndarray, "1 h w 3"] | None = None
     checkpoint: str = ""
@@ -77,8 +80,8 @@ def sample(
 
     Args:
       cascade: the stages and the text encoder.
-      rows: prompts; `seed` of a row replaces that of `options`, further fields are copied to
-        samples.jsonl.
+      rows: prompts; `seed` of a row replaces that of `options`, `classes` are for the classifier
+        of the cascade; further fields are copied to samples.jsonl.
       out: folder to write, shared by all hosts or one per host.
       options: seed, number of images and sampling settings.
       log: called with the progress lines.
@@ -90,6 +93,9 @@ def sample(
     samples = [Sample(p, k) for p in range(len(rows)) for k in range(options.samples_per_prompt)]
     about = _image_metadata(cascade, options)
     own = [{"prompt": r["prompt"], **about, "seed": str(r.get("seed", options.seed))} for r in rows]
+    if cascade.classifier is not None:
+        for row, text in zip(rows, own, strict=True):
+            text["classes"] = json.dumps(row["classes"], sort_keys=True)
     texts = [own[sample.prompt_index] for sample in samples]
     # Images that any host has are done. The exchange is also a barrier before the first write.
     done = distributed.all_gather(sample_folder.find_finished(folder, samples, texts)).any(axis=0)
@@ -131,6 +137,9 @@ def _image_metadata(cascade: Cascade, options: SampleOptions) -> dict[str, str]:
         settings["negative_prompt"] = options.negative_prompt
     if cascade.guide_hashes:
         settings["guides"] = cascade.guide_hashes
+    if cascade.classifier is not None:
+        about = {"weights": cascade.classifier_hash, "scale": options.classifier_scale}
+        settings["classifier"] = about
     if options.lowres is not None:
         settings["lowres"] = _digest(options.lowres)
     if options.given is not None:
@@ -175,6 +184,10 @@ def _sample_share(
         prompts = [text["prompt"] for _, text in part]
         prompts += [prompts[-1]] * (len(filled) - len(part))
         seeds = [int(text["seed"]) for _, text in part]
+        classes = None
+        if cascade.classifier is not None:
+            classes = [json.loads(text["classes"]) for _, text in part]
+            classes += [classes[-1]] * (len(filled) - len(part))
         trace = Trace(options.trace) if options.trace else None
         one = np.zeros(len(filled), int)
 
@@ -193,6 +206,8 @@ def _sample_share(
             negative_prompts=[options.negative_prompt] * len(filled)
             if options.negative_prompt
             else None,
+            classes=classes,
+            classifier_scale=options.classifier_scale,
             edit=options.edit and options.edit.rows(one),
             batch_size=size,
             on_progress=on_progress,

@@ -22,8 +22,9 @@ from imagen_jax.config.schema import Config
 from imagen_jax.diffusion import editing, process, samplers, timesteps
 from imagen_jax.diffusion.samplers import DenoisingState, Sampler, make_sampler
 from imagen_jax.parallel import partitioning
+from imagen_jax.stages.classifier import ClassifierConfig, TrainedClassifier
 from imagen_jax.stages.conditioning import Conditioning, Text, add_lowres, aug_noise_side
-from imagen_jax.stages.denoiser import make_denoiser
+from imagen_jax.stages.denoiser import ClassGuidance, make_denoiser
 from imagen_jax.stages.stage import Stage
 
 SAMPLE_STREAM = 2  # beside the streams of training/step.py
@@ -57,6 +58,8 @@ class SamplerInputs(NamedTuple):
       aug_level: SR stages: [B], the level to noise `lowres` to.
       guidance_weight: [B]; None: as `config.sampling` says.
       negative: embeddings and mask of the negative prompts; None: the null text.
+      labels: [B, K], classes for the classifier, see `denoiser.ClassGuidance`; None: no classifier.
+      classifier_scale: [B], with labels.
       init_images: [B, size, size, 3] in [-1, 1], images to start from; None: from noise.
       init_logsnr: [B], the logsnr that they are noised to, nats.
       mask: [B, size, size, 1], True where `init_images` may change; None: everywhere.
@@ -69,6 +72,8 @@ class SamplerInputs(NamedTuple):
     aug_level: Any = None
     guidance_weight: Any = None
     negative: Text | None = None
+    labels: Any = None
+    classifier_scale: Any = None
     init_images: Any = None
     init_logsnr: Any = None
     mask: Any = None
@@ -81,13 +86,16 @@ class StepInputs(NamedTuple):
     Attributes:
       conditioning: inputs of the network.
       keys: [B] of the steps' noise, or this noise itself, [T, B, size, size, 3].
-      guidance_weight, negative, init_images, mask: as in `SamplerInputs`.
+      guidance_weight, negative, labels, classifier_scale, init_images, mask: as in
+        `SamplerInputs`.
     """
 
     conditioning: Conditioning
     keys: Array
     guidance_weight: Array | None = None
     negative: Text | None = None
+    labels: Array | None = None
+    classifier_scale: Array | None = None
     init_images: Array | None = None
     mask: Array | None = None
 
@@ -247,7 +255,14 @@ def init_denoising(config: Config, inputs: SamplerInputs) -> tuple[StepInputs, D
       inputs: text, keys and, where they apply, low-resolution, initial images and settings.
     """
     conditioning, step_keys, start = sample_randomness(config, inputs)
-    step_inputs = StepInputs(conditioning, step_keys, inputs.guidance_weight, inputs.negative)
+    step_inputs = StepInputs(
+        conditioning,
+        step_keys,
+        inputs.guidance_weight,
+        inputs.negative,
+        inputs.labels,
+        inputs.classifier_scale,
+    )
     if inputs.init_images is not None:
         start = process.q_sample(inputs.init_images, inputs.init_logsnr, start)
         if inputs.mask is not None:
@@ -268,6 +283,8 @@ def run_steps(
     last: Int[Array, ""] | int,
     guide_params: Any = None,
     guide_config: Config | None = None,
+    classifier_params: Any = None,
+    classifier_config: ClassifierConfig | None = None,
 ) -> DenoisingState:
     """Denoises from step `first` up to, not including, step `last`.
 
@@ -284,13 +301,21 @@ def run_steps(
       last: a step, at most `NoiseLevels.count`.
       guide_params: parameters of the guiding checkpoint (autoguidance); None: no such checkpoint.
       guide_config: its configuration.
+      classifier_params: parameters of the classifier that guides; None: none does.
+      classifier_config: its configuration.
     """
+    labels, scale = step_inputs.labels, step_inputs.classifier_scale
+    classes = None
+    if classifier_config is not None and labels is not None and scale is not None:
+        trained = TrainedClassifier(classifier_config, classifier_params)
+        classes = ClassGuidance(trained, labels, scale)
     denoise = make_denoiser(
         Stage(config, params),
         step_inputs.conditioning,
         negative=step_inputs.negative,
         guide=None if guide_config is None else Stage(guide_config, guide_params),
         guidance_weight=step_inputs.guidance_weight,
+        classes=classes,
     )
     sampler = _edit_sampler(config, step_inputs)
     return samplers.denoise_steps(sampler, denoise, state, *levels, step_inputs.keys, first, last)

@@ -117,7 +117,8 @@ class ConditioningEmbedding(nn.Module):
     """Embedding [B, dim] of noise level, pooled text and low-resolution noise level; text tokens.
 
     LayerNorm is applied to the text embeddings before attention and before pooling (Imagen, D.3.1).
-    IF projects the tokens once instead and normalises them in each attention block.
+    IF projects the tokens once instead and normalises them in each attention block. Without
+    LayerNorm (text_norm="none", an ablation) they are used as the encoder gives them.
     """
 
     config: ModelConfig
@@ -142,8 +143,9 @@ class ConditioningEmbedding(nn.Module):
         if cfg.text_pooling == "token":
             embedding += TokenPooling(dim, cfg.pooling_heads, name="pooling")(text_emb, text_mask)
         else:
-            pooled_input = nn.LayerNorm(name="pooling_norm")(text_emb)
-            embedding += TextPooling(dim, cfg.text_pooling, name="pooling")(pooled_input, text_mask)
+            if cfg.text_norm != "none":
+                text_emb = nn.LayerNorm(name="pooling_norm")(text_emb)
+            embedding += TextPooling(dim, cfg.text_pooling, name="pooling")(text_emb, text_mask)
         if lowres_logsnr is not None:
             embedding += NoiseEmbedding(cfg, dim, name="lowres_noise")(lowres_logsnr)
         return embedding.astype(cfg.dtype), text

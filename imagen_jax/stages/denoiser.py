@@ -7,18 +7,33 @@ Guidance needs two estimates of x0 at the same z: `make_denoiser` evaluates both
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from imagen_jax.config.fields import ConfigError
 from imagen_jax.config.schema import Config
 from imagen_jax.diffusion import guidance, process, samplers, thresholding, timesteps
+from imagen_jax.stages.classifier import TrainedClassifier
 from imagen_jax.stages.conditioning import Conditioning, Text, null_text
 from imagen_jax.stages.network import apply
 from imagen_jax.stages.stage import Stage
+
+
+class ClassGuidance(NamedTuple):
+    """Classifier guidance of B images.
+
+    Attributes:
+      classifier: trained on noisy images of the stage's size.
+      labels: the class of each attribute; -1: not given.
+      scale: of the classifier's gradient.
+    """
+
+    classifier: TrainedClassifier
+    labels: Int[Array, "b k"]
+    scale: Float[Array, " b"]
 
 
 def predict_x0(
@@ -89,6 +104,7 @@ def make_denoiser(
     negative: Text | None = None,
     guide: Stage | None = None,
     guidance_weight: Float[Array, " b"] | None = None,
+    classes: ClassGuidance | None = None,
 ) -> Callable[[Array, Array], Any]:
     """`denoise(z, logsnr) -> x0` of a stage with its guidance and thresholding.
 
@@ -105,6 +121,7 @@ def make_denoiser(
       guide: a weaker checkpoint of a stage with the same image sizes.
       guidance_weight: per image, in place of `sampling.guidance_weight`; ignored where that is 1
         (guidance off).
+      classes: classifier guidance, added to the guided estimate; None: off.
 
     Raises:
       ConfigError: the guide has other image sizes or another text width.
@@ -137,6 +154,11 @@ def make_denoiser(
     if settings.guidance_weight != 1.0:
         levels = timesteps.step_levels(settings, config.diffusion)
         guided = guidance.guide(pair, settings, levels, guidance_weight)
+    if classes is not None:
+        trained, labels, scale = classes
+        guided = guidance.classifier(
+            guided, lambda z, logsnr: trained.log_prob(z, logsnr, labels), scale
+        )
     denoise = thresholding.threshold(guided, settings)
     if not samplers.takes_estimate(settings):
         return denoise

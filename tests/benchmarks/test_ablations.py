@@ -79,6 +79,13 @@ def test_measures_without_applicable_images_are_omitted(rows):
     assert "(+0.20 ± 0.25)" in table[3] and "(+0.25)" in table[3]
 
 
+def test_choices_may_be_lists():
+    cells = [cell("off", level, 0, 0.5, None, 1.0) for level in ((), (-100.0, 1.0))]
+    ablation = ABLATION._replace(against={"sr.aug_level": ()}, measures={"right": "all.exact"})
+    table = ablations.format_table(ablations.tabulate(ablation, cells)).splitlines()
+    assert table[2:] == ["| all | 0.50 |", "| (-100.0, 1.0) | 0.50 (+0.00) |"]
+
+
 def test_costs_have_no_differences_and_a_single_seed_has_no_interval():
     cells = [
         {**cell(arm, 0.0, 0, 0.5, None, 1.0), "cost": {"parameters": count}}
@@ -94,15 +101,17 @@ def test_arms_differ_only_in_the_field_of_their_ablation():
     differs = {
         "encoder_size": {"encoder"},
         "thresholding": set(),
+        "thresholding_v": set(),
         "noise_conditioning": {"variant"},
+        "noise_conditioning_worse_base": {"variant"},
         "unet_size": {"variant"},
         "conditioning": {"variant"},
         "efficient_unet": {"variant"},
         "text_objective": {"encoder"},
     }
     for name, ablation in ablations.ABLATIONS.items():
-        arms = list(ablation.arms.values())
-        assert ablation.against.get("arm", "small") in ablation.arms
+        arm_names, arms = list(ablation.arms), list(ablation.arms.values())
+        assert ablation.against.get("arm", arm_names[0]) in ablation.arms
         assert len({arm.stages for arm in arms}) == len(arms)
         for arm in arms:
             assert [training.stage for training in arm.stages] == ["base", "sr"][: len(arm.stages)]
@@ -193,7 +202,8 @@ def test_every_variant_has_a_valid_configuration(runs, stage, variant):
     flags = runs._flags(Training(stage, variant=variant, seed=3))
     changes = [flag.removeprefix("--config.") for flag in flags[1:]]
     config = load(flags[0].removeprefix("--config="), [*changes, "model.text_dim=8"])
-    assert config.seed == 3 and config.train.steps == runs.steps[stage]
+    share = ablation_runs.SHARES.get(variant, 1.0)
+    assert config.seed == 3 and config.train.steps == round(runs.steps[stage] * share)
     assert jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
     for field, value in ablation_runs.VARIANTS[variant].items():
         section, name = field.split(".")

@@ -103,6 +103,20 @@ def test_output_and_what_it_depends_on(network):
         assert (np.abs(moved).max(axis=(1, 2, 3)) > 1e-5).all(), name
 
 
+@pytest.mark.parametrize(("norm", "invariant"), [("layer", True), ("none", False)])
+def test_layer_norm_removes_the_scale_of_the_text(norm, invariant):
+    config = dataclasses.replace(TINY, text_conditioning="cross", text_norm=norm)
+    apply, params = build(config)
+    names = str(jax.tree.structure(params))
+    assert ("text_norm" in names) == ("pooling_norm" in names) == invariant
+    inputs = {**arguments(3), "lowres_logsnr": None}
+    once, twice = (
+        np.asarray(apply(params, {**inputs, "text_emb": scale * inputs["text_emb"]}))
+        for scale in (1.0, 2.0)
+    )
+    assert (np.abs(once - twice).max() < 1e-3) == invariant
+
+
 def test_masked_tokens_are_inert(network):
     run, inputs = network
     other = arguments(6, seed=1)["text_emb"] * 100.0
