@@ -5,12 +5,14 @@
         --prompts=runs/demo/data/prompts_held_out.jsonl --out=runs/classifier_guidance --docs=docs
 
 Trains a small noise-aware classifier on images of the base stage's size (colour, shape, size,
-number; no captions), then samples the same prompts with one object in two ways: the base stage
-without text and with classifier guidance of scale s, and the base stage with text and guidance
-weight w. Fidelity is alignment, the share of images with all attributes correct. Diversity is the
-RMS distance over pixels and channels of two images of one prompt, averaged over prompts, relative
-to that of real images. Both are measured at 64x64, after the super-resolution stage. Takes about
-fifteen minutes on one CPU core; the classifier is kept in --out.
+number; no captions), then samples the same prompts with one object: the base stage without text and
+with classifier guidance of scale s; the same for a base stage trained without captions
+(--unconditional); the base stage with text and the classifier; and the base stage with text and
+guidance weight w. Fidelity is alignment, the share of images with all attributes correct. Diversity
+is the RMS distance over pixels and channels of two images of one prompt, averaged over prompts,
+relative to that of real images. Both are measured at 64x64, after the super-resolution stage. Takes
+about twenty minutes on one CPU core. The classifier is kept in OUT/classifier, which `sample
+--classifier` takes.
 """
 
 from __future__ import annotations
@@ -30,10 +32,15 @@ import shapes_samples
 from imagen_jax.diffusion import guidance, process, thresholding
 from imagen_jax.evaluation import charts
 from imagen_jax.evaluation.charts import Point
-from imagen_jax.interop import weights
 from imagen_jax.io import images
 from imagen_jax.models import classifier
 from imagen_jax.parallel import partitioning
+from imagen_jax.stages.classifier import (
+    ClassifierConfig,
+    TrainedClassifier,
+    load_classifier,
+    write_classifier,
+)
 from imagen_jax.stages.conditioning import Conditioning, Text, null_text
 from imagen_jax.stages.denoiser import predict_x0
 from imagen_jax.stages.stage import Stage
@@ -42,8 +49,9 @@ from imagen_jax.worlds.shapes import scenes
 
 COLORS, SHAPES, SIZES = (list(names) for names in (scenes.COLORS, scenes.SHAPES, scenes.SIZES))
 MIXED = 4  # class "number" of images with different objects; otherwise number of objects minus one
-CLASSES = (len(COLORS), len(SHAPES), len(SIZES), MIXED + 1)
-NAMES = ("colour", "shape", "size", "number")
+NUMBERS = [*map(str, range(1, MIXED + 1)), "mixed"]
+CLASSES = {"colour": COLORS, "shape": SHAPES, "size": SIZES, "number": NUMBERS}
+NAMES = tuple(CLASSES)
 SCENES, TEST_SCENES, BATCH = 20_000, 1_000, 32
 SCALES = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0)
 WEIGHTS = (1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
@@ -67,9 +75,12 @@ def load_images(split, count, size):
     return images.to_float(np.stack(pixels)), np.array(labels, np.int32)
 
 
-def train(network, config, steps):
-    """Parameters of the classifier after `steps` steps on the training scenes."""
+def train(config, steps):
+    """A classifier for the stage of `config`, after `steps` steps on the training scenes."""
     size = config.data.image_size
+    classes = tuple((name, tuple(values)) for name, values in CLASSES.items())
+    described = ClassifierConfig(config.model, size, classes)
+    network = described.network
     x0, labels = load_images("train", SCENES, size)
     example = jnp.zeros((1, size, size, 3)), jnp.zeros(1)
     params = partitioning.unbox(network.init(jax.random.key(0), *example)["params"])
@@ -91,13 +102,15 @@ def train(network, config, steps):
         losses.append(loss)
         if (step + 1) % 500 == 0:
             print(f"step {step + 1}  loss {np.mean(losses[-500:]):.3f} nats", flush=True)
-    return params
+    return TrainedClassifier(described, jax.device_get(params))
 
 
-def report_accuracy(network, params, config):
+def report_accuracy(trained, config):
     """Prints the accuracy of the classifier on test scenes by noise level."""
     x0, labels = load_images("seen_test", TEST_SCENES, config.data.image_size)
-    apply = jax.jit(lambda z, logsnr: network.apply({"params": params}, z, logsnr))
+    apply = jax.jit(
+        lambda z, logsnr: trained.config.network.apply({"params": trained.params}, z, logsnr)
+    )
     print("logsnr  " + "  ".join(NAMES))
     for level in (-4.0, -2.0, 0.0, 2.0, 6.0):
         logsnr = jnp.full(TEST_SCENES, level)
@@ -108,21 +121,25 @@ def report_accuracy(network, params, config):
         print(f"{level:6g}  " + "  ".join(f"{share:.2f}".rjust(6) for share in right), flush=True)
 
 
-def by_classifier(params, config, text, labels, scale, classifier_params):
-    """A denoiser of the base stage without text, with classifier guidance."""
-    null = null_text(Text(*text))
-    network = classifier.Classifier(config.model, CLASSES)
+def by_classifier(params, config, text, labels, scale, classifier_params, *, with_text):
+    """A denoiser of the base stage with classifier guidance, with its text or without."""
+    text = Text(*text)
+    text = text if with_text else null_text(text)
+    classes = tuple((name, tuple(values)) for name, values in CLASSES.items())
+    described = ClassifierConfig(config.model, config.data.image_size, classes)
+    trained = TrainedClassifier(described, classifier_params)
 
-    def log_prob(z, logsnr):
-        logits = network.apply({"params": classifier_params}, z, logsnr)
-        return classifier.log_prob(logits, labels)
-
-    def unconditional(z, logsnr):
-        return predict_x0(Stage(config, params), z, logsnr, Conditioning(null), [null])[0]
+    def unguided(z, logsnr):
+        return predict_x0(Stage(config, params), z, logsnr, Conditioning(text), [text])[0]
 
     return thresholding.threshold(
-        guidance.classifier(unconditional, log_prob, scale), config.sampling
+        guidance.classifier(unguided, lambda z, level: trained.log_prob(z, level, labels), scale),
+        config.sampling,
     )
+
+
+WITHOUT_TEXT = functools.partial(by_classifier, with_text=False)
+WITH_TEXT = functools.partial(by_classifier, with_text=True)
 
 
 def by_text(params, config, text, weight):
@@ -158,31 +175,40 @@ def real_images(rows):
 def main():
     parser = shapes_samples.parser(__doc__, 60)
     parser.add_argument("--steps", type=int, default=4_000, help="training steps")
+    parser.add_argument(
+        "--unconditional", default="", help="base stage folder, trained without captions"
+    )
     flags = parser.parse_args()
     out = pathlib.Path(flags.out)
     out.mkdir(parents=True, exist_ok=True)
     stages = shapes_samples.load(flags.stages)
     config = stages[0].config
-    network, kept = classifier.Classifier(config.model, CLASSES), out / "classifier.safetensors"
-    if not kept.is_file():
+    kept = out / "classifier"
+    if not kept.is_dir():
         begin = time.monotonic()
-        params = train(network, config, flags.steps)
+        trained = train(config, flags.steps)
         print(f"trained in {time.monotonic() - begin:.0f} s")
-        weights.write_safetensors(kept, weights.flatten(jax.device_get(params)))
-    params = weights.unflatten(weights.read_safetensors(kept))
-    report_accuracy(network, params, config)
+        write_classifier(kept, trained)
+    trained = load_classifier(str(kept))
+    report_accuracy(trained, config)
 
     batch = shapes_samples.read_prompt_batch(
         stages[0], flags.prompts, ("single",), flags.count, each=2
     )
     labels = np.array([labels_of(row["objects"]) for row in batch.rows], np.int32)
     real = distance(real_images(batch.rows))[0]
-    settings = [("classifier", s, (by_classifier, labels, s, params)) for s in SCALES]
-    settings += [("classifier-free", w, (by_text, w)) for w in WEIGHTS]
-    print("guidance         strength  exact  95%           diversity")
+    settings = []
+    arms = {"classifier": (stages, WITHOUT_TEXT), "classifier and text": (stages, WITH_TEXT)}
+    if flags.unconditional:
+        own = [shapes_samples.load(flags.unconditional)[0], *stages[1:]]
+        arms["classifier, base without captions"] = (own, WITHOUT_TEXT)
+    for name, (chain, denoise_of) in arms.items():
+        settings += [(name, s, chain, (denoise_of, labels, s, trained.params)) for s in SCALES]
+    settings += [("classifier-free", w, stages, (by_text, w)) for w in WEIGHTS]
+    print("guidance                            strength  exact  95%           diversity")
     points = []
-    for name, strength, (denoise_of, *numbers) in settings:
-        samples = shapes_samples.sample_images(stages, batch, denoise_of, *numbers)[-1]
+    for name, strength, chain, (denoise_of, *numbers) in settings:
+        samples = shapes_samples.sample_images(chain, batch, denoise_of, *numbers)[-1]
         share, low, high = shapes_samples.exact(samples, batch)
         diversity, error = (value / real for value in distance(samples))
         points.append(
@@ -190,11 +216,12 @@ def main():
             | {"diversity": diversity, "diversity_error": 1.96 * error}
         )
         print(
-            f"{name:16} {strength:8g} {share:6.2f}  [{low:.2f}, {high:.2f}]"
+            f"{name:35} {strength:8g} {share:6.2f}  [{low:.2f}, {high:.2f}]"
             f"  {diversity:.2f} +- {1.96 * error:.2f}",
             flush=True,
         )
-        images.save_png(out / f"{name}_{strength:g}.png", images.grid(samples[:24], 8), {})
+        file = f"{name.replace(', ', '_').replace(' ', '_')}_{strength:g}.png"
+        images.save_png(out / file, images.grid(samples[:24], 8), {})
     stage_names = shapes_samples.fingerprint(stages)
     record = {"stages": stage_names, "prompts": flags.count, "points": points}
     record["real_distance"] = real
@@ -205,7 +232,8 @@ def main():
 
 def write(record, docs):
     """Writes the chart and the table of docs/sampling.md."""
-    lines = {"classifier": "s", "classifier-free": "w"}
+    names = dict.fromkeys(p["guidance"] for p in record["points"])
+    lines = {name: "w" if name == "classifier-free" else "s" for name in names}
     chosen = {name: [p for p in record["points"] if p["guidance"] == name] for name in lines}
     chart = charts.line_chart(
         {

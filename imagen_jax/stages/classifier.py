@@ -3,7 +3,7 @@
     classifier.json      the network, the size of its images and the classes of each attribute
     params.safetensors   the parameters
 
-`benchmarks/classifier_guidance.py` trains one for the shapes world and writes it; `Cascade.load`
+`benchmarks/classifier_guidance.py` trains and writes one; `Cascade.load`
 and `sample --classifier` read it.
 """
 

@@ -58,7 +58,7 @@ def cascade_flags(base_config, sr_config, random_params, write_world, tmp_path_f
     ("name", "points", "charts"),
     [
         ("thresholding", 30, ["thresholding_alignment", "thresholding_saturation"]),
-        ("classifier_guidance", 12, ["classifier_guidance"]),
+        ("classifier_guidance", 18, ["classifier_guidance"]),
     ],
 )
 def test_a_figure_and_its_table(cascade_flags, tmp_path, name, points, charts):
