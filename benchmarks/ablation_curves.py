@@ -23,6 +23,7 @@ from ablations import GIGAFLOPS, summary
 # Ablation -> arm with the default encoder and U-Net.
 DEFAULTS = {"encoder_size": "small", "unet_size": "demo"}
 LABELS = {"encoder_size": "text encoder", "unet_size": "U-Net"}
+TICKS = (-0.1, -0.03, 0, 0.03, 0.1, 0.5)
 MEASURES = ("one object", "counted", "order")
 
 
@@ -63,7 +64,8 @@ def plot(curves: Mapping[str, Mapping[str, list[Point]]], file: pathlib.Path) ->
                     where = (point.added, point.mean)
                     panel.annotate(point.arm, where, (4, 4), textcoords="offset points", size=8)
         panel.axhline(0.0, color="grey", linewidth=0.5)
-        panel.set_xscale("symlog", linthresh=0.01)
+        panel.set_xscale("symlog", linthresh=0.05)
+        panel.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
         panel.margins(x=0.2)  # Room for names.
         panel.set_title(measure)
         panel.set_xlabel("added GFLOP per training image")
