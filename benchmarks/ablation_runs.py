@@ -121,13 +121,23 @@ class Runs:
             width = f"--config.model.text_dim={config.model.text_dim}"
             self._imagen("plan", training, "--topology=here", f"--json={file}", width)
         planned = json.loads(file.read_text())
-        lines = (self.folder / "trainings" / name / "metrics.jsonl").read_text().splitlines()
-        speeds = [json.loads(line)["images_per_second"] for line in lines]
         return {
             "parameters": planned["params"],
-            "steps_per_second": statistics.median(speeds) / config.data.batch_size,
+            "steps_per_second": self._speed(name)[1] / config.data.batch_size,
             "mebibytes": planned["hbm_per_chip"]["peak"] / 2**20,
         }
+
+    def minutes(self, training: Training) -> float:
+        """Minutes of a core that a training took: its images at their median speed."""
+        config = load_stage(self.stage(training)).config
+        steps, speed = self._speed(self.name(training))
+        return steps * config.data.batch_size / speed / 60
+
+    def _speed(self, name: str) -> tuple[int, float]:
+        """Steps of a training, and the median of images/s over its log lines."""
+        lines = (self.folder / "trainings" / name / "metrics.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        return rows[-1]["step"], statistics.median(row["images_per_second"] for row in rows)
 
     def gigaflops(self, training: Training) -> dict[str, float]:
         """GFLOP of a training image: of the network, and of its caption's encoder."""

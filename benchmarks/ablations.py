@@ -348,7 +348,16 @@ def main() -> None:
     jax.config.update("jax_compilation_cache_dir", str(runs.compiled))
     cells = measure(ablation, runs, seeds, f"{flags.demo}/stages/sr")
     rows = tabulate(ablation, cells)
+    trained = {
+        training._replace(seed=seed)
+        for arm in ablation.arms.values()
+        for training in arm.stages
+        for seed in seeds
+    }
+    minutes = sum(map(runs.minutes, trained))
     record = {
+        "trainings": len(trained),
+        "core_minutes": round(minutes, 1),
         "ablation": flags.name,
         "seeds": seeds,
         "steps": steps,
@@ -357,7 +366,7 @@ def main() -> None:
     }
     text = json.dumps(record, indent=1) + "\n"
     (pathlib.Path(flags.out) / f"{flags.name}.json").write_text(text)
-    table = format_table(rows)
+    table = f"{format_table(rows)}\n\n{len(trained)} trainings, {minutes:.0f} minutes of a core."
     print(table)
     if flags.docs:
         docs = pathlib.Path(flags.docs)

@@ -32,8 +32,7 @@ from imagen_jax.training import pretrain_text, text_corpus
 from imagen_jax.worlds.shapes import scenes
 
 IMAGES = 20_000  # The whole training split.
-SIDE = 16
-TOWER = clip.ClipVisionConfig(SIDE, 4, 64, 2, 4, 128)
+SIDE = 16  # of the images that the base stage generates
 WIDTH = 64
 # Log of the inverse temperature: initial value and maximum (CLIP, Sec. 2.4-2.5).
 LOG_SCALE_INIT, LOG_SCALE_MAX = float(np.log(1 / 0.07)), float(np.log(100.0))
@@ -47,13 +46,21 @@ class State(NamedTuple):
     opt_state: Any
 
 
-def init_params(key: jax.Array, t5_config: T5Config) -> dict[str, Any]:
+def tower_of(side: int) -> clip.ClipVisionConfig:
+    """The image tower: patches of 4 pixels, width 64, 2 layers."""
+    return clip.ClipVisionConfig(side, 4, 64, 2, 4, 128)
+
+
+def init_params(
+    key: jax.Array, t5_config: T5Config, tower_config: clip.ClipVisionConfig
+) -> dict[str, Any]:
     """Text encoder and its projection, image tower, and the log of the inverse temperature."""
     text_key, head_key, image_key = jax.random.split(key, 3)
     # The initialisation of `pretrain_text`.
     encoder = pretrain_text.init_params(text_key, t5_config, WIDTH)
-    tower = clip.ImageEmbedding(TOWER, WIDTH)
-    image_params = tower.init(image_key, jnp.zeros((1, SIDE, SIDE, 3)))["params"]
+    tower = clip.ImageEmbedding(tower_config, WIDTH)
+    side = tower_config.image_size
+    image_params = tower.init(image_key, jnp.zeros((1, side, side, 3)))["params"]
     projection = jax.random.normal(head_key, (t5_config.emb_dim, WIDTH)) * t5_config.emb_dim**-0.5
     return {
         "encoder": encoder["encoder"],
@@ -63,7 +70,9 @@ def init_params(key: jax.Array, t5_config: T5Config) -> dict[str, Any]:
     }
 
 
-@functools.partial(jax.jit, static_argnames=("config", "t5_config"), donate_argnums=0)
+@functools.partial(
+    jax.jit, static_argnames=("config", "t5_config", "tower_config"), donate_argnums=0
+)
 def train_step(
     state: State,
     ids: Int[Array, "b l"],
@@ -71,13 +80,14 @@ def train_step(
     *,
     config: Any,
     t5_config: T5Config,
+    tower_config: clip.ClipVisionConfig,
 ) -> tuple[State, Float[Array, ""]]:
     """A step of Adam; returns the new state and the loss in nats."""
 
     def loss_fn(params: dict[str, Any]) -> Float[Array, ""]:
         x: Any = t5.T5Encoder(t5_config).apply({"params": params["encoder"]}, ids, ids != 0)
         end = x[jnp.arange(len(ids)), (ids != 0).sum(1) - 1]
-        tower = clip.ImageEmbedding(TOWER, WIDTH)
+        tower = clip.ImageEmbedding(tower_config, WIDTH)
         image_emb: Any = tower.apply({"params": params["images"]}, image_batch)
         return contrast(end @ params["projection"], image_emb, params["scale"])
 
@@ -107,6 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True, help="its section pretrain_text is used")
     parser.add_argument("--out", required=True, help="encoder folder to write")
+    parser.add_argument("--side", type=int, default=SIDE, help="pixels of the training images")
     flags, rest = parser.parse_known_args()
     changes = [argument.removeprefix("--config.") for argument in rest]
     config = overrides.load(flags.config, changes)
@@ -120,10 +131,11 @@ def main() -> None:
     captions = [caption for group in groups for caption in group]
     ids, pieces = text_corpus.tokenize(captions, model, config.text.max_len)
     ids = text_corpus.by_group(ids, groups)
-    pixels = np.stack([scenes.render(scenes.scene("train", i), SIDE) for i in range(IMAGES)])
+    pixels = np.stack([scenes.render(scenes.scene("train", i), flags.side) for i in range(IMAGES)])
 
     t5_config = pretrain_text.encoder_config(settings, pieces)
-    params = init_params(jax.random.key(config.seed), t5_config)
+    tower_config = tower_of(flags.side)
+    params = init_params(jax.random.key(config.seed), t5_config, tower_config)
     state = State(params, pretrain_text.pretraining_optimizer(settings).init(params))
     rng = np.random.default_rng(config.seed)
     loss = jnp.nan
@@ -131,7 +143,14 @@ def main() -> None:
         rows = rng.integers(0, IMAGES, settings.batch_size)
         words = ids[rows, rng.integers(0, ids.shape[1], len(rows))]
         image_batch = images.to_float(pixels[rows])
-        state, loss = train_step(state, words, image_batch, config=settings, t5_config=t5_config)
+        state, loss = train_step(
+            state,
+            words,
+            image_batch,
+            config=settings,
+            t5_config=t5_config,
+            tower_config=tower_config,
+        )
         if step % LOG_EVERY == 0:
             print(f"step {step}/{settings.steps}: loss {float(loss):.3f}", flush=True)
     metrics = {

@@ -10,8 +10,9 @@
 Samples development prompts with every thresholding at several guidance weights of the first stage,
 guided at all noise levels and at logsnr < 1 only; other fields are the stage's own. The best
 setting of each thresholding (where several are equal, the lowest weight) then samples test prompts
-with other noise: score, and paired difference from the best static setting, 95% over prompts. The
-meaning of right is that of sampler_grids.py. A killed run continues from --out.
+with other noise, and so do the stage's own settings: score, and paired difference from the best
+static setting, 95% over prompts. The meaning of right is that of sampler_grids.py. A killed run
+continues from --out.
 
 Takes ten to twenty minutes on one CPU core.
 """
@@ -89,7 +90,7 @@ def test_table(
     scores: Mapping[str, Sequence[bool]], chosen: Sequence[tuple[str, str, float]]
 ) -> str:
     """Markdown: a row per chosen setting, with its paired difference from the static one."""
-    static = next(setting for setting in chosen if setting[0] == "static")
+    static = next(setting for setting in chosen if setting[0] == "static")  # Default comes last.
     base = np.asarray(scores[name_of(static)], float)
     lines = ["| chosen setting | right | difference from static, 95% |", "|---|---|---|"]
     for setting in chosen:
@@ -118,6 +119,7 @@ def main() -> None:
         flags.error("--prompts and --test_prompts go together")
     cascade = Cascade.load(args.stages.split(","))
     first = cascade.configs[0].name
+    own = cascade.configs[0].sampling
     args.out.parent.mkdir(parents=True, exist_ok=True)
     found = json.loads(args.out.read_text()) if args.out.is_file() else {"dev": {}, "test": {}}
 
@@ -144,6 +146,8 @@ def main() -> None:
     for setting in SETTINGS:
         measure("dev", development, setting)
     chosen = [best(found["dev"], thresholding) for thresholding in THRESHOLDINGS]
+    default = (own.thresholding, "all levels", own.guidance_weight)
+    chosen += [default] if default not in chosen else []
     test = split_of(args, test=True)
     for setting in chosen:
         measure("test", test, setting)
