@@ -299,9 +299,11 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
         for title in titles:
             form = FORMS.get(title, ".2f")
             found = row["measures"][title]
-            text = _format(found if title not in GIGAFLOPS else {**found, "half": None}, form)
+            text = format_summary(
+                found if title not in GIGAFLOPS else {**found, "half": None}, form
+            )
             if title in row["differences"] and title not in {*COSTS, *GIGAFLOPS}:
-                text += f" ({_format(row['differences'][title], '+' + form)})"
+                text += f" ({format_summary(row['differences'][title], '+' + form)})"
             cells.append(text)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -311,7 +313,8 @@ def _choice(value: Any) -> str:
     return "all" if value in ((), []) else sweep.format_value(value)
 
 
-def _format(found: Mapping[str, Any], form: str) -> str:
+def format_summary(found: Mapping[str, Any], form: str) -> str:
+    """Mean ± half of the interval of a `summary`; "-" where it has no mean."""
     if found["mean"] is None:
         return "-"
     half = "" if found["half"] is None else f" ± {found['half']:{form.lstrip('+')}}"

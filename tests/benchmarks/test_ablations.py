@@ -14,6 +14,7 @@ import ablation_curves
 import ablation_runs
 import ablations
 import contrastive_text
+import drawbench_arms
 from ablation_runs import Training
 
 from imagen_jax.config.overrides import load
@@ -252,3 +253,16 @@ def test_points_of_a_curve_are_paired_differences_over_added_flops():
     text = ablation_curves.table({"one object": lines}).splitlines()
     assert text[-2] == "| text encoder | larger | +0.375 | +0.25 ± 0.00 |"
     assert len(text) == 2 + 4
+
+
+def test_drawbench_compares_arms_by_category():
+    scores = {"a": {"Colors": [0.5, 0.25]}, "b": {"Colors": [0.75, 0.5]}}
+    assert drawbench_arms.table(scores).splitlines() == [
+        "| category | a | b |",
+        "|---|---|---|",
+        "| Colors | 0.38 ± 1.59 | 0.62 ± 1.59 (+0.25 ± 0.00) |",
+    ]
+
+
+def test_the_image_tower_has_the_size_of_its_images():
+    assert contrastive_text.tower_of(32).image_size == 32
