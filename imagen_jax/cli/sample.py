@@ -73,6 +73,26 @@ def add_sampling(parser: argparse.ArgumentParser, *, samples_per_prompt: int) ->
         metavar="png|gif",
         help="also write the estimates of x0 over the steps, OUT/trace/NNNNN_KK.png or .gif",
     )
+    _add_guidance(parser)
+    parser.add_argument(
+        "--limit", type=int, default=0, help="sample the first N prompts only; 0: all"
+    )
+    parser.add_argument(
+        "--text_encoder",
+        default="",
+        type=path_flags.address,
+        help="encoder folder, if it has moved",
+    )
+    parser.add_argument(
+        "--stage_settings",
+        metavar="JSON",
+        default="{}",
+        help='sampling fields by stage name, e.g. \'{"base": {"guidance_weight": 3}}\'',
+    )
+
+
+def _add_guidance(parser: argparse.ArgumentParser) -> None:
+    """Adds what guidance moves towards or away from, beside the prompt."""
     parser.add_argument(
         "--negative_prompt",
         default="",
@@ -101,21 +121,6 @@ def add_sampling(parser: argparse.ArgumentParser, *, samples_per_prompt: int) ->
         default="{}",
         help='with --classifier: class names by attribute, e.g. \'{"colour": "red"}\'; those of '
         "a row of --prompts, in its field `classes`, replace them",
-    )
-    parser.add_argument(
-        "--limit", type=int, default=0, help="sample the first N prompts only; 0: all"
-    )
-    parser.add_argument(
-        "--text_encoder",
-        default="",
-        type=path_flags.address,
-        help="encoder folder, if it has moved",
-    )
-    parser.add_argument(
-        "--stage_settings",
-        metavar="JSON",
-        default="{}",
-        help='sampling fields by stage name, e.g. \'{"base": {"guidance_weight": 3}}\'',
     )
 
 

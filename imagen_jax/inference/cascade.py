@@ -23,7 +23,7 @@ from imagen_jax.config import overrides
 from imagen_jax.config.fields import ConfigError, unknown_name
 from imagen_jax.config.schema import Config
 from imagen_jax.diffusion import editing
-from imagen_jax.inference import adapters, placement
+from imagen_jax.inference import adapters, class_guidance
 from imagen_jax.inference.adapters import LoraSpec
 from imagen_jax.inference.batches import StageInputs, StepReport, sample_batches
 from imagen_jax.inference.request import (
@@ -38,7 +38,6 @@ from imagen_jax.inference.request import (
 from imagen_jax.inference.stage_params import Networks, StageParams
 from imagen_jax.inference.stage_sampler import Noise, image_keys, stage_keys
 from imagen_jax.io import images
-from imagen_jax.parallel import partitioning
 from imagen_jax.stages.classifier import TrainedClassifier, load_classifier
 from imagen_jax.stages.conditioning import Text
 from imagen_jax.stages.folder import StageError, check_chain, load_stage, weights_hash
@@ -262,13 +261,14 @@ class Cascade:
         check_sizes(report_every=report_every)
         request.check(configs)
         check_guided(configs, guides=[guide.config for guide in self._guides if guide])
-        labels = self._labels(request)
+        labels = class_guidance.labels_of(self.classifier, request)
         inputs, order = self._first_inputs(request, configs[0])
         keys, sampled = inputs.keys, []
         given = [request.noise.get(config.name, Noise()) for config in configs]
         noise = jax.tree.map(lambda array: np.asarray(array, np.float32)[order], given)
         for index, config in enumerate(configs):
-            guide, classifier = self._guides[index], self._placed_classifier(config, labels)
+            guide = self._guides[index]
+            classifier = class_guidance.placed(self.classifier, config)
             report = None
             if on_progress:
                 report = functools.partial(_report, on_progress, configs, index, order)
@@ -328,27 +328,6 @@ class Cascade:
         self._networks.release_encoder()
         order = np.lexsort(identities[::-1])
         return inputs.rows(order), order
-
-    def _labels(self, request: SampleRequest) -> Int[np.ndarray, "n k"] | None:
-        """The labels of the classes of a request; None: it has none."""
-        if (self.classifier is None) != (request.classes is None):
-            raise RequestError(
-                "classes and a classifier go together; load one by Cascade.load(classifier=DIR) or "
-                "--classifier=DIR, and give the classes of each image"
-            )
-        if self.classifier is None or request.classes is None:
-            return None
-        return self.classifier.config.labels(request.classes)
-
-    def _placed_classifier(self, config: Config, labels: Any) -> TrainedClassifier | None:
-        """The classifier on the devices of a stage, if it guides this stage."""
-        trained = self.classifier
-        if trained is None or labels is None or trained.config.image_size != config.data.image_size:
-            return None
-        mesh = placement.make_mesh(config.sampling) or partitioning.local_mesh()
-        return trained._replace(
-            params=jax.device_put(trained.params, partitioning.replicated(mesh))
-        )
 
     def _negative(self, request: SampleRequest, text: Text) -> Text | None:
         """What guidance moves away from; None: the null text of zeros."""

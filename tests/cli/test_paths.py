@@ -13,7 +13,7 @@ from imagen_jax.cli import main, path_flags
 TEXTS = {"prompt", "negative_prompt", "stage_settings", "grid", "title", "name", "names", "licence"}
 TEXTS |= {"topology", "host", "scorer", "splits", "allow_changes", "marks"}
 TEXTS |= {"match", "by", "credit", "class_prompt", "hosts", "origins", "prefix"}
-TEXTS |= {"beam_options"}
+TEXTS |= {"beam_options", "classes"}
 
 
 def actions(verb: str) -> list[argparse.Action]:
