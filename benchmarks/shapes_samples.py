@@ -15,14 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imagen_jax.config import overrides
 from imagen_jax.diffusion import process, samplers
 from imagen_jax.evaluation import intervals
 from imagen_jax.inference import prompts, stage_sampler
 from imagen_jax.inference.stage_sampler import image_keys, sample_stage
 from imagen_jax.io import images
 from imagen_jax.stages.conditioning import Text
-from imagen_jax.stages.folder import check_chain, load_stage
+from imagen_jax.stages.folder import check_chain, config_hash, load_stage
 from imagen_jax.stages.stage import Stage
 from imagen_jax.text.encoders import embed_prompts, load_text_encoder
 from imagen_jax.worlds.shapes import alignment
@@ -139,4 +138,4 @@ def exact(samples: np.ndarray, batch: PromptBatch) -> tuple[float, float, float]
 
 def fingerprint(stages: Sequence[Stage]) -> str:
     """Names and configuration hashes of the stages, for the record."""
-    return ",".join(f"{s.config.name}:{overrides.fingerprint(s.config)}" for s in stages)
+    return ",".join(f"{s.config.name}:{config_hash(s.config)}" for s in stages)

@@ -178,10 +178,12 @@ def in_memory() -> Iterator[dict[str, int]]:
 
     stores: dict[str, ts.KvStore] = {}
     counts: dict[str, int] = collections.defaultdict(int)
+    lock = threading.Lock()
 
     def open_bucket(scheme, bucket, *_, **__):
-        if bucket not in stores:
-            stores[bucket] = ts.KvStore.open({"driver": "memory"}).result()
+        with lock:
+            if bucket not in stores:
+                stores[bucket] = ts.KvStore.open({"driver": "memory"}).result()
         return _Counted(stores[bucket], counts)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -39,7 +39,7 @@ from imagen_jax.inference.sample import SampleOptions, sample
 from imagen_jax.interop import hf_clip
 from imagen_jax.io import atomic, images
 from imagen_jax.parallel import distributed
-from imagen_jax.stages.folder import check_chain, load_stage, weights_hash
+from imagen_jax.stages.folder import check_chain, config_hash, load_stage, weights_hash
 
 # Lists of a grid by name: the guidance weights of the curves of CLIP score against FID-10K.
 PRESETS: dict[str, tuple[float, ...]] = {
@@ -293,7 +293,7 @@ def _cell_identity(
     stages = {
         config.name: {
             "weights": weights_hash(path),
-            "config": overrides.fingerprint(config),
+            "config": config_hash(config),
             **dataclasses.asdict(config.sampling),
         }
         for config, path in zip(

@@ -28,6 +28,7 @@ from imagen_jax.inference.sample_folder import GRID_IMAGES, Sample
 from imagen_jax.inference.trace import Trace
 from imagen_jax.io import atomic, images
 from imagen_jax.parallel import distributed
+from imagen_jax.stages.folder import config_hash
 
 # Batches that each stage samples before the next one is loaded, where one is in memory at a time.
 BATCHES_PER_STAGE = 16
@@ -151,7 +152,7 @@ def _image_metadata(cascade: Cascade, options: SampleOptions) -> dict[str, str]:
         settings["edit"]["masks"] = (
             "" if options.edit.masks is None else _digest(options.edit.masks)
         )
-    trained = {config.name: overrides.fingerprint(config) for config in cascade.configs}
+    trained = {config.name: config_hash(config) for config in cascade.configs}
     return {
         "seed": str(options.seed),
         "config": json.dumps(trained, sort_keys=True),

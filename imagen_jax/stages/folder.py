@@ -82,6 +82,15 @@ def load_stage(path: str) -> Stage:
     return Stage(config, weights.unflatten(shards.read_shards(folder / PARAMS_FILE)))
 
 
+def config_hash(config: Config) -> str:
+    """Short hash of a stage's configuration; the same wherever its folder is.
+
+    A text encoder is known by `text.fingerprint`, not by its path.
+    """
+    text = dataclasses.replace(config.text, path="", vocabulary="")
+    return overrides.fingerprint(dataclasses.replace(config, text=text))
+
+
 def has_params(folder: pathlib.Path) -> bool:
     """Whether a folder holds a stage's parameters, in one file or in shards."""
     path = folder / PARAMS_FILE

@@ -94,8 +94,13 @@ class Ownership:
                     f"--workdir={self._folder} belongs to a run: {_describe(owner)}; stop it, or "
                     "name another workdir"
                 )
-            if self._newest()[0] == number and self._create(number + 1):
+            if self._newest()[0] != number or not self._create(number + 1):
+                continue
+            if self._newest()[0] == number + 1:
                 break
+            # This process stood still before it wrote: later owners have come, and the number was
+            # free because they had removed it.
+            self._remove(number + 1)
         self._number = number + 1
         for older in self._numbers():
             if older < self._number:

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -126,6 +127,33 @@ def test_a_finished_cell_is_skipped_and_an_incomplete_one_resumes(world, done, m
     # With no cell left, no stage is loaded.
     monkeypatch.setattr(Cascade, "load", None)
     assert main.main(flags(world, done)) == 0
+
+
+def test_a_moved_folder_goes_on(world, tmp_path, capsys):
+    """Neither finished cells nor images depend on where the stages are, with their encoder."""
+    before, after = tmp_path / "before", tmp_path / "after"
+    shutil.copytree(world, before)
+    shutil.copytree(world / "text", before / "early" / "text")
+    # One stage and one cell.
+    grid = json.dumps({"base": {"guidance_weight": [2]}})
+
+    def command(folder):
+        given = ["evaluate", "sweep", f"--stages={folder}/early", "--resamples=3"]
+        given += [f"--prompts={folder}/prompts.jsonl", "--limit=2", f"--grid={grid}"]
+        return [*given, f"--out={folder}/out"]
+
+    assert main.main(command(before)) == 0
+    before.rename(after)
+    whole, changes = (after / "out" / "sweep.json").read_text(), times(after / "out")
+    assert main.main(command(after)) == 0, capsys.readouterr().err
+    (cell,) = (after / "out").rglob("cell.json")
+    assert times(cell.parent).items() <= changes.items()
+    cell.unlink()
+    assert main.main(command(after)) == 0, capsys.readouterr().err
+    assert (after / "out" / "sweep.json").read_text() == whole
+    assert {
+        p: t for p, t in times(cell.parent).items() if p.endswith("_00.png")
+    }.items() <= changes.items()
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,28 @@ def test_one_of_many_that_start_at_once_owns(workdir, elsewhere):
     won[0].release()
 
 
+def test_a_run_that_stood_still_while_others_owned_is_refused(workdir, elsewhere, monkeypatch):
+    """It has seen no record, and its number is free again once a later owner has removed it."""
+    slow, others = Ownership(workdir(), lambda line: None), []
+    create = slow._create
+
+    def late(number):
+        if not others:
+            for _ in range(2):
+                others.append(Ownership(workdir(), lambda line: None))
+                others[-1].acquire()
+                if len(others) == 1:
+                    others[0].release()
+        return create(number)
+
+    monkeypatch.setattr(slow, "_create", late)
+    with pytest.raises(OwnershipError, match="belongs to a run"):
+        slow.acquire()
+    others[1].check()
+    assert others[1]._numbers() == [1]
+    others[1].release()
+
+
 def test_removed_records_are_written_again(tmp_path):
     owner = Ownership(str(tmp_path))
     owner.acquire()

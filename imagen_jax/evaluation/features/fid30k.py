@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 
 from imagen_jax import __version__
-from imagen_jax.config import overrides
 from imagen_jax.config.data import DataConfig
 from imagen_jax.config.schema import Config
 from imagen_jax.data.index.indexed_source import IndexedSource
@@ -33,6 +32,7 @@ from imagen_jax.evaluation.features.fid import FeatureExtractor, Settings
 from imagen_jax.evaluation.samples import EvaluationError
 from imagen_jax.interop import hf_clip
 from imagen_jax.io import atomic
+from imagen_jax.stages.folder import config_hash
 
 COUNT = 30_000
 BUILDER = "coco_captions/2014"
@@ -197,7 +197,7 @@ def about_run(
     stages = [
         {
             "name": config.name,
-            "config": overrides.fingerprint(config),
+            "config": config_hash(config),
             **dataclasses.asdict(config.sampling),
         }
         for config in configs
