@@ -369,7 +369,8 @@ def main() -> None:
     }
     text = json.dumps(record, indent=1) + "\n"
     (pathlib.Path(flags.out) / f"{flags.name}.json").write_text(text)
-    table = f"{format_table(rows)}\n\n{len(trained)} trainings, {minutes:.0f} minutes of a core."
+    number = f"{len(trained)} training" + "s" * (len(trained) != 1)
+    table = f"{format_table(rows)}\n\n{number}, {minutes:.0f} minutes of a core."
     print(table)
     if flags.docs:
         docs = pathlib.Path(flags.docs)

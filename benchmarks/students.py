@@ -9,10 +9,11 @@
 
 `run` samples every prompt once with the teacher and with each pair of a base and a super-resolution
 student, with the same noise, and scores the images as benchmarks/sampler_grids.py does. --scenes:
-prompts of the shapes world's held-out scenes. Diversity is the distance of two samples of a prompt,
-the root of the mean squared difference of their pixels, in 0..1; of the shapes world also that of
-two real images of the prompt. A killed run continues from its file. `table` averages runs of
-several seeds; intervals are over prompts, and the lowest and highest run is beside.
+prompts of the shapes world's held-out scenes. --guidance_steps: the same of base_guidance, which
+has learned guidance alone, with so many steps of DDIM. Diversity is the distance of two samples of
+a prompt, the root of the mean squared difference of their pixels, in 0..1; of the shapes world also
+that of two real images of the prompt. A killed run continues from its file. `table` averages runs
+of several seeds; intervals are over prompts, and the lowest and highest run is beside.
 
 Hardware: one CPU core. Time: about 15 minutes for 1,000 prompts and nine pairs.
 """
@@ -77,6 +78,20 @@ def score(
     return {"right": found, "distance": distance(images)}
 
 
+def cascades_of(flags: argparse.Namespace) -> dict[str, tuple[list[str], dict[str, Any]]]:
+    """By name: the stage folders of the teacher and of all pairs, and settings by stage."""
+    teacher = [f"{flags.stages}/base", f"{flags.stages}/sr"]
+    found = {TEACHER: (teacher, json.loads(flags.teacher_settings))}
+    for sr in flags.sr_steps.split(","):
+        student = f"{flags.students}/sr_{sr}"
+        for base in flags.base_steps.split(","):
+            found[f"{base} + {sr}"] = ([f"{flags.students}/base_{base}", student], {})
+        for base in filter(None, flags.guidance_steps.split(",")):
+            ddim = {"base": {"sampler": "ddim", "steps": int(base)}}
+            found[f"guidance, {base} + {sr}"] = ([f"{flags.students}/base_guidance", student], ddim)
+    return found
+
+
 def run(flags: argparse.Namespace) -> None:
     """Scores the teacher and all pairs of students, then times them in turns."""
     if flags.scenes:
@@ -88,19 +103,15 @@ def run(flags: argparse.Namespace) -> None:
         if flags.gallery
         else sampler_grids.right_by_alignment(rows)
     )
-    folders = {TEACHER: (f"{flags.stages}/base", f"{flags.stages}/sr")}
-    for base, sr in itertools.product(flags.base_steps.split(","), flags.sr_steps.split(",")):
-        pair = (f"{flags.students}/base_{base}", f"{flags.students}/sr_{sr}")
-        folders[f"{base} + {sr}"] = pair
     result = json.loads(flags.out.read_text()) if flags.out.is_file() else {}
-    settings = json.loads(flags.teacher_settings)
     cascades = {}
-    for name, stages in folders.items():
-        cascade = cascades[name] = Cascade.load(list(stages))
-        own = {"stage_settings": settings} if name == TEACHER else {}
+    for name, (stages, settings) in cascades_of(flags).items():
+        cascade = Cascade.load(stages)
 
-        def sample(texts: Sequence[str], cascade=cascade, own=own, **fields: Any) -> np.ndarray:
-            return cascade.sample(texts, **own, **fields)
+        def sample(
+            texts: Sequence[str], cascade=cascade, settings=settings, **fields: Any
+        ) -> np.ndarray:
+            return cascade.sample(texts, stage_settings=settings, **fields)
 
         cascades[name] = sample
         if name not in result:
@@ -158,7 +169,7 @@ def span(values: Sequence[float], form: str = ".2f") -> str:
     return mean if len(values) == 1 else f"{mean} ({min(values):{form}} to {max(values):{form}})"
 
 
-def main() -> None:
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parts = parser.add_subparsers(dest="part", required=True)
     flags = parts.add_parser("run", help="score and time one teacher and its students")
@@ -166,6 +177,7 @@ def main() -> None:
     flags.add_argument("--students", required=True, help="folder of launch/distill.sh")
     flags.add_argument("--base_steps", default="8,4,2")
     flags.add_argument("--sr_steps", default="4,2,1")
+    flags.add_argument("--guidance_steps", default="", help="of DDIM with the base of guidance")
     flags.add_argument("--teacher_settings", default="{}", help="JSON: fields of sampling by stage")
     flags.add_argument("--prompts", default="", help="JSONL files of a test split, by commas")
     flags.add_argument("--scenes", type=int, default=0, help="prompts of the shapes world")
@@ -173,7 +185,11 @@ def main() -> None:
     flags.add_argument("--match", default="key", help="field that names the right image")
     flags.add_argument("--out", type=pathlib.Path, required=True, help="JSON file to write")
     parts.add_parser("table", help="average runs").add_argument("runs", nargs="+")
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    args = parse(sys.argv[1:])
     if args.part == "run":
         args.out.parent.mkdir(parents=True, exist_ok=True)
         run(args)

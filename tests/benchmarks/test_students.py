@@ -47,6 +47,18 @@ def test_the_table_pairs_students_with_their_teacher():
     assert relative == "0.75 (0.50 to 1.00)" and speed == "3.00 (2.00 to 4.00)"
 
 
+def test_the_cascades_of_a_run():
+    command = ["--stages=t", "--students=s", "--base_steps=4", "--sr_steps=2", "--out=o"]
+    flags = students.parse(["run", *command, "--guidance_steps=8,4"])
+    ddim = [{"base": {"sampler": "ddim", "steps": steps}} for steps in (8, 4)]
+    assert students.cascades_of(flags) == {
+        "teacher": (["t/base", "t/sr"], {}),
+        "4 + 2": (["s/base_4", "s/sr_2"], {}),
+        "guidance, 8 + 2": (["s/base_guidance", "s/sr_2"], ddim[0]),
+        "guidance, 4 + 2": (["s/base_guidance", "s/sr_2"], ddim[1]),
+    }
+
+
 @pytest.mark.slow
 def test_a_run_of_untrained_stages(
     base_config, sr_config, random_params, write_world, tmp_path, monkeypatch, capsys

@@ -42,7 +42,12 @@ def test_students_of_both_stages(base_config, sr_config, random_params, write_wo
         folder.write_stage(stages / config.name, random_params(config, 1), config, {})
     (tmp_path / "tiny.py").write_text(text)
     command = ["bash", "launch/distill.sh", tmp_path / "tiny.py", stages, tmp_path / "out"]
-    given = {"BASE_STEPS": "guidance 4 2", "SR_STEPS": "2", "TRAIN_STEPS": "2"}
+    given = {
+        "BASE_STEPS": "guidance 4 2",
+        "SR_STEPS": "2",
+        "TRAIN_STEPS": "2",
+        "SR_TRAIN_STEPS": "1",
+    }
     environment = {**os.environ, **given, "PYTHON": sys.executable}
     for _ in range(2):  # The second time everything is there.
         done = subprocess.run(
@@ -53,10 +58,11 @@ def test_students_of_both_stages(base_config, sr_config, random_params, write_wo
     for name, steps in (("base_guidance", None), ("base_4", 4), ("base_2", 2)):
         config = folder.load_stage(str(tmp_path / "out" / name)).config
         assert (config.distill.teacher, config.distill.steps) == (teacher, steps)
-        assert config.sampling.guidance_weight == 1.0
+        assert config.sampling.guidance_weight == 1.0 and config.train.steps == 2
         assert f"of the teacher `{teacher}`" in (tmp_path / "out" / name / "card.md").read_text()
         teacher = str(tmp_path / "out" / name)
-    assert folder.load_stage(str(tmp_path / "out" / "sr_2")).config.sampling.steps == 2
+    config = folder.load_stage(str(tmp_path / "out" / "sr_2")).config
+    assert (config.sampling.steps, config.train.steps) == (2, 1)
     emb = np.random.default_rng(0).normal(size=(2, 4, 8)).astype(np.float32)
     students = [str(tmp_path / "out" / name) for name in ("base_2", "sr_2")]
     cascade = Cascade.load(students, text_encoder=None)
