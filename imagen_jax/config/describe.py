@@ -38,7 +38,7 @@ def _rows(section: Any, default: Any, path: str) -> Iterator[tuple[str, Any, Any
         name = f"{path}.{field.name}"
         if dataclasses.is_dataclass(value):
             yield from _rows(value, fallback, name)
-        elif isinstance(value, dict) and value:
+        elif isinstance(value, dict) and any(map(dataclasses.is_dataclass, value.values())):
             for source, component in value.items():
                 yield from _rows(component, ComponentConfig(), f"{name}.{source}")
         else:

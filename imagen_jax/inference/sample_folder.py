@@ -23,7 +23,8 @@ from imagen_jax.io import atomic, images
 
 GRID_IMAGES = 32
 # PNG text chunks that identify an image. The other one (`checkpoint`) is informative only.
-IDENTITY_CHUNKS = ("prompt", "seed", "config", "settings")
+# `classes` is there where a classifier guides.
+IDENTITY_CHUNKS = ("prompt", "seed", "config", "settings", "classes")
 
 
 class SampleError(ValueError):
@@ -82,10 +83,10 @@ def find_finished(
         if found is None:
             continue
         for key in IDENTITY_CHUNKS:
-            if found.get(key) != text[key]:
+            if found.get(key, "") != text.get(key, ""):
                 raise SampleError(
                     f"--out={folder}: {sample.file} was sampled with "
-                    f"{_difference(key, found.get(key, ''), text[key])}; give another folder, or "
+                    f"{_difference(key, found.get(key, ''), text.get(key, ''))}; give another folder, or "
                     "the earlier arguments"
                 )
         done[index] = True

@@ -27,6 +27,7 @@ from etils import epath
 
 from imagen_jax.io import buckets, mirrors
 from imagen_jax.parallel import distributed
+from imagen_jax.training import workdirs
 
 HEARTBEAT = 10.0
 DEAD_AFTER = 60.0
@@ -73,7 +74,7 @@ class Ownership:
             host=socket.gethostname(),
             process=os.getpid(),
             machine=_machine(),
-            started=_start_of(os.getpid())[1],
+            started=(_state_of(os.getpid()) or ("", 0))[1],
             token=secrets.token_hex(8),
         )
         self._number = -1
@@ -137,21 +138,25 @@ class Ownership:
         if owner.released:
             return False
         if owner.machine and owner.machine == self._record.machine:
-            state, started = _start_of(owner.process)
-            return started == owner.started and state not in ("Z", "X", "")
+            if (seen := _state_of(owner.process)) is not None:
+                state, started = seen
+                return started == owner.started and state not in ("Z", "X", "")
         self._log(
             f"{self._folder} was in use: {_describe(owner)}; waiting up to {DEAD_AFTER:g} s for "
             "a heartbeat"
         )
-        before, end = self._read(number), time.monotonic() + DEAD_AFTER
+        before, end = self._content(number), time.monotonic() + DEAD_AFTER
         while time.monotonic() < end:
             time.sleep(min(1.0, DEAD_AFTER / 10))
-            now = self._read(number)
-            newest, other = self._newest()
+            try:
+                now = self._content(number)
+                newest, other = self._newest()
+            except OSError:  # A file system that fails for a while says nothing of the owner.
+                continue
             if newest != number:
                 return self._is_alive(newest, other)
             if now != before:
-                return not now.released
+                return not other.released
         return False
 
     def _beat(self) -> None:
@@ -215,15 +220,21 @@ class Ownership:
     def _read(self, number: int) -> Record:
         """A record; an empty one if it is being written or is gone."""
         try:
-            if self._address:
-                values = json.loads(buckets.read(self._in_bucket(number)).data)
-            else:
-                values = json.loads(self._path(number).read_text())
+            values = json.loads(self._content(number))
             return Record(
                 **{field.name: values[field.name] for field in dataclasses.fields(Record)}
             )
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             return Record()
+
+    def _content(self, number: int) -> bytes:
+        """A record as it is written, also by another version; b"" if it is gone."""
+        try:
+            if self._address:
+                return buckets.read(self._in_bucket(number)).data
+            return self._path(number).read_bytes()
+        except FileNotFoundError:
+            return b""
 
     def _path(self, number: int) -> epath.Path:
         return self._folder / f"owner.{number}.json"
@@ -249,9 +260,13 @@ def owned(workdir: str, log: Callable[[str], None]) -> Iterator[Callable[[], Non
         refused = str(error)
     if refused := distributed.share(refused)[0]:
         raise OwnershipError(refused)
+    check = ownership.check if ownership else lambda: None
     try:
-        yield ownership.check if ownership else lambda: None
+        workdirs.begin(workdir, check)
+        yield check
+        workdirs.publish(workdir)  # An error here is one of the run.
     finally:
+        workdirs.end(workdir)
         if ownership:
             ownership.release()
 
@@ -271,11 +286,17 @@ def _machine() -> str:
         return ""
 
 
-def _start_of(process: int) -> tuple[str, int]:
-    """State and start of a process in the kernel's ticks; ("", 0) without one."""
+def _state_of(process: int) -> tuple[str, int] | None:
+    """State and start of a process in the kernel's ticks; ("", 0) without one, None if unknown."""
     try:
         text = pathlib.Path(f"/proc/{process}/stat").read_text()
     except OSError:
-        return "", 0
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return "", 0
+        except OSError:
+            pass
+        return None  # It lives, and belongs to a user whose processes cannot be looked up.
     fields = text.rpartition(")")[2].split()  # A program's name may hold spaces.
     return fields[0], int(fields[19])

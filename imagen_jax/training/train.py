@@ -190,6 +190,8 @@ class Run:
         """State of the newest readable checkpoint; after step `failed`, of `Faults.last_good`."""
         self.checkpoints.wait()
         rolls_back = failed is not None
+        if rolls_back:
+            self.check_owner()  # Checkpoints of another owner must not be deleted.
         found = self.checkpoints.restore_newest(
             abstract,
             lambda saved: check_changes(saved, self.config, self.workdir, allow_changes),
@@ -334,6 +336,7 @@ class Run:
         ) as writer:
             self.evaluate(step, state, writer)
         if step and self.evaluations.ranks(step):
+            self.check_owner()
             self.checkpoints.delete_after(step - 1)  # It was saved without its score.
             self.keep(step, state, {})
 

@@ -3,7 +3,8 @@
 The folder is a mirror of the address (`io/mirrors.py`), made anew by every process and removed at
 its end. metrics.jsonl, TensorBoard files, sample grids, faults and roll-backs are ordinary files in
 it; those that changed are copied every `EVERY` seconds, before a checkpoint is committed, and at
-the end. Checkpoints, snapshots of averages and the owner's record are written to the bucket itself.
+the end. A run reads them again once it owns the workdir, as its predecessor may have written until
+then, and writes them only as long as it does. Checkpoints, snapshots of averages and the owner's record are written to the bucket itself.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import pathlib
 import secrets
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from imagen_jax.io import buckets, copies, mirrors
@@ -33,7 +34,7 @@ def opened(address: str, *, write: bool) -> Iterator[str]:
 
     Args:
       address: of the workdir.
-      write: copy what changes to the bucket.
+      write: copy what changes to the bucket, between `begin` and `end`.
 
     Raises:
       BucketError: the store does not answer.
@@ -48,13 +49,6 @@ def opened(address: str, *, write: bool) -> Iterator[str]:
             _open[str(folder)] = copier
             copier.start()
         yield str(folder)
-        if write:
-            copier.publish()
-    except BaseException:
-        if write:  # What is known of a run that fails.
-            with contextlib.suppress(buckets.BucketError):
-                copier.publish()
-        raise
     finally:
         copier.stop()
         _open.pop(str(folder), None)
@@ -84,9 +78,24 @@ def publish(workdir: str) -> None:
 
     Raises:
       BucketError: the store does not answer.
+      OwnershipError: another run owns the workdir.
     """
     if copier := _open.get(os.path.abspath(workdir)):
         copier.publish()
+
+
+def begin(workdir: str, check_owner: Callable[[], None]) -> None:
+    """Reads the files of a workdir again; from now on writes them while `check_owner` passes."""
+    if copier := _open.get(os.path.abspath(workdir)):
+        copier.pull()
+        copier.check_owner = check_owner
+
+
+def end(workdir: str) -> None:
+    """Copies the changed files if it can, also of a run that failed; then writes no more."""
+    if copier := _open.get(os.path.abspath(workdir)):
+        copier.try_to_publish()
+        copier.check_owner = None
 
 
 class _Copier:
@@ -97,6 +106,7 @@ class _Copier:
         self._known: dict[str, tuple[int, int]] = {}
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="workdir", daemon=True)
+        self.check_owner: Callable[[], None] | None = None  # Nothing is written without it.
 
     def pull(self) -> None:
         """Copies what a run or a command reads of an earlier run."""
@@ -113,7 +123,10 @@ class _Copier:
             list(pool.map(copy, needed))
 
     def publish(self) -> None:
-        """Copies the changed files. Raises BucketError."""
+        """Copies the changed files. Raises BucketError, and what `check_owner` does."""
+        if self.check_owner is None:
+            return
+        self.check_owner()
         with self._lock:
             changed = {}
             for path in self._folder.rglob("*"):
@@ -134,6 +147,11 @@ class _Copier:
             with ThreadPoolExecutor(buckets.THREADS) as pool:
                 list(pool.map(copy, changed))
 
+    def try_to_publish(self) -> None:
+        """The same; a store that fails, or another owner, costs the copies, not the run."""
+        with contextlib.suppress(buckets.BucketError, ValueError):
+            self.publish()
+
     def start(self) -> None:
         """Copies from now on, every EVERY seconds."""
         self._thread.start()
@@ -146,9 +164,7 @@ class _Copier:
 
     def _run(self) -> None:
         while not self._stop.wait(EVERY):
-            # A store that fails for a while costs copies, not the run.
-            with contextlib.suppress(buckets.BucketError):
-                self.publish()
+            self.try_to_publish()
 
     def _is_copied(self, name: str) -> bool:
         parts = name.split("/")

@@ -281,6 +281,7 @@ def test_the_stacks_of_a_hanging_run_are_in_the_bucket(hangs, monkeypatch):
     statuses: list[int] = []
     event = threading.Event()
     with workdirs.opened(RUN, write=True) as workdir:
+        workdirs.begin(workdir, lambda: None)
         with monkeypatch.context() as patch:
             if hangs:
                 patch.setattr(buckets, "write", lambda *_, **__: event.wait())
@@ -328,6 +329,7 @@ def test_a_teacher_in_a_bucket(base_config, random_params, tmp_path):
 def test_an_empty_file_is_copied_once_it_has_content():
     """Not before: a TensorBoard file is empty for a moment, and no start needs it so."""
     with workdirs.opened(RUN, write=True) as workdir:
+        workdirs.begin(workdir, lambda: None)
         file = pathlib.Path(workdir) / "metrics.jsonl"
         for content, copied in ((b"", None), (b"x", b"x"), (b"", b"")):
             file.write_bytes(content)
