@@ -313,7 +313,11 @@ def _cell_identity(
     if sweep.enlarge:
         config = load_stage(sweep.enlarge).config
         sampling = dataclasses.asdict(config.sampling)
-        about["enlarge"] = {"weights": weights_hash(sweep.enlarge), **sampling}
+        about["enlarge"] = {
+            "weights": weights_hash(sweep.enlarge),
+            "config": config_hash(config),
+            **sampling,
+        }
     return json.loads(json.dumps(about))
 
 

@@ -38,9 +38,9 @@ from imagen_jax.inference.request import (
 from imagen_jax.inference.stage_params import Networks, StageParams
 from imagen_jax.inference.stage_sampler import Noise, image_keys, stage_keys
 from imagen_jax.io import images
-from imagen_jax.stages.classifier import TrainedClassifier, load_classifier
+from imagen_jax.stages.classifier import TrainedClassifier, classifier_hash, load_classifier
 from imagen_jax.stages.conditioning import Text
-from imagen_jax.stages.folder import StageError, check_chain, load_stage, weights_hash
+from imagen_jax.stages.folder import StageError, check_chain, config_hash, load_stage, weights_hash
 from imagen_jax.stages.names import check_names
 from imagen_jax.stages.stage import Stage
 from imagen_jax.text.encoders import TextEncoder, embed_prompts, load_text_encoder
@@ -177,8 +177,11 @@ class Cascade:
             weights_hash(path) + adapters.digest(own, config)
             for path, own, config in zip(dirs, specs, configs, strict=True)
         ]
-        cascade.guide_hashes = [weights_hash(path) for path in guides]
-        cascade.classifier_hash = weights_hash(classifier) if classifier else ""
+        cascade.guide_hashes = [
+            weights_hash(path) + config_hash(stage.config)
+            for path, stage in zip(guides, weaker, strict=True)
+        ]
+        cascade.classifier_hash = classifier_hash(classifier) if classifier else ""
         return cascade
 
     def _set_networks(self, params: Sequence[StageParams], keep: Literal["auto", "all", "one"]):

@@ -96,10 +96,18 @@ def sample(
     own = [{"prompt": r["prompt"], **about, "seed": str(r.get("seed", options.seed))} for r in rows]
     if cascade.classifier is not None:
         for row, text in zip(rows, own, strict=True):
+            if "classes" not in row:
+                raise sample_folder.SampleError(
+                    f"prompt {row['prompt']!r} has no classes; a classifier guides every image, "
+                    'give the row a field like "classes": {"colour": "red"}'
+                )
             text["classes"] = json.dumps(row["classes"], sort_keys=True)
     texts = [own[sample.prompt_index] for sample in samples]
     # Images that any host has are done. The exchange is also a barrier before the first write.
-    done = distributed.all_gather(sample_folder.find_finished(folder, samples, texts)).any(axis=0)
+    found = sample_folder.find_finished(
+        folder, samples, texts, floats=options.floats, trace=options.trace
+    )
+    done = distributed.all_gather(found).any(axis=0)
     folder.mkdir(parents=True, exist_ok=True)
     if done.any():
         log(f"{folder}: {done.sum()} of {len(samples)} images are there already")

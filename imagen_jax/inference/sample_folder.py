@@ -57,7 +57,12 @@ def read_png_chunks(path: pathlib.Path) -> dict[str, str] | None:
 
 
 def find_finished(
-    folder: pathlib.Path, samples: Sequence[Sample], texts: Sequence[Mapping[str, str]]
+    folder: pathlib.Path,
+    samples: Sequence[Sample],
+    texts: Sequence[Mapping[str, str]],
+    *,
+    floats: bool = False,
+    trace: str = "",
 ) -> np.ndarray:
     """Which samples are complete in the folder, bool [N].
 
@@ -65,6 +70,8 @@ def find_finished(
       folder: may be missing.
       samples: of this run.
       texts: the PNG text chunks of each.
+      floats: a sample is complete with its .npy alone.
+      trace: "png" or "gif": likewise with its trace.
 
     Raises:
       SampleError: the folder has an image of another prompt, seed or setting, or one that is not
@@ -86,17 +93,20 @@ def find_finished(
             if found.get(key, "") != text.get(key, ""):
                 raise SampleError(
                     f"--out={folder}: {sample.file} was sampled with "
-                    f"{_difference(key, found.get(key, ''), text.get(key, ''))}; give another folder, or "
-                    "the earlier arguments"
+                    f"{_difference(key, found.get(key, ''), text.get(key, ''))}; give another "
+                    "folder, or the earlier arguments"
                 )
-        done[index] = True
+        image = folder / sample.file
+        done[index] = (not floats or image.with_suffix(".npy").is_file()) and (
+            not trace or (folder / "trace" / sample.file).with_suffix(f".{trace}").is_file()
+        )
     return done
 
 
 def _difference(key: str, old: str, new: str) -> str:
     """The first value that differs, of a JSON chunk its field, as `before, this run has now`."""
     was, now = ({key: text} for text in (old, new))
-    if key in ("config", "settings") and old:
+    if key in ("config", "settings", "classes") and old and new:
         was, now = (overrides.flatten_fields(json.loads(text), f"{key}.") for text in (old, new))
     name = next(name for name in [*now, *was] if was.get(name) != now.get(name))
     return f"{name}={was.get(name)!r}, this run has {now.get(name)!r}"

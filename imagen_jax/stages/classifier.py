@@ -10,11 +10,14 @@ and `sample --classifier` read it.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
@@ -24,7 +27,8 @@ from imagen_jax.config.schema import ModelConfig
 from imagen_jax.interop import shards, weights
 from imagen_jax.io import atomic
 from imagen_jax.models import classifier
-from imagen_jax.stages.folder import PARAMS_FILE, write_params
+from imagen_jax.parallel import partitioning
+from imagen_jax.stages.folder import PARAMS_FILE, has_params, weights_hash, write_params
 
 CONFIG_FILE = "classifier.json"
 UNKNOWN = -1  # Label of an attribute that is not given.
@@ -94,20 +98,46 @@ def load_classifier(path: str) -> TrainedClassifier:
 
     Raises:
       ConfigError: a file is missing, or classifier.json describes none.
-      WeightsError: the parameters are damaged.
+      WeightsError: the parameters are damaged, or not those of the network.
     """
     folder = pathlib.Path(path)
-    for name in (CONFIG_FILE, PARAMS_FILE):
-        if not (folder / name).is_file():
+    for name, found in (
+        (CONFIG_FILE, (folder / CONFIG_FILE).is_file()),
+        (PARAMS_FILE, has_params(folder)),
+    ):
+        if not found:
             raise ConfigError(f"--classifier: {folder} has no {name}; give a classifier's folder")
     try:
         values = json.loads((folder / CONFIG_FILE).read_text())
         model = overrides.from_dict(ModelConfig, values["model"], "model")
-        classes = tuple((name, tuple(names)) for name, names in values["classes"].items())
+        classes = tuple((name, _names(names)) for name, names in values["classes"].items())
         config = ClassifierConfig(model, int(values["image_size"]), classes)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"{folder / CONFIG_FILE}: {error!r}; write it again") from error
-    return TrainedClassifier(config, weights.unflatten(shards.read_shards(folder / PARAMS_FILE)))
+    params = shards.read_shards(folder / PARAMS_FILE)
+    shape = (1, config.image_size, config.image_size, 3)
+    boxed = jax.eval_shape(
+        config.network.init, jax.random.key(0), jnp.zeros(shape), jnp.zeros((1,))
+    )
+    expected = partitioning.unbox(boxed["params"])
+    weights.check_parameters(
+        folder / PARAMS_FILE,
+        {name: array.shape for name, array in params.items()},
+        {name: array.shape for name, array in weights.flatten(expected).items()},
+    )
+    return TrainedClassifier(config, weights.unflatten(params))
+
+
+def classifier_hash(path: str) -> str:
+    """Hash of the parameters and of what they mean; samples record it."""
+    config = (pathlib.Path(path) / CONFIG_FILE).read_bytes()
+    return weights_hash(path) + hashlib.sha256(config).hexdigest()[:8]
+
+
+def _names(found: Any) -> tuple[str, ...]:
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise ValueError(f"classes {found!r} must be a list of names")
+    return tuple(found)
 
 
 def write_classifier(path: str | pathlib.Path, trained: TrainedClassifier) -> None:

@@ -137,10 +137,10 @@ class Ownership:
         """Whether the owner lives: it is seen, or its record changes while this process waits."""
         if owner.released:
             return False
-        if owner.machine and owner.machine == self._record.machine:
-            if (seen := _state_of(owner.process)) is not None:
-                state, started = seen
-                return started == owner.started and state not in ("Z", "X", "")
+        here = owner.machine and owner.machine == self._record.machine
+        if here and (seen := _state_of(owner.process)) is not None:
+            state, started = seen
+            return started == owner.started and state not in ("Z", "X", "")
         self._log(
             f"{self._folder} was in use: {_describe(owner)}; waiting up to {DEAD_AFTER:g} s for "
             "a heartbeat"

@@ -4,7 +4,8 @@ The folder is a mirror of the address (`io/mirrors.py`), made anew by every proc
 its end. metrics.jsonl, TensorBoard files, sample grids, faults and roll-backs are ordinary files in
 it; those that changed are copied every `EVERY` seconds, before a checkpoint is committed, and at
 the end. A run reads them again once it owns the workdir, as its predecessor may have written until
-then, and writes them only as long as it does. Checkpoints, snapshots of averages and the owner's record are written to the bucket itself.
+then, and writes them only as long as it does. Checkpoints, snapshots of averages and the owner's
+record are written to the bucket itself.
 """
 
 from __future__ import annotations

@@ -1,6 +1,10 @@
 """The listing of a configuration: every field, its value, its meaning, what differs."""
 
 import dataclasses
+import pathlib
+import runpy
+
+import pytest
 
 from imagen_jax.config import describe, overrides
 from imagen_jax.config.data import ComponentConfig
@@ -42,6 +46,27 @@ def test_sources_of_a_mixture_are_listed():
     assert sum("config.data.mixture.own." in line for line in lines) == len(
         dataclasses.fields(ComponentConfig)
     )
+
+
+def test_weights_of_captions_are_one_field():
+    data = dataclasses.replace(Config().data, captions={"caption": 0.5, "short": 0.5})
+    lines = describe.describe(dataclasses.replace(Config(), data=data))
+    (line,) = (line for line in lines if line.startswith("* "))
+    assert line.split()[1] == "config.data.captions" and "'short': 0.5" in line
+
+
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+PRESETS = [
+    (path.name, name)
+    for path in sorted(CONFIGS.glob("*.py"))
+    for name in runpy.run_path(str(path))["CONFIGS"]
+]
+
+
+@pytest.mark.parametrize(("file", "name"), PRESETS)
+def test_every_preset_is_described(file, name):
+    values = overrides.from_file(str(CONFIGS / file), name)
+    assert len(describe.describe(overrides.from_config_dict(values))) > 100
 
 
 def test_sections_are_named_with_their_meaning():

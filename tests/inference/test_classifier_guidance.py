@@ -17,11 +17,15 @@ from imagen_jax.inference.cascade import Cascade
 from imagen_jax.inference.given_inputs import GivenInputs
 from imagen_jax.inference.request import RequestError
 from imagen_jax.inference.sample import SampleOptions, sample
+from imagen_jax.inference.sample_folder import SampleError
+from imagen_jax.interop.weights import WeightsError
 from imagen_jax.io import images
 from imagen_jax.parallel import partitioning
+from imagen_jax.stages import folder as stage_folder
 from imagen_jax.stages.classifier import (
     ClassifierConfig,
     TrainedClassifier,
+    classifier_hash,
     load_classifier,
     write_classifier,
 )
@@ -106,12 +110,33 @@ def test_the_folder_holds_network_and_classes(trained, folder):
             "classifier.json: KeyError",
         ),
         (lambda f: (f / "classifier.json").write_text("["), "classifier.json: JSONDecodeError"),
+        (lambda f: change(f, classes={"colour": "red"}), "'red' must be a list of names"),
+        (lambda f: change(f, classes={"colour": ["red"]}), "does not match its config.*shape: "),
     ],
 )
 def test_a_damaged_folder_is_named(folder, damage, says):
     damage(folder)
-    with pytest.raises(ConfigError, match=says):
+    with pytest.raises((ConfigError, WeightsError), match=says):
         load_classifier(str(folder))
+
+
+def change(folder, **values):
+    found = json.loads((folder / "classifier.json").read_text())
+    (folder / "classifier.json").write_text(json.dumps({**found, **values}))
+
+
+def test_a_large_classifier_is_written_in_shards(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(stage_folder, "MAX_SHARD_BYTES", 1000)
+    write_classifier(tmp_path / "large", trained)
+    again = load_classifier(str(tmp_path / "large"))
+    jax.tree.map(np.testing.assert_array_equal, again.params, trained.params)
+
+
+def test_the_hash_is_of_the_classes_too(folder):
+    before = classifier_hash(str(folder))
+    assert before == classifier_hash(str(folder))
+    change(folder, classes={"colour": ["green", "red", "blue"], "shape": ["disc", "cross"]})
+    assert before != classifier_hash(str(folder))
 
 
 def test_images_follow_their_classes(stages, guided, trained, texts):
@@ -169,6 +194,12 @@ def test_an_image_records_its_classes(stages, guided, tmp_path, texts):
     found = Image.open(tmp_path / "00001_00.png").info
     assert json.loads(found["classes"]) == BLUE
     assert json.loads(found["settings"])["classifier"] == {"weights": "", "scale": 2.0}
+    sample(guided, rows, str(tmp_path), options, log=lambda line: None)
+    exchanged = [{**rows[0], "classes": BLUE}, rows[1]]
+    with pytest.raises(SampleError, match="00000_00.png was sampled with classes.colour='red', this run has 'blue'"):
+        sample(guided, exchanged, str(tmp_path), options, log=lambda line: None)
+    with pytest.raises(SampleError, match="prompt 'a' has no classes"):
+        sample(guided, [{"prompt": "a"}], str(tmp_path), options, log=lambda line: None)
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,26 @@ def test_other_weights_are_another_run(stages, drawn, random_params, tmp_path):
         sample(other, ROWS, str(drawn), JOB)
 
 
+def test_a_finished_folder_gets_the_floats_and_traces_it_lacks(cascade, tmp_path):
+    job = dataclasses.replace(JOB, samples_per_prompt=1)
+    sample(cascade, ROWS[:2], str(tmp_path), job)
+    before = (tmp_path / "00001_00.png").read_bytes()
+    for more in ({"floats": True}, {"floats": True, "trace": "gif"}):
+        sample(cascade, ROWS[:2], str(tmp_path), dataclasses.replace(job, **more))
+        assert len(list(tmp_path.glob("*.npy"))) == 2
+    assert len(list((tmp_path / "trace").glob("*.gif"))) == 2
+    assert (tmp_path / "00001_00.png").read_bytes() == before
+
+    def again(*_):
+        raise AssertionError("sampled again")
+
+    cascade_sample, cascade.sample = cascade.sample, again
+    try:
+        sample(cascade, ROWS[:2], str(tmp_path), job)
+    finally:
+        cascade.sample = cascade_sample
+
+
 @pytest.mark.parametrize("kind", ["png", "gif"])
 def test_traces(cascade, kind, tmp_path):
     job = SampleOptions(seed=3, batch_size=4, trace=kind)

@@ -144,6 +144,29 @@ def test_one_of_many_that_start_at_once_owns(workdir, elsewhere):
     won[0].release()
 
 
+def test_an_owner_that_cannot_be_looked_up_is_known_by_its_heartbeat(tmp_path, monkeypatch):
+    """Other users' processes may be hidden; and a record of another version has other fields."""
+    first = Ownership(str(tmp_path))
+    first.acquire()
+    read = pathlib.Path.read_text
+
+    def hidden(path, *args, **kwargs):
+        if str(path).startswith("/proc/") and path.name == "stat":
+            raise FileNotFoundError(path)
+        return read(path, *args, **kwargs)
+
+    monkeypatch.setattr(pathlib.Path, "read_text", hidden)
+    with pytest.raises(OwnershipError):
+        Ownership(str(tmp_path), lambda line: None).acquire()
+    text = first._text
+    monkeypatch.setattr(first, "_text", lambda **f: text(**f).replace('"started"', '"begun"'))
+    time.sleep(4 * ownership.HEARTBEAT)
+    with pytest.raises(OwnershipError):
+        Ownership(str(tmp_path), lambda line: None).acquire()
+    assert records(tmp_path) == ["owner.0.json"]
+    first.release()
+
+
 def test_a_run_that_stood_still_while_others_owned_is_refused(workdir, elsewhere, monkeypatch):
     """It has seen no record, and its number is free again once a later owner has removed it."""
     slow, others = Ownership(workdir(), lambda line: None), []
