@@ -16,6 +16,7 @@ class DistillConfig:
         "",
         "Stage folder of the teacher, from whose parameters the student starts; '': the stage "
         "learns from images.",
+        learns=False,  # The fingerprint covers it.
     )
     steps: int | None = doc(
         None,
@@ -25,6 +26,12 @@ class DistillConfig:
     )
     sampling: SamplingConfig = section(
         SamplingConfig, "Set by `train`: the teacher's guidance and thresholding."
+    )
+    fingerprint: str = doc(
+        "",
+        "Set by `train`: of the teacher's parameters and configuration; a run resumes with the "
+        "same teacher, wherever its folder is.",
+        compiled=False,
     )
 
     def __post_init__(self) -> None:

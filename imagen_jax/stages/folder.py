@@ -85,10 +85,16 @@ def load_stage(path: str) -> Stage:
 def config_hash(config: Config) -> str:
     """Short hash of a stage's configuration; the same wherever its folder is.
 
-    A text encoder is known by `text.fingerprint`, not by its path.
+    A text encoder is known by `text.fingerprint`, not by its path. Fields with their default are
+    left out, so that a version with more fields has the same hash.
     """
     text = dataclasses.replace(config.text, path="", vocabulary="")
-    return overrides.fingerprint(dataclasses.replace(config, text=text))
+    found, default = (
+        overrides.flatten_fields(dataclasses.asdict(one))
+        for one in (dataclasses.replace(config, text=text), Config())
+    )
+    own = {path: value for path, value in found.items() if default.get(path) != value}
+    return overrides.fingerprint(own)
 
 
 def has_params(folder: pathlib.Path) -> bool:

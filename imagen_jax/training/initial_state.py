@@ -58,6 +58,8 @@ def first_state(
 ) -> TrainState:
     """The state before the first step: random, or with the parameters of `train.init_from`.
 
+    A student starts from its teacher.
+
     Args:
       config: of the run.
       create: from `abstract_state`.
@@ -65,7 +67,7 @@ def first_state(
       optimizer: of the run.
       log: as in `start_from`, whose errors it raises.
     """
-    start = config.train.init_from
+    start = config.train.init_from or config.distill.teacher
     if not start:
         return create()
     with workdirs.local(start) as path:

@@ -19,7 +19,7 @@ from imagen_jax.config.schema import Config
 from imagen_jax.interop import weights
 from imagen_jax.interop.weights import flatten, unflatten
 from imagen_jax.io import copies
-from imagen_jax.stages.folder import load_stage
+from imagen_jax.stages.folder import config_hash, load_stage, weights_hash
 from imagen_jax.stages.network import abstract_params
 from imagen_jax.training.batch_streams import Encode
 from imagen_jax.training.initial_state import place
@@ -31,8 +31,8 @@ _OF_TRAINING = ("cond_drop_prob", "loss_weight", "text_noise", "vlb_weight", "au
 def with_teacher(config: Config) -> Config:
     """`config` with what `config.distill.teacher` determines; without a teacher as it is.
 
-    The student starts from the teacher, drops no captions, samples without guidance, and with
-    `distill.steps` by as many steps of DDIM.
+    The student starts from the teacher (`initial_state.first_state`), drops no captions, samples
+    without guidance, and with `distill.steps` by as many steps of DDIM.
 
     Raises:
       StageError: it is no stage folder. ConfigError: its network or process is another one.
@@ -42,6 +42,7 @@ def with_teacher(config: Config) -> Config:
         return config
     with copies.reading(path) as folder:
         teacher = load_stage(folder).config
+        fingerprint = weights_hash(folder) + config_hash(teacher)
     _check(config, teacher)
     unguided = {
         field.name: field.default
@@ -54,15 +55,13 @@ def with_teacher(config: Config) -> Config:
         sampling = dataclasses.replace(
             sampling, sampler="ddim", steps=steps, spacing="time", timesteps=()
         )
-    train = config.train
-    if not train.init_from:
-        train = dataclasses.replace(train, init_from=path)
     return dataclasses.replace(
         config,
         sampling=sampling,
-        train=train,
         diffusion=dataclasses.replace(config.diffusion, cond_drop_prob=0.0),
-        distill=dataclasses.replace(config.distill, sampling=teacher.sampling),
+        distill=dataclasses.replace(
+            config.distill, sampling=teacher.sampling, fingerprint=fingerprint
+        ),
     )
 
 

@@ -77,7 +77,7 @@ NAMES = {
         for part in ("", "mixture.*.")
         for name in ("caption_key", "check", "image_key", "kind", "shuffle", "split", "unique")
     ),
-    *("data.where", "data.mixture.*.where"),
+    *("data.where", "data.mixture.*.where", "distill.fingerprint"),
 }
 
 

@@ -22,7 +22,7 @@ NOT_LEARNED = (
     *("train.profile_at", "train.nan_patience", "train.rollbacks", "train.accumulation"),
     *("train.spike_factor", "train.hang_timeout", "train.heartbeat_timeout", "train.writers"),
     *("train.checksum_every", "evaluate"),
-    *("checkpoint", "ema.snapshot_every", "mesh", "sampling"),
+    *("checkpoint", "ema.snapshot_every", "mesh", "sampling", "distill.teacher"),
 )
 NOT_COMPILED = (
     *("name", "data.kind", "data.path", "data.name", "data.split", "data.image_key"),
@@ -36,7 +36,7 @@ NOT_COMPILED = (
     *("mesh.cpu_devices", "train.overfit_batch", "train.nan_patience", "train.rollbacks"),
     *("train.profile_at", "train.log_every", "train.sample_every"),
     *("train.spike_factor", "train.hang_timeout", "train.heartbeat_timeout", "train.writers"),
-    *("train.checksum_every", "evaluate", "data.held_out"),
+    *("train.checksum_every", "evaluate", "data.held_out", "distill.fingerprint"),
     # The source of a mixture has the fields of a source.
     *(f"data.mixture.*.{name}" for name in ("kind", "path", "name", "split", "image_key")),
     *(f"data.mixture.*.{name}" for name in ("caption_key", "min_size", "max_quarantined")),

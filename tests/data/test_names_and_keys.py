@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 
 import numpy as np
@@ -191,6 +192,24 @@ def test_when_nothing_fits_the_message_lists_what_was_seen(files, says, tmp_path
     with pytest.raises(ConfigError) as error:
         folder(tmp_path, files)
     assert says in str(error.value)
+
+
+def test_shards_of_one_name_have_keys_that_move_with_the_data(tmp_path, monkeypatch):
+    """And the records that are held out, which follow the keys."""
+    data = tmp_path / "one" / "data"
+    for part in "ab":
+        (data / part).mkdir(parents=True)
+        files = {f"{part}{n}.jpg": encode(n) for n in range(3)}
+        shard(data / part, files | {f"{part}{n}.txt": "a caption" for n in range(3)})
+    shutil.copytree(data, tmp_path / "moved")
+    monkeypatch.chdir(tmp_path / "one")
+    sources = [
+        registry.open_source(DataConfig(kind="webdataset", path=str(path)), log=lambda line: None)
+        for path in (data, "data", tmp_path / "moved")
+    ]
+    keys = [[source.record(n).key for n in range(6)] for source in sources]
+    assert keys[0] == keys[1] == keys[2] and keys[0][0].startswith("a/0.tar/")
+    assert len({source.fingerprint for source in sources}) == 1
 
 
 def test_dates_in_the_names_of_a_shard(tmp_path):

@@ -196,7 +196,9 @@ def test_an_image_records_its_classes(stages, guided, tmp_path, texts):
     assert json.loads(found["settings"])["classifier"] == {"weights": "", "scale": 2.0}
     sample(guided, rows, str(tmp_path), options, log=lambda line: None)
     exchanged = [{**rows[0], "classes": BLUE}, rows[1]]
-    with pytest.raises(SampleError, match="00000_00.png was sampled with classes.colour='red', this run has 'blue'"):
+    with pytest.raises(
+        SampleError, match="00000_00.png was sampled with classes.colour='red', this run has 'blue'"
+    ):
         sample(guided, exchanged, str(tmp_path), options, log=lambda line: None)
     with pytest.raises(SampleError, match="prompt 'a' has no classes"):
         sample(guided, [{"prompt": "a"}], str(tmp_path), options, log=lambda line: None)

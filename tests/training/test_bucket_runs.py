@@ -321,7 +321,7 @@ def test_a_teacher_in_a_bucket(base_config, random_params, tmp_path):
     buckets.upload(tmp_path / "stage", "gs://bucket/teacher")
     distill = DistillConfig("gs://bucket/teacher", 2)
     config = with_teacher(dataclasses.replace(base_config, distill=distill))
-    assert config.train.init_from == "gs://bucket/teacher"
+    assert config.distill.fingerprint
     with jax.set_mesh(partitioning.make_mesh(config.mesh)):
         same(add_teacher(config, lambda batch: batch)({})["teacher"], params)
 

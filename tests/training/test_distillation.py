@@ -1,6 +1,7 @@
 """Distillation is training like any other: killed and resumed, exported, sampled."""
 
 import dataclasses
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -103,13 +104,22 @@ def test_reported_timesteps_are_those_that_the_student_learns(base_config, teach
 
 def test_the_students_settings_follow_from_the_teacher(base_config, teacher):
     config = student(base_config, teacher, 2)
-    assert config.train.init_from == str(teacher)
     assert (config.sampling.sampler, config.sampling.steps) == ("ddim", 2)
     assert config.sampling.guidance_weight == 1.0 and config.diffusion.cond_drop_prob == 0.0
     assert config.distill.sampling.guidance_weight == base_config.sampling.guidance_weight
     guided = student(base_config, teacher, None)
     assert guided.sampling.steps == base_config.sampling.steps
     assert overrides.from_dict(Config, dataclasses.asdict(config), "config") == config
+
+
+def test_a_run_is_bound_to_its_teacher_and_not_to_its_folder(
+    base_config, teacher, random_params, tmp_path
+):
+    first = student(base_config, teacher, 2)
+    moved = shutil.copytree(teacher, tmp_path / "moved")
+    assert overrides.changes(first, student(base_config, moved, 2)) == {}
+    folder.write_stage(moved, random_params(base_config, 2), base_config, {})
+    assert list(overrides.changes(first, student(base_config, moved, 2))) == ["distill.fingerprint"]
 
 
 def test_another_network_is_refused(base_config, teacher):

@@ -56,9 +56,16 @@ def cache_folder(path: str, files: Sequence[pathlib.Path]) -> pathlib.Path:
 
 
 def names(files: Sequence[pathlib.Path]) -> list[str]:
-    """A unique name for each file: its base name if these are unique, else its path."""
+    """A unique name for each file, the same wherever the data set is.
+
+    Its base name if these are unique, else its path below the folder that holds all files.
+    """
     short = [file.name for file in files]
-    return short if len(set(short)) == len(short) else [file.as_posix() for file in files]
+    if len(set(short)) == len(short):
+        return short
+    paths = [file.absolute() for file in files]
+    root = os.path.commonpath([path.parent for path in paths])
+    return [path.relative_to(root).as_posix() for path in paths]
 
 
 def stats(files: Sequence[pathlib.Path]) -> list[tuple[str, int, int | str]]:
