@@ -1,10 +1,10 @@
 """Training of one stage. READ FIRST: the whole life of a run, top to bottom.
 
 A run is a pure function of its configuration: the batch of a step, its noise and its dropped
-captions are functions of (seed, step) alone, so a run that was killed continues exactly as if it
-had not been. The state is one pytree (`state.TrainState`), sharded over a mesh of devices; the step
-is one jitted function (`step.make_train_step`). Every process runs this loop, each with its part of
-every batch.
+captions are functions of (seed, step) and of the roll-backs so far (WORKDIR/rollbacks.json), so a
+run that was killed continues exactly as if it had not been. The state is one pytree
+(`state.TrainState`), sharded over a mesh of devices; the step is one jitted function
+(`step.make_train_step`). Every process runs this loop, each with its part of every batch.
 """
 
 from __future__ import annotations
