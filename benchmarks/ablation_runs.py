@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from imagen_jax.config import overrides
 from imagen_jax.parallel import topology
 from imagen_jax.planning import plan
-from imagen_jax.stages.folder import load_stage
+from imagen_jax.stages.folder import config_hash, load_stage
 from imagen_jax.text.encoders import load_text_encoder
 
 STEPS = {"text": 1_200, "base": 3_000, "sr": 600}
@@ -90,7 +90,7 @@ class Runs:
         self.data, self.steps = pathlib.Path(data), dict(steps)
         recipe = hashlib.sha256((self.data / "paraphrases.jsonl").read_bytes())
         for stage in ("base", "sr"):
-            recipe.update(overrides.to_json(overrides.load(f"configs/shapes.py:{stage}")).encode())
+            recipe.update(config_hash(overrides.load(f"configs/shapes.py:{stage}")).encode())
         self.folder = pathlib.Path(out) / recipe.hexdigest()[:8]
         self.compiled = self.folder / "compiled"  # All seeds of an arm share one program.
 

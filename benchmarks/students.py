@@ -85,7 +85,8 @@ def cascades_of(flags: argparse.Namespace) -> dict[str, tuple[list[str], dict[st
     for sr in flags.sr_steps.split(","):
         student = f"{flags.students}/sr_{sr}"
         for base in flags.base_steps.split(","):
-            found[f"{base} + {sr}"] = ([f"{flags.students}/base_{base}", student], {})
+            own = {"base": {"sampler": flags.base_sampler}} if flags.base_sampler else {}
+            found[f"{base} + {sr}"] = ([f"{flags.students}/base_{base}", student], own)
         for base in filter(None, flags.guidance_steps.split(",")):
             ddim = {"base": {"sampler": "ddim", "steps": int(base)}}
             found[f"guidance, {base} + {sr}"] = ([f"{flags.students}/base_guidance", student], ddim)
@@ -177,6 +178,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     flags.add_argument("--students", required=True, help="folder of launch/distill.sh")
     flags.add_argument("--base_steps", default="8,4,2")
     flags.add_argument("--sr_steps", default="4,2,1")
+    flags.add_argument("--base_sampler", default="", help="of the base students; '': ddim")
     flags.add_argument("--guidance_steps", default="", help="of DDIM with the base of guidance")
     flags.add_argument("--teacher_settings", default="{}", help="JSON: fields of sampling by stage")
     flags.add_argument("--prompts", default="", help="JSONL files of a test split, by commas")

@@ -57,6 +57,9 @@ def test_the_cascades_of_a_run():
         "guidance, 8 + 2": (["s/base_guidance", "s/sr_2"], ddim[0]),
         "guidance, 4 + 2": (["s/base_guidance", "s/sr_2"], ddim[1]),
     }
+    flags = students.parse(["run", *command, "--base_sampler=ddpm"])
+    found = students.cascades_of(flags)["4 + 2"]
+    assert found == (["s/base_4", "s/sr_2"], {"base": {"sampler": "ddpm"}})
 
 
 @pytest.mark.slow
