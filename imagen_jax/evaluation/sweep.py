@@ -312,12 +312,8 @@ def _cell_identity(
         about["scorer"] = sweep.scorer_name
     if sweep.enlarge:
         config = load_stage(sweep.enlarge).config
-        sampling = dataclasses.asdict(config.sampling)
-        about["enlarge"] = {
-            "weights": weights_hash(sweep.enlarge),
-            "config": config_hash(config),
-            **sampling,
-        }
+        own = {"weights": weights_hash(sweep.enlarge), "config": config_hash(config)}
+        about["enlarge"] = {**own, **dataclasses.asdict(config.sampling)}
     return json.loads(json.dumps(about))
 
 

@@ -14,6 +14,7 @@ from imagen_jax.training import ownership, workdirs
 from imagen_jax.training.ownership import Ownership, OwnershipError, owned
 from imagen_jax.training.train import train
 from tests import object_stores
+from tests.reference.launch import until
 
 RUN = "gs://bucket/runs/one"
 
@@ -123,8 +124,7 @@ def test_a_run_that_was_replaced_deletes_no_checkpoint(base_config, make_batch):
             for step in itertools.count(start):
                 batch = make_batch(config, seed=step)
                 if step == 4:
-                    while saved()[-1:] != ["4"]:
-                        pass
+                    assert until(lambda: saved()[-1:] == ["4"])
                     text = json.dumps(dataclasses.asdict(record)).encode()
                     buckets.write(f"{RUN}/owner/owner.1.json", text)
                     for later in ("6", "8"):
