@@ -80,6 +80,7 @@ def test_a_run_that_was_replaced_writes_nothing_more(monkeypatch):
 
 def test_a_refused_run_writes_nothing(monkeypatch):
     monkeypatch.setattr(ownership, "HEARTBEAT", 0.05)
+    monkeypatch.setattr(ownership, "DEAD_AFTER", 20.0)  # Also on a busy machine.
     with workdirs.opened(RUN, write=True) as first, owned(first, print):
         add(first, 1)
         workdirs.publish(first)

@@ -122,7 +122,8 @@ def workdir(request, tmp_path, monkeypatch):
         yield lambda: str(mirrors.folder("gs://bucket/run", str(next(numbers))))
 
 
-def test_one_of_many_that_start_at_once_owns(workdir, elsewhere):
+def test_one_of_many_that_start_at_once_owns(workdir, elsewhere, monkeypatch):
+    monkeypatch.setattr(ownership, "DEAD_AFTER", 20.0)  # Also on a busy machine.
     contenders = [Ownership(workdir(), lambda line: None) for _ in range(8)]
     won, barrier = [], threading.Barrier(len(contenders))
 
@@ -146,6 +147,7 @@ def test_one_of_many_that_start_at_once_owns(workdir, elsewhere):
 
 def test_an_owner_that_cannot_be_looked_up_is_known_by_its_heartbeat(tmp_path, monkeypatch):
     """Other users' processes may be hidden; and a record of another version has other fields."""
+    monkeypatch.setattr(ownership, "DEAD_AFTER", 20.0)  # Also on a busy machine.
     first = Ownership(str(tmp_path))
     first.acquire()
     read = pathlib.Path.read_text
@@ -169,6 +171,7 @@ def test_an_owner_that_cannot_be_looked_up_is_known_by_its_heartbeat(tmp_path, m
 
 def test_a_run_that_stood_still_while_others_owned_is_refused(workdir, elsewhere, monkeypatch):
     """It has seen no record, and its number is free again once a later owner has removed it."""
+    monkeypatch.setattr(ownership, "DEAD_AFTER", 20.0)  # Also on a busy machine.
     slow, others = Ownership(workdir(), lambda line: None), []
     create = slow._create
 
