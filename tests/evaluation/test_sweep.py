@@ -226,6 +226,26 @@ def test_one_stage_upsamples_all_sets_without_text(world, tmp_path, capsys):
     assert "enlarge.weights=" in capsys.readouterr().err
     assert main.main(flags(world, tmp_path, "--grid={}", f"--enlarge={world}/early")) == 1
     assert "gets an image of 8 px, expected no image" in capsys.readouterr().err
+    # The same parameters of another process are another upsampler.
+    other = shutil.copytree(world / "sr", tmp_path / "other")
+    change(other, "diffusion", logsnr_shift=-1.0)
+    assert main.main(flags(world, tmp_path, "--grid={}", f"--enlarge={other}")) == 1
+    assert "enlarge.config=" in capsys.readouterr().err
+
+
+def change(stage, section, **values):
+    config = json.loads((stage / "config.json").read_text())
+    config[section] |= values
+    (stage / "config.json").write_text(json.dumps(config))
+
+
+def test_a_guide_is_known_by_its_configuration_too(world, tmp_path):
+    hashes = []
+    for prediction in ("x0", "v"):
+        guide = shutil.copytree(world / "late", tmp_path / prediction)
+        change(guide, "diffusion", prediction=prediction, loss_weight="truncated_v")
+        hashes += Cascade.load([str(world / "early")], guides=[str(guide)]).guide_hashes
+    assert hashes[0] != hashes[1]
 
 
 def test_the_papers_lists_have_names():
