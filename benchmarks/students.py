@@ -10,7 +10,7 @@
 `run` samples every prompt once with the teacher and with each pair of a base and a super-resolution
 student, with the same noise, and scores the images as benchmarks/sampler_grids.py does. --scenes:
 prompts of the shapes world's held-out scenes. --guidance_steps: the same of base_guidance, which
-has learned guidance alone, with so many steps of DDIM. Diversity is the distance of two samples of
+has learned guidance alone, with so many steps of --guidance_sampler. Diversity is the distance of two samples of
 a prompt, the root of the mean squared difference of their pixels, in 0..1; of the shapes world also
 that of two real images of the prompt. A killed run continues from its file. `table` averages runs
 of several seeds; intervals are over prompts, and the lowest and highest run is beside.
@@ -84,12 +84,12 @@ def cascades_of(flags: argparse.Namespace) -> dict[str, tuple[list[str], dict[st
     found = {TEACHER: (teacher, json.loads(flags.teacher_settings))}
     for sr in flags.sr_steps.split(","):
         student = f"{flags.students}/sr_{sr}"
-        for base in flags.base_steps.split(","):
+        for base in filter(None, flags.base_steps.split(",")):
             own = {"base": {"sampler": flags.base_sampler}} if flags.base_sampler else {}
             found[f"{base} + {sr}"] = ([f"{flags.students}/base_{base}", student], own)
         for base in filter(None, flags.guidance_steps.split(",")):
-            ddim = {"base": {"sampler": "ddim", "steps": int(base)}}
-            found[f"guidance, {base} + {sr}"] = ([f"{flags.students}/base_guidance", student], ddim)
+            own = {"base": {"sampler": flags.guidance_sampler, "steps": int(base)}}
+            found[f"guidance, {base} + {sr}"] = ([f"{flags.students}/base_guidance", student], own)
     return found
 
 
@@ -179,7 +179,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     flags.add_argument("--base_steps", default="8,4,2")
     flags.add_argument("--sr_steps", default="4,2,1")
     flags.add_argument("--base_sampler", default="", help="of the base students; '': ddim")
-    flags.add_argument("--guidance_steps", default="", help="of DDIM with the base of guidance")
+    flags.add_argument("--guidance_steps", default="", help="steps with the base of guidance")
+    flags.add_argument("--guidance_sampler", default="ddim", help="of these steps")
     flags.add_argument("--teacher_settings", default="{}", help="JSON: fields of sampling by stage")
     flags.add_argument("--prompts", default="", help="JSONL files of a test split, by commas")
     flags.add_argument("--scenes", type=int, default=0, help="prompts of the shapes world")

@@ -60,6 +60,15 @@ def test_the_cascades_of_a_run():
     flags = students.parse(["run", *command, "--base_sampler=ddpm"])
     found = students.cascades_of(flags)["4 + 2"]
     assert found == (["s/base_4", "s/sr_2"], {"base": {"sampler": "ddpm"}})
+    command[2] = "--base_steps="
+    command += ["--guidance_steps=8", "--guidance_sampler=ddpm"]
+    assert students.cascades_of(students.parse(["run", *command])) == {
+        "teacher": (["t/base", "t/sr"], {}),
+        "guidance, 8 + 2": (
+            ["s/base_guidance", "s/sr_2"],
+            {"base": {"sampler": "ddpm", "steps": 8}},
+        ),
+    }
 
 
 @pytest.mark.slow
