@@ -10,10 +10,11 @@
 `run` samples every prompt once with the teacher and with each pair of a base and a super-resolution
 student, with the same noise, and scores the images as benchmarks/sampler_grids.py does. --scenes:
 prompts of the shapes world's held-out scenes. --guidance_steps: the same of base_guidance, which
-has learned guidance alone, with so many steps of --guidance_sampler. Diversity is the distance of two samples of
-a prompt, the root of the mean squared difference of their pixels, in 0..1; of the shapes world also
-that of two real images of the prompt. A killed run continues from its file. `table` averages runs
-of several seeds; intervals are over prompts, and the lowest and highest run is beside.
+has learned guidance alone, with so many steps of --guidance_sampler; --base_steps= is none of the
+others. Diversity is the distance of two samples of a prompt, the root of the mean squared
+difference of their pixels, in 0..1; of the shapes world also that of two real images of the prompt.
+A killed run continues from its file. `table` averages runs of several seeds; intervals are over
+prompts, and the lowest and highest run is beside.
 
 Hardware: one CPU core. Time: about 15 minutes for 1,000 prompts and nine pairs.
 """
